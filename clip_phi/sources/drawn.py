@@ -1,0 +1,370 @@
+"""Drawn scenes: coloured shapes on a light background, written in the official COCO 2017 and LLaVA-Instruct layouts.
+
+The demo and the whole-script tests train on these. Every scene is a pure function of a seed. A scene's *composition*
+(the multiset of its (color, shape) pairs) decides by a hash whether it belongs to train or val, so whatever was trained
+on train scenes, the shipped backbones included, has never met the composition of a val scene.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+IMAGE_SIZE = 64
+MAX_OBJECTS = 4
+SPLITS = ("train", "val")
+COLORS = {
+    "red": (215, 30, 40),
+    "green": (30, 150, 50),
+    "blue": (35, 80, 225),
+    "yellow": (240, 210, 20),
+    "purple": (130, 40, 165),
+    "orange": (245, 130, 20),
+    "pink": (250, 120, 190),
+    "black": (25, 25, 30),
+}
+SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses",
+          "ring": "rings"}  # fmt: skip
+NUMBERS = ("zero", "one", "two", "three", "four")
+RELATIONS = ("to the left of", "to the right of", "above", "below")
+
+_SMALL_RADIUS, _LARGE_RADIUS = 7, 11
+_GAP = 2  # pixels left free between two objects, and around the border
+_CLEAR_OFFSET = 12  # pixels between two centres before we call one left of, or above, the other
+_SUPERSAMPLING = 4
+_VAL_SHARE = 5  # one composition in five is a val composition
+_PLACEMENT_TRIES = 200
+_SINGULARS = {plural: shape for shape, plural in SHAPES.items()} | {shape: shape for shape in SHAPES}
+_MENTION = re.compile(
+    rf"\b(?:({'|'.join(NUMBERS)}) )?({'|'.join(COLORS)}) ({'|'.join(sorted(_SINGULARS, key=len, reverse=True))})\b"
+)
+_COLOR_QUESTIONS = ("What color is the {}?", "Which color does the {} have?", "The {} is of what color?")
+_SHAPE_QUESTIONS = ("What shape is the {} object?", "Which shape is {}?", "What is the shape of the {} object?")
+_PRESENCE_QUESTIONS = ("Is there {}?", "Can you see {}?", "Does the picture show {}?")
+_COUNT_QUESTIONS = ("How many shapes are there?", "How many shapes does the picture show?", "How many objects are there?")
+_RELATION_QUESTION = "Is the {} {} the {}?"
+_DESCRIPTION_REQUESTS = (
+    "Describe the image.", "Describe the picture.", "What does the image show?", "What can you see?",
+    "Write a caption for the image.", "Which objects are in the picture?",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DrawnObject:
+    """One shape; x, y is its centre and radius half the side of its box, all in pixels from the top left corner."""
+
+    color: str
+    shape: str
+    x: int
+    y: int
+    radius: int
+
+    @property
+    def name(self) -> str:
+        """For example "red circle": also the object's COCO category."""
+        return f"{self.color} {self.shape}"
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """COCO's bbox: left, top, width, height in pixels."""
+        return (self.x - self.radius, self.y - self.radius, 2 * self.radius, 2 * self.radius)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One to four objects that do not touch; background is an RGB color and texture_seed decides texture and noise."""
+
+    objects: tuple[DrawnObject, ...]
+    background: tuple[int, int, int]
+    texture_seed: int
+
+    @property
+    def composition(self) -> "Counter[tuple[str, str]]":
+        """How often each (color, shape) pair occurs: the ground truth that `object_f1` scores against."""
+        return Counter((item.color, item.shape) for item in self.objects)
+
+
+def split_of(composition: Iterable[tuple[str, str]]) -> str:
+    """"train" or "val" for the multiset of (color, shape) pairs, given in any order with repeats; never both."""
+    key = ";".join(f"{color} {shape}" for color, shape in sorted(composition))
+    return "val" if hashlib.sha256(key.encode()).digest()[0] % _VAL_SHARE == 0 else "train"
+
+
+def sample_scene(rng: random.Random, split: str) -> Scene:
+    """Draw a scene whose composition belongs to split; the number of objects is uniform. ValueError: unknown split."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
+    num_objects = rng.randint(1, MAX_OBJECTS)
+    while True:
+        pairs: list[tuple[str, str]] = []
+        while len(pairs) < num_objects:
+            repeat = pairs and rng.random() < 0.2
+            pairs.append(rng.choice(pairs) if repeat else (rng.choice(list(COLORS)), rng.choice(list(SHAPES))))
+        objects = _place(pairs, rng) if split_of(pairs) == split else None
+        if objects is not None:
+            break
+    background = (rng.randint(205, 250), rng.randint(205, 250), rng.randint(205, 250))
+    return Scene(objects, background, rng.getrandbits(32))
+
+
+def _place(pairs: Sequence[tuple[str, str]], rng: random.Random) -> tuple[DrawnObject, ...] | None:
+    """Give each pair a size and a free place; None if the scene is too crowded for that."""
+    placed: list[DrawnObject] = []
+    for color, shape in pairs:
+        for _ in range(_PLACEMENT_TRIES):
+            radius = rng.choice((_SMALL_RADIUS, _LARGE_RADIUS)) + rng.randint(-1, 1)
+            low, high = radius + _GAP, IMAGE_SIZE - radius - _GAP
+            x, y = rng.randint(low, high), rng.randint(low, high)
+            if all(max(abs(x - o.x), abs(y - o.y)) >= radius + o.radius + _GAP for o in placed):
+                placed.append(DrawnObject(color, shape, x, y, radius))
+                break
+        else:
+            return None
+    return tuple(placed)
+
+
+def draw_scene(scene: Scene) -> Image.Image:
+    """Render a scene: RGB, IMAGE_SIZE x IMAGE_SIZE pixels, the same pixels for the same scene."""
+    rng = np.random.default_rng(scene.texture_seed)
+    coarse = np.asarray(scene.background) + rng.normal(0, 6, (8, 8, 1))
+    texture = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+    for item in scene.objects:
+        tint = rng.normal(0, 6, 3)
+        fill = tuple(int(value) for value in (np.asarray(COLORS[item.color]) + tint).clip(0, 255))
+        texture.paste(Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), fill), mask=_mask(item))
+    noisy = np.asarray(texture) + rng.normal(0, 4, (IMAGE_SIZE, IMAGE_SIZE, 3))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def _mask(item: DrawnObject) -> Image.Image:
+    """Anti-aliased coverage of one object, mode L, IMAGE_SIZE x IMAGE_SIZE."""
+    side = IMAGE_SIZE * _SUPERSAMPLING
+    mask = Image.new("L", (side, side))
+    draw = ImageDraw.Draw(mask)
+    x, y, radius = (value * _SUPERSAMPLING for value in (item.x, item.y, item.radius))
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if item.shape == "circle":
+        draw.ellipse(box, fill=255)
+    elif item.shape == "ring":
+        draw.ellipse(box, outline=255, width=radius * 2 // 5)
+    elif item.shape == "square":
+        draw.rectangle(tuple(round(c + 0.1 * radius * s) for c, s in zip(box, (1, 1, -1, -1), strict=True)), fill=255)
+    elif item.shape == "triangle":
+        draw.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=255)
+    elif item.shape == "cross":
+        arm = radius // 3
+        draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=255)
+        draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=255)
+    else:
+        assert item.shape == "star", item.shape
+        tips = [(radius if corner % 2 == 0 else 0.42 * radius, math.pi * corner / 5) for corner in range(10)]
+        draw.polygon([(x + length * math.sin(turn), y - length * math.cos(turn)) for length, turn in tips], fill=255)
+    return mask.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+
+
+def captions(scene: Scene, rng: random.Random) -> list[str]:
+    """Five captions as COCO has them, each naming every object with its color and number."""
+    objects = list(scene.objects)
+    rng.shuffle(objects)
+    number = NUMBERS[len(objects)]
+    shapes = "shape" if len(objects) == 1 else "shapes"
+    frames = ["{}.", "A picture of {}.", "There " + ("is" if len(objects) == 1 else "are") + " {}.", "An image with {}.",
+              f"{number} {shapes}: {{}}."]  # fmt: skip
+    texts = [frame.format(_enumerate(rng.sample(objects, len(objects)))) for frame in frames]
+    related = _relate(objects, rng)
+    if related is not None:
+        texts[rng.randrange(4)] = related
+    return [text[0].upper() + text[1:] for text in texts]
+
+
+def description(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A request to describe the image and its answer, which names every object from left to right."""
+    objects = sorted(scene.objects, key=lambda item: item.x)
+    shows = rng.choice(("The image shows {}.", "There is {}.", "I can see {}."))
+    text = shows.format(_enumerate(objects))
+    return rng.choice(_DESCRIPTION_REQUESTS), text.replace("There is", "There are") if len(objects) > 1 else text
+
+
+def dialogue(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """Two to four different (question, short answer) turns; yes and no are equally likely where both are possible."""
+    makers = [_ask_color, _ask_shape, _ask_presence, _ask_presence, _ask_count, _ask_relation, _ask_relation]
+    rng.shuffle(makers)
+    length = rng.randint(2, 4)
+    turns: dict[str, str] = {}
+    for maker in (*makers, _ask_presence, _ask_count):
+        turn = maker(scene, rng) if len(turns) < length else None
+        if turn is not None:
+            turns.setdefault(*turn)
+    return list(turns.items())
+
+
+def _article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _enumerate(objects: Sequence[DrawnObject]) -> str:
+    """"a red circle and two blue squares", in the order of first appearance."""
+    counts = Counter((item.color, item.shape) for item in objects)
+    parts = [
+        _article(f"{color} {shape}") if count == 1 else f"{NUMBERS[count]} {color} {SHAPES[shape]}"
+        for (color, shape), count in counts.items()
+    ]
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def _relation(first: DrawnObject, second: DrawnObject, rng: random.Random) -> str | None:
+    """A relation that clearly holds, or None where the two stand too close on both axes."""
+    holding = []
+    if abs(first.x - second.x) >= _CLEAR_OFFSET:
+        holding.append(RELATIONS[0] if first.x < second.x else RELATIONS[1])
+    if abs(first.y - second.y) >= _CLEAR_OFFSET:
+        holding.append(RELATIONS[2] if first.y < second.y else RELATIONS[3])
+    return rng.choice(holding) if holding else None
+
+
+def _relatable(scene_objects: Sequence[DrawnObject], rng: random.Random) -> tuple[DrawnObject, DrawnObject, str] | None:
+    """Two objects whose names are unique in the scene, and a relation that holds between them."""
+    names = Counter(item.name for item in scene_objects)
+    unique = [item for item in scene_objects if names[item.name] == 1]
+    if len(unique) < 2:
+        return None
+    first, second = rng.sample(unique, 2)
+    relation = _relation(first, second, rng)
+    return None if relation is None else (first, second, relation)
+
+
+def _relate(objects: Sequence[DrawnObject], rng: random.Random) -> str | None:
+    found = _relatable(objects, rng)
+    if found is None:
+        return None
+    first, second, relation = found
+    text = f"{_article(first.name)} {relation} {_article(second.name)}"
+    others = [item for item in objects if item not in (first, second)]
+    return f"{text}, with {_enumerate(others)}." if others else f"{text}."
+
+
+def _ask_color(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    shapes = Counter(item.shape for item in scene.objects)
+    unique = [item for item in scene.objects if shapes[item.shape] == 1]
+    if not unique:
+        return None
+    item = rng.choice(unique)
+    return rng.choice(_COLOR_QUESTIONS).format(item.shape), item.color
+
+
+def _ask_shape(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    colors = Counter(item.color for item in scene.objects)
+    unique = [item for item in scene.objects if colors[item.color] == 1]
+    if not unique:
+        return None
+    item = rng.choice(unique)
+    return rng.choice(_SHAPE_QUESTIONS).format(item.color), item.shape
+
+
+def _ask_presence(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    question = rng.choice(_PRESENCE_QUESTIONS)
+    if rng.random() < 0.5:
+        return question.format(_article(rng.choice(scene.objects).name)), "yes"
+    confusing = rng.random() < 0.5  # shares its color or its shape with an object that is there
+    while True:
+        color, shape = rng.choice(list(COLORS)), rng.choice(list(SHAPES))
+        shares = any(color == item.color or shape == item.shape for item in scene.objects)
+        if shares == confusing and (color, shape) not in scene.composition:
+            return question.format(_article(f"{color} {shape}")), "no"
+
+
+def _ask_count(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    return rng.choice(_COUNT_QUESTIONS), NUMBERS[len(scene.objects)]
+
+
+def _ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    found = _relatable(scene.objects, rng)
+    if found is None:
+        return None
+    first, second, relation = found
+    if rng.random() < 0.5:
+        return _RELATION_QUESTION.format(first.name, relation, second.name), "yes"
+    opposite = RELATIONS[RELATIONS.index(relation) ^ 1]
+    return _RELATION_QUESTION.format(first.name, opposite, second.name), "no"
+
+
+def mentioned_objects(text: str) -> "Counter[tuple[str, str]]":
+    """Count the (color, shape) pairs named in free text; "two blue squares" counts twice, words of any case."""
+    found: Counter[tuple[str, str]] = Counter()
+    for number, color, shape in _MENTION.findall(text.lower()):
+        found[color, _SINGULARS[shape]] += NUMBERS.index(number) if number else 1
+    return found
+
+
+def object_f1(predicted_text: str, truth: "Counter[tuple[str, str]]") -> float:
+    """F1 in [0, 1] between the objects named in the text and a scene's composition, each counted with its number."""
+    predicted = mentioned_objects(predicted_text)
+    return 2 * (predicted & truth).total() / max(1, predicted.total() + truth.total())
+
+
+def write_dataset(folder: str | os.PathLike[str], num_train: int, num_val: int, seed: int = 0) -> None:
+    """Write num_train + num_val scenes under folder in the layouts of COCO 2017 and LLaVA-Instruct-150K.
+
+    annotations/{captions,instances}_{train,val}2017.json, {train,val}2017/%012d.jpg and
+    llava_instruct_{train,val}.json. The same arguments give the same bytes; each json appears whole, after its images.
+    """
+    for split, num_scenes, first_id in (("train", num_train, 1), ("val", num_val, num_train + 1)):
+        rng = random.Random(f"{seed} {split}")
+        scenes = {first_id + index: sample_scene(rng, split) for index in range(num_scenes)}
+        _write_split(Path(folder), split, scenes, rng)
+
+
+def _write_split(folder: Path, split: str, scenes: dict[int, Scene], rng: random.Random) -> None:
+    image_folder = folder / f"{split}2017"
+    image_folder.mkdir(parents=True, exist_ok=True)
+    category_ids = {f"{color} {shape}": 1 + i for i, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES)}
+    images: list[dict[str, Any]] = []
+    caption_rows: list[dict[str, Any]] = []
+    instance_rows: list[dict[str, Any]] = []
+    conversations: list[dict[str, Any]] = []
+    for image_id, scene in scenes.items():
+        file_name = f"{image_id:012d}.jpg"
+        draw_scene(scene).save(image_folder / file_name, quality=95, subsampling=0)
+        images.append(
+            {"id": image_id, "file_name": file_name, "height": IMAGE_SIZE, "width": IMAGE_SIZE, "license": 1}
+        )
+        for caption in captions(scene, rng):
+            caption_rows.append({"id": len(caption_rows) + 1, "image_id": image_id, "caption": caption})
+        for item in scene.objects:
+            row = {"id": len(instance_rows) + 1, "image_id": image_id, "category_id": category_ids[item.name]}
+            instance_rows.append(row | {"bbox": list(item.box), "area": 4 * item.radius**2, "iscrowd": 0})
+        for turns in (dialogue(scene, rng), [description(scene, rng)]):
+            conversations.append(_conversation(f"{image_id:012d}-{len(conversations) % 2}", file_name, turns, rng))
+    header = {"info": {"description": f"Clip-Phi drawn scenes, {split}"}, "licenses": [{"id": 1, "name": "Apache-2.0"}]}
+    categories = [{"id": index, "name": name, "supercategory": "shape"} for name, index in category_ids.items()]
+    captions_json = header | {"images": images, "annotations": caption_rows}
+    instances_json = header | {"images": images, "annotations": instance_rows, "categories": categories}
+    _write_json(folder / "annotations" / f"captions_{split}2017.json", captions_json)
+    _write_json(folder / "annotations" / f"instances_{split}2017.json", instances_json)
+    _write_json(folder / f"llava_instruct_{split}.json", conversations)
+
+
+def _conversation(record_id: str, image: str, turns: Sequence[tuple[str, str]], rng: random.Random) -> dict[str, Any]:
+    messages = []
+    for question, answer in turns:
+        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    first = messages[0]["value"]
+    messages[0]["value"] = f"<image>\n{first}" if rng.random() < 0.5 else f"{first}\n<image>"
+    return {"id": record_id, "image": image, "conversations": messages}
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(temporary, path)

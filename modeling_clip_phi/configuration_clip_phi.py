@@ -1,0 +1,115 @@
+"""Configuration of Clip-Phi: what the weights are."""
+
+import difflib
+from dataclasses import fields
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, CLIPVisionConfig, PhiConfig, PreTrainedConfig
+
+# The shapes of wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M (its vision half) and of microsoft/phi-2.
+TINY_CLIP_VISION = {
+    "hidden_size": 640,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 10,
+    "image_size": 224,
+    "patch_size": 32,
+    "projection_dim": 512,
+}
+PHI_2 = {
+    "vocab_size": 51200,
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "partial_rotary_factor": 0.4,
+    "resid_pdrop": 0.1,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+}
+
+# `register_for_auto_class` writes one key only, so the map is kept here. AutoModel gives the class people call
+# generate on; AutoModelForImageTextToText is the one that pipeline("image-text-to-text") asks for.
+AUTO_MAP = {
+    "AutoConfig": "configuration_clip_phi.ClipPhiConfig",
+    "AutoModel": "modeling_clip_phi.ClipPhiForCausalLM",
+    "AutoModelForCausalLM": "modeling_clip_phi.ClipPhiForCausalLM",
+    "AutoModelForImageTextToText": "modeling_clip_phi.ClipPhiForCausalLM",
+    "AutoModelForMultimodalLM": "modeling_clip_phi.ClipPhiForCausalLM",
+    "AutoProcessor": "processing_clip_phi.ClipPhiProcessor",
+}
+
+
+@strict
+class ClipPhiConfig(PreTrainedConfig):
+    """A vision tower, a projector and a decoder. Without arguments: TinyCLIP-ViT-61M/32, one linear layer, phi-2.
+
+    vision_config: the tower's config (a transformers vision encoder with patch features), as config or dict.
+    text_config: the decoder's config (any transformers decoder), as config or dict.
+    image_token_id: the id that stands for one image feature in input_ids; a spare row of the decoder's vocabulary.
+    projector_type: "linear" (one layer, vision hidden -> text hidden) or "mlp" (two layers with GELU between).
+    projector_bias: whether the projector's layers have a bias.
+    vision_feature_layer: which of the tower's hidden states the projector reads; 0 is the embedding's output, -1 the
+        last layer's. The default -2 is LLaVA's (arXiv 2304.08485, section 4.1): a CLIP tower's last layer serves CLS.
+    vision_feature_select_strategy: "default" drops the first (CLS) feature, "full" keeps all.
+    vision_backbone, text_backbone: Hub id or folder that the frozen weights come from; None for a model made whole.
+    vision_backbone_revision, text_backbone_revision: the commits those weights are pinned to; None for a folder.
+    delta: True in a checkpoint that holds trained weights only and is completed from the two backbones on loading.
+    adapter: subfolder of a delta checkpoint that holds a PEFT adapter; None when the decoder has none.
+    caption_instruction: the instruction that asks this model for a caption; None if it was trained to caption a bare
+        image (stage 1).
+
+    Raises ValueError for a value outside these, and for a keyword that looks like a misspelt field.
+    """
+
+    model_type = "clip_phi"
+    sub_configs: ClassVar = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 50295
+    projector_type: Literal["linear", "mlp"] = "linear"
+    projector_bias: bool = True
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    vision_backbone: str | None = None
+    vision_backbone_revision: str | None = None
+    text_backbone: str | None = None
+    text_backbone_revision: str | None = None
+    delta: bool = False
+    adapter: str | None = None
+    caption_instruction: str | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = {field.name for field in fields(self)}
+        for key in kwargs.keys() - known:
+            if match := difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.85):
+                raise ValueError(f"ClipPhiConfig has no field {key!r}: did you mean {match[0]!r}?")
+        self.vision_config = _sub_config(self.vision_config, CLIPVisionConfig, TINY_CLIP_VISION)
+        self.text_config = _sub_config(self.text_config, PhiConfig, PHI_2)
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+        layers = getattr(self.vision_config, "num_hidden_layers", None)
+        if layers is not None and not -layers - 1 <= self.vision_feature_layer <= layers:
+            raise ValueError(
+                f"vision_feature_layer {self.vision_feature_layer} is not one of the {layers + 1} hidden states "
+                f"(-{layers + 1} to {layers}) of a tower with {layers} layers"
+            )
+
+
+def _sub_config(value: Any, default_class: type[PreTrainedConfig], defaults: dict[str, Any]) -> PreTrainedConfig:
+    """A sub-config from a config, a dict (its model_type, else default_class) or None (the default shapes)."""
+    if value is None:
+        return default_class(**defaults)
+    if isinstance(value, dict):
+        value = dict(value)
+        model_type = value.pop("model_type", default_class.model_type)
+        return AutoConfig.for_model(model_type, **value)
+    return value
+
+
+__all__ = ["ClipPhiConfig"]
