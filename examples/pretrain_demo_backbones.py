@@ -37,6 +37,8 @@ from clip_phi.sources import drawn
 
 END = "<|endoftext|>"
 PATCH_SIZE = 16
+DLR = float(os.environ.get('DLR', '1e-3'))
+ENOISE = float(os.environ.get('ENOISE', '0.5'))
 GRID = drawn.IMAGE_SIZE // PATCH_SIZE
 NUM_SLOTS = GRID * GRID
 SPARE_ROWS = 16  # embedding rows without a token, as phi-2 has: ClipPhi puts <image> and <pad> there
@@ -343,7 +345,7 @@ def train_decoder(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, bat
     batches: list[list[tuple[drawn.Scene, list[tuple[str, str]]]]] = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 2e-3)
+            group["lr"] = learning_rate(step, steps, DLR)
         if not batches:
             pairs = [(scene, turns_of(scene, rng)) for scene in sample_scenes(rng, 8 * batch_size)]
             pairs.sort(key=lambda pair: sum(len(prompt) + len(answer) for prompt, answer in pair[1]))
@@ -353,7 +355,8 @@ def train_decoder(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, bat
         blind = rng.random() < 0.12  # without slots the whole text is learnt, with slots the answers
         texts = tokenize(tokenizer, conversations, [not blind] * batch_size)
         embedding = decoder.get_input_embeddings().weight
-        slots = None if blind else make_slots(lay_out(scenes), embedding, words, generator)
+        noise = min(1.0, max(0.0, 2.5 * step / steps - 0.5))  # looking up is learnt from clean facts first
+        slots = None if blind else make_slots(lay_out(scenes), embedding, words, generator, noise)
         loss = F.cross_entropy(*decoder_logits(decoder, slots, texts))
         optimizer.zero_grad()
         loss.backward()
@@ -363,7 +366,7 @@ def train_decoder(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, bat
             running.append(loss.item())
         if step % 100 == 99 or step == steps - 1:
             print(f"decoder {step + 1}/{steps} ({time.time() - started:.0f} s): loss {np.mean(running[-50:]):.3f}", flush=True)
-        if step % 500 == 499 or step == steps - 1:
+        if step % 200 == 199 or step == steps - 1:
             evaluate_decoder(decoder.eval(), tokenizer, words, random.Random(f"decoder evaluation {seed}"))
             decoder.train()
     decoder.config.resid_pdrop, decoder.config.hidden_act = 0.1, "gelu_new"  # as phi-2's config has them
@@ -381,7 +384,7 @@ def evaluate_decoder(decoder: PhiForCausalLM, tokenizer: PreTrainedTokenizerFast
         scenes = [drawn.sample_scene(rng, "val") for _ in range(48)]
         turns = [[(f"Instruct: {q}\nOutput:", f" {a}") for q, a in drawn.dialogue(scene, rng)] for scene in scenes]
         texts = tokenize(tokenizer, turns, [True] * 48)
-        slots = make_slots(lay_out(scenes), decoder.get_input_embeddings().weight, words, generator, noise=0.5)
+        slots = make_slots(lay_out(scenes), decoder.get_input_embeddings().weight, words, generator, noise=ENOISE)
         logits, labels = decoder_logits(decoder, slots, texts)
         tokens = iter((logits.argmax(-1) == labels).tolist())
         for prompt, answer in (turn for conversation in turns for turn in conversation):

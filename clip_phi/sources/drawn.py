@@ -51,7 +51,11 @@ _MENTION = re.compile(
 _COLOR_QUESTIONS = ("What color is the {}?", "Which color does the {} have?", "The {} is of what color?")
 _SHAPE_QUESTIONS = ("What shape is the {} object?", "Which shape is {}?", "What is the shape of the {} object?")
 _PRESENCE_QUESTIONS = ("Is there {}?", "Can you see {}?", "Does the picture show {}?")
-_COUNT_QUESTIONS = ("How many shapes are there?", "How many shapes does the picture show?", "How many objects are there?")
+_COUNT_QUESTIONS = (
+    "How many shapes are there?",
+    "How many shapes does the picture show?",
+    "How many objects are there?",
+)
 _RELATION_QUESTION = "Is the {} {} the {}?"
 _DESCRIPTION_REQUESTS = (
     "Describe the image.", "Describe the picture.", "What does the image show?", "What can you see?",
@@ -95,7 +99,7 @@ class Scene:
 
 
 def split_of(composition: Iterable[tuple[str, str]]) -> str:
-    """"train" or "val" for the multiset of (color, shape) pairs, given in any order with repeats; never both."""
+    """The split of a multiset of (color, shape) pairs, given in any order with repeats: always the same one."""
     key = ";".join(f"{color} {shape}" for color, shape in sorted(composition))
     return "val" if hashlib.sha256(key.encode()).digest()[0] % _VAL_SHARE == 0 else "train"
 
@@ -137,12 +141,12 @@ def draw_scene(scene: Scene) -> Image.Image:
     """Render a scene: RGB, IMAGE_SIZE x IMAGE_SIZE pixels, the same pixels for the same scene."""
     rng = np.random.default_rng(scene.texture_seed)
     coarse = np.asarray(scene.background) + rng.normal(0, 6, (8, 8, 1))
-    texture = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    picture = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
     for item in scene.objects:
-        tint = rng.normal(0, 6, 3)
-        fill = tuple(int(value) for value in (np.asarray(COLORS[item.color]) + tint).clip(0, 255))
-        texture.paste(Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), fill), mask=_mask(item))
-    noisy = np.asarray(texture) + rng.normal(0, 4, (IMAGE_SIZE, IMAGE_SIZE, 3))
+        fill = (np.asarray(COLORS[item.color]) + rng.normal(0, 6, 3)).clip(0, 255).astype(int).tolist()
+        picture.paste(Image.new("RGB", size, tuple(fill)), mask=_mask(item))
+    noisy = np.asarray(picture) + rng.normal(0, 4, (IMAGE_SIZE, IMAGE_SIZE, 3))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
@@ -176,10 +180,10 @@ def captions(scene: Scene, rng: random.Random) -> list[str]:
     """Five captions as COCO has them, each naming every object with its color and number."""
     objects = list(scene.objects)
     rng.shuffle(objects)
-    number = NUMBERS[len(objects)]
-    shapes = "shape" if len(objects) == 1 else "shapes"
-    frames = ["{}.", "A picture of {}.", "There " + ("is" if len(objects) == 1 else "are") + " {}.", "An image with {}.",
-              f"{number} {shapes}: {{}}."]  # fmt: skip
+    number, shapes, are = NUMBERS[len(objects)], "shapes", "are"
+    if len(objects) == 1:
+        shapes, are = "shape", "is"
+    frames = ["{}.", "A picture of {}.", f"There {are} {{}}.", "An image with {}.", f"{number} {shapes}: {{}}."]
     texts = [frame.format(_enumerate(rng.sample(objects, len(objects)))) for frame in frames]
     related = _relate(objects, rng)
     if related is not None:
@@ -213,7 +217,7 @@ def _article(name: str) -> str:
 
 
 def _enumerate(objects: Sequence[DrawnObject]) -> str:
-    """"a red circle and two blue squares", in the order of first appearance."""
+    """For example "a red circle and two blue squares", in the order of first appearance."""
     counts = Counter((item.color, item.shape) for item in objects)
     parts = [
         _article(f"{color} {shape}") if count == 1 else f"{NUMBERS[count]} {color} {SHAPES[shape]}"
@@ -327,7 +331,7 @@ def write_dataset(folder: str | os.PathLike[str], num_train: int, num_val: int, 
 def _write_split(folder: Path, split: str, scenes: dict[int, Scene], rng: random.Random) -> None:
     image_folder = folder / f"{split}2017"
     image_folder.mkdir(parents=True, exist_ok=True)
-    category_ids = {f"{color} {shape}": 1 + i for i, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES)}
+    categories = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
     images: list[dict[str, Any]] = []
     caption_rows: list[dict[str, Any]] = []
     instance_rows: list[dict[str, Any]] = []
@@ -335,20 +339,18 @@ def _write_split(folder: Path, split: str, scenes: dict[int, Scene], rng: random
     for image_id, scene in scenes.items():
         file_name = f"{image_id:012d}.jpg"
         draw_scene(scene).save(image_folder / file_name, quality=95, subsampling=0)
-        images.append(
-            {"id": image_id, "file_name": file_name, "height": IMAGE_SIZE, "width": IMAGE_SIZE, "license": 1}
-        )
+        images.append({"id": image_id, "file_name": file_name, "height": IMAGE_SIZE, "width": IMAGE_SIZE, "license": 1})
         for caption in captions(scene, rng):
             caption_rows.append({"id": len(caption_rows) + 1, "image_id": image_id, "caption": caption})
         for item in scene.objects:
-            row = {"id": len(instance_rows) + 1, "image_id": image_id, "category_id": category_ids[item.name]}
+            row = {"id": len(instance_rows) + 1, "image_id": image_id, "category_id": 1 + categories.index(item.name)}
             instance_rows.append(row | {"bbox": list(item.box), "area": 4 * item.radius**2, "iscrowd": 0})
         for turns in (dialogue(scene, rng), [description(scene, rng)]):
             conversations.append(_conversation(f"{image_id:012d}-{len(conversations) % 2}", file_name, turns, rng))
     header = {"info": {"description": f"Clip-Phi drawn scenes, {split}"}, "licenses": [{"id": 1, "name": "Apache-2.0"}]}
-    categories = [{"id": index, "name": name, "supercategory": "shape"} for name, index in category_ids.items()]
+    category_rows = [{"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(categories, start=1)]
     captions_json = header | {"images": images, "annotations": caption_rows}
-    instances_json = header | {"images": images, "annotations": instance_rows, "categories": categories}
+    instances_json = header | {"images": images, "annotations": instance_rows, "categories": category_rows}
     _write_json(folder / "annotations" / f"captions_{split}2017.json", captions_json)
     _write_json(folder / "annotations" / f"instances_{split}2017.json", instances_json)
     _write_json(folder / f"llava_instruct_{split}.json", conversations)

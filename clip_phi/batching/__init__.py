@@ -1,0 +1,1 @@
+"""From Samples to the tensors that the model eats."""

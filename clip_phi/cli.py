@@ -1,0 +1,125 @@
+"""The command clip-phi: caption, ask, draw-data."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+DEMO_CHECKPOINT = "outputs/demo/model"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns 0, or 2 after one line on stderr that says what was wrong with the input."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        if arguments.debug:
+            raise
+        print(f"clip-phi: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("clip-phi", description="Use a Clip-Phi model: caption images, ask about them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    caption = commands.add_parser("caption", help="say what images show")
+    caption.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
+    caption.set_defaults(run=run_caption)
+
+    ask = commands.add_parser("ask", help="ask a question about an image")
+    ask.add_argument("image", metavar="IMAGE", help="image file")
+    ask.add_argument("question", metavar="QUESTION", help="for example: 'What color is the circle?'")
+    ask.set_defaults(run=run_ask)
+
+    for command in (caption, ask):
+        command.add_argument(
+            "--checkpoint",
+            default=DEMO_CHECKPOINT,
+            help="folder or Hub id of a trained model (default: %(default)s, which 'make demo' writes)",
+        )
+        command.add_argument("--device", help="for example cuda:1 or cpu (default: CUDA if there is one)")
+        command.add_argument(
+            "--max_new_tokens", type=_positive, default=64, help="longest answer (default: %(default)s)"
+        )
+        command.add_argument("--json", action="store_true", help="print one json object a line instead of the text")
+
+    draw = commands.add_parser("draw-data", help="draw a small data set in the layouts of COCO and LLaVA-Instruct")
+    draw.add_argument("folder", metavar="DIR", help="where it goes")
+    draw.add_argument("--num_train", type=_positive, default=4000, help="training images (default: %(default)s)")
+    draw.add_argument("--num_val", type=_positive, default=400, help="held-out images (default: %(default)s)")
+    draw.add_argument("--seed", type=int, default=0, help="the same seed draws the same files (default: %(default)s)")
+    draw.add_argument("--json", action="store_true", help="print what was written as a json object")
+    draw.set_defaults(run=run_draw_data)
+
+    for command in (caption, ask, draw):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def run_caption(arguments: argparse.Namespace) -> None:
+    from .batching.images import load_image
+
+    images = [(name, load_image(name)) for name in arguments.images]  # a bad one is told before the model is loaded
+    engine = _load_engine(arguments)
+    for name, image in images:
+        pieces = engine.caption(image, arguments.max_new_tokens)
+        prefix = f"{name}: " if len(images) > 1 else ""
+        _say(pieces, arguments, {"image": name}, "caption", prefix)
+
+
+def run_ask(arguments: argparse.Namespace) -> None:
+    from .batching.images import load_image
+
+    image = load_image(arguments.image)
+    engine = _load_engine(arguments)
+    pieces = engine.stream(arguments.question, image, arguments.max_new_tokens)
+    _say(pieces, arguments, {"image": arguments.image, "question": arguments.question}, "answer")
+
+
+def run_draw_data(arguments: argparse.Namespace) -> None:
+    from .sources.drawn import write_dataset
+
+    write_dataset(arguments.folder, arguments.num_train, arguments.num_val, arguments.seed)
+    written = {"folder": arguments.folder, "num_train": arguments.num_train, "num_val": arguments.num_val}
+    print(
+        json.dumps(written | {"seed": arguments.seed})
+        if arguments.json
+        else f"{arguments.num_train} training and {arguments.num_val} held-out images are in {arguments.folder}"
+    )
+
+
+def _load_engine(arguments: argparse.Namespace) -> Any:
+    from pathlib import Path
+
+    if arguments.checkpoint == DEMO_CHECKPOINT and not Path(DEMO_CHECKPOINT).is_dir():
+        raise ValueError(f"no model at {DEMO_CHECKPOINT}: run 'make demo' first, or give --checkpoint")
+    from .serving.engine import Engine
+
+    return Engine(arguments.checkpoint, arguments.device)
+
+
+def _say(
+    pieces: Iterator[str], arguments: argparse.Namespace, record: dict[str, str], key: str, prefix: str = ""
+) -> None:
+    if arguments.json:
+        print(json.dumps(record | {key: "".join(pieces).strip()}), flush=True)
+        return
+    print(prefix, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

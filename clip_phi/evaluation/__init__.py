@@ -1,0 +1,1 @@
+"""Judging: held-out loss, generated texts, scores."""

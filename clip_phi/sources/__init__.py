@@ -1,0 +1,1 @@
+"""Readers: files in the layouts people have, to Samples."""

@@ -1,0 +1,232 @@
+"""Every option of train_accelerate.py, typed, with its default. Nothing heavy is imported here."""
+
+import argparse
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+
+VISION_BACKBONE = "wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
+TEXT_BACKBONE = "microsoft/phi-2"
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingArguments:
+    """What both stages share. WHERE it runs (devices, precision) is Accelerate's yaml; see accelerate_config.yaml."""
+
+    stage: int = field(metadata={"help": "1: projector alone, on captions; 2: projector and LoRA, on conversations"})
+    config: str | None = _option(None, "yaml file of these options; the command line overrides it")
+    output_dir: str = _option("outputs/stage1", "where checkpoint, metrics.jsonl, curve.png and sample texts go")
+    debug: bool = _option(False, "show the traceback of an error")
+
+    train_annotations: str = _option("", "json of the training records")
+    train_images: str = _option("data/coco/train2017", "folder of their images")
+    eval_annotations: str | None = _option(
+        None, "json of the held-out records; without it, --holdout_images are held out"
+    )
+    eval_images: str = _option("data/coco/val2017", "folder of the images of --eval_annotations")
+    holdout_images: int = _option(500, "images kept out of training when there is no --eval_annotations")
+    max_eval_images: int = _option(500, "evaluate on the first so many held-out images")
+    max_length: int = _option(2048, "longest conversation in tokens, image included; at most the decoder's context")
+    num_workers: int = _option(4, "processes that read images; 0 reads them in the training process")
+
+    per_device_batch_size: int = _option(16, "images in one forward pass on one device")
+    gradient_accumulation_steps: int = _option(1, "forward passes in one step")
+    num_epochs: float = _option(1.0, "passes over the training images")
+    max_steps: int = _option(0, "stop after so many steps, whatever --num_epochs says; 0: no limit")
+    seed: int = _option(0, "of the order, the dropout and the new weights")
+
+    optimizer: Literal["auto", "adam8bit", "adamw"] = _option(
+        "auto", "adam8bit: bitsandbytes; adamw: torch, fused; auto: adam8bit on CUDA, adamw elsewhere"
+    )
+    learning_rate: float = _option(1e-3, "peak learning rate of the projector, after the warm-up")
+    weight_decay: float = _option(0.0, "of all trained weights but the biases")
+    lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = _option("cosine", "shape after the warm-up")
+    warmup_ratio: float = _option(0.03, "share of all steps in which the learning rate rises from 0")
+    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0: never")
+    gradient_checkpointing: bool = _option(False, "recompute the decoder's activations: less memory, half more work")
+
+    log_every: int = _option(10, "steps between lines in metrics.jsonl")
+    eval_every: int = _option(
+        1000, "steps between evaluations, each of which saves the model too; one comes at the end"
+    )
+    num_sample_texts: int = _option(4, "held-out images whose generated text is written at each evaluation")
+    max_new_tokens: int = _option(64, "longest sample text")
+    merged: bool = _option(False, "save one whole checkpoint (LoRA folded in) instead of trained weights only")
+
+    @property
+    def micro_batches(self) -> int:
+        """Images in one step on one device."""
+        return self.per_device_batch_size * self.gradient_accumulation_steps
+
+    def check(self) -> None:
+        """Raises ValueError that lists every bad value and every missing file at once."""
+        problems = self.problems()
+        if problems:
+            raise ValueError("\n       ".join(problems))
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("per_device_batch_size", "gradient_accumulation_steps", "max_length", "log_every", "eval_every"):
+            if getattr(self, name) < 1:
+                found.append(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("max_steps", "num_workers", "num_sample_texts", "holdout_images"):
+            if getattr(self, name) < 0:
+                found.append(f"--{name} must not be negative, not {getattr(self, name)}")
+        for name in ("num_epochs", "learning_rate"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                found.append(f"--{name} must be more than 0, not {getattr(self, name)}")
+        if not 0 <= self.warmup_ratio <= 1:
+            found.append(f"--warmup_ratio must be between 0 and 1, not {self.warmup_ratio}")
+        if not self.eval_annotations and not self.holdout_images:
+            found.append("nothing to evaluate on: give --eval_annotations or --holdout_images")
+        needed = [("--train_annotations", self.train_annotations), ("--train_images", self.train_images)]
+        if self.eval_annotations:
+            needed += [("--eval_annotations", self.eval_annotations), ("--eval_images", self.eval_images)]
+        missing = [f"{option} {path}" for option, path in needed if not Path(path).exists()]
+        if missing:
+            found.append(
+                f"not found (looked in {Path.cwd()}): {', '.join(missing)}. {self.how_to_get_data} "
+                "'make demo' needs no data: it draws its own."
+            )
+        return found
+
+    how_to_get_data = ""
+
+
+@dataclass
+class Stage1Arguments(TrainingArguments):
+    """Stage 1: train the projector alone on captions, from two frozen backbones."""
+
+    vision_backbone: str = _option(VISION_BACKBONE, "Hub id or folder of the vision tower")
+    vision_revision: str | None = _option(None, "its branch, tag or commit; the commit found now is pinned")
+    text_backbone: str = _option(TEXT_BACKBONE, "Hub id or folder of the decoder")
+    text_revision: str | None = _option(None, "its branch, tag or commit; the commit found now is pinned")
+    projector_type: Literal["linear", "mlp"] = _option("linear", "one linear layer, or two with GELU between")
+    train_annotations: str = _option(
+        "data/coco/annotations/captions_train2017.json", "COCO captions of the training images"
+    )
+    eval_annotations: str | None = _option(
+        "data/coco/annotations/captions_val2017.json", "COCO captions of the held-out images"
+    )
+    captions_per_image: int = _option(5, "captions of an image that share its features in a step; others take turns")
+
+    how_to_get_data = (
+        "COCO 2017 is at https://cocodataset.org/#download (train2017.zip, val2017.zip, annotations_trainval2017.zip)."
+    )
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.captions_per_image < 1:
+            found.append(f"--captions_per_image must be at least 1, not {self.captions_per_image}")
+        return found
+
+
+@dataclass
+class Stage2Arguments(TrainingArguments):
+    """Stage 2: train the projector and LoRA on the decoder on conversations, from the result of stage 1."""
+
+    init_from: str = _option("outputs/stage1", "checkpoint of stage 1 (folder or Hub id)")
+    output_dir: str = _option("outputs/stage2", "where checkpoint, metrics.jsonl, curve.png and sample texts go")
+    train_annotations: str = _option(
+        "data/llava_instruct_150k.json", "LLaVA-Instruct json of the training conversations"
+    )
+    learning_rate: float = _option(2e-5, "peak learning rate of the projector, after the warm-up")
+    per_device_batch_size: int = _option(8, "images in one forward pass on one device")
+    gradient_accumulation_steps: int = _option(2, "forward passes in one step")
+    lora_learning_rate: float = _option(2e-4, "peak learning rate of LoRA, after the warm-up")
+    lora_rank: int = _option(64, "rank of the LoRA matrices")
+    lora_alpha: int = _option(128, "LoRA's output is scaled by lora_alpha / lora_rank")
+    lora_dropout: float = _option(0.05, "dropout before the LoRA matrices")
+    lora_targets: str = _option(
+        "q_proj,k_proj,v_proj,dense,fc1,fc2", "linear layers of the decoder that get LoRA, by the end of their names"
+    )
+    caption_instruction: str = _option("Describe the image.", "what 'clip-phi caption' asks the trained model")
+
+    how_to_get_data = (
+        "LLaVA-Instruct-150K is llava_instruct_150k.json of https://huggingface.co/datasets/liuhaotian/"
+        "LLaVA-Instruct-150K; its images are COCO's train2017."
+    )
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.lora_rank < 1:
+            found.append(f"--lora_rank must be at least 1, not {self.lora_rank}")
+        if not 0 <= self.lora_dropout < 1:
+            found.append(f"--lora_dropout must be at least 0 and less than 1, not {self.lora_dropout}")
+        if not self.lora_learning_rate > 0:
+            found.append(f"--lora_learning_rate must be more than 0, not {self.lora_learning_rate}")
+        return found
+
+
+STAGES: dict[int, type[TrainingArguments]] = {1: Stage1Arguments, 2: Stage2Arguments}
+
+
+def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
+    """The options of the command line over those of --config over the stage's defaults.
+
+    Exits with status 2 and one line that names the option if one is unknown or has a bad value."""
+    from transformers import HfArgumentParser
+
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--stage")
+    first.add_argument("--config")
+    early, _ = first.parse_known_args(argv)
+    from_file = _read_config(early.config) if early.config else {}
+    wanted = early.stage if early.stage is not None else from_file.get("stage")
+    asks_help = "--help" in argv or "-h" in argv
+    if wanted is None and not asks_help:
+        _fail(f"--stage is missing: it is one of {', '.join(map(str, STAGES))}")
+    stage = next((known for known in STAGES if str(known) == str(wanted)), None)
+    if stage is None and wanted is not None:
+        _fail(f"unknown --stage {wanted}: it is one of {', '.join(map(str, STAGES))}")
+    kind = STAGES[stage or 1]
+    parser = HfArgumentParser(
+        kind,
+        prog="train_accelerate.py",
+        description=f"{kind.__doc__} The other stage's options: --stage {2 if kind is Stage1Arguments else 1} --help.",
+        allow_abbrev=False,
+    )
+    parser.error = _fail  # type: ignore[method-assign]  # one line, not four screens of usage
+    names = {each.name for each in dataclasses.fields(kind)}
+    if unknown := sorted(from_file.keys() - names):
+        _fail(f"unknown option in {early.config}: {', '.join(unknown)} (stage {stage})")
+    parser.set_defaults(**{**from_file, "stage": stage})
+    for action in parser._actions:
+        action.required = False
+    arguments, *rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if rest[-1]:
+        _fail(f"unknown option in stage {stage}: {' '.join(rest[-1])}")
+    for name, value in from_file.items():
+        usual = getattr(kind, name, None)
+        if usual is not None and not isinstance(
+            value, (int, float) if isinstance(usual, float) else (type(usual), str)
+        ):
+            _fail(f"{early.config}: {name} must be {type(usual).__name__}, not {value!r}")
+    return arguments
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        _fail(f"no such file: --config {path}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        _fail(f"--config {path} is not yaml: {' '.join(str(error).split())}")
+    if not isinstance(content, dict):
+        _fail(f"--config {path} must be a mapping of options to values")
+    return content
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"train_accelerate.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,122 @@
+"""Train Clip-Phi: accelerate launch train_accelerate.py --stage 1|2. The options: --stage 1|2 --help; README.md."""
+
+import sys
+
+from clip_phi.training.arguments import TrainingArguments, parse_arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    try:
+        arguments.check()
+        train(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        if arguments.debug:
+            raise
+        print(f"train_accelerate.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def train(arguments: TrainingArguments) -> None:
+    # Heavy imports stay out of --help and of a wrong option.
+    import time
+    from contextlib import nullcontext
+    from pathlib import Path
+
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from transformers.utils import logging
+
+    from clip_phi.batching.loader import EndlessSampler, TreeDataset, make_loader
+    from clip_phi.evaluation.generate import held_out_loss
+    from clip_phi.training.monitor import Monitor
+    from clip_phi.training.optim import make_optimizer, make_scheduler
+    from clip_phi.training.setup import count_parameters, eval_batches, load_model, read_samples, sample_texts
+
+    logging.disable_progress_bar()  # one bar is enough
+    accelerator = Accelerator()
+    device = accelerator.device
+    set_seed(arguments.seed)
+
+    train_samples, eval_samples = read_samples(arguments)
+    model, processor = load_model(arguments, accelerator)
+    trainable, total = count_parameters(model)
+    accelerator.print(f"training {trainable:,} of {total:,} parameters on {accelerator.num_processes} x {device.type}")
+
+    dataset = TreeDataset(
+        train_samples, processor, arguments.max_length, getattr(arguments, "captions_per_image", None)
+    )
+    sampler = EndlessSampler(
+        num_samples=len(dataset),
+        batch_size=arguments.per_device_batch_size,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        seed=arguments.seed,
+        num_steps=0,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    sampler.num_steps = max(1, -int(-arguments.num_epochs * len(dataset) // sampler.global_batch_size))
+    if arguments.max_steps:
+        sampler.num_steps = min(sampler.num_steps, arguments.max_steps)
+    batches = iter(make_loader(dataset, sampler, arguments.num_workers, pin_memory=device.type == "cuda"))
+    eval_dataset = TreeDataset(eval_samples, processor, arguments.max_length)
+    eval_loader = make_loader(eval_dataset, eval_batches(len(eval_dataset), arguments, accelerator), 0)
+
+    optimizer = make_optimizer(model, arguments, device)
+    scheduler = make_scheduler(optimizer, arguments, sampler.num_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    output_dir = Path(arguments.output_dir)
+    monitor = Monitor(output_dir, sampler.num_steps, active=accelerator.is_main_process)
+
+    model.train()
+    for step in range(1, sampler.num_steps + 1):
+        # One step: every answer token of all ranks and micro-batches weighs the same, however they are spread.
+        packs = [next(batches).to(device) for _ in range(arguments.gradient_accumulation_steps)]
+        counts = torch.tensor([[pack.num_supervised, pack.num_branches] for pack in packs], device=device)
+        num_supervised, num_branches = accelerator.reduce(counts.sum(0), "sum").tolist()
+        step_loss = torch.zeros((), device=device)
+        for index, pack in enumerate(packs):
+            with nullcontext() if index == len(packs) - 1 else accelerator.no_sync(model):
+                # DDP averages gradients over the ranks; the loss is divided by the tokens of all of them.
+                output = model(**pack.inputs, use_cache=False, num_items_in_batch=num_supervised)
+                loss = output.loss * accelerator.num_processes
+                accelerator.backward(loss)
+            step_loss += loss.detach()
+        grad_norm = accelerator.clip_grad_norm_(trained, arguments.max_grad_norm or float("inf"))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        monitor.count(num_branches, num_supervised)
+
+        # Once in a while: one line of the log.
+        if step % arguments.log_every == 0 or step == sampler.num_steps:
+            mean_loss = accelerator.reduce(step_loss, "mean").item()
+            if not (grad_norm.isfinite() and mean_loss == mean_loss):
+                origins = ", ".join(origin for pack in packs for origin in pack.origins)
+                raise ValueError(f"step {step}: loss {mean_loss}, gradient norm {grad_norm}; its samples: {origins}")
+            monitor.log(step, mean_loss, learning_rate=scheduler.get_last_lr()[0], grad_norm=grad_norm.item())
+
+        # Once in a while, and at the end: evaluate, and save.
+        if step % arguments.eval_every == 0 or step == sampler.num_steps:
+            started = time.perf_counter()
+            model.eval()
+            loss_sum, num_tokens = accelerator.reduce(held_out_loss(model, eval_loader, device), "sum").tolist()
+            plain_model = accelerator.unwrap_model(model)
+            texts = sample_texts(plain_model, processor, eval_samples, arguments) if accelerator.is_main_process else []
+            monitor.log_evaluation(step, loss_sum / num_tokens, texts)
+            if accelerator.is_main_process:
+                plain_model.save_pretrained(output_dir, merged=arguments.merged)
+                processor.save_pretrained(output_dir)
+            accelerator.wait_for_everyone()
+            model.train()
+            monitor.pause(time.perf_counter() - started)
+
+    monitor.close()
+    accelerator.print(f"saved in {output_dir}; try: clip-phi caption --checkpoint {output_dir} IMAGE")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
