@@ -1,4 +1,4 @@
-"""Train Clip-Phi: accelerate launch train_accelerate.py --stage 1|2. The options: --stage 1|2 --help; README.md."""
+"""Train Clip-Phi: accelerate launch train_accelerate.py --stage 1 (or 2). See --stage 1 --help and README.md."""
 
 import sys
 

@@ -223,9 +223,10 @@ def reload_as_stranger(scene: dict[str, Any]) -> None:
 
 def draw_sheet(scenes: list[dict[str, Any]], path: Path) -> None:
     """A page of unseen scenes with what the model says about them, green where it is right."""
-    from clip_phi.sources.drawn import object_f1
     from matplotlib.figure import Figure
     from PIL import Image
+
+    from clip_phi.sources.drawn import object_f1
 
     figure = Figure(figsize=(16, 15), layout="constrained")
     figure.suptitle("Unseen scenes: caption after stage 1, description and answers after stage 2 (green: right)")
@@ -290,9 +291,7 @@ def print_table(result: dict[str, Any]) -> None:
     print(f"\nThe best guess from the question alone: {show('answer_accuracy_question_only')}")
     seconds = ", ".join(f"stage {stage} {result[f'train_seconds_stage{stage}']:.0f} s" for stage in (1, 2))
     print(f"Time: {seconds}, all {result['total_seconds']:.0f} s")
-    print(
-        f"See {OUTPUT / 'sheet.png'}, {OUTPUT / 'curve.png'}, {OUTPUT / 'result.json'}; the model is {OUTPUT / 'model'}:"
-    )
+    print(f"See {OUTPUT}/sheet.png, {OUTPUT}/curve.png and {OUTPUT}/result.json; the model is {OUTPUT}/model:")
     print(f"  clip-phi ask {OUTPUT}/data/val2017/IMAGE.jpg 'How many shapes are there?'")
 
 

@@ -37,8 +37,8 @@ from clip_phi.sources import drawn
 
 END = "<|endoftext|>"
 PATCH_SIZE = 16
-DLR = float(os.environ.get('DLR', '1e-3'))
-ENOISE = float(os.environ.get('ENOISE', '0.5'))
+DLR = float(os.environ.get("DLR", "1e-3"))
+ENOISE = float(os.environ.get("ENOISE", "0.5"))
 GRID = drawn.IMAGE_SIZE // PATCH_SIZE
 NUM_SLOTS = GRID * GRID
 SPARE_ROWS = 16  # embedding rows without a token, as phi-2 has: ClipPhi puts <image> and <pad> there
@@ -216,7 +216,10 @@ def train_tower(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, batch
         optimizer.step()
         if step % 50 == 49 or step == steps - 1:
             detail = " ".join(f"{name} {value.item():.2f}" for name, value in regions.items())
-            print(f"tower {step + 1}/{steps} ({time.time() - started:.0f} s): whole {whole.item():.2f} {detail}", flush=True)
+            print(
+                f"tower {step + 1}/{steps} ({time.time() - started:.0f} s): whole {whole.item():.2f} {detail}",
+                flush=True,
+            )
     evaluate_tower(tower.eval(), random.Random(f"tower evaluation {seed}"))
     return tower.clip
 
@@ -241,7 +244,9 @@ def evaluate_tower(tower: Tower, rng: random.Random, num_scenes: int = 512) -> d
     for group, axis in (("column", 0), ("row", 1)):
         truth = (grids.centres[..., axis] * NUM_BINS).long().gather(1, owner)
         accuracy[f"patch {group} +-1"] = ((logits[group].argmax(-1) - truth).abs() <= 1)[shown].float().mean().item()
-    print("tower, unseen compositions:", ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items()), flush=True)
+    print(
+        "tower, unseen compositions:", ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items()), flush=True
+    )
     return accuracy
 
 
@@ -286,7 +291,8 @@ def make_slots(grids: Grids, embedding: torch.Tensor, words: dict[str, int], gen
     slots = torch.cat((*facts, empty), -1) @ vectors
     size = vectors.detach().pow(2).mean().sqrt()
     slots = slots + size * noise * (
-        0.8 * uniform(batch, 1, 1) * normal(batch, NUM_SLOTS, hidden) + 0.7 * uniform(batch, 1, 1) * normal(batch, 1, hidden)
+        0.8 * uniform(batch, 1, 1) * normal(batch, NUM_SLOTS, hidden)
+        + 0.7 * uniform(batch, 1, 1) * normal(batch, 1, hidden)
     )
     return slots * torch.exp(0.5 * noise * normal(batch, 1, 1))
 
@@ -316,7 +322,9 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Sequenc
                  torch.tensor([row + [-100] * (longest - len(row)) for row in labels]))  # fmt: skip
 
 
-def decoder_logits(decoder: PhiForCausalLM, slots: torch.Tensor | None, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
+def decoder_logits(
+    decoder: PhiForCausalLM, slots: torch.Tensor | None, texts: Texts
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and the labels they are to predict, at the supervised positions only."""
     embeds = decoder.get_input_embeddings()(texts.input_ids)
     num_slots = 0 if slots is None else slots.shape[1]
@@ -365,7 +373,10 @@ def train_decoder(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, bat
         if not blind:
             running.append(loss.item())
         if step % 100 == 99 or step == steps - 1:
-            print(f"decoder {step + 1}/{steps} ({time.time() - started:.0f} s): loss {np.mean(running[-50:]):.3f}", flush=True)
+            print(
+                f"decoder {step + 1}/{steps} ({time.time() - started:.0f} s): loss {np.mean(running[-50:]):.3f}",
+                flush=True,
+            )
         if step % 200 == 199 or step == steps - 1:
             evaluate_decoder(decoder.eval(), tokenizer, words, random.Random(f"decoder evaluation {seed}"))
             decoder.train()
@@ -394,7 +405,11 @@ def evaluate_decoder(decoder: PhiForCausalLM, tokenizer: PreTrainedTokenizerFast
             right[kind] += correct
             asked[kind] += 1
     accuracy = {kind: right[kind] / asked[kind] for kind in sorted(asked)} | {"all": right.total() / asked.total()}
-    print("decoder, unseen compositions:", ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items()), flush=True)
+    print(
+        "decoder, unseen compositions:",
+        ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items()),
+        flush=True,
+    )
     return accuracy
 
 
@@ -407,7 +422,9 @@ def main() -> None:
     parser.add_argument("--tower_steps", type=int, default=1500, help="batches of 192 images")
     parser.add_argument("--decoder_steps", type=int, default=3000, help="batches of 48 texts")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the scenes and their texts")
-    parser.add_argument("--parts", nargs="+", choices=("vision", "text"), default=("vision", "text"), help="make only these")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("vision", "text"), default=("vision", "text"), help="make only these"
+    )
     parser.add_argument("--num_threads", type=int, default=2, help="CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
@@ -422,7 +439,9 @@ def main() -> None:
         processor.save_pretrained(options.output / "vision")
     if "text" in options.parts:
         decoder = train_decoder(tokenizer, options.decoder_steps, options.seed).half()
-        decoder.generation_config = GenerationConfig(bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)
+        decoder.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id
+        )
         decoder.save_pretrained(options.output / "text", max_shard_size="4MB")
         tokenizer.save_pretrained(options.output / "text")
 

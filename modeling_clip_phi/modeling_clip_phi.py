@@ -375,7 +375,14 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _compose(
-        cls, config, hub, dtype=None, device_map=None, quantization_config=None, attn_implementation=None, max_memory=None
+        cls,
+        config,
+        hub,
+        dtype=None,
+        device_map=None,
+        quantization_config=None,
+        attn_implementation=None,
+        max_memory=None,
     ) -> "ClipPhiForCausalLM":
         if config.image_token_id >= config.text_config.vocab_size:
             raise ValueError(

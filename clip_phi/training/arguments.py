@@ -206,11 +206,10 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     arguments, *rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     if rest[-1]:
         _fail(f"unknown option in stage {stage}: {' '.join(rest[-1])}")
-    for name, value in from_file.items():
+    for name, value in from_file.items():  # argparse has converted the strings among them
         usual = getattr(kind, name, None)
-        if usual is not None and not isinstance(
-            value, (int, float) if isinstance(usual, float) else (type(usual), str)
-        ):
+        wanted = (int, float, str) if isinstance(usual, float) else (type(usual), str)
+        if usual is not None and not isinstance(value, wanted):
             _fail(f"{early.config}: {name} must be {type(usual).__name__}, not {value!r}")
     return arguments
 

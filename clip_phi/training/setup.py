@@ -49,8 +49,8 @@ def load_model(arguments: TrainingArguments, accelerator: Accelerator) -> tuple[
             f"{error}\nA name on the Hub needs a network the first time, and a folder must hold config.json. "
             "'make demo' needs neither: its small backbones come with the project."
         ) from error
-    if arguments.max_length > model.config.text_config.max_position_embeddings:
-        context = model.config.text_config.max_position_embeddings
+    context = model.config.get_text_config().max_position_embeddings
+    if arguments.max_length > context:
         accelerator.print(f"--max_length is cut to the decoder's context, {context}")
         arguments.max_length = context
     for parameter in model.parameters():
@@ -62,7 +62,7 @@ def load_model(arguments: TrainingArguments, accelerator: Accelerator) -> tuple[
 
 
 def _from_backbones(arguments: Stage1Arguments, dtype: torch.dtype) -> tuple[ClipPhiForCausalLM, ClipPhiProcessor]:
-    revisions = {"vision_revision": arguments.vision_revision, "text_revision": arguments.text_revision}
+    revisions: dict[str, Any] = {"vision_revision": arguments.vision_revision, "text_revision": arguments.text_revision}
     backbones = (arguments.vision_backbone, arguments.text_backbone)
     processor = ClipPhiProcessor.from_backbones(*backbones, **revisions)
     model = ClipPhiForCausalLM.from_backbones(

@@ -1,0 +1,42 @@
+# Everything that a fresh clone needs: 'make demo' and 'make test'. Both install into .venv first, once.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+# Waiting OpenMP threads spin: two busy cores get ten times slower. One thread per process is the fast choice there.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install demo test test-demo lint format bench clean
+
+install: .venv/installed
+
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed; this is $$($(PYTHON) --version). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+test-demo: install
+	$(BIN)/python -m pytest -m demo $(ARGS)
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install
+	$(BIN)/python benchmarks/tree.py $(ARGS)
+
+clean:
+	rm -rf .venv outputs build *.egg-info

@@ -1,0 +1,100 @@
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from clip_phi.cli import main
+from clip_phi.evaluation.generate import generate_texts
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "red.png"
+    Image.new("RGB", (40, 30), "red").save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def expected(model, processor, path, text=None, max_new_tokens=6):
+    content = [{"type": "image"}] + ([{"type": "text", "text": text}] if text else [])
+    prompts = [([{"role": "user", "content": content}], Image.open(path).convert("RGB"))]
+    return generate_texts(model, processor, prompts, max_new_tokens)[0]
+
+
+def test_caption_and_ask_print_the_greedy_text_of_the_model(model, processor, checkpoint, image, capsys):
+    options = ["--checkpoint", checkpoint, "--max_new_tokens", "6"]
+    assert main(["caption", image, *options]) == 0
+    assert capsys.readouterr().out.strip() == expected(model, processor, image)
+    assert main(["ask", image, "a circle?", *options]) == 0
+    assert capsys.readouterr().out.strip() == expected(model, processor, image, "a circle?")
+
+
+def test_json_is_one_object_an_image(model, processor, checkpoint, image, capsys):
+    options = ["--checkpoint", checkpoint, "--max_new_tokens", "6", "--json"]
+    assert main(["caption", image, image, *options]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [{"image": image, "caption": expected(model, processor, image)}] * 2
+    assert main(["ask", image, "a star?", *options]) == 0
+    answer = expected(model, processor, image, "a star?")
+    assert json.loads(capsys.readouterr().out) == {"image": image, "question": "a star?", "answer": answer}
+
+
+def test_caption_asks_as_the_checkpoint_was_trained_to_be_asked(checkpoint, model, processor, image, tmp_path, capsys):
+    folder = tmp_path / "stage2"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"caption_instruction": "a red circle"}))
+    assert main(["caption", image, "--checkpoint", str(folder), "--max_new_tokens", "6"]) == 0
+    assert capsys.readouterr().out.strip() == expected(model, processor, image, "a red circle")
+
+
+def test_draw_data_writes_the_same_files_for_the_same_seed(tmp_path, capsys):
+    for name in ("one", "two"):
+        folder = str(tmp_path / name)
+        assert main(["draw-data", folder, "--num_train", "3", "--num_val", "2", "--seed", "5", "--json"]) == 0
+        written = json.loads(capsys.readouterr().out)
+        assert written == {"folder": folder, "num_train": 3, "num_val": 2, "seed": 5}
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len(files) == 11
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["caption", "none.png"], "no image none.png"),
+        (["caption", "README.md"], "README.md is not a readable image"),
+        (["caption", "{image}", "--checkpoint", "/nowhere/model"], "no checkpoint /nowhere/model"),
+        (["caption", "{image}", "--checkpoint", "{text}"], "holds a 'phi' model, not a 'clip_phi' one"),
+        (
+            ["ask", "{image}", "why?", "--checkpoint", "{checkpoint}", "--max_new_tokens", "5000"],
+            "do not fit the context",
+        ),
+        (["ask", "{image}", "an <image>?", "--checkpoint", "{checkpoint}"], "<image>"),
+    ],
+)
+def test_bad_input_is_one_line_with_status_2(argv, message, image, checkpoint, text_backbone, capsys):
+    names = {"image": image, "checkpoint": checkpoint, "text": text_backbone}
+    assert main([part.format(**names) for part in argv]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("clip-phi: error: ") and message in error
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="no image none.png"):
+        main(["caption", "none.png", "--debug"])
+
+
+def test_without_the_demo_the_default_checkpoint_says_how_to_get_it(image, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["caption", image]) == 2
+    assert "run 'make demo' first, or give --checkpoint" in capsys.readouterr().err

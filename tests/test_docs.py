@@ -1,0 +1,161 @@
+"""README, CONTRIBUTING and the examples do what they say: every command and every Python block is run here.
+
+The commands run in a copy of the repository, on fewer scenes and for a few steps, so that this takes a minute.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--num_train 24 --num_val 8 --max_steps 2"
+RECIPE = "--train_annotations outputs/demo/data/{train} --train_images outputs/demo/data/train2017 "
+RECIPE += "--eval_annotations outputs/demo/data/{val} --eval_images outputs/demo/data/val2017 --max_steps 1 "
+RECIPE += "--num_workers 0 --max_new_tokens 4"
+STAGE1 = RECIPE.format(train="annotations/captions_train2017.json", val="annotations/captions_val2017.json")
+STAGE1 += " --vision_backbone examples/demo_backbones/vision --text_backbone examples/demo_backbones/text"
+STAGE2 = RECIPE.format(train="llava_instruct_train.json", val="llava_instruct_val.json")
+
+
+def blocks(name, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.M | re.S)
+
+
+def commands(name):
+    lines = "".join(blocks(name, "bash")).splitlines()
+    return [line.split(" # ")[0].strip() for line in lines if line.strip()]
+
+
+def shrink(command):
+    """The same command on little work: fewer steps, the CPU, the demo's data in place of COCO and LLaVA-Instruct."""
+    command = command.replace("000000004001.jpg", "000000000025.jpg").replace("000000004002.jpg", "000000000026.jpg")
+    if command.startswith("accelerate launch"):
+        command = command.replace("accelerate_config.yaml", "examples/configs/cpu.yaml")
+        return f"{command} {STAGE1 if '--stage 1' in command else STAGE2}"
+    make = f"make -o .venv/installed {command.removeprefix('make')}"
+    return {"make demo": f"{make} ARGS='{SMALL}'", "make bench": f"{make} ARGS='--images 2 --repeats 1'"}.get(
+        command, command
+    )
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of what git tracks or would track, with the running environment as its .venv."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True)
+    names = listed.stdout.decode().split("\0") if listed.returncode == 0 else []
+    assert names, "the tests run in a git checkout"
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    bin_folder = folder / ".venv/bin"
+    bin_folder.mkdir(parents=True)
+    for path in Path(sys.executable).parent.iterdir():
+        (bin_folder / path.name).symlink_to(path)
+    (folder / ".venv/installed").touch()
+    return folder
+
+
+def run(command, clone):
+    path = f"{clone / '.venv/bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(clone), "MAKEFLAGS": ""}
+    done = subprocess.run(["bash", "-c", command], cwd=clone, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def demo(clone):
+    return run(shrink("make demo"), clone)
+
+
+def test_demo_writes_what_it_promises(demo, clone):
+    output = clone / "outputs/demo"
+    result = json.loads((output / "result.json").read_text())
+    promised = {"caption_f1_stage1", "caption_f1", "caption_f1_blind", "caption_f1_shuffled", "answer_accuracy"}
+    promised |= {"answer_accuracy_blind", "answer_accuracy_shuffled", "answer_accuracy_question_only"}
+    promised |= {"train_seconds_stage1", "train_seconds_stage2", "total_seconds", "scenes", "questions"}
+    assert set(result) == promised and result["scenes"] == 8
+    assert all(0 <= result[name] <= 1 for name in promised if name.startswith(("caption", "answer")))
+    assert (output / "sheet.png").read_bytes()[:4] == (output / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert {"config.json", "model.safetensors", "modeling_clip_phi.py"} <= {
+        path.name for path in (output / "model").iterdir()
+    }
+    assert f"{result['caption_f1']:.2f}" in demo and "it says the same" in demo
+
+
+README_COMMANDS = [
+    command for command in commands("README.md") if command not in ("make demo", "source .venv/bin/activate")
+]
+
+
+@pytest.mark.parametrize("command", README_COMMANDS)
+def test_readme_command_runs(command, demo, clone):
+    assert command.split()[0] in ("accelerate", ".venv/bin/clip-phi"), "teach shrink() how to run this"
+    assert run(shrink(command), clone).strip()
+
+
+@pytest.mark.parametrize("number", range(len(blocks("README.md", "python"))))
+def test_readme_python_runs(number, demo, clone):
+    code = shrink(blocks("README.md", "python")[number])
+    run(f"python -c {shlex.quote(code)}", clone)
+
+
+def test_contributing_names_the_targets_of_the_makefile(clone, demo):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {command.split()[1] for command in commands("CONTRIBUTING.md")}
+    assert named == targets - {"clean", "format", "demo"}
+    assert "flops_ratio_true_size" in run(shrink("make bench"), clone)
+
+
+def test_help_named_in_readme_shows_the_options(clone):
+    assert "--learning_rate" in run("python train_accelerate.py --stage 1 --help", clone)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_is_accepted(path, clone, demo):
+    script = "from clip_phi.training.arguments import parse_arguments; import sys; "
+    script += "parse_arguments(['--config', sys.argv[1]]).check()"
+    run(f"python -c {shlex.quote(script)} examples/recipes/{path.name}", clone)
+
+
+def test_backbones_can_be_made_anew(clone, tmp_path):
+    run(f"python examples/pretrain_demo_backbones.py --output {tmp_path} --tower_steps 2 --decoder_steps 2", clone)
+    from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+
+    made = (str(tmp_path / "vision"), str(tmp_path / "text"))
+    shipped = (str(ROOT / "examples/demo_backbones/vision"), str(ROOT / "examples/demo_backbones/text"))
+    assert (
+        ClipPhiProcessor.from_backbones(*made).num_image_tokens
+        == ClipPhiProcessor.from_backbones(*shipped).num_image_tokens
+    )
+    new, old = ClipPhiForCausalLM.from_backbones(*made), ClipPhiForCausalLM.from_backbones(*shipped)
+    assert {name: value.shape for name, value in new.state_dict().items()} == {
+        name: value.shape for name, value in old.state_dict().items()
+    }
+    size = sum(path.stat().st_size for path in (ROOT / "examples/demo_backbones").rglob("*") if path.is_file())
+    assert size < 12e6
+
+
+@pytest.mark.demo
+def test_demo_reaches_its_bounds_on_unseen_scenes(clone):
+    """The whole demo, as a newcomer runs it."""
+    run("make -o .venv/installed demo", clone)
+    result = json.loads((clone / "outputs/demo/result.json").read_text())
+    print(json.dumps(result, indent=2))
+    assert result["caption_f1_stage1"] >= 0.50
+    assert result["caption_f1"] >= 0.80
+    assert result["caption_f1_blind"] <= 0.45
+    assert result["caption_f1_shuffled"] <= result["caption_f1_blind"] + 0.05
+    assert result["answer_accuracy"] >= 0.80
+    assert result["answer_accuracy_question_only"] <= 0.60
+    assert result["answer_accuracy_shuffled"] <= result["answer_accuracy_blind"] + 0.05
+    assert result["total_seconds"] < 600

@@ -1,0 +1,72 @@
+"""The import walls: which part of the project may know which other."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# Each part of clip_phi and what it may import from clip_phi; nothing may import a part that stands below it.
+ALLOWED = {
+    "samples": set(),
+    "sources": {"samples"},
+    "batching": {"samples", "sources"},
+    "evaluation": {"samples", "sources", "batching"},
+    "training": {"samples", "sources", "batching", "evaluation"},
+    "serving": {"samples", "sources", "batching", "evaluation"},
+    "cli": {"samples", "sources", "batching", "evaluation", "training", "serving"},
+    "__init__": set(),
+}
+SHIPPED = {
+    "configuration_clip_phi": set(),
+    "processing_clip_phi": set(),
+    "modeling_clip_phi": {"configuration_clip_phi"},
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute dotted names of all that a file imports, inside functions too."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            found.add(".".join((*base, *filter(None, [node.module]))))
+    return found
+
+
+def test_parts_of_clip_phi_import_one_way():
+    files = sorted((ROOT / "clip_phi").rglob("*.py"))
+    assert len(files) > 10
+    for path in files:
+        part = path.relative_to(ROOT / "clip_phi").with_suffix("").parts[0]
+        for module in imported_modules(path):
+            names = module.split(".")
+            assert names[0] not in ("tests", "examples", "benchmarks", "train_accelerate"), f"{path} imports {module}"
+            if names[0] == "clip_phi" and len(names) > 1 and names[1] != part:
+                assert names[1] in ALLOWED[part], f"{path} imports {module}"
+
+
+def test_shipped_files_import_only_each_other_and_by_relative_names():
+    for name, allowed in SHIPPED.items():
+        path = ROOT / "modeling_clip_phi" / f"{name}.py"
+        for module in imported_modules(path):
+            top, *rest = module.split(".")
+            assert top != "clip_phi", f"{path} imports {module}"
+            if top == "modeling_clip_phi":
+                assert rest and rest[0] in allowed, f"{path} imports {module}"
+        assert "import modeling_clip_phi" not in path.read_text(encoding="utf-8")
+
+
+def test_help_imports_no_torch():
+    for command in (
+        "import runpy; sys.argv = ['train_accelerate.py', '--stage', '2', '--help']; "
+        "runpy.run_path('train_accelerate.py', run_name='__main__')",
+        "from clip_phi.cli import main; main(['--help'])",
+        "from clip_phi.cli import main; main(['caption', '--help'])",
+    ):
+        script = f"import sys\ntry:\n    exec({command!r})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "usage:" in done.stdout, done.stderr

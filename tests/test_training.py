@@ -1,0 +1,200 @@
+"""The real script on tiny backbones: files, steps, parameters, losses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clip_phi.sources.drawn import write_dataset
+from modeling_clip_phi import ClipPhiForCausalLM
+
+ROOT = Path(__file__).parent.parent
+CPU = str(ROOT / "examples/configs/cpu.yaml")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder, num_train=12, num_val=4)
+    return folder
+
+
+def run(*options, launcher=("-m", "accelerate.commands.launch", "--config_file", CPU), expect=0, **environment):
+    command = [sys.executable, *launcher, str(ROOT / "train_accelerate.py"), *map(str, options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def stage1(data, backbones, output, *options):
+    vision, text = backbones
+    return [
+        *("--stage", 1, "--vision_backbone", vision, "--text_backbone", text, "--output_dir", output),
+        *("--train_annotations", data / "annotations/captions_train2017.json", "--train_images", data / "train2017"),
+        *("--eval_annotations", data / "annotations/captions_val2017.json", "--eval_images", data / "val2017"),
+        *("--per_device_batch_size", 4, "--num_workers", 0, "--log_every", 1, "--max_new_tokens", 8, "--debug", True),
+        *options,
+    ]
+
+
+def stage2(data, start, output, *options):
+    return [
+        *("--stage", 2, "--init_from", start, "--output_dir", output, "--lora_rank", 4, "--lora_dropout", 0),
+        *("--train_annotations", data / "llava_instruct_train.json", "--train_images", data / "train2017"),
+        *("--eval_annotations", data / "llava_instruct_val.json", "--eval_images", data / "val2017"),
+        *("--per_device_batch_size", 4, "--num_workers", 0, "--log_every", 1, "--max_new_tokens", 8, "--debug", True),
+        *options,
+    ]
+
+
+def metrics(folder, key):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record[key] for record in records if key in record}
+
+
+@pytest.fixture(scope="module")
+def backbones(vision_backbone, text_backbone):
+    return vision_backbone, text_backbone
+
+
+@pytest.fixture(scope="module")
+def trained1(data, backbones, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "stage1"
+    options = ("--num_epochs", 2, "--gradient_accumulation_steps", 1, "--eval_every", 4, "--learning_rate", 0.01)
+    done = run(*stage1(data, backbones, output, *options))
+    return output, done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained2(data, trained1, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "stage2"
+    done = run(*stage2(data, trained1[0], output, "--gradient_accumulation_steps", 3, "--lora_learning_rate", 0.01))
+    return output, done.stdout
+
+
+def test_stage1_trains_the_projector_alone_and_writes_what_it_says(trained1, backbones):
+    output, printed = trained1
+    start = ClipPhiForCausalLM.from_backbones(*backbones)
+    projector = sum(parameter.numel() for parameter in start.model.projector.parameters())
+    total = sum(parameter.numel() for parameter in start.parameters())
+    assert f"training {projector:,} of {total:,} parameters on 1 x cpu" in printed
+    assert list(load_file(output / "model.safetensors")) == ["model.projector.bias", "model.projector.weight"]
+    assert list(metrics(output, "loss")) == [1, 2, 3, 4, 5, 6]
+    assert list(metrics(output, "eval_loss")) == [4, 6]
+    assert metrics(output, "eval_loss")[6] < metrics(output, "loss")[1]
+    samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [4] * 4 + [6] * 4
+    assert (output / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not (output / "adapter").exists()
+
+
+def test_frozen_weights_are_bit_equal_after_both_stages_and_trained_ones_moved(trained1, trained2, backbones):
+    before = ClipPhiForCausalLM.from_backbones(*backbones).state_dict()
+    after = ClipPhiForCausalLM.from_pretrained(trained2[0]).state_dict()
+    stage1_projector = load_file(trained1[0] / "model.safetensors")
+    moved = set()
+    for name, value in after.items():
+        plain = name.replace(".base_layer.", ".")
+        if ".lora_" in name:
+            if ".lora_B." in name:
+                assert value.abs().sum() > 0, f"trained {name} did not move"
+                moved.add(name.split(".")[-4])
+        elif name.startswith("model.projector."):
+            assert not torch.equal(value, before[plain]), f"trained {name} did not move in stage 1"
+            assert not torch.equal(value, stage1_projector[plain]), f"trained {name} did not move in stage 2"
+        else:
+            assert torch.equal(value, before[plain]), f"frozen {name} moved"
+    assert moved == {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}
+    assert not [name for name in after if "vision_tower" in name and "lora" in name]
+
+
+def test_stage2_counts_steps_and_keeps_how_to_ask_for_a_caption(trained2):
+    output, _ = trained2
+    assert list(metrics(output, "loss")) == [1]  # 12 images, 4 in a batch, 3 batches in a step
+    assert ClipPhiForCausalLM.from_pretrained(output).config.caption_instruction == "Describe the image."
+    assert sorted(path.name for path in (output / "adapter").iterdir())[:2] == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_merged_checkpoint_holds_everything(trained1, data, tmp_path):
+    run(*stage2(data, trained1[0], tmp_path / "merged", "--max_steps", 1, "--merged", True))
+    names = load_file(tmp_path / "merged/model.safetensors").keys()
+    assert not [name for name in names if "lora" in name]
+    assert {name.split(".")[1] for name in names if name.startswith("model.")} == {
+        "vision_tower",
+        "projector",
+        "language_model",
+    }
+    assert not ClipPhiForCausalLM.from_pretrained(tmp_path / "merged").config.delta
+
+
+def test_accumulation_equals_one_big_batch_though_answers_differ_in_length(data, trained1, tmp_path):
+    common = ("--max_steps", 3, "--lora_learning_rate", 0.01, "--max_grad_norm", 0)
+    big = ("--per_device_batch_size", 12, "--gradient_accumulation_steps", 1)
+    small = ("--per_device_batch_size", 2, "--gradient_accumulation_steps", 6)
+    run(*stage2(data, trained1[0], tmp_path / "big", *common, *big, "--num_epochs", 3))
+    run(*stage2(data, trained1[0], tmp_path / "small", *common, *small, "--num_epochs", 3))
+    expected, losses = metrics(tmp_path / "big", "loss"), metrics(tmp_path / "small", "loss")
+    assert list(expected) == [1, 2, 3]
+    assert list(losses.values()) == pytest.approx(list(expected.values()), rel=1e-5)
+    one, other = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("big", "small"))
+    for name, value in one.items():
+        assert (other[name] - value).abs().max() < 2e-4, name
+
+
+def test_two_processes_give_the_losses_of_one(data, backbones, tmp_path):
+    common = ("--max_steps", 2, "--gradient_accumulation_steps", 1)
+    run(*stage1(data, backbones, tmp_path / "one", *common, "--per_device_batch_size", 4))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    two = stage1(data, backbones, tmp_path / "two", *common, "--per_device_batch_size", 2)
+    done = run(*two, launcher=torchrun, ACCELERATE_USE_CPU="true")
+    assert "parameters on 2 x cpu" in done.stdout
+    for key in ("loss", "eval_loss"):
+        one = metrics(tmp_path / "one", key)
+        assert metrics(tmp_path / "two", key) == pytest.approx(one, rel=1e-5)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        assert (two[name] - value).abs().max() < 1e-5, name
+
+
+def test_workers_bf16_adam8bit_checkpointing_mlp_and_hold_out_run_together(data, backbones, tmp_path):
+    options = [
+        *("--num_workers", 2, "--optimizer", "adam8bit", "--gradient_checkpointing", True, "--projector_type", "mlp"),
+        *("--eval_annotations", "", "--holdout_images", 3, "--captions_per_image", 2, "--num_epochs", 1),
+        *("--gradient_accumulation_steps", 1),
+    ]
+    run(*stage1(data, backbones, tmp_path / "run", *options), ACCELERATE_MIXED_PRECISION="bf16", launcher=())
+    assert list(metrics(tmp_path / "run", "loss")) == [1, 2, 3]  # 9 images are left to train on
+    model = ClipPhiForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.dtype == torch.bfloat16
+    assert set(load_file(tmp_path / "run/model.safetensors")) == {
+        f"model.projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--stage", "4"], "unknown --stage 4"),
+        (["--stage", "1"], "not found (looked in"),
+        (["--stage", "2", "--train_annotations", "README.md", "--train_images", "tests"], "README.md is not json"),
+    ],
+)
+def test_bad_input_is_one_line_with_status_2_and_no_traceback(options, message):
+    done = run(*options, launcher=(), expect=2)
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.startswith("train_accelerate.py: error: ")
+
+
+def test_missing_weights_say_where_they_were_looked_for_and_name_the_demo(data, tmp_path):
+    options = stage1(data, (tmp_path / "nothing", "microsoft/phi-2"), tmp_path / "run", "--debug", False)
+    done = run(*options, launcher=(), expect=2)
+    assert str(tmp_path / "nothing") in done.stderr and "make demo" in done.stderr
+    assert "Traceback" not in done.stderr
