@@ -1,1 +1,6 @@
 """What trains, judges and serves Clip-Phi; the model itself is the package modeling_clip_phi."""
+
+import logging
+
+# Where there is no GPU, bitsandbytes warns at each import that an optional kernel for CPUs is absent.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -108,7 +108,8 @@ def one_by_one(model, sample, processor, num_items):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_tree_loss_and_projector_gradient_equal_one_by_one(model, processor, sample, dialogue, attention):
+def test_tree_loss_and_projector_gradient_equal_one_by_one(model, processor, sample, dialogue, attention, request):
+    request.addfinalizer(lambda: model.set_attn_implementation("sdpa"))
     model.set_attn_implementation(attention)
     dataset = TreeDataset([sample, dialogue], processor, max_length=200)
     pack = dataset.collate([dataset[0, 0], dataset[0, 1]])

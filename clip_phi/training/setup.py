@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub.errors import HFValidationError
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
@@ -44,10 +45,10 @@ def load_model(arguments: TrainingArguments, accelerator: Accelerator) -> tuple[
         else:
             assert isinstance(arguments, Stage2Arguments)
             model, processor = _with_lora(arguments, dtype)
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise OSError(
-            f"{error}\nA name on the Hub needs a network the first time, and a folder must hold config.json. "
-            "'make demo' needs neither: its small backbones come with the project."
+            f"cannot load {_weights(arguments)}: {error}\nA Hub id (user/name) needs a network the first time, and a "
+            "folder must hold config.json. 'make demo' needs no download: its small backbones come with the project."
         ) from error
     context = model.config.get_text_config().max_position_embeddings
     if arguments.max_length > context:
@@ -59,6 +60,12 @@ def load_model(arguments: TrainingArguments, accelerator: Accelerator) -> tuple[
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, processor
+
+
+def _weights(arguments: TrainingArguments) -> str:
+    if isinstance(arguments, Stage1Arguments):
+        return f"{arguments.vision_backbone} and {arguments.text_backbone}"
+    return getattr(arguments, "init_from", "")
 
 
 def _from_backbones(arguments: Stage1Arguments, dtype: torch.dtype) -> tuple[ClipPhiForCausalLM, ClipPhiProcessor]:
