@@ -4,13 +4,16 @@ The method is LLaVA's (arXiv 2304.08485): patch features of a frozen tower, one 
 Shapes are written (batch, sequence, hidden); "patches" is the number of features that one image gives.
 """
 
+import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -200,7 +203,9 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        if attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.dim() == 4:
+        # generate with a static cache gives a dict of ready masks to decoders that have several kinds of layers
+        is_tensor = isinstance(attention_mask, torch.Tensor)
+        if is_tensor and attention_mask.dtype == torch.bool and attention_mask.dim() == 4:
             attention_mask = self._additive_if_eager(attention_mask, inputs_embeds.dtype)
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -340,6 +345,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         quantization_config: Any = None,
         attn_implementation: str | dict[str, str] | None = None,
         max_memory: dict | None = None,
+        offload_folder: str | None = None,
         **options: Any,
     ) -> "ClipPhiForCausalLM":
         """Put a pretrained tower and a pretrained decoder together, frozen, with a new projector between them.
@@ -353,8 +359,8 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
 
         Raises ValueError if a checkpoint lacks weights, or the vocabulary has no row left for <image>."""
         hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
-        vision_revision = _pin(vision, vision_revision, hub)
-        text_revision = _pin(text, text_revision, hub)
+        vision, vision_revision = _pin(vision, vision_revision, hub)
+        text, text_revision = _pin(text, text_revision, hub)
         vision_config = AutoConfig.from_pretrained(vision, revision=vision_revision or "main", **hub)
         text_config = AutoConfig.from_pretrained(text, revision=text_revision or "main", **hub)
         if image_token_id is None:
@@ -364,25 +370,19 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             vision_config=getattr(vision_config, "vision_config", vision_config),
             text_config=text_config.get_text_config(decoder=True),
             image_token_id=image_token_id,
-            vision_backbone=str(vision),
+            vision_backbone=vision,
             vision_backbone_revision=vision_revision,
-            text_backbone=str(text),
+            text_backbone=text,
             text_backbone_revision=text_revision,
             delta=True,
             **options,
         )
-        return cls._compose(config, hub, dtype, device_map, quantization_config, attn_implementation, max_memory)
+        placement = (device_map, max_memory, offload_folder)
+        return cls._compose(config, hub, dtype, *placement, quantization_config, attn_implementation)
 
     @classmethod
     def _compose(
-        cls,
-        config,
-        hub,
-        dtype=None,
-        device_map=None,
-        quantization_config=None,
-        attn_implementation=None,
-        max_memory=None,
+        cls, config, hub, dtype, device_map, max_memory, offload_folder, quantization_config, attn_implementation
     ) -> "ClipPhiForCausalLM":
         if config.image_token_id >= config.text_config.vocab_size:
             raise ValueError(
@@ -399,15 +399,16 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         placed = {"dtype": dtype, "device_map": None if spread else device_map}
         attention = attn_implementation if isinstance(attn_implementation, dict) else {}
         common = None if attention else attn_implementation
-        vision_tower = _load_part(
-            AutoModel,
-            config.vision_backbone,
-            config=config.vision_config,
-            revision=config.vision_backbone_revision or "main",
-            attn_implementation=attention.get("vision_config", common),
-            **placed,
-            **hub,
-        )
+        with _quiet_about_text_half():
+            vision_tower = _load_part(
+                AutoModel,
+                config.vision_backbone,
+                config=config.vision_config,
+                revision=config.vision_backbone_revision or "main",
+                attn_implementation=attention.get("vision_config", common),
+                **placed,
+                **hub,
+            )
         decoder = _load_part(
             AutoModelForCausalLM,
             config.text_backbone,
@@ -428,6 +429,8 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         model.config.vision_config, model.config.text_config = vision_tower.config, decoder.config
         model.model.projector = make_projector(config).to(dtype=dtype, device=model.lm_head.weight.device)
         model.model.projector.apply(model._init_weights)
+        if quantization_config is not None:
+            del decoder.config.quantization_config  # the caller's choice of today, not a property of the checkpoint
         for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
             if name in vars(decoder):
                 setattr(model, name, getattr(decoder, name))
@@ -436,7 +439,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             model.generation_config.pad_token_id = min(config.image_token_id + 1, config.text_config.vocab_size - 1)
         model.freeze_backbones()
         model.eval()
-        return _spread(model, device_map, max_memory) if spread else model
+        return _spread(model, device_map, max_memory, offload_folder) if spread else model
 
     def freeze_backbones(self) -> None:
         """Freeze the tower, the decoder and its head: no gradients and no dropout; the projector stays trainable.
@@ -461,28 +464,29 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         options = {
             name: kwargs.pop(name, None)
-            for name in ("dtype", "device_map", "quantization_config", "attn_implementation", "max_memory")
+            for name in (
+                *("dtype", "device_map", "max_memory", "offload_folder"),
+                *("quantization_config", "attn_implementation"),
+            )
         }
         options["dtype"] = options["dtype"] or kwargs.pop("torch_dtype", None)
+        _check_backbones(path, config, hub)
         model = cls._compose(config, hub, **options)
         model.config.name_or_path = str(path)
         trained = load_file(cached_file(path, "model.safetensors", **place, **hub))
         own = {f"model.projector.{name}": value for name, value in model.model.projector.state_dict().items()}
         _refuse_missing(path, own.keys() - trained.keys())
         for name, value in own.items():
-            if trained[name].shape != value.shape:
-                raise ValueError(
-                    f"{path}: {name} has shape {tuple(trained[name].shape)}, but the backbones "
-                    f"{config.vision_backbone} and {config.text_backbone} need {tuple(value.shape)}"
-                )
             value.copy_(trained[name])
         if config.adapter is not None:
-            folder = "/".join(filter(None, (place["subfolder"], config.adapter)))
             try:
                 import peft  # noqa: F401
             except ImportError as error:
                 raise ImportError(f"{path} holds a LoRA adapter: pip install peft") from error
-            model.load_adapter(str(path), adapter_kwargs={**hub, "revision": place["revision"], "subfolder": folder})
+            # load_adapter's own subfolder is not looked into for the weights by transformers 5.18
+            names = (f"{config.adapter}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors"))
+            files = [cached_file(path, name, **place, **hub) for name in names]
+            model.load_adapter(str(Path(files[0]).parent))
         generation_file = cached_file(
             path, "generation_config.json", _raise_exceptions_for_missing_entries=False, **place, **hub
         )
@@ -502,20 +506,19 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         Raises ValueError if a delta would lose trained weights, or a quantised decoder would have to be merged."""
         merged = not self.config.delta if merged is None else merged
         adapted = bool(getattr(self, "_hf_peft_config_loaded", False))
-        if "state_dict" in kwargs and kwargs["state_dict"] is not None:
-            state = kwargs.pop("state_dict")
-        else:
-            kwargs.pop("state_dict", None)
-            state = self.state_dict()
+        state = kwargs.pop("state_dict", None)
+        # load_adapter leaves its own renaming of weights behind, which would be undone in what is saved here
+        plain = {"_hf_peft_config_loaded": False} | ({"_weight_conversions": None} if adapted else {})
         if merged:
+            if getattr(self, "hf_quantizer", None) is not None:
+                raise ValueError(
+                    "a merged checkpoint is not made of quantised weights: save the delta, load it without "
+                    "quantization_config, and save that with merged=True"
+                )
+            state = state or self.state_dict()
             if adapted:
-                if getattr(self, "hf_quantizer", None) is not None:
-                    raise ValueError(
-                        "the adapter cannot be folded into quantised weights: save the delta, load it without "
-                        "quantization_config, and save that with merged=True"
-                    )
                 state = self._folded(state)
-            with _temporarily(self.config, delta=False, adapter=None), _temporarily(self, _hf_peft_config_loaded=False):
+            with _temporarily(self.config, delta=False, adapter=None), _temporarily(self, **plain):
                 return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
         if self.config.text_backbone is None or self.config.vision_backbone is None:
             raise ValueError("this model was not made from backbones: save it with merged=True")
@@ -529,19 +532,16 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
                 f"a delta checkpoint would lose {len(lost)} trainable backbone weights ({lost[0]}, ...): "
                 "save with merged=True"
             )
+        # Not state_dict(): it changes what bitsandbytes' 4-bit layers answer on a CPU (0.50.2, measured)
+        state = state or {name: parameter.detach() for name, parameter in self.named_parameters()}
         if adapted:
             self._save_adapter(save_directory, state)
         trained = {name: value for name, value in state.items() if name.startswith("model.projector.")}
         adapter = ADAPTER_FOLDER if adapted else None
-        plain = _temporarily(self, _hf_peft_config_loaded=False, hf_quantizer=None)
-        with _temporarily(self.config, delta=True, adapter=adapter), plain:
+        with _temporarily(self.config, delta=True, adapter=adapter), _temporarily(self, hf_quantizer=None, **plain):
             return super().save_pretrained(save_directory, *args, state_dict=trained, **kwargs)
 
     def _save_adapter(self, save_directory, state: dict[str, torch.Tensor]) -> None:
-        from pathlib import Path
-
-        from safetensors.torch import save_file
-
         folder = Path(save_directory) / ADAPTER_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         name = self.active_adapters()[0]
@@ -591,11 +591,35 @@ def _load_part(auto_class: Any, path: str, **kwargs: Any) -> Any:
     return part
 
 
-def _pin(path: str, revision: str | None, hub: dict[str, Any]) -> str | None:
-    """The commit that `revision` of a Hub repository stands for now; None for a folder."""
+def _pin(path: str, revision: str | None, hub: dict[str, Any]) -> tuple[str, str | None]:
+    """A folder as (absolute path, None); a Hub repository as (id, the commit that `revision` stands for now)."""
+    if Path(path).is_dir():
+        return str(Path(path).resolve()), None
     config_file = cached_file(path, "config.json", revision=revision or "main", **hub)
-    parts = str(config_file).replace("\\", "/").split("/snapshots/")
-    return parts[1].split("/")[0] if len(parts) == 2 else None
+    return str(path), Path(str(config_file)).parent.name  # .../snapshots/<commit>/config.json
+
+
+def _check_backbones(path: Any, config: ClipPhiConfig, hub: dict[str, Any]) -> None:
+    """That the two backbones of the delta checkpoint at `path` can be reached and are still what they were."""
+    vision = (config.vision_backbone, config.vision_backbone_revision, config.vision_config)
+    text = (config.text_backbone, config.text_backbone_revision, config.text_config)
+    for backbone, revision, expected in (vision, text):
+        try:
+            found = AutoConfig.from_pretrained(backbone, revision=revision or "main", **hub)
+        except (OSError, ValueError) as error:
+            where = f"on the Hub at {revision}" if revision else "as a folder"
+            raise OSError(
+                f"{path} is completed from {backbone}, which was not found {where}: put it back there, or use the "
+                "checkpoint that save_pretrained(..., merged=True) makes"
+            ) from error
+        is_tower = expected is config.vision_config
+        found = getattr(found, "vision_config", found) if is_tower else found.get_text_config(decoder=True)
+        for name in ("hidden_size",) if is_tower else ("hidden_size", "vocab_size"):
+            if getattr(found, name) != getattr(expected, name):
+                raise ValueError(
+                    f"{path} was trained on {backbone} with {name} {getattr(expected, name)}, which now has "
+                    f"{name} {getattr(found, name)}"
+                )
 
 
 def _as_dtype(dtype: torch.dtype | str | None, config: ClipPhiConfig) -> torch.dtype:
@@ -607,11 +631,16 @@ def _as_dtype(dtype: torch.dtype | str | None, config: ClipPhiConfig) -> torch.d
 def _spare_small_parts(quantization_config: Any) -> Any:
     """Leave the tower, the projector and the head out of a bitsandbytes quantisation that names no exceptions."""
     if getattr(quantization_config, "llm_int8_skip_modules", ...) is None:
-        quantization_config.llm_int8_skip_modules = ["vision_tower", "projector", "lm_head"]
+        quantization_config = copy.copy(quantization_config)
+        # transformers compares these with the beginning of a module's name, which differs for the headless class
+        parts = ("vision_tower", "projector")
+        quantization_config.llm_int8_skip_modules = ["lm_head", *parts, *(f"model.{part}" for part in parts)]
     return quantization_config
 
 
-def _spread(model: ClipPhiForCausalLM, device_map: Any, max_memory: dict | None) -> ClipPhiForCausalLM:
+def _spread(
+    model: ClipPhiForCausalLM, device_map: Any, max_memory: dict | None, offload_folder: str | None
+) -> ClipPhiForCausalLM:
     try:
         from accelerate import dispatch_model, infer_auto_device_map
         from accelerate.utils import get_balanced_memory
@@ -624,7 +653,27 @@ def _spread(model: ClipPhiForCausalLM, device_map: Any, max_memory: dict | None)
                 model, max_memory, no_split_module_classes=whole, low_zero=device_map == "balanced_low_0"
             )
         device_map = infer_auto_device_map(model, max_memory=max_memory, no_split_module_classes=whole)
-    return dispatch_model(model, device_map=device_map, skip_keys=model._skip_keys_device_placement)
+    return dispatch_model(
+        model, device_map=device_map, offload_dir=offload_folder, skip_keys=model._skip_keys_device_placement
+    )
+
+
+@contextmanager
+def _quiet_about_text_half() -> Iterator[None]:
+    """Leave out transformers' report, a line a weight, if all it says is that a CLIP's text half is not used."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        rows = [line for line in message.splitlines() if " | " in line][1:]  # the first is the table's head
+        half = ("text_model.", "text_projection", "visual_projection", "logit_")
+        return "LOAD REPORT" not in message or not all(row.startswith(half) and "UNEXPECTED" in row for row in rows)
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
 
 
 @contextmanager

@@ -201,7 +201,7 @@ def description(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 def dialogue(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """Two to four different (question, short answer) turns; yes and no are equally likely where both are possible."""
-    makers = [_ask_color, _ask_shape, _ask_presence, _ask_presence, _ask_count, _ask_relation, _ask_relation]
+    makers = [ask_color, _ask_shape, _ask_presence, _ask_presence, _ask_count, ask_relation, ask_relation]
     rng.shuffle(makers)
     length = rng.randint(2, 4)
     turns: dict[str, str] = {}
@@ -257,7 +257,8 @@ def _relate(objects: Sequence[DrawnObject], rng: random.Random) -> str | None:
     return f"{text}, with {_enumerate(others)}." if others else f"{text}."
 
 
-def _ask_color(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+def ask_color(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    """A question about the color of an object whose shape occurs once, or None if there is none."""
     shapes = Counter(item.shape for item in scene.objects)
     unique = [item for item in scene.objects if shapes[item.shape] == 1]
     if not unique:
@@ -291,7 +292,8 @@ def _ask_count(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return rng.choice(_COUNT_QUESTIONS), NUMBERS[len(scene.objects)]
 
 
-def _ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+def ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    """A question whether one object stands left, right, above or below another, or None if no two clearly do."""
     found = _relatable(scene.objects, rng)
     if found is None:
         return None

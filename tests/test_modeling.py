@@ -1,0 +1,611 @@
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXT, VISION
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    PhiConfig,
+    PhiForCausalLM,
+    SiglipVisionConfig,
+)
+from transformers import logging as transformers_logging
+
+from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiModel
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
+
+
+def picture(seed: int) -> Image.Image:
+    pixels = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+@pytest.fixture
+def inputs(processor):
+    return processor(images=[picture(0)], text=["<image>Instruct: a circle?\nOutput:"], return_tensors="pt")
+
+
+@torch.no_grad()
+def logits(model, inputs) -> torch.Tensor:
+    return model(**inputs).logits
+
+
+@pytest.fixture
+def delta(model, tmp_path) -> Path:
+    model.save_pretrained(tmp_path / "delta")
+    return tmp_path / "delta"
+
+
+@pytest.fixture
+def merged(model, tmp_path) -> Path:
+    model.save_pretrained(tmp_path / "merged", merged=True)
+    return tmp_path / "merged"
+
+
+@pytest.fixture
+def adapted(fresh_model):
+    from peft import LoraConfig
+
+    fresh_model.add_adapter(LoraConfig(r=4, target_modules=LINEARS, init_lora_weights=False))
+    return fresh_model.eval()
+
+
+def edit_config(folder: Path, **fields) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+# ---------------------------------------------------------------------------------------------------------- forward
+
+
+def test_backbones_are_loaded_bit_equal(model, vision_backbone, text_backbone):
+    state = model.state_dict()
+    clip = load_file(Path(vision_backbone) / "model.safetensors")
+    names = [name for name in clip if name.startswith("vision_model.")]
+    assert len(names) > 50
+    for name in names:
+        ours = name.replace("vision_model.", "model.vision_tower.")
+        assert torch.equal(state[ours], clip[name]), name
+    phi = PhiForCausalLM.from_pretrained(text_backbone, dtype=torch.float32).state_dict()
+    for name, value in phi.items():
+        ours = name if name.startswith("lm_head") else name.replace("model.", "model.language_model.", 1)
+        assert torch.equal(state[ours], value), name
+    assert len(state) == len(phi) + len(names) + 2
+
+
+def test_image_features_take_the_places_of_image_tokens(model, inputs):
+    tower = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+    features = model.model.projector(tower.hidden_states[-2][:, 1:])
+    assert torch.equal(model.get_image_features(inputs["pixel_values"]).pooler_output[0], features[0])
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    embeddings[0, :4] = features[0]
+    expected = model.lm_head(model.model.language_model(inputs_embeds=embeddings).last_hidden_state)
+    assert torch.equal(logits(model, inputs), expected)
+    outputs = model(**inputs, output_hidden_states=True)
+    assert torch.equal(outputs.image_hidden_states, features[0])
+    assert len(outputs.hidden_states) == TEXT["num_hidden_layers"] + 1
+
+
+def test_text_only_call_is_the_plain_decoder(model, text_backbone, processor):
+    plain = PhiForCausalLM.from_pretrained(text_backbone, dtype=torch.float32)
+    ids = processor(text=["Instruct: hi\nOutput:"], return_tensors="pt")
+    assert torch.equal(logits(model, ids), logits(plain, ids))
+
+
+def test_several_images_stand_in_the_order_given(model, processor):
+    text = "<image>a<image>b"
+    first, second = picture(1), picture(2)
+    both = processor(images=[first, second], text=[text], return_tensors="pt")
+    swapped = processor(images=[second, first], text=[text], return_tensors="pt")
+    assert both["input_ids"].tolist() == swapped["input_ids"].tolist()
+    places = (both["input_ids"][0] == processor.image_token_id).nonzero().flatten().tolist()
+    assert places == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert (logits(model, both) - logits(model, swapped)).abs().max() > 1e-3
+    one = processor(images=[first], text=["<image>a"], return_tensors="pt")
+    torch.testing.assert_close(logits(model, both)[:, :5], logits(model, one), rtol=1e-5, atol=1e-6)
+
+
+def test_embeddings_instead_of_ids_give_the_same_logits(model, inputs):
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    embedded = {"inputs_embeds": embeddings, "pixel_values": inputs["pixel_values"]}
+    assert torch.equal(logits(model, embedded), logits(model, inputs))
+
+
+def test_prompt_and_images_that_do_not_match_are_refused(model, inputs):
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    with pytest.raises(ValueError, match="3 <image> tokens but 4 image features: was the prompt truncated"):
+        model(input_ids=ids[:, 1:], pixel_values=pixels)
+    with pytest.raises(ValueError, match="4 <image> tokens but 8 image features"):
+        model(input_ids=ids, pixel_values=pixels.repeat(2, 1, 1, 1))
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(pixel_values=pixels)
+    with pytest.raises(ValueError, match="Input image size"):
+        model(input_ids=ids, pixel_values=pixels[..., :16])
+
+
+def test_four_dimensional_mask_needs_a_dense_attention(fresh_model, inputs):
+    length = inputs["input_ids"].shape[1]
+    fresh_model.model.language_model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="'flex_attention' takes no mask of four dimensions: use 'sdpa' or 'eager'"):
+        fresh_model(input_ids=inputs["input_ids"], attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool))
+
+
+# ------------------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("num_items", [None, 5])
+def test_loss_equals_the_plain_loss_over_all_logits(model, processor, num_items):
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a?"}]}]
+    ids, labels = processor.encode([*messages, {"role": "assistant", "content": "a red circle"}])
+    ids, labels = torch.tensor([ids]), torch.tensor([labels])
+    pixels = processor.image_processor(picture(0), return_tensors="pt")["pixel_values"]
+    outputs = model(input_ids=ids, pixel_values=pixels, labels=labels, num_items_in_batch=num_items)
+    options = {} if num_items is None else {"num_items_in_batch": num_items}
+    plain = model.loss_function(logits=outputs.logits, labels=labels, vocab_size=TEXT["vocab_size"], **options)
+    torch.testing.assert_close(outputs.loss, plain, rtol=1e-6, atol=0)
+    total = cross_entropy(outputs.logits[0, :-1], labels[0, 1:], reduction="sum")
+    torch.testing.assert_close(outputs.loss, total / (num_items or (labels != -100).sum()), rtol=1e-6, atol=0)
+
+
+def test_no_logits_are_made_in_training(fresh_model, inputs):
+    sizes = []
+    fresh_model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape))
+    fresh_model.train()
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[0, -3:] = 7
+    outputs = fresh_model(**inputs, labels=labels)
+    assert outputs.logits is None and sizes == [(3, TEXT["vocab_size"])]
+    assert fresh_model(**inputs, labels=labels, skip_logits=False).logits.shape == (
+        1,
+        labels.shape[1],
+        TEXT["vocab_size"],
+    )
+    assert fresh_model(**inputs).logits is not None
+    fresh_model.eval()
+    assert fresh_model(**inputs, labels=labels).logits is not None
+    assert fresh_model(**inputs, labels=labels, skip_logits=True).logits is None
+
+
+def test_logits_to_keep_names_positions(model, inputs):
+    everything = logits(model, inputs)
+    for kept, expected in [
+        (3, everything[:, -3:]),
+        (torch.tensor([1, 4]), everything[:, [1, 4]]),
+        (torch.tensor([[4, 4, 0]]), everything[:, [4, 4, 0]]),
+    ]:
+        torch.testing.assert_close(logits(model, {**inputs, "logits_to_keep": kept}), expected)
+    labels = inputs["input_ids"].clone()
+    expected = cross_entropy(everything[0, -3:-1], labels[0, -2:])
+    torch.testing.assert_close(model(**inputs, labels=labels, logits_to_keep=3).loss, expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_tree_equals_its_branches_one_by_one(fresh_model, attention):
+    fresh_model.set_attn_implementation(attention)
+    image = [fresh_model.config.image_token_id] * 4
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    branches = [[11, 12, 13, 0], [21, 0], [31, 32, 0]]
+    prefix = [*image, 40]
+    total = sum(len(branch) for branch in branches)
+    projector = fresh_model.model.projector
+
+    plain = 0
+    for branch in branches:
+        ids, labels = torch.tensor([prefix + branch]), torch.tensor([[-100] * len(prefix) + branch])
+        plain += fresh_model(input_ids=ids, pixel_values=pixels, labels=labels, num_items_in_batch=total).loss
+    (plain_gradient,) = torch.autograd.grad(plain, [projector.weight])
+
+    owner = torch.tensor([0] * len(prefix) + [n for n, branch in enumerate(branches, 1) for _ in branch[:-1]])
+    ids = torch.tensor([prefix + [token for branch in branches for token in branch[:-1]]])
+    positions = [*range(len(prefix)), *(len(prefix) + n for branch in branches for n in range(len(branch) - 1))]
+    kept, offset = [], len(prefix)
+    for branch in branches:
+        kept += [len(prefix) - 1, *range(offset, offset + len(branch) - 1)]
+        offset += len(branch) - 1
+    row, column = owner[:, None], owner[None, :]
+    mask = ((column == 0) | (row == column)) & torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
+    loss = fresh_model(
+        input_ids=ids,
+        pixel_values=pixels,
+        attention_mask=mask[None, None],
+        position_ids=torch.tensor([positions]),
+        logits_to_keep=torch.tensor([kept]),
+        shift_labels=torch.tensor([sum(branches, [])]),
+        num_items_in_batch=total,
+        use_cache=False,
+    ).loss
+    (gradient,) = torch.autograd.grad(loss, [projector.weight])
+    assert abs(loss.item() / plain.item() - 1) < 1e-6
+    assert (gradient - plain_gradient).norm() / plain_gradient.norm() < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------- generation
+
+
+def generate(model, inputs, **options):
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=6, min_new_tokens=6, **options)
+    return ids[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_generation_equals_argmax_over_the_whole_sequence_each_time(model, inputs):
+    ids, forbidden = inputs["input_ids"], model.config.text_config.eos_token_id
+    for _ in range(6):
+        scores = logits(model, {"input_ids": ids, "pixel_values": inputs["pixel_values"]})[:, -1]
+        scores[:, forbidden] = -torch.inf
+        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
+    expected = ids[:, -6:].tolist()
+    assert generate(model, inputs) == expected
+    assert generate(model, inputs, use_cache=False) == expected
+    assert generate(model, inputs, cache_implementation="static", disable_compile=True) == expected
+
+
+def test_batch_with_left_padding_equals_one_by_one(model, processor):
+    prompts = ["<image>Instruct: a\nOutput:", "<image>Instruct: a blue square and a star\nOutput:", "<image>"]
+    images = [picture(seed) for seed in range(3)]
+    batch = processor(images=images, text=prompts, padding=True, return_tensors="pt")
+    assert batch["attention_mask"][:, 0].tolist() == [0, 1, 0]
+    alone = [
+        generate(model, processor(images=[image], text=[prompt], return_tensors="pt"))[0]
+        for image, prompt in zip(images, prompts, strict=True)
+    ]
+    assert generate(model, batch) == alone
+
+
+def test_generation_stops_at_the_end_token(fresh_model, inputs):
+    with torch.no_grad():
+        fresh_model.lm_head.bias[fresh_model.config.text_config.eos_token_id] = 1e4
+    ids = fresh_model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert ids[0, inputs["input_ids"].shape[1] :].tolist() == [fresh_model.config.text_config.eos_token_id]
+
+
+def test_images_are_looked_at_once_while_generating(fresh_model, inputs):
+    calls = []
+    fresh_model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    generate(fresh_model, inputs)
+    assert len(calls) == 1
+
+
+def test_padding_token_is_the_processors(model, processor):
+    assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id
+
+
+# --------------------------------------------------------------------------------------------------------- freezing
+
+
+def test_only_the_projector_is_trainable_and_it_alone_moves(fresh_model, inputs):
+    trainable = {name for name, parameter in fresh_model.named_parameters() if parameter.requires_grad}
+    assert trainable == {"model.projector.weight", "model.projector.bias"}
+    before = {name: parameter.clone() for name, parameter in fresh_model.named_parameters()}
+    fresh_model.train()
+    optimizer = torch.optim.AdamW([p for p in fresh_model.parameters() if p.requires_grad], lr=1e-2)
+    fresh_model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    optimizer.step()
+    for name, parameter in fresh_model.named_parameters():
+        assert torch.equal(before[name], parameter) == (name not in trainable), name
+
+
+def test_frozen_model_in_train_mode_answers_the_same_twice(fresh_model, inputs):
+    assert fresh_model.config.text_config.resid_pdrop == 0.1
+    expected = logits(fresh_model, inputs)
+    fresh_model.train()
+    assert torch.equal(logits(fresh_model, inputs), expected)
+    assert torch.equal(logits(fresh_model, inputs), expected)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(fresh_model, inputs):
+    fresh_model.train()
+    gradients = []
+    for _ in range(2):
+        fresh_model.zero_grad()
+        fresh_model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append(fresh_model.model.projector.weight.grad)
+        fresh_model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert torch.equal(*gradients)
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_delta_holds_the_projector_and_reloads_with_equal_logits(model, delta, inputs):
+    assert set(load_file(delta / "model.safetensors")) == {"model.projector.weight", "model.projector.bias"}
+    assert {path.name for path in delta.iterdir()} == {
+        "config.json",
+        "configuration_clip_phi.py",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_clip_phi.py",
+    }
+    reloaded, info = ClipPhiForCausalLM.from_pretrained(delta, output_loading_info=True)
+    assert torch.equal(logits(reloaded, inputs), logits(model, inputs))
+    assert not any(info.values()) and not reloaded.training
+    assert reloaded.generation_config.pad_token_id == model.generation_config.pad_token_id
+    assert {name for name, p in reloaded.named_parameters() if p.requires_grad} == {
+        "model.projector.weight",
+        "model.projector.bias",
+    }
+    headless = ClipPhiModel.from_pretrained(delta)
+    assert torch.equal(headless(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+
+
+def test_delta_saved_again_is_the_same_delta(delta, tmp_path):
+    ClipPhiForCausalLM.from_pretrained(delta).save_pretrained(tmp_path / "again")
+    first, second = (load_file(folder / "model.safetensors") for folder in (delta, tmp_path / "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert (delta / "config.json").read_text() == (tmp_path / "again/config.json").read_text()
+
+
+def test_merged_checkpoint_needs_no_backbone(model, merged, inputs):
+    config = json.loads((merged / "config.json").read_text())
+    assert config["delta"] is False and model.config.delta
+    edit_config(merged, vision_backbone="/nowhere", text_backbone="/nowhere")
+    reloaded = ClipPhiForCausalLM.from_pretrained(merged)
+    assert torch.equal(logits(reloaded, inputs), logits(model, inputs))
+    reloaded.save_pretrained(merged.parent / "again")
+    assert torch.equal(
+        logits(ClipPhiForCausalLM.from_pretrained(merged.parent / "again"), inputs), logits(model, inputs)
+    )
+
+
+def test_adapter_is_saved_in_a_delta_and_folded_into_a_merged_checkpoint(adapted, inputs, tmp_path, model):
+    expected = logits(adapted, inputs)
+    assert (expected - logits(model, inputs)).abs().max() > 1e-2
+    adapted.save_pretrained(tmp_path / "delta")
+    assert {path.name for path in (tmp_path / "delta/adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    reloaded = ClipPhiForCausalLM.from_pretrained(tmp_path / "delta")
+    assert torch.equal(logits(reloaded, inputs), expected)
+    reloaded.save_pretrained(tmp_path / "delta again")
+    again = ClipPhiForCausalLM.from_pretrained(tmp_path / "delta again")
+    assert torch.equal(logits(again, inputs), expected)
+    adapted.save_pretrained(tmp_path / "merged", merged=True)
+    merged = ClipPhiForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not any("lora" in name for name in merged.state_dict())
+    assert (logits(merged, inputs) - expected).abs().max() < 1e-5
+
+
+def test_adapter_without_peft_is_one_line(adapted, tmp_path, monkeypatch):
+    adapted.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="holds a LoRA adapter: pip install peft"):
+        ClipPhiForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["delta", "merged"])
+def test_missing_weights_are_refused(kind, request):
+    folder = request.getfixturevalue(kind)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.projector.bias"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{folder} lacks 1 of the weights its config asks for: model.projector.bias"):
+        ClipPhiForCausalLM.from_pretrained(folder)
+
+
+def test_backbone_with_missing_weights_is_refused(vision_backbone, text_backbone, tmp_path):
+    shutil.copytree(vision_backbone, tmp_path / "vision")
+    weights = load_file(tmp_path / "vision/model.safetensors")
+    del weights["vision_model.encoder.layers.0.mlp.fc1.bias"]
+    save_file(weights, tmp_path / "vision/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="vision lacks 1 of the weights .*layers.0.mlp.fc1.bias"):
+        ClipPhiForCausalLM.from_backbones(str(tmp_path / "vision"), text_backbone)
+
+
+def test_other_architecture_is_refused(text_backbone):
+    with pytest.raises(ValueError, match="holds a 'phi' model, not a 'clip_phi' one"):
+        ClipPhiForCausalLM.from_pretrained(text_backbone)
+
+
+def test_delta_whose_backbone_is_gone_says_so(delta):
+    edit_config(delta, text_backbone="/nowhere/text")
+    message = f"{delta} is completed from /nowhere/text, which was not found as a folder: put it back .*merged=True"
+    with pytest.raises(OSError, match=message):
+        ClipPhiForCausalLM.from_pretrained(delta)
+    edit_config(delta, text_backbone="owner/name", text_backbone_revision="abc123")
+    with pytest.raises(OSError, match="owner/name, which was not found on the Hub at abc123"):
+        ClipPhiForCausalLM.from_pretrained(delta)
+
+
+@pytest.mark.parametrize(("field", "value"), [("vocab_size", 321), ("hidden_size", 64)])
+def test_delta_whose_decoder_has_changed_is_refused(delta, text_backbone, tmp_path, field, value):
+    PhiConfig(**TEXT | {field: value}).save_pretrained(tmp_path / "text")
+    edit_config(delta, text_backbone=str(tmp_path / "text"))
+    with pytest.raises(ValueError, match=f"text with {field} {TEXT[field]}, which now has {field} {value}"):
+        ClipPhiForCausalLM.from_pretrained(delta)
+
+
+def test_delta_whose_tower_has_changed_is_refused(delta, tmp_path):
+    CLIPVisionConfig(**VISION | {"hidden_size": 18}).save_pretrained(tmp_path / "vision")
+    edit_config(delta, vision_backbone=str(tmp_path / "vision"))
+    with pytest.raises(ValueError, match="with hidden_size 16, which now has hidden_size 18"):
+        ClipPhiForCausalLM.from_pretrained(delta)
+
+
+def test_trainable_backbone_is_not_lost_in_a_delta(fresh_model, tmp_path):
+    fresh_model.lm_head.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"would lose 2 trainable backbone weights \(lm_head.weight, ...\)"):
+        fresh_model.save_pretrained(tmp_path)
+
+
+def test_model_made_whole_cannot_be_a_delta(merged, tmp_path):
+    edit_config(merged, vision_backbone=None, text_backbone=None)
+    with pytest.raises(ValueError, match="was not made from backbones: save it with merged=True"):
+        ClipPhiForCausalLM.from_pretrained(merged).save_pretrained(tmp_path / "x", merged=False)
+
+
+def test_local_backbones_are_stored_as_absolute_paths(vision_backbone, text_backbone, monkeypatch):
+    monkeypatch.chdir(Path(text_backbone).parent)
+    model = ClipPhiForCausalLM.from_backbones(vision_backbone, Path(text_backbone).name)
+    assert (model.config.text_backbone, model.config.text_backbone_revision) == (text_backbone, None)
+
+
+def test_backbone_in_the_hub_cache_is_pinned_to_its_commit(vision_backbone, text_backbone, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--owner--name"
+    shutil.copytree(text_backbone, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    model = ClipPhiForCausalLM.from_backbones(vision_backbone, "owner/name", cache_dir=str(tmp_path))
+    assert (model.config.text_backbone, model.config.text_backbone_revision) == ("owner/name", commit)
+    model.save_pretrained(tmp_path / "delta")
+    (repository / "refs/main").unlink()
+    reloaded = ClipPhiForCausalLM.from_pretrained(tmp_path / "delta", cache_dir=str(tmp_path))
+    assert torch.equal(reloaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_decoder_without_a_spare_row_is_refused(vision_backbone, text_backbone):
+    with pytest.raises(ValueError, match=r"has 320 vocabulary rows and none of them is left for <image> \(id 320\)"):
+        ClipPhiForCausalLM.from_backbones(vision_backbone, text_backbone, image_token_id=320)
+
+
+def test_image_token_defaults_to_the_first_spare_row(model, text_backbone):
+    assert model.config.image_token_id == len(AutoTokenizer.from_pretrained(text_backbone))
+
+
+def test_unused_text_half_is_not_reported_but_problems_are(vision_backbone, text_backbone, tmp_path, caplog):
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(caplog.handler)
+    transformers_logging.set_verbosity_warning()
+    try:
+        ClipPhiForCausalLM.from_backbones(vision_backbone, text_backbone)
+        assert "LOAD REPORT" not in caplog.text
+        shutil.copytree(vision_backbone, tmp_path / "vision")
+        weights = load_file(tmp_path / "vision/model.safetensors")
+        weights["vision_model.surprise"] = torch.zeros(1)
+        save_file(weights, tmp_path / "vision/model.safetensors", metadata={"format": "pt"})
+        ClipPhiForCausalLM.from_backbones(str(tmp_path / "vision"), text_backbone)
+        assert "LOAD REPORT" in caplog.text and "surprise" in caplog.text
+    finally:
+        transformers_logging.set_verbosity_error()
+        logger.removeHandler(caplog.handler)
+
+
+# -------------------------------------------------------------------------------------------- placement, other parts
+
+
+@pytest.mark.parametrize("kind", ["delta", "merged"])
+@pytest.mark.parametrize(
+    "device_map",
+    ["auto", "sequential", {"": "cpu"}, dict.fromkeys(("model", "lm_head"), "cpu")],
+    ids=["auto", "sequential", "cpu", "by_part"],
+)
+def test_device_map_on_cpu_gives_equal_logits(kind, device_map, model, inputs, request):
+    placed = ClipPhiForCausalLM.from_pretrained(request.getfixturevalue(kind), device_map=device_map)
+    assert torch.equal(logits(placed, inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize("kind", ["delta", "merged"])
+def test_dtype_and_attention_reach_every_part(kind, request, inputs):
+    folder = request.getfixturevalue(kind)
+    loaded = ClipPhiForCausalLM.from_pretrained(folder, dtype="bfloat16", attn_implementation="eager")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.model.vision_tower.config._attn_implementation == "eager"
+    assert loaded.model.language_model.config._attn_implementation == "eager"
+    loaded.model.projector.float()  # as training holds it
+    assert logits(loaded, inputs).dtype == torch.bfloat16
+    parts = {"vision_config": "eager", "text_config": "sdpa"}
+    loaded = ClipPhiForCausalLM.from_pretrained(folder, attn_implementation=parts)
+    assert loaded.model.vision_tower.config._attn_implementation == "eager"
+    assert loaded.model.language_model.config._attn_implementation == "sdpa"
+
+
+@pytest.fixture(scope="module")
+def wide_text_backbone(text_backbone, tmp_path_factory):
+    """bitsandbytes' 4-bit blocks hold 64 numbers, so its rows must not be shorter."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(4)
+    wide = {"hidden_size": 64, "intermediate_size": 128, "bos_token_id": 0, "eos_token_id": 0}
+    PhiForCausalLM(PhiConfig(**TEXT | wide)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(text_backbone).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantisation_is_for_the_decoder_alone(bits, vision_backbone, wide_text_backbone, inputs, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+    quantised = {4: bitsandbytes.nn.Linear4bit, 8: bitsandbytes.nn.Linear8bitLt}[bits]
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    plain = ClipPhiForCausalLM.from_backbones(vision_backbone, wide_text_backbone)
+    plain.save_pretrained(tmp_path / "delta")
+    plain.save_pretrained(tmp_path / "merged", merged=True)
+    expected = logits(plain, inputs)
+    for folder in (tmp_path / "delta", tmp_path / "merged"):
+        model = ClipPhiForCausalLM.from_pretrained(folder, quantization_config=config)
+        modules = {name: type(module) for name, module in model.named_modules() if type(module) is quantised}
+        assert len(modules) == 6 * TEXT["num_hidden_layers"]
+        assert all(name.startswith("model.language_model.layers.") for name in modules)
+        assert (logits(model, inputs) - expected).norm() / expected.norm() < {4: 0.3, 8: 0.03}[bits]
+    assert config.llm_int8_skip_modules is None, "the caller's config was changed"
+    with pytest.raises(ValueError, match="merged checkpoint is not made of quantised weights: save the delta"):
+        model.save_pretrained(tmp_path / "x", merged=True)
+
+    model = ClipPhiForCausalLM.from_backbones(vision_backbone, wide_text_backbone, quantization_config=config)
+    model.add_adapter(LoraConfig(r=2, target_modules="model.language_model.*q_proj", init_lora_weights=False))
+    answer = logits(model.eval(), inputs)
+    model.save_pretrained(tmp_path / "adapted")
+    assert torch.equal(logits(model, inputs), answer), "saving changed the model"
+    assert "quantization_config" not in (tmp_path / "adapted/config.json").read_text()
+    again = ClipPhiForCausalLM.from_pretrained(tmp_path / "adapted", quantization_config=config)
+    saved, loaded = model.state_dict(), again.state_dict()
+    trained = [name for name in saved if "lora_" in name or "projector" in name]
+    assert len(trained) == 2 * TEXT["num_hidden_layers"] + 2
+    assert all(torch.equal(saved[name], loaded[name]) for name in trained)
+    assert logits(ClipPhiForCausalLM.from_pretrained(tmp_path / "adapted"), inputs).isfinite().all()
+
+
+DECODER = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("text_config", "tied"),
+    [
+        (LlamaConfig(**DECODER, intermediate_size=48, tie_word_embeddings=True), True),
+        (LlamaConfig(**DECODER, intermediate_size=48, tie_word_embeddings=False), False),
+        (GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=2), True),
+    ],
+    ids=["tied llama", "untied llama", "gpt2"],
+)
+def test_other_towers_and_decoders_survive_saving(text_config, tied, tmp_path):
+    vision = dict(VISION)
+    config = ClipPhiConfig(
+        vision_config=SiglipVisionConfig(**vision),
+        text_config=text_config,
+        vision_feature_select_strategy="full",
+        projector_type="mlp",
+        image_token_id=98,
+    )
+    model = ClipPhiForCausalLM(config).eval()
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    assert len(model.model.projector) == 3
+    inputs = {"input_ids": torch.tensor([[98] * 4 + [1, 2]]), "pixel_values": torch.ones(1, 3, 32, 32)}
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModel.from_pretrained(tmp_path)
+    assert type(reloaded) is ClipPhiForCausalLM
+    assert torch.equal(logits(reloaded, inputs), logits(model, inputs))
+    model.resize_token_embeddings(103)
+    assert logits(model, inputs).shape == (1, 6, 103)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+
+
+def test_decoder_that_changes_its_logits_after_the_head_is_refused():
+    text = GemmaConfig(**DECODER, intermediate_size=48, head_dim=16)
+    text.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match=r"after the head \(final_logit_softcapping\) are not supported"):
+        ClipPhiForCausalLM(ClipPhiConfig(vision_config=CLIPVisionConfig(**VISION), text_config=text, image_token_id=98))
