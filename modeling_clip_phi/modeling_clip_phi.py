@@ -37,6 +37,11 @@ IGNORE_INDEX = -100
 ADAPTER_FOLDER = "adapter"
 # What from_pretrained takes to find files, as opposed to what it takes to place them.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+# What transformers' own classes and pipelines pass along, and what changes nothing for a delta.
+PASSIVE_OPTIONS = {
+    *("trust_remote_code", "code_revision", "adapter_kwargs", "use_safetensors", "weights_only", "low_cpu_mem_usage"),
+    *("_from_auto", "_from_pipeline", "_commit_hash"),
+}
 
 
 @dataclass
@@ -62,7 +67,8 @@ def make_projector(config: ClipPhiConfig) -> nn.Module:
     """The map from the tower's feature width to the decoder's embedding width.
 
     "linear" is one layer (LLaVA, arXiv 2304.08485); "mlp" is two with GELU between (LLaVA-1.5, arXiv 2310.03744)."""
-    width, text_width = config.vision_config.hidden_size, config.text_config.hidden_size
+    vision: Any = config.vision_config
+    width, text_width = vision.hidden_size, config.get_text_config().hidden_size
     linear = nn.Linear(width, text_width, bias=config.projector_bias)
     if config.projector_type == "linear":
         return linear
@@ -204,8 +210,11 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         # generate with a static cache gives a dict of ready masks to decoders that have several kinds of layers
-        is_tensor = isinstance(attention_mask, torch.Tensor)
-        if is_tensor and attention_mask.dtype == torch.bool and attention_mask.dim() == 4:
+        if (
+            isinstance(attention_mask, torch.Tensor)
+            and attention_mask.dtype == torch.bool
+            and attention_mask.dim() == 4
+        ):
             attention_mask = self._additive_if_eager(attention_mask, inputs_embeds.dtype)
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -458,7 +467,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------ checkpoints
 
     @classmethod
-    def _from_delta(cls, path, config, **kwargs) -> "ClipPhiForCausalLM":
+    def _from_delta(cls, path, config, **kwargs) -> Any:
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         place = {"revision": kwargs.pop("revision", None) or "main", "subfolder": kwargs.pop("subfolder", None) or ""}
         wants_info = kwargs.pop("output_loading_info", False)
@@ -470,6 +479,10 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             )
         }
         options["dtype"] = options["dtype"] or kwargs.pop("torch_dtype", None)
+        for name in [name for name in kwargs if name in config.to_dict()]:
+            setattr(config, name, kwargs.pop(name))
+        if unknown := sorted(kwargs.keys() - PASSIVE_OPTIONS):
+            raise TypeError(f"from_pretrained of a delta checkpoint takes no {', '.join(unknown)}")
         _check_backbones(path, config, hub)
         model = cls._compose(config, hub, **options)
         model.config.name_or_path = str(path)

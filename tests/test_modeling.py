@@ -609,3 +609,12 @@ def test_decoder_that_changes_its_logits_after_the_head_is_refused():
     text.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match=r"after the head \(final_logit_softcapping\) are not supported"):
         ClipPhiForCausalLM(ClipPhiConfig(vision_config=CLIPVisionConfig(**VISION), text_config=text, image_token_id=98))
+
+
+def test_delta_takes_config_fields_as_keywords_and_refuses_unknown_ones(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert (
+        ClipPhiForCausalLM.from_pretrained(tmp_path, caption_instruction="what?").config.caption_instruction == "what?"
+    )
+    with pytest.raises(TypeError, match="takes no projector_tipe"):
+        ClipPhiForCausalLM.from_pretrained(tmp_path, projector_tipe="mlp")
