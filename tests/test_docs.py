@@ -56,11 +56,7 @@ def clone(tmp_path_factory):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
-    bin_folder = folder / ".venv/bin"
-    bin_folder.mkdir(parents=True)
-    for path in Path(sys.executable).parent.iterdir():
-        (bin_folder / path.name).symlink_to(path)
-    (folder / ".venv/installed").touch()
+    (folder / ".venv").symlink_to(sys.prefix)
     return folder
 
 
