@@ -8,6 +8,7 @@ seen an image. Only compositions of the train split are used.
 """
 
 import argparse
+import itertools
 import math
 import os
 import random
@@ -37,14 +38,13 @@ from clip_phi.sources import drawn
 
 END = "<|endoftext|>"
 PATCH_SIZE = 16
-DLR = float(os.environ.get("DLR", "1e-3"))
-ENOISE = float(os.environ.get("ENOISE", "0.5"))
 GRID = drawn.IMAGE_SIZE // PATCH_SIZE
 NUM_SLOTS = GRID * GRID
 SPARE_ROWS = 16  # embedding rows without a token, as phi-2 has: ClipPhi puts <image> and <pad> there
 COLORS, SHAPES = list(drawn.COLORS), list(drawn.SHAPES)
 PLACES = ("left", "right", "above", "below")
 NUM_BINS = 8
+BASICS_SHARE = 0.25  # of the decoder's steps
 PARTS = ("vision", "text")
 
 
@@ -98,27 +98,36 @@ def speech_turn(scene: drawn.Scene, rng: random.Random) -> tuple[str, str]:
     return f"Speech: {spoken}\nInstruct: Answer the question in the speech.\nOutput:", f" {answer}"
 
 
-def inventory(scene: drawn.Scene, rng: random.Random) -> tuple[str, str]:
-    """Every fact about every object, color or shape first: so that either one finds the other and the place."""
-    parts = []
-    for item in rng.sample(scene.objects, len(scene.objects)):
-        name = item.name if rng.random() < 0.5 else f"{item.shape} {item.color}"
-        column, row = (centre * NUM_BINS // drawn.IMAGE_SIZE for centre in (item.x, item.y))
-        parts.append(f"{name} column {column} row {row}")
-    return "Instruct: List all facts.\nOutput:", f" {', '.join(parts)}"
+def exercise(scene: drawn.Scene, rng: random.Random) -> tuple[str, str]:
+    """A dense text that is never asked for later. Captions teach only to look up by color; this, by shape and place."""
+    objects = drawn.in_reading_order(scene)
+    kind = rng.randrange(3 if len(objects) > 1 else 2)
+    if kind == 0:
+        return "Instruct: Name the colors.\nOutput:", f" {', '.join(f'{item.shape} {item.color}' for item in objects)}"
+    if kind == 1:
+        cells = [[centre * NUM_BINS // drawn.IMAGE_SIZE for centre in (item.x, item.y)] for item in objects]
+        places = [f"{item.name} column {x} row {y}" for item, (x, y) in zip(objects, cells, strict=True)]
+        return "Instruct: Name the places.\nOutput:", f" {', '.join(places)}"
+    comparisons = [
+        f"{one.name} {other.name} {'left' if one.x < other.x else 'right'} {'above' if one.y < other.y else 'below'}"
+        for one, other in itertools.permutations(objects, 2)
+    ]
+    return "Instruct: Compare the objects.\nOutput:", f" {', '.join(comparisons)}"
 
 
-def turns_of(scene: drawn.Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """(prompt, answer) pairs in the model's own format, in the order in which they follow each other."""
-    kind = rng.random()
-    if kind < 0.25:
+def turns_of(scene: drawn.Scene, rng: random.Random, basics: bool = False) -> list[tuple[str, str]]:
+    """(prompt, answer) pairs in the model's own format, in the order in which they follow each other.
+
+    basics: only captions and exercises, the short texts from which looking up is learnt soonest."""
+    kind = rng.random() * (0.38 if basics else 1.0)
+    if kind < 0.22:
         return [("", f" {rng.choice(drawn.captions(scene, rng))}")]
-    if kind < 0.33:
+    if kind < 0.38:
+        return [exercise(scene, rng)]
+    if kind < 0.45:
         return [speech_turn(scene, rng)]
-    if kind < 0.5:
-        return [inventory(scene, rng)]
     turns = dict(drawn.dialogue(scene, rng) + drawn.dialogue(scene, rng))
-    for ask in (drawn.ask_relation, drawn.ask_relation, drawn.ask_color, drawn.ask_color):
+    for ask in (drawn.ask_relation, drawn.ask_color, drawn.ask_color):
         turns.update([ask(scene, rng) or drawn.dialogue(scene, rng)[0]])  # the hardest kinds, more often
     conversation = rng.sample(list(turns.items()), len(turns))
     if rng.random() < 0.4:  # last: what is written in an answer need no longer be read from the image
@@ -376,15 +385,17 @@ def train_decoder(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, bat
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 1e-3)
         if not batches:
-            pairs = [(scene, turns_of(scene, rng)) for scene in sample_scenes(rng, 8 * batch_size)]
+            basics = step < BASICS_SHARE * steps
+            rows = 3 * batch_size if basics else batch_size
+            pairs = [(scene, turns_of(scene, rng, basics)) for scene in sample_scenes(rng, 8 * rows)]
             pairs.sort(key=lambda pair: sum(len(prompt) + len(answer) for prompt, answer in pair[1]))
-            batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+            batches = [pairs[start : start + rows] for start in range(0, len(pairs), rows)]
             rng.shuffle(batches)
         scenes, conversations = zip(*batches.pop(), strict=True)
         blind = rng.random() < 0.12  # without slots the whole text is learnt, with slots the answers
-        texts = tokenize(tokenizer, conversations, [not blind] * batch_size)
+        texts = tokenize(tokenizer, conversations, [not blind] * len(scenes))
         embedding = decoder.get_input_embeddings().weight
-        noise = min(1.0, max(0.0, 2.5 * step / steps - 0.75))  # looking up is learnt from clean facts first
+        noise = min(0.5, max(0.0, 1.5 * step / steps - 0.5))  # looking up is learnt from clean facts first
         slots = None if blind else make_slots(lay_out(scenes), embedding, words, generator, noise)
         loss = F.cross_entropy(*decoder_logits(decoder, slots, texts))
         optimizer.zero_grad()

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 64
-MAX_OBJECTS = 4
+MAX_OBJECTS = 3
 SPLITS = ("train", "val")
 COLORS = {
     "red": (215, 30, 40),
@@ -86,7 +86,7 @@ class DrawnObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One to four objects that do not touch; background is an RGB color and texture_seed decides texture and noise."""
+    """One to three objects that do not touch; background is an RGB color and texture_seed decides texture and noise."""
 
     objects: tuple[DrawnObject, ...]
     background: tuple[int, int, int]
@@ -177,23 +177,27 @@ def _mask(item: DrawnObject) -> Image.Image:
 
 
 def captions(scene: Scene, rng: random.Random) -> list[str]:
-    """Five captions as COCO has them, each naming every object with its color and number."""
-    objects = list(scene.objects)
-    rng.shuffle(objects)
+    """Five captions as COCO has them, each naming every object with its color and number, most in reading order."""
+    objects = in_reading_order(scene)
     number, shapes, are = NUMBERS[len(objects)], "shapes", "are"
     if len(objects) == 1:
         shapes, are = "shape", "is"
     frames = ["{}.", "A picture of {}.", f"There {are} {{}}.", "An image with {}.", f"{number} {shapes}: {{}}."]
-    texts = [frame.format(_enumerate(rng.sample(objects, len(objects)))) for frame in frames]
+    texts = [frame.format(_enumerate(objects)) for frame in frames]
     related = _relate(objects, rng)
     if related is not None:
         texts[rng.randrange(4)] = related
     return [text[0].upper() + text[1:] for text in texts]
 
 
+def in_reading_order(scene: Scene) -> list[DrawnObject]:
+    """A scene's objects from top to bottom in lines of a quarter of the image, and from left to right in a line."""
+    return sorted(scene.objects, key=lambda item: (item.y // (IMAGE_SIZE // 4), item.x))
+
+
 def description(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A request to describe the image and its answer, which names every object from left to right."""
-    objects = sorted(scene.objects, key=lambda item: item.x)
+    """A request to describe the image and its answer, which names every object in reading order."""
+    objects = in_reading_order(scene)
     shows = rng.choice(("The image shows {}.", "There is {}.", "I can see {}."))
     text = shows.format(_enumerate(objects))
     return rng.choice(_DESCRIPTION_REQUESTS), text.replace("There is", "There are") if len(objects) > 1 else text
@@ -201,7 +205,7 @@ def description(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 def dialogue(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """Two to four different (question, short answer) turns; yes and no are equally likely where both are possible."""
-    makers = [ask_color, _ask_shape, _ask_presence, _ask_presence, _ask_count, ask_relation, ask_relation]
+    makers = [ask_color, _ask_shape, _ask_presence, _ask_presence, _ask_count, ask_relation]
     rng.shuffle(makers)
     length = rng.randint(2, 4)
     turns: dict[str, str] = {}
