@@ -100,7 +100,7 @@ def speech_turn(scene: drawn.Scene, rng: random.Random) -> tuple[str, str]:
 
 def exercise(scene: drawn.Scene, rng: random.Random) -> tuple[str, str]:
     """A dense text that is never asked for later. Captions teach only to look up by color; this, by shape and place."""
-    objects = drawn.in_reading_order(scene)
+    objects = rng.sample(scene.objects, len(scene.objects))  # in no order: so that only shape and color lead to a fact
     kind = rng.randrange(3 if len(objects) > 1 else 2)
     if kind == 0:
         return "Instruct: Name the colors.\nOutput:", f" {', '.join(f'{item.shape} {item.color}' for item in objects)}"
@@ -451,7 +451,7 @@ def evaluate_decoder(decoder: PhiForCausalLM, tokenizer: PreTrainedTokenizerFast
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write vision/ and text/ into")
-    parser.add_argument("--tower_steps", type=int, default=1500, help="batches of 192 images")
+    parser.add_argument("--tower_steps", type=int, default=1000, help="batches of 192 images")
     parser.add_argument("--decoder_steps", type=int, default=3000, help="batches of 32 texts")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the scenes and their texts")
     parser.add_argument(
