@@ -23,6 +23,7 @@ RECIPES = ROOT / "examples" / "recipes"
 OUTPUT = Path("outputs/demo")
 DESCRIBE = "Describe the image."
 BATCH_SIZE = 64
+SHUFFLES = 3  # the shuffled control is the mean over so many ways to give each scene another one's image
 
 # Run where nothing of this project can be imported: the checkpoint alone must be enough.
 STRANGER = """
@@ -144,7 +145,7 @@ def judge(scenes: list[dict[str, Any]]) -> dict[str, float]:
     owners = [index for index, scene in enumerate(scenes) for _ in scene["turns"]]
     turns = [turn for scene in scenes for turn in scene["turns"]]
     questions = [turn["question"] for turn in turns]
-    others = derange(len(scenes))
+    shuffles = [derange(len(scenes), places=number) for number in range(1, SHUFFLES + 1)]
     result: dict[str, float] = {"scenes": len(scenes), "questions": len(turns)}
 
     model, processor = (
@@ -164,12 +165,14 @@ def judge(scenes: list[dict[str, Any]]) -> dict[str, float]:
         scene["caption"] = caption
     result["caption_f1"] = f1([scene["caption"] for scene in scenes])
     result["caption_f1_blind"] = f1(say([DESCRIBE], [None]) * len(scenes))
-    result["caption_f1_shuffled"] = f1([scenes[other]["caption"] for other in others])
+    result["caption_f1_shuffled"] = mean(f1([scenes[other]["caption"] for other in others]) for others in shuffles)
     for turn, answer in zip(turns, say(questions, [images[owner] for owner in owners]), strict=True):
         turn["answer"] = answer
     result["answer_accuracy"] = accuracy([turn["answer"] for turn in turns])
     result["answer_accuracy_blind"] = accuracy(say(questions, [None] * len(turns)))
-    result["answer_accuracy_shuffled"] = accuracy(say(questions, [images[others[owner]] for owner in owners]))
+    result["answer_accuracy_shuffled"] = mean(
+        accuracy(say(questions, [images[others[owner]] for owner in owners])) for others in shuffles
+    )
     result["answer_accuracy_question_only"] = accuracy(guess_from_questions(questions))
     return {name: round(value, 4) for name, value in result.items()}
 
@@ -193,13 +196,13 @@ def mean(values: Any) -> float:
     return sum(values) / len(values)
 
 
-def derange(count: int) -> list[int]:
-    """A seeded permutation without fixed points: every scene gets another scene's image."""
+def derange(count: int, places: int) -> list[int]:
+    """A seeded permutation without fixed points (if count > places > 0): every scene gets another scene's image."""
     order = list(range(count))
     random.Random(0).shuffle(order)
     partner = [0] * count
     for place, index in enumerate(order):
-        partner[index] = order[(place + 1) % count]
+        partner[index] = order[(place + places) % count]
     return partner
 
 
