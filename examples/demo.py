@@ -231,11 +231,11 @@ def draw_sheet(scenes: list[dict[str, Any]], path: Path) -> None:
 
     from clip_phi.sources.drawn import object_f1
 
-    figure = Figure(figsize=(16, 15), layout="constrained")
+    figure = Figure(figsize=(16, 8.5), layout="constrained")
     figure.suptitle("Unseen scenes: caption after stage 1, description and answers after stage 2 (green: right)")
     for axes, scene in zip(figure.subplots(4, 3).flat, scenes, strict=False):
         axes.imshow(Image.open(scene["path"]), extent=(0, 1, 0, 1))
-        axes.set(xlim=(0, 3.6), ylim=(0, 1))
+        axes.set(xlim=(0, 3.6), ylim=(-0.15, 1))
         axes.axis("off")
         truth = ", ".join(f"{count} {' '.join(name)}" for name, count in scene["truth"].items())
         lines = [(f"truth: {truth}", "black")]
