@@ -531,9 +531,12 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             state = state or self.state_dict()
             if adapted:
                 state = self._folded(state)
-            with _temporarily(self.config, delta=False, adapter=None), _temporarily(self, **plain):
+            # a folder of this machine says nothing elsewhere, and is not needed any more
+            parts = [part for part in ("vision", "text") if getattr(self.config, f"{part}_backbone_revision") is None]
+            local = dict.fromkeys(f"{part}_backbone" for part in parts)
+            with _temporarily(self.config, delta=False, adapter=None, **local), _temporarily(self, **plain):
                 return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
-        if self.config.text_backbone is None or self.config.vision_backbone is None:
+        if not self.config.delta:
             raise ValueError("this model was not made from backbones: save it with merged=True")
         lost = [
             name

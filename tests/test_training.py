@@ -132,7 +132,15 @@ def test_merged_checkpoint_holds_everything(trained1, data, tmp_path):
         "projector",
         "language_model",
     }
-    assert not ClipPhiForCausalLM.from_pretrained(tmp_path / "merged").config.delta
+    merged = ClipPhiForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not merged.config.delta and merged.config.text_backbone is None
+
+    # Trained on, it stays merged: a delta over the original backbones would lose what was folded in.
+    done = run(*stage2(data, tmp_path / "merged", tmp_path / "again", "--max_steps", 1))
+    assert "so will be what is saved" in done.stdout
+    again = load_file(tmp_path / "again/model.safetensors")
+    name = "model.vision_tower.encoder.layers.0.mlp.fc1.weight"
+    assert again.keys() == names and torch.equal(again[name], merged.state_dict()[name])
 
 
 def test_accumulation_equals_one_big_batch_though_answers_differ_in_length(data, trained1, tmp_path):

@@ -54,6 +54,9 @@ def load_model(arguments: TrainingArguments, accelerator: Accelerator) -> tuple[
     if arguments.max_length > context:
         accelerator.print(f"--max_length is cut to the decoder's context, {context}")
         arguments.max_length = context
+    if not model.config.delta and not arguments.merged:
+        accelerator.print("what is trained on is a merged checkpoint, and so will be what is saved")
+        arguments.merged = True
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
