@@ -47,7 +47,7 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--num_train", type=int, default=4000, help="training scenes (default: %(default)s)")
-    parser.add_argument("--num_val", type=int, default=600, help="scenes to be judged on (default: %(default)s)")
+    parser.add_argument("--num_val", type=int, default=1000, help="scenes to be judged on (default: %(default)s)")
     parser.add_argument(
         "--max_steps", type=int, default=0, help="stop each stage after so many steps (0: as the recipe says)"
     )
