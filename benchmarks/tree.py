@@ -109,6 +109,8 @@ def main() -> None:
         "speed_ratio": min(seconds["one_by_one"]) / min(seconds["tree"]),
         "loss_rel_diff": loss_difference,
         "grad_rel_diff": gradient_difference,
+        "tokens_true_size_tree": TRUE_PREFIX + sum(TRUE_CAPTION_LENGTHS),
+        "tokens_true_size_one_by_one": sum(TRUE_PREFIX + length + 1 for length in TRUE_CAPTION_LENGTHS),
         "flops_ratio_true_size": flops["one_by_one"] / flops["tree"],
     }
     for name, value in result.items():

@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -120,7 +121,9 @@ def read_turns(split: str) -> list[tuple[str, str, str]]:
 
 
 def judge(scenes: list[dict[str, Any]]) -> dict[str, float]:
-    """Score captions and answers: with the right image, with none, and with another scene's. Fills in the scenes."""
+    """Score captions and answers: with the right image, with none, and with another scene's.
+
+    Fills in the scenes, and saves the judged model whole, as outputs/demo/model."""
     from clip_phi.batching.images import load_image
     from clip_phi.evaluation.generate import generate_texts
     from clip_phi.sources.drawn import object_f1
@@ -256,8 +259,6 @@ def draw_sheet(scenes: list[dict[str, Any]], path: Path) -> None:
 
 
 def wrap(text: str) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, 52))
 
 

@@ -62,11 +62,6 @@ class TrainingArguments:
     max_new_tokens: int = _option(64, "longest sample text")
     merged: bool = _option(False, "save one whole checkpoint (LoRA folded in) instead of trained weights only")
 
-    @property
-    def micro_batches(self) -> int:
-        """Images in one step on one device."""
-        return self.per_device_batch_size * self.gradient_accumulation_steps
-
     def check(self) -> None:
         """Raises ValueError that lists every bad value and every missing file at once."""
         problems = self.problems()
@@ -75,7 +70,8 @@ class TrainingArguments:
 
     def problems(self) -> list[str]:
         found = []
-        for name in ("per_device_batch_size", "gradient_accumulation_steps", "max_length", "log_every", "eval_every"):
+        counts = ["per_device_batch_size", "gradient_accumulation_steps", "max_length", "max_new_tokens"]
+        for name in (*counts, "max_eval_images", "log_every", "eval_every"):
             if getattr(self, name) < 1:
                 found.append(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in ("max_steps", "num_workers", "num_sample_texts", "holdout_images"):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
-from .arguments import TrainingArguments
+from .arguments import Stage2Arguments, TrainingArguments
 
 
 def make_optimizer(model: torch.nn.Module, arguments: TrainingArguments, device: torch.device) -> torch.optim.Optimizer:
@@ -16,10 +16,11 @@ def make_optimizer(model: torch.nn.Module, arguments: TrainingArguments, device:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault(("lora_" in name, parameter.dim() > 1), []).append(parameter)
+    lora_learning_rate = arguments.lora_learning_rate if isinstance(arguments, Stage2Arguments) else None
     parameters = [
         {
             "params": group,
-            "lr": getattr(arguments, "lora_learning_rate") if is_lora else arguments.learning_rate,  # noqa: B009
+            "lr": lora_learning_rate if is_lora else arguments.learning_rate,
             "weight_decay": arguments.weight_decay if is_matrix else 0.0,
         }
         for (is_lora, is_matrix), group in groups.items()
