@@ -25,62 +25,74 @@ def train(arguments: TrainingArguments) -> None:
 
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import gather_object, set_seed
     from transformers.utils import logging
 
     from clip_phi.batching.loader import EndlessSampler, TreeDataset, make_loader
     from clip_phi.evaluation.generate import held_out_loss
+    from clip_phi.training.data import read_data
     from clip_phi.training.monitor import Monitor
     from clip_phi.training.optim import make_optimizer, make_scheduler
-    from clip_phi.training.setup import count_parameters, eval_batches, load_model, read_samples, sample_texts
+    from clip_phi.training.setup import count_parameters, eval_batches, load_model, load_processor, sample_texts
 
     logging.disable_progress_bar()  # one bar is enough
     accelerator = Accelerator()
     device = accelerator.device
     set_seed(arguments.seed)
 
-    train_samples, eval_samples = read_samples(arguments)
-    model, processor = load_model(arguments, accelerator)
+    processor, context = load_processor(arguments)
+    if arguments.max_length > context:
+        accelerator.print(f"--max_length is cut to the decoder's context, {context}")
+        arguments.max_length = context
+    with accelerator.local_main_process_first():  # which writes the index that the others find
+        data = read_data(arguments, processor, accelerator.process_index, accelerator.num_processes, accelerator.print)
+    model = load_model(arguments, processor, accelerator)
     trainable, total = count_parameters(model)
     accelerator.print(f"training {trainable:,} of {total:,} parameters on {accelerator.num_processes} x {device.type}")
 
-    dataset = TreeDataset(
-        train_samples, processor, arguments.max_length, getattr(arguments, "captions_per_image", None)
+    if data.mixture is None:
+        num_steps, batches = arguments.max_steps, arguments.per_device_batch_size
+    else:
+        batches = EndlessSampler(
+            mixture=data.mixture,
+            batch_size=arguments.per_device_batch_size,
+            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+            num_steps=0,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        num_steps = max(1, -int(-arguments.num_epochs * data.mixture.length // batches.global_batch_size))
+        batches.num_steps = num_steps = min(num_steps, arguments.max_steps or num_steps)
+    packs_in_order = iter(
+        make_loader(data.train, batches, processor, arguments.num_workers, pin_memory=device.type == "cuda")
     )
-    sampler = EndlessSampler(
-        num_samples=len(dataset),
-        batch_size=arguments.per_device_batch_size,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        seed=arguments.seed,
-        num_steps=0,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    sampler.num_steps = max(1, -int(-arguments.num_epochs * len(dataset) // sampler.global_batch_size))
-    if arguments.max_steps:
-        sampler.num_steps = min(sampler.num_steps, arguments.max_steps)
-    batches = iter(make_loader(dataset, sampler, arguments.num_workers, pin_memory=device.type == "cuda"))
-    eval_dataset = TreeDataset(eval_samples, processor, arguments.max_length)
-    eval_loader = make_loader(eval_dataset, eval_batches(len(eval_dataset), arguments, accelerator), 0)
+    eval_loaders = {
+        name: make_loader(
+            TreeDataset([index], processor), eval_batches(len(index), arguments, accelerator), processor, 0
+        )
+        for name, index in data.held_out.items()
+    }
 
     optimizer = make_optimizer(model, arguments, device)
-    scheduler = make_scheduler(optimizer, arguments, sampler.num_steps)
+    scheduler = make_scheduler(optimizer, arguments, num_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     output_dir = Path(arguments.output_dir)
-    monitor = Monitor(output_dir, sampler.num_steps, active=accelerator.is_main_process)
+    monitor = Monitor(output_dir, num_steps, active=accelerator.is_main_process)
 
     model.train()
-    for step in range(1, sampler.num_steps + 1):
+    for step in range(1, num_steps + 1):
         # One step: every answer token of all ranks and micro-batches weighs the same, however they are spread.
-        packs = [next(batches).to(device) for _ in range(arguments.gradient_accumulation_steps)]
-        counts = torch.tensor([[pack.num_supervised, pack.num_branches] for pack in packs], device=device)
-        num_supervised, num_branches = accelerator.reduce(counts.sum(0), "sum").tolist()
+        packs = [next(packs_in_order).to(device) for _ in range(arguments.gradient_accumulation_steps)]
+        counts = torch.tensor([[p.num_supervised, p.num_branches, len(p.skipped)] for p in packs], device=device)
+        num_supervised, num_branches, num_skipped = accelerator.reduce(counts.sum(0), "sum").tolist()
+        skipped = [skip for pack in packs for skip in pack.skipped]
+        data.count(num_branches, gather_object(skipped) if num_skipped else [])
         step_loss = torch.zeros((), device=device)
         for index, pack in enumerate(packs):
             with nullcontext() if index == len(packs) - 1 else accelerator.no_sync(model):
                 # DDP averages gradients over the ranks; the loss is divided by the tokens of all of them.
-                output = model(**pack.inputs, use_cache=False, num_items_in_batch=num_supervised)
+                output = model(**pack.inputs, use_cache=False, num_items_in_batch=max(num_supervised, 1))
                 loss = output.loss * accelerator.num_processes
                 accelerator.backward(loss)
             step_loss += loss.detach()
@@ -91,7 +103,7 @@ def train(arguments: TrainingArguments) -> None:
         monitor.count(num_branches, num_supervised)
 
         # Once in a while: one line of the log.
-        if step % arguments.log_every == 0 or step == sampler.num_steps:
+        if step % arguments.log_every == 0 or step == num_steps:
             mean_loss = accelerator.reduce(step_loss, "mean").item()
             if not (grad_norm.isfinite() and mean_loss == mean_loss):
                 origins = ", ".join(origin for pack in packs for origin in pack.origins)
@@ -99,13 +111,19 @@ def train(arguments: TrainingArguments) -> None:
             monitor.log(step, mean_loss, learning_rate=scheduler.get_last_lr()[0], grad_norm=grad_norm.item())
 
         # Once in a while, and at the end: evaluate, and save.
-        if step % arguments.eval_every == 0 or step == sampler.num_steps:
+        if step % arguments.eval_every == 0 or step == num_steps:
             started = time.perf_counter()
             model.eval()
-            loss_sum, num_tokens = accelerator.reduce(held_out_loss(model, eval_loader, device), "sum").tolist()
+            sums = {
+                name: accelerator.reduce(held_out_loss(model, loader, device), "sum").tolist()
+                for name, loader in eval_loaders.items()
+            }
             plain_model = accelerator.unwrap_model(model)
-            texts = sample_texts(plain_model, processor, eval_samples, arguments) if accelerator.is_main_process else []
-            monitor.log_evaluation(step, loss_sum / num_tokens, texts)
+            texts = []
+            if accelerator.is_main_process:
+                for held_out in data.held_out.values():
+                    texts += sample_texts(plain_model, processor, held_out, arguments)
+            monitor.log_evaluation(step, sums, texts)
             if accelerator.is_main_process:
                 plain_model.save_pretrained(output_dir, merged=arguments.merged)
                 processor.save_pretrained(output_dir)
@@ -113,7 +131,7 @@ def train(arguments: TrainingArguments) -> None:
             model.train()
             monitor.pause(time.perf_counter() - started)
 
-    monitor.close()
+    monitor.close(data.report)
     accelerator.print(f"saved in {output_dir}; try: clip-phi caption --checkpoint {output_dir} IMAGE")
     accelerator.end_training()
 

@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from clip_phi.batching.loader import TreeDataset
+from clip_phi.batching.index import Index
+from clip_phi.batching.loader import Collator, TreeDataset
 from clip_phi.batching.tree import Pack
 from clip_phi.samples import Sample
-from clip_phi.sources.coco import read_coco_captions
+from clip_phi.sources.data import parse_source
 from clip_phi.sources.drawn import write_dataset
+from clip_phi.sources.records import MediaFolder
+from clip_phi.sources.report import Report
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiProcessor
 
 BACKBONES = Path(__file__).resolve().parent.parent / "examples/demo_backbones"
@@ -43,8 +46,9 @@ def make_packs(samples: list[Sample], processor: ClipPhiProcessor) -> dict[str, 
     alone = [replace(sample, branches=(branch,)) for sample in samples for branch in sample.branches]
     packs = {}
     for form, form_samples in (("tree", samples), ("one_by_one", alone)):
-        dataset = TreeDataset(form_samples, processor, max_length=512)
-        packs[form] = dataset.collate([dataset[0, index] for index in range(len(form_samples))])
+        dataset = TreeDataset([Index.from_samples(form_samples, processor, max_length=512)], processor)
+        collate = Collator(processor.tokenizer.pad_token_id)
+        packs[form] = collate([dataset[0, index] for index in range(len(form_samples))])
     return packs
 
 
@@ -84,7 +88,8 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(folder, num_train=options.images, num_val=1)
-        samples = read_coco_captions(Path(folder, "annotations/captions_train2017.json"), Path(folder, "train2017"))
+        source = parse_source(f"coco:{folder}/annotations/captions_train2017.json,images={folder}/train2017")
+        samples = list(source.read(MediaFolder(source.images), Report()))
         packs = make_packs(samples, processor)
 
     (loss, gradient), (plain_loss, plain_gradient) = step(model, packs["tree"]), step(model, packs["one_by_one"])

@@ -209,6 +209,11 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+        elif self.training and torch.is_grad_enabled():
+            # DDP waits for a gradient of every trained weight, in a batch without images too.
+            weight = next(self.projector.parameters())
+            nothing = self.projector(weight.new_zeros(1, weight.shape[1])).sum() * 0
+            inputs_embeds = inputs_embeds + nothing.to(inputs_embeds.device, inputs_embeds.dtype)
         # generate with a static cache gives a dict of ready masks to decoders that have several kinds of layers
         if (
             isinstance(attention_mask, torch.Tensor)

@@ -1,7 +1,9 @@
 """The one owner of Clip-Phi's prompt format and of the <image> token."""
 
+from itertools import pairwise
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import MultiModalData, ProcessorMixin
@@ -133,36 +135,45 @@ class ClipPhiProcessor(ProcessorMixin):
         messages: [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}, ...]; images are
         counted, not opened. The template is rendered once; question and answer pieces are tokenised apart, so that an
         answer is learnt after exactly the tokens that generation will see before it.
-        Raises ValueError if a text contains <image> or the end token itself."""
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=self.chat_template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
-        text = texts[0]
+        Raises ValueError if a text contains <image> or another special token, or the template refuses the roles."""
+        return self.encode_batch([messages])[0]
+
+    def encode_batch(self, conversations: list[list[dict[str, Any]]]) -> list[tuple[list[int], list[int]]]:
+        """encode() of many conversations, several times faster than one by one."""
+        try:
+            texts, spans = render_jinja_template(
+                conversations=conversations,
+                chat_template=self.chat_template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses a conversation: {error}") from error
+        pieces = []  # of each conversation: (text, is it an answer)
+        for messages, text, answers in zip(conversations, texts, spans, strict=True):
+            self._check_special_tokens(messages, text)
+            cuts = [0, *(cut for span in answers for cut in span), len(text)]
+            found = [(text[start:stop], place % 2 == 1) for place, (start, stop) in enumerate(pairwise(cuts))]
+            pieces.append([piece for piece in found if piece[0]])
+        # Prompts repeat, and the tokenizer is fastest with many texts at once.
+        unique = list({text: None for found in pieces for text, _ in found})
+        expanded = [text.replace(self.image_token, self.image_token * self.num_image_tokens) for text in unique]
+        ids = dict(zip(unique, self.tokenizer(expanded, add_special_tokens=False)["input_ids"], strict=True))
+        encoded = []
+        for found in pieces:
+            input_ids = [token for text, _ in found for token in ids[text]]
+            labels = [token if answer else IGNORE_INDEX for text, answer in found for token in ids[text]]
+            encoded.append((input_ids, labels))
+        return encoded
+
+    def _check_special_tokens(self, messages: list[dict[str, Any]], text: str) -> None:
         contents = [message["content"] for message in messages if isinstance(message["content"], list)]
         images = sum(item["type"] == "image" for content in contents for item in content)
-        if text.count(self.image_token) != images:
-            raise ValueError(f"{text.count(self.image_token)} {self.image_token} in the text but {images} images")
         answers = sum(message["role"] == "assistant" for message in messages)
-        if text.count(self.tokenizer.eos_token) != answers:
-            raise ValueError(f"a text of the conversation contains the end token {self.tokenizer.eos_token}")
-        input_ids: list[int] = []
-        labels: list[int] = []
-        end = 0
-        for start, stop in spans[0]:
-            self._append(text[end:start], False, input_ids, labels)
-            self._append(text[start:stop], True, input_ids, labels)
-            end = stop
-        self._append(text[end:], False, input_ids, labels)
-        return input_ids, labels
-
-    def _append(self, text: str, supervised: bool, input_ids: list[int], labels: list[int]) -> None:
-        text = text.replace(self.image_token, self.image_token * self.num_image_tokens)
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        input_ids += ids
-        labels += ids if supervised else [IGNORE_INDEX] * len(ids)
+        wanted = {self.image_token: images, self.tokenizer.eos_token: answers, self.tokenizer.pad_token: 0}
+        for token, count in wanted.items():
+            if (found := text.count(token)) != count:
+                raise ValueError(f"{found} {token} in the rendered text, not {count}: a text contains the token itself")
 
 
 def count_image_features(vision_config: Any, select_strategy: str = "default") -> int:

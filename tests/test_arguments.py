@@ -8,8 +8,8 @@ def test_defaults_are_the_real_recipe():
     assert isinstance(stage1, Stage1Arguments) and isinstance(stage2, Stage2Arguments)
     assert stage1.vision_backbone == "wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
     assert stage1.text_backbone == "microsoft/phi-2"
-    assert stage1.train_annotations == "data/coco/annotations/captions_train2017.json"
-    assert stage2.train_annotations == "data/llava_instruct_150k.json"
+    assert stage1.data == ["coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"]
+    assert stage2.data == ["llava:data/llava_instruct_150k.json,images=data/coco/train2017"]
     assert (stage1.learning_rate, stage2.learning_rate, stage2.lora_learning_rate) == (1e-3, 2e-5, 2e-4)
     assert (stage1.optimizer, stage1.captions_per_image, stage2.init_from) == ("auto", 5, stage1.output_dir)
 
@@ -68,8 +68,7 @@ def test_all_problems_are_reported_at_once_with_a_way_out():
         "--lora_rank must be at least 1",
         "--learning_rate must be more than 0",
         "--max_length must be at least 1",
-        "--train_annotations data/llava_instruct_150k.json",
-        "--train_images data/coco/train2017",
+        "data/llava_instruct_150k.json, data/coco/train2017",
         "liuhaotian/LLaVA-Instruct-150K",
         "'make demo' needs no data",
     ):

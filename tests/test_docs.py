@@ -16,12 +16,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--num_train 24 --num_val 8 --max_steps 2"
-RECIPE = "--train_annotations outputs/demo/data/{train} --train_images outputs/demo/data/train2017 "
-RECIPE += "--eval_annotations outputs/demo/data/{val} --eval_images outputs/demo/data/val2017 --max_steps 1 "
+RECIPE = "--data {kind}:outputs/demo/data/{train},images=outputs/demo/data/train2017 "
+RECIPE += "--eval_data {kind}:outputs/demo/data/{val},images=outputs/demo/data/val2017 --max_steps 1 "
 RECIPE += "--num_workers 0 --max_new_tokens 4"
-STAGE1 = RECIPE.format(train="annotations/captions_train2017.json", val="annotations/captions_val2017.json")
+STAGE1 = RECIPE.format(
+    kind="coco", train="annotations/captions_train2017.json", val="annotations/captions_val2017.json"
+)
 STAGE1 += " --vision_backbone examples/demo_backbones/vision --text_backbone examples/demo_backbones/text"
-STAGE2 = RECIPE.format(train="llava_instruct_train.json", val="llava_instruct_val.json")
+STAGE2 = RECIPE.format(kind="llava", train="llava_instruct_train.json", val="llava_instruct_val.json")
 
 
 def blocks(name, language):

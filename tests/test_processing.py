@@ -126,9 +126,10 @@ def test_prompt_is_the_beginning_of_the_trained_conversation(processor):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([user(IMAGE, text("see <image>"))], "2 <image> in the text but 1 images"),
-        ([user(text("<image>"))], "1 <image> in the text but 0 images"),
-        ([user(text("stop <|endoftext|>")), answer("yes")], "contains the end token"),
+        ([user(IMAGE, text("see <image>"))], "2 <image> in the rendered text, not 1"),
+        ([user(text("<image>"))], "1 <image> in the rendered text, not 0"),
+        ([user(text("stop <|endoftext|>")), answer("yes")], "2 <.endoftext.> in the rendered text, not 1"),
+        ([user(text("a <pad> b")), answer("yes")], "1 <pad> in the rendered text, not 0"),
         ([user({"type": "video"})], "content of type 'video' is not text, image or transcript"),
         ([{"role": "tool", "content": "x"}], "role 'tool' is not system, user or assistant"),
     ],

@@ -35,8 +35,8 @@ def stage1(data, backbones, output, *options):
     vision, text = backbones
     return [
         *("--stage", 1, "--vision_backbone", vision, "--text_backbone", text, "--output_dir", output),
-        *("--train_annotations", data / "annotations/captions_train2017.json", "--train_images", data / "train2017"),
-        *("--eval_annotations", data / "annotations/captions_val2017.json", "--eval_images", data / "val2017"),
+        *("--data", f"coco:{data}/annotations/captions_train2017.json,images={data}/train2017"),
+        *("--eval_data", f"coco:{data}/annotations/captions_val2017.json,images={data}/val2017"),
         *("--per_device_batch_size", 4, "--num_workers", 0, "--log_every", 1, "--max_new_tokens", 8, "--debug", True),
         *options,
     ]
@@ -45,8 +45,8 @@ def stage1(data, backbones, output, *options):
 def stage2(data, start, output, *options):
     return [
         *("--stage", 2, "--init_from", start, "--output_dir", output, "--lora_rank", 4, "--lora_dropout", 0),
-        *("--train_annotations", data / "llava_instruct_train.json", "--train_images", data / "train2017"),
-        *("--eval_annotations", data / "llava_instruct_val.json", "--eval_images", data / "val2017"),
+        *("--data", f"llava:{data}/llava_instruct_train.json,images={data}/train2017"),
+        *("--eval_data", f"llava:{data}/llava_instruct_val.json,images={data}/val2017"),
         *("--per_device_batch_size", 4, "--num_workers", 0, "--log_every", 1, "--max_new_tokens", 8, "--debug", True),
         *options,
     ]
@@ -175,7 +175,7 @@ def test_two_processes_give_the_losses_of_one(data, backbones, tmp_path):
 def test_workers_bf16_adam8bit_checkpointing_mlp_and_hold_out_run_together(data, backbones, tmp_path):
     options = [
         *("--num_workers", 2, "--optimizer", "adam8bit", "--gradient_checkpointing", True, "--projector_type", "mlp"),
-        *("--eval_annotations", "", "--holdout_images", 3, "--captions_per_image", 2, "--num_epochs", 1),
+        *("--eval_data", "--holdout_images", 3, "--captions_per_image", 2, "--num_epochs", 1),
         *("--gradient_accumulation_steps", 1),
     ]
     run(*stage1(data, backbones, tmp_path / "run", *options), ACCELERATE_MIXED_PRECISION="bf16", launcher=())
@@ -192,7 +192,10 @@ def test_workers_bf16_adam8bit_checkpointing_mlp_and_hold_out_run_together(data,
     [
         (["--stage", "4"], "unknown --stage 4"),
         (["--stage", "1"], "not found (looked in"),
-        (["--stage", "2", "--train_annotations", "README.md", "--train_images", "tests"], "README.md is not json"),
+        (
+            ["--stage", "2", "--data", "llava:README.md", "--holdout_images", "0"],
+            "give --eval_data or --holdout_images",
+        ),
     ],
 )
 def test_bad_input_is_one_line_with_status_2_and_no_traceback(options, message):

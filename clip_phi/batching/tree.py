@@ -5,14 +5,12 @@ Positions restart after the prefix, so that a branch stands where it would stand
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..samples import Sample, as_messages
-
-IGNORE_INDEX = -100
+from ..sources.report import Skip
+from .encode import IGNORE_INDEX, Encoded
 
 
 @dataclass(frozen=True)
@@ -30,59 +28,47 @@ class Tree:
     origin: str
 
 
-def build_tree(sample: Sample, processor: Any, max_length: int) -> Tree:
-    """Render a Sample with the processor's template into one tree.
+def build_tree(branches: Sequence[Encoded], prefix: Sequence[int], origin: str) -> Tree:
+    """One tree of encoded branches. prefix: the image tokens before each of them, or nothing.
 
-    A branch's last token (the end token) is a target but no input: nothing follows it.
-    Raises ValueError, with the sample's origin, if a branch is longer than max_length tokens with its image, or
-    supervises nothing."""
-    prefix = [processor.image_token_id] * processor.num_image_tokens if sample.image is not None else []
+    A branch's last token (the end token) is a target but no input: nothing follows it."""
     input_ids, position_ids, branch_ids = list(prefix), list(range(len(prefix))), [0] * len(prefix)
     kept: list[int] = []
     targets: list[int] = []
-    for number, branch in enumerate(sample.branches, start=1):
-        try:
-            ids, labels = processor.encode(as_messages(branch, has_image=sample.image is not None))
-        except ValueError as error:
-            raise ValueError(f"{sample.origin}: {error}") from error
-        if len(ids) > max_length:
-            raise ValueError(f"{sample.origin}: {len(ids)} tokens are more than --max_length {max_length}")
-        if all(label == IGNORE_INDEX for label in labels):
-            raise ValueError(f"{sample.origin}: branch {number} has no answer to learn from")
-        assert ids[: len(prefix)] == prefix, "the template must put the image first"
-        # Index in the tree of the branch's own token i, for tokens behind the prefix.
-        offset = len(input_ids) - len(prefix)
+    for number, (ids, labels) in enumerate(branches, start=1):
+        offset = len(input_ids)
         for index, label in enumerate(labels):
             if label != IGNORE_INDEX:
-                assert index > 0, "nothing stands before the first token to predict it"
-                before = index - 1
-                kept.append(before if before < len(prefix) else before + offset)
+                assert index > 0 or prefix, "nothing stands before the first token to predict it"
+                kept.append(offset + index - 1 if index > 0 else len(prefix) - 1)
                 targets.append(label)
-        inside = ids[len(prefix) : -1]
+        inside = ids[:-1]
         input_ids += inside
         position_ids += range(len(prefix), len(prefix) + len(inside))
         branch_ids += [number] * len(inside)
-    return Tree(input_ids, position_ids, branch_ids, kept, targets, sample.origin)
+    return Tree(input_ids, position_ids, branch_ids, kept, targets, origin)
 
 
 @dataclass(frozen=True)
 class Pack:
     """What the model eats. inputs: keyword arguments of ClipPhiForCausalLM.forward.
 
-    num_supervised: tokens that are learnt from. num_branches: captions or conversations. origins: of the samples."""
+    num_supervised: tokens that are learnt from. num_branches: captions or conversations. origins: of the samples.
+    skipped: samples that would have been here if their image could be read."""
 
     inputs: dict[str, torch.Tensor]
     num_supervised: int
     num_branches: int
     origins: list[str]
+    skipped: list[Skip] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Pack":
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        return Pack(inputs, self.num_supervised, self.num_branches, self.origins)
+        return replace(self, inputs=inputs)
 
     def pin_memory(self) -> "Pack":
         inputs = {name: value.pin_memory() for name, value in self.inputs.items()}
-        return Pack(inputs, self.num_supervised, self.num_branches, self.origins)
+        return replace(self, inputs=inputs)
 
 
 def pack_trees(
@@ -92,12 +78,14 @@ def pack_trees(
 
     pixel_values: float (images, 3, height, width), in the order of those trees that have an image, or None.
     Where every tree has one branch the rows are plain sequences: padding on the right is invisible to a causal model,
-    so no mask is made and the fast kernels stay in use."""
-    length = -(-max(len(tree.input_ids) for tree in trees) // multiple_of) * multiple_of
-    num_kept = max(len(tree.kept) for tree in trees)
-    input_ids = torch.full((len(trees), length), pad_token_id)
-    logits_to_keep = torch.zeros((len(trees), num_kept), dtype=torch.long)
-    shift_labels = torch.full((len(trees), num_kept), IGNORE_INDEX)
+    so no mask is made and the fast kernels stay in use. No tree at all is one row of padding, with a loss of 0: every
+    process of a step must have something to run."""
+    num_rows = max(len(trees), 1)
+    length = -(-max([len(tree.input_ids) for tree in trees], default=1) // multiple_of) * multiple_of
+    num_kept = max([len(tree.kept) for tree in trees], default=1)
+    input_ids = torch.full((num_rows, length), pad_token_id)
+    logits_to_keep = torch.zeros((num_rows, num_kept), dtype=torch.long)
+    shift_labels = torch.full((num_rows, num_kept), IGNORE_INDEX)
     for row, tree in enumerate(trees):
         input_ids[row, : len(tree.input_ids)] = torch.tensor(tree.input_ids)
         logits_to_keep[row, : len(tree.kept)] = torch.tensor(tree.kept)

@@ -1,23 +1,109 @@
-"""What the readers share: json files and image folders, with errors that name them."""
+"""What the readers share: json files, texts, and folders or archives of media, each with errors that name them."""
 
+import gc
 import json
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
+
+from ..samples import File
+from .report import Defect
 
 
 def read_json(path: Path) -> Any:
     """Raises FileNotFoundError or ValueError (not json) with the file's name."""
+    gc.disable()  # millions of new dicts, none of them garbage: the collector would double the time
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not json: {error}") from error
+    finally:
+        gc.enable()
 
 
-def image_path(folder: Path, name: Any, origin: str) -> Path:
-    """Raises FileNotFoundError if there is no such image in the folder."""
-    path = folder / str(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"{origin}: no image {path}")
-    return path
+def clean_text(value: Any, what: str) -> str:
+    """A text, stripped. Raises Defect if it is none, is empty, or holds half a surrogate pair (json's "\\ud800")."""
+    if not isinstance(value, str):
+        raise Defect(f"{what} is not text", f"{type(value).__name__} {str(value)[:40]!r}")
+    text = value.strip()
+    if not text:
+        raise Defect(f"{what} is empty")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise Defect(f"{what} is not valid Unicode", f"character {error.start}") from None
+    return text
+
+
+def witness(path: str) -> list[int] | None:
+    """Changes when a file is written, or when an entry of a folder comes or goes; None if there is nothing."""
+    try:
+        status = os.stat(path or ".")
+    except OSError:
+        return None
+    return [status.st_mtime_ns, status.st_size]
+
+
+class MediaFolder:
+    """Where the names of images or recordings are looked up: a folder, in which a subfolder (or the folder itself) may
+    also be the zip archive that it was downloaded as. Names may be absolute.
+
+    folders: those that were looked into; when a file comes or goes, their modification time changes."""
+
+    def __init__(self, root: str | Path):
+        self.root = str(root)
+        self.folders: dict[str, set[str]] = {}
+        self._archives: dict[str, tuple[str, set[str]] | None] = {}
+
+    def find(self, name: Any, what: str = "image") -> File:
+        """Raises Defect if the name is none, or there is no such file."""
+        name = clean_text(name, f"{what} name")
+        if "\0" in name:
+            raise Defect(f"{what} name is not valid", repr(name))
+        path = os.path.join(self.root, name)
+        folder, base = os.path.split(path)
+        if base and base in self._names(folder):
+            return File(path)
+        inside = base
+        while len(folder) >= len(self.root) and folder:
+            archive = self._archive(folder)
+            if archive is not None:
+                for member in (inside, f"{os.path.splitext(os.path.basename(folder))[0]}/{inside}"):
+                    if member in archive[1]:
+                        return File(archive[0], member)
+            folder, step = os.path.split(folder)
+            if not step:
+                break
+            inside = f"{step}/{inside}"
+        raise Defect(f"missing {what}", path)
+
+    def witnesses(self) -> dict[str, list[int] | None]:
+        """What was looked into, with what tells whether files have come or gone since."""
+        archives = [archive[0] for archive in self._archives.values() if archive is not None]
+        return {path: witness(path) for path in [*self.folders, *archives]}
+
+    def _names(self, folder: str) -> set[str]:
+        """Files of a folder; one listing is much cheaper than a question for each."""
+        if folder not in self.folders:
+            try:
+                with os.scandir(folder or ".") as entries:
+                    self.folders[folder] = {entry.name for entry in entries if entry.is_file()}
+            except (OSError, ValueError):
+                self.folders[folder] = set()
+        return self.folders[folder]
+
+    def _archive(self, folder: str) -> tuple[str, set[str]] | None:
+        if folder not in self._archives:
+            path = folder if folder.endswith(".zip") else f"{folder}.zip"
+            self._archives[folder] = None
+            if os.path.isfile(path):
+                try:
+                    with zipfile.ZipFile(path) as archive:
+                        self._archives[folder] = (path, set(archive.namelist()))
+                except (OSError, zipfile.BadZipFile) as error:
+                    raise ValueError(f"{path} is not a whole zip archive ({error}): download it again") from error
+        return self._archives[folder]

@@ -10,12 +10,18 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
+from ..sources.data import DataSource, parse_source
+
 VISION_BACKBONE = "wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
 TEXT_BACKBONE = "microsoft/phi-2"
 
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
+
+
+def _options(default: list[str], help: str) -> Any:
+    return field(default_factory=lambda: list(default), metadata={"help": help})
 
 
 @dataclass
@@ -27,15 +33,14 @@ class TrainingArguments:
     output_dir: str = _option("outputs/stage1", "where checkpoint, metrics.jsonl, curve.png and sample texts go")
     debug: bool = _option(False, "show the traceback of an error")
 
-    train_annotations: str = _option("", "json of the training records")
-    train_images: str = _option("data/coco/train2017", "folder of their images")
-    eval_annotations: str | None = _option(
-        None, "json of the held-out records; without it, --holdout_images are held out"
+    data: list[str] = _options([], "what to train on, KIND:PATH[,option=value...]; several are mixed. See README.md")
+    eval_data: list[str] = _options([], "held-out data, in the same form; without any, --holdout_images are held out")
+    holdout_images: int = _option(500, "images kept out of training when there is no --eval_data")
+    max_eval_images: int = _option(500, "evaluate on the first so many images of each --eval_data")
+    max_bad: float = _option(0.01, "stop if a larger share of the records is damaged; 0: stop at any (a strict run)")
+    max_length: int = _option(
+        2048, "longest conversation in tokens, image included; longer ones are cut behind an answer"
     )
-    eval_images: str = _option("data/coco/val2017", "folder of the images of --eval_annotations")
-    holdout_images: int = _option(500, "images kept out of training when there is no --eval_annotations")
-    max_eval_images: int = _option(500, "evaluate on the first so many held-out images")
-    max_length: int = _option(2048, "longest conversation in tokens, image included; at most the decoder's context")
     num_workers: int = _option(4, "processes that read images; 0 reads them in the training process")
 
     per_device_batch_size: int = _option(16, "images in one forward pass on one device")
@@ -82,20 +87,51 @@ class TrainingArguments:
                 found.append(f"--{name} must be more than 0, not {getattr(self, name)}")
         if not 0 <= self.warmup_ratio <= 1:
             found.append(f"--warmup_ratio must be between 0 and 1, not {self.warmup_ratio}")
-        if not self.eval_annotations and not self.holdout_images:
-            found.append("nothing to evaluate on: give --eval_annotations or --holdout_images")
-        needed = [("--train_annotations", self.train_annotations), ("--train_images", self.train_images)]
-        if self.eval_annotations:
-            needed += [("--eval_annotations", self.eval_annotations), ("--eval_images", self.eval_images)]
-        missing = [f"{option} {path}" for option, path in needed if not Path(path).exists()]
+        if not 0 <= self.max_bad < 1:
+            found.append(f"--max_bad must be at least 0 and less than 1, not {self.max_bad}")
+        return found + self._data_problems()
+
+    def _data_problems(self) -> list[str]:
+        found = []
+        sources: list[DataSource] = []
+        held_out: list[DataSource] = []
+        for option, texts, parsed in (("data", self.data, sources), ("eval_data", self.eval_data, held_out)):
+            for text in texts:
+                try:
+                    parsed.append(parse_source(text))
+                except (ValueError, OSError) as error:
+                    found.append(str(error).replace("--data", f"--{option}", 1))
+        missing = [path for source in sources + held_out for path in source.problems()]
         if missing:
             found.append(
                 f"not found (looked in {Path.cwd()}): {', '.join(missing)}. {self.how_to_get_data} "
                 "'make demo' needs no data: it draws its own."
             )
+        if not self.data:
+            found.append("nothing to train on: give --data")
+        weighted = sum(source.weight is not None for source in sources)
+        if 0 < weighted < len(sources):
+            found.append("--data: either each source has a weight=, or none has")
+        streams = [source.path for source in sources if source.streaming]
+        if streams and len(sources) > 1:
+            found.append(f"--data: {streams[0]} is streamed, and a stream cannot be mixed: name it alone")
+        if streams and not (self.max_steps and held_out):
+            found.append(f"--data: {streams[0]} is streamed, and needs --max_steps and --eval_data")
+        if any(source.streaming for source in held_out):
+            found.append("--eval_data cannot be streamed")
+        names = [source.name for source in held_out]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            found.append(f"--eval_data: several are called {', '.join(twice)}; give them a name=")
+        if not held_out and not self.holdout_images:
+            found.append("nothing to evaluate on: give --eval_data or --holdout_images")
         return found
 
     how_to_get_data = ""
+
+    @property
+    def branches_per_image(self) -> int | None:
+        """How many captions or conversations of an image share a step; None: all."""
+        return None
 
 
 @dataclass
@@ -107,11 +143,13 @@ class Stage1Arguments(TrainingArguments):
     text_backbone: str = _option(TEXT_BACKBONE, "Hub id or folder of the decoder")
     text_revision: str | None = _option(None, "its branch, tag or commit; the commit found now is pinned")
     projector_type: Literal["linear", "mlp"] = _option("linear", "one linear layer, or two with GELU between")
-    train_annotations: str = _option(
-        "data/coco/annotations/captions_train2017.json", "COCO captions of the training images"
+    data: list[str] = _options(
+        ["coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"],
+        "what to train on, KIND:PATH[,option=value...]; several are mixed. See README.md",
     )
-    eval_annotations: str | None = _option(
-        "data/coco/annotations/captions_val2017.json", "COCO captions of the held-out images"
+    eval_data: list[str] = _options(
+        ["coco:data/coco/annotations/captions_val2017.json,images=data/coco/val2017"],
+        "held-out data, in the same form; without any, --holdout_images are held out",
     )
     captions_per_image: int = _option(5, "captions of an image that share its features in a step; others take turns")
 
@@ -125,6 +163,10 @@ class Stage1Arguments(TrainingArguments):
             found.append(f"--captions_per_image must be at least 1, not {self.captions_per_image}")
         return found
 
+    @property
+    def branches_per_image(self) -> int | None:
+        return self.captions_per_image
+
 
 @dataclass
 class Stage2Arguments(TrainingArguments):
@@ -132,8 +174,9 @@ class Stage2Arguments(TrainingArguments):
 
     init_from: str = _option("outputs/stage1", "checkpoint of stage 1 (folder or Hub id)")
     output_dir: str = _option("outputs/stage2", "where checkpoint, metrics.jsonl, curve.png and sample texts go")
-    train_annotations: str = _option(
-        "data/llava_instruct_150k.json", "LLaVA-Instruct json of the training conversations"
+    data: list[str] = _options(
+        ["llava:data/llava_instruct_150k.json,images=data/coco/train2017"],
+        "what to train on, KIND:PATH[,option=value...]; several are mixed. See README.md",
     )
     learning_rate: float = _option(2e-5, "peak learning rate of the projector, after the warm-up")
     per_device_batch_size: int = _option(8, "images in one forward pass on one device")
@@ -199,10 +242,16 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     parser.set_defaults(**{**from_file, "stage": stage})
     for action in parser._actions:
         action.required = False
+        if action.nargs == "+":
+            action.nargs = "*"  # --eval_data alone: none
     arguments, *rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     if rest[-1]:
         _fail(f"unknown option in stage {stage}: {' '.join(rest[-1])}")
     for name, value in from_file.items():  # argparse has converted the strings among them
+        if name in ("data", "eval_data"):
+            if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+                _fail(f"{early.config}: {name} must be a list of sources, not {value!r}")
+            continue
         usual = getattr(kind, name, None)
         wanted = (int, float, str) if isinstance(usual, float) else (type(usual), str)
         if usual is not None and not isinstance(value, wanted):

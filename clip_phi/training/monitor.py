@@ -7,13 +7,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..sources.report import Report
+
 
 class Monitor:
     """The log of one run, kept by the main process; the others hold one that writes nothing.
 
     metrics.jsonl: one json object a line; {"step", "loss", "samples_per_second", ...} from training, {"step",
-    "eval_loss"} from evaluations. A sample is a caption or a conversation. samples.jsonl: texts generated for held-out
-    images."""
+    "eval_loss"} from evaluations, with "eval_loss/NAME" where there are several validation sets. A sample is a caption
+    or a conversation. samples.jsonl: texts generated for held-out images. data_report.json: what was wrong with the
+    data."""
 
     def __init__(self, folder: Path, num_steps: int, active: bool):
         self.folder = folder
@@ -45,10 +48,14 @@ class Monitor:
         speed = {"samples_per_second": round(samples, 2), "supervised_tokens_per_second": round(tokens, 1)}
         self._write("metrics.jsonl", {"step": step, "loss": loss, **speed, **values})
 
-    def log_evaluation(self, step: int, eval_loss: float, texts: list[dict[str, Any]]) -> None:
-        """Write down the held-out loss and the generated texts, and draw the curve anew."""
+    def log_evaluation(self, step: int, sums: dict[str, tuple[float, float]], texts: list[dict[str, Any]]) -> None:
+        """Write down the held-out loss, over all and by name, and the generated texts, and draw the curve anew.
+
+        sums: of each validation set, its summed loss and number of supervised tokens."""
+        eval_loss = sum(loss for loss, _ in sums.values()) / sum(tokens for _, tokens in sums.values())
+        by_name = {f"eval_loss/{name}": loss / tokens for name, (loss, tokens) in sums.items()} if len(sums) > 1 else {}
         self.eval_losses.append((step, eval_loss))
-        self._write("metrics.jsonl", {"step": step, "eval_loss": eval_loss})
+        self._write("metrics.jsonl", {"step": step, "eval_loss": eval_loss, **by_name})
         for text in texts:
             self._write("samples.jsonl", {"step": step, **text})
         if self.active:
@@ -61,8 +68,14 @@ class Monitor:
         """Leave so many seconds, spent on something else than training, out of the speed."""
         self._since += seconds
 
-    def close(self) -> None:
+    def close(self, report: Report) -> None:
+        """Write data_report.json: all that was skipped or mended, before and in training."""
         self._bar.close()
+        if self.active:
+            text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False)
+            (self.folder / "data_report.json").write_text(text + "\n", encoding="utf-8")
+            if report.num_skipped:
+                print(f"{report.num_skipped:,} of {report.records:,} records were skipped:\n{report.table()}")
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         if self.active:

@@ -1,0 +1,84 @@
+"""Samples to token ids, and what to do with those that are too long or teach nothing."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from ..samples import Branch, Sample, as_messages
+from ..sources.report import Defect, Report, Skip
+
+IGNORE_INDEX = -100
+
+
+class Encoded(NamedTuple):
+    """A branch behind the image: its token ids, and its labels, -100 where nothing is supervised."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def encode_samples(
+    samples: Sequence[Sample], processor: Any, max_length: int, report: Report
+) -> Iterator[tuple[Sample, list[Encoded]]]:
+    """Each Sample with its branches as token ids. What does not come back is counted in the report.
+
+    A branch longer than max_length tokens, image included, is cut behind the last answer that fits. If not even the
+    first fits, it is skipped. A sample whose tree would be longer is split into several, each with the image."""
+    flat = [(sample, number) for sample in samples for number in range(len(sample.branches))]
+    conversations = [as_messages(sample.branches[number], sample.image is not None) for sample, number in flat]
+    try:
+        encoded = processor.encode_batch(conversations)
+    except ValueError:  # one of them, which will be found below
+        encoded = [None] * len(flat)
+    rows = iter(zip(conversations, encoded, strict=True))
+    for sample in samples:
+        prefix = processor.num_image_tokens if sample.image is not None else 0
+        kept: list[tuple[Branch, str, Encoded]] = []
+        for branch, origin in zip(sample.branches, sample.origins, strict=True):
+            messages, both = next(rows)
+            try:
+                both = both or _encode(messages, processor)
+                branch, tokens = _fit(branch, Encoded(*both), max_length, origin, report)
+            except Defect as defect:
+                report.skip(Skip(defect.kind, origin, defect.detail))
+            else:
+                assert processor.image_token_id not in tokens.ids[prefix:], "the template must put the image first"
+                kept.append((branch, origin, Encoded(tokens.ids[prefix:], tokens.labels[prefix:])))
+        while kept:
+            length, count = prefix, 0
+            while count < len(kept) and (count == 0 or length + len(kept[count][2].ids) <= max_length):
+                length += len(kept[count][2].ids)
+                count += 1
+            branches, origins, tokens_of_all = zip(*kept[:count], strict=True)
+            yield replace(sample, branches=branches, origins=origins), list(tokens_of_all)
+            del kept[:count]
+
+
+def _encode(messages: list[dict[str, Any]], processor: Any) -> tuple[list[int], list[int]]:
+    try:
+        return processor.encode(messages)
+    except ValueError as error:
+        raise Defect("text cannot be encoded", str(error)) from error
+
+
+def _fit(branch: Branch, tokens: Encoded, max_length: int, origin: str, report: Report) -> tuple[Branch, Encoded]:
+    """Raises Defect if nothing that can be learnt is left."""
+    if any(turn.speech is not None and turn.transcript is None for turn in branch):
+        raise Defect("speech without a transcript", "transcribe it first, as 'transcript' beside 'speech'")
+    labels = tokens.labels
+    ends = [place + 1 for place in range(len(labels)) if labels[place] != IGNORE_INDEX]
+    if not ends:
+        raise Defect("no supervised token")
+    if len(tokens.ids) <= max_length:
+        return branch, tokens
+    # An answer ends where the next token is not supervised.
+    ends = [end for end in ends if end == len(labels) or labels[end] == IGNORE_INDEX]
+    fitting = [end for end in ends if end <= max_length]
+    if not fitting:
+        raise Defect(
+            "longer than max_length", f"{ends[0]} tokens up to the end of the first answer, --max_length {max_length}"
+        )
+    cut = fitting[-1]
+    answers = [place for place, turn in enumerate(branch) if turn.role == "assistant"]
+    report.mend("longer than max_length, and was cut behind an answer", origin, f"{len(labels)} tokens, now {cut}")
+    return branch[: answers[len(fitting) - 1] + 1], Encoded(tokens.ids[:cut], labels[:cut])

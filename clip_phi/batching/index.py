@@ -1,0 +1,237 @@
+"""The tokenised index of a source: read and tokenised once, then mapped from disk by every process that trains.
+
+An Arrow file, so that workers share its pages and hold no copy, and a second start reads nothing but its header."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..samples import File, Sample, Turn
+from ..sources.data import DataSource
+from ..sources.records import MediaFolder, witness
+from ..sources.report import Report
+from .encode import Encoded, encode_samples
+from .tree import Tree, build_tree
+
+FORMAT = 1  # of the files; also raised when a reader or the encoding changes what it gives
+CHUNK = 1000  # samples that are tokenised together
+SCHEMA = pa.schema(
+    {
+        "path": pa.string(),
+        "member": pa.string(),
+        "bytes": pa.large_binary(),
+        "origins": pa.list_(pa.string()),
+        "branches": pa.string(),  # json
+        "ids": pa.list_(pa.int32()),  # of all branches, one behind the other
+        "labels": pa.list_(pa.int32()),
+        "lengths": pa.list_(pa.int32()),  # of the branches
+    }
+)
+
+
+class Index:
+    """Samples and their token ids, by number. prefix: the image tokens before the branches of a sample with an image.
+
+    Pickles as the name of its file. report: what was skipped and mended when it was made. rows: those of the table
+    that it consists of, in this order; None for all."""
+
+    def __init__(
+        self,
+        table: pa.Table,
+        prefix: Sequence[int],
+        report: Report,
+        path: Path | None = None,
+        rows: np.ndarray | None = None,
+    ):
+        self.table = table
+        self.prefix = list(prefix)
+        self.report = report
+        self.path = path
+        self.rows = rows
+
+    @classmethod
+    def from_samples(
+        cls, samples: Iterable[Sample], processor: Any, max_length: int, report: Report | None = None
+    ) -> "Index":
+        """In memory. Without a report, a sample that cannot be used raises ValueError."""
+        found = report if report is not None else Report()
+        table = pa.Table.from_batches(_tokenise(samples, processor, max_length, found), SCHEMA)
+        if report is None:
+            found.records = max(found.records, found.num_skipped)
+            found.refuse_bad(0)
+        return cls(table, _prefix(processor), found)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Index"]) -> "Index":
+        """In memory, for small parts."""
+        tables = [
+            part.table if part.rows is None else part.table.take(pa.array(part.rows, pa.int64())) for part in parts
+        ]
+        report = Report()
+        for part in parts:
+            report.add(part.report)
+        return cls(pa.concat_tables(tables), parts[0].prefix, report)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | ({"table": None} if self.path else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.path:
+            self.table = _map(self.path)
+
+    def __len__(self) -> int:
+        return self.table.num_rows if self.rows is None else len(self.rows)
+
+    def _cell(self, name: str, number: int) -> Any:
+        return self.table[name][number if self.rows is None else int(self.rows[number])]
+
+    def image(self, number: int) -> File | bytes | None:
+        path, member, data = (self._cell(name, number).as_py() for name in ("path", "member", "bytes"))
+        return File(path, member) if path is not None else data
+
+    def sample(self, number: int) -> Sample:
+        branches = tuple(
+            tuple(_turn(*values) for values in turns) for turns in json.loads(self._cell("branches", number).as_py())
+        )
+        return Sample(self.image(number), branches, tuple(self._cell("origins", number).as_py()))
+
+    def encoded(self, number: int) -> list[Encoded]:
+        """The branches behind the image."""
+        ids, labels, lengths = (self._cell(name, number).as_py() for name in ("ids", "labels", "lengths"))
+        stops = np.cumsum(lengths).tolist()
+        return [
+            Encoded(ids[stop - length : stop], labels[stop - length : stop])
+            for stop, length in zip(stops, lengths, strict=True)
+        ]
+
+    def has_image(self, number: int) -> bool:
+        return self._cell("path", number).is_valid or self._cell("bytes", number).is_valid
+
+    def num_branches(self, number: int) -> int:
+        return len(self._cell("lengths", number))
+
+    def tree(self, number: int, branches: Sequence[int] | None = None) -> Tree:
+        """The sample as one tree, of all its branches or of these."""
+        encoded = self.encoded(number)
+        chosen = encoded if branches is None else [encoded[branch] for branch in branches]
+        return build_tree(
+            chosen, self.prefix if self.has_image(number) else (), self._cell("origins", number)[0].as_py()
+        )
+
+    def take(self, numbers: np.ndarray) -> "Index":
+        """A view of these samples."""
+        rows = numbers if self.rows is None else self.rows[numbers]
+        return Index(self.table, self.prefix, self.report, self.path, rows)
+
+    def image_names(self) -> list[str | None]:
+        """The image file of each sample; None for text-only samples and for images that are bytes."""
+        columns = [self.table[name].to_pylist() for name in ("path", "member")]
+        names = [str(File(path, member)) if path is not None else None for path, member in zip(*columns, strict=True)]
+        return names if self.rows is None else [names[row] for row in self.rows]
+
+    def num_tokens(self) -> np.ndarray:
+        """int64 (samples,): tokens of each sample's tree, its image included."""
+        behind = pc.list_value_length(self.table["ids"]).to_numpy()
+        pictured = pc.or_(self.table["path"].is_valid(), self.table["bytes"].is_valid()).to_numpy()
+        lengths = behind + len(self.prefix) * pictured
+        return (lengths if self.rows is None else lengths[self.rows]).astype(np.int64)
+
+
+def load_index(source: DataSource, processor: Any, max_length: int) -> Index:
+    """The index of a source: mapped from the cache if neither its files nor the tokenizer have changed, else made.
+
+    The cache is the folder clip_phi in Hugging Face's cache (HF_HOME). Raises ValueError or OSError if the source
+    cannot be read at all."""
+    from huggingface_hub.constants import HF_HOME
+
+    folder = Path(HF_HOME) / "clip_phi" / f"index-{_fingerprint(source, processor, max_length)}"
+    index = _open(folder, processor)
+    if index is not None:
+        return index
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    media, report = MediaFolder(source.images), Report()
+    aside = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
+    try:
+        with pa.OSFile(str(aside / "index.arrow"), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            for batch in _tokenise(source.read(media, report), processor, max_length, report):
+                writer.write_batch(batch)
+        about = {"report": report.as_dict(), "witnesses": media.witnesses()}
+        (aside / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            os.replace(aside, folder)
+        except OSError:
+            if not folder.is_dir():  # unless another process was faster
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    made = _open(folder, processor)
+    assert made is not None, f"{folder} changed while it was written"
+    return made
+
+
+def _open(folder: Path, processor: Any) -> Index | None:
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if any(witness(path) != then for path, then in about["witnesses"].items()):
+        return None
+    path = folder / "index.arrow"
+    return Index(_map(path), _prefix(processor), Report.from_dict(about["report"]), path)
+
+
+def _map(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def _prefix(processor: Any) -> list[int]:
+    return [processor.image_token_id] * processor.num_image_tokens
+
+
+def _fingerprint(source: DataSource, processor: Any, max_length: int) -> str:
+    """Of all that decides what the index holds."""
+    tokenizer = processor.tokenizer
+    parts = [
+        *(FORMAT, source.identity(), max_length, processor.num_image_tokens, processor.image_token_id),
+        *(processor.chat_template, tokenizer.backend_tokenizer.to_str(), sorted(tokenizer.special_tokens_map.items())),
+    ]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
+
+
+def _tokenise(samples: Iterable[Sample], processor: Any, max_length: int, report: Report) -> Iterator[pa.RecordBatch]:
+    stream = iter(samples)
+    while chunk := list(islice(stream, CHUNK)):
+        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        for sample, encoded in encode_samples(chunk, processor, max_length, report):
+            image = sample.image
+            columns["path"].append(image.path if isinstance(image, File) else None)
+            columns["member"].append(image.member if isinstance(image, File) else None)
+            columns["bytes"].append(image if isinstance(image, bytes) else None)
+            columns["origins"].append(sample.origins)
+            columns["branches"].append(json.dumps(sample.branches, default=_speech_bytes))
+            columns["ids"].append([token for branch in encoded for token in branch.ids])
+            columns["labels"].append([label for branch in encoded for label in branch.labels])
+            columns["lengths"].append([len(branch.ids) for branch in encoded])
+        yield pa.RecordBatch.from_pydict(columns, SCHEMA)
+
+
+def _speech_bytes(value: bytes) -> str:
+    return value.hex()
+
+
+def _turn(role: Any, text: str, transcript: str | None, speech: Any, references: list[str]) -> Turn:
+    if speech is not None:
+        speech = bytes.fromhex(speech) if isinstance(speech, str) else File(*speech)
+    return Turn(role, text, transcript, speech, tuple(references))

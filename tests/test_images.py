@@ -1,0 +1,549 @@
+"""Any bytes give an upright RGB image or a Defect that says why not. All images are made here."""
+
+import io
+import random
+import re
+import runpy
+import struct
+import warnings
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile, features
+
+from clip_phi.batching import images
+from clip_phi.batching.images import load_image, pixel_hash
+from clip_phi.samples import File
+from clip_phi.sources.report import Defect
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+HAS_AVIF = "AVIF" in images.FORMATS
+LOSSLESS = {  # file names' endings and what makes them lossless
+    "png": {},
+    "bmp": {},
+    "ppm": {},
+    "tif": {},
+    "lzw.tif": {"compression": "tiff_lzw"},
+    "deflate.tif": {"compression": "tiff_adobe_deflate"},
+    "webp": {"lossless": True, "exact": True},
+}
+LOSSY = ["JPEG", "MPO", "WEBP", pytest.param("AVIF", marks=pytest.mark.skipif(not HAS_AVIF, reason="no AVIF here"))]
+
+
+def picture() -> Image.Image:
+    """RGB, 24 wide and 16 high, without any symmetry and smooth enough for lossy formats."""
+    down, right = np.mgrid[0:16, 0:24]
+    return Image.fromarray(np.stack([right * 10, down * 15, (right + down) * 3], axis=-1).astype(np.uint8))
+
+
+def to_bytes(image: Image.Image, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def pixels(image: Image.Image) -> list:
+    """Rows of pixels of an RGB image."""
+    assert image.mode == "RGB"
+    return np.asarray(image).tolist()
+
+
+def assert_close(image: Image.Image, other: Image.Image, tolerance: int) -> None:
+    assert (image.mode, image.size) == ("RGB", other.size)
+    difference = np.abs(np.asarray(image).astype(int) - np.asarray(other).astype(int))
+    assert difference.max() <= tolerance, difference.max()
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(width: int, height: int, bits: int, colour_type: int, rows: list[bytes], *chunks: bytes) -> bytes:
+    """A PNG written by hand, for what PIL cannot write. chunks stand before the pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + body + chunk(b"IEND", b"")
+
+
+def tiff(*tags: tuple[int, int]) -> bytes:
+    """The header and tags of a little-endian TIFF, with no pixels behind them."""
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags))
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+
+
+def kind_of(source) -> str:
+    with pytest.raises(Defect) as caught:
+        load_image(source)
+    return caught.value.kind
+
+
+# What becomes of the pixels
+
+
+@pytest.mark.parametrize("ending", LOSSLESS)
+def test_lossless_containers_give_the_very_pixels_and_one_hash(tmp_path, ending):
+    path = tmp_path / f"picture.{ending}"
+    picture().save(path, **LOSSLESS[ending])
+    for source in (path, str(path), path.read_bytes(), File(str(path))):
+        assert pixels(load_image(source)) == pixels(picture())
+        assert pixel_hash(load_image(source)) == pixel_hash(picture())
+
+
+@pytest.mark.parametrize("format", LOSSY)
+def test_lossy_formats_give_nearly_the_pixels(format):
+    assert_close(load_image(to_bytes(picture(), format, quality=95)), picture(), tolerance=12)
+
+
+def test_hash_tells_apart_one_pixel_and_two_shapes_of_the_same_pixels():
+    changed = picture()
+    changed.putpixel((3, 5), (1, 2, 3))
+    assert pixel_hash(changed) != pixel_hash(picture())
+    assert pixel_hash(Image.new("RGB", (4, 2))) != pixel_hash(Image.new("RGB", (2, 4)))
+    assert re.fullmatch("[0-9a-f]{32}", pixel_hash(picture()))
+
+
+LEVELS = [0, 128, 129, 257, 20_000, 32_768, 65_000, 65_535]
+LEVELS_IN_8_BITS = [0, 0, 1, 1, 78, 128, 253, 255]  # value / 257, rounded
+
+
+@pytest.mark.parametrize(
+    "dtype, format",
+    [("<u2", "PNG"), ("<u2", "TIFF"), (">u2", "TIFF"), ("<u2", "PPM"), ("<i4", "TIFF"), ("<i4", "PNG")],
+)
+def test_16_bit_grayscale_is_scaled_and_not_clipped(dtype, format):
+    data = to_bytes(Image.fromarray(np.array([LEVELS], dtype=dtype)), format)
+    assert Image.open(io.BytesIO(data)).mode.startswith("I")
+    assert pixels(load_image(data)) == [[[level] * 3 for level in LEVELS_IN_8_BITS]]
+
+
+def test_16_bit_colour_keeps_its_levels():
+    row = struct.pack(">6H", 0, 0x8000, 0xFFFF, 0x1234, 0x00FF, 0xFF00)
+    assert pixels(load_image(png(2, 1, 16, 2, [row]))) == [[[0, 0x80, 0xFF], [0x12, 0, 0xFF]]]
+
+
+def test_grayscale_and_1_bit_become_rgb():
+    gray = Image.fromarray(np.array([[0, 100, 255]], dtype=np.uint8))
+    for format in ("PNG", "BMP", "TIFF", "PPM", "GIF"):
+        assert pixels(load_image(to_bytes(gray, format))) == [[[0] * 3, [100] * 3, [255] * 3]]
+    bits = gray.point(lambda level: 255 * (level > 50)).convert("1")
+    for format in ("PNG", "BMP", "TIFF", "PPM", "GIF"):
+        assert pixels(load_image(to_bytes(bits, format))) == [[[0] * 3, [255] * 3, [255] * 3]]
+
+
+def test_palette_becomes_its_colours():
+    colours = Image.new("P", (3, 1))
+    colours.putpalette([*RED, *BLUE, 1, 2, 3])
+    colours.putdata([2, 0, 1])
+    for format in ("PNG", "BMP", "TIFF", "GIF"):
+        assert pixels(load_image(to_bytes(colours, format))) == [[[1, 2, 3], [*RED], [*BLUE]]]
+
+
+def seen_through(mode: str) -> Image.Image:
+    """Two pixels: one that is invisible, of a colour that must not be seen, and an opaque one."""
+    if mode == "LA":
+        image = Image.new("LA", (2, 1), (30, 0))
+        image.putpixel((1, 0), (200, 255))
+    elif mode == "RGBA":
+        image = Image.new("RGBA", (2, 1), (*RED, 0))
+        image.putpixel((1, 0), (*BLUE, 255))
+    elif mode == "PA":
+        image = Image.new("PA", (2, 1), (0, 0))
+        image.putpalette([*RED, *BLUE])
+        image.putpixel((1, 0), (1, 255))
+    elif mode == "P":
+        image = Image.new("P", (2, 1), 0)
+        image.putpalette([*RED, *BLUE])
+        image.putpixel((1, 0), 1)
+    else:
+        image = Image.new("RGB", (2, 1), RED)
+        image.putpixel((1, 0), BLUE)
+    return image
+
+
+@pytest.mark.parametrize(
+    "mode, format, options",
+    [
+        ("RGBA", "PNG", {}),
+        ("RGBA", "TIFF", {}),
+        ("RGBA", "WEBP", {"lossless": True, "exact": True}),
+        ("LA", "PNG", {}),
+        ("LA", "TIFF", {}),
+        ("PA", "TIFF", {}),
+        ("P", "PNG", {"transparency": 0}),
+        ("P", "PNG", {"transparency": b"\0\xff"}),
+        ("P", "GIF", {"transparency": 0}),
+        ("RGB", "PNG", {"transparency": RED}),
+    ],
+)
+def test_what_is_transparent_is_white(mode, format, options):
+    opaque = (200, 200, 200) if mode == "LA" else BLUE
+    assert pixels(load_image(to_bytes(seen_through(mode), format, **options))) == [[[*WHITE], [*opaque]]]
+
+
+def test_half_transparent_pixels_are_mixed_with_white():
+    assert pixels(load_image(to_bytes(Image.new("RGBA", (1, 1), (0, 0, 0, 128)), "PNG"))) == [[[127] * 3]]
+    sheer = Image.new("P", (1, 1), 0)
+    sheer.putpalette([0, 0, 0])
+    assert pixels(load_image(to_bytes(sheer, "PNG", transparency=b"\x80"))) == [[[127] * 3]]
+
+
+def test_transparent_levels_and_colours_of_16_bit_png_are_white():
+    gray = png(3, 1, 16, 0, [struct.pack(">3H", 0, 256, 65_535)], chunk(b"tRNS", struct.pack(">H", 256)))
+    assert pixels(load_image(gray)) == [[[0] * 3, [255] * 3, [255] * 3]]
+    colours = [0x1010, 0x2020, 0x3030]
+    row = struct.pack(">6H", *colours, 0xFFFF, 0, 0)
+    assert pixels(load_image(png(2, 1, 16, 2, [row], chunk(b"tRNS", struct.pack(">3H", *colours))))) == [
+        [[*WHITE], [*RED]]
+    ]
+    with_alpha = png(2, 1, 16, 4, [struct.pack(">4H", 0x3030, 0, 0x3030, 0xFFFF)])
+    assert pixels(load_image(with_alpha)) == [[[*WHITE], [0x30] * 3]]
+
+
+INKS = {(0, 255, 255, 0): RED, (255, 255, 0, 0): BLUE, (0, 0, 0, 0): WHITE, (0, 0, 0, 255): (0, 0, 0)}
+
+
+@pytest.mark.parametrize("ink", INKS)
+def test_cmyk_inks_give_their_colours(ink):
+    swatch, expected = Image.new("CMYK", (16, 16), ink), Image.new("RGB", (16, 16), INKS[ink])
+    assert pixels(load_image(to_bytes(swatch, "TIFF"))) == pixels(expected)
+    assert_close(load_image(to_bytes(swatch, "JPEG", quality=95)), expected, tolerance=3)
+
+
+@pytest.mark.parametrize("ink", INKS)
+def test_ycck_jpeg_gives_its_colours(ink):
+    cyan, magenta, yellow, black = ink
+    luma = Image.new("RGB", (1, 1), (cyan, magenta, yellow)).convert("YCbCr").getpixel((0, 0))
+    # PIL writes the inverse of what it is given, without conversion, and says so in the last byte of the Adobe marker
+    swatch = Image.new("CMYK", (16, 16), (*(255 - level for level in luma), black))
+    data = to_bytes(swatch, "JPEG", quality=95)
+    marker = data.index(b"\xff\xee\0\x0eAdobe")
+    assert data[marker + 15] == 0
+    data = data[: marker + 15] + b"\2" + data[marker + 16 :]
+    assert Image.open(io.BytesIO(data)).info["adobe_transform"] == 2
+    assert_close(load_image(data), Image.new("RGB", (16, 16), INKS[ink]), tolerance=6)
+
+
+def test_lab_gives_its_colours():
+    assert_close(load_image(to_bytes(picture().convert("LAB"), "TIFF")), picture(), tolerance=6)
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
+def test_first_frame_of_several_is_taken(format):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE, WHITE)]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = to_bytes(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    assert_close(load_image(data), frames[0], tolerance=2)
+
+
+def test_first_frame_smaller_than_its_animation_stands_on_white():
+    frame = Image.new("P", (2, 1), 1)
+    frame.putpalette([*RED, *BLUE])
+    data = bytearray(to_bytes(frame, "GIF", transparency=0, optimize=False))
+    data[6:10] = struct.pack("<HH", 3, 2)  # the size of the whole
+    assert pixels(load_image(bytes(data))) == [[[*BLUE], [*BLUE], [*WHITE]], [[*WHITE], [*WHITE], [*WHITE]]]
+
+
+# EXIF
+
+# How a camera that is held so stores an upright picture. Source: EXIF 2.32, tag 0x0112
+STORED = {
+    1: lambda upright: upright,
+    2: np.fliplr,
+    3: lambda upright: np.rot90(upright, 2),
+    4: np.flipud,
+    5: lambda upright: upright.swapaxes(0, 1),
+    6: lambda upright: np.rot90(upright, 1),
+    7: lambda upright: np.rot90(upright, 2).swapaxes(0, 1),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("format", ["PNG", "TIFF", *LOSSY])
+def test_every_orientation_gives_the_same_upright_picture(format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](np.asarray(picture()))))
+    image = load_image(to_bytes(stored, format, exif=exif, **({} if format in ("PNG", "TIFF") else {"quality": 95})))
+    assert_close(image, picture(), tolerance=0 if format in ("PNG", "TIFF") else 12)
+    assert not image.getexif(), "would be turned again by whoever opens its copy"
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_exif_that_cannot_be_parsed_means_no_rotation(seed):
+    noise = random.Random(seed).randbytes(60)
+    header = (b"Exif\0\0", b"Exif\0\0II*\0", b"Exif\0\0MM\0*\0\0\0\x08\0\2", b"Exif\0\0II*\0\x08\0\0\0\x03\0")[seed % 4]
+    for format in ("JPEG", "PNG", "WEBP"):
+        assert load_image(to_bytes(picture(), format, exif=header + noise)).size == (24, 16)
+
+
+def test_orientation_is_found_in_exif_that_pil_cannot_write_anew():
+    # an ASCII ImageWidth, as some phones write it
+    entries = struct.pack("<HHI4s", 0x0100, 2, 4, b"abc\0") + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    assert load_image(to_bytes(picture(), "JPEG", exif=exif)).size == (16, 24)
+
+
+# What is refused
+
+
+def test_missing_images_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("cat.png", to_bytes(picture(), "PNG"))
+    (tmp_path / "file.txt").write_text("text")
+    missing = [
+        tmp_path / "none.png",
+        str(tmp_path / "none.png"),
+        tmp_path,
+        tmp_path / "file.txt" / "cat.png",
+        File(str(tmp_path / "none.png")),
+        File(str(tmp_path / "images.zip"), "dog.png"),
+        File(str(tmp_path / "none.zip"), "cat.png"),
+        File(str(tmp_path / "none.arrow"), "0/image"),
+    ]
+    for source in missing:
+        with pytest.raises(Defect, match=re.escape(f"missing image: {source}: ")):
+            load_image(source)
+    assert pixels(load_image(File(str(tmp_path / "images.zip"), "cat.png"))) == pixels(picture())
+
+
+def test_empty_files_are_named(tmp_path):
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("empty.jpg", b"")
+    for source in (b"", tmp_path / "empty.jpg", File(str(tmp_path / "images.zip"), "empty.jpg")):
+        assert kind_of(source) == "empty image file"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"<!DOCTYPE html><title>404 Not Found</title>",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 16\n",
+        b"%PDF-1.7\n",
+        b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+        b"\0",
+        bytes(1000),
+    ],
+)
+def test_unknown_formats_are_told_by_how_they_begin(data):
+    with pytest.raises(Defect, match=re.escape(f"not an image: {len(data)} bytes: begins with {data[:8]!r}")):
+        load_image(data)
+
+
+def test_eps_never_starts_ghostscript():
+    assert kind_of(to_bytes(picture(), "EPS")) == "not an image"
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM", "GIF", *LOSSY])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_truncated_images_are_damaged(format, share):
+    noise = Image.frombytes("RGB", (24, 16), random.Random(0).randbytes(24 * 16 * 3))
+    data = to_bytes(noise, format)
+    assert kind_of(data[: int(len(data) * share)]) == "damaged image"
+
+
+def test_damaged_archives_are_damaged_images(tmp_path):
+    path = tmp_path / "images.zip"
+    data = to_bytes(picture(), "BMP")
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        path = tmp_path / f"{compression}.zip"
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            archive.writestr("cat.bmp", data)
+        damaged = bytearray(path.read_bytes())
+        for place in range(60, 70):  # behind the local header
+            damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        with pytest.raises(Defect, match=re.escape(f"damaged image: {path}!cat.bmp: ")):
+            load_image(File(str(path), "cat.bmp"))
+    path = tmp_path / "text.zip"
+    path.write_bytes(b"not a zip file")
+    assert kind_of(File(str(path), "cat.bmp")) == "damaged image"
+
+
+def test_float_pixels_are_refused():
+    data = to_bytes(Image.fromarray(np.array([[0.5, 1.0]], dtype=np.float32)), "TIFF")
+    with pytest.raises(Defect, match="damaged image: .* bytes: 32-bit float pixels"):
+        load_image(data)
+
+
+BOMBS = {
+    "png": png(50_000, 50_000, 8, 2, [b""]),
+    "below PIL's limit": png(10_001, 10_000, 8, 2, [b""]),
+    "bmp": b"BM" + struct.pack("<IIIIiiHHIIIIII", 54, 0, 54, 40, 40_000, 40_000, 1, 24, 0, 0, 0, 0, 0, 0),
+    "ppm": b"P6 30000 30000 255\n",
+    "gif": b"GIF89a" + struct.pack("<HHBBB", 60_000, 60_000, 0, 0, 0) + b"," + struct.pack("<HHHHB", 0, 0, 9, 9, 0),
+    "tiff": tiff((256, 30_000), (257, 30_000), (258, 8), (259, 8), (262, 1), (273, 8), (278, 30_000), (279, 9)),
+    "tile of a tiff": tiff(
+        (256, 20), (257, 20), (258, 8), (259, 8), (262, 1), (322, 32_752), (323, 32_752), (324, 8), (325, 9)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_are_refused_without_decoding(monkeypatch, name):
+    def never(*_):
+        pytest.fail("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", never)
+    monkeypatch.setattr(Image.core, "new", never)
+    monkeypatch.setattr(Image.core, "fill", never)
+    assert kind_of(BOMBS[name]) == "image too large"
+
+
+@pytest.mark.parametrize("limit", [None, 10, 380])
+def test_pils_own_limit_does_not_change_ours(monkeypatch, limit):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # 384 pixels are an error above 2 * limit, a warning above it
+    data = to_bytes(picture(), "PNG")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert kind_of(BOMBS["png"]) == "image too large"
+        if limit == 10:
+            assert kind_of(data) == "image too large"
+        else:
+            assert load_image(data).size == (24, 16)
+    assert not caught
+
+
+@pytest.mark.parametrize("size", [(101, 1), (1, 101), (2000, 19)])
+def test_absurd_sizes_are_refused(size):
+    assert kind_of(to_bytes(Image.new("RGB", size), "PNG")) == "absurd image size"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (100, 1), (1, 100), (2000, 20)])
+def test_long_images_are_not_absurd(size):
+    assert load_image(to_bytes(Image.new("RGB", size), "PNG")).size == size
+
+
+def test_pillow_without_avif_reads_the_other_formats(monkeypatch):
+    monkeypatch.delitem(features.modules, "avif", raising=False)
+    assert runpy.run_module("clip_phi.batching.images")["FORMATS"] == tuple(set_without_avif())
+
+
+def set_without_avif() -> list[str]:
+    return [format for format in images.FORMATS if format != "AVIF"]
+
+
+# Arrow files
+
+
+def test_images_in_an_arrow_file_are_read_by_row_column_and_place(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    image = datasets.Image()
+    table = {
+        "image": [{"bytes": to_bytes(picture(), "PNG"), "path": None}, {"bytes": None, "path": "cat.png"}, None],
+        "images": [[{"bytes": to_bytes(Image.new("RGB", (4, 4), colour), "PNG")} for colour in (RED, BLUE)], [], []],
+        "jpeg": [to_bytes(picture(), "JPEG"), b"", b"<html>"],
+    }
+    kinds = datasets.Features({"image": image, "images": datasets.Sequence(image), "jpeg": datasets.Value("binary")})
+    path = str(tmp_path / "data.arrow")
+    from datasets.arrow_writer import ArrowWriter
+
+    with ArrowWriter(path=path, features=kinds) as writer:
+        for row in range(3):
+            writer.write({name: values[row] for name, values in table.items()})
+        writer.finalize()
+    assert pixels(load_image(File(path, "0/image"))) == pixels(picture())
+    assert load_image(File(path, "0/images/0")).getpixel((0, 0)) == RED
+    assert load_image(File(path, "0/images/1")).getpixel((0, 0)) == BLUE
+    assert load_image(File(path, "0/jpeg")).size == (24, 16)
+    missing = ["1/image", "2/image", "3/image", "0/none", "0/images/2", "1/images/0"]
+    assert {member: kind_of(File(path, member)) for member in missing} == dict.fromkeys(missing, "missing image")
+    assert kind_of(File(path, "1/jpeg")) == "empty image file"
+    assert kind_of(File(path, "2/jpeg")) == "not an image"
+
+
+# Anything
+
+
+def small_images() -> list[bytes]:
+    """One or more of every format and of most kinds of pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    small, frames = picture(), [Image.new("RGB", (24, 16), RED), Image.new("RGB", (24, 16), BLUE)]
+    made = [
+        to_bytes(small, "JPEG", exif=exif),
+        to_bytes(small, "JPEG", progressive=True),
+        to_bytes(small.convert("CMYK"), "JPEG"),
+        to_bytes(small, "MPO", save_all=True, append_images=frames),
+        to_bytes(small, "PNG", exif=exif),
+        to_bytes(small.convert("RGBA"), "PNG"),
+        to_bytes(small.convert("P"), "PNG", transparency=3),
+        to_bytes(frames[0], "PNG", save_all=True, append_images=frames),
+        to_bytes(Image.fromarray(np.arange(384, dtype=np.uint16).reshape(16, 24) * 100), "PNG"),
+        to_bytes(small, "WEBP", exif=exif),
+        to_bytes(small.convert("RGBA"), "WEBP", lossless=True),
+        to_bytes(frames[0], "WEBP", save_all=True, append_images=frames),
+        to_bytes(small, "GIF"),
+        to_bytes(frames[0], "GIF", save_all=True, append_images=frames),
+        to_bytes(small, "BMP"),
+        to_bytes(small.convert("P"), "BMP"),
+        to_bytes(small, "TIFF", exif=exif),
+        to_bytes(small, "TIFF", compression="tiff_lzw"),
+        to_bytes(small, "TIFF", compression="jpeg"),
+        to_bytes(small.convert("1"), "TIFF", compression="group4"),
+        to_bytes(Image.new("F", (24, 16), 0.5), "TIFF"),
+        to_bytes(small, "PPM"),
+        b"P3 2 2 255 0 0 0 9 9 9 99 99 99 255 255 255",
+        png(2, 2, 2, 0, [b"\x60", b"\x90"], chunk(b"tRNS", b"\0\1")),
+    ]
+    return [*made, to_bytes(small, "AVIF", exif=exif)] if HAS_AVIF else made
+
+
+def mutate(data: bytes, others: list[bytes], chance: random.Random) -> bytes:
+    """Flip bits, cut off, insert, leave out, repeat, or splice with another format: mostly near the header."""
+    changed = bytearray(data)
+    for _ in range(chance.choice((1, 1, 2, 5))):
+        place = chance.randrange(min(len(changed), chance.choice((32, 200, 10**6))) or 1)
+        how = chance.randrange(7)
+        if how <= 1 and changed:
+            changed[place] ^= 1 << chance.randrange(8)
+        elif how == 2:
+            changed[place : place + 4] = chance.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\1\0"))
+        elif how == 3:
+            changed = changed[: chance.randrange(len(changed) + 1)]
+        elif how == 4:
+            changed[place:place] = chance.randbytes(chance.choice((1, 2, 16)))
+        elif how == 5:
+            del changed[place : place + chance.choice((1, 4, 12))]
+        else:
+            other = chance.choice(others)
+            changed[:place] = other[: chance.choice((place, 8, 16))]
+    return bytes(changed)
+
+
+def test_10_000_mutations_give_an_image_or_a_defect_and_nothing_else(monkeypatch, capfd, caplog):
+    monkeypatch.setattr(images, "MAX_PIXELS", 300_000)  # for speed: some mutations are large images, and good ones
+    chance, sources, counts = random.Random(0), small_images(), {}
+    assert all(load_image(data).mode == "RGB" for data in sources if Image.open(io.BytesIO(data)).mode != "F")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(10_000):
+            data = mutate(sources[number % len(sources)], sources, chance)
+            try:
+                image = load_image(data)
+            except Defect as defect:
+                kind = defect.kind
+                assert re.fullmatch(r"[^\n]{1,150}", defect.detail) or kind == "empty image file"
+                assert not re.search("0x[0-9a-f]{6}", defect.detail), "differs from run to run"
+            else:
+                kind = "image"
+                assert image.mode == "RGB" and 0 < image.width * image.height <= 300_000
+                assert len(image.tobytes()) == image.width * image.height * 3
+            counts[kind] = counts.get(kind, 0) + 1
+    assert not caught, caught[0]
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
+    assert set(counts) == {
+        "image",
+        "empty image file",
+        "not an image",
+        "damaged image",
+        "image too large",
+        "absurd image size",
+    }
+    assert min(counts["image"], counts["damaged image"]) > 1500, counts
