@@ -1,11 +1,19 @@
 """Tiny backbones in the official formats, and what is made of them. Everything runs offline, on one core."""
 
+import atexit
 import copy
 import os
+import shutil
+import tempfile
 
 # Before torch is imported: its OpenMP threads spin while they wait, which makes two busy cores 15 times slower.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_TELEMETRY="1")
+os.environ.update(
+    HF_HOME=tempfile.mkdtemp(prefix="hf-home-"),
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+)
 
 import pytest
 import torch
@@ -41,6 +49,7 @@ TEXT = {
     "resid_pdrop": 0.1,
 }
 
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

@@ -110,7 +110,7 @@ LEVELS_IN_8_BITS = [0, 0, 1, 1, 78, 128, 253, 255]  # value / 257, rounded
 
 @pytest.mark.parametrize(
     "dtype, format",
-    [("<u2", "PNG"), ("<u2", "TIFF"), (">u2", "TIFF"), ("<u2", "PPM"), ("<i4", "TIFF"), ("<i4", "PNG")],
+    [("<u2", "PNG"), ("<u2", "TIFF"), (">u2", "TIFF"), ("<u2", "PPM"), ("<i4", "TIFF")],
 )
 def test_16_bit_grayscale_is_scaled_and_not_clipped(dtype, format):
     data = to_bytes(Image.fromarray(np.array([LEVELS], dtype=dtype)), format)
@@ -225,8 +225,10 @@ def test_ycck_jpeg_gives_its_colours(ink):
     assert_close(load_image(data), Image.new("RGB", (16, 16), INKS[ink]), tolerance=6)
 
 
-def test_lab_gives_its_colours():
-    assert_close(load_image(to_bytes(picture().convert("LAB"), "TIFF")), picture(), tolerance=6)
+@pytest.mark.parametrize("colour", [WHITE, (0, 0, 0), (120, 130, 140), (200, 100, 60), (40, 90, 60)])
+def test_lab_gives_its_colours(colour):
+    swatch = Image.new("RGB", (4, 4), colour)
+    assert_close(load_image(to_bytes(swatch.convert("LAB"), "TIFF")), swatch, tolerance=2)
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
@@ -376,7 +378,11 @@ BOMBS = {
     "below PIL's limit": png(10_001, 10_000, 8, 2, [b""]),
     "bmp": b"BM" + struct.pack("<IIIIiiHHIIIIII", 54, 0, 54, 40, 40_000, 40_000, 1, 24, 0, 0, 0, 0, 0, 0),
     "ppm": b"P6 30000 30000 255\n",
-    "gif": b"GIF89a" + struct.pack("<HHBBB", 60_000, 60_000, 0, 0, 0) + b"," + struct.pack("<HHHHB", 0, 0, 9, 9, 0),
+    "gif": b"GIF89a"
+    + struct.pack("<HHBBB", 60_000, 60_000, 0, 0, 0)
+    + b","
+    + struct.pack("<HHHHB", 0, 0, 9, 9, 0)
+    + b"\x08\0;",
     "tiff": tiff((256, 30_000), (257, 30_000), (258, 8), (259, 8), (262, 1), (273, 8), (278, 30_000), (279, 9)),
     "tile of a tiff": tiff(
         (256, 20), (257, 20), (258, 8), (259, 8), (262, 1), (322, 32_752), (323, 32_752), (324, 8), (325, 9)
@@ -419,13 +425,11 @@ def test_long_images_are_not_absurd(size):
     assert load_image(to_bytes(Image.new("RGB", size), "PNG")).size == size
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_pillow_without_avif_reads_the_other_formats(monkeypatch):
     monkeypatch.delitem(features.modules, "avif", raising=False)
-    assert runpy.run_module("clip_phi.batching.images")["FORMATS"] == tuple(set_without_avif())
-
-
-def set_without_avif() -> list[str]:
-    return [format for format in images.FORMATS if format != "AVIF"]
+    formats = runpy.run_module("clip_phi.batching.images")["FORMATS"]
+    assert formats == tuple(format for format in images.FORMATS if format != "AVIF")
 
 
 # Arrow files
@@ -497,18 +501,18 @@ def small_images() -> list[bytes]:
 def mutate(data: bytes, others: list[bytes], chance: random.Random) -> bytes:
     """Flip bits, cut off, insert, leave out, repeat, or splice with another format: mostly near the header."""
     changed = bytearray(data)
-    for _ in range(chance.choice((1, 1, 2, 5))):
-        place = chance.randrange(min(len(changed), chance.choice((32, 200, 10**6))) or 1)
-        how = chance.randrange(7)
-        if how <= 1 and changed:
+    for _ in range(chance.choice((1, 1, 1, 2, 5))):
+        place = chance.randrange(min(len(changed), chance.choice((32, 200, 10**6, 10**6))) or 1)
+        how = chance.randrange(8)
+        if how <= 2 and changed:
             changed[place] ^= 1 << chance.randrange(8)
-        elif how == 2:
-            changed[place : place + 4] = chance.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\1\0"))
         elif how == 3:
-            changed = changed[: chance.randrange(len(changed) + 1)]
+            changed[place : place + 4] = chance.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\1\0"))
         elif how == 4:
-            changed[place:place] = chance.randbytes(chance.choice((1, 2, 16)))
+            changed = changed[: chance.randrange(len(changed) + 1)]
         elif how == 5:
+            changed[place:place] = chance.randbytes(chance.choice((1, 2, 16)))
+        elif how == 6:
             del changed[place : place + chance.choice((1, 4, 12))]
         else:
             other = chance.choice(others)
@@ -546,4 +550,4 @@ def test_10_000_mutations_give_an_image_or_a_defect_and_nothing_else(monkeypatch
         "image too large",
         "absurd image size",
     }
-    assert min(counts["image"], counts["damaged image"]) > 1500, counts
+    assert min(counts["image"], counts["damaged image"]) > 2000, counts

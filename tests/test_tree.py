@@ -3,9 +3,12 @@ import torch
 from PIL import Image
 
 from clip_phi.batching.images import load_image
-from clip_phi.batching.loader import EndlessSampler, TreeDataset
-from clip_phi.batching.tree import build_tree, pack_trees
-from clip_phi.samples import Sample, Turn
+from clip_phi.batching.index import Index
+from clip_phi.batching.loader import Collator, EndlessSampler, TreeDataset
+from clip_phi.batching.tree import pack_trees
+from clip_phi.samples import File, Sample, Turn
+from clip_phi.sources.mixture import Mixture
+from clip_phi.sources.report import Report, Skip
 
 CAPTIONS = ("a red circle", "one blue square and a star", "yes")
 
@@ -13,22 +16,30 @@ CAPTIONS = ("a red circle", "one blue square and a star", "yes")
 @pytest.fixture
 def image(tmp_path):
     Image.new("RGB", (40, 30), "blue").save(tmp_path / "image.png")
-    return tmp_path / "image.png"
+    return File(str(tmp_path / "image.png"))
 
 
 @pytest.fixture
 def sample(image):
-    return Sample(image, tuple((Turn("assistant", caption),) for caption in CAPTIONS), "file:3")
+    return Sample(image, tuple((Turn("assistant", caption),) for caption in CAPTIONS), ("file:3",) * 3)
 
 
 @pytest.fixture
 def dialogue(image):
     turns = (Turn("user", "a circle?"), Turn("assistant", "yes"), Turn("user", "a star?"), Turn("assistant", "no no"))
-    return Sample(image, (turns, (Turn("user", "what"), Turn("assistant", "a red circle"))), "file:4")
+    return Sample(image, (turns, (Turn("user", "what"), Turn("assistant", "a red circle"))), ("file:4",) * 2)
+
+
+def build_tree(sample, processor, max_length=200):
+    return Index.from_samples([sample], processor, max_length).tree(0)
+
+
+def make_pack(dataset, places, processor):
+    return Collator(processor.tokenizer.pad_token_id)([dataset[place] for place in places])
 
 
 def test_tree_holds_the_image_once_and_predicts_each_branch_from_its_end(sample, processor):
-    tree = build_tree(sample, processor, max_length=100)
+    tree = build_tree(sample, processor)
     tokenizer, prefix = processor.tokenizer, processor.num_image_tokens
     answers = [
         [*tokenizer.encode(" " + caption, add_special_tokens=False), tokenizer.eos_token_id] for caption in CAPTIONS
@@ -47,7 +58,7 @@ def test_tree_holds_the_image_once_and_predicts_each_branch_from_its_end(sample,
 
 
 def test_tree_supervises_answers_and_end_tokens_only(dialogue, processor):
-    tree = build_tree(dialogue, processor, max_length=200)
+    tree = build_tree(dialogue, processor)
     tokenizer = processor.tokenizer
     answers = ["yes", "no no", "a red circle"]
     expected = [
@@ -57,27 +68,60 @@ def test_tree_supervises_answers_and_end_tokens_only(dialogue, processor):
 
 
 def test_text_only_sample_has_no_prefix(processor):
-    sample = Sample(None, ((Turn("user", "a?"), Turn("assistant", "yes")),), "file:9")
-    tree = build_tree(sample, processor, max_length=100)
+    sample = Sample(None, ((Turn("user", "a?"), Turn("assistant", "yes")),), ("file:9",))
+    tree = build_tree(sample, processor)
     assert processor.image_token_id not in tree.input_ids
     assert set(tree.branch_ids) == {1} and tree.position_ids == list(range(len(tree.input_ids)))
 
 
 @pytest.mark.parametrize(
-    ("branches", "max_length", "message"),
+    ("branch", "max_length", "message"),
     [
-        (((Turn("assistant", "a circle"),),), 5, "file:5: .* tokens are more than --max_length 5"),
-        (((Turn("user", "a?"),),), 100, "file:5: branch 1 has no answer to learn from"),
-        (((Turn("user", "a <image>?"), Turn("assistant", "yes")),), 100, "file:5: 2 <image> in the text but 1 images"),
+        (
+            (Turn("assistant", "a red circle and a star"),),
+            7,
+            "longer than max_length .e.g. file:5: .* tokens up to the end of the first",
+        ),
+        ((Turn("user", "a?"),), 100, "no supervised token .e.g. file:5"),
+        ((Turn("user", "a <image>?"), Turn("assistant", "yes")), 100, "2 <image> in the rendered text, not 1"),
+        ((Turn("user", "a"), Turn("assistant", "<|endoftext|>")), 100, "2 <.endoftext.> in the rendered text, not 1"),
+        ((Turn("user", "a", speech=b"x"), Turn("assistant", "b")), 100, "speech without a transcript"),
     ],
 )
-def test_a_sample_that_cannot_be_learnt_from_is_named(image, processor, branches, max_length, message):
+def test_a_sample_that_cannot_be_learnt_from_is_an_error_or_a_counted_skip(
+    image, processor, branch, max_length, message
+):
+    samples = [Sample(image, (branch,), ("file:5",)), Sample(image, ((Turn("assistant", "!"),),), ("file:6",))]
     with pytest.raises(ValueError, match=message):
-        build_tree(Sample(image, branches, "file:5"), processor, max_length)
+        Index.from_samples(samples, processor, max_length=max_length)
+    report = Report()
+    index = Index.from_samples(samples, processor, max_length, report)
+    assert [index.sample(0)] == samples[1:] and report.num_skipped == 1
+
+
+def test_a_long_conversation_is_cut_behind_the_last_answer_that_fits(image, processor):
+    whole = tuple(Turn(("user", "assistant")[number % 2], f"turn {number} of many") for number in range(8))
+    lengths = [
+        Index.from_samples([Sample(image, (whole[:count],), ("x",))], processor, 500).num_tokens()[0]
+        for count in (2, 4, 6, 8)
+    ]
+    for max_length, count in ((lengths[3], 8), (lengths[3] - 1, 6), (lengths[1], 4), (lengths[1] - 1, 2)):
+        report = Report()
+        index = Index.from_samples([Sample(image, (whole,), ("f:1",))], processor, int(max_length), report)
+        alone = Index.from_samples([Sample(image, (whole[:count],), ("f:1",))], processor, 500)
+        assert index.sample(0) == alone.sample(0) and index.tree(0) == alone.tree(0)
+        assert sum(report.mended.values()) == (count < 8) and not report.skipped
+
+
+def test_a_tree_longer_than_max_length_is_split_and_loses_no_branch(sample, processor):
+    lengths = [len(branch.ids) for branch in Index.from_samples([sample], processor, 200).encoded(0)]
+    index = Index.from_samples([sample], processor, processor.num_image_tokens + lengths[0] + lengths[1])
+    assert [index.sample(number).branches for number in range(len(index))] == [sample.branches[:2], sample.branches[2:]]
+    assert index.num_tokens().tolist() == [4 + lengths[0] + lengths[1], 4 + lengths[2]]
 
 
 def test_pack_lets_a_branch_see_the_image_and_itself_only(sample, dialogue, processor):
-    trees = [build_tree(each, processor, 200) for each in (sample, dialogue)]
+    trees = [build_tree(each, processor) for each in (sample, dialogue)]
     pack = pack_trees(trees, None, processor.tokenizer.pad_token_id)
     sees = pack.inputs["attention_mask"][:, 0]
     for row, tree in enumerate(trees):
@@ -91,8 +135,8 @@ def test_pack_lets_a_branch_see_the_image_and_itself_only(sample, dialogue, proc
 
 
 def test_pack_of_single_branches_needs_no_mask(image, processor):
-    sample = Sample(image, ((Turn("assistant", "yes"),),), "file:1")
-    pack = pack_trees([build_tree(sample, processor, 100)] * 2, None, processor.tokenizer.pad_token_id)
+    sample = Sample(image, ((Turn("assistant", "yes"),),), ("file:1",))
+    pack = pack_trees([build_tree(sample, processor)] * 2, None, processor.tokenizer.pad_token_id)
     assert set(pack.inputs) == {"input_ids", "logits_to_keep", "shift_labels"}
 
 
@@ -100,7 +144,7 @@ def one_by_one(model, sample, processor, num_items):
     """The plain form: each branch alone, with labels, unpadded."""
     pixel_values = processor.image_processor(load_image(sample.image), return_tensors="pt")["pixel_values"]
     for branch in sample.branches:
-        tree = build_tree(Sample(sample.image, (branch,), "x"), processor, 200)
+        tree = build_tree(Sample(sample.image, (branch,), ("x",)), processor)
         ids = torch.tensor([tree.input_ids + [tree.targets[-1]]])
         labels = torch.full_like(ids, -100)
         labels[0, torch.tensor(tree.kept) + 1] = torch.tensor(tree.targets)
@@ -111,8 +155,8 @@ def one_by_one(model, sample, processor, num_items):
 def test_tree_loss_and_projector_gradient_equal_one_by_one(model, processor, sample, dialogue, attention, request):
     request.addfinalizer(lambda: model.set_attn_implementation("sdpa"))
     model.set_attn_implementation(attention)
-    dataset = TreeDataset([sample, dialogue], processor, max_length=200)
-    pack = dataset.collate([dataset[0, 0], dataset[0, 1]])
+    dataset = TreeDataset([Index.from_samples([each], processor, 200) for each in (sample, dialogue)], processor)
+    pack = make_pack(dataset, [(0, 0), (0, 1)], processor)
     projector = model.model.projector
 
     plain = sum(loss for each in (sample, dialogue) for loss in one_by_one(model, each, processor, pack.num_supervised))
@@ -125,31 +169,43 @@ def test_tree_loss_and_projector_gradient_equal_one_by_one(model, processor, sam
 
 
 def test_captions_take_turns_over_the_epochs(sample, processor):
-    dataset = TreeDataset([sample], processor, max_length=100, branches_per_image=2)
-    one = [build_tree(Sample(sample.image, (branch,), ""), processor, 100).targets for branch in sample.branches]
+    dataset = TreeDataset([Index.from_samples([sample], processor, 100)], processor, branches_per_image=2)
+    one = [build_tree(Sample(sample.image, (branch,), ("",)), processor).targets for branch in sample.branches]
     taken = [dataset[epoch, 0][0].targets for epoch in range(3)]
     assert taken == [one[0] + one[1], one[2] + one[0], one[1] + one[2]]
 
 
-def test_unreadable_image_names_sample_and_file(tmp_path, processor):
+@pytest.fixture
+def unreadable(tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"not an image")
-    dataset = TreeDataset([Sample(tmp_path / "bad.jpg", ((Turn("assistant", "yes"),),), "file:8")], processor, 100)
-    with pytest.raises(ValueError, match=r"file:8: .*bad.jpg is not a readable image"):
-        dataset[0, 0]
+    branches = ((Turn("assistant", "yes"),), (Turn("assistant", "no"),))
+    return Sample(File(str(tmp_path / "bad.jpg")), branches, ("file:8", "file:9"))
 
 
-def test_image_is_turned_upright(tmp_path):
-    wide = Image.new("RGB", (20, 10))
-    exif = wide.getexif()
-    exif[0x0112] = 6  # to be shown rotated by 90 degrees
-    wide.save(tmp_path / "turned.jpg", exif=exif)
-    assert load_image(tmp_path / "turned.jpg").size == (10, 20)
-    assert load_image((tmp_path / "turned.jpg").read_bytes()).size == (10, 20)
+def test_an_unreadable_image_takes_its_sample_out_of_the_pack_and_is_told(sample, unreadable, processor):
+    dataset = TreeDataset([Index.from_samples([unreadable, sample], processor, 100)], processor)
+    pack, whole = make_pack(dataset, [(0, 0), (0, 1)], processor), make_pack(dataset, [(0, 1)], processor)
+    assert pack.skipped == [Skip("not an image", "file:8", pack.skipped[0].detail, records=2)]
+    assert "bad.jpg" in pack.skipped[0].detail
+    assert all(torch.equal(pack.inputs[name], value) for name, value in whole.inputs.items())
 
 
-def places(**options):
-    defaults = {"num_samples": 10, "batch_size": 2, "gradient_accumulation_steps": 2, "seed": 0, "num_steps": 5}
-    return [place for batch in EndlessSampler(**(defaults | options)) for place in batch]
+def test_a_batch_of_nothing_or_of_text_alone_still_reaches_every_trained_weight(fresh_model, unreadable, processor):
+    text_only = Sample(None, ((Turn("user", "a?"), Turn("assistant", "yes")),), ("file:1",))
+    dataset = TreeDataset([Index.from_samples([unreadable, text_only], processor, 100)], processor)
+    fresh_model.train()
+    for index, supervised in ((0, 0), (1, 2)):
+        pack = make_pack(dataset, [(0, index)], processor)
+        loss = fresh_model(**pack.inputs, use_cache=False, num_items_in_batch=1).loss
+        (gradient,) = torch.autograd.grad(loss, [fresh_model.model.projector.weight])
+        assert pack.num_supervised == supervised and (loss.item() > 0) == (supervised > 0)
+        assert not gradient.any()
+
+
+def places(sizes=(10,), weights=None, seed=0, **options):
+    defaults = {"batch_size": 2, "gradient_accumulation_steps": 2, "num_steps": 5}
+    sampler = EndlessSampler(Mixture(sizes, weights, seed), **(defaults | options))
+    return [place for batch in sampler for place in batch]
 
 
 def test_every_epoch_sees_every_sample_once_and_steps_are_always_full():
@@ -160,10 +216,11 @@ def test_every_epoch_sees_every_sample_once_and_steps_are_always_full():
     assert places(seed=1) != stream
 
 
-def test_order_is_the_same_for_any_number_of_ranks_and_from_any_step():
-    one = places(batch_size=2, gradient_accumulation_steps=2)
-    ranks = [places(batch_size=2, gradient_accumulation_steps=1, rank=rank, world_size=2) for rank in range(2)]
+@pytest.mark.parametrize("mixed", [{}, {"sizes": (7, 3), "weights": (1, 3)}])
+def test_order_is_the_same_for_any_number_of_ranks_and_from_any_step(mixed):
+    one = places(batch_size=2, gradient_accumulation_steps=2, **mixed)
+    ranks = [places(batch_size=2, gradient_accumulation_steps=1, rank=rank, world_size=2, **mixed) for rank in range(2)]
     for step in range(5):
         together = [place for rank in ranks for place in rank[2 * step : 2 * step + 2]]
         assert together == one[4 * step : 4 * step + 4]
-    assert places(first_step=3) == one[12:]
+    assert places(first_step=3, **mixed) == one[12:]

@@ -3,7 +3,11 @@
 import hashlib
 import io
 import logging
+import os
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +32,7 @@ UPRIGHT = {  # what undoes an EXIF orientation
     8: Image.Transpose.ROTATE_90,
 }
 
+_STDERR_LOCK = threading.Lock()
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it logs the errors that it also raises
 
 
@@ -46,11 +51,13 @@ def load_image(source: str | Path | bytes | File) -> Image.Image:
                 _refuse_size(image.size, name)
                 if isinstance(image, TiffImageFile):  # decoded by whole tiles, which may be far larger than the image
                     _refuse_size((image.tag_v2.get(TILEWIDTH, 1), image.tag_v2.get(TILELENGTH, 1)), name)
+                    with _silent_stderr():
+                        image.load()
                 return _to_upright_rgb(image)
         except Defect:
             raise
-        except Image.DecompressionBombError:
-            raise Defect("image too large", f"{name}: more than {MAX_PIXELS:,} pixels") from None
+        except Image.DecompressionBombError as error:  # PIL's own limit, 179 million pixels
+            raise Defect("image too large", f"{name}: {_reason(error)}") from None
         except UnidentifiedImageError:  # also raised for a known format with a bad header
             accepts = (Image.OPEN[format][1] for format in FORMATS)
             known = any(accept is not None and accept(data[:16]) for accept in accepts)
@@ -74,14 +81,7 @@ def _read(source: str | Path | bytes | File, name: str) -> bytes:
     else:
         try:
             data = source.read() if isinstance(source, File) else Path(source).read_bytes()
-        except (
-            FileNotFoundError,
-            IsADirectoryError,
-            NotADirectoryError,
-            PermissionError,
-            KeyError,
-            IndexError,
-        ) as error:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, LookupError) as error:
             raise Defect("missing image", f"{name}: {_reason(error)}") from error
         except Exception as error:  # zipfile, zlib, lzma and pyarrow each have errors of their own for damaged archives
             raise Defect("damaged image", f"{name}: {_reason(error)}") from error
@@ -100,10 +100,23 @@ def _refuse_size(size: tuple[int, int], name: str) -> None:
         raise Defect("absurd image size", f"{name}: {width} x {height} is more than {MAX_ASPECT} to 1")
 
 
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """libtiff prints what is wrong with a file, from C: here it would only tear up a progress bar."""
+    with _STDERR_LOCK, open(os.devnull, "wb") as nowhere:
+        stderr = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
 def _to_upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    if image.mode == "F":
-        raise ValueError("32-bit float pixels, whose range nothing tells")
+    if image.mode == "F":  # 0 to 1, 0 to 255 or metres
+        raise ValueError("32-bit float pixels, of no known range")
     if image.mode.startswith("I"):  # 16-bit grayscale, which PIL's convert clips to 255
         levels = np.array(image.convert("I")).clip(0, 65535)
         levels[levels == image.info.get("transparency", -1)] = 65535

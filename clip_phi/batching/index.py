@@ -2,6 +2,7 @@
 
 An Arrow file, so that workers share its pages and hold no copy, and a second start reads nothing but its header."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -156,7 +157,8 @@ def load_index(source: DataSource, processor: Any, max_length: int) -> Index:
     from huggingface_hub.constants import HF_HOME
 
     folder = Path(HF_HOME) / "clip_phi" / f"index-{_fingerprint(source, processor, max_length)}"
-    index = _open(folder, processor)
+    state = source.state()
+    index = _open(folder, state, processor)
     if index is not None:
         return index
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -166,27 +168,24 @@ def load_index(source: DataSource, processor: Any, max_length: int) -> Index:
         with pa.OSFile(str(aside / "index.arrow"), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             for batch in _tokenise(source.read(media, report), processor, max_length, report):
                 writer.write_batch(batch)
-        about = {"report": report.as_dict(), "witnesses": media.witnesses()}
+        about = {"state": state, "report": report.as_dict(), "witnesses": media.witnesses()}
         (aside / "about.json").write_text(json.dumps(about), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            os.replace(aside, folder)
-        except OSError:
-            if not folder.is_dir():  # unless another process was faster
-                raise
+        made = Index(_map(aside / "index.arrow"), _prefix(processor), report, folder / "index.arrow")
+        if _open(folder, state, processor) is None:  # another process may have been faster
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    made = _open(folder, processor)
-    assert made is not None, f"{folder} changed while it was written"
     return made
 
 
-def _open(folder: Path, processor: Any) -> Index | None:
+def _open(folder: Path, state: list[Any], processor: Any) -> Index | None:
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    if any(witness(path) != then for path, then in about["witnesses"].items()):
+    if about["state"] != state or any(witness(path) != then for path, then in about["witnesses"].items()):
         return None
     path = folder / "index.arrow"
     return Index(_map(path), _prefix(processor), Report.from_dict(about["report"]), path)
@@ -201,7 +200,7 @@ def _prefix(processor: Any) -> list[int]:
 
 
 def _fingerprint(source: DataSource, processor: Any, max_length: int) -> str:
-    """Of all that decides what the index holds."""
+    """Of all that decides what the index holds, but for the state of files: a newer index replaces an older one."""
     tokenizer = processor.tokenizer
     parts = [
         *(FORMAT, source.identity(), max_length, processor.num_image_tokens, processor.image_token_id),

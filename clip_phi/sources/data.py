@@ -61,16 +61,19 @@ class DataSource:
         return [path for path in paths if not Path(path).exists() and not Path(f"{path}.zip").exists()]
 
     def identity(self) -> list[Any]:
-        """For json. Changes with the options and with the files that hold the records."""
-        options = {key: value for key, value in self.options.items() if key not in ("name", "weight")}
-        here = os.getcwd()  # paths may be relative, and are written into what is read
+        """For json: what is read, and how."""
+        # Paths may be relative, and are written into what is read.
+        options = {key: value for key, value in sorted(self.options.items()) if key not in ("name", "weight")}
+        return [self.kind, self.path, options, os.getcwd()]
+
+    def state(self) -> list[Any]:
+        """For json: changes when a file that holds the records does."""
         if self.kind == "dataset":
             from .tables import open_table
 
             dataset = open_table(self.path, **self.table_options())
-            return [self.kind, self.path, options, here, dataset._fingerprint, dataset.cache_files]
-        files = [self.path, *([self.options["annotations"]] if "annotations" in self.options else [])]
-        return [self.kind, self.path, options, here, [witness(path) for path in files]]
+            return [dataset._fingerprint, dataset.cache_files]
+        return [witness(path) for path in (self.path, self.options.get("annotations")) if path is not None]
 
     def read(self, media: MediaFolder, report: Report) -> Iterator[Sample]:
         """All Samples, in the order of the file. Raises ValueError or OSError if a file cannot be read at all; what is

@@ -73,6 +73,9 @@ def _open(path: str, split: str, config: str | None, revision: str | None, strea
         parts = [splits[piece.splitname].select(range(piece.from_ or 0, piece.to)) for piece in pieces]
         dataset = datasets.concatenate_datasets(parts)
         return dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset)))) if streaming else dataset
+    for archive in folder.rglob("*.tar") if folder.is_dir() else map(Path, glob.glob(path, recursive=True)):
+        if archive.suffix == ".tar" and not _has_end(archive):
+            raise ValueError(f"{archive} breaks off: download it again")
     options = {"split": split, "streaming": streaming}
     if folder.is_dir():  # an absolute path, since a folder may be called "parquet" or "json"
         return datasets.load_dataset(os.path.abspath(path), config, **options)
@@ -83,6 +86,13 @@ def _open(path: str, split: str, config: str | None, revision: str | None, strea
     if folder.exists():
         raise ValueError(f"a table is a folder or one of *{', *'.join(BUILDERS)}")
     return datasets.load_dataset(path, config, revision=revision, **options)
+
+
+def _has_end(archive: Path) -> bool:
+    """A tar ends in zeros; without them tarfile takes what is there for the whole, unless a member is cut through."""
+    with open(archive, "rb") as file:
+        file.seek(max(0, archive.stat().st_size - 512))
+        return not file.read().strip(b"\0")
 
 
 def _leave_encoded(feature: Any) -> None:
