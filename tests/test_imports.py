@@ -14,7 +14,8 @@ ALLOWED = {
     "evaluation": {"samples", "sources", "batching"},
     "training": {"samples", "sources", "batching", "evaluation"},
     "serving": {"samples", "sources", "batching", "evaluation"},
-    "cli": {"samples", "sources", "batching", "evaluation", "training", "serving"},
+    "inspection": {"samples", "sources", "batching"},
+    "cli": {"samples", "sources", "batching", "evaluation", "training", "serving", "inspection"},
     "__init__": set(),
 }
 SHIPPED = {

@@ -38,6 +38,7 @@ def own_cache(tmp_path, monkeypatch):
     for name in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH"):
         monkeypatch.setattr(datasets.config, name, tmp_path / "cache" / name)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.01)  # seconds after each pass of parquet
 
 
 def png(number: int) -> bytes:
@@ -198,6 +199,16 @@ def test_sequences_and_large_lists_of_turns_are_lists_of_turns(tmp_path):
         samples, report = read(tmp_path / f"{name}.parquet")
         assert [sample.branches for sample in samples] == [(dialogue("q", "a"),)], report.table()
         assert image_of(samples[0]) == png(1)
+
+
+def test_recordings_in_turns_are_bytes_or_files(tmp_path):
+    (tmp_path / "b.wav").write_bytes(b"RIFF")
+    for value, expected in (({"bytes": b"wav", "path": None}, b"wav"), ({"path": "b.wav"}, File(f"{tmp_path}/b.wav"))):
+        turns = datasets.List({"role": TEXT, "content": TEXT, "speech": IMAGE})
+        messages = [{"role": "user", "content": "q", "speech": value}, {"role": "assistant", "content": "a"}]
+        table = datasets.Dataset.from_list([{"messages": messages}], features=datasets.Features({"messages": turns}))
+        (sample,) = read_table(table, MediaFolder(tmp_path), Report())
+        assert sample.branches[0][0] == Turn("user", "q", speech=expected)
 
 
 def test_parquet_that_datasets_did_not_write_has_images_all_the_same(tmp_path):
@@ -367,7 +378,7 @@ def test_what_cannot_be_opened_is_told_in_one_line(tmp_path, streaming):
     (tmp_path / "folder" / "notes.log").write_text("nothing")
     (tmp_path / "text.txt").write_text("nothing")
     for name, split, kind, message in (
-        ("nobody/nothing", "train", OSError, "Couldn't reach 'nobody/nothing' on the Hub"),
+        ("nobody/nothing", "train", OSError, "on the Hub (OfflineModeIsEnabled); there is no such folder"),
         ("good.parquet", "validation", ValueError, "['train']"),
         ("saved", "validation", ValueError, "['train']"),
         ("broken.parquet", "train", ValueError, "corrupted"),

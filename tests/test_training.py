@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +186,99 @@ def test_workers_bf16_adam8bit_checkpointing_mlp_and_hold_out_run_together(data,
     assert set(load_file(tmp_path / "run/model.safetensors")) == {
         f"model.projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
     }
+
+
+def damage(data, folder):
+    """A copy of the drawn data with two unreadable images and one missing."""
+    shutil.copytree(data, folder)
+    (folder / "train2017/000000000002.jpg").write_bytes(b"")
+    (folder / "train2017/000000000005.jpg").write_bytes(b"<html>404</html>")
+    (folder / "train2017/000000000007.jpg").unlink()
+    return folder
+
+
+REPORT = {
+    "records": 60,
+    "skipped": {"empty image file": 5, "missing image": 5, "not an image": 5},
+    "mended": {},
+}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_damaged_images_are_skipped_reported_once_and_alike_by_any_number_of_processes(
+    processes, data, backbones, tmp_path
+):
+    damaged = damage(data, tmp_path / "data")
+    options = ("--num_epochs", 3, "--max_bad", 0.25, "--per_device_batch_size", 2 // processes, "--num_workers", 1)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+    done = run(*stage1(damaged, backbones, tmp_path / "run", *options), launcher=launcher, ACCELERATE_USE_CPU="true")
+    report = json.loads((tmp_path / "run/data_report.json").read_text())
+    assert {name: report[name] for name in REPORT} == REPORT
+    assert report["examples"]["missing image"] == [
+        f"{damaged}/annotations/captions_train2017.json:annotations[30]: {damaged}/train2017/000000000007.jpg"
+    ]
+    assert "15 of 60 records were skipped" in done.stdout
+    assert len(metrics(tmp_path / "run", "loss")) == -(-11 * 3 // 2)
+
+
+def test_a_run_stops_when_too_many_images_turn_out_damaged(data, backbones, tmp_path):
+    damaged = damage(data, tmp_path / "data")
+    options = ("--max_bad", 0.1, "--per_device_batch_size", 12, "--debug", False)
+    done = run(*stage1(damaged, backbones, tmp_path / "run", *options), launcher=(), expect=2)
+    assert "15 of 60 records are bad (25.00%), more than --max_bad 0.1 allows" in done.stderr
+    assert "not an image (e.g. " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_text_only_records_train_as_text_in_two_processes_that_lack_images_at_different_steps(data, trained1, tmp_path):
+    records = json.loads((data / "llava_instruct_train.json").read_text())
+    for number in range(12):
+        talk = [{"from": "human", "value": f"Is it {number}?"}, {"from": "gpt", "value": "yes"}]
+        records.append({"id": f"text{number}", "conversations": talk})
+    mixed = tmp_path / "mixed.json"
+    mixed.write_text(json.dumps(records))
+    options = stage2(data, trained1[0], tmp_path / "two", "--per_device_batch_size", 1, "--num_epochs", 1)
+    options[options.index("--data") + 1] = f"llava:{mixed},images={data}/train2017"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    run(*options, launcher=torchrun, ACCELERATE_USE_CPU="true")
+    options[options.index(tmp_path / "two")] = tmp_path / "one"
+    options[options.index("--per_device_batch_size", 8) + 1] = 2
+    run(*options)
+    one, two = (metrics(tmp_path / name, "loss") for name in ("one", "two"))
+    assert len(one) > 5 and two == pytest.approx(one, rel=1e-5)
+    report = json.loads((tmp_path / "one/data_report.json").read_text())
+    assert report["records"] == len(records) and report["skipped"] == {}
+
+
+def test_several_sources_are_mixed_by_weight_and_several_validation_sets_are_told_apart(data, trained1, tmp_path):
+    llava = f"llava:{data}/llava_instruct_train.json,images={data}/train2017"
+    coco = f"coco:{data}/annotations/captions_train2017.json,images={data}/train2017"
+    held_out = [f"{text.replace('train', 'val')},name={name}" for name, text in (("talk", llava), ("captions", coco))]
+    options = stage2(data, trained1[0], tmp_path / "run", "--gradient_accumulation_steps", 1)
+    place = options.index("--data")
+    options[place : place + 4] = ["--data", f"{llava},weight=3", f"{coco},weight=1", "--eval_data", *held_out]
+    run(*options)
+    losses = {name: metrics(tmp_path / "run", f"eval_loss/{name}")[6] for name in ("talk", "captions")}
+    assert len(metrics(tmp_path / "run", "loss")) == 6  # 24 samples of both, 4 in a step
+    assert min(losses.values()) < metrics(tmp_path / "run", "eval_loss")[6] < max(losses.values())
+
+
+def test_a_stream_is_trained_on_for_max_steps_and_its_damage_is_counted_as_it_comes(data, backbones, tmp_path):
+    import datasets
+
+    files = sorted((data / "train2017").iterdir())
+    rows = [{"image": {"bytes": file.read_bytes(), "path": file.name}, "caption": "a circle"} for file in files]
+    rows[3]["image"]["bytes"] = b"damaged"
+    rows[5]["caption"] = " "
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    options = stage1(data, backbones, tmp_path / "run", "--max_steps", 9, "--num_workers", 1)
+    options[options.index("--data") + 1] = f"dataset:{tmp_path}/rows.parquet,streaming=true"
+    run(*options)
+    assert len(metrics(tmp_path / "run", "loss")) == 9
+    report = json.loads((tmp_path / "run/data_report.json").read_text())
+    assert report["skipped"] == {"not an image": 1, "caption is empty": 1}
+    assert report["records"] == 9 * 4 + 3  # three passes met the damaged image among the 36, and the empty caption
+    assert "streamed, and needs --max_steps and --eval_data" in run(*options, "--max_steps", 0, expect=1).stderr
 
 
 @pytest.mark.parametrize(

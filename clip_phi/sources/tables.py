@@ -16,14 +16,8 @@ from .records import MediaFolder
 from .report import Defect, Report
 from .rows import IMAGE_KEYS, Find, read_rows
 
-BUILDERS = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tar": "webdataset",
-}
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tar": "webdataset"}
+BUILDERS |= dict.fromkeys((".jsonl", ".json"), "json")
 LISTS = ("conversations", "messages", "prompt", "completion", "answers")
 BATCH_SIZE = 1000  # rows read at once
 BUFFER_SIZE = 1000  # rows that a stream is shuffled over, in memory with their images
@@ -50,6 +44,8 @@ def open_table(
         while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__ is not None:
             cause = cause.__cause__
         message = f"cannot read {path!r}, split {split!r}: {' '.join(str(cause).split()) or type(cause).__name__}"
+        if not os.path.exists(path) and Path(path).suffix not in BUILDERS:
+            message += "; there is no such folder here either"
         raise (OSError if isinstance(cause, OSError) else ValueError)(message) from error
     on_disk = os.path.exists(path) or Path(path).suffix in BUILDERS
     dataset.info.dataset_name = Path(path).name if on_disk else path
@@ -163,14 +159,7 @@ def read_table(dataset: Any, media: MediaFolder, report: Report) -> Iterator[Sam
 
 
 def stream_table(
-    path: str,
-    media: MediaFolder,
-    report: Report,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    **options: Any,
+    path: str, media: MediaFolder, report: Report, *, rank: int = 0, world_size: int = 1, seed: int = 0, **options: Any
 ) -> Iterator[Sample]:
     """One shuffled pass after another, without end; the records of the first go to the report.
 
@@ -229,9 +218,10 @@ def _as_row(values: dict[str, Any], media: MediaFolder) -> dict[str, Any]:
         inner = {key: value for key, value in row.pop("json").items() if value is not None}
         row = {key: value for key, value in inner.items() if not (has_image and key in IMAGE_KEYS)} | row
     for key in LISTS:  # what was once Sequence({...}) is a dict of lists
-        value = row.get(key)
-        if isinstance(value, dict) and value and all(isinstance(each, list) for each in value.values()):
-            row[key] = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=False)]
+        value = row[key] if isinstance(row.get(key), dict) else {}
+        lengths = {len(each) if isinstance(each, list) else -1 for each in value.values()}
+        if len(lengths) == 1 and -1 not in lengths:
+            row[key] = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
     file_name, url = row.get("file_name"), row.get("coco_url")
     if isinstance(file_name, str) and isinstance(url, str):  # .../train2017/000000000009.jpg
         try:
