@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -247,8 +248,11 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
 
 
 class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
-    """Clip-Phi with its language modelling head: what is trained, generated with and shipped."""
+    """Clip-Phi with its language modelling head: what is trained, generated with and shipped.
 
+    max_logits: the most logits that a loss makes at once; 2**26 are 1310 tokens of phi-2, 256 MB in float32."""
+
+    max_logits = 2**26
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: ClipPhiConfig):
@@ -325,13 +329,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             shift_labels = shift_labels.to(hidden_states.device)
             supervised = shift_labels != IGNORE_INDEX
-            loss = self.loss_function(
-                logits=self.lm_head(hidden_states[supervised]),
-                labels=None,
-                shift_labels=shift_labels[supervised],
-                vocab_size=self.lm_head.out_features,
-                **kwargs,
-            )
+            loss = self._loss(hidden_states[supervised], shift_labels[supervised], **kwargs)
         if not skip_logits:
             logits = self.lm_head(hidden_states)
         return ClipPhiCausalLMOutputWithPast(
@@ -342,6 +340,36 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def _loss(
+        self,
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Cross-entropy of (supervised, text hidden) with int (supervised,), in chunks of at most max_logits logits.
+
+        Where there are several, each is made again for the backward pass instead of being kept for it."""
+        head = self.lm_head
+
+        def of_chunk(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return self.loss_function(
+                logits=head(hidden_states),
+                labels=None,
+                shift_labels=targets,
+                vocab_size=head.out_features,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
+            )
+
+        size = max(1, self.max_logits // head.out_features)
+        if len(targets) <= size:
+            return of_chunk(hidden_states, targets)
+        if num_items_in_batch is None:
+            num_items_in_batch = len(targets)
+        chunks = zip(hidden_states.split(size), targets.split(size), strict=True)
+        return sum(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks)
 
     # ------------------------------------------------------------------ from two backbones
 

@@ -179,6 +179,29 @@ def test_no_logits_are_made_in_training(fresh_model, inputs):
     assert fresh_model(**inputs, labels=labels, skip_logits=True).logits is None
 
 
+@pytest.mark.parametrize("num_items", [None, 100])
+@pytest.mark.parametrize("chunk", [1, 3, 4])
+def test_loss_in_chunks_equals_the_loss_at_once_and_never_holds_more_logits(chunk, num_items, fresh_model, inputs):
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[0, -8:] = torch.arange(8)
+    options = {"num_items_in_batch": num_items} if num_items else {}
+    weight = fresh_model.model.projector.weight
+    fresh_model.train()
+
+    def loss_and_gradient():
+        loss = fresh_model(**inputs, labels=labels, **options).loss
+        return loss, torch.autograd.grad(loss, [weight])[0]
+
+    expected, expected_gradient = loss_and_gradient()
+    sizes = []
+    fresh_model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    fresh_model.max_logits = chunk * TEXT["vocab_size"] + 1
+    loss, gradient = loss_and_gradient()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert (gradient - expected_gradient).norm() / expected_gradient.norm() < 1e-5
+    assert max(sizes) == chunk and sum(sizes) == 2 * 8  # once forwards, and again for the backward pass
+
+
 def test_logits_to_keep_names_positions(model, inputs):
     everything = logits(model, inputs)
     for kept, expected in [
