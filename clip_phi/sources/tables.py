@@ -1,6 +1,7 @@
 """Tables: everything that Hugging Face `datasets` can load, from the Hub or from disk, whole or as a stream."""
 
 import glob
+import hashlib
 import os
 import sys
 import tarfile
@@ -165,7 +166,7 @@ def stream_table(
 
     A rank has its share of the files if they divide evenly, otherwise every world_size-th row. Inside a worker of
     torch's DataLoader it has that worker's share of the files; a worker more than there are files ends at once. The
-    origin of a row is "name:key" where it has one, as its number is not known. options: those of open_table. Raises
+    origin of a row is "name:key", or "name:digest" of its content, as its number is not known. options: those of open_table. Raises
     ValueError if a pass gives no Sample, or a file breaks off."""
     import torch.utils.data
     from datasets.distributed import split_dataset_by_node
@@ -176,11 +177,11 @@ def stream_table(
 
     def rows() -> Iterator[tuple[str, dict[str, Any]]]:
         try:
-            for number, values in enumerate(dataset):
+            for values in dataset:
                 row = _as_row(values, media)
                 keys = (row.get(key) for key in ("__key__", "id", "question_id"))
-                key = next((key for key in keys if key is not None), f"#{number}")
-                yield f"{dataset.info.dataset_name}:{key}", row
+                key = next((key for key in keys if key is not None), None)
+                yield f"{dataset.info.dataset_name}:{_digest(row) if key is None else key}", row
         except (ValueError, OSError, RuntimeError, tarfile.TarError) as error:
             raise ValueError(f"cannot read on in {path!r}: {' '.join(str(error).split())}") from error
 
@@ -194,6 +195,12 @@ def stream_table(
             return
         if not given:
             raise ValueError(f"{path!r} gives nothing to train on to rank {rank} of {world_size}\n{counted.table()}")
+
+
+def _digest(row: dict[str, Any]) -> str:
+    image = next((row[key] for key in IMAGE_KEYS if key in row), None)
+    data = image.get("bytes") if isinstance(image, dict) else None
+    return hashlib.blake2b(data or repr(row).encode(errors="replace"), digest_size=6).hexdigest()
 
 
 def _find(media: MediaFolder) -> Find:
