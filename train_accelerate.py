@@ -50,21 +50,21 @@ def train(arguments: TrainingArguments) -> None:
     trainable, total = count_parameters(model)
     accelerator.print(f"training {trainable:,} of {total:,} parameters on {accelerator.num_processes} x {device.type}")
 
-    if data.mixture is None:
-        num_steps, batches = arguments.max_steps, arguments.per_device_batch_size
+    if data.batches is None:
+        num_steps, order = arguments.max_steps, arguments.per_device_batch_size
     else:
-        batches = EndlessSampler(
-            mixture=data.mixture,
-            batch_size=arguments.per_device_batch_size,
+        batches_per_step = arguments.gradient_accumulation_steps * accelerator.num_processes
+        num_steps = max(1, -(-data.batches.count(arguments.num_epochs) // batches_per_step))
+        num_steps = min(num_steps, arguments.max_steps or num_steps)
+        order = EndlessSampler(
+            batches=data.batches,
             gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-            num_steps=0,
+            num_steps=num_steps,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
-        num_steps = max(1, -int(-arguments.num_epochs * data.mixture.length // batches.global_batch_size))
-        batches.num_steps = num_steps = min(num_steps, arguments.max_steps or num_steps)
     packs_in_order = iter(
-        make_loader(data.train, batches, processor, arguments.num_workers, pin_memory=device.type == "cuda")
+        make_loader(data.train, order, processor, arguments.num_workers, pin_memory=device.type == "cuda")
     )
     eval_loaders = {
         name: make_loader(

@@ -1,7 +1,8 @@
-"""The command clip-phi: caption, ask, draw-data."""
+"""The command clip-phi: caption, ask, inspect, draw-data."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -47,6 +48,48 @@ def make_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--json", action="store_true", help="print one json object a line instead of the text")
 
+    look = commands.add_parser("inspect", help="show what the model sees of a data set, and what is wrong with it")
+    look.add_argument(
+        "data", nargs="+", metavar="DATA", help="as --data of train_accelerate.py: [KIND:]PATH[,option=value...]"
+    )
+    look.add_argument(
+        "--sample", type=_natural, default=0, metavar="N", help="the first sample to show (default: %(default)s)"
+    )
+    look.add_argument(
+        "--num", type=_positive, default=1, metavar="N", help="how many samples to show (default: %(default)s)"
+    )
+    look.add_argument(
+        "--summary", action="store_true", help="open every image, and count what training would use and skip"
+    )
+    look.add_argument(
+        "--val",
+        action="append",
+        default=[],
+        metavar="DATA",
+        help="validation data: look for its images in DATA (with --summary; may be given several times)",
+    )
+    look.add_argument("--json", metavar="FILE", help="write the summary as json (with --summary)")
+    look.add_argument("--html", metavar="FILE", help="write one page: the samples, and the summary with --summary")
+    look.add_argument("--png", metavar="FILE", help="draw how long samples are, and the pictures of those shown")
+    look.add_argument(
+        "--checkpoint",
+        help=f"folder or Hub id of the model whose tokenizer is used (default: {DEMO_CHECKPOINT}, or else the small "
+        "backbones that come with the project)",
+    )
+    look.add_argument(
+        "--max_length",
+        type=_positive,
+        default=2048,
+        help="longest sample in tokens, as in training (default: %(default)s)",
+    )
+    look.add_argument(
+        "--num_workers",
+        type=_natural,
+        default=os.cpu_count(),
+        help="processes that open images; 0: this one alone (default: %(default)s, the number of cores)",
+    )
+    look.set_defaults(run=run_inspect)
+
     draw = commands.add_parser("draw-data", help="draw a small data set in the layouts of COCO and LLaVA-Instruct")
     draw.add_argument("folder", metavar="DIR", help="where it goes")
     draw.add_argument("--num_train", type=_positive, default=4000, help="training images (default: %(default)s)")
@@ -55,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     draw.add_argument("--json", action="store_true", help="print what was written as a json object")
     draw.set_defaults(run=run_draw_data)
 
-    for command in (caption, ask, draw):
+    for command in (caption, ask, look, draw):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -64,6 +107,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, not {value}")
     return value
 
 
@@ -85,6 +135,12 @@ def run_ask(arguments: argparse.Namespace) -> None:
     engine = _load_engine(arguments)
     pieces = engine.stream(arguments.question, image, arguments.max_new_tokens)
     _say(pieces, arguments, {"image": arguments.image, "question": arguments.question}, "answer")
+
+
+def run_inspect(arguments: argparse.Namespace) -> None:
+    from .inspection import inspect
+
+    inspect(arguments, DEMO_CHECKPOINT)
 
 
 def run_draw_data(arguments: argparse.Namespace) -> None:

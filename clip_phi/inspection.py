@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import textwrap
-from collections import deque
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,21 +28,22 @@ from .samples import File
 from .sources.data import DataSource, parse_source
 from .sources.report import NUM_EXAMPLES, Defect, Report, Skip
 
-if TYPE_CHECKING:  # it imports torch, which the processes that open images do not need
+if TYPE_CHECKING:
     from .batching.index import Index
 
 DEMO_BACKBONES = Path(__file__).resolve().parent.parent / "examples" / "demo_backbones"
-CHUNK = 64  # images that a process is given at once
+CHUNK = 16  # images that a process is given at once
+WINDOW = 256  # images for each process that are under way, which may be bytes
 NUM_BINS = 10  # of the histogram, at most
 THUMBNAIL = 256  # pixels
-SHEET = 24  # pictures in a png, at most
+COLUMNS, SHEET = 4, 24  # pictures side by side in a png, and in all of it, at most
 STYLE = """\
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
 section { border-top: 1px solid #bbb; padding: 1em 0; overflow: auto; }
 img { float: right; margin-left: 1em; image-rendering: pixelated; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f4f4; color: #222; padding: .5em; }
 mark { background: #b6ecb6; font-weight: bold; }
-td { vertical-align: top; padding-right: 1em; overflow-wrap: anywhere; }
+td { vertical-align: top; white-space: pre-wrap; padding-right: 1em; overflow-wrap: anywhere; }
 small { color: #666; overflow-wrap: anywhere; }
 """
 
@@ -62,6 +63,9 @@ def inspect(options: argparse.Namespace, demo_checkpoint: str) -> None:
     from .batching.index import load_index
 
     indexes = [load_index(source, processor, max_length) for source in sources]
+    total = sum(map(len, indexes))
+    if options.sample >= max(total, 1):
+        raise ValueError(f"--sample {options.sample}: there are {total:,} samples, from 0 on")
     summary = None
     rows: list[tuple[str, str]] = []
     if options.summary or options.json or options.val:
@@ -85,7 +89,7 @@ def inspect(options: argparse.Namespace, demo_checkpoint: str) -> None:
         colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         for sample in shown():
             print(as_text(sample, colored))
-        if not any(map(len, indexes)):
+        if total == 0:
             print(
                 f"no sample can be used, of {sum(index.report.records for index in indexes):,} records: see --summary"
             )
@@ -141,7 +145,8 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Shown:
-    """One sample as the model sees it. picture: its image's name and size, or what is wrong with it."""
+    """One sample as the model sees it. picture: its image's name and size, or what is wrong with it.
+    image: a small one."""
 
     title: str
     counts: str
@@ -152,10 +157,8 @@ class Shown:
 
 
 def show(indexes: Sequence["Index"], processor: Any, first: int, number: int) -> Iterator[Shown]:
-    """So many samples from the first on, counted over all indexes. Raises ValueError if there is no first one."""
+    """So many samples from the first on, counted over all indexes."""
     total = sum(map(len, indexes))
-    if first > 0 and first >= total:
-        raise ValueError(f"--sample {first}: there are {total:,} samples, from 0 on")
     places = ((index, row) for index in indexes for row in range(len(index)))
     for sample, (index, row) in enumerate(islice(places, first, first + number), start=first):
         yield _show(index, row, f"sample {sample:,} of {total:,}", processor)
@@ -170,6 +173,7 @@ def _show(index: "Index", row: int, title: str, processor: Any) -> Shown:
         try:
             image = load_image(source)
             picture = f"{name}, {image.width} x {image.height} pixels"
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
         except Defect as defect:
             picture = f"{defect} (training skips this sample)"
     ignored = [IGNORE_INDEX] * len(prefix)
@@ -313,21 +317,15 @@ def check_images(images: Iterable[File | bytes | None], num_workers: int) -> Ite
             yield _check(image)
         return
     images = iter(images)
-    # Not forked: this process may have threads of torch and of the tokenizer.
-    with ProcessPoolExecutor(num_workers, get_context("spawn")) as pool:
-        waiting: deque[Any] = deque()
+    # Not forked from this process, which has threads of torch and of the tokenizer, but from one that has none.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(num_workers, context) as pool:
         try:
-            while (chunk := list(islice(images, CHUNK))) or waiting:
-                if chunk:
-                    waiting.append(pool.submit(_check_all, chunk))
-                if not chunk or len(waiting) > 2 * num_workers:
-                    yield from waiting.popleft().result()
+            while window := list(islice(images, WINDOW * num_workers)):
+                yield from pool.map(_check, window, chunksize=CHUNK)
         except BrokenProcessPool as error:
             raise OSError("a process that decodes images died: too little memory? Try fewer --num_workers") from error
-
-
-def _check_all(images: list[File | bytes | None]) -> list[Outcome]:
-    return [_check(image) for image in images]
 
 
 def _check(image: File | bytes | None) -> Outcome:
@@ -353,13 +351,14 @@ def measure(index: "Index") -> np.ndarray:
 
 
 def describe_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
-    """Of tokens per sample. 95 % of the samples are no longer than p95. histogram: [first, last, samples] of a bin."""
+    """Of tokens per sample. 95 % of the samples are no longer than p95. histogram: samples by range."""
     if not len(lengths):
         return None
     low, high = int(lengths.min()), int(lengths.max())
     width = -(-(high - low + 1) // NUM_BINS)
     counts = np.bincount((lengths - low) // width)
-    bins = [[low + place * width, low + (place + 1) * width - 1, int(count)] for place, count in enumerate(counts)]
+    firsts = [low + width * place for place in range(len(counts))]
+    bins = {f"{first}-{first + width - 1}": int(count) for first, count in zip(firsts, counts, strict=True)}
     return {
         "min": low,
         "median": float(np.median(lengths)),
@@ -388,17 +387,16 @@ def _leakage(
 def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The summary as rows of a label and a text."""
     for source in summary["sources"]:
-        yield source["data"], "{samples:,} samples of {records:,} records, {skipped:,} skipped".format(**source)
+        yield "data", "{data}: {samples:,} samples of {records:,} records, {skipped:,} skipped".format(**source)
     for label in ("records", "branches", "samples", "images", "turns", "tokens"):
         yield label, f"{summary[label]:,}"
     yield "supervised tokens", f"{summary['supervised_tokens']:,} ({summary['share_supervised']:.1%})"
     if lengths := summary["lengths"]:
         text = "min {min:,}, median {median:,.0f}, mean {mean:,.1f}, 95 % {p95:,}, max {max:,}"
         yield "tokens per sample", text.format(**lengths)
-        most = max(count for _, _, count in lengths["histogram"])
-        for first, last, count in lengths["histogram"]:
-            bar = "█" * -(-30 * count // most)
-            yield f"  {first:,}-{last:,}", f"{bar} {count:,}".lstrip()
+        most = max(lengths["histogram"].values())
+        for bin, count in lengths["histogram"].items():
+            yield f"  {bin}", f"{count:>9,} {'█' * -(-40 * count // most)}"
     for what in ("skipped", "mended"):
         yield what, f"{sum(summary[what].values()):,}"
         for kind, count in sorted(summary[what].items(), key=lambda entry: (-entry[1], entry[0])):
@@ -442,9 +440,8 @@ def page(title: str, rows: Sequence[tuple[str, str]], samples: Iterable[Shown]) 
 
 
 def _data_uri(image: Image.Image) -> str:
-    small, file = image.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    small.save(file, "JPEG", quality=90)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -453,23 +450,23 @@ def draw(path: str, indexes: Sequence["Index"], samples: Iterable[Shown]) -> Non
     from matplotlib.figure import Figure
 
     samples = list(samples)
-    columns = min(max(len(samples), 1), 4)
-    rows = -(-len(samples) // columns)
+    rows = max(1, -(-len(samples) // COLUMNS))
     figure = Figure(figsize=(10, 3 + 3 * rows), layout="constrained")
-    top, *sheet = figure.subfigures(2, 1, height_ratios=[1, rows]) if rows else [figure]
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1, rows])
+    top, sheet = parts
     counts = np.concatenate([measure(index) for index in indexes])
     for axes, column, label in zip(top.subplots(1, 2), (2, 3), ("tokens", "supervised tokens"), strict=True):
         axes.hist(counts[:, column], bins=40, color="tab:blue")
         axes.set(xlabel=f"{label} per sample", ylabel="samples")
-    if sheet:
-        grid = sheet[0].subplots(rows, columns, squeeze=False).ravel()
-        for axes in grid:
-            axes.set_axis_off()
-        for axes, sample in zip(grid, samples, strict=False):
-            if sample.image is not None:
-                sample.image.thumbnail((THUMBNAIL, THUMBNAIL))
-                axes.imshow(sample.image)
-            answer = next((piece.text for piece in sample.branches[0] if piece.supervised), "")
-            under = f"{sample.title}\n{textwrap.fill(textwrap.shorten(answer, 100), 30)}"
-            axes.set_title(under, y=-0.02, va="top", fontsize=8, parse_math=False)  # a caption may hold two $
-    figure.savefig(path, dpi=110, format="png")
+    grid = sheet.subplots(rows, COLUMNS, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, sample in zip(grid, samples, strict=False):
+        if sample.image is not None:
+            axes.imshow(sample.image)
+        answer = next((piece.text for piece in sample.branches[0] if piece.supervised), "")
+        under = f"{sample.title}\n{textwrap.fill(textwrap.shorten(answer, 100), 30)}"
+        axes.set_title(under, y=-0.02, va="top", fontsize=8, parse_math=False)  # a caption may hold two $
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a box stands where the font lacks a letter
+        figure.savefig(path, dpi=110, format="png")

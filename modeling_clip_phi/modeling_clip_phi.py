@@ -199,7 +199,10 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         attention_mask: int or bool (batch, sequence), or bool (batch, 1, sequence, sequence): True where row may see
         column, as a tree of branches needs it.
 
-        Raises ValueError for both or neither of input_ids and inputs_embeds, and for a wrong number of image tokens."""
+        Other keyword arguments go to the decoder: segments, of a row of several trees, to its attention.
+
+        Raises ValueError for both or neither of input_ids and inputs_embeds, for a wrong number of image tokens, and
+        for segments if the decoder's attention does not know them."""
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -215,8 +218,16 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             weight = next(self.projector.parameters())
             nothing = self.projector(weight.new_zeros(1, weight.shape[1])).sum() * 0
             inputs_embeds = inputs_embeds + nothing.to(inputs_embeds.device, inputs_embeds.dtype)
+        if "segments" in kwargs:
+            attention = self.language_model.config._attn_implementation
+            if not attention.endswith("_packed"):
+                raise ValueError(
+                    f"{attention!r} attention knows no segments: set_attn_implementation('clip_phi_packed')"
+                )
+            # Any mask of four dimensions keeps the decoder from making one of its own, of tokens x tokens.
+            attention_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=inputs_embeds.device)
         # generate with a static cache gives a dict of ready masks to decoders that have several kinds of layers
-        if (
+        elif (
             isinstance(attention_mask, torch.Tensor)
             and attention_mask.dtype == torch.bool
             and attention_mask.dim() == 4

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from clip_phi.batching.packing import PACKED_ATTENTION
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 END_TOKEN = "<|endoftext|>"
@@ -109,3 +110,10 @@ def model(vision_backbone, text_backbone) -> ClipPhiForCausalLM:
 @pytest.fixture
 def fresh_model(model) -> ClipPhiForCausalLM:
     return copy.deepcopy(model)
+
+
+@pytest.fixture
+def packed_model(fresh_model) -> ClipPhiForCausalLM:
+    """With the attention that training uses."""
+    fresh_model.set_attn_implementation({"text_config": PACKED_ATTENTION})
+    return fresh_model

@@ -251,6 +251,10 @@ SKIPPED: dict[str, tuple[str, Callable[[int], Any]]] = {
 SKIPPED_LINES: dict[str, tuple[str, Callable[[int], Any]]] = {
     "line broken off": ("line is not json", lambda n: json.dumps(record(n)).encode()[:-9]),
     "line not in utf-8": ("line is not json", lambda n: b'{"question": "caf\xe9 %d"}' % n),
+    "half a character in raw bytes": (
+        "question is not valid Unicode",
+        lambda n: b'{"prompt": "%d \xed\xa0\xbd", "completion": "x"}' % n,
+    ),
     "binary line": ("line is not json", lambda n: b"\x89PNG\r\x1a\0\xff\xd8" + bytes([n % 7, 1, 2])),
     "two records in a line": ("line is not json", lambda n: json.dumps(record(n)).encode() * 2),
     "line nested too deep": ("line is not json", lambda n: b"[" * 100_000),

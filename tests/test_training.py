@@ -46,6 +46,7 @@ def stage1(data, backbones, output, *options):
 def stage2(data, start, output, *options):
     return [
         *("--stage", 2, "--init_from", start, "--output_dir", output, "--lora_rank", 4, "--lora_dropout", 0),
+        *("--tokens_per_step", 0, "--gradient_accumulation_steps", 2),
         *("--data", f"llava:{data}/llava_instruct_train.json,images={data}/train2017"),
         *("--eval_data", f"llava:{data}/llava_instruct_val.json,images={data}/val2017"),
         *("--per_device_batch_size", 4, "--num_workers", 0, "--log_every", 1, "--max_new_tokens", 8, "--debug", True),

@@ -1,4 +1,6 @@
-"""Image bytes to upright RGB, the one place where they are decoded: data come from the web, so any bytes may come."""
+"""Image bytes to upright RGB, the one place where they are decoded: data come from the web, so any bytes may come.
+
+And on to the pixel values that the vision tower reads, which Hugging Face's image processor takes longer for."""
 
 import hashlib
 import io
@@ -9,10 +11,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
+from torch.nn.functional import interpolate
+from transformers import CLIPImageProcessorPil
 
 from ..samples import File
 from ..sources.report import Defect
@@ -32,6 +38,10 @@ UPRIGHT = {  # what undoes an EXIF orientation
     8: Image.Transpose.ROTATE_90,
 }
 
+# The least reduction of fast pixels: below it a value in a million of noise was two levels off, above it none was.
+FAST_REDUCTION = 1.5
+PixelMode = Literal["exact", "fast"]
+
 _STDERR_LOCK = threading.Lock()
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it logs the errors that it also raises
 
@@ -42,8 +52,150 @@ def load_image(source: str | Path | bytes | File) -> Image.Image:
     source: a file on disk, what one holds, or a File. Raises Defect, its detail beginning with the name of source:
     "missing image", "empty image file", "not an image", "damaged image", "image too large" (more than MAX_PIXELS; the
     header says so, nothing is decoded) or "absurd image size" (one side more than MAX_ASPECT times the other)."""
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-    data = _read(source, name)
+    name = _name(source)
+    return _decode(_read(source, name), name)
+
+
+def pixel_hash(image: Image.Image) -> str:
+    """Hex digest of the size and the pixels of an RGB image: equal for one picture in any lossless container."""
+    assert image.mode == "RGB", image.mode
+    digest = hashlib.blake2b(f"{image.width}x{image.height}:".encode(), digest_size=16)
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+class Preprocessor:
+    """What image_processor(load_image(source), return_tensors="pt")["pixel_values"][0] gives, in less time.
+
+    Calling it with a source of load_image gives float32 (3, height, width), or raises its Defects.
+
+    mode "exact": bit-equal, 1.4 times as fast. It holds for a CLIPImageProcessorPil that makes the shortest edge `size`
+    by any resampling of PIL, crops the centre and pads nothing, with any rescaling, mean and std. Any other image
+    processor, or one that crops more than it resizes to, is itself called.
+    mode "fast": 3.3 times as fast. No 8-bit value is more than one level off, and of a photo's fewer than 1 in 100 are
+    (more in patterns where many lie halfway between two levels): simplejpeg decodes to the same pixels as PIL, but
+    torch resizes with weights of 16 bits, PIL with weights of 32. It holds for RGB JPEGs that no EXIF block
+    rotates, decoded without a warning and made smaller FAST_REDUCTION times or more by bicubic resampling; all else
+    goes the exact way. Raises ImportError without simplejpeg."""
+
+    def __init__(self, image_processor: Any, mode: PixelMode = "exact"):
+        if mode not in get_args(PixelMode):
+            raise ValueError(f"pixels {mode!r}: choose from {', '.join(get_args(PixelMode))}")
+        if mode == "fast":
+            try:
+                import simplejpeg  # noqa: F401
+            except ImportError as error:
+                raise ImportError("fast pixels need simplejpeg: pip install 'clip-phi[fast]'") from error
+        self.image_processor = image_processor
+        self.table = _level_table(image_processor) if _is_known(image_processor) else None
+        self.fast = mode == "fast" and self.table is not None and image_processor.resample == Image.Resampling.BICUBIC
+
+    def __call__(self, source: str | Path | bytes | File) -> torch.Tensor:
+        name = _name(source)
+        data = _read(source, name)
+        if self.fast and (rgb := _decode_plain_jpeg(data, FAST_REDUCTION * self.shortest_edge)) is not None:
+            return self._look_up(self._resize_fast(rgb))
+        image = _decode(data, name)
+        if self.table is None:
+            return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        return self._look_up(self._resize(image))
+
+    @property
+    def shortest_edge(self) -> int:
+        return self.image_processor.size.shortest_edge
+
+    def _places(self, width: int, height: int) -> tuple[int, int, int, int, int, int]:
+        """New width and height, and left, top, right and bottom of the crop there."""
+        edge, crop = self.shortest_edge, self.image_processor.crop_size
+        shortest = min(width, height)
+        new_width, new_height = int(edge * width / shortest), int(edge * height / shortest)
+        left, top = (new_width - crop.width) // 2, (new_height - crop.height) // 2
+        return new_width, new_height, left, top, left + crop.width, top + crop.height
+
+    def _resize(self, image: Image.Image) -> np.ndarray:
+        """uint8 (height, width, 3), cropped."""
+        width, height, left, top, right, bottom = self._places(*image.size)
+        # PIL resizes the rows, rounds, then the columns: cropping in between changes no pixel that is kept.
+        rows = image.resize((width, image.height), self.image_processor.resample).crop((left, 0, right, image.height))
+        columns = rows.resize((rows.width, height), self.image_processor.resample)
+        return np.asarray(columns.crop((0, top, rows.width, bottom)))
+
+    def _resize_fast(self, rgb: np.ndarray) -> np.ndarray:
+        """uint8 (height, width, 3), cropped."""
+        width, height, left, top, right, bottom = self._places(rgb.shape[1], rgb.shape[0])
+        batch = torch.from_numpy(rgb).permute(2, 0, 1).unsqueeze(0)
+        resized = interpolate(batch, size=(height, width), mode="bicubic", antialias=True)[0]
+        return resized[:, top:bottom, left:right].permute(1, 2, 0).numpy()
+
+    def _look_up(self, levels: np.ndarray) -> torch.Tensor:
+        """levels: uint8 (height, width, 3)."""
+        assert self.table is not None
+        pixels = np.empty((3, *levels.shape[:2]), dtype=self.table.dtype)
+        for channel in range(3):  # "clip" only spares the check: no level is outside the table
+            np.take(self.table[channel], levels[..., channel], out=pixels[channel], mode="clip")
+        return torch.from_numpy(pixels)
+
+
+def _is_known(image_processor: Any) -> bool:
+    if type(image_processor) is not CLIPImageProcessorPil:
+        return False
+    size, crop = image_processor.size, image_processor.crop_size
+    return (
+        image_processor.do_resize
+        and image_processor.do_center_crop
+        and not image_processor.do_pad
+        and isinstance(image_processor.resample, int)
+        and {name for name, value in dict(size).items() if value} == {"shortest_edge"}
+        and max(crop.height, crop.width) <= size.shortest_edge
+    )
+
+
+def _level_table(image_processor: Any) -> np.ndarray:
+    """(3, 256): what the image processor makes of each level; uint8 if it neither rescales nor normalises."""
+    levels = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    pixels = image_processor(levels, do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"]
+    return pixels.reshape(3, 256)
+
+
+def _decode_plain_jpeg(data: bytes, least_edge: float) -> np.ndarray | None:
+    """uint8 (height, width, 3), or None for all but a faultless, upright RGB JPEG of this size or more."""
+    import simplejpeg
+
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            _refuse_size(image.size, "")
+            plain = (image.format, image.mode) == ("JPEG", "RGB")  # not MPO, gray, CMYK
+            if not plain or min(image.size) < least_edge or image.getexif().get(0x0112, 1) in UPRIGHT:
+                return None
+        return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
+    except Exception:  # whatever it is: load_image meets it again, and may yet make an image of it
+        return None
+
+
+def _name(source: str | Path | bytes | File) -> str:
+    return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+
+def _read(source: str | Path | bytes | File, name: str) -> bytes:
+    if isinstance(source, bytes):
+        data = source
+    else:
+        try:
+            data = source.read() if isinstance(source, File) else Path(source).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, LookupError) as error:
+            raise Defect("missing image", f"{name}: {_reason(error)}") from error
+        except Exception as error:  # zipfile, zlib, lzma and pyarrow each have errors of their own for damaged archives
+            raise Defect("damaged image", f"{name}: {_reason(error)}") from error
+    if not isinstance(data, bytes):  # an Arrow file may hold null, or only the name of an image
+        raise Defect("missing image", f"{name}: no bytes there")
+    if not data:
+        raise Defect("empty image file", name)
+    return data
+
+
+def _decode(data: bytes, name: str) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd EXIF and the like: either the image is used, or a Defect says why not
         try:
@@ -65,31 +217,6 @@ def load_image(source: str | Path | bytes | File) -> Image.Image:
             raise Defect(kind, f"{name}: {reason}") from None
         except Exception as error:  # PIL's decoders raise anything on bad bytes: SyntaxError, struct.error, KeyError...
             raise Defect("damaged image", f"{name}: {_reason(error)}") from error
-
-
-def pixel_hash(image: Image.Image) -> str:
-    """Hex digest of the size and the pixels of an RGB image: equal for one picture in any lossless container."""
-    assert image.mode == "RGB", image.mode
-    digest = hashlib.blake2b(f"{image.width}x{image.height}:".encode(), digest_size=16)
-    digest.update(image.tobytes())
-    return digest.hexdigest()
-
-
-def _read(source: str | Path | bytes | File, name: str) -> bytes:
-    if isinstance(source, bytes):
-        data = source
-    else:
-        try:
-            data = source.read() if isinstance(source, File) else Path(source).read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, LookupError) as error:
-            raise Defect("missing image", f"{name}: {_reason(error)}") from error
-        except Exception as error:  # zipfile, zlib, lzma and pyarrow each have errors of their own for damaged archives
-            raise Defect("damaged image", f"{name}: {_reason(error)}") from error
-    if not isinstance(data, bytes):  # an Arrow file may hold null, or only the name of an image
-        raise Defect("missing image", f"{name}: no bytes there")
-    if not data:
-        raise Defect("empty image file", name)
-    return data
 
 
 def _refuse_size(size: tuple[int, int], name: str) -> None:

@@ -142,8 +142,15 @@ class Index:
         return names if self.rows is None else [names[row] for row in self.rows]
 
     def num_tokens(self) -> np.ndarray:
-        """int64 (samples,): tokens of each sample's tree, its image included."""
-        behind = pc.list_value_length(self.table["ids"]).to_numpy()
+        """int64 (samples,): tokens of each sample, its image once and all end tokens included."""
+        return self._with_prefix(pc.list_value_length(self.table["ids"]).to_numpy())
+
+    def tree_lengths(self, num_branches: int | None = None) -> np.ndarray:
+        """int64 (samples,): tokens that go into the model for each tree; the most that so many branches can be."""
+        lengths = [sorted(lengths)[-(num_branches or len(lengths)) :] for lengths in self.table["lengths"].to_pylist()]
+        return self._with_prefix(np.array([sum(each) - len(each) for each in lengths], dtype=np.int64))
+
+    def _with_prefix(self, behind: np.ndarray) -> np.ndarray:
         pictured = pc.or_(self.table["path"].is_valid(), self.table["bytes"].is_valid()).to_numpy()
         lengths = behind + len(self.prefix) * pictured
         return (lengths if self.rows is None else lengths[self.rows]).astype(np.int64)

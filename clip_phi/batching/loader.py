@@ -1,8 +1,10 @@
 """The endless, seeded order of samples, and the loader that turns it into packs."""
 
+import bisect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from ..sources.report import Defect, Report, Skip
 from .encode import encode_samples
 from .images import load_image
 from .index import Index
+from .packing import plan_packs
 from .tree import Pack, Tree, build_tree, pack_trees
 
 Item = tuple[Tree, torch.Tensor | None] | Skip
@@ -33,6 +36,10 @@ class TreeDataset(Dataset):
 
     def __len__(self) -> int:
         return int(self.stops[-1])
+
+    def lengths(self) -> np.ndarray:
+        """int64 (samples,): tokens of each tree; with fewer branches than there are, of the longest that can be."""
+        return np.concatenate([source.tree_lengths(self.branches_per_image) for source in self.sources])
 
     def __getitem__(self, place: tuple[int, int]) -> Item:
         source_pass, index = place
@@ -106,35 +113,99 @@ class Collator:
         return pack
 
 
-@dataclass
-class EndlessSampler(Sampler):
-    """Micro-batches of (pass, index) for one rank, in the order of a Mixture.
+class Batches(Protocol):
+    """The endless stream of micro-batches of all ranks; each is a list of (pass over its source, index)."""
 
-    The stream has no seams: a step takes the next samples, across the end of an epoch if need be, so every batch is
-    full and a position in training is one integer, the step."""
+    def batch(self, number: int) -> list[tuple[int, int]]: ...
+
+    def count(self, num_epochs: float) -> int:
+        """Micro-batches in so many epochs."""
+        ...
+
+
+@dataclass
+class FixedBatches:
+    """size samples each, in the order of a mixture; without seams, so that the last of an epoch is full as well."""
 
     mixture: Mixture
-    batch_size: int
+    size: int
+
+    def batch(self, number: int) -> list[tuple[int, int]]:
+        return [self.mixture.place(position) for position in range(number * self.size, (number + 1) * self.size)]
+
+    def count(self, num_epochs: float) -> int:
+        return -int(-num_epochs * self.mixture.length // self.size)
+
+
+@dataclass
+class PackedBatches:
+    """As many samples as fit into budget tokens, planned from their lengths, epoch by epoch.
+
+    lengths: int (samples,), tokens of each. The order of a mixture is packed window by window, so that the mixture
+    stays mixed, and the packs of a window are shuffled, since the first hold the long samples."""
+
+    mixture: Mixture
+    lengths: np.ndarray
+    budget: int
+    window: int = 2000
+
+    def batch(self, number: int) -> list[tuple[int, int]]:
+        epoch = bisect.bisect_right(self._ends_until(lambda ends: ends[-1] > number), number)
+        return self._plan(epoch)[number - (self._ends[epoch - 1] if epoch else 0)]
+
+    def count(self, num_epochs: float) -> int:
+        whole = int(num_epochs)
+        ends = [0, *self._ends_until(lambda ends: len(ends) > whole)]
+        return ends[whole] + math.ceil((num_epochs - whole) * (ends[whole + 1] - ends[whole]))
+
+    @property
+    def fill(self) -> float:
+        """Share of the budget that is used in the first epoch."""
+        plan = self._plan(0)
+        return sum(int(self.lengths[index]) for pack in plan for _, index in pack) / (len(plan) * self.budget)
+
+    def __post_init__(self) -> None:
+        self._ends: list[int] = []  # of each epoch, the number of packs until its end
+        self._planned: tuple[int, list[list[tuple[int, int]]]] = (-1, [])
+
+    def _ends_until(self, enough: Callable[[list[int]], bool]) -> list[int]:
+        while not self._ends or not enough(self._ends):
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(self._plan(len(self._ends))))
+        return self._ends
+
+    def _plan(self, epoch: int) -> list[list[tuple[int, int]]]:
+        if self._planned[0] != epoch:
+            first, plan = epoch * self.mixture.length, []
+            for start in range(0, self.mixture.length, self.window):
+                stop = min(start + self.window, self.mixture.length)
+                places = [self.mixture.place(first + position) for position in range(start, stop)]
+                packs = plan_packs([self.lengths[index] for _, index in places], self.budget)
+                order = np.random.default_rng((self.mixture.seed, epoch, start)).permutation(len(packs))
+                plan += [[places[sample] for sample in packs[pack]] for pack in order]
+            self._planned = (epoch, plan)
+        return self._planned[1]
+
+
+@dataclass
+class EndlessSampler(Sampler):
+    """The micro-batches of one rank: a step takes the next gradient_accumulation_steps x world_size of the stream, so
+    a position in training is one integer, the step, and ranks and accumulation can be traded for one another."""
+
+    batches: Batches
     gradient_accumulation_steps: int
     num_steps: int
     rank: int = 0
     world_size: int = 1
     first_step: int = 0
 
-    @property
-    def global_batch_size(self) -> int:
-        """Samples in one step over all ranks."""
-        return self.batch_size * self.gradient_accumulation_steps * self.world_size
-
     def __len__(self) -> int:
         return (self.num_steps - self.first_step) * self.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.first_step, self.num_steps):
-            for micro_batch in range(self.gradient_accumulation_steps):
-                turn = micro_batch * self.world_size + self.rank
-                start = step * self.global_batch_size + turn * self.batch_size
-                yield [self.mixture.place(position) for position in range(start, start + self.batch_size)]
+            for turn in range(self.gradient_accumulation_steps):
+                number = (step * self.gradient_accumulation_steps + turn) * self.world_size + self.rank
+                yield self.batches.batch(number)
 
 
 def make_loader(

@@ -4,13 +4,15 @@ Five captions of one image share its features: 107 tokens instead of 308 for the
 Positions restart after the prefix, so that a branch stands where it would stand alone; the mask keeps it alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from ..sources.report import Skip
 from .encode import IGNORE_INDEX, Encoded
+from .packing import Segments, make_segments
 
 
 @dataclass(frozen=True)
@@ -51,60 +53,62 @@ def build_tree(branches: Sequence[Encoded], prefix: Sequence[int], origin: str) 
 
 @dataclass(frozen=True)
 class Pack:
-    """What the model eats. inputs: keyword arguments of ClipPhiForCausalLM.forward.
+    """What the model eats. inputs: keyword arguments of ClipPhiForCausalLM.forward, whose decoder must use
+    PACKED_ATTENTION.
 
     num_supervised: tokens that are learnt from. num_branches: captions or conversations. origins: of the samples.
     skipped: samples that would have been here if their image could be read."""
 
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
     num_supervised: int
     num_branches: int
     origins: list[str]
     skipped: list[Skip] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Pack":
-        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Pack":
-        inputs = {name: value.pin_memory() for name, value in self.inputs.items()}
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Pack":
+        inputs = {
+            name: value.map(function) if isinstance(value, Segments) else function(value)
+            for name, value in self.inputs.items()
+        }
         return replace(self, inputs=inputs)
 
 
 def pack_trees(
     trees: Sequence[Tree], pixel_values: torch.Tensor | None, pad_token_id: int, multiple_of: int = 8
 ) -> Pack:
-    """Trees as rows of one batch, padded on the right to a multiple of multiple_of tokens.
+    """Trees one behind the other in one row, filled up with padding to a multiple of multiple_of tokens.
 
-    pixel_values: float (images, 3, height, width), in the order of those trees that have an image, or None.
-    Where every tree has one branch the rows are plain sequences: padding on the right is invisible to a causal model,
-    so no mask is made and the fast kernels stay in use. No tree at all is one row of padding, with a loss of 0: every
-    process of a step must have something to run."""
-    num_rows = max(len(trees), 1)
-    length = -(-max([len(tree.input_ids) for tree in trees], default=1) // multiple_of) * multiple_of
-    num_kept = max([len(tree.kept) for tree in trees], default=1)
-    input_ids = torch.full((num_rows, length), pad_token_id)
-    logits_to_keep = torch.zeros((num_rows, num_kept), dtype=torch.long)
-    shift_labels = torch.full((num_rows, num_kept), IGNORE_INDEX)
-    for row, tree in enumerate(trees):
-        input_ids[row, : len(tree.input_ids)] = torch.tensor(tree.input_ids)
-        logits_to_keep[row, : len(tree.kept)] = torch.tensor(tree.kept)
-        shift_labels[row, : len(tree.targets)] = torch.tensor(tree.targets)
-    inputs = {"input_ids": input_ids, "logits_to_keep": logits_to_keep, "shift_labels": shift_labels}
-    if any(tree.branch_ids and tree.branch_ids[-1] > 1 for tree in trees):
-        position_ids = torch.zeros((len(trees), length), dtype=torch.long)
-        branch_ids = torch.full((len(trees), length), -1)
-        for row, tree in enumerate(trees):
-            position_ids[row, : len(tree.position_ids)] = torch.tensor(tree.position_ids)
-            branch_ids[row, : len(tree.branch_ids)] = torch.tensor(tree.branch_ids)
-        query, key = branch_ids.unsqueeze(2), branch_ids.unsqueeze(1)
-        sees = ((key == 0) | (key == query)).tril()  # padding is a branch of its own, so no row is left blind
-        inputs |= {"position_ids": position_ids, "attention_mask": sees.unsqueeze(1)}
+    pixel_values: float (images, 3, height, width), in the order of those trees that have an image, or None. No tree at
+    all is a row of padding, with a loss of 0: every process of a step must have something to run."""
+    length = sum(len(tree.input_ids) for tree in trees)
+    padding = -length % multiple_of or (0 if trees else multiple_of)
+    input_ids = [token for tree in trees for token in tree.input_ids] + [pad_token_id] * padding
+    position_ids = [position for tree in trees for position in tree.position_ids] + list(range(padding))
+    kept: list[int] = []
+    start = 0
+    for tree in trees:
+        kept += [start + position for position in tree.kept]
+        start += len(tree.input_ids)
+    targets = [target for tree in trees for target in tree.targets]
+    branch_ids = [tree.branch_ids for tree in trees] + ([[1] * padding] if padding else [])
+    inputs: dict[str, Any] = {
+        "input_ids": torch.tensor([input_ids]),
+        "position_ids": torch.tensor([position_ids]),
+        "logits_to_keep": torch.tensor([kept or [0]]),
+        "shift_labels": torch.tensor([targets or [IGNORE_INDEX]]),
+        "segments": make_segments(branch_ids),
+    }
     if pixel_values is not None:
         inputs["pixel_values"] = pixel_values
     return Pack(
         inputs,
-        num_supervised=sum(len(tree.targets) for tree in trees),
+        num_supervised=len(targets),
         num_branches=sum(len(set(tree.branch_ids) - {0}) for tree in trees),
         origins=[tree.origin for tree in trees],
     )

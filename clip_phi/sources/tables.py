@@ -166,8 +166,8 @@ def stream_table(
 
     A rank has its share of the files if they divide evenly, otherwise every world_size-th row. Inside a worker of
     torch's DataLoader it has that worker's share of the files; a worker more than there are files ends at once. The
-    origin of a row is "name:key", or "name:digest" of its content, as its number is not known. options: those of open_table. Raises
-    ValueError if a pass gives no Sample, or a file breaks off."""
+    origin of a row is "name:key", or "name:digest" of its content, as its number is not known. options: those of
+    open_table. Raises ValueError if a pass gives no Sample, or a file breaks off."""
     import torch.utils.data
     from datasets.distributed import split_dataset_by_node
 

@@ -44,6 +44,9 @@ class TrainingArguments:
     num_workers: int = _option(4, "processes that read images; 0 reads them in the training process")
 
     per_device_batch_size: int = _option(16, "images in one forward pass on one device")
+    tokens_per_step: int = _option(
+        0, "instead: as many images as fit into so many tokens, in one forward pass on one device, planned ahead"
+    )
     gradient_accumulation_steps: int = _option(1, "forward passes in one step")
     num_epochs: float = _option(1.0, "passes over the training images")
     max_steps: int = _option(0, "stop after so many steps, whatever --num_epochs says; 0: no limit")
@@ -79,7 +82,7 @@ class TrainingArguments:
         for name in (*counts, "max_eval_images", "log_every", "eval_every"):
             if getattr(self, name) < 1:
                 found.append(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_steps", "num_workers", "num_sample_texts", "holdout_images"):
+        for name in ("max_steps", "num_workers", "num_sample_texts", "holdout_images", "tokens_per_step"):
             if getattr(self, name) < 0:
                 found.append(f"--{name} must not be negative, not {getattr(self, name)}")
         for name in ("num_epochs", "learning_rate"):
@@ -117,6 +120,8 @@ class TrainingArguments:
             found.append(f"--data: {streams[0]} is streamed, and a stream cannot be mixed: name it alone")
         if streams and not (self.max_steps and held_out):
             found.append(f"--data: {streams[0]} is streamed, and needs --max_steps and --eval_data")
+        if streams and self.tokens_per_step:
+            found.append(f"--data: {streams[0]} is streamed, and cannot be planned ahead: --tokens_per_step 0")
         if any(source.streaming for source in held_out):
             found.append("--eval_data cannot be streamed")
         names = [source.name for source in held_out]
@@ -180,7 +185,10 @@ class Stage2Arguments(TrainingArguments):
     )
     learning_rate: float = _option(2e-5, "peak learning rate of the projector, after the warm-up")
     per_device_batch_size: int = _option(8, "images in one forward pass on one device")
-    gradient_accumulation_steps: int = _option(2, "forward passes in one step")
+    tokens_per_step: int = _option(
+        4096, "instead: as many images as fit into so many tokens, in one forward pass on one device, planned ahead"
+    )
+    gradient_accumulation_steps: int = _option(4, "forward passes in one step")
     lora_learning_rate: float = _option(2e-4, "peak learning rate of LoRA, after the warm-up")
     lora_rank: int = _option(64, "rank of the LoRA matrices")
     lora_alpha: int = _option(128, "LoRA's output is scaled by lora_alpha / lora_rank")

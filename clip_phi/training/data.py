@@ -9,7 +9,7 @@ import numpy as np
 
 from ..batching.images import load_image
 from ..batching.index import Index, load_index
-from ..batching.loader import TreeDataset, TreeStream
+from ..batching.loader import Batches, FixedBatches, PackedBatches, TreeDataset, TreeStream
 from ..samples import Sample
 from ..sources.data import DataSource, parse_source
 from ..sources.mixture import Mixture
@@ -22,11 +22,11 @@ STREAM_WARM_UP = 1000  # records of a stream before its share of bad ones means 
 
 @dataclass
 class Data:
-    """mixture: None for a stream. held_out: validation sets by name. report: of what is trained on; what turns out
+    """batches: None for a stream. held_out: validation sets by name. report: of what is trained on; what turns out
     bad in training goes there, too."""
 
     train: TreeDataset | TreeStream
-    mixture: Mixture | None
+    batches: Batches | None
     held_out: dict[str, Index]
     report: Report
     max_bad: float
@@ -36,9 +36,9 @@ class Data:
 
         Raises ValueError if more of all records are bad than --max_bad allows."""
         self.report.skip_once(skips)
-        if self.mixture is None:
+        if self.batches is None:
             self.report.records += num_branches + sum(skip.records for skip in skips)
-        if skips and (self.mixture is not None or self.report.records > STREAM_WARM_UP):
+        if skips and (self.batches is not None or self.report.records > STREAM_WARM_UP):
             self.report.refuse_bad(self.max_bad)
 
 
@@ -57,7 +57,7 @@ def read_data(
     if any(source.streaming for source in sources):
         read = partial(_stream, sources[0], arguments.seed, rank, world_size)
         train: TreeDataset | TreeStream = TreeStream(read, processor, arguments.max_length)
-        mixture = None
+        batches: Batches | None = None
         say(f"{sources[0].path} is streamed: what is wrong with it is counted as it comes")
     else:
         indexes = [load_index(source, processor, arguments.max_length) for source in sources]
@@ -74,10 +74,15 @@ def read_data(
         train = TreeDataset(indexes, processor, arguments.branches_per_image)
         weights = [source.weight for source in sources if source.weight is not None]
         mixture = Mixture([len(index) for index in indexes], weights or None, arguments.seed)
+        if arguments.tokens_per_step:
+            batches = PackedBatches(mixture, train.lengths(), arguments.tokens_per_step)
+            say(f"{batches.count(1):,} packs of {arguments.tokens_per_step:,} tokens an epoch, {batches.fill:.1%} full")
+        else:
+            batches = FixedBatches(mixture, arguments.per_device_batch_size)
     for name, index in held_out.items():
         held_out[name] = _readable(index, arguments, name)
         say(describe(name, held_out[name]))
-    return Data(train, mixture, held_out, report, arguments.max_bad)
+    return Data(train, batches, held_out, report, arguments.max_bad)
 
 
 def describe(name: str, index: Index) -> str:

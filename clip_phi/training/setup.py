@@ -14,6 +14,7 @@ from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiProcesso
 
 from ..batching.images import load_image
 from ..batching.index import Index
+from ..batching.packing import PACKED_ATTENTION
 from ..evaluation.generate import generate_texts
 from ..samples import File, as_messages
 from .arguments import Stage1Arguments, Stage2Arguments, TrainingArguments
@@ -53,6 +54,7 @@ def load_model(
     if not model.config.delta and not arguments.merged:
         accelerator.print("what is trained on is a merged checkpoint, and so will be what is saved")
         arguments.merged = True
+    model.set_attn_implementation({"text_config": PACKED_ATTENTION})
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -1,0 +1,246 @@
+"""Packs: full rows, in an order that is a function of the position, in which no sample sees another."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import GPT2Config, LlamaConfig, Qwen2Config
+
+from clip_phi.batching import packing
+from clip_phi.batching.encode import Encoded
+from clip_phi.batching.loader import EndlessSampler, FixedBatches, PackedBatches
+from clip_phi.batching.packing import attend_by_bucket, attend_by_piece, make_segments, plan_packs
+from clip_phi.batching.tree import build_tree, pack_trees
+from clip_phi.sources.mixture import Mixture
+from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
+
+# Trees of all shapes: captions, one conversation, text alone (also in two branches), one token, an empty prefix's end.
+TREES = [
+    [0] * 4 + [1] * 3 + [2] * 5 + [3] * 1,
+    [0] * 4 + [1] * 40,
+    [1] * 7,
+    [1] * 2 + [2] * 2,
+    [1],
+    [0] * 4 + [1] * 2 + [2] * 9,
+]
+
+
+def visible(branch_ids):
+    """By definition: bool (tokens, tokens)."""
+    tree = [number for number, ids in enumerate(branch_ids) for _ in ids]
+    branch = [each for ids in branch_ids for each in ids]
+    count = len(tree)
+    return torch.tensor(
+        [[tree[q] == tree[k] and branch[k] in (0, branch[q]) and k <= q for k in range(count)] for q in range(count)]
+    )
+
+
+def dense(query, key, value, sees, scaling):
+    return scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=sees, scale=scaling)[0]
+
+
+def reference_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """What torch's varlen kernel does, piece by piece: causal, aligned at the ends of queries and keys."""
+    assert window_size == (-1, 0) and query.shape[0] == cu_seq_q[-1] and key.shape[0] == cu_seq_k[-1]
+    assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max()
+    outputs = []
+    for piece in range(len(cu_seq_q) - 1):
+        q, k, v = (
+            each[starts[piece] : starts[piece + 1]].transpose(0, 1)
+            for each, starts in ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k))
+        )
+        sees = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        outputs.append(dense(q, k, v, sees, scale).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("count", range(1, len(TREES) + 1))
+def test_both_forms_of_packed_attention_equal_attention_with_the_whole_mask(count):
+    torch.manual_seed(count)
+    segments, sees = make_segments(TREES[:count]), visible(TREES[:count])
+    query, key, value = (torch.randn(2, len(sees), 8) for _ in range(3))
+    expected = dense(query, key, value, sees, 0.3).transpose(0, 1)
+    for output in (
+        attend_by_bucket(query, key, value, segments, 0.3),
+        attend_by_piece(query, key, value, segments, 0.3, reference_kernel),
+    ):
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+
+
+def encode(length, seed):
+    """A branch of so many random tokens, whose second half is supervised."""
+    ids = np.random.default_rng(seed).integers(1, 250, length).tolist()
+    return Encoded(ids, [-100] * (length // 2) + ids[length // 2 :])
+
+
+# (image tokens, branches) of each tree
+CONTENT = [
+    (4, [encode(5, 0), encode(9, 1), encode(3, 2)]),
+    (4, [encode(30, 3)]),
+    (0, [encode(12, 4)]),
+    (4, [encode(6, 5), encode(21, 6)]),
+]
+
+
+TEXT_CONFIG = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+TEXT_CONFIG |= {"num_attention_heads": 4, "max_position_embeddings": 256}
+DECODERS = {
+    "phi": None,
+    "llama with grouped heads": LlamaConfig(**TEXT_CONFIG, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**TEXT_CONFIG, num_key_value_heads=1),
+    "gpt2": GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=256),
+}
+
+
+@pytest.fixture(params=DECODERS)
+def any_model(request, packed_model):
+    text_config = DECODERS[request.param]
+    if text_config is None:
+        return packed_model
+    config = packed_model.config
+    torch.manual_seed(0)
+    model = ClipPhiForCausalLM(
+        ClipPhiConfig(vision_config=config.vision_config, text_config=text_config, image_token_id=config.image_token_id)
+    ).eval()
+    model.set_attn_implementation({"text_config": packing.PACKED_ATTENTION})
+    return model
+
+
+def check_that_no_tree_sees_another(model, processor):
+    """A pack of trees against the plain form: each branch alone behind its image, without any of our packing."""
+    image = processor.image_token_id
+    pixels = torch.randn(len(CONTENT), 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    weight = model.model.projector.weight
+    plain = torch.zeros(())
+    for (prefix, branches), pixel_values in zip(CONTENT, pixels.unsqueeze(1), strict=True):
+        for ids, labels in branches:
+            plain = (
+                plain
+                + model(
+                    input_ids=torch.tensor([[image] * prefix + ids]),
+                    labels=torch.tensor([[-100] * prefix + labels]),
+                    pixel_values=pixel_values if prefix else None,
+                    num_items_in_batch=50,
+                ).loss
+            )
+    trees = [build_tree(branches, [image] * prefix, "x") for prefix, branches in CONTENT]
+    pictured = pixels[[index for index, (prefix, _) in enumerate(CONTENT) if prefix]]
+    pack = pack_trees(trees, pictured, processor.tokenizer.pad_token_id)
+    loss = model(**pack.inputs, use_cache=False, num_items_in_batch=50).loss
+    assert abs(loss / plain - 1) < 1e-6, "loss"
+    expected, gradient = (torch.autograd.grad(each, [weight])[0] for each in (plain, loss))
+    assert (gradient - expected).norm() / expected.norm() < 1e-5, "gradient"
+
+
+def test_no_tree_of_a_pack_sees_another_with_any_decoder(any_model, processor):
+    check_that_no_tree_sees_another(any_model, processor)
+
+
+def everything_causal(branch_ids):
+    return make_segments([[1] * sum(map(len, branch_ids))])
+
+
+def branches_see_each_other(branch_ids):
+    return make_segments([[0 if each == 0 else 1 for each in ids] for ids in branch_ids])
+
+
+def one_token_from_the_neighbour(branch_ids):
+    good = make_segments(branch_ids)
+    places = good.buckets[0].places.clone()  # of the longest tree
+    places[0, 1] = 0
+    return good._replace(buckets=[good.buckets[0]._replace(places=places), *good.buckets[1:]])
+
+
+@pytest.mark.parametrize("mutant", [everything_causal, branches_see_each_other, one_token_from_the_neighbour])
+def test_a_wrong_mask_would_be_noticed(mutant, packed_model, processor, monkeypatch):
+    monkeypatch.setattr("clip_phi.batching.tree.make_segments", mutant)
+    with pytest.raises(AssertionError, match="loss|gradient"):
+        check_that_no_tree_sees_another(packed_model, processor)
+
+
+def test_positions_that_do_not_restart_would_be_noticed(packed_model, processor, monkeypatch):
+    original = build_tree
+
+    def counted_through(*arguments):
+        tree = original(*arguments)
+        return replace(tree, position_ids=list(range(len(tree.input_ids))))
+
+    monkeypatch.setitem(globals(), "build_tree", counted_through)
+    with pytest.raises(AssertionError, match="loss|gradient"):
+        check_that_no_tree_sees_another(packed_model, processor)
+
+
+def test_other_attention_is_refused_and_generation_with_padding_is_not_harmed(model, packed_model):
+    tree = build_tree([encode(12, 4)], [], "x")
+    with pytest.raises(ValueError, match=r"'sdpa' attention knows no segments: set_attn_implementation"):
+        model(**pack_trees([tree], None, 0).inputs)
+    ids = torch.tensor([[294, 294, 5, 6, 7], [8, 9, 10, 11, 12]])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 294).long()}
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(packed_model.generate(**inputs, **options), model.generate(**inputs, **options))
+
+
+def llava_lengths(count, seed=0):
+    """Tokens of LLaVA-Instruct-like samples: an image of 49 features, and conversations of a long-tailed length."""
+    return (49 + np.random.default_rng(seed).lognormal(5.3, 0.7, count).clip(8, 1999)).astype(int)
+
+
+@pytest.mark.parametrize("budget", [2048, 4096, 8192])
+def test_packs_hold_every_sample_once_keep_the_budget_and_are_full(budget):
+    lengths = llava_lengths(20_000)
+    packs = plan_packs(lengths, budget)
+    assert sorted(sample for pack in packs for sample in pack) == list(range(20_000))
+    assert max(lengths[pack].sum() for pack in packs) <= budget
+    assert lengths.sum() / (len(packs) * budget) >= 0.95
+    assert plan_packs(lengths, budget) == packs
+
+
+def test_a_sample_longer_than_the_budget_is_a_pack_alone():
+    assert plan_packs([3, 12, 7, 3], 10) == [[1], [2, 0], [3]]
+
+
+def packed(weights=None, window=50):
+    sizes = (300, 100)
+    return PackedBatches(Mixture(sizes, weights, seed=4), llava_lengths(400), budget=2100, window=window)
+
+
+@pytest.mark.parametrize("weights", [None, (1, 2)])
+def test_packed_epochs_follow_the_mixture_and_any_position_can_be_asked_for(weights):
+    batches, fresh = packed(weights), packed(weights)
+    first, both = batches.count(1), batches.count(2)
+    stream = [batches.batch(number) for number in range(both)]
+    for epoch, part in ((0, stream[:first]), (1, stream[first:])):
+        places = [batches.mixture.place(epoch * 400 + position) for position in range(400)]
+        assert sorted(place for pack in part for place in pack) == sorted(places)
+    assert [fresh.batch(number) for number in (both - 1, 3, first, 0)] == [
+        stream[number] for number in (both - 1, 3, first, 0)
+    ]
+    assert batches.fill > 0.9 and batches.count(0.5) == -(-first // 2)
+
+
+def places(batches, **options):
+    defaults = {"gradient_accumulation_steps": 2, "num_steps": 5}
+    return [place for batch in EndlessSampler(batches, **(defaults | options)) for place in batch]
+
+
+def fixed(sizes=(10,), weights=None, seed=0, size=2):
+    return FixedBatches(Mixture(sizes, weights, seed), size)
+
+
+def test_every_epoch_sees_every_sample_once_and_steps_are_always_full():
+    stream = places(fixed())
+    assert len(stream) == 20
+    assert sorted(stream) == [(epoch, index) for epoch in range(2) for index in range(10)]
+    assert [index for _, index in stream[:10]] != [index for _, index in stream[10:]], "epochs have orders of their own"
+    assert places(fixed(seed=1)) != stream
+    assert [fixed(size=3).count(epochs) for epochs in (0.5, 1, 2)] == [2, 4, 7]
+
+
+@pytest.mark.parametrize("batches", [fixed(), fixed((7, 3), (1, 3)), packed()], ids=["one", "mixed", "packed"])
+def test_order_is_the_same_for_any_number_of_ranks_and_from_any_step(batches):
+    one = list(EndlessSampler(batches, 2, 5))
+    ranks = [list(EndlessSampler(batches, 1, 5, rank=rank, world_size=2)) for rank in range(2)]
+    assert [batch for step in zip(*ranks, strict=True) for batch in step] == one
+    assert list(EndlessSampler(batches, 2, 5, first_step=3)) == one[6:]
