@@ -5,6 +5,7 @@ would on the card (train mode, autocast, fused attention) while every tensor tha
 through both gives each item. What cannot be counted is assumed, and the plan says so.
 """
 
+import gc
 import json
 import math
 import warnings
@@ -120,6 +121,15 @@ class LikeCuda(TorchFunctionMode):
         return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
 
 
+class Recompute(LikeCuda):
+    """LikeCuda in a checkpointed layer's second forward pass. Unlike real ones, what a layer makes under these modes is
+    held by cycles of Python's frames: it is freed before the next."""
+
+    def __enter__(self) -> Any:
+        gc.collect()
+        return super().__enter__()
+
+
 def _varlen(query, key, value, query_starts, key_starts, longest_query, longest_key, scale=None, **kwargs):
     """What torch.nn.attention.varlen.varlen_attn keeps and computes, with a kernel that takes meta tensors."""
     flash = torch.ops.aten._flash_attention_forward
@@ -197,10 +207,11 @@ def build_model(config: ClipPhiConfig, arguments: TrainingArguments, dtype: torc
             parameter.data = parameter.data.float()
             parameter.grad = torch.empty_like(parameter)
     if arguments.gradient_checkpointing:
-        options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), LikeCuda(dtype))}
+        options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), Recompute(dtype))}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 has a new name for it, 5.18 has not
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.disable_input_require_grads()  # else the tower's states would be kept, too
     return model.train()
 
 
@@ -222,6 +233,8 @@ def count_step(
     segments = make_segments([row.branch_ids] * rows).map(lambda tensor: tensor.to("meta"))
     mask = empty(1, 1, 1, 1, dtype=torch.bool)  # as ClipPhiModel.forward gives it beside segments
     ids, targets = empty(1, rows * row.length), empty(rows * row.supervised)
+    gc.collect()
+    gc.freeze()  # Recompute's collections shall be fast
     with ledger, flops, LikeCuda(autocast):
         embeds = model.get_input_embeddings()(ids)
         features = torch.cat(model.get_image_features(pixels, return_dict=True).pooler_output).to(embeds.dtype)
@@ -240,5 +253,6 @@ def count_step(
         del hidden
         loss.backward()
         peaks.append(ledger.take_peak())
+    gc.unfreeze()
     layers = max(peaks[0], peaks[2]) - activations
     return Counts(activations, peaks[1] - activations, layers, tower, flops.get_total_flops(), tower_flops)

@@ -71,8 +71,8 @@ def test_draw_data_writes_the_same_files_for_the_same_seed(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["caption", "none.png"], "no image none.png"),
-        (["caption", "README.md"], "README.md is not a readable image"),
+        (["caption", "none.png"], "missing image: none.png"),
+        (["caption", "README.md"], "not an image: README.md"),
         (["caption", "{image}", "--checkpoint", "/nowhere/model"], "no checkpoint /nowhere/model"),
         (["caption", "{image}", "--checkpoint", "{text}"], "holds a 'phi' model, not a 'clip_phi' one"),
         (
@@ -90,7 +90,7 @@ def test_bad_input_is_one_line_with_status_2(argv, message, image, checkpoint, t
 
 
 def test_debug_shows_the_traceback():
-    with pytest.raises(ValueError, match="no image none.png"):
+    with pytest.raises(ValueError, match="missing image: none.png"):
         main(["caption", "none.png", "--debug"])
 
 

@@ -1,20 +1,24 @@
 """Any bytes give an upright RGB image or a Defect that says why not. All images are made here."""
 
 import io
+import pickle
 import random
 import re
 import runpy
 import struct
+import sys
 import warnings
 import zipfile
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFile, features
+from transformers import CLIPImageProcessorPil
 
 from clip_phi.batching import images
-from clip_phi.batching.images import load_image, pixel_hash
+from clip_phi.batching.images import Preprocessor, _decode_plain_jpeg, load_image, pixel_hash
 from clip_phi.samples import File
 from clip_phi.sources.report import Defect
 
@@ -551,3 +555,190 @@ def test_10_000_mutations_give_an_image_or_a_defect_and_nothing_else(monkeypatch
         "absurd image size",
     }
     assert min(counts["image"], counts["damaged image"]) > 2000, counts
+
+
+# Pixel values
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours and the noise of a sensor."""
+    chance = np.random.default_rng(seed)
+    coarse = Image.fromarray(chance.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    return Image.fromarray((smooth + chance.normal(0, 6, (height, width, 1))).clip(0, 255).astype(np.uint8))
+
+
+def clip_processor(edge: int = 32, **settings) -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(
+        **{"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}} | settings
+    )
+
+
+def hugging_face(image_processor, source) -> torch.Tensor:
+    return image_processor(load_image(source), return_tensors="pt")["pixel_values"][0]
+
+
+def off_by(pixel_values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    return (pixel_values.int() - others.int()).abs()
+
+
+def test_exact_pixels_equal_hugging_faces_for_any_size_and_settings():
+    chance = np.random.default_rng(0)
+    for number in range(80):
+        width, height = np.exp(chance.uniform(0, 6, 2)).astype(int).tolist()
+        if max(width, height) > 100 * min(width, height):
+            continue
+        edge = int(chance.integers(1, 120))
+        crop_height, crop_width = chance.integers(1, edge + 1, 2).tolist() if number % 2 else (edge, edge)
+        image_processor = clip_processor(
+            edge,
+            crop_size={"height": crop_height, "width": crop_width},
+            resample=int(chance.choice([3, 3, 0, 1, 2, 4, 5])),
+            image_mean=chance.uniform(0, 1, 3).tolist(),
+            image_std=chance.uniform(0.05, 2, 3).tolist(),
+            do_normalize=number % 7 > 0,
+            do_rescale=number % 5 > 0,
+        )
+        preprocessor = Preprocessor(image_processor)
+        assert preprocessor.table is not None
+        data = to_bytes(photo(width, height, number), "PNG")
+        ours, theirs = preprocessor(data), hugging_face(image_processor, data)
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), (width, height, image_processor)
+
+
+def test_exact_pixels_of_clips_own_settings_are_float32_and_contiguous(tmp_path):
+    image_processor = CLIPImageProcessorPil()
+    preprocessor = pickle.loads(pickle.dumps(Preprocessor(image_processor)))
+    path = tmp_path / "photo.jpg"
+    for size in [(640, 480), (427, 640), (500, 375), (224, 224), (225, 223), (31, 17), (1, 1), (3000, 40)]:
+        path.write_bytes(to_bytes(photo(*size), "JPEG", quality=90))
+        expected = hugging_face(image_processor, path)
+        for source in (path, str(path), File(str(path)), path.read_bytes()):
+            pixel_values = preprocessor(source)
+            assert (pixel_values.dtype, pixel_values.shape) == (torch.float32, (3, 224, 224))
+            assert pixel_values.is_contiguous() and torch.equal(pixel_values, expected)
+
+
+class OtherProcessor(CLIPImageProcessorPil):
+    def rescale(self, image, scale, **kwargs):
+        return super().rescale(image, scale, **kwargs) * 2
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize(
+    "image_processor",
+    [
+        OtherProcessor(),
+        clip_processor(crop_size={"height": 40, "width": 32}),
+        clip_processor(do_center_crop=False),
+        clip_processor(do_resize=False),
+        clip_processor(size={"height": 40, "width": 50}),
+        clip_processor(size={"shortest_edge": 32, "longest_edge": 40}),
+        clip_processor(do_pad=True, pad_size={"height": 50, "width": 50}),
+    ],
+    ids=["subclass", "crop and pad", "no crop", "no resize", "two sides", "longest edge", "pad"],
+)
+def test_other_image_processors_are_themselves_called(image_processor, mode):
+    if mode == "fast":
+        pytest.importorskip("simplejpeg")
+    data = to_bytes(photo(90, 70), "JPEG")
+    assert torch.equal(Preprocessor(image_processor, mode)(data), hugging_face(image_processor, data))
+
+
+def test_unknown_pixels_are_refused():
+    with pytest.raises(ValueError, match="pixels 'near': choose from exact, fast"):
+        Preprocessor(clip_processor(), "near")
+
+
+def test_fast_pixels_without_simplejpeg_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'clip-phi[fast]'")):
+        Preprocessor(clip_processor(), "fast")
+    assert Preprocessor(clip_processor())(to_bytes(photo(90, 70), "JPEG")).shape == (3, 32, 32)
+
+
+def in_levels(edge: int = 32, **settings) -> tuple[Preprocessor, Preprocessor]:
+    """Exact and fast, neither rescaled nor normalised."""
+    pytest.importorskip("simplejpeg")
+    image_processor = clip_processor(edge, do_rescale=False, do_normalize=False, **settings)
+    return Preprocessor(image_processor), Preprocessor(image_processor, "fast")
+
+
+def test_fast_pixels_of_photos_are_one_level_off_and_less_than_1_in_100():
+    exact, fast = in_levels(112)
+    differing = []
+    for number, size in enumerate([(640, 480), (480, 640), (333, 500), (168, 168), (1000, 170), (400, 401)]):
+        data = to_bytes(photo(*size, number), "JPEG", quality=90)
+        assert _decode_plain_jpeg(data, 168) is not None
+        difference = off_by(fast(data), exact(data))
+        assert difference.max() <= 1, size
+        differing.append((difference > 0).float().mean())
+    assert 0 < torch.tensor(differing).max() <= 0.01, differing
+
+
+def test_fast_pixels_of_patterns_are_one_level_off():
+    exact, fast = in_levels()
+    chance = np.random.default_rng(0)
+    checks = np.indices((80, 96)).sum(0)[..., None] % 2 * np.array([255, 254, 1])
+    stripes = np.broadcast_to(chance.integers(0, 256, (1, 96, 3)), (80, 96, 3))
+    noise = chance.integers(0, 2, (80, 96, 3)) * 255
+    for levels in (checks, stripes, noise, stripes[::-1, ::-1].swapaxes(0, 1)):
+        data = to_bytes(Image.fromarray(levels.astype(np.uint8)), "JPEG", quality=100, subsampling=0)
+        assert off_by(fast(data), exact(data)).max() <= 1
+
+
+def test_simplejpeg_decodes_to_the_pixels_of_pil():
+    pytest.importorskip("simplejpeg")
+    for number in range(36):
+        options = {"subsampling": number % 3, "progressive": number % 2 > 0, "quality": 20 + 2 * number}
+        data = to_bytes(photo(33 + number * 3, 90 - number, number), "JPEG", **options)
+        assert np.array_equal(_decode_plain_jpeg(data, 0), np.asarray(load_image(data))), options
+
+
+def test_fast_pixels_of_all_but_plain_jpegs_are_exact():
+    exact, fast = in_levels(8)
+    image, exif = photo(90, 70), Image.Exif()
+    exif[0x0112] = 6
+    plain = to_bytes(image, "JPEG")
+    others = {
+        "rotated": to_bytes(image, "JPEG", exif=exif),
+        "gray": to_bytes(image.convert("L"), "JPEG"),
+        "cmyk": to_bytes(image.convert("CMYK"), "JPEG"),
+        "two frames": to_bytes(image, "MPO", save_all=True, append_images=[photo(90, 70, 1)]),
+        "small": to_bytes(photo(11, 11), "JPEG"),
+        "with a warning": plain[:-40] + b"\xff\xd0" + plain[-38:],
+    }
+    others |= {format: to_bytes(image, format) for format in ("PNG", "WEBP", "BMP", "TIFF")}
+    assert _decode_plain_jpeg(plain, 12) is not None
+    for name, data in others.items():
+        assert _decode_plain_jpeg(data, 12) is None, name
+        assert torch.equal(fast(data), exact(data)), name
+    exact, fast = in_levels(8, resample=Image.Resampling.BILINEAR)
+    assert torch.equal(fast(plain), exact(plain))
+
+
+def test_mutated_jpegs_give_the_same_defects_in_fast_mode():
+    exact, fast = in_levels(8)
+    chance = random.Random(0)
+    sources = [
+        to_bytes(photo(20 + number, 40 - number, number), "JPEG", progressive=number % 3 == 0, subsampling=number % 2)
+        for number in range(12)
+    ]
+
+    def outcome(preprocessor: Preprocessor, data: bytes) -> torch.Tensor | str:
+        try:
+            return preprocessor(data)
+        except Defect as defect:
+            return str(defect)
+
+    counts = {"defect": 0, "fast": 0, "exact": 0}
+    for number in range(3000):
+        data = mutate(sources[number % len(sources)], sources, chance)
+        ours, expected = outcome(fast, data), outcome(exact, data)
+        if isinstance(expected, str):
+            assert ours == expected
+            counts["defect"] += 1
+        else:
+            assert isinstance(ours, torch.Tensor) and off_by(ours, expected).max() <= 1
+            counts["exact" if torch.equal(ours, expected) else "fast"] += 1
+    assert min(counts.values()) > 100, counts

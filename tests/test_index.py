@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -79,6 +80,20 @@ def test_samples_of_every_form_survive_the_index(processor):
     assert [index.sample(number) for number in range(4)] == samples
     assert [index.has_image(number) for number in range(4)] == [True, True, False, False]
     assert index.image_names() == [None, "a.zip!b/c.jpg", None, None]
+
+
+def test_any_number_of_workers_makes_the_same_index(data, processor, cache, monkeypatch):
+    monkeypatch.setattr(index_module, "CHUNK", 1)
+    records = json.loads((data / "llava_instruct_train.json").read_text())
+    records[3]["conversations"][1]["value"] = "<|endoftext|>"
+    (data / "llava_instruct_train.json").write_text(json.dumps(records))
+    source = parse_source(f"llava:{data}/llava_instruct_train.json,images={data}/train2017")
+    alone = load_index(source, processor, 200)
+    table = alone.table.combine_chunks()
+    shutil.rmtree(cache)
+    together = load_index(source, processor, 200, num_workers=2)
+    assert together.table.combine_chunks().equals(table)
+    assert together.report.as_dict() == alone.report.as_dict() and together.report.num_skipped == 1
 
 
 def test_second_start_reads_nothing_and_gives_the_same_report(source, processor, data, reads):

@@ -440,7 +440,7 @@ def test_the_kind_of_a_bare_path_is_told_from_its_content(tmp_path, write):
         ("coco:a.json,weight=0", "weight must be a number above 0"),
         ("coco:a.json,weight=much", "weight must be a number above 0"),
         ("dataset:a/b,streaming=yes", "streaming is true or false"),
-        ("nothing.json", "no such file: --data nothing.json"),
+        ("nothing.json", "no such file: nothing.json"),
         ("README.md", "is of no known kind"),
         ("tests", "nothing known in this folder"),
     ],

@@ -26,43 +26,49 @@ def encode_samples(
     first fits, it is skipped. A sample whose tree would be longer is split into several, each with the image."""
     flat = [(sample, number) for sample in samples for number in range(len(sample.branches))]
     conversations = [as_messages(sample.branches[number], sample.image is not None) for sample, number in flat]
-    try:
-        encoded = processor.encode_batch(conversations)
-    except ValueError:  # one of them, which will be found below
-        encoded = [None] * len(flat)
-    rows = iter(zip(conversations, encoded, strict=True))
+    rows = iter(_encode(conversations, processor))
     for sample in samples:
         prefix = processor.num_image_tokens if sample.image is not None else 0
         kept: list[tuple[Branch, str, Encoded]] = []
         for branch, origin in zip(sample.branches, sample.origins, strict=True):
-            messages, both = next(rows)
             try:
-                both = both or _encode(messages, processor)
-                branch, tokens = _fit(branch, Encoded(*both), max_length, origin, report)
+                branch, tokens = _fit(branch, next(rows), max_length, origin, report)
             except Defect as defect:
                 report.skip(Skip(defect.kind, origin, defect.detail))
             else:
                 assert processor.image_token_id not in tokens.ids[prefix:], "the template must put the image first"
                 kept.append((branch, origin, Encoded(tokens.ids[prefix:], tokens.labels[prefix:])))
+        part = 0
         while kept:
+            part += 1
             length, count = prefix, 0
             while count < len(kept) and (count == 0 or length + len(kept[count][2].ids) <= max_length):
                 length += len(kept[count][2].ids)
                 count += 1
             branches, origins, tokens_of_all = zip(*kept[:count], strict=True)
+            if part > 1:  # captions of one row share its origin, but an image is counted once an origin in training
+                origins = tuple(f"{origin}#{part}" for origin in origins)
             yield replace(sample, branches=branches, origins=origins), list(tokens_of_all)
             del kept[:count]
 
 
-def _encode(messages: list[dict[str, Any]], processor: Any) -> tuple[list[int], list[int]]:
+def _encode(conversations: list[list[dict[str, Any]]], processor: Any) -> list[Encoded | Defect]:
+    """All at once; where one of them cannot be encoded, it is found by halving."""
     try:
-        return processor.encode(messages)
+        return [Encoded(*both) for both in processor.encode_batch(conversations)]
     except ValueError as error:
-        raise Defect("text cannot be encoded", str(error)) from error
+        if len(conversations) == 1:
+            return [Defect("text cannot be encoded", str(error))]
+        half = len(conversations) // 2
+        return _encode(conversations[:half], processor) + _encode(conversations[half:], processor)
 
 
-def _fit(branch: Branch, tokens: Encoded, max_length: int, origin: str, report: Report) -> tuple[Branch, Encoded]:
+def _fit(
+    branch: Branch, tokens: Encoded | Defect, max_length: int, origin: str, report: Report
+) -> tuple[Branch, Encoded]:
     """Raises Defect if nothing that can be learnt is left."""
+    if isinstance(tokens, Defect):
+        raise tokens
     if any(turn.speech is not None and turn.transcript is None for turn in branch):
         raise Defect("speech without a transcript", "transcribe it first, as 'transcript' beside 'speech'")
     labels = tokens.labels

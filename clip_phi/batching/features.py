@@ -12,12 +12,12 @@ import os
 import secrets
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from ..samples import File, _open_zip
 from .images import PixelMode, source_defects
@@ -54,14 +54,12 @@ def fingerprint_of(model: Any, processor: Any, pixels: PixelMode = "exact") -> s
 
     model: a ClipPhiModel or ClipPhiForCausalLM. A second of time for 300 MB of weights."""
     tower, config = model.get_encoder("image"), model.config
-    private = {"transformers_version", "architectures", "dtype"}  # where it comes from, not what it computes
-    vision = {
-        name: value
-        for name, value in tower.config.to_dict().items()
-        if not name.startswith("_") and name not in private
-    }
+    common = PreTrainedConfig().to_dict()  # its name, its version, what it returns: nothing that changes a feature
+    vision = {name: value for name, value in tower.config.to_dict().items() if name not in common}
+    image = processor.image_processor.to_dict()
+    image.pop("auto_map", None)  # comes with saving
     taken = [config.vision_feature_layer, config.vision_feature_select_strategy]
-    settings = [FORMAT, type(tower).__name__, vision, taken, processor.image_processor.to_dict(), pixels]
+    settings = [FORMAT, type(tower).__name__, vision, taken, image, pixels]
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=20)
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -84,12 +82,11 @@ class FeatureCache:
         self.folder = Path(folder) / fingerprint[:16]
         self.row_bytes = 2 * shape[0] * shape[1]
         self._lock = threading.RLock()
-        self._names: list[str] = []  # of the shards
-        self._read: list[int] = []  # records of each that were read
-        self._files: dict[int, int] = {}  # open for reading, by the shard's number
-        self._entries = np.empty(0, ENTRY)  # sorted by key, each key once
-        self._heads = self._entries["head"]
-        self._own: dict[bytes, Place] = {}  # written since _entries was read
+        self._shards: list[str] = []  # their paths, without the ending
+        self._records_read: list[int] = []  # of the index of each
+        self._files: dict[int, int] = {}  # of shards, open for reading
+        self._sorted = _sort(np.empty(0, ENTRY))
+        self._own: dict[bytes, Place] = {}  # written since _sorted was made
         self._writer: _Writer | None = None
         self._make_folder()
         self.refresh()
@@ -98,7 +95,7 @@ class FeatureCache:
         return FeatureCache, (self.root, self.fingerprint, self.shape, self.rows_per_shard)
 
     def __len__(self) -> int:
-        return len(self._entries) + len(self._own)
+        return len(self._sorted[1]) + len(self._own)
 
     def __contains__(self, key: bytes) -> bool:
         return self._find([key])[0] is not None
@@ -107,8 +104,9 @@ class FeatureCache:
         """Read features to where they are wanted. out: contiguous bfloat16 (keys, patches, vision hidden) on the CPU.
 
         Returns which keys were found; the rows of the others hold anything."""
-        if out.dtype != torch.bfloat16 or out.shape != (len(keys), *self.shape) or not out.is_contiguous():
-            raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, not contiguous bfloat16 {(len(keys), *self.shape)}")
+        wanted = (len(keys), *self.shape)
+        if out.dtype != torch.bfloat16 or out.shape != wanted or not out.is_contiguous():
+            raise ValueError(f"features go into contiguous bfloat16 {wanted}, not {out.dtype} {tuple(out.shape)}")
         rows = out.view(torch.int16).numpy()
         return [
             place is not None and os.preadv(self._file(place[0]), [row], place[1] * self.row_bytes) == self.row_bytes
@@ -116,59 +114,54 @@ class FeatureCache:
         ]
 
     def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
-        """Add features, rounded to bfloat16: float (keys, patches, vision hidden). Keys that are there stay as they are.
+        """Add features: float (keys, patches, vision hidden), rounded to bfloat16. A key that is there stays as it is.
 
         Raises OSError that names --cache_features if the disk is full; what was added before stays readable."""
         if features.shape != (len(keys), *self.shape):
             raise ValueError(f"features are {tuple(features.shape)}, not {(len(keys), *self.shape)}")
         with self._lock:
-            places = self._find(keys)
-            new = {key: row for row, (key, place) in enumerate(zip(keys, places, strict=True)) if place is None}
-            rows = features.detach()[list(new.values())].to("cpu", torch.bfloat16).view(torch.int16).numpy()
-            new_keys = list(new)
+            places = zip(keys, self._find(keys), strict=True)
+            new = {key: row for row, (key, place) in enumerate(places) if place is None}
+            names, rows = list(new), features.detach()[list(new.values())].to("cpu", torch.bfloat16)
             try:
-                while new_keys:
-                    number, writer = self._open_writer()
-                    count = min(len(new_keys), self.rows_per_shard - writer.rows)
-                    first = writer.append(new_keys[:count], rows[:count])
-                    self._own |= {key: (number, first + row) for row, key in enumerate(new_keys[:count])}
-                    new_keys, rows = new_keys[count:], rows[count:]
+                while names:
+                    writer = self._open_writer()
+                    count = min(len(names), self.rows_per_shard - writer.rows)
+                    first = writer.append(names[:count], rows[:count])
+                    self._own |= {key: (writer.shard, first + row) for row, key in enumerate(names[:count])}
+                    names, rows = names[count:], rows[count:]
             except OSError as error:
-                reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+                self._close_writer()  # its index may name some of these rows, so they must not be written over
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 raise OSError(
                     error.errno,
-                    f"--cache_features {self.root}: {reason}; the {len(self):,} images that are cached stay readable. "
-                    f"One more takes {self.row_bytes:,} bytes: make room, or leave the option out",
+                    f"--cache_features {self.root}: {'the disk is full' if full else error.strerror}. The features of "
+                    f"{len(self):,} images, {self.row_bytes:,} bytes each, stay there and stay readable",
                 ) from error
 
     def refresh(self) -> None:
         """See what other processes have added."""
         with self._lock:
-            for path in sorted(self.folder.glob("shard-*.index")):
-                if path.stem not in self._names:
+            for path in sorted(self.folder.glob("shard-*.bin")):
+                if str(path.with_suffix("")) not in self._shards:
                     self._add_shard(path.stem)
-            entries = np.concatenate([self._entries, *(self._read_index(number) for number in range(len(self._names)))])
-            entries = entries[np.lexsort((entries["tail"], entries["head"]))]
-            same = (entries["head"][1:] == entries["head"][:-1]) & (entries["tail"][1:] == entries["tail"][:-1])
-            self._entries = entries[np.concatenate([[True], ~same])] if len(entries) else entries
-            self._heads = np.ascontiguousarray(self._entries["head"])
+            news = [self._read_index(shard) for shard in range(len(self._shards))]
+            self._sorted = _sort(np.concatenate([self._sorted[1], *news]))
             self._own = {}
 
     def close(self) -> None:
         with self._lock:
+            self._close_writer()
             for file in self._files.values():
                 os.close(file)
             self._files = {}
-            if self._writer is not None and self._writer.process == os.getpid():
-                self._writer.close()
-            self._writer = None
 
     def _make_folder(self) -> None:
         about = {"format": FORMAT, "fingerprint": self.fingerprint, "shape": list(self.shape)}
         path = self.folder / "about.json"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            aside = self.folder / f"about-{secrets.token_hex(6)}.json"
+            aside = self.folder / f"about-{secrets.token_hex(6)}"
             with open(aside, "w", encoding="utf-8") as file:
                 json.dump(about, file)
                 file.flush()
@@ -179,54 +172,105 @@ class FeatureCache:
             raise ValueError(f"--cache_features: {path} says {found}, not {about}: remove {self.folder}")
 
     def _add_shard(self, name: str) -> int:
-        self._names.append(name)
-        self._read.append(0)
-        return len(self._names) - 1
+        self._shards.append(str(self.folder / name))
+        self._records_read.append(0)
+        return len(self._shards) - 1
 
-    def _path(self, number: int, ending: str) -> str:
-        return str(self.folder / f"{self._names[number]}.{ending}")
-
-    def _file(self, number: int) -> int:
-        """A shard, open for reading at any place; a forked process may use it too, since nobody moves its position."""
-        if number not in self._files:
+    def _file(self, shard: int) -> int:
+        """A shard, open for reading. Forked processes and threads may share it: nothing moves a position in it."""
+        if shard not in self._files:
             with self._lock:
-                if number not in self._files:
-                    self._files[number] = os.open(self._path(number, "bin"), os.O_RDONLY)
-        return self._files[number]
+                if shard not in self._files:
+                    self._files[shard] = os.open(f"{self._shards[shard]}.bin", os.O_RDONLY)
+        return self._files[shard]
 
-    def _read_index(self, number: int) -> np.ndarray:
+    def _read_index(self, shard: int) -> np.ndarray:
         """The entries since the last time, up to the first that is not whole or whose row is not."""
-        with open(self._path(number, "index"), "rb") as file:
-            file.seek(self._read[number] * RECORD.itemsize)
+        with open(f"{self._shards[shard]}.index", "rb") as file:
+            file.seek(self._records_read[shard] * RECORD.itemsize)
             data = file.read()
-        records = np.frombuffer(data[: len(data) // RECORD.itemsize * RECORD.itemsize], RECORD)
-        if not len(records):
-            return np.empty(0, ENTRY)
-        whole = records["row"] < os.stat(self._path(number, "bin")).st_size // self.row_bytes
-        whole &= records["check"] == _checks(records)
-        records = records[: len(records) if whole.all() else int(whole.argmin())]
-        self._read[number] += len(records)
+        records = np.frombuffer(data, RECORD, count=len(data) // RECORD.itemsize)
+        num_rows = os.stat(f"{self._shards[shard]}.bin").st_size // self.row_bytes
+        good = (records["check"] == _checks(records)) & (records["row"] < num_rows)
+        records = records[: int(np.append(good, False).argmin())]
+        self._records_read[shard] += len(records)
         entries = np.empty(len(records), ENTRY)
-        for name in ("head", "tail", "row"):
-            entries[name] = records[name]
-        entries["shard"] = number
+        entries[["head", "tail", "row"]] = records[["head", "tail", "row"]]
+        entries["shard"] = shard
         return entries
 
     def _find(self, keys: Sequence[bytes]) -> list[Place | None]:
         places: list[Place | None] = [self._own.get(key) for key in keys]
-        entries, heads = self._entries, self._heads
-        if len(entries) and keys:
+        heads, entries = self._sorted
+        if len(entries):
+            # By the first half of a key. Two that share it are missed in turns, if there ever are two
             halves = _halves(keys)
-            # A binary search for the first half; of two keys with one first half only one is found
-            near = entries[np.minimum(np.searchsorted(heads, halves[:, 0]), len(heads) - 1)]
-            found = (near["head"] == halves[:, 0]) & (near["tail"] == halves[:, 1])
-            for index in np.flatnonzero(found).tolist():
+            near = entries[heads.searchsorted(halves[:, 0]).clip(max=len(heads) - 1)]
+            for index in np.flatnonzero((near["head"] == halves[:, 0]) & (near["tail"] == halves[:, 1])).tolist():
                 places[index] = int(near["shard"][index]), int(near["row"][index])
         return places
 
-    def _open_writer(self) -> tuple[int, "_Writer"]:
-        """A shard of this process with room for a row, and its number."""
+    def _open_writer(self) -> "_Writer":
+        """Of a shard of this process that has room for a row."""
         writer = self._writer
         if writer is None or writer.process != os.getpid() or writer.rows >= self.rows_per_shard:
-            ...
-        raise NotImplementedError
+            self._close_writer()
+            name = f"shard-{secrets.token_hex(8)}"
+            writer = self._writer = _Writer(self.folder, name, self._add_shard(name))
+        return writer
+
+    def _close_writer(self) -> None:
+        if self._writer is not None:  # a forked process closes its copies of its parent's files
+            os.close(self._writer.data)
+            os.close(self._writer.index)
+        self._writer = None
+
+
+class _Writer:
+    """Of one shard, which is made here. shard: its number; rows: how many it has."""
+
+    def __init__(self, folder: Path, name: str, shard: int):
+        self.shard, self.rows, self.process = shard, 0, os.getpid()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        self.index = os.open(folder / f"{name}.index", flags, 0o666)  # first: whoever finds the other finds this, too
+        self.data = os.open(folder / f"{name}.bin", flags, 0o666)
+
+    def append(self, keys: Sequence[bytes], rows: torch.Tensor) -> int:
+        """rows: bfloat16 (keys, patches, vision hidden) on the CPU. Returns the number of the first."""
+        _write(self.data, rows.contiguous().view(torch.int16).numpy())
+        os.fsync(self.data)
+        records = np.empty(len(keys), RECORD)
+        halves = _halves(keys)
+        records["head"], records["tail"] = halves[:, 0], halves[:, 1]
+        records["row"] = np.arange(self.rows, self.rows + len(keys))
+        records["check"] = _checks(records)
+        _write(self.index, records)
+        self.rows += len(keys)
+        return self.rows - len(keys)
+
+
+def _write(file: int, array: np.ndarray) -> None:
+    rest = array.reshape(-1).view(np.uint8).data
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def _halves(keys: Sequence[bytes]) -> np.ndarray:
+    """uint64 (keys, 2)."""
+    return np.frombuffer(b"".join(keys), "<u8").reshape(len(keys), 2)
+
+
+def _checks(records: np.ndarray) -> np.ndarray:
+    """uint32 (records,), of the other fields; not 0 for one of zeros only, which a power cut may leave."""
+    mixed = (records["head"] + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(29)) ^ records["tail"]) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(32)) ^ records["row"]) * np.uint64(0x94D049BB133111EB)
+    return (mixed >> np.uint64(32)).astype("<u4")
+
+
+def _sort(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first halves of the keys, and the entries, by key, each key once."""
+    entries = entries[np.lexsort((entries["tail"], entries["head"]))]
+    again = (entries["head"][1:] == entries["head"][:-1]) & (entries["tail"][1:] == entries["tail"][:-1])
+    entries = entries[np.append(np.full(len(entries[:1]), True), ~again)]
+    return np.ascontiguousarray(entries["head"]), entries

@@ -182,17 +182,24 @@ def _read(source: str | Path | bytes | File, name: str) -> bytes:
     if isinstance(source, bytes):
         data = source
     else:
-        try:
+        with source_defects(name):
             data = source.read() if isinstance(source, File) else Path(source).read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, LookupError) as error:
-            raise Defect("missing image", f"{name}: {_reason(error)}") from error
-        except Exception as error:  # zipfile, zlib, lzma and pyarrow each have errors of their own for damaged archives
-            raise Defect("damaged image", f"{name}: {_reason(error)}") from error
     if not isinstance(data, bytes):  # an Arrow file may hold null, or only the name of an image
         raise Defect("missing image", f"{name}: no bytes there")
     if not data:
         raise Defect("empty image file", name)
     return data
+
+
+@contextmanager
+def source_defects(name: str) -> Iterator[None]:
+    """Raises Defect, "missing image" or "damaged image", for any error in looking up what is called name."""
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, LookupError) as error:
+        raise Defect("missing image", f"{name}: {_reason(error)}") from error
+    except Exception as error:  # zipfile, zlib, lzma and pyarrow each have errors of their own for damaged archives
+        raise Defect("damaged image", f"{name}: {_reason(error)}") from error
 
 
 def _decode(data: bytes, name: str) -> Image.Image:

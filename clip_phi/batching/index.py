@@ -9,6 +9,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import pyarrow.compute as pc
 
 from ..samples import File, Sample, Turn
 from ..sources.data import DataSource
-from ..sources.records import MediaFolder, witness
+from ..sources.records import MediaFolder, no_collector, witness
 from ..sources.report import Report
 from .encode import Encoded, encode_samples
 from .tree import Tree, build_tree
@@ -156,10 +158,10 @@ class Index:
         return (lengths if self.rows is None else lengths[self.rows]).astype(np.int64)
 
 
-def load_index(source: DataSource, processor: Any, max_length: int) -> Index:
+def load_index(source: DataSource, processor: Any, max_length: int, num_workers: int = 0) -> Index:
     """The index of a source: mapped from the cache if neither its files nor the tokenizer have changed, else made.
 
-    The cache is the folder clip_phi in Hugging Face's cache (HF_HOME). Raises ValueError or OSError if the source
+    The cache is the folder clip_phi in Hugging Face's cache (HF_HOME). num_workers: processes that tokenise. Raises ValueError or OSError if the source
     cannot be read at all."""
     from huggingface_hub.constants import HF_HOME
 
@@ -172,8 +174,9 @@ def load_index(source: DataSource, processor: Any, max_length: int) -> Index:
     media, report = MediaFolder(source.images), Report()
     aside = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
     try:
-        with pa.OSFile(str(aside / "index.arrow"), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-            for batch in _tokenise(source.read(media, report), processor, max_length, report):
+        path = str(aside / "index.arrow")
+        with no_collector(), pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            for batch in _tokenise(source.read(media, report), processor, max_length, report, num_workers):
                 writer.write_batch(batch)
         about = {"state": state, "report": report.as_dict(), "witnesses": media.witnesses()}
         (aside / "about.json").write_text(json.dumps(about), encoding="utf-8")
@@ -190,12 +193,12 @@ def load_index(source: DataSource, processor: Any, max_length: int) -> Index:
 def _open(folder: Path, state: list[Any], processor: Any) -> Index | None:
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        table = _map(folder / "index.arrow")
+    except (OSError, ValueError):  # not there, or damaged: it will be made
         return None
     if about["state"] != state or any(witness(path) != then for path, then in about["witnesses"].items()):
         return None
-    path = folder / "index.arrow"
-    return Index(_map(path), _prefix(processor), Report.from_dict(about["report"]), path)
+    return Index(table, _prefix(processor), Report.from_dict(about["report"]), folder / "index.arrow")
 
 
 def _map(path: Path) -> pa.Table:
@@ -216,21 +219,35 @@ def _fingerprint(source: DataSource, processor: Any, max_length: int) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
 
 
-def _tokenise(samples: Iterable[Sample], processor: Any, max_length: int, report: Report) -> Iterator[pa.RecordBatch]:
+def _tokenise(
+    samples: Iterable[Sample], processor: Any, max_length: int, report: Report, num_workers: int = 0
+) -> Iterator[pa.RecordBatch]:
+    """One RecordBatch for each CHUNK samples, in order; the same with any number of workers."""
     stream = iter(samples)
-    while chunk := list(islice(stream, CHUNK)):
-        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-        for sample, encoded in encode_samples(chunk, processor, max_length, report):
-            image = sample.image
-            columns["path"].append(image.path if isinstance(image, File) else None)
-            columns["member"].append(image.member if isinstance(image, File) else None)
-            columns["bytes"].append(image if isinstance(image, bytes) else None)
-            columns["origins"].append(sample.origins)
-            columns["branches"].append(json.dumps(sample.branches, default=_speech_bytes))
-            columns["ids"].append([token for branch in encoded for token in branch.ids])
-            columns["labels"].append([label for branch in encoded for label in branch.labels])
-            columns["lengths"].append([len(branch.ids) for branch in encoded])
-        yield pa.RecordBatch.from_pydict(columns, SCHEMA)
+    chunks = iter(lambda: list(islice(stream, CHUNK)), [])
+    work = partial(_tokenise_chunk, processor, max_length)
+    with ProcessPoolExecutor(num_workers) if num_workers else contextlib.nullcontext() as pool:
+        # A few chunks at a time, since all samples of a large source would not fit into memory twice.
+        while window := list(islice(chunks, 4 * max(num_workers, 1))):
+            for batch, found in pool.map(work, window) if pool else map(work, window):
+                report.add(found)
+                yield batch
+
+
+def _tokenise_chunk(processor: Any, max_length: int, chunk: list[Sample]) -> tuple[pa.RecordBatch, Report]:
+    report = Report()
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for sample, encoded in encode_samples(chunk, processor, max_length, report):
+        image = sample.image
+        columns["path"].append(image.path if isinstance(image, File) else None)
+        columns["member"].append(image.member if isinstance(image, File) else None)
+        columns["bytes"].append(image if isinstance(image, bytes) else None)
+        columns["origins"].append(sample.origins)
+        columns["branches"].append(json.dumps(sample.branches, default=_speech_bytes))
+        columns["ids"].append([token for branch in encoded for token in branch.ids])
+        columns["labels"].append([label for branch in encoded for label in branch.labels])
+        columns["lengths"].append([len(branch.ids) for branch in encoded])
+    return pa.RecordBatch.from_pydict(columns, SCHEMA), report
 
 
 def _speech_bytes(value: bytes) -> str:

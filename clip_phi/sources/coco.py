@@ -27,9 +27,9 @@ def read_coco_captions(annotations: Path, media: MediaFolder, report: Report) ->
     for index, record in enumerate(content["annotations"]):
         origin = f"{annotations}:annotations[{index}]"
         try:
-            if not isinstance(record, dict) or not isinstance(record.get("image_id"), int | str):
+            if not isinstance(record, dict) or not is_id(record.get("image_id")):
                 raise Defect("caption without 'image_id'")
-            if "id" in record and isinstance(record["id"], int | str):
+            if is_id(record.get("id")):
                 if record["id"] in ids:
                     raise Defect("duplicate caption id", str(record["id"]))
                 ids.add(record["id"])
@@ -44,7 +44,7 @@ def read_coco_captions(annotations: Path, media: MediaFolder, report: Report) ->
         listed = set()
         for index, record in enumerate(content["images"]):
             origin = f"{annotations}:images[{index}]"
-            if not isinstance(record, dict) or not isinstance(record.get("id"), int | str):
+            if not isinstance(record, dict) or not is_id(record.get("id")):
                 _skip(report, Defect("image entry without 'id'"), origin)
             elif record["id"] in listed:
                 _skip(report, Defect("duplicate image id", str(record["id"])), origin)
@@ -91,6 +91,10 @@ def read_karpathy_split(annotations: Path, media: MediaFolder, split: str, repor
         return find_first(media, [*names, *names_of_2017(record.get("cocoid"))])
 
     yield from read_rows(rows(), find, report)
+
+
+def is_id(value: Any) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)  # True would be 1
 
 
 def names_of_2017(image_id: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""--data: which source, where it lies, and what share of the mixture it has."""
+"""Where data come from, as --data says: which source, where it lies, and what share of the mixture it has."""
 
 import os
 import re
@@ -29,7 +29,7 @@ HOW_TO = (
 
 @dataclass(frozen=True)
 class DataSource:
-    """One --data, read from its text; nothing is opened before read()."""
+    """One data source, read from its text; nothing is opened before read()."""
 
     kind: str
     path: str
@@ -111,20 +111,22 @@ def parse_source(text: str) -> DataSource:
     path, *pieces = re.split(r"[,:](?=[a-z]+=)", rest)
     options = dict(piece.split("=", 1) for piece in pieces)
     if not path:
-        raise ValueError(f"--data {text!r} names no file: {HOW_TO}")
+        raise ValueError(f"data source {text!r} names no file: {HOW_TO}")
     kind, path = (kind, path) if kind else _guess(text, path, options)
     known = KINDS[kind] | COMMON
     if unknown := sorted(options.keys() - known):
-        raise ValueError(f"--data {text!r} has no option {', '.join(unknown)}: {kind} has {', '.join(sorted(known))}")
+        raise ValueError(
+            f"data source {text!r} has no option {', '.join(unknown)}: {kind} has {', '.join(sorted(known))}"
+        )
     if "weight" in options:
         try:
             positive = 0 < float(options["weight"]) < float("inf")
         except ValueError:
             positive = False
         if not positive:
-            raise ValueError(f"--data {text!r}: weight must be a number above 0")
+            raise ValueError(f"data source {text!r}: weight must be a number above 0")
     if options.get("streaming", "true") not in ("true", "false"):
-        raise ValueError(f"--data {text!r}: streaming is true or false")
+        raise ValueError(f"data source {text!r}: streaming is true or false")
     return DataSource(kind, path, options)
 
 
@@ -137,11 +139,11 @@ def _guess(text: str, path: str, options: dict[str, str]) -> tuple[str, str]:
             train = file / "annotations/captions_train2017.json"
             options.setdefault("images", path)
             return "coco", str(train if train in found else found[0])
-        raise ValueError(f"--data {text!r}: nothing known in this folder; {HOW_TO}")
+        raise ValueError(f"data source {text!r}: nothing known in this folder; {HOW_TO}")
     if file.suffix in TABLE_SUFFIXES or file.is_dir() or (not file.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path)):
         return "dataset", path
     if not file.exists():
-        raise ValueError(f"no such file: --data {path}; {HOW_TO}")
+        raise ValueError(f"no such file: {path}; {HOW_TO}")
     if file.suffix == ".jsonl":
         return "llava", path
     with open(file, "rb") as opened:
@@ -155,7 +157,7 @@ def _guess(text: str, path: str, options: dict[str, str]) -> tuple[str, str]:
             return kind, path
     if file.suffix == ".json" and start.startswith(b"{"):
         return "coco", path
-    raise ValueError(f"--data {text!r} is of no known kind; {HOW_TO}")
+    raise ValueError(f"data source {text!r} is of no known kind; {HOW_TO}")
 
 
 def _is_table(folder: Path) -> bool:

@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,30 @@ from ..samples import File
 from .report import Defect
 
 
+MAX_PATH = 4096  # PATH_MAX of Linux; elsewhere it is less
+
+
 def read_json(path: Path) -> Any:
     """Raises FileNotFoundError or ValueError (not json) with the file's name."""
-    gc.disable()  # millions of new dicts, none of them garbage: the collector would double the time
     try:
-        return json.loads(path.read_bytes())
+        with no_collector():
+            return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file: {path}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not json: {error}") from error
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """For millions of new objects, none of them garbage: looking for it would double the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
-        gc.enable()
+        if was_on:
+            gc.enable()
 
 
 def clean_text(value: Any, what: str) -> str:
@@ -48,6 +63,13 @@ def witness(path: str) -> list[int] | None:
     return [status.st_mtime_ns, status.st_size]
 
 
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself
+        return False
+
+
 class MediaFolder:
     """Where the names of images or recordings are looked up: a folder, in which a subfolder (or the folder itself) may
     also be the zip archive that it was downloaded as. Names may be absolute.
@@ -65,6 +87,8 @@ class MediaFolder:
         if "\0" in name:
             raise Defect(f"{what} name is not valid", repr(name))
         path = os.path.join(self.root, name)
+        if len(path) > MAX_PATH:
+            raise Defect(f"missing {what}", f"{path[:100]}... is a name of {len(path):,} characters")
         folder, base = os.path.split(path)
         if base and base in self._names(folder):
             return File(path)
@@ -91,7 +115,7 @@ class MediaFolder:
         if folder not in self.folders:
             try:
                 with os.scandir(folder or ".") as entries:
-                    self.folders[folder] = {entry.name for entry in entries if entry.is_file()}
+                    self.folders[folder] = {entry.name for entry in entries if _is_file(entry)}
             except (OSError, ValueError):
                 self.folders[folder] = set()
         return self.folders[folder]

@@ -63,7 +63,9 @@ class Report:
     def _example(self, kind: str, origin: str, detail: str) -> None:
         examples = self.examples.setdefault(kind, [])
         if len(examples) < NUM_EXAMPLES:
-            examples.append(f"{origin}: {detail}" if detail else origin)
+            text = f"{origin}: {detail}" if detail else origin
+            # Half a surrogate pair, in the id or a key of a record, could neither be printed nor written.
+            examples.append(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def add(self, other: "Report") -> None:
         """The report of another source, behind this one."""

@@ -103,7 +103,7 @@ class TrainingArguments:
                 try:
                     parsed.append(parse_source(text))
                 except (ValueError, OSError) as error:
-                    found.append(str(error).replace("--data", f"--{option}", 1))
+                    found.append(f"--{option}: {error}")
         missing = [path for source in sources + held_out for path in source.problems()]
         if missing:
             found.append(
