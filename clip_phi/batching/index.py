@@ -161,8 +161,8 @@ class Index:
 def load_index(source: DataSource, processor: Any, max_length: int, num_workers: int = 0) -> Index:
     """The index of a source: mapped from the cache if neither its files nor the tokenizer have changed, else made.
 
-    The cache is the folder clip_phi in Hugging Face's cache (HF_HOME). num_workers: processes that tokenise. Raises ValueError or OSError if the source
-    cannot be read at all."""
+    The cache is the folder clip_phi in Hugging Face's cache (HF_HOME). num_workers: processes that tokenise, 0 for this
+    one. Raises ValueError or OSError if the source cannot be read at all."""
     from huggingface_hub.constants import HF_HOME
 
     folder = Path(HF_HOME) / "clip_phi" / f"index-{_fingerprint(source, processor, max_length)}"

@@ -12,7 +12,6 @@ from typing import Any
 from ..samples import File
 from .report import Defect
 
-
 MAX_PATH = 4096  # PATH_MAX of Linux; elsewhere it is less
 
 
