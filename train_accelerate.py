@@ -28,25 +28,33 @@ def train(arguments: TrainingArguments) -> None:
     from accelerate.utils import gather_object, set_seed
     from transformers.utils import logging
 
-    from clip_phi.batching.loader import EndlessSampler, TreeDataset, make_loader
+    from clip_phi.batching.loader import EndlessSampler, PictureReader, TreeDataset, complete, make_loader
+    from clip_phi.batching.tree import Pack
     from clip_phi.evaluation.generate import held_out_loss
     from clip_phi.training.data import read_data
     from clip_phi.training.monitor import Monitor
     from clip_phi.training.optim import make_optimizer, make_scheduler
-    from clip_phi.training.setup import count_parameters, eval_batches, load_model, load_processor, sample_texts
+    from clip_phi.training.setup import (
+        count_parameters,
+        eval_batches,
+        load_model,
+        load_processor,
+        open_cache,
+        sample_texts,
+    )
 
     logging.disable_progress_bar()  # one bar is enough
     accelerator = Accelerator()
     device = accelerator.device
     set_seed(arguments.seed)
 
-    processor, context = load_processor(arguments)
-    if arguments.max_length > context:
-        accelerator.print(f"--max_length is cut to the decoder's context, {context}")
-        arguments.max_length = context
-    with accelerator.local_main_process_first():  # which writes the index that the others find
-        data = read_data(arguments, processor, accelerator.process_index, accelerator.num_processes, accelerator.print)
+    processor = load_processor(arguments)
     model = load_model(arguments, processor, accelerator)
+    cache = open_cache(arguments, model, processor)
+    read = PictureReader(processor, arguments.pixels, cache)
+    with accelerator.local_main_process_first():  # which writes the index that the others find
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        data = read_data(arguments, processor, read, rank, world_size, accelerator.print)
     trainable, total = count_parameters(model)
     accelerator.print(f"training {trainable:,} of {total:,} parameters on {accelerator.num_processes} x {device.type}")
 
@@ -60,22 +68,25 @@ def train(arguments: TrainingArguments) -> None:
             batches=data.batches,
             gradient_accumulation_steps=arguments.gradient_accumulation_steps,
             num_steps=num_steps,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
+            rank=rank,
+            world_size=world_size,
         )
-    packs_in_order = iter(
-        make_loader(data.train, order, processor, arguments.num_workers, pin_memory=device.type == "cuda")
-    )
-    eval_loaders = {
-        name: make_loader(
-            TreeDataset([index], processor), eval_batches(len(index), arguments, accelerator), processor, 0
-        )
-        for name, index in data.held_out.items()
-    }
-
     optimizer = make_optimizer(model, arguments, device)
     scheduler = make_scheduler(optimizer, arguments, num_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
+    plain_model = accelerator.unwrap_model(model)
+
+    def ready(pack: Pack) -> Pack:
+        return complete(pack.to(device), plain_model, cache)
+
+    pin_memory = device.type == "cuda"
+    packs_in_order = map(ready, make_loader(data.train, order, processor, arguments.num_workers, pin_memory))
+    eval_loaders = {
+        name: make_loader(
+            TreeDataset([index], read), eval_batches(len(index), arguments, rank, world_size), processor, 0
+        )
+        for name, index in data.held_out.items()
+    }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     output_dir = Path(arguments.output_dir)
     monitor = Monitor(output_dir, num_steps, active=accelerator.is_main_process)
@@ -83,7 +94,9 @@ def train(arguments: TrainingArguments) -> None:
     model.train()
     for step in range(1, num_steps + 1):
         # One step: every answer token of all ranks and micro-batches weighs the same, however they are spread.
-        packs = [next(packs_in_order).to(device) for _ in range(arguments.gradient_accumulation_steps)]
+        began = time.perf_counter()
+        packs = [next(packs_in_order) for _ in range(arguments.gradient_accumulation_steps)]
+        waited = time.perf_counter() - began
         counts = torch.tensor([[p.num_supervised, p.num_branches, len(p.skipped)] for p in packs], device=device)
         num_supervised, num_branches, num_skipped = accelerator.reduce(counts.sum(0), "sum").tolist()
         skipped = [skip for pack in packs for skip in pack.skipped]
@@ -100,7 +113,7 @@ def train(arguments: TrainingArguments) -> None:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        monitor.count(num_branches, num_supervised)
+        monitor.count(num_branches, num_supervised, waited)
 
         # Once in a while: one line of the log.
         if step % arguments.log_every == 0 or step == num_steps:
@@ -115,10 +128,9 @@ def train(arguments: TrainingArguments) -> None:
             started = time.perf_counter()
             model.eval()
             sums = {
-                name: accelerator.reduce(held_out_loss(model, loader, device), "sum").tolist()
+                name: accelerator.reduce(held_out_loss(model, map(ready, loader), device), "sum").tolist()
                 for name, loader in eval_loaders.items()
             }
-            plain_model = accelerator.unwrap_model(model)
             texts = []
             if accelerator.is_main_process:
                 for held_out in data.held_out.values():

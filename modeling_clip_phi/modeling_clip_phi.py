@@ -150,15 +150,27 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         outputs = self.vision_tower(
             pixel_values.to(self.vision_tower.dtype), output_hidden_states=True, return_dict=True, **kwargs
         )
-        features = outputs.hidden_states[self.config.vision_feature_layer]
-        if self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]
+        features = self._select(outputs.hidden_states)
         if not (self.config.output_hidden_states if wanted is None else wanted):
             outputs.hidden_states = None
-        # The projector may be held in fp32 for training while the frozen parts are in bf16.
-        projector_dtype = next(self.projector.parameters()).dtype
-        outputs.pooler_output = list(self.projector(features.to(projector_dtype)))
+        outputs.pooler_output = list(self._project(features))
         return outputs
+
+    @torch.no_grad()
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the projector reads: the frozen tower's (images, patches, vision hidden), to be kept for later.
+
+        pixel_values: float (images, 3, height, width); the result is taken by forward as vision_features."""
+        pixel_values = pixel_values.to(self.vision_tower.dtype)
+        return self._select(self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states)
+
+    def _select(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        features = hidden_states[self.config.vision_feature_layer]
+        return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
+
+    def _project(self, features: torch.Tensor) -> torch.Tensor:
+        # The projector may be held in fp32 for training while the frozen parts are in bf16.
+        return self.projector(features.to(next(self.projector.parameters()).dtype))
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -192,10 +204,12 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | ClipPhiModelOutputWithPast:
         """input_ids: int (batch, sequence), or inputs_embeds: float (batch, sequence, text hidden).
-        pixel_values: float (images, 3, height, width), in the order in which the images stand in the batch.
+        pixel_values: float (images, 3, height, width), in the order in which the images stand in the batch; or
+        vision_features: float (images, patches, vision hidden), what get_vision_features makes of them.
         attention_mask: int or bool (batch, sequence), or bool (batch, 1, sequence, sequence): True where row may see
         column, as a tree of branches needs it.
 
@@ -208,8 +222,11 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_features = None
-        if pixel_values is not None:
+        if vision_features is not None:
+            image_features = self._project(vision_features).flatten(0, 1)
+        elif pixel_values is not None:
             image_features = torch.cat(self.get_image_features(pixel_values, return_dict=True).pooler_output)
+        if image_features is not None:
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
@@ -296,6 +313,10 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
     ) -> tuple | BaseModelOutputWithPooling:
         """See ClipPhiModel.get_image_features."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """See ClipPhiModel.get_vision_features."""
+        return self.model.get_vision_features(pixel_values)
 
     @can_return_tuple
     def forward(

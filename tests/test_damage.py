@@ -12,7 +12,7 @@ import damage
 import pytest
 
 from clip_phi.batching.index import Index, load_index
-from clip_phi.batching.loader import TreeDataset
+from clip_phi.batching.loader import PictureReader, TreeDataset
 from clip_phi.sources.coco import read_coco_captions, read_karpathy_split
 from clip_phi.sources.data import parse_source
 from clip_phi.sources.instruct import read_instruct
@@ -231,7 +231,7 @@ def test_a_bad_image_of_a_long_row_is_counted_with_all_its_captions(tmp_path, pr
     samples = list(read_rows(rows, find_by_name(MediaFolder(tmp_path)), report))
     index = Index.from_samples(samples, processor, MAX_LENGTH, report)
     assert len(index) > 1, "one tree is too long for all of them"
-    dataset = TreeDataset([index], processor)
+    dataset = TreeDataset([index], PictureReader(processor))
     for _ in range(2):  # epochs
         report.skip_once([dataset[0, number] for number in range(len(index))])
     assert report.records == 12 and report.skipped == Counter({"empty image file": 12})

@@ -10,7 +10,7 @@ from PIL import Image
 
 from clip_phi import inspection
 from clip_phi.batching.index import load_index
-from clip_phi.batching.loader import TreeDataset
+from clip_phi.batching.loader import PictureReader, TreeDataset
 from clip_phi.cli import main
 from clip_phi.sources.data import parse_source
 from clip_phi.sources.drawn import write_dataset
@@ -191,7 +191,7 @@ def test_json_counts_what_is_used_skipped_mended_equal_and_leaked(run, mixed, da
 def test_the_numbers_are_those_that_training_meets(run, mixed, data, processor):
     summary = json.loads(run(mixed, data, json=True))
     indexes = [load_index(parse_source(text), processor, 100) for text in (mixed, str(data))]
-    dataset = TreeDataset(indexes, processor)
+    dataset = TreeDataset(indexes, PictureReader(processor))
     items = [dataset[0, place] for place in range(len(dataset))]
     skips = [item for item in items if isinstance(item, Skip)]
     trees = [item[0] for item in items if not isinstance(item, Skip)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -280,6 +281,42 @@ def test_a_stream_is_trained_on_for_max_steps_and_its_damage_is_counted_as_it_co
     assert report["skipped"] == {"not an image": 1, "caption is empty": 1}
     assert report["records"] == 9 * 4
     assert "streamed, and needs --max_steps and --eval_data" in run(*options, "--max_steps", 0, expect=1).stderr
+
+
+def test_packs_of_tokens_give_the_same_training_with_one_and_two_processes(data, trained1, tmp_path):
+    common = ("--tokens_per_step", 900, "--lora_learning_rate", 0.01, "--num_epochs", 2)
+    one, two = (stage2(data, trained1[0], tmp_path / name, *common) for name in ("one", "two"))
+    done = run(*one)
+    packs, fill = re.search(r"(\d+) packs of 900 tokens an epoch, ([\d.]+)% full", done.stdout).groups()
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    run(*two, "--gradient_accumulation_steps", 1, launcher=torchrun, ACCELERATE_USE_CPU="true")
+    expected = metrics(tmp_path / "one", "loss")
+    assert len(expected) == int(packs) and float(fill) > 60  # two packs in a step, two epochs
+    assert metrics(tmp_path / "two", "loss") == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_warm_feature_cache_gives_the_same_run_and_opens_no_image(data, backbones, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    cache = ("--cache_features", tmp_path / "cache", "--num_sample_texts", 0, "--num_epochs", 2, "--num_workers", 1)
+    run(*stage1(copy, backbones, tmp_path / "cold", *cache))
+    for image in [*copy.glob("*2017/*.jpg")]:  # what it finds now, it cannot decode
+        status = image.stat()
+        image.write_bytes(b"x" * status.st_size)
+        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    run(*stage1(copy, backbones, tmp_path / "warm", *cache))
+    for key in ("loss", "eval_loss"):
+        assert metrics(tmp_path / "warm", key) == metrics(tmp_path / "cold", key)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("cold", "warm"))
+    assert all(torch.equal(other[name], value) for name, value in one.items())
+    run(*stage1(data, backbones, tmp_path / "plain", "--num_epochs", 2, "--num_sample_texts", 0))
+    plain, cached = metrics(tmp_path / "plain", "loss"), metrics(tmp_path / "cold", "loss")
+    assert plain == pytest.approx(cached, rel=1e-3) and plain != cached  # features are kept in bfloat16
+
+    images = sorted((copy / "train2017").iterdir())
+    os.utime(images[0])  # a changed image is noticed
+    done = run(*stage1(copy, backbones, tmp_path / "changed", *cache, "--max_bad", 0.5))
+    assert "5 of 60 records were skipped" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from PIL import Image
 
 from clip_phi.batching.images import load_image
 from clip_phi.batching.index import Index
-from clip_phi.batching.loader import Collator, TreeDataset
+from clip_phi.batching.loader import Collator, PictureReader, TreeDataset
 from clip_phi.batching.tree import pack_trees
 from clip_phi.samples import File, Sample, Turn
 from clip_phi.sources.report import Report, Skip
@@ -147,7 +147,9 @@ def one_by_one(model, sample, processor, num_items):
 
 def test_tree_loss_and_projector_gradient_equal_one_by_one(packed_model, processor, sample, dialogue):
     model = packed_model
-    dataset = TreeDataset([Index.from_samples([each], processor, 200) for each in (sample, dialogue)], processor)
+    dataset = TreeDataset(
+        [Index.from_samples([each], processor, 200) for each in (sample, dialogue)], PictureReader(processor)
+    )
     pack = make_pack(dataset, [(0, 0), (0, 1)], processor)
     projector = model.model.projector
 
@@ -161,7 +163,9 @@ def test_tree_loss_and_projector_gradient_equal_one_by_one(packed_model, process
 
 
 def test_captions_take_turns_over_the_epochs(sample, processor):
-    dataset = TreeDataset([Index.from_samples([sample], processor, 100)], processor, branches_per_image=2)
+    dataset = TreeDataset(
+        [Index.from_samples([sample], processor, 100)], PictureReader(processor), branches_per_image=2
+    )
     one = [build_tree(Sample(sample.image, (branch,), ("",)), processor).targets for branch in sample.branches]
     taken = [dataset[epoch, 0][0].targets for epoch in range(3)]
     assert taken == [one[0] + one[1], one[2] + one[0], one[1] + one[2]]
@@ -175,8 +179,11 @@ def unreadable(tmp_path):
 
 
 def test_an_unreadable_image_takes_its_sample_out_of_the_pack_and_is_told(sample, unreadable, processor):
-    dataset = TreeDataset([Index.from_samples([unreadable, sample], processor, 100)], processor)
-    pack, whole = make_pack(dataset, [(0, 0), (0, 1)], processor), make_pack(dataset, [(0, 1)], processor)
+    dataset = TreeDataset([Index.from_samples([unreadable, sample], processor, 100)], PictureReader(processor))
+    pack, whole = (
+        make_pack(dataset, [(0, 0), (0, 1)], processor),
+        make_pack(dataset, [(0, 1)], processor),
+    )
     assert pack.skipped == [Skip("not an image", "file:8", pack.skipped[0].detail, records=2)]
     assert "bad.jpg" in pack.skipped[0].detail
     for name in set(whole.inputs) - {"segments"}:
@@ -185,7 +192,7 @@ def test_an_unreadable_image_takes_its_sample_out_of_the_pack_and_is_told(sample
 
 def test_a_batch_of_nothing_or_of_text_alone_still_reaches_every_trained_weight(packed_model, unreadable, processor):
     text_only = Sample(None, ((Turn("user", "a?"), Turn("assistant", "yes")),), ("file:1",))
-    dataset = TreeDataset([Index.from_samples([unreadable, text_only], processor, 100)], processor)
+    dataset = TreeDataset([Index.from_samples([unreadable, text_only], processor, 100)], PictureReader(processor))
     packed_model.train()
     for index, supervised in ((0, 0), (1, 2)):
         pack = make_pack(dataset, [(0, index)], processor)

@@ -2,9 +2,10 @@
 
 import bisect
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,23 +15,56 @@ from ..samples import File, Sample
 from ..sources.mixture import Mixture
 from ..sources.report import Defect, Report, Skip
 from .encode import encode_samples
-from .images import load_image
+from .features import FeatureCache, image_key
+from .images import PixelMode, Preprocessor
 from .index import Index
 from .packing import plan_packs
 from .tree import Pack, Tree, build_tree, pack_trees
 
-Item = tuple[Tree, torch.Tensor | None] | Skip
+REFRESH_SECONDS = 30  # between looks at what others have put into the cache
+
+
+class Picture(NamedTuple):
+    """An image for the model. tensor: float32 pixel values (3, height, width), or with a FeatureCache that has them,
+    bfloat16 features (patches, vision hidden). key: of the cache, if there is one."""
+
+    tensor: torch.Tensor
+    key: bytes | None = None
+
+
+Item = tuple[Tree, Picture | None] | Skip
+
+
+class PictureReader:
+    """Images as Pictures, in a worker. Raises Defect if one cannot be read."""
+
+    def __init__(self, processor: Any, pixels: PixelMode = "exact", cache: FeatureCache | None = None):
+        self.preprocess = Preprocessor(processor.image_processor, pixels)
+        self.cache = cache
+        self._refreshed = time.monotonic()
+
+    def __call__(self, image: File | bytes) -> Picture:
+        if self.cache is None:
+            return Picture(self.preprocess(image))
+        key = image_key(image)
+        if key not in self.cache and time.monotonic() - self._refreshed > REFRESH_SECONDS:
+            self.cache.refresh()  # the training process writes, in this run too
+            self._refreshed = time.monotonic()
+        features = torch.empty((1, *self.cache.shape), dtype=torch.bfloat16)
+        if self.cache.get_into([key], features)[0]:
+            return Picture(features[0], key)
+        return Picture(self.preprocess(image), key)
 
 
 class TreeDataset(Dataset):
     """Sources as trees and pixels, on demand, in a worker; items are asked for as (pass over the source, index).
 
-    An item is a tree and float pixel values (3, height, width) or None, or a Skip if its image cannot be read."""
+    An item is a tree and its Picture or None, or a Skip if its image cannot be read."""
 
-    def __init__(self, sources: Sequence[Index], processor: Any, branches_per_image: int | None = None):
+    def __init__(self, sources: Sequence[Index], read: PictureReader, branches_per_image: int | None = None):
         """branches_per_image: None for all; otherwise so many, and the next pass takes the next ones."""
         self.sources = sources
-        self.processor = processor
+        self.read = read
         self.branches_per_image = branches_per_image
         self.stops = np.cumsum([len(source) for source in sources])
 
@@ -50,7 +84,7 @@ class TreeDataset(Dataset):
         branches = None
         if taken is not None and taken < available:
             branches = [(source_pass * taken + step) % available for step in range(taken)]
-        return _item(source.tree(index, branches), source.image(index), available, self.processor)
+        return _item(source.tree(index, branches), source.image(index), available, self.read)
 
 
 class TreeStream(IterableDataset):
@@ -59,7 +93,10 @@ class TreeStream(IterableDataset):
     Items are those of TreeDataset, and what is wrong with records comes among them as Skips, since a worker's report
     would stay in the worker."""
 
-    def __init__(self, read: Callable[[Report], Iterator[Sample]], processor: Any, max_length: int):
+    def __init__(
+        self, samples: Callable[[Report], Iterator[Sample]], read: PictureReader, processor: Any, max_length: int
+    ):
+        self.samples = samples
         self.read = read
         self.processor = processor
         self.max_length = max_length
@@ -67,10 +104,10 @@ class TreeStream(IterableDataset):
     def __iter__(self) -> Iterator[Item]:
         prefix = [self.processor.image_token_id] * self.processor.num_image_tokens
         report = _Messenger()
-        for sample in self.read(report):
+        for sample in self.samples(report):
             for whole, encoded in encode_samples([sample], self.processor, self.max_length, report):
                 tree = build_tree(encoded, prefix if whole.image is not None else (), whole.origins[0])
-                yield _item(tree, whole.image, len(encoded), self.processor)
+                yield _item(tree, whole.image, len(encoded), self.read)
             yield from report.messages
             report.messages.clear()
 
@@ -89,14 +126,11 @@ class _Messenger(Report):
         self.messages.append(Skip(kind, origin, detail, records=0))
 
 
-def _item(tree: Tree, image: File | bytes | None, num_branches: int, processor: Any) -> Item:
-    if image is None:
-        return tree, None
+def _item(tree: Tree, image: File | bytes | None, num_branches: int, read: PictureReader) -> Item:
     try:
-        pixels = load_image(image)
+        return tree, None if image is None else read(image)
     except Defect as defect:
         return Skip(defect.kind, tree.origin, defect.detail, num_branches)
-    return tree, processor.image_processor(pixels, return_tensors="pt")["pixel_values"][0]
 
 
 @dataclass
@@ -107,10 +141,39 @@ class Collator:
 
     def __call__(self, items: Sequence[Item]) -> Pack:
         whole = [item for item in items if not isinstance(item, Skip)]
-        pixels = [pixel_values for _, pixel_values in whole if pixel_values is not None]
+        pictures = [picture for _, picture in whole if picture is not None]
+        pixels = [picture.tensor for picture in pictures if picture.tensor.dim() == 3]
+        features = [picture.tensor for picture in pictures if picture.tensor.dim() == 2]
         pack = pack_trees([tree for tree, _ in whole], torch.stack(pixels) if pixels else None, self.pad_token_id)
+        if features:
+            pack.inputs["vision_features"] = torch.stack(features)
+        pack.cached.extend((each.key, each.tensor.dim() == 2) for each in pictures if each.key is not None)
         pack.skipped.extend(item for item in items if isinstance(item, Skip))
         return pack
+
+
+def complete(pack: Pack, model: Any, cache: FeatureCache | None) -> Pack:
+    """A pack with the features of all its images: those that the cache had, and those that the tower makes now, which
+    the cache takes. All are rounded to bfloat16, so that a run does not depend on what the cache had.
+
+    Without a cache, or images, the pack itself."""
+    if cache is None or not pack.cached:
+        return pack
+    inputs = dict(pack.inputs)
+    had, pixel_values = inputs.pop("vision_features", None), inputs.pop("pixel_values", None)
+    device = inputs["input_ids"].device
+    features = torch.empty((len(pack.cached), *cache.shape), dtype=torch.bfloat16, device=device)
+
+    def places(wanted: bool) -> torch.Tensor:
+        return torch.tensor([place for place, (_, found) in enumerate(pack.cached) if found == wanted], device=device)
+
+    if had is not None:
+        features[places(True)] = had
+    if pixel_values is not None:
+        made = model.get_vision_features(pixel_values).to(torch.bfloat16)
+        features[places(False)] = made
+        cache.put([key for key, found in pack.cached if not found], made)
+    return replace(pack, inputs=inputs | {"vision_features": features}, cached=[])
 
 
 class Batches(Protocol):

@@ -57,13 +57,15 @@ class Pack:
     PACKED_ATTENTION.
 
     num_supervised: tokens that are learnt from. num_branches: captions or conversations. origins: of the samples.
-    skipped: samples that would have been here if their image could be read."""
+    skipped: samples that would have been here if their image could be read. cached: with a FeatureCache, the key of
+    each image, and whether its features came with the pack."""
 
     inputs: dict[str, Any]
     num_supervised: int
     num_branches: int
     origins: list[str]
     skipped: list[Skip] = field(default_factory=list)
+    cached: list[tuple[bytes, bool]] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Pack":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

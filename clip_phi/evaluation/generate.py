@@ -13,11 +13,12 @@ Prompt = tuple[list[dict[str, Any]], Image.Image | None]
 
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, packs: Iterable[Pack], device: torch.device) -> torch.Tensor:
-    """Float64 tensor (2,): summed loss in nats, and number of supervised tokens; sum it over ranks, then divide."""
+    """Float64 tensor (2,): summed loss in nats, and number of supervised tokens; sum it over ranks, then divide.
+
+    packs: on the device."""
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for pack in packs:
-        inputs = pack.to(device).inputs
-        loss = model(**inputs, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
+        loss = model(**pack.inputs, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
         total += torch.stack([loss.double(), torch.tensor(pack.num_supervised, dtype=torch.float64, device=device)])
     return total
 

@@ -42,6 +42,12 @@ class TrainingArguments:
         2048, "longest conversation in tokens, image included; longer ones are cut behind an answer"
     )
     num_workers: int = _option(4, "processes that read images; 0 reads them in the training process")
+    pixels: Literal["exact", "fast"] = _option(
+        "exact", "exact: the image processor's; fast: at most one of 256 levels off in 1 % of them (needs simplejpeg)"
+    )
+    cache_features: str | None = _option(
+        None, "folder in which the frozen tower's features are kept, so that later epochs and runs open no image"
+    )
 
     per_device_batch_size: int = _option(16, "images in one forward pass on one device")
     tokens_per_step: int = _option(

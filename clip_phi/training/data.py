@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..batching.images import load_image
 from ..batching.index import Index, load_index
-from ..batching.loader import Batches, FixedBatches, PackedBatches, TreeDataset, TreeStream
+from ..batching.loader import Batches, FixedBatches, PackedBatches, PictureReader, TreeDataset, TreeStream
 from ..samples import Sample
 from ..sources.data import DataSource, parse_source
 from ..sources.mixture import Mixture
@@ -43,11 +42,17 @@ class Data:
 
 
 def read_data(
-    arguments: TrainingArguments, processor: Any, rank: int, world_size: int, say: Callable[[str], Any]
+    arguments: TrainingArguments,
+    processor: Any,
+    read: PictureReader,
+    rank: int,
+    world_size: int,
+    say: Callable[[str], Any],
 ) -> Data:
     """Read --data and --eval_data, or hold some images of --data out.
 
-    Raises ValueError if too many records are bad or nothing is left, and the errors of the readers."""
+    Images are not opened, but for the few that are evaluated on. Raises ValueError if too many records are bad or
+    nothing is left, and the errors of the readers."""
     sources = [parse_source(text) for text in arguments.data]
     held_out = {
         source.name: load_index(source, processor, arguments.max_length, arguments.num_workers)
@@ -55,8 +60,8 @@ def read_data(
     }
     report = Report()
     if any(source.streaming for source in sources):
-        read = partial(_stream, sources[0], arguments.seed, rank, world_size)
-        train: TreeDataset | TreeStream = TreeStream(read, processor, arguments.max_length)
+        samples = partial(_stream, sources[0], arguments.seed, rank, world_size)
+        train: TreeDataset | TreeStream = TreeStream(samples, read, processor, arguments.max_length)
         batches: Batches | None = None
         say(f"{sources[0].path} is streamed: what is wrong with it is counted as it comes")
     else:
@@ -71,7 +76,7 @@ def read_data(
         empty = [source.name for source, index in zip(sources, indexes, strict=True) if not len(index)]
         if empty:
             raise ValueError(f"no sample to train on in {', '.join(empty)} (of {report.records:,} records)")
-        train = TreeDataset(indexes, processor, arguments.branches_per_image)
+        train = TreeDataset(indexes, read, arguments.branches_per_image)
         weights = [source.weight for source in sources if source.weight is not None]
         mixture = Mixture([len(index) for index in indexes], weights or None, arguments.seed)
         if arguments.tokens_per_step:
@@ -80,7 +85,7 @@ def read_data(
         else:
             batches = FixedBatches(mixture, arguments.per_device_batch_size)
     for name, index in held_out.items():
-        held_out[name] = _readable(index, arguments, name)
+        held_out[name] = _readable(index, read, arguments, name)
         say(describe(name, held_out[name]))
     return Data(train, batches, held_out, report, arguments.max_bad)
 
@@ -110,7 +115,7 @@ def hold_out(indexes: list[Index], num_images: int) -> tuple[list[Index], Index]
     return kept, Index.concatenate(parts)
 
 
-def _readable(index: Index, arguments: TrainingArguments, name: str) -> Index:
+def _readable(index: Index, read: PictureReader, arguments: TrainingArguments, name: str) -> Index:
     """The first --max_eval_images samples, without those whose image cannot be read."""
     index = index.take(np.arange(min(len(index), arguments.max_eval_images)))
     good = []
@@ -120,7 +125,7 @@ def _readable(index: Index, arguments: TrainingArguments, name: str) -> Index:
         image = index.image(number)
         try:
             if image is not None:
-                load_image(image)
+                read(image)
             good.append(number)
         except Defect as defect:
             origin = index.sample(number).origins[0]

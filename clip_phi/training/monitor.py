@@ -26,16 +26,20 @@ class Monitor:
         self.eval_losses: list[tuple[int, float]] = []
         self._since = time.perf_counter()
         self._samples = self._tokens = 0
+        self._waited = 0.0
         self._bar = tqdm(total=num_steps, unit="step", disable=not active, dynamic_ncols=True)
         if active:
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "samples.jsonl"):
                 (folder / name).unlink(missing_ok=True)
 
-    def count(self, num_samples: int, num_tokens: int) -> None:
-        """One step over so many samples and supervised tokens, all ranks together, is done."""
+    def count(self, num_samples: int, num_tokens: int, waited: float) -> None:
+        """One step over so many samples and supervised tokens, all ranks together, is done.
+
+        waited: seconds of it that this process waited for its data."""
         self._samples += num_samples
         self._tokens += num_tokens
+        self._waited += waited
         self._bar.update()
 
     def log(self, step: int, loss: float, **values: float) -> None:
@@ -43,9 +47,11 @@ class Monitor:
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         samples, tokens, self._samples, self._tokens = self._samples / seconds, self._tokens / seconds, 0, 0
+        waiting, self._waited = self._waited / seconds, 0.0
         self.losses.append((step, loss))
         self._bar.set_postfix_str(f"loss {loss:.3f}, {samples:.1f} samples/s, {tokens:.0f} supervised tokens/s")
         speed = {"samples_per_second": round(samples, 2), "supervised_tokens_per_second": round(tokens, 1)}
+        speed["data_wait_share"] = round(waiting, 4)
         self._write("metrics.jsonl", {"step": step, "loss": loss, **speed, **values})
 
     def log_evaluation(self, step: int, sums: dict[str, tuple[float, float]], texts: list[dict[str, Any]]) -> None:

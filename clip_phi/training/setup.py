@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig
 
-from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiProcessor
+from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
+from ..batching.features import FeatureCache, fingerprint_of
 from ..batching.images import load_image
 from ..batching.index import Index
 from ..batching.packing import PACKED_ATTENTION
@@ -20,22 +20,17 @@ from ..samples import File, as_messages
 from .arguments import Stage1Arguments, Stage2Arguments, TrainingArguments
 
 
-def load_processor(arguments: TrainingArguments) -> tuple[ClipPhiProcessor, int]:
-    """The processor, and the decoder's context: the most tokens that --max_length can be."""
+def load_processor(arguments: TrainingArguments) -> ClipPhiProcessor:
     with _naming_the_weights(arguments):
         if isinstance(arguments, Stage1Arguments):
-            revisions: dict[str, Any] = {
-                "vision_revision": arguments.vision_revision,
-                "text_revision": arguments.text_revision,
-            }
-            backbones = (arguments.vision_backbone, arguments.text_backbone)
-            processor = ClipPhiProcessor.from_backbones(*backbones, **revisions)
-            config = AutoConfig.from_pretrained(arguments.text_backbone, revision=arguments.text_revision or "main")
-        else:
-            assert isinstance(arguments, Stage2Arguments)
-            processor = ClipPhiProcessor.from_pretrained(arguments.init_from)
-            config = ClipPhiConfig.from_pretrained(arguments.init_from)
-    return processor, config.get_text_config(decoder=True).max_position_embeddings
+            return ClipPhiProcessor.from_backbones(
+                arguments.vision_backbone,
+                arguments.text_backbone,
+                vision_revision=arguments.vision_revision,
+                text_revision=arguments.text_revision,
+            )
+        assert isinstance(arguments, Stage2Arguments)
+        return ClipPhiProcessor.from_pretrained(arguments.init_from)
 
 
 def load_model(
@@ -51,6 +46,10 @@ def load_model(
         else:
             assert isinstance(arguments, Stage2Arguments)
             model = _with_lora(arguments, dtype)
+    context = model.config.get_text_config().max_position_embeddings
+    if arguments.max_length > context:
+        accelerator.print(f"--max_length is cut to the decoder's context, {context}")
+        arguments.max_length = context
     if not model.config.delta and not arguments.merged:
         accelerator.print("what is trained on is a merged checkpoint, and so will be what is saved")
         arguments.merged = True
@@ -61,6 +60,18 @@ def load_model(
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def open_cache(
+    arguments: TrainingArguments, model: ClipPhiForCausalLM, processor: ClipPhiProcessor
+) -> FeatureCache | None:
+    """The cache of --cache_features for this tower and these pixels, or None without that option."""
+    if arguments.cache_features is None:
+        return None
+    fingerprint = fingerprint_of(model, processor, arguments.pixels)
+    vision_hidden = next(model.model.projector.parameters()).shape[1]
+    shape = (processor.num_image_tokens, vision_hidden)
+    return FeatureCache(arguments.cache_features, fingerprint, shape)
 
 
 @contextmanager
@@ -119,10 +130,10 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def eval_batches(
-    num_samples: int, arguments: TrainingArguments, accelerator: Accelerator
+    num_samples: int, arguments: TrainingArguments, rank: int, world_size: int
 ) -> list[list[tuple[int, int]]]:
     """This rank's share of the held-out samples, in batches of (epoch 0, index)."""
-    mine = range(accelerator.process_index, num_samples, accelerator.num_processes)
+    mine = range(rank, num_samples, world_size)
     size = arguments.per_device_batch_size
     return [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
 

@@ -1,0 +1,684 @@
+"""What this project's training saves against what people do today, on the same work.
+
+    python benchmarks/training.py [--quick] [--json FILE]
+    python benchmarks/training.py --true-size     2.78 B parameters in float32: needs 16 GB and some minutes
+
+The contenders share every weight (random, between a CLIP tower and a phi decoder with phi-2's vocabulary) and the work
+(random captions and conversations); a step is forward and backward over all of it, and their losses and gradients are
+compared before anything is timed. Least CPU time of several, in turn, on one thread; batches are made beforehand and
+the optimizer is left out, which favours nobody but the recipes with many small steps. The tower runs in all of them.
+
+    token_loop   one forward of the decoder per caption token, all graphs kept: notebooks of 2024. Two captions a batch
+                 (token_loop_last: its head at the last position only, which those notebooks do not do)
+    padded       the same captions in one teacher-forced forward, padded, with logits at every position
+    llava        Hugging Face's LlavaForConditionalGeneration with its defaults, padded
+    ours         trees in packs, logits at supervised positions, fused GELU; each is a lever that can be turned off
+
+Every contender but ours encodes an image once for each caption or conversation. FLOPs are counted during the
+comparison; those at true size on meta tensors of phi-2's shape, without the tower.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import (
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PhiConfig,
+    PhiForCausalLM,
+)
+from transformers.activations import ACT2FN
+
+from clip_phi.batching.encode import IGNORE_INDEX, Encoded
+from clip_phi.batching.packing import PACKED_ATTENTION, Segments, plan_packs
+from clip_phi.batching.tree import Tree, build_tree, pack_trees
+from clip_phi.plan import Row, build_model, count_step
+from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
+from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
+
+PATCHES = 49
+VOCABULARY, END, IMAGE, PAD = 51200, 50256, 50295, 50296
+# What COCO's captions take with phi-2's tokenizer: 11.6 tokens and the end token; five of them to an image.
+CAPTION_LENGTHS = (11, 12, 12, 11, 12)
+LEVERS = {
+    "sharing": "the image once for all its branches",
+    "packing": "full rows instead of padded batches",
+    "kept_logits": "the head at supervised positions only",
+    "fused_gelu": "one kernel instead of gelu_new's eight",
+}
+LORA_TARGETS = Stage2Arguments.lora_targets.replace(",", "|")
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5  # relative, in float32
+
+Inputs = dict[str, Any]
+
+
+class Size(NamedTuple):
+    hidden: int
+    layers: int
+    heads: int
+    tower_hidden: int
+    tower_layers: int
+    tower_heads: int
+    rotary: float = 0.5
+
+    def with_hidden(self, hidden: int) -> "Size":
+        return self._replace(hidden=hidden, heads=max(1, hidden // 64))
+
+
+QUICK_SIZE = Size(256, 6, 4, 128, 4, 2)
+FULL_SIZE = Size(512, 8, 8, 192, 6, 3)
+TRUE_SIZE = Size(2560, 32, 32, 640, 12, 10, rotary=0.4)  # phi-2 and TinyCLIP-ViT-61M/32
+
+
+class Work(NamedTuple):
+    """branches: of each image. pixels: float (images, 3, 224, 224). rows: branches in a padded batch. budget: tokens
+    in a pack."""
+
+    branches: list[list[Encoded]]
+    pixels: torch.Tensor
+    rows: int
+    budget: int
+
+    @property
+    def flat(self) -> list[tuple[int, Encoded]]:
+        """Each branch with the number of its image."""
+        return [(image, branch) for image, branches in enumerate(self.branches) for branch in branches]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.flat)
+
+    @property
+    def num_supervised(self) -> int:
+        return sum(label != IGNORE_INDEX for _, branch in self.flat for label in branch.labels)
+
+
+def caption_work(images: int, rows: int = 2, budget: int = 16 * 107) -> Work:
+    """Stage 1. budget: the default of train_accelerate.py, 16 images."""
+    chance = np.random.default_rng(1)
+    texts = [[[*chance.integers(0, 50_000, n).tolist(), END] for n in CAPTION_LENGTHS] for _ in range(images)]
+    return Work([[Encoded(ids, ids) for ids in each] for each in texts], _pixels(images), rows, budget)
+
+
+def conversation_work(images: int, log_mean: float, rows: int = 8, budget: int = 4096) -> Work:
+    """Stage 2: one to three conversations to an image, the last three quarters of each supervised."""
+    chance = np.random.default_rng(2)
+    branches: list[list[Encoded]] = []
+    for _ in range(images):
+        branches.append([])
+        for length in _long_tailed(chance, log_mean, int(chance.integers(1, 4))).tolist():
+            ids = [*chance.integers(0, 50_000, length - 1).tolist(), END]
+            branches[-1].append(Encoded(ids, [IGNORE_INDEX] * (length // 4) + ids[length // 4 :]))
+    return Work(branches, _pixels(images), rows, budget)
+
+
+def _long_tailed(chance: np.random.Generator, log_mean: float, count: int) -> np.ndarray:
+    return chance.lognormal(log_mean, 0.7, count).clip(8, 1999).astype(int)
+
+
+def _pixels(images: int) -> torch.Tensor:
+    return torch.randn(images, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+# ------------------------------------------------------------------ models that share their weights
+
+
+class PlainModel(nn.Module):
+    """Tower, projector and decoder as transformers has them. decoder: with gelu_new, as phi-2's config asks for."""
+
+    def __init__(self, tower: nn.Module, projector: nn.Module, decoder: PhiForCausalLM):
+        super().__init__()
+        self.tower, self.projector, self.decoder = tower, projector, decoder
+
+    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The projected patches and the words behind them: float (batch, sequence, hidden)."""
+        with torch.no_grad():
+            patches = self.tower(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:]
+        words = self.decoder.get_input_embeddings()(input_ids[:, PATCHES:])
+        return torch.cat([self.projector(patches).to(words.dtype), words], dim=1)
+
+
+class Models(NamedTuple):
+    """trained: the parameters whose gradients are compared; they are the same objects in all three."""
+
+    ours: ClipPhiForCausalLM
+    plain: PlainModel
+    llava: LlavaForConditionalGeneration
+    trained: list[nn.Parameter]
+
+
+def make_models(size: Size, lora_rank: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Models:
+    """Frozen backbones in dtype with random weights; projector and LoRA (rank 0: none) in float32."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=size.tower_hidden,
+        intermediate_size=4 * size.tower_hidden,
+        num_hidden_layers=size.tower_layers,
+        num_attention_heads=size.tower_heads,
+        image_size=224,
+        patch_size=32,
+    )
+    text = PhiConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=size.hidden,
+        intermediate_size=4 * size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        partial_rotary_factor=size.rotary,
+        hidden_act="gelu_new",
+    )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            ours = ClipPhiForCausalLM(ClipPhiConfig(vision_config=vision, text_config=text, image_token_id=IMAGE))
+    finally:
+        torch.set_default_dtype(default)
+    assert ours.config.text_config.hidden_act == "gelu_pytorch_tanh" and text.hidden_act == "gelu_new"
+    ours.set_attn_implementation({"text_config": PACKED_ATTENTION})
+    ours.freeze_backbones()
+    with torch.device("meta"):
+        decoder = PhiForCausalLM(text)
+    if lora_rank:
+        add_lora(ours, lora_rank)
+        add_lora(decoder, lora_rank)
+        ours.model.projector.requires_grad_(True)
+    for name, parameter in ours.named_parameters():
+        if "lora_B" in name:  # zero in the beginning, where LoRA's other half would have no gradient
+            nn.init.normal_(parameter, std=0.02)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    share(decoder.model, ours.model.language_model)
+    share(decoder.lm_head, ours.lm_head)
+    trained = [parameter for parameter in ours.parameters() if parameter.requires_grad]
+    plain = PlainModel(ours.model.vision_tower, ours.model.projector, decoder)
+    llava = make_llava(vision, text, ours, plain)
+    return Models(ours.train(), plain.train(), llava.train(), trained)
+
+
+def add_lora(model: Any, rank: int) -> None:
+    from peft import LoraConfig
+
+    targets = rf".*layers\.\d+\.(self_attn|mlp)\.({LORA_TARGETS})"
+    if isinstance(model, ClipPhiForCausalLM):
+        targets = rf"model\.language_model{targets}"
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+
+
+def share(target: nn.Module, source: nn.Module) -> None:
+    """Put source's parameters and buffers in the places of target's."""
+    for name, tensor in [*source.named_parameters(), *source.named_buffers()]:
+        owner, _, attribute = name.rpartition(".")
+        setattr(target.get_submodule(owner), attribute, tensor)
+    left = [name for name, tensor in [*target.named_parameters(), *target.named_buffers()] if tensor.is_meta]
+    assert not left or next(source.parameters()).is_meta, left
+
+
+def make_llava(
+    vision: CLIPVisionConfig, text: PhiConfig, ours: ClipPhiForCausalLM, plain: PlainModel
+) -> LlavaForConditionalGeneration:
+    """Our projector is its linear_1, with the identity behind it; its head has no bias, and ours is still zero."""
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, projector_hidden_act="linear", image_token_index=IMAGE
+    )
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(config).requires_grad_(False)
+    assert ours.lm_head.bias.is_meta or not ours.lm_head.bias.any()
+    llava.model.vision_tower, llava.model.language_model = plain.tower, plain.decoder.model
+    llava.lm_head.weight = ours.lm_head.weight
+    projector: Any = ours.model.projector
+    llava.model.multi_modal_projector.linear_1 = projector
+    second = nn.Linear(projector.out_features, projector.out_features, device=projector.weight.device)
+    with torch.no_grad():
+        second.weight.copy_(torch.eye(projector.out_features))
+        second.bias.zero_()
+    llava.model.multi_modal_projector.linear_2 = second
+    return llava
+
+
+# ------------------------------------------------------------------ contenders
+
+
+@dataclass(frozen=True)
+class Contender:
+    """loss: of one batch, divided by the supervised tokens of all. samples: captions or conversations in all.
+    tokens: that the decoder computes, padding included."""
+
+    name: str
+    batches: list[Inputs]
+    loss: Callable[[Inputs], torch.Tensor]
+    samples: int
+    tokens: int
+
+
+def padded_batches(work: Work) -> list[Inputs]:
+    """One branch a row behind an image of its own, padded at the right, with labels: what a Trainer is given."""
+    flat, batches = work.flat, []
+    for start in range(0, len(flat), work.rows):
+        images, branches = zip(*flat[start : start + work.rows], strict=True)
+        ids = [[IMAGE] * PATCHES + branch.ids for branch in branches]
+        labels = [[IGNORE_INDEX] * PATCHES + branch.labels for branch in branches]
+        batch = {"input_ids": _pad(ids, PAD), "labels": _pad(labels, IGNORE_INDEX)}
+        batch["attention_mask"] = (batch["input_ids"] != PAD).long()
+        batches.append(batch | {"pixel_values": work.pixels[list(images)]})
+    return batches
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+
+
+def make_padded(models: Models, work: Work) -> Contender:
+    plain, total = models.plain, work.num_supervised
+
+    def loss(batch: Inputs) -> torch.Tensor:
+        embeds = plain.embed(batch["input_ids"], batch["pixel_values"])
+        rest = {"attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+        return plain.decoder(inputs_embeds=embeds, num_items_in_batch=total, use_cache=False, **rest).loss
+
+    batches = padded_batches(work)
+    return Contender("padded", batches, loss, work.num_samples, _tokens(batches))
+
+
+def make_hugging_face(models: Models, work: Work) -> Contender:
+    llava, total = models.llava, work.num_supervised
+    batches = padded_batches(work)
+    return Contender(
+        "llava", batches, lambda batch: llava(**batch, num_items_in_batch=total).loss, work.num_samples, _tokens(batches)
+    )
+
+
+def make_token_loop(models: Models, work: Work, all_logits: bool = True) -> Contender:
+    """The notebooks' loop, teacher-forced throughout so that the work is the same. For captions alone."""
+    plain, total = models.plain, work.num_supervised
+
+    def loss(batch: Inputs) -> torch.Tensor:
+        embeds, labels = plain.embed(batch["input_ids"], batch["pixel_values"]), batch["labels"][:, PATCHES:]
+        options = {"use_cache": False, "logits_to_keep": 0 if all_logits else 1}
+        said = [
+            plain.decoder(inputs_embeds=embeds[:, : PATCHES + position], **options).logits[:, -1]
+            for position in range(labels.shape[1])
+        ]
+        logits = torch.stack(said, dim=1).float().flatten(0, 1)
+        return cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / total
+
+    batches = padded_batches(work)
+    lengths = [range(PATCHES, batch["input_ids"].shape[1]) for batch in batches]
+    tokens = sum(sum(each) * len(batch["input_ids"]) for each, batch in zip(lengths, batches, strict=True))
+    return Contender("token_loop" if all_logits else "token_loop_last", batches, loss, work.num_samples, tokens)
+
+
+def make_ours(models: Models, work: Work, on: Iterable[str] = LEVERS, name: str = "ours") -> Contender:
+    """What train_accelerate.py does, or with only some of its levers on."""
+    model, total, levers = models.ours, work.num_supervised, set(on)
+    activation = ACT2FN["gelu_pytorch_tanh" if "fused_gelu" in levers else "gelu_new"]
+    attention = PACKED_ATTENTION if "packing" in levers else "sdpa"
+    decoder: Any = model.model.language_model
+
+    def loss(batch: Inputs) -> torch.Tensor:
+        decoder.config._attn_implementation = attention  # set_attn_implementation visits every module each time
+        for layer in decoder.layers:
+            layer.mlp.activation_fn = activation
+        if "kept_logits" in levers:
+            return model(**batch, use_cache=False, num_items_in_batch=total).loss
+        return loss_of_all_logits(model, batch, total)
+
+    batches = our_batches(work, "sharing" in levers, "packing" in levers)
+    return Contender(name, batches, loss, work.num_samples, _tokens(batches))
+
+
+def our_batches(work: Work, sharing: bool, packing: bool) -> list[Inputs]:
+    groups = list(enumerate(work.branches)) if sharing else [(image, [branch]) for image, branch in work.flat]
+    images = [image for image, _ in groups]
+    trees = [build_tree(branches, [IMAGE] * PATCHES, "") for _, branches in groups]
+    if packing:
+        plan = plan_packs([len(tree.input_ids) for tree in trees], work.budget)
+    else:
+        plan = [list(range(start, len(trees)))[: work.rows] for start in range(0, len(trees), work.rows)]
+    batches = []
+    for numbers in plan:
+        chosen, pixels = [trees[number] for number in numbers], work.pixels[[images[number] for number in numbers]]
+        batches.append(pack_trees(chosen, pixels, PAD).inputs if packing else pad_trees(chosen, pixels, sharing))
+    return batches
+
+
+def pad_trees(trees: Sequence[Tree], pixel_values: torch.Tensor, sharing: bool) -> Inputs:
+    """One tree a row. Rows of one branch are causal, and need no mask as their padding is at the right."""
+    batch = {
+        "input_ids": _pad([tree.input_ids for tree in trees], PAD),
+        "logits_to_keep": _pad([tree.kept for tree in trees], 0),
+        "shift_labels": _pad([tree.targets for tree in trees], IGNORE_INDEX),
+        "pixel_values": pixel_values,
+    }
+    if sharing:
+        branch = _pad([tree.branch_ids for tree in trees], -1)
+        sees = (branch[:, None] == 0) | (branch[:, None] == branch[..., None])
+        batch["attention_mask"] = sees.tril().unsqueeze(1)
+        batch["position_ids"] = _pad([tree.position_ids for tree in trees], 0)
+    return batch
+
+
+def loss_of_all_logits(model: ClipPhiForCausalLM, batch: Inputs, total: int) -> torch.Tensor:
+    """The head at every position, and of that the positions that are asked for."""
+    inputs = {name: batch[name] for name in batch.keys() - {"logits_to_keep", "shift_labels"}}
+    logits = model.lm_head(model.model(**inputs, use_cache=False).last_hidden_state).float()
+    kept = torch.take_along_dim(logits, batch["logits_to_keep"].unsqueeze(-1), dim=1).flatten(0, 1)
+    labels = batch["shift_labels"].flatten()
+    return cross_entropy(kept, labels, ignore_index=IGNORE_INDEX, reduction="sum") / total
+
+
+def make_levers(models: Models, work: Work) -> list[Contender]:
+    """All on, each one off, all off."""
+    chosen = {"all on": set(LEVERS)} | {f"no {name}": set(LEVERS) - {name} for name in LEVERS} | {"all off": set()}
+    return [make_ours(models, work, on, name) for name, on in chosen.items()]
+
+
+def _tokens(batches: Sequence[Inputs]) -> int:
+    return sum(batch["input_ids"].numel() for batch in batches)
+
+
+# ------------------------------------------------------------------ measuring
+
+
+@dataclass
+class Figures:
+    samples_per_second: float
+    flops_per_sample: float
+    tokens_per_sample: float
+
+
+class Differences:
+    """The worst so far, relative."""
+
+    def __init__(self) -> None:
+        self.loss = self.gradient = 0.0
+
+    def compare(self, name: str, ours: tuple[float, torch.Tensor], theirs: tuple[float, torch.Tensor]) -> None:
+        loss = abs(ours[0] / theirs[0] - 1)
+        gradient = ((ours[1] - theirs[1]).norm() / theirs[1].norm()).item()
+        if not (loss <= LOSS_TOLERANCE and gradient <= GRADIENT_TOLERANCE):
+            raise SystemExit(f"{name}: not the same work: loss differs by {loss:.2g}, gradient by {gradient:.2g}")
+        self.loss, self.gradient = max(self.loss, loss), max(self.gradient, gradient)
+
+
+def step(contender: Contender, trained: Sequence[nn.Parameter]) -> torch.Tensor:
+    """Forward and backward over all batches. Returns the loss; the gradients are in trained."""
+    for parameter in trained:
+        parameter.grad = None
+    total = torch.zeros((), device=trained[0].device)
+    for batch in contender.batches:
+        loss = contender.loss(batch)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def counted_step(contender: Contender, trained: Sequence[nn.Parameter]) -> tuple[int, float, torch.Tensor]:
+    """FLOPs, loss and gradient of a step."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        loss = step(contender, trained).item()
+    gradients = [parameter.grad for parameter in trained]
+    return counter.get_total_flops(), loss, torch.cat([each.flatten() for each in gradients if each is not None])
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+# torch's counter knows the kernels of CUDA alone; like there, what a mask hides is counted.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def cpu_seconds(function: Callable[[], Any]) -> float:
+    started = time.process_time()
+    function()
+    return time.process_time() - started
+
+
+def race(
+    contenders: Sequence[Contender], trained: Sequence[nn.Parameter], repeats: int, differences: Differences
+) -> dict[str, Figures]:
+    """Compare all with the first, then time them in turn."""
+    flops = {}
+    expected: tuple[float, torch.Tensor] | None = None
+    for contender in contenders:
+        flops[contender.name], *result = counted_step(contender, trained)
+        expected = expected or (result[0], result[1])
+        differences.compare(contender.name, (result[0], result[1]), expected)
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for _ in range(repeats):
+        for each in contenders:
+            seconds[each.name].append(cpu_seconds(lambda each=each: step(each, trained)))  # type: ignore[misc]
+    return {
+        each.name: Figures(
+            each.samples / min(seconds[each.name]), flops[each.name] / each.samples, each.tokens / each.samples
+        )
+        for each in contenders
+    }
+
+
+def print_table(title: str, rows: dict[str, Figures], relative_to: str) -> None:
+    base = rows[relative_to]
+    print(f"\n{title}\n{'':18}{'samples/s':>10}{'x':>8}{'GFLOP/sample':>15}{'x':>8}{'tokens/sample':>15}")
+    for name, row in rows.items():
+        speed, work = row.samples_per_second / base.samples_per_second, base.flops_per_sample / row.flops_per_sample
+        print(
+            f"{name:18}{row.samples_per_second:10.2f}{speed:8.2f}{row.flops_per_sample / 1e9:15.2f}{work:8.2f}"
+            f"{row.tokens_per_sample:15.1f}"
+        )
+
+
+def speed_ratio(rows: dict[str, Figures], name: str, base: str) -> float:
+    return rows[name].samples_per_second / rows[base].samples_per_second
+
+
+# ------------------------------------------------------------------ what can be counted at true size
+
+
+def true_flops() -> dict[str, float]:
+    """FLOPs per caption of phi-2 and its head, forward and backward, on meta tensors: 16 images, the default of
+    stage 1, and a padded batch of two."""
+    models = make_models(TRUE_SIZE, lora_rank=0, device="meta")
+    flops = {}
+    for contender in (
+        make_ours(models, caption_work(16)),
+        make_padded(models, caption_work(2)),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            for batch in contender.batches:
+                _meta_loss(models, batch).backward()
+        flops[contender.name] = counter.get_total_flops() / contender.samples
+    return flops
+
+
+def _meta_loss(models: Models, batch: Inputs) -> torch.Tensor:
+    """The decoder and the loss of a batch as the contender runs them; meta tensors cannot be searched for images."""
+    model = models.ours
+    batch = to_device(batch, "meta")
+    embeds = torch.empty(*batch["input_ids"].shape, TRUE_SIZE.hidden, device="meta", requires_grad=True)
+    if "labels" in batch:
+        mask = torch.ones((len(embeds), 1, *[embeds.shape[1]] * 2), dtype=torch.bool, device="meta")
+        options = {"attention_mask": mask, "labels": batch["labels"], "use_cache": False}
+        return models.plain.decoder(inputs_embeds=embeds, **options).loss
+    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device="meta")
+    options = {"position_ids": batch["position_ids"], "segments": batch["segments"], "use_cache": False}
+    hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, **options).last_hidden_state
+    kept = torch.take_along_dim(hidden, batch["logits_to_keep"].unsqueeze(-1), dim=1)
+    return model._loss(kept[0], batch["shift_labels"][0])
+
+
+def to_device(batch: Inputs, device: str) -> Inputs:
+    return {
+        name: value.map(lambda x: x.to(device)) if isinstance(value, Segments) else value.to(device)
+        for name, value in batch.items()
+    }
+
+
+def activation_megabytes() -> float:
+    """Kept for the backward pass for each token of a stage 1 pack at true size, in bfloat16."""
+    model = build_model(ClipPhiConfig(), Stage1Arguments(stage=1), torch.bfloat16)
+    row = Row(PATCHES, CAPTION_LENGTHS, sum(CAPTION_LENGTHS) + len(CAPTION_LENGTHS))
+    few, more = (count_step(model, row, rows, torch.bfloat16).activations for rows in (1, 2))
+    return (more - few) / row.length / 1e6
+
+
+def pack_fill(budget: int = 4096, count: int = 20_000) -> float:
+    """Share of a pack that holds tokens, over samples of LLaVA-Instruct-like lengths."""
+    lengths = PATCHES + _long_tailed(np.random.default_rng(0), 5.3, count)
+    return int(lengths.sum()) / (len(plan_packs(lengths.tolist(), budget)) * budget)
+
+
+# ------------------------------------------------------------------ the benchmark
+
+
+def tower_shares(models: Models, work: Work, stage: dict[str, Figures], repeats: int) -> dict[str, float]:
+    """Of the time of a caption: what the tower takes where it sees each image once, and once for each caption."""
+    tower: Any = models.ours.model.vision_tower
+
+    @torch.no_grad()
+    def encode(batch: int) -> None:
+        for pixels in work.pixels.split(batch):
+            tower(pixels, output_hidden_states=True)
+
+    per_image = {
+        batch: min(cpu_seconds(lambda batch=batch: encode(batch)) for _ in range(repeats)) / len(work.pixels)  # type: ignore[misc]
+        for batch in (work.rows, len(work.pixels))
+    }
+    captions_per_image = work.num_samples / len(work.pixels)
+    return {
+        "tower_share_padded": per_image[work.rows] * stage["padded"].samples_per_second,
+        "tower_share_ours": per_image[len(work.pixels)] / captions_per_image * stage["ours"].samples_per_second,
+    }
+
+
+def run_stage_1(size: Size, images: int, repeats: int, differences: Differences) -> dict[str, Any]:
+    models, work, few = make_models(size, lora_rank=0), caption_work(images), caption_work(min(images, 2))
+    loops = [make_token_loop(models, few), make_token_loop(models, few, all_logits=False)]
+    slow = race([make_padded(models, few), *loops], models.trained, min(repeats, 2), differences)
+    contenders = [make_padded(models, work), make_hugging_face(models, work), make_ours(models, work)]
+    stage = race([*contenders, *make_levers(models, work)[1:]], models.trained, repeats, differences)
+    levers = {"all on": stage["ours"]} | {name: stage[name] for name in stage if name.startswith(("no ", "all "))}
+    stage = {name: slow[name] for name in ("token_loop", "token_loop_last")} | {
+        name: stage[name] for name in ("padded", "llava", "ours")
+    }
+    shares = tower_shares(models, work, stage, repeats)
+    padded, ours = shares["tower_share_padded"], shares["tower_share_ours"]
+    print_table(f"stage 1: {images} images with 5 captions each", stage, "padded")
+    print(f"of which the tower takes {padded:.1%} in padded and {ours:.1%} in ours")
+    print_table("stage 1, levers of ours", levers, "all on")
+    return {
+        "stage1_vs_padded": speed_ratio(stage, "ours", "padded"),
+        "stage1_vs_token_loop": speed_ratio(stage, "ours", "token_loop"),
+        "stage1_vs_token_loop_last": speed_ratio(stage, "ours", "token_loop_last"),
+        "stage1_vs_llava": speed_ratio(stage, "ours", "llava"),
+        "stage1_vs_padded_without_tower": speed_ratio(stage, "ours", "padded") * (1 - padded) / (1 - ours),
+        **shares,
+        "stage1": stage,
+        "levers": {"stage1": levers},
+    }
+
+
+def run_stage_2(size: Size, images: int, log_mean: float, repeats: int, differences: Differences) -> dict[str, Any]:
+    models, work = make_models(size, lora_rank=8), conversation_work(images, log_mean)
+    contenders = [make_padded(models, work), make_ours(models, work), *make_levers(models, work)[1:]]
+    stage = race(contenders, models.trained, repeats, differences)
+    levers = {"all on": stage["ours"]} | {name: stage[name] for name in stage if name.startswith(("no ", "all "))}
+    stage = {name: stage[name] for name in ("padded", "ours")}
+    print_table(f"stage 2, LoRA: {images} images, {work.num_samples} conversations", stage, "padded")
+    print_table("stage 2, levers of ours", levers, "all on")
+    ratio = speed_ratio(stage, "ours", "padded")
+    return {"stage2_vs_padded": ratio, "stage2": stage, "levers": {"stage2": levers}}
+
+
+def run_true_size(size: Size, images: int) -> dict[str, Any]:
+    models, work, differences = make_models(size, lora_rank=0), caption_work(images), Differences()
+    stage = race([make_padded(models, work), make_ours(models, work)], models.trained, 1, differences)
+    print_table(f"stage 1 at true size: {images} images with 5 captions each", stage, "padded")
+    return {
+        "parameters": sum(parameter.numel() for parameter in models.ours.parameters()),
+        "true_size_vs_padded": speed_ratio(stage, "ours", "padded"),
+        "loss_rel_diff": differences.loss,
+        "grad_rel_diff": differences.gradient,
+        "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "stage1": stage,
+    }
+
+
+def run_all(size: Size, images: int, log_mean: float, repeats: int) -> dict[str, Any]:
+    differences = Differences()
+    first = run_stage_1(size, images, repeats, differences)
+    second = run_stage_2(size, images, log_mean, repeats, differences)
+    flops = true_flops()
+    return (
+        first
+        | second
+        | {
+            "loss_rel_diff": differences.loss,
+            "grad_rel_diff": differences.gradient,
+            "flops_ratio_true_size": flops["padded"] / flops["ours"],
+            "flops_per_caption_true_size": flops,
+            "activations_mb_per_token": activation_megabytes(),
+            "pack_fill": pack_fill(),
+            "levers": first["levers"] | second["levers"],
+            "size": size._asdict(),
+        }
+    )
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="smaller sizes: under ten minutes on two cores")
+    parser.add_argument("--true-size", action="store_true", help="padded against ours with 2.78 B parameters, alone")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--hidden", type=int, help="width of the decoder, instead of that of the size")
+    parser.add_argument("--layers", type=int, help="layers of the decoder, instead of those of the size")
+    parser.add_argument("--images", type=int, help="images in a step of each stage")
+    parser.add_argument("--repeats", type=int, help="timed steps of each contender")
+    parser.add_argument("--log-mean", type=float, help="mean of the logarithm of a conversation's tokens")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    torch.set_num_threads(1)
+    size = TRUE_SIZE if options.true_size else QUICK_SIZE if options.quick else FULL_SIZE
+    size = size.with_hidden(options.hidden) if options.hidden else size
+    size = size._replace(layers=options.layers) if options.layers else size
+    started = time.perf_counter()
+    if options.true_size:
+        result = run_true_size(size, options.images or 2)
+    else:
+        images, repeats = options.images or (8 if options.quick else 32), options.repeats or (2 if options.quick else 5)
+        result = run_all(size, images, options.log_mean or (4.3 if options.quick else 5.3), repeats)
+    result["wall_seconds"] = time.perf_counter() - started
+    print()
+    for name, value in result.items():
+        if isinstance(value, int | float):
+            print(f"{name:32} {value:.4g}")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2, default=vars) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
