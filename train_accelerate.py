@@ -31,6 +31,15 @@ def train(arguments: TrainingArguments) -> None:
     from clip_phi.batching.loader import EndlessSampler, PictureReader, TreeDataset, complete, make_loader
     from clip_phi.batching.tree import Pack
     from clip_phi.evaluation.generate import held_out_loss
+    from clip_phi.training.checkpoint import (
+        EXIT_STOPPED,
+        Checkpoints,
+        StopSignal,
+        check_same_run,
+        describe_run,
+        report_state,
+        restore_report,
+    )
     from clip_phi.training.data import read_data
     from clip_phi.training.monitor import Monitor
     from clip_phi.training.optim import make_optimizer, make_scheduler
@@ -79,8 +88,6 @@ def train(arguments: TrainingArguments) -> None:
     def ready(pack: Pack) -> Pack:
         return complete(pack.to(device), plain_model, cache)
 
-    pin_memory = device.type == "cuda"
-    packs_in_order = map(ready, make_loader(data.train, order, processor, arguments.num_workers, pin_memory))
     eval_loaders = {
         name: make_loader(
             TreeDataset([index], read), eval_batches(len(index), arguments, rank, world_size), processor, 0
@@ -89,16 +96,31 @@ def train(arguments: TrainingArguments) -> None:
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     output_dir = Path(arguments.output_dir)
-    monitor = Monitor(output_dir, num_steps, active=accelerator.is_main_process)
+    checkpoints = Checkpoints(output_dir, arguments.keep, accelerator)
+    this_run = describe_run(arguments, data.fingerprint, num_steps, world_size)
+    first_step = 0
+    if arguments.resume and (found := checkpoints.newest()):
+        place, about = found
+        check_same_run(about["run"], this_run, accelerator.print)
+        checkpoints.restore(place, plain_model, optimizer, scheduler)
+        restore_report(data.report, about["report"])
+        assert isinstance(order, EndlessSampler)  # a stream cannot be resumed, and check() says so
+        first_step = order.first_step = about["step"]
+        accelerator.print(f"going on from {place}, after step {first_step:,} of {num_steps:,}")
+    monitor = Monitor(output_dir, num_steps, accelerator.is_main_process, first_step)
+    stop = StopSignal()
+    pin_memory = device.type == "cuda"
+    packs_in_order = map(ready, make_loader(data.train, order, processor, arguments.num_workers, pin_memory))
 
     model.train()
-    for step in range(1, num_steps + 1):
+    for step in range(first_step + 1, num_steps + 1):
         # One step: every answer token of all ranks and micro-batches weighs the same, however they are spread.
         began = time.perf_counter()
         packs = [next(packs_in_order) for _ in range(arguments.gradient_accumulation_steps)]
         waited = time.perf_counter() - began
-        counts = torch.tensor([[p.num_supervised, p.num_branches, len(p.skipped)] for p in packs], device=device)
-        num_supervised, num_branches, num_skipped = accelerator.reduce(counts.sum(0), "sum").tolist()
+        counts = torch.tensor([[p.num_supervised, p.num_branches, len(p.skipped), stop.asked] for p in packs])
+        counts = accelerator.reduce(counts.sum(0).to(device), "sum").tolist()
+        num_supervised, num_branches, num_skipped, num_stopping = counts
         skipped = [skip for pack in packs for skip in pack.skipped]
         data.count(num_branches, gather_object(skipped) if num_skipped else [])
         step_loss = torch.zeros((), device=device)
@@ -123,7 +145,7 @@ def train(arguments: TrainingArguments) -> None:
                 raise ValueError(f"step {step}: loss {mean_loss}, gradient norm {grad_norm}; its samples: {origins}")
             monitor.log(step, mean_loss, learning_rate=scheduler.get_last_lr()[0], grad_norm=grad_norm.item())
 
-        # Once in a while, and at the end: evaluate, and save.
+        # Once in a while, and at the end: evaluate, and save the model.
         if step % arguments.eval_every == 0 or step == num_steps:
             started = time.perf_counter()
             model.eval()
@@ -142,6 +164,16 @@ def train(arguments: TrainingArguments) -> None:
             accelerator.wait_for_everyone()
             model.train()
             monitor.pause(time.perf_counter() - started)
+
+        # Once in a while, at the end, and when a signal asks for it: a checkpoint to go on from.
+        if step % arguments.save_every == 0 or step == num_steps or num_stopping:
+            started = time.perf_counter()
+            about = {"run": this_run, "report": report_state(data.report)}
+            checkpoints.save(step, plain_model, optimizer, scheduler, about)
+            monitor.pause(time.perf_counter() - started)
+        if num_stopping and step < num_steps:
+            accelerator.print(f"stopped after step {step:,} by a signal; --resume goes on from there")
+            sys.exit(EXIT_STOPPED)
 
     monitor.close(data.report)
     accelerator.print(f"saved in {output_dir}; try: clip-phi caption --checkpoint {output_dir} IMAGE")

@@ -78,7 +78,7 @@ class Size(NamedTuple):
         return self._replace(hidden=hidden, heads=max(1, hidden // 64))
 
 
-QUICK_SIZE = Size(256, 6, 4, 128, 4, 2)
+QUICK_SIZE = Size(384, 8, 6, 128, 4, 2)
 FULL_SIZE = Size(512, 8, 8, 192, 6, 3)
 TRUE_SIZE = Size(2560, 32, 32, 640, 12, 10, rotary=0.4)  # phi-2 and TinyCLIP-ViT-61M/32
 

@@ -137,6 +137,16 @@ class Index:
         rows = numbers if self.rows is None else self.rows[numbers]
         return Index(self.table, self.prefix, self.report, self.path, rows)
 
+    def fingerprint(self) -> str:
+        """Hex digest of the token ids and the order of the samples."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in ("ids", "lengths"):
+            for chunk in self.table[name].chunks:
+                digest.update(chunk.flatten().to_numpy().tobytes())
+        if self.rows is not None:
+            digest.update(np.ascontiguousarray(self.rows).tobytes())
+        return digest.hexdigest()
+
     def image_names(self) -> list[str | None]:
         """The image file of each sample; None for text-only samples and for images that are bytes."""
         columns = [self.table[name].to_pylist() for name in ("path", "member")]

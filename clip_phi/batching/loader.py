@@ -2,6 +2,7 @@
 
 import bisect
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from .index import Index
 from .packing import plan_packs
 from .tree import Pack, Tree, build_tree, pack_trees
 
+GRACE_SECONDS = 5
 REFRESH_SECONDS = 30  # between looks at what others have put into the cache
 
 
@@ -271,6 +273,14 @@ class EndlessSampler(Sampler):
                 yield self.batches.batch(number)
 
 
+def _outlive_the_step(worker: int) -> None:
+    """Who stops a run often signals all its processes, and the step that is under way needs its data.
+
+    So a worker dies of SIGTERM later, not never: that is how Python itself ends it at exit."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
+
+
 def make_loader(
     dataset: TreeDataset | TreeStream, batches: Any, processor: Any, num_workers: int, pin_memory: bool = False
 ) -> DataLoader:
@@ -281,6 +291,8 @@ def make_loader(
         collate_fn=Collator(processor.tokenizer.pad_token_id),
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=_outlive_the_step,
+        generator=torch.Generator(),  # or each pass would draw from the one that dropout uses
         persistent_workers=num_workers > 0,
         **how,
     )

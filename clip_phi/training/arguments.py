@@ -68,6 +68,12 @@ class TrainingArguments:
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0: never")
     gradient_checkpointing: bool = _option(False, "recompute the decoder's activations: less memory, half more work")
 
+    save_every: int = _option(500, "steps between checkpoints to go on from; one comes at the end")
+    keep: int = _option(2, "so many of the newest checkpoints stay")
+    resume: bool = _option(
+        False,
+        "go on from the newest checkpoint in --output_dir (with none: from the beginning), exactly as if never stopped",
+    )
     log_every: int = _option(10, "steps between lines in metrics.jsonl")
     eval_every: int = _option(
         1000, "steps between evaluations, each of which saves the model too; one comes at the end"
@@ -85,7 +91,7 @@ class TrainingArguments:
     def problems(self) -> list[str]:
         found = []
         counts = ["per_device_batch_size", "gradient_accumulation_steps", "max_length", "max_new_tokens"]
-        for name in (*counts, "max_eval_images", "log_every", "eval_every"):
+        for name in (*counts, "max_eval_images", "log_every", "eval_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 found.append(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in ("max_steps", "num_workers", "num_sample_texts", "holdout_images", "tokens_per_step"):
@@ -126,6 +132,8 @@ class TrainingArguments:
             found.append(f"--data: {streams[0]} is streamed, and a stream cannot be mixed: name it alone")
         if streams and not (self.max_steps and held_out):
             found.append(f"--data: {streams[0]} is streamed, and needs --max_steps and --eval_data")
+        if streams and self.resume:
+            found.append(f"--resume: {streams[0]} is streamed, and has no position to go on from")
         if streams and self.tokens_per_step:
             found.append(f"--data: {streams[0]} is streamed, and cannot be planned ahead: --tokens_per_step 0")
         if any(source.streaming for source in held_out):

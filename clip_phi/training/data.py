@@ -22,13 +22,14 @@ STREAM_WARM_UP = 1000  # records of a stream before its share of bad ones means 
 @dataclass
 class Data:
     """batches: None for a stream. held_out: validation sets by name. report: of what is trained on; what turns out
-    bad in training goes there, too."""
+    bad in training goes there, too. fingerprint: of the samples and their weights."""
 
     train: TreeDataset | TreeStream
     batches: Batches | None
     held_out: dict[str, Index]
     report: Report
     max_bad: float
+    fingerprint: str
 
     def count(self, num_branches: int, skips: list[Skip]) -> None:
         """One step met so many records that are whole, and these that are not.
@@ -63,6 +64,7 @@ def read_data(
         samples = partial(_stream, sources[0], arguments.seed, rank, world_size)
         train: TreeDataset | TreeStream = TreeStream(samples, read, processor, arguments.max_length)
         batches: Batches | None = None
+        fingerprint = "stream"
         say(f"{sources[0].path} is streamed: what is wrong with it is counted as it comes")
     else:
         indexes = [load_index(source, processor, arguments.max_length, arguments.num_workers) for source in sources]
@@ -78,6 +80,7 @@ def read_data(
             raise ValueError(f"no sample to train on in {', '.join(empty)} (of {report.records:,} records)")
         train = TreeDataset(indexes, read, arguments.branches_per_image)
         weights = [source.weight for source in sources if source.weight is not None]
+        fingerprint = " ".join([*(index.fingerprint() for index in indexes), *map(str, weights)])
         mixture = Mixture([len(index) for index in indexes], weights or None, arguments.seed)
         if arguments.tokens_per_step:
             batches = PackedBatches(mixture, train.lengths(), arguments.tokens_per_step)
@@ -87,7 +90,7 @@ def read_data(
     for name, index in held_out.items():
         held_out[name] = _readable(index, read, arguments, name)
         say(describe(name, held_out[name]))
-    return Data(train, batches, held_out, report, arguments.max_bad)
+    return Data(train, batches, held_out, report, arguments.max_bad, fingerprint)
 
 
 def describe(name: str, index: Index) -> str:

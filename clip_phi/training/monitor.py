@@ -18,7 +18,8 @@ class Monitor:
     or a conversation. samples.jsonl: texts generated for held-out images. data_report.json: what was wrong with the
     data."""
 
-    def __init__(self, folder: Path, num_steps: int, active: bool):
+    def __init__(self, folder: Path, num_steps: int, active: bool, first_step: int = 0):
+        """first_step: the step that the run goes on from; what is written about later ones is dropped."""
         self.folder = folder
         self.active = active
         self.num_steps = num_steps
@@ -27,11 +28,11 @@ class Monitor:
         self._since = time.perf_counter()
         self._samples = self._tokens = 0
         self._waited = 0.0
-        self._bar = tqdm(total=num_steps, unit="step", disable=not active, dynamic_ncols=True)
+        self._bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not active, dynamic_ncols=True)
         if active:
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "samples.jsonl"):
-                (folder / name).unlink(missing_ok=True)
+                self._keep_until(name, first_step)
 
     def count(self, num_samples: int, num_tokens: int, waited: float) -> None:
         """One step over so many samples and supervised tokens, all ranks together, is done.
@@ -82,6 +83,23 @@ class Monitor:
             (self.folder / "data_report.json").write_text(text + "\n", encoding="utf-8")
             if report.num_skipped:
                 print(f"{report.num_skipped:,} of {report.records:,} records were skipped:\n{report.table()}")
+
+    def _keep_until(self, name: str, step: int) -> None:
+        path = self.folder / name
+        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:  # the last one, of a run that was killed
+                continue
+            if record["step"] <= step:
+                kept.append(line + "\n")
+                if "loss" in record:
+                    self.losses.append((record["step"], record["loss"]))
+                if "eval_loss" in record:
+                    self.eval_losses.append((record["step"], record["eval_loss"]))
+        path.write_text("".join(kept), encoding="utf-8")
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         if self.active:

@@ -1,0 +1,200 @@
+"""Kill training at random moments, go on with --resume, and see that nothing differs from a run never stopped.
+
+    python benchmarks/kill_and_resume.py [--kills 20] [--json FILE]
+
+Both stages on drawn scenes with the demo's backbones, with accumulation, dropout in LoRA, 0 and 2 workers. A run is
+killed with SIGKILL: at any time; between two flushes of a checkpoint that is being written; or by SIGTERM, which lets
+it finish its step. Now and then the newest checkpoint is cut, as a failing disk would do, and must be passed over.
+Losses of all steps and the final weights must be bit-equal.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["ACCELERATE_USE_CPU"] = "true"
+BACKBONES = ROOT / "examples/demo_backbones"
+NUM_STEPS = 9
+
+
+def options(stage: int, data: Path, output: Path, num_workers: int) -> list[str]:
+    """Of a short run with a checkpoint at every step."""
+    kind, name = ("coco", "annotations/captions_{}2017") if stage == 1 else ("llava", "llava_instruct_{}")
+    common: dict[str, Any] = {
+        "stage": stage,
+        "output_dir": output,
+        "data": f"{kind}:{data}/{name.format('train')}.json,images={data}/train2017",
+        "eval_data": f"{kind}:{data}/{name.format('val')}.json,images={data}/val2017",
+        "num_workers": num_workers,
+        "gradient_accumulation_steps": 2,
+        "per_device_batch_size": 2,
+        "num_epochs": 3,
+        "max_steps": NUM_STEPS,
+        "log_every": 1,
+        "eval_every": 4,
+        "save_every": 1,
+        "num_sample_texts": 1,
+        "max_new_tokens": 4,
+    }
+    if stage == 1:
+        common |= {"vision_backbone": BACKBONES / "vision", "text_backbone": BACKBONES / "text"}
+    else:
+        common |= {"init_from": data.parent / "stage1", "tokens_per_step": 200, "lora_rank": 4, "lora_dropout": 0.1}
+    return [str(word) for name, value in common.items() for word in (f"--{name}", value)]
+
+
+def train(arguments: list[str], log: Path, flushes: int | None) -> None:
+    """In a process of its own. flushes: it kills itself at this flush of a checkpoint to the disk."""
+    import runpy
+
+    from clip_phi.training import checkpoint
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if flushes is not None:
+        left, flush = [flushes], checkpoint._flush
+
+        def flush_or_die(path: Path) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            flush(path)
+
+        checkpoint._flush = flush_or_die
+    sys.argv = ["train_accelerate.py", *arguments]
+    runpy.run_path(str(ROOT / "train_accelerate.py"), run_name="__main__")
+
+
+def run(arguments: list[str], log: Path, stop: Callable[[Any], None] | None = None, flushes: int | None = None) -> int:
+    """A fork of this process, which has imported everything. Returns its exit code, negative for a signal."""
+    process = get_context("fork").Process(target=train, args=(arguments, log, flushes))
+    process.start()
+    if stop is not None:
+        stop(process)
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def result(output: Path) -> tuple[dict[int, float], dict[str, bytes]]:
+    """The loss of every step, and the files of the final weights."""
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = {
+        (record["step"], key): record[key] for record in records for key in ("loss", "eval_loss") if key in record
+    }
+    weights = {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*model.safetensors")}
+    return losses, weights
+
+
+def torture(stage: int, data: Path, folder: Path, num_workers: int, kills: int, draw: random.Random) -> dict[str, Any]:
+    """Run to the end under so many kills, and once without any."""
+    log = folder / "log.txt"
+    began = time.perf_counter()
+    plain = options(stage, data, folder / "plain", num_workers)
+    assert run(plain, log) == 0, log.read_text()
+    seconds = time.perf_counter() - began
+    arguments = [*options(stage, data, folder / "killed", num_workers), "--resume"]
+    done = cut = 0
+    while done < kills:
+        how = draw.choice(("any time", "any time", "in a checkpoint", "SIGTERM"))
+        if how == "in a checkpoint":  # four flushes and one of the folder above for each
+            code = run(arguments, log, flushes=draw.randrange(15))
+        else:
+            number = signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL
+
+            def stop(process: Any, number: int = number) -> None:
+                time.sleep(draw.uniform(0.2, 1.0) * seconds)
+                if process.is_alive():
+                    os.kill(process.pid, number)
+
+            code = run(arguments, log, stop)
+        if code == 0:  # it came to its end before: begin anew, with the kills that are left
+            compare(folder)
+            folder.joinpath("killed").rename(folder / f"killed{done}")
+            continue
+        assert code in (75, -signal.SIGKILL, -signal.SIGTERM), f"exit code {code}\n{log.read_text()[-3000:]}"
+        done += 1
+        places = sorted(folder.glob("killed/checkpoints/step-*"))
+        if len(places) > 1 and draw.random() < 0.3:
+            victim = places[-1] / draw.choice(("trained.safetensors", "state.pt", "about.json"))
+            with open(victim, "r+b") as file:
+                file.truncate(draw.randrange(victim.stat().st_size))
+            cut += 1
+    code = run(arguments, log)
+    assert code == 0, log.read_text()[-3000:]
+    compare(folder)
+    passed_over = log.read_text(encoding="utf-8").count("is passed over")
+    return {"kills": done, "cut": cut, "passed_over": passed_over}
+
+
+def compare(folder: Path) -> None:
+    """Raises SystemExit with the first difference."""
+    (losses, weights), (expected_losses, expected) = result(folder / "killed"), result(folder / "plain")
+    if losses != expected_losses:
+        odd = [key for key in expected_losses if losses.get(key) != expected_losses[key]]
+        raise SystemExit(f"losses differ at {odd[:5]}: {folder}")
+    if weights != expected:
+        raise SystemExit(f"weights differ: {[name for name in expected if weights.get(name) != expected[name]]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=20, help="in all (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    arguments = parser.parse_args()
+
+    import accelerate  # noqa: F401
+    import peft  # noqa: F401
+    import torch
+
+    import clip_phi.training.data
+    import clip_phi.training.setup  # noqa: F401
+    from clip_phi.sources.drawn import write_dataset
+
+    torch.set_num_threads(1)
+    draw = random.Random(arguments.seed)
+    settings = [(1, 0), (2, 2), (1, 2), (2, 0)]
+    totals = {"kills": 0, "cut": 0, "passed_over": 0}
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["HF_HOME"] = name
+        folder = Path(name)
+        write_dataset(folder / "data", num_train=16, num_val=2)
+        first = [*options(1, folder / "data", folder / "stage1", 0), "--max_steps", "1"]
+        assert run(first, folder / "log.txt") == 0, (folder / "log.txt").read_text()
+        for number, (stage, num_workers) in enumerate(settings):
+            kills = arguments.kills // len(settings) + (number < arguments.kills % len(settings))
+            place = folder / f"setting{number}"
+            place.mkdir()
+            found = torture(stage, folder / "data", place, num_workers, kills, draw)
+            print(
+                f"stage {stage}, {num_workers} workers: {found['kills']} kills, {found['cut']} checkpoints cut, "
+                f"{found['passed_over']} passed over; bit-equal",
+                flush=True,
+            )
+            totals = {name: totals[name] + found[name] for name in totals}
+    figures = {
+        "kills": totals["kills"],
+        "bit_equal": True,  # compare() ends the program otherwise
+        "torn_checkpoints_passed_over": totals["passed_over"],
+        "checkpoints_cut": totals["cut"],
+    }
+    print(json.dumps(figures))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
