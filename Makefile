@@ -37,7 +37,7 @@ format: install
 	$(BIN)/ruff check --fix .
 
 bench: install
-	$(BIN)/python benchmarks/tree.py $(ARGS)
+	$(BIN)/python benchmarks/training.py $(or $(ARGS),--quick)
 
 clean:
 	rm -rf .venv outputs build *.egg-info

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -88,8 +89,8 @@ def run(arguments: list[str], log: Path, stop: Callable[[Any], None] | None = No
     return process.exitcode
 
 
-def result(output: Path) -> tuple[dict[int, float], dict[str, bytes]]:
-    """The loss of every step, and the files of the final weights."""
+def result(output: Path) -> tuple[dict[tuple[int, str], float], dict[str, bytes]]:
+    """The losses by step, in training and held out, and the files of the final weights."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = {
         (record["step"], key): record[key] for record in records for key in ("loss", "eval_loss") if key in record
@@ -122,7 +123,7 @@ def torture(stage: int, data: Path, folder: Path, num_workers: int, kills: int, 
             code = run(arguments, log, stop)
         if code == 0:  # it came to its end before: begin anew, with the kills that are left
             compare(folder)
-            folder.joinpath("killed").rename(folder / f"killed{done}")
+            shutil.rmtree(folder / "killed")
             continue
         assert code in (75, -signal.SIGKILL, -signal.SIGTERM), f"exit code {code}\n{log.read_text()[-3000:]}"
         done += 1

@@ -24,7 +24,6 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,7 +186,8 @@ def make_models(size: Size, lora_rank: int, device: str = "cpu", dtype: torch.dt
             ours = ClipPhiForCausalLM(ClipPhiConfig(vision_config=vision, text_config=text, image_token_id=IMAGE))
     finally:
         torch.set_default_dtype(default)
-    assert ours.config.text_config.hidden_act == "gelu_pytorch_tanh" and text.hidden_act == "gelu_new"
+    fused: Any = ours.config.text_config
+    assert fused.hidden_act == "gelu_pytorch_tanh" and text.hidden_act == "gelu_new"
     ours.set_attn_implementation({"text_config": PACKED_ATTENTION})
     ours.freeze_backbones()
     with torch.device("meta"):
@@ -231,9 +231,7 @@ def make_llava(
     vision: CLIPVisionConfig, text: PhiConfig, ours: ClipPhiForCausalLM, plain: PlainModel
 ) -> LlavaForConditionalGeneration:
     """Our projector is its linear_1, with the identity behind it; its head has no bias, and ours is still zero."""
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, projector_hidden_act="linear", image_token_index=IMAGE
-    )
+    config = LlavaConfig(vision_config=vision, text_config=text, projector_hidden_act="linear", image_token_index=IMAGE)
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(config).requires_grad_(False)
     assert ours.lm_head.bias.is_meta or not ours.lm_head.bias.any()
@@ -298,7 +296,11 @@ def make_hugging_face(models: Models, work: Work) -> Contender:
     llava, total = models.llava, work.num_supervised
     batches = padded_batches(work)
     return Contender(
-        "llava", batches, lambda batch: llava(**batch, num_items_in_batch=total).loss, work.num_samples, _tokens(batches)
+        "llava",
+        batches,
+        lambda batch: llava(**batch, num_items_in_batch=total).loss,
+        work.num_samples,
+        _tokens(batches),
     )
 
 

@@ -98,7 +98,19 @@ def make_parser() -> argparse.ArgumentParser:
     draw.add_argument("--json", action="store_true", help="print what was written as a json object")
     draw.set_defaults(run=run_draw_data)
 
-    for command in (caption, ask, look, draw):
+    plan = commands.add_parser("plan", help="what a training run needs: memory by item, the largest step, hours")
+    plan.add_argument("--gpu", required=True, help="a100-40, a100-80, h100-80, h200-141, l4-24, t4-16, rtx-8 or rtx-24")
+    plan.add_argument("--stage", type=int, choices=(1, 2), default=1, help="of training (default: %(default)s)")
+    plan.add_argument("--checkpoint", help="plan for this checkpoint's parts instead of TinyCLIP and phi-2")
+    plan.add_argument("--mfu", type=float, default=0.4, help="assumed share of the card's peak (default: %(default)s)")
+    plan.add_argument("--optimizer", choices=("adam8bit", "adamw"), default="adam8bit", help="(default: %(default)s)")
+    plan.add_argument("--captions_per_image", type=_positive, help="of stage 1 (default: that of training)")
+    plan.add_argument("--lora_rank", type=_positive, help="of stage 2 (default: that of training)")
+    plan.add_argument("--gradient_checkpointing", action="store_true", help="recompute the decoder's activations")
+    plan.add_argument("--json", action="store_true", help="print a json object instead of the table")
+    plan.set_defaults(run=run_plan)
+
+    for command in (caption, ask, look, plan, draw):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -141,6 +153,34 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     from .inspection import inspect
 
     inspect(arguments, DEMO_CHECKPOINT)
+
+
+def run_plan(arguments: argparse.Namespace) -> None:
+    from .training.arguments import STAGES
+
+    if not 0 < arguments.mfu <= 1:
+        raise ValueError(f"--mfu must be more than 0 and at most 1, not {arguments.mfu}")
+    options = {"optimizer": arguments.optimizer, "gradient_checkpointing": arguments.gradient_checkpointing}
+    own = {1: "captions_per_image", 2: "lora_rank"}
+    for stage, name in own.items():
+        value = getattr(arguments, name)
+        if value is not None and stage != arguments.stage:
+            raise ValueError(f"--{name} is of stage {stage}, not of stage {arguments.stage}")
+        if value is not None:
+            options[name] = value
+    from .plan import CARDS, as_text, make_plan
+
+    if arguments.gpu not in CARDS:
+        raise ValueError(f"unknown --gpu {arguments.gpu}: it is one of {', '.join(CARDS)}")
+    config = None
+    if arguments.checkpoint is not None:
+        from modeling_clip_phi import ClipPhiConfig
+
+        config = ClipPhiConfig.from_pretrained(arguments.checkpoint)
+    plan = make_plan(
+        STAGES[arguments.stage](stage=arguments.stage, **options), CARDS[arguments.gpu], arguments.mfu, config
+    )
+    print(json.dumps(plan) if arguments.json else as_text(plan))
 
 
 def run_draw_data(arguments: argparse.Namespace) -> None:

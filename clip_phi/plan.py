@@ -6,11 +6,8 @@ through both gives each item. What cannot be counted is assumed, and the plan sa
 """
 
 import gc
-import json
-import math
 import warnings
 import weakref
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -27,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
 from .batching.packing import attend_by_piece, make_segments
-from .training.arguments import STAGES, Stage1Arguments, Stage2Arguments, TrainingArguments
+from .training.arguments import Stage2Arguments, TrainingArguments
 
 
 class Card(NamedTuple):
@@ -54,8 +51,10 @@ CARDS = {
 GIB = 2**30
 CONTEXT_BYTES = int(0.6 * GIB)  # assumed: CUDA's context, its libraries and their workspaces
 RESERVE = 0.05  # assumed: what the allocator holds beyond the tensors of a step, as a share of them
-CAPTION_TOKENS, CONVERSATION_TOKENS, CONVERSATION_ANSWERS = 11.6, 165, 125  # phi-2's tokenizer; the latter assumed
-IMAGES = {1: 118_287, 2: 157_712}  # COCO train2017; conversations of LLaVA-Instruct-150K
+PATCHES = 49
+CAPTION_LENGTHS = (11, 12, 12, 11, 12)  # 11.6 tokens of phi-2's tokenizer; the end token is no input
+CONVERSATION_TOKENS, CONVERSATION_ANSWERS = 165, 125  # assumed, of LLaVA-Instruct-150K
+IMAGES, CONVERSATIONS = 118_287, 157_712  # of COCO train2017; of LLaVA-Instruct-150K
 
 
 class Row(NamedTuple):
@@ -207,10 +206,11 @@ def build_model(config: ClipPhiConfig, arguments: TrainingArguments, dtype: torc
             parameter.data = parameter.data.float()
             parameter.grad = torch.empty_like(parameter)
     if arguments.gradient_checkpointing:
-        options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), Recompute(dtype))}
+        checkpointing: dict[str, Any] = {"use_reentrant": False}
+        checkpointing["context_fn"] = lambda: (nullcontext(), Recompute(dtype))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 has a new name for it, 5.18 has not
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
         model.disable_input_require_grads()  # else the tower's states would be kept, too
     return model.train()
 
@@ -237,7 +237,7 @@ def count_step(
     gc.freeze()  # Recompute's collections shall be fast
     with ledger, flops, LikeCuda(autocast):
         embeds = model.get_input_embeddings()(ids)
-        features = torch.cat(model.get_image_features(pixels, return_dict=True).pooler_output).to(embeds.dtype)
+        features = torch.cat(list(model.model._project(model.get_vision_features(pixels)))).to(embeds.dtype)
         tower, tower_flops = ledger.take_peak(), flops.get_total_flops()
         embeds = embeds.masked_scatter(empty(*ids.shape, 1, dtype=torch.bool), features)
         hidden = model.model.language_model(
@@ -256,3 +256,113 @@ def count_step(
     gc.unfreeze()
     layers = max(peaks[0], peaks[2]) - activations
     return Counts(activations, peaks[1] - activations, layers, tower, flops.get_total_flops(), tower_flops)
+
+
+def make_plan(
+    arguments: TrainingArguments, card: Card, mfu: float, config: ClipPhiConfig | None = None
+) -> dict[str, Any]:
+    """For json: parameters, FLOPs per sample (a caption or a conversation), the memory bill in bytes, the largest token
+    budget, and the time of an epoch. config: of the model; TinyCLIP and phi-2 if None.
+
+    The bill is that of the largest budget that fits, or of one image if none does; mfu is assumed, all else counted."""
+    config = config or ClipPhiConfig()
+    row = typical_row(arguments)
+    model = build_model(config, arguments, card.dtype)
+    sizes = [(each.numel(), each.requires_grad, each.dim()) for each in model.parameters()]
+    frozen = sum(size for size, trained, _ in sizes if not trained)
+    trained = sum(size for size, is_trained, _ in sizes if is_trained)
+    fixed = {
+        "frozen weights": frozen * card.dtype.itemsize,
+        "trained weights": trained * 4,
+        "gradients": trained * 4,
+        "optimizer": trained * 8 if arguments.optimizer == "adamw" else _adam8bit_bytes(sizes),
+        "CUDA context": CONTEXT_BYTES,
+    }
+    # Few rows, and so many that the loss is made in chunks: all else grows in proportion.
+    chunk = max(1, ClipPhiForCausalLM.max_logits // model.lm_head.out_features)
+    many = 2 + 2 * chunk // row.supervised
+    counted = {rows: count_step(model, row, rows, card.dtype) for rows in (1, 2, many, 2 * many)}
+
+    def bill(rows: int) -> dict[str, int]:
+        small = rows * row.supervised <= chunk
+        (low, first), (high, second) = [(n, counted[n]) for n in ((1, 2) if small else (many, 2 * many))]
+
+        def grown(name: str) -> float:
+            slope = (getattr(second, name) - getattr(first, name)) / (high - low)
+            return getattr(first, name) + slope * (rows - low)
+
+        pixels = rows * 3 * model.config.vision_config.image_size**2 * 4  # type: ignore[union-attr]
+        step = {
+            "activations": grown("activations"),
+            "loss or a layer, at its peak": max(grown("logits"), grown("layers")),
+            "pixels": pixels,
+        }
+        step["tower"] = max(0.0, grown("tower") - sum(step.values()))  # it is through before the decoder begins
+        total = {name: int(value) for name, value in (fixed | step).items()}
+        return total | {"allocator": int(RESERVE * (sum(total.values()) - CONTEXT_BYTES))}
+
+    limit = card.memory * GIB
+    low, high = 0, 1
+    while sum(bill(high).values()) <= limit:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if sum(bill(middle).values()) <= limit else (low, middle)
+    flops = counted[many].flops / many / len(row.branches)
+    samples_per_second = mfu * card.tflops * 1e12 / flops
+    samples = IMAGES * len(row.branches) if arguments.stage == 1 else CONVERSATIONS
+    return {
+        "gpu": card.name,
+        "stage": arguments.stage,
+        "parameters": frozen + trained,
+        "trainable_parameters": trained,
+        "flops_per_sample": flops,
+        "tower_flops_per_sample": counted[many].tower_flops / many / len(row.branches),
+        "activation_bytes_per_token": (counted[2 * many].activations - counted[many].activations) / many / row.length,
+        "memory_bytes": int(limit),
+        "bill_bytes": bill(max(low, 1)),
+        "fits": low > 0,
+        "images_per_step": low,
+        "tokens_per_step": low * row.length,
+        "tokens_per_image": row.length,
+        "assumed_mfu": mfu,
+        "samples_per_second": samples_per_second,
+        "samples_per_epoch": samples,
+        "hours_per_epoch": samples / samples_per_second / 3600,
+    }
+
+
+def typical_row(arguments: TrainingArguments) -> Row:
+    """COCO's captions, or the two conversations that LLaVA-Instruct has about an image."""
+    if isinstance(arguments, Stage2Arguments):
+        return Row(PATCHES, (CONVERSATION_TOKENS,) * 2, CONVERSATION_ANSWERS * 2)
+    lengths = (CAPTION_LENGTHS * (arguments.branches_per_image or 1))[: arguments.branches_per_image]
+    return Row(PATCHES, lengths, sum(lengths) + len(lengths))
+
+
+def _adam8bit_bytes(sizes: list[tuple[int, bool, int]]) -> int:
+    """Of bitsandbytes: two states of a byte and a float32 for each block of 256; small tensors keep float32 states."""
+    counted = [size for size, is_trained, _ in sizes if is_trained]
+    return sum(2 * size + 8 * -(-size // 256) if size >= 4096 else 8 * size for size in counted)
+
+
+def as_text(plan: dict[str, Any]) -> str:
+    """A table for people."""
+    lines = [
+        f"{plan['gpu']}, stage {plan['stage']}",
+        f"  parameters            {plan['parameters']:,}, of which {plan['trainable_parameters']:,} are trained",
+        f"  FLOPs per sample      {plan['flops_per_sample'] / 1e9:,.0f} G",
+        f"  kept per token        {plan['activation_bytes_per_token'] / 1e6:.2f} MB for the backward pass",
+    ]
+    lines += [f"  {name:<30}{size / GIB:8.2f} GiB" for name, size in plan["bill_bytes"].items()]
+    total, memory = sum(plan["bill_bytes"].values()) / GIB, plan["memory_bytes"] / GIB
+    lines.append(f"  {'together':<30}{total:8.2f} GiB of {memory:.2f}")
+    if plan["fits"]:
+        lines.append(f"  largest --tokens_per_step   {plan['tokens_per_step']:,} ({plan['images_per_step']:,} images)")
+    else:
+        lines.append("  Not even one image fits: try --gradient_checkpointing, or a larger card")
+    lines.append(
+        f"  at {plan['assumed_mfu']:.0%} of its peak        {plan['samples_per_second']:,.0f} samples/s, "
+        f"{plan['hours_per_epoch']:.2f} hours for an epoch of {plan['samples_per_epoch']:,}"
+    )
+    return "\n".join(lines)

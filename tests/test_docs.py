@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+TINY = "--hidden 64 --layers 1 --images 2 --repeats 1 --log-mean 3"
 SMALL = "--num_train 24 --num_val 8 --max_steps 2"
 RECIPE = "--data {kind}:outputs/demo/data/{train},images=outputs/demo/data/train2017 "
 RECIPE += "--eval_data {kind}:outputs/demo/data/{val},images=outputs/demo/data/val2017 --max_steps 1 "
@@ -42,9 +43,7 @@ def shrink(command):
         command = command.replace("accelerate_config.yaml", "examples/configs/cpu.yaml")
         return f"{command} {STAGE1 if '--stage 1' in command else STAGE2}"
     make = f"make -o .venv/installed {command.removeprefix('make')}"
-    return {"make demo": f"{make} ARGS='{SMALL}'", "make bench": f"{make} ARGS='--images 2 --repeats 1'"}.get(
-        command, command
-    )
+    return {"make demo": f"{make} ARGS='{SMALL}'", "make bench": f"{make} ARGS='{TINY}'"}.get(command, command)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,58 @@
+"""The benchmarks run, compare equal work, and give the figures that they promise."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(name, *options, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *options, "--json", str(tmp_path / "out.json")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+def test_training_compares_equal_work_and_keeps_its_counts(tmp_path):
+    tiny = ("--hidden", "64", "--layers", "1", "--images", "2", "--repeats", "1", "--log-mean", "3")
+    found = run("training.py", *tiny, tmp_path=tmp_path)
+    ratios = {"stage1_vs_padded", "stage1_vs_token_loop", "stage1_vs_llava", "stage2_vs_padded"}
+    assert ratios <= found.keys() and all(found[name] > 1 for name in ratios)
+    assert found["loss_rel_diff"] <= 1e-6 and found["grad_rel_diff"] <= 1e-5
+    # Of true size, by count: these do not depend on the machine.
+    assert found["flops_ratio_true_size"] >= 2.9
+    assert found["activations_mb_per_token"] <= 2.5
+    assert found["pack_fill"] >= 0.95
+    assert set(found["levers"]["stage1"]) == {"all on", "all off"} | {
+        f"no {lever}" for lever in ("sharing", "packing", "kept_logits", "fused_gelu")
+    }
+
+
+def test_images_are_exact_or_nearly_so_and_the_cache_is_read(tmp_path):
+    found = run("images.py", "--images", "4", "--repeats", "1", "--rows", "200", tmp_path=tmp_path)
+    assert found["max_level_diff"] <= 1 and found["differing_share"] <= 0.01
+    assert min(found[name] for name in ("exact_ratio", "fast_ratio", "cache_reads_per_s")) > 0
+
+
+def test_the_gpu_script_runs_whole_without_one(tmp_path):
+    found = run("gpu.py", "--device", "cpu", "--tiny", tmp_path=tmp_path)
+    assert json.dumps(found).count("samples_per_second") >= 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
+def test_a_killed_run_goes_on_as_if_it_had_never_stopped(tmp_path):
+    found = run("kill_and_resume.py", "--kills", "20", tmp_path=tmp_path)
+    assert found["kills"] == 20 and found["bit_equal"]
+    assert found["torn_checkpoints_passed_over"] == found["checkpoints_cut"] > 0
+
+
+def test_every_benchmark_is_run_by_a_test():
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    run_by_tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_benchmarks*.py"))
+    assert [name for name in sorted(scripts) if name not in run_by_tests] == []
