@@ -173,6 +173,7 @@ def train(arguments: TrainingArguments) -> None:
             monitor.pause(time.perf_counter() - started)
         if num_stopping and step < num_steps:
             accelerator.print(f"stopped after step {step:,} by a signal; --resume goes on from there")
+            del packs_in_order  # ends the workers
             sys.exit(EXIT_STOPPED)
 
     monitor.close(data.report)

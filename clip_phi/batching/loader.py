@@ -2,6 +2,7 @@
 
 import bisect
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -276,8 +277,10 @@ class EndlessSampler(Sampler):
 def _outlive_the_step(worker: int) -> None:
     """Who stops a run often signals all its processes, and the step that is under way needs its data.
 
-    So a worker dies of SIGTERM later, not never: that is how Python itself ends it at exit."""
+    So a worker ends after SIGTERM, but later: that is how Python itself ends it at exit. It ends without an error, or
+    torch would make one of it in the training process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
 
 

@@ -1,0 +1,118 @@
+"""Going on: what may differ, what may not, and how a run is stopped. The kills are in benchmarks/kill_and_resume.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_training import ROOT, metrics, run, stage1
+
+from clip_phi.sources.drawn import write_dataset
+
+SHORT = ("--num_epochs", 2, "--gradient_accumulation_steps", 1, "--save_every", 2, "--keep", 2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder, num_train=12, num_val=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbones(vision_backbone, text_backbone):
+    return vision_backbone, text_backbone
+
+
+@pytest.fixture(scope="module")
+def whole(data, backbones, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    run(*stage1(data, backbones, output, *SHORT))
+    return output
+
+
+def test_checkpoints_are_small_the_newest_are_kept_and_a_finished_run_stays_finished(whole, data, backbones):
+    places = sorted((whole / "checkpoints").iterdir())
+    assert [place.name for place in places] == ["step-00000004", "step-00000006"]
+    assert sum(file.stat().st_size for file in places[-1].iterdir()) < 100_000
+    before = metrics(whole, "loss")
+    done = run(*stage1(data, backbones, whole, *SHORT, "--resume"))
+    assert "after step 6 of 6" in done.stdout and metrics(whole, "loss") == before
+
+
+def resume_from(whole, tmp_path, step):
+    """A copy of the run as it was after this step."""
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(whole), str(copy)], check=True)
+    for place in (copy / "checkpoints").iterdir():
+        if int(place.name.removeprefix("step-")) > step:
+            subprocess.run(["rm", "-r", str(place)], check=True)
+    return copy
+
+
+def test_more_processes_with_the_same_accumulation_are_another_run(whole, data, backbones, tmp_path):
+    copy = resume_from(whole, tmp_path, 4)
+    options = stage1(data, backbones, copy, *SHORT, "--resume")
+    options[options.index("--per_device_batch_size") + 1] = 4
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = run(*options, launcher=torchrun, ACCELERATE_USE_CPU="true", expect=1)
+    assert "batches_per_step: 1 then, 2 now" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--seed", 1), "seed: 0 then, 1 now"),
+        (("--per_device_batch_size", 2), "per_device_batch_size: 4 then, 2 now"),
+        (("--captions_per_image", 2), "captions_per_image: 5 then, 2 now"),
+        (("--holdout_images", 3, "--eval_data"), "data: "),
+    ],
+)
+def test_another_run_is_not_gone_on_with_and_the_difference_is_named(change, message, whole, data, backbones, tmp_path):
+    copy = resume_from(whole, tmp_path, 4)
+    done = run(*stage1(data, backbones, copy, *SHORT, "--resume", "--debug", False, *change), expect=2, launcher=())
+    assert message in done.stderr and "--resume would go on with another run" in done.stderr
+    assert metrics(copy, "loss") == metrics(whole, "loss"), "the log of the other run is still there"
+
+
+def test_what_may_differ_is_said(whole, data, backbones, tmp_path):
+    copy = resume_from(whole, tmp_path, 4)
+    done = run(*stage1(data, backbones, copy, *SHORT, "--resume", "--learning_rate", 0.5, "--log_every", 2))
+    assert "another learning_rate: 0.001 then, 0.5 now. It is allowed; compared with a run never stopped" in done.stdout
+    assert "log_every" not in done.stdout
+    assert {step: metrics(copy, "loss")[step] for step in (1, 2, 3, 4)} == {
+        step: metrics(whole, "loss")[step] for step in (1, 2, 3, 4)
+    }
+
+
+def test_resume_without_a_checkpoint_begins_at_the_beginning(whole, data, backbones, tmp_path):
+    run(*stage1(data, backbones, tmp_path / "new", *SHORT, "--resume"))
+    assert metrics(tmp_path / "new", "loss") == metrics(whole, "loss")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_finishes_the_step_and_exits_with_75(number, data, backbones, tmp_path):
+    options = stage1(data, backbones, tmp_path / "run", "--num_epochs", 2000, "--num_workers", 2, "--save_every", 10**6)
+    command = [sys.executable, str(ROOT / "train_accelerate.py"), *map(str, options)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment, cwd=ROOT)
+    path = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and not (path.exists() and path.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    os.killpg(process.pid, number)
+    assert process.wait(60) == 75, (tmp_path / "log").read_text()[-2000:]
+    (place,) = (tmp_path / "run/checkpoints").iterdir()
+    last = max(metrics(tmp_path / "run", "loss"))
+    assert json.loads((place / "about.json").read_text())["step"] == last
+    assert f"stopped after step {last:,} by a signal; --resume goes on from there" in (tmp_path / "log").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(data, backbones, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").write_text("a file")
+    done = run(*stage1(data, backbones, tmp_path / "run", *SHORT, "--debug", False), expect=2, launcher=())
+    assert f"cannot write a checkpoint in {tmp_path}/run/checkpoints" in done.stderr and "Traceback" not in done.stderr
