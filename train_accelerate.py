@@ -99,7 +99,9 @@ def train(arguments: TrainingArguments) -> None:
     checkpoints = Checkpoints(output_dir, arguments.keep, accelerator)
     this_run = describe_run(arguments, data.fingerprint, num_steps, world_size)
     first_step = 0
-    if arguments.resume and (found := checkpoints.newest()):
+    if not arguments.resume:
+        checkpoints.begin_anew()
+    elif found := checkpoints.newest():
         place, about = found
         check_same_run(about["run"], this_run, accelerator.print)
         checkpoints.restore(place, plain_model, optimizer, scheduler)

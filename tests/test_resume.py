@@ -93,6 +93,16 @@ def test_resume_without_a_checkpoint_begins_at_the_beginning(whole, data, backbo
     assert metrics(tmp_path / "new", "loss") == metrics(whole, "loss")
 
 
+def test_a_run_begun_anew_in_the_same_folder_neither_uses_nor_deletes_the_checkpoints_of_the_other(
+    whole, data, backbones, tmp_path
+):
+    copy = resume_from(whole, tmp_path, 6)
+    done = run(*stage1(data, backbones, copy, *SHORT, "--max_steps", 2))
+    assert f"an earlier run's checkpoints are moved to {copy}/checkpoints.before" in done.stdout
+    assert [place.name for place in (copy / "checkpoints").iterdir()] == ["step-00000002"]
+    assert len(list((copy / "checkpoints.before").iterdir())) == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_processes_finishes_the_step_and_exits_with_75(number, data, backbones, tmp_path):
     options = stage1(data, backbones, tmp_path / "run", "--num_epochs", 2000, "--num_workers", 2, "--save_every", 10**6)

@@ -49,6 +49,17 @@ class Checkpoints:
         self.keep = keep
         self.accelerator = accelerator
 
+    def begin_anew(self) -> None:
+        """Move those of an earlier run in the same folder out of the way, to checkpoints.before; one such run stays."""
+        if self.accelerator.is_main_process and self.folder.is_dir():
+            before = self.folder.with_name("checkpoints.before")
+            shutil.rmtree(before, ignore_errors=True)
+            os.replace(self.folder, before)
+            self.accelerator.print(
+                f"an earlier run's checkpoints are moved to {before}; --resume would go on with them"
+            )
+        self.accelerator.wait_for_everyone()
+
     def save(self, step: int, model: Any, optimizer: Any, scheduler: Any, about: dict[str, Any]) -> None:
         """All ranks call it; the main process writes. about: what else belongs to the position, for json.
 
