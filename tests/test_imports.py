@@ -15,7 +15,8 @@ ALLOWED = {
     "training": {"samples", "sources", "batching", "evaluation"},
     "serving": {"samples", "sources", "batching", "evaluation"},
     "inspection": {"samples", "sources", "batching"},
-    "cli": {"samples", "sources", "batching", "evaluation", "training", "serving", "inspection"},
+    "plan": {"batching", "training"},
+    "cli": {"samples", "sources", "batching", "evaluation", "training", "serving", "inspection", "plan"},
     "__init__": set(),
 }
 SHIPPED = {
@@ -67,6 +68,8 @@ def test_help_imports_no_torch():
         "runpy.run_path('train_accelerate.py', run_name='__main__')",
         "from clip_phi.cli import main; main(['--help'])",
         "from clip_phi.cli import main; main(['caption', '--help'])",
+        "from clip_phi.cli import main; main(['inspect', '--help'])",
+        "from clip_phi.cli import main; main(['plan', '--help'])",
     ):
         script = f"import sys\ntry:\n    exec({command!r})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)

@@ -43,7 +43,7 @@ class TrainingArguments:
     )
     num_workers: int = _option(4, "processes that read images; 0 reads them in the training process")
     pixels: Literal["exact", "fast"] = _option(
-        "exact", "exact: the image processor's; fast: at most one of 256 levels off in 1 % of them (needs simplejpeg)"
+        "exact", "exact: the image processor's; fast: one of 256 levels off in 1 of 100 values (needs simplejpeg)"
     )
     cache_features: str | None = _option(
         None, "folder in which the frozen tower's features are kept, so that later epochs and runs open no image"
