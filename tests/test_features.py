@@ -233,6 +233,7 @@ def test_rows_that_vanish_under_a_reader_are_missed(tmp_path):
 
 WRITE_FOREVER = """
 import sys
+import time
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_features import FINGERPRINT, FeatureCache, put
 
@@ -240,6 +241,7 @@ cache = FeatureCache({folder!r}, FINGERPRINT, (49, 64), rows_per_shard=50)
 print("ready", flush=True)
 for number in range(int(sys.argv[1]), 10**9, 7):
     put(cache, *range(number, number + 7))
+    time.sleep(0.002)  # at most 5000 rows until it is killed
 """
 
 
@@ -383,7 +385,7 @@ def test_a_warm_run_opens_no_image(tmp_path, monkeypatch):
     out = torch.empty(2, *SHAPE, dtype=torch.bfloat16)
     assert cache.get_into([image_key(source) for source in sources], out) == [True, True]
     assert torch.equal(out.view(torch.int16), features_of([0, 1]).view(torch.int16))
-    assert {Path(path).suffix for path in opened} == {".json", ".index", ".bin"}
+    assert {".index", ".bin"} <= {Path(path).suffix for path in opened} <= {".json", ".index", ".bin"}
 
 
 # Which tower

@@ -300,7 +300,7 @@ def test_data_of_which_nothing_can_be_used_are_still_summarised_and_drawn(run, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["/nowhere/x.json"], "no such file: --data /nowhere/x.json"),
+        (["/nowhere/x.json"], "no such file: /nowhere/x.json"),
         (["coco:/nowhere/x.json"], "not found (looked in"),
         (["dataset:user/name,streaming=true"], "drop streaming=true from dataset:user/name,streaming=true"),
         (["{mixed}", "--sample", "7"], "--sample 7: there are 7 samples, from 0 on"),
