@@ -2,10 +2,11 @@
 
     python benchmarks/kill_and_resume.py [--kills 20] [--json FILE]
 
-Both stages on drawn scenes with the demo's backbones, with accumulation, dropout in LoRA, 0 and 2 workers. A run is
-killed with SIGKILL: at any time; between two flushes of a checkpoint that is being written; or by SIGTERM, which lets
-it finish its step. Now and then the newest checkpoint is cut, as a failing disk would do, and must be passed over.
-Losses of all steps and the final weights must be bit-equal.
+Both stages on drawn scenes with the demo's backbones, with accumulation, dropout in LoRA, 0 and 2 workers, in one
+process and in two (gloo), of which one is killed or both. A run is killed with SIGKILL: at any time; between two
+flushes of a checkpoint that is being written; or by SIGTERM, which lets it finish its step. Now and then the newest
+checkpoint is cut, as a failing disk would do, and must be passed over. Losses of all steps and the final weights must
+be bit-equal.
 """
 
 import argparse
@@ -14,11 +15,13 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["ACCELERATE_USE_CPU"] = "true"
 BACKBONES = ROOT / "examples/demo_backbones"
 NUM_STEPS = 9
+GRACE_SECONDS = 5  # for a process to end by itself after another was killed; a launcher would end it, too
 
 
 def options(stage: int, data: Path, output: Path, num_workers: int) -> list[str]:
@@ -55,12 +59,13 @@ def options(stage: int, data: Path, output: Path, num_workers: int) -> list[str]
     return [str(word) for name, value in common.items() for word in (f"--{name}", value)]
 
 
-def train(arguments: list[str], log: Path, flushes: int | None) -> None:
+def train(arguments: list[str], log: Path, flushes: int | None, environment: dict[str, str]) -> None:
     """In a process of its own. flushes: it kills itself at this flush of a checkpoint to the disk."""
     import runpy
 
     from clip_phi.training import checkpoint
 
+    os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -78,15 +83,44 @@ def train(arguments: list[str], log: Path, flushes: int | None) -> None:
     runpy.run_path(str(ROOT / "train_accelerate.py"), run_name="__main__")
 
 
-def run(arguments: list[str], log: Path, stop: Callable[[Any], None] | None = None, flushes: int | None = None) -> int:
-    """A fork of this process, which has imported everything. Returns its exit code, negative for a signal."""
-    process = get_context("fork").Process(target=train, args=(arguments, log, flushes))
-    process.start()
+def run(
+    arguments: list[str],
+    log: Path,
+    stop: Callable[[list[Any]], None] | None = None,
+    flushes: int | None = None,
+    num_processes: int = 1,
+) -> list[int]:
+    """Forks of this process, which has imported everything. Returns their exit codes, negative for a signal."""
+    fork = get_context("fork").Process
+    processes = [
+        fork(target=train, args=(arguments, log, None if rank else flushes, environment))
+        for rank, environment in enumerate(environments(num_processes))
+    ]
+    for process in processes:
+        process.start()
     if stop is not None:
-        stop(process)
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode
+        stop(processes)
+    wait([process.sentinel for process in processes])
+    for process in processes:
+        process.join(GRACE_SECONDS if any(other.exitcode for other in processes) else None)
+        process.kill()
+        process.join()
+    return [process.exitcode or 0 for process in processes]
+
+
+def environments(num_processes: int) -> list[dict[str, str]]:
+    """What a launcher sets for each process."""
+    if num_processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_PORT": port}
+    return [
+        {name: str(value) for name, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        | {"MASTER_ADDR": "127.0.0.1"}
+        for rank in range(num_processes)
+    ]
 
 
 def result(output: Path) -> tuple[dict[tuple[int, str], float], dict[str, bytes]]:
@@ -99,33 +133,38 @@ def result(output: Path) -> tuple[dict[tuple[int, str], float], dict[str, bytes]
     return losses, weights
 
 
-def torture(stage: int, data: Path, folder: Path, num_workers: int, kills: int, draw: random.Random) -> dict[str, Any]:
+def torture(
+    stage: int, data: Path, folder: Path, num_workers: int, num_processes: int, kills: int, draw: random.Random
+) -> dict[str, Any]:
     """Run to the end under so many kills, and once without any."""
     log = folder / "log.txt"
     began = time.perf_counter()
     plain = options(stage, data, folder / "plain", num_workers)
-    assert run(plain, log) == 0, log.read_text()
+    assert not any(run(plain, log, num_processes=num_processes)), log.read_text()
     seconds = time.perf_counter() - began
     arguments = [*options(stage, data, folder / "killed", num_workers), "--resume"]
     done = cut = 0
     while done < kills:
         how = draw.choice(("any time", "any time", "in a checkpoint", "SIGTERM"))
         if how == "in a checkpoint":  # four flushes and one of the folder above for each
-            code = run(arguments, log, flushes=draw.randrange(15))
+            codes = run(arguments, log, flushes=draw.randrange(15), num_processes=num_processes)
         else:
             number = signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL
 
-            def stop(process: Any, number: int = number) -> None:
+            def stop(processes: list[Any], number: int = number) -> None:
                 time.sleep(draw.uniform(0.2, 1.0) * seconds)
-                if process.is_alive():
-                    os.kill(process.pid, number)
+                for process in draw.sample(processes, draw.randint(1, len(processes))):
+                    if process.is_alive():
+                        os.kill(process.pid, number)
 
-            code = run(arguments, log, stop)
-        if code == 0:  # it came to its end before: begin anew, with the kills that are left
+            codes = run(arguments, log, stop, num_processes=num_processes)
+        if not any(codes):  # it came to its end before: begin anew, with the kills that are left
             compare(folder)
             shutil.rmtree(folder / "killed")
             continue
-        assert code in (75, -signal.SIGKILL, -signal.SIGTERM), f"exit code {code}\n{log.read_text()[-3000:]}"
+        killed = -signal.SIGKILL in codes or -signal.SIGTERM in codes
+        expected = {75, -signal.SIGKILL, -signal.SIGTERM} | ({0, 1} if killed else set())  # 1: it missed the other
+        assert expected.issuperset(codes), f"exit codes {codes}\n{log.read_text()[-3000:]}"
         done += 1
         places = sorted(folder.glob("killed/checkpoints/step-*"))
         if len(places) > 1 and draw.random() < 0.3:
@@ -133,8 +172,7 @@ def torture(stage: int, data: Path, folder: Path, num_workers: int, kills: int, 
             with open(victim, "r+b") as file:
                 file.truncate(draw.randrange(victim.stat().st_size))
             cut += 1
-    code = run(arguments, log)
-    assert code == 0, log.read_text()[-3000:]
+    assert not any(run(arguments, log, num_processes=num_processes)), log.read_text()[-3000:]
     compare(folder)
     passed_over = log.read_text(encoding="utf-8").count("is passed over")
     return {"kills": done, "cut": cut, "passed_over": passed_over}
@@ -167,22 +205,22 @@ def main() -> None:
 
     torch.set_num_threads(1)
     draw = random.Random(arguments.seed)
-    settings = [(1, 0), (2, 2), (1, 2), (2, 0)]
+    settings = [(1, 0, 1), (2, 2, 1), (1, 0, 2), (1, 2, 1), (2, 0, 1), (2, 0, 2)]  # stage, workers, processes
     totals = {"kills": 0, "cut": 0, "passed_over": 0}
     with tempfile.TemporaryDirectory() as name:
         os.environ["HF_HOME"] = name
         folder = Path(name)
         write_dataset(folder / "data", num_train=16, num_val=2)
         first = [*options(1, folder / "data", folder / "stage1", 0), "--max_steps", "1"]
-        assert run(first, folder / "log.txt") == 0, (folder / "log.txt").read_text()
-        for number, (stage, num_workers) in enumerate(settings):
+        assert not any(run(first, folder / "log.txt")), (folder / "log.txt").read_text()
+        for number, (stage, num_workers, num_processes) in enumerate(settings):
             kills = arguments.kills // len(settings) + (number < arguments.kills % len(settings))
             place = folder / f"setting{number}"
             place.mkdir()
-            found = torture(stage, folder / "data", place, num_workers, kills, draw)
+            found = torture(stage, folder / "data", place, num_workers, num_processes, kills, draw)
             print(
-                f"stage {stage}, {num_workers} workers: {found['kills']} kills, {found['cut']} checkpoints cut, "
-                f"{found['passed_over']} passed over; bit-equal",
+                f"stage {stage}, {num_workers} workers, {num_processes} processes: {found['kills']} kills, "
+                f"{found['cut']} checkpoints cut, {found['passed_over']} passed over; bit-equal",
                 flush=True,
             )
             totals = {name: totals[name] + found[name] for name in totals}
