@@ -6,7 +6,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-demo lint format bench clean
+.PHONY: install demo test test-demo test-full-size lint format bench clean
 
 install: .venv/installed
 
@@ -26,6 +26,9 @@ test: install
 
 test-demo: install
 	$(BIN)/python -m pytest -m demo $(ARGS)
+
+test-full-size: install
+	$(BIN)/python -m pytest -m full_size $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

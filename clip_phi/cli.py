@@ -99,13 +99,17 @@ def make_parser() -> argparse.ArgumentParser:
     draw.set_defaults(run=run_draw_data)
 
     plan = commands.add_parser("plan", help="what a training run needs: memory by item, the largest step, hours")
-    plan.add_argument("--gpu", required=True, help="a100-40, a100-80, h100-80, h200-141, l4-24, t4-16, rtx-8 or rtx-24")
+    cards = "a100-40, a100-80, h100-80, h200-141, l4-24, t4-16, rtx-8, rtx-24, or cpu-16 (no GPU, in float32)"
+    plan.add_argument("--gpu", required=True, help=cards)
     plan.add_argument("--stage", type=int, choices=(1, 2), default=1, help="of training (default: %(default)s)")
     plan.add_argument("--checkpoint", help="plan for this checkpoint's parts instead of TinyCLIP and phi-2")
     plan.add_argument("--mfu", type=float, default=0.4, help="assumed share of the card's peak (default: %(default)s)")
-    plan.add_argument("--optimizer", choices=("adam8bit", "adamw"), default="adam8bit", help="(default: %(default)s)")
+    optimizers = ("auto", "adam8bit", "paged_adam8bit", "adamw")
+    plan.add_argument("--optimizer", choices=optimizers, default="auto", help="(default: %(default)s, as in training)")
     plan.add_argument("--captions_per_image", type=_positive, help="of stage 1 (default: that of training)")
     plan.add_argument("--lora_rank", type=_positive, help="of stage 2 (default: that of training)")
+    plan.add_argument("--tune_decoder", choices=("lora", "full"), help="of stage 2 (default: lora)")
+    plan.add_argument("--quantization", choices=("none", "nf4", "int8"), help="of stage 2 (default: none)")
     plan.add_argument("--gradient_checkpointing", action="store_true", help="recompute the decoder's activations")
     plan.add_argument("--json", action="store_true", help="print a json object instead of the table")
     plan.set_defaults(run=run_plan)
@@ -161,13 +165,15 @@ def run_plan(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.mfu <= 1:
         raise ValueError(f"--mfu must be more than 0 and at most 1, not {arguments.mfu}")
     options = {"optimizer": arguments.optimizer, "gradient_checkpointing": arguments.gradient_checkpointing}
-    own = {1: "captions_per_image", 2: "lora_rank"}
-    for stage, name in own.items():
+    own = {"captions_per_image": 1, "lora_rank": 2, "tune_decoder": 2, "quantization": 2}
+    for name, stage in own.items():
         value = getattr(arguments, name)
         if value is not None and stage != arguments.stage:
             raise ValueError(f"--{name} is of stage {stage}, not of stage {arguments.stage}")
         if value is not None:
             options[name] = value
+    if arguments.tune_decoder == "full" and arguments.quantization in ("nf4", "int8"):
+        raise ValueError(f"--quantization {arguments.quantization}: quantised weights cannot be trained")
     from .plan import CARDS, as_text, make_plan
 
     if arguments.gpu not in CARDS:

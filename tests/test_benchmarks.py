@@ -34,6 +34,13 @@ def test_training_compares_equal_work_and_keeps_its_counts(tmp_path):
     }
 
 
+def test_training_at_true_size_compares_equal_work(tmp_path):
+    found = run("training.py", "--true-size", "--hidden", "64", "--layers", "1", tmp_path=tmp_path)
+    assert found["true_size_vs_padded"] > 1
+    assert found["loss_rel_diff"] <= 1e-6 and found["grad_rel_diff"] <= 1e-5
+    assert found["parameters"] > 59_000_000  # the tower's size is the true one
+
+
 def test_images_are_exact_or_nearly_so_and_the_cache_is_read(tmp_path):
     found = run("images.py", "--images", "4", "--repeats", "1", "--rows", "200", tmp_path=tmp_path)
     assert found["max_level_diff"] <= 1 and found["differing_share"] <= 0.01
@@ -54,5 +61,6 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(tmp_path):
 
 def test_every_benchmark_is_run_by_a_test():
     scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
-    run_by_tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_benchmarks*.py"))
+    tests = [*(ROOT / "tests").glob("test_benchmarks*.py"), ROOT / "tests" / "test_full_size.py"]
+    run_by_tests = "".join(path.read_text() for path in tests)
     assert [name for name in sorted(scripts) if name not in run_by_tests] == []
