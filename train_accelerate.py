@@ -1,5 +1,6 @@
 """Train Clip-Phi: accelerate launch train_accelerate.py --stage 1 (or 2). See --stage 1 --help and README.md."""
 
+import os
 import sys
 
 from clip_phi.training.arguments import TrainingArguments, parse_arguments
@@ -11,6 +12,10 @@ def main() -> None:
         arguments.check()
         train(arguments)
     except (ValueError, OSError, ImportError) as error:
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # so that the launcher's last words name this process and error
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)
         if arguments.debug:
             raise
         print(f"train_accelerate.py: error: {error}", file=sys.stderr)
@@ -21,6 +26,7 @@ def train(arguments: TrainingArguments) -> None:
     # Heavy imports stay out of --help and of a wrong option.
     import time
     from contextlib import nullcontext
+    from functools import partial
     from pathlib import Path
 
     import torch
@@ -30,6 +36,7 @@ def train(arguments: TrainingArguments) -> None:
 
     from clip_phi.batching.loader import EndlessSampler, PictureReader, TreeDataset, complete, make_loader
     from clip_phi.batching.tree import Pack
+    from clip_phi.environment import describe_environment, peak_flops
     from clip_phi.evaluation.generate import held_out_loss
     from clip_phi.training.checkpoint import (
         EXIT_STOPPED,
@@ -41,8 +48,8 @@ def train(arguments: TrainingArguments) -> None:
         restore_report,
     )
     from clip_phi.training.data import read_data
-    from clip_phi.training.monitor import Monitor
-    from clip_phi.training.optim import make_optimizer, make_scheduler
+    from clip_phi.training.monitor import Costs, Monitor, Work
+    from clip_phi.training.optim import make_optimizer, make_scheduler, optimizer_bytes
     from clip_phi.training.setup import (
         count_parameters,
         eval_batches,
@@ -51,11 +58,31 @@ def train(arguments: TrainingArguments) -> None:
         open_cache,
         sample_texts,
     )
+    from clip_phi.training.sharding import is_sharded, process_group_kwargs, settle_sharding, shard, whole, whole_state
+    from clip_phi.training.watch import (
+        Health,
+        check_frozen,
+        check_room,
+        frozen_hashes,
+        naming_what_fits,
+        room_needed,
+        surviving,
+        waiting_for_data,
+        write_run,
+    )
 
     logging.disable_progress_bar()  # one bar is enough
-    accelerator = Accelerator()
+    began_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    output_dir = Path(arguments.output_dir)
+    check_room(output_dir)
+    accelerator = Accelerator(
+        kwargs_handlers=process_group_kwargs(), log_with=arguments.report_to or None, project_dir=str(output_dir)
+    )
+    settle_sharding(accelerator, arguments, accelerator.print)
     device = accelerator.device
     set_seed(arguments.seed)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if arguments.tf32 else "highest")
 
     processor = load_processor(arguments)
     model = load_model(arguments, processor, accelerator)
@@ -66,13 +93,16 @@ def train(arguments: TrainingArguments) -> None:
         data = read_data(arguments, processor, read, rank, world_size, accelerator.print)
     trainable, total = count_parameters(model)
     accelerator.print(f"training {trainable:,} of {total:,} parameters on {accelerator.num_processes} x {device.type}")
+    check_room(output_dir, room_needed(trainable, total, arguments.keep, arguments.merged, model.dtype.itemsize))
+    costs = Costs.of(model)
 
     if data.batches is None:
-        num_steps, order = arguments.max_steps, arguments.per_device_batch_size
+        num_steps, order, steps_per_epoch = arguments.max_steps, arguments.per_device_batch_size, None
     else:
         batches_per_step = arguments.gradient_accumulation_steps * accelerator.num_processes
         num_steps = max(1, -(-data.batches.count(arguments.num_epochs) // batches_per_step))
         num_steps = min(num_steps, arguments.max_steps or num_steps)
+        steps_per_epoch = data.batches.count(1) / batches_per_step
         order = EndlessSampler(
             batches=data.batches,
             gradient_accumulation_steps=arguments.gradient_accumulation_steps,
@@ -82,7 +112,7 @@ def train(arguments: TrainingArguments) -> None:
         )
     optimizer = make_optimizer(model, arguments, device)
     scheduler = make_scheduler(optimizer, arguments, num_steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = shard(accelerator, model, optimizer)
     plain_model = accelerator.unwrap_model(model)
 
     def ready(pack: Pack) -> Pack:
@@ -95,10 +125,9 @@ def train(arguments: TrainingArguments) -> None:
         for name, index in data.held_out.items()
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    output_dir = Path(arguments.output_dir)
     checkpoints = Checkpoints(output_dir, arguments.keep, accelerator)
     this_run = describe_run(arguments, data.fingerprint, num_steps, world_size)
-    first_step = 0
+    first_step, seen = 0, Work()
     if not arguments.resume:
         checkpoints.begin_anew()
     elif found := checkpoints.newest():
@@ -108,8 +137,39 @@ def train(arguments: TrainingArguments) -> None:
         restore_report(data.report, about["report"])
         assert isinstance(order, EndlessSampler)  # a stream cannot be resumed, and check() says so
         first_step = order.first_step = about["step"]
+        seen = about["seen"]
         accelerator.print(f"going on from {place}, after step {first_step:,} of {num_steps:,}")
-    monitor = Monitor(output_dir, num_steps, accelerator.is_main_process, first_step)
+    peak = arguments.peak_tflops * 1e12 or peak_flops(device)
+    monitor = Monitor(
+        output_dir,
+        num_steps,
+        accelerator.is_main_process,
+        device,
+        first_step=first_step,
+        steps_per_epoch=steps_per_epoch,
+        peak=peak and peak * world_size,
+        track=accelerator.log,
+    )
+    monitor.go_on(seen)
+    health = Health(output_dir, arguments.on_nan, accelerator.print)
+    run = {
+        "command": sys.argv,
+        "began": began_at,
+        "options": vars(arguments),
+        "first_step": first_step,
+        "num_steps": num_steps,
+        "parameters": total,
+        "trainable_parameters": trainable,
+        "processes": world_size,
+        "mixed_precision": accelerator.mixed_precision,
+        "data": {"fingerprint": data.fingerprint, "records": data.report.records},
+        "peak_flops": peak,
+        "environment": describe_environment(),
+    }
+    if accelerator.is_main_process:
+        write_run(output_dir / "run.json", run)
+    accelerator.init_trackers("clip-phi", {name: str(value) for name, value in vars(arguments).items()})
+    frozen = frozen_hashes(plain_model)
     stop = StopSignal()
     pin_memory = device.type == "cuda"
     packs_in_order = map(ready, make_loader(data.train, order, processor, arguments.num_workers, pin_memory))
@@ -118,34 +178,42 @@ def train(arguments: TrainingArguments) -> None:
     for step in range(first_step + 1, num_steps + 1):
         # One step: every answer token of all ranks and micro-batches weighs the same, however they are spread.
         began = time.perf_counter()
-        packs = [next(packs_in_order) for _ in range(arguments.gradient_accumulation_steps)]
+        with waiting_for_data(partial(data.awaited, order, step)):
+            packs = [next(packs_in_order) for _ in range(arguments.gradient_accumulation_steps)]
         waited = time.perf_counter() - began
-        counts = torch.tensor([[p.num_supervised, p.num_branches, len(p.skipped), stop.asked] for p in packs])
-        counts = accelerator.reduce(counts.sum(0).to(device), "sum").tolist()
-        num_supervised, num_branches, num_skipped, num_stopping = counts
+        counts = torch.tensor([[*costs.work(p), len(p.skipped), stop.asked] for p in packs]).sum(0).to(device)
+        *work, num_skipped, num_stopping = accelerator.reduce(counts, "sum").tolist()
+        done = Work(*work)
         skipped = [skip for pack in packs for skip in pack.skipped]
-        data.count(num_branches, gather_object(skipped) if num_skipped else [])
+        data.count(done.samples, gather_object(skipped) if num_skipped else [])
         step_loss = torch.zeros((), device=device)
-        for index, pack in enumerate(packs):
-            with nullcontext() if index == len(packs) - 1 else accelerator.no_sync(model):
-                # DDP averages gradients over the ranks; the loss is divided by the tokens of all of them.
-                output = model(**pack.inputs, use_cache=False, num_items_in_batch=max(num_supervised, 1))
-                loss = output.loss * accelerator.num_processes
-                accelerator.backward(loss)
-            step_loss += loss.detach()
-        grad_norm = accelerator.clip_grad_norm_(trained, arguments.max_grad_norm or float("inf"))
-        optimizer.step()
+        with naming_what_fits(step, packs, device):
+            for index, pack in enumerate(packs):
+                with nullcontext() if index == len(packs) - 1 else accelerator.no_sync(model):
+                    # DDP averages gradients over the ranks; the loss is divided by the tokens of all of them.
+                    output = model(**pack.inputs, use_cache=False, num_items_in_batch=max(done.supervised, 1))
+                    loss = output.loss * accelerator.num_processes
+                    accelerator.backward(loss)
+                step_loss += loss.detach()
+            norm = whole(accelerator.clip_grad_norm_(trained, arguments.max_grad_norm or float("inf")))
+        # Known before the weights change, and the same on all ranks. The next step begins with a wait for the device
+        # anyway.
+        mean_loss, grad_norm = accelerator.reduce(torch.stack([step_loss, norm.to(device)]), "mean").tolist()
+        allowed = health.allows(step, mean_loss, grad_norm, scaled=accelerator.scaler is not None)
+        if not allowed:
+            health.refuse(step, packs, plain_model, (mean_loss, grad_norm), accelerator)
+        elif health.spikes_at(mean_loss):
+            monitor.log_spike(step, mean_loss, [origin for pack in packs for origin in pack.origins])
+        if allowed or accelerator.scaler is not None:  # the scaler must be told, and leaves the weights alone itself
+            optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        monitor.count(num_branches, num_supervised, waited)
+        monitor.count(done, waited)
 
         # Once in a while: one line of the log.
-        if step % arguments.log_every == 0 or step == num_steps:
-            mean_loss = accelerator.reduce(step_loss, "mean").item()
-            if not (grad_norm.isfinite() and mean_loss == mean_loss):
-                origins = ", ".join(origin for pack in packs for origin in pack.origins)
-                raise ValueError(f"step {step}: loss {mean_loss}, gradient norm {grad_norm}; its samples: {origins}")
-            monitor.log(step, mean_loss, learning_rate=scheduler.get_last_lr()[0], grad_norm=grad_norm.item())
+        if allowed and (step % arguments.log_every == 0 or step == num_steps):
+            rates = {f"learning_rate/{group['name']}": group["lr"] for group in optimizer.param_groups}
+            monitor.log(step, mean_loss, grad_norm=grad_norm, **rates)
 
         # Once in a while, and at the end: evaluate, and save the model.
         if step % arguments.eval_every == 0 or step == num_steps:
@@ -156,13 +224,15 @@ def train(arguments: TrainingArguments) -> None:
                 for name, loader in eval_loaders.items()
             }
             texts = []
-            if accelerator.is_main_process:
+            if accelerator.is_main_process or is_sharded(accelerator):
                 for held_out in data.held_out.values():
                     texts += sample_texts(plain_model, processor, held_out, arguments)
             monitor.log_evaluation(step, sums, texts)
+            state = whole_state(accelerator, plain_model, arguments.merged)
             if accelerator.is_main_process:
-                plain_model.save_pretrained(output_dir, merged=arguments.merged)
-                processor.save_pretrained(output_dir)
+                with surviving(f"the model in {output_dir}", last=step == num_steps):
+                    plain_model.save_pretrained(output_dir, merged=arguments.merged, state_dict=state)
+                    processor.save_pretrained(output_dir)
             accelerator.wait_for_everyone()
             model.train()
             monitor.pause(time.perf_counter() - started)
@@ -170,15 +240,27 @@ def train(arguments: TrainingArguments) -> None:
         # Once in a while, at the end, and when a signal asks for it: a checkpoint to go on from.
         if step % arguments.save_every == 0 or step == num_steps or num_stopping:
             started = time.perf_counter()
-            about = {"run": this_run, "report": report_state(data.report)}
-            checkpoints.save(step, plain_model, optimizer, scheduler, about)
+            about = {"run": this_run, "report": report_state(data.report), "seen": monitor.seen}
+            with surviving("a checkpoint", last=step == num_steps or bool(num_stopping)):
+                checkpoints.save(step, plain_model, optimizer, scheduler, about)
             monitor.pause(time.perf_counter() - started)
         if num_stopping and step < num_steps:
             accelerator.print(f"stopped after step {step:,} by a signal; --resume goes on from there")
             del packs_in_order  # ends the workers
             sys.exit(EXIT_STOPPED)
 
+    check_frozen(frozen, plain_model)
     monitor.close(data.report)
+    if accelerator.is_main_process:
+        results = {
+            "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "held_out_loss": monitor.eval_losses[-1][1],
+            "steps_left_out": health.num_skipped,
+            "loss_spikes": health.spikes,
+            "optimizer_bytes": optimizer_bytes(optimizer),
+            "frozen_weights": "unchanged",
+        }
+        write_run(output_dir / "run.json", run | results)
     accelerator.print(f"saved in {output_dir}; try: clip-phi caption --checkpoint {output_dir} IMAGE")
     accelerator.end_training()
 

@@ -80,14 +80,22 @@ class TreeDataset(Dataset):
 
     def __getitem__(self, place: tuple[int, int]) -> Item:
         source_pass, index = place
-        number = int(np.searchsorted(self.stops, index, side="right"))
-        source = self.sources[number]
-        index -= int(self.stops[number]) - len(source)
+        source, index = self._find(index)
         taken, available = self.branches_per_image, source.num_branches(index)
         branches = None
         if taken is not None and taken < available:
             branches = [(source_pass * taken + step) % available for step in range(taken)]
         return _item(source.tree(index, branches), source.image(index), available, self.read)
+
+    def origin(self, index: int) -> str:
+        """Where a sample comes from, and its image."""
+        source, index = self._find(index)
+        image = source.image(index)
+        return source.tree(index).origin + (f" ({image})" if isinstance(image, File) else "")
+
+    def _find(self, index: int) -> tuple[Index, int]:
+        number = int(np.searchsorted(self.stops, index, side="right"))
+        return self.sources[number], index - (int(self.stops[number]) - len(self.sources[number]))
 
 
 class TreeStream(IterableDataset):
@@ -269,9 +277,13 @@ class EndlessSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.first_step, self.num_steps):
-            for turn in range(self.gradient_accumulation_steps):
-                number = (step * self.gradient_accumulation_steps + turn) * self.world_size + self.rank
-                yield self.batches.batch(number)
+            yield from self.of_step(step)
+
+    def of_step(self, step: int) -> Iterator[list[tuple[int, int]]]:
+        """Steps count from 0 here."""
+        for turn in range(self.gradient_accumulation_steps):
+            number = (step * self.gradient_accumulation_steps + turn) * self.world_size + self.rank
+            yield self.batches.batch(number)
 
 
 def _outlive_the_step(worker: int) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -14,6 +15,7 @@ from ..sources.data import DataSource, parse_source
 
 VISION_BACKBONE = "wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
 TEXT_BACKBONE = "microsoft/phi-2"
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -58,14 +60,20 @@ class TrainingArguments:
     max_steps: int = _option(0, "stop after so many steps, whatever --num_epochs says; 0: no limit")
     seed: int = _option(0, "of the order, the dropout and the new weights")
 
-    optimizer: Literal["auto", "adam8bit", "adamw"] = _option(
-        "auto", "adam8bit: bitsandbytes; adamw: torch, fused; auto: adam8bit on CUDA, adamw elsewhere"
+    optimizer: Literal["auto", "adam8bit", "paged_adam8bit", "adamw"] = _option(
+        "auto",
+        "adam8bit: bitsandbytes; paged_adam8bit: its states may leave a full GPU; adamw: torch, fused; auto: adam8bit "
+        "on CUDA, adamw elsewhere",
     )
     learning_rate: float = _option(1e-3, "peak learning rate of the projector, after the warm-up")
     weight_decay: float = _option(0.0, "of all trained weights but the biases")
     lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = _option("cosine", "shape after the warm-up")
     warmup_ratio: float = _option(0.03, "share of all steps in which the learning rate rises from 0")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0: never")
+    on_nan: Literal["stop", "skip"] = _option(
+        "stop", "what a step does whose loss or gradient is not finite; either way its samples are named and saved"
+    )
+    tf32: bool = _option(True, "on CUDA, multiply what is in float32 in TF32")
     gradient_checkpointing: bool = _option(False, "recompute the decoder's activations: less memory, half more work")
 
     save_every: int = _option(500, "steps between checkpoints to go on from; one comes at the end")
@@ -75,6 +83,10 @@ class TrainingArguments:
         "go on from the newest checkpoint in --output_dir (with none: from the beginning), exactly as if never stopped",
     )
     log_every: int = _option(10, "steps between lines in metrics.jsonl")
+    report_to: list[str] = _options(
+        [], f"also log to these, beside metrics.jsonl: {', '.join(TRACKERS)} (WANDB_MODE=offline needs no network)"
+    )
+    peak_tflops: float = _option(0.0, "of one device, for the model FLOPs utilisation; 0: known from the GPU's name")
     eval_every: int = _option(
         1000, "steps between evaluations, each of which saves the model too; one comes at the end"
     )
@@ -97,6 +109,9 @@ class TrainingArguments:
         for name in ("max_steps", "num_workers", "num_sample_texts", "holdout_images", "tokens_per_step"):
             if getattr(self, name) < 0:
                 found.append(f"--{name} must not be negative, not {getattr(self, name)}")
+        for name in ("max_grad_norm", "peak_tflops"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                found.append(f"--{name} must not be negative, not {getattr(self, name)}")
         for name in ("num_epochs", "learning_rate"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 found.append(f"--{name} must be more than 0, not {getattr(self, name)}")
@@ -104,6 +119,10 @@ class TrainingArguments:
             found.append(f"--warmup_ratio must be between 0 and 1, not {self.warmup_ratio}")
         if not 0 <= self.max_bad < 1:
             found.append(f"--max_bad must be at least 0 and less than 1, not {self.max_bad}")
+        if unknown := sorted(set(self.report_to) - set(TRACKERS)):
+            found.append(f"--report_to: unknown {', '.join(unknown)}; known are {', '.join(TRACKERS)}")
+        elif absent := [name for name in self.report_to if not find_spec(name)]:
+            found.append(f"--report_to: not installed: pip install {' '.join(absent)}")
         return found + self._data_problems()
 
     def _data_problems(self) -> list[str]:
@@ -189,7 +208,7 @@ class Stage1Arguments(TrainingArguments):
 
 @dataclass
 class Stage2Arguments(TrainingArguments):
-    """Stage 2: train the projector and LoRA on the decoder on conversations, from the result of stage 1."""
+    """Stage 2: train the projector and LoRA on the decoder, or all of it, on conversations, from stage 1's result."""
 
     init_from: str = _option("outputs/stage1", "checkpoint of stage 1 (folder or Hub id)")
     output_dir: str = _option("outputs/stage2", "where checkpoint, metrics.jsonl, curve.png and sample texts go")
@@ -208,7 +227,15 @@ class Stage2Arguments(TrainingArguments):
     lora_alpha: int = _option(128, "LoRA's output is scaled by lora_alpha / lora_rank")
     lora_dropout: float = _option(0.05, "dropout before the LoRA matrices")
     lora_targets: str = _option(
-        "q_proj,k_proj,v_proj,dense,fc1,fc2", "linear layers of the decoder that get LoRA, by the end of their names"
+        "auto",
+        "linear layers of the decoder that get LoRA, by the end of their names; auto: all in its blocks, which in "
+        "phi-2 are q_proj,k_proj,v_proj,dense,fc1,fc2",
+    )
+    tune_decoder: Literal["lora", "full"] = _option(
+        "lora", "full: train all weights of the decoder, at --learning_rate, instead of LoRA"
+    )
+    quantization: Literal["none", "nf4", "int8"] = _option(
+        "none", "hold the frozen decoder in 4 bits (nf4, twice quantised: QLoRA) or 8; needs bitsandbytes"
     )
     caption_instruction: str = _option("Describe the image.", "what 'clip-phi caption' asks the trained model")
 
@@ -225,6 +252,13 @@ class Stage2Arguments(TrainingArguments):
             found.append(f"--lora_dropout must be at least 0 and less than 1, not {self.lora_dropout}")
         if not self.lora_learning_rate > 0:
             found.append(f"--lora_learning_rate must be more than 0, not {self.lora_learning_rate}")
+        if self.quantization != "none" and self.tune_decoder == "full":
+            found.append("--tune_decoder full: quantised weights cannot be trained; --quantization none")
+        if self.quantization != "none" and self.merged:
+            found.append(
+                f"--merged: LoRA is not folded into {self.quantization} weights. Save the delta; after training, "
+                "ClipPhiForCausalLM.from_pretrained(output_dir).save_pretrained(folder, merged=True) makes a whole one"
+            )
         return found
 
 

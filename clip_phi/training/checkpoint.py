@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..sources.report import Report
 from .arguments import TrainingArguments
+from .sharding import gather, part_of, trained_weights
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a signal stopped the run, and --resume goes on with it
 FILES = ("trained.safetensors", "state.pt")
@@ -31,13 +33,13 @@ FILES = ("trained.safetensors", "state.pt")
 FIXED = {
     *("stage", "seed", "max_length", "per_device_batch_size", "tokens_per_step", "captions_per_image", "optimizer"),
     *("vision_backbone", "vision_revision", "text_backbone", "text_revision", "init_from", "projector_type"),
-    *("lora_rank", "lora_alpha", "lora_targets", "holdout_images"),
+    *("lora_rank", "lora_alpha", "lora_targets", "holdout_images", "tune_decoder", "quantization"),
 }
 # Other values change nothing that is learnt. Any that is in neither set may change, but then so does the training.
 FREE = {
     *("config", "output_dir", "debug", "resume", "keep", "save_every", "log_every", "eval_every", "data", "eval_data"),
     *("max_eval_images", "max_bad", "num_workers", "num_sample_texts", "max_new_tokens", "merged"),
-    *("caption_instruction", "gradient_checkpointing"),
+    *("caption_instruction", "gradient_checkpointing", "report_to", "peak_tflops"),
 }
 
 
@@ -64,30 +66,32 @@ class Checkpoints:
         """All ranks call it; the main process writes. about: what else belongs to the position, for json.
 
         Raises OSError that names the folder if it cannot be written."""
-        states = gather_object([random_state()])
+        keep = self.accelerator.is_main_process
+        weights = {name: gather(value, keep) for name, value in trained_weights(model).items()}
+        scaler = self.accelerator.scaler
+        state = {
+            "optimizer": whole_optimizer_state(optimizer, keep),
+            "scheduler": scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "random": gather_object([random_state()]),
+        }
+        problem = None
         if self.accelerator.is_main_process:
             try:
-                self._write(step, model, optimizer, scheduler, about, states)
-            except OSError as error:
-                raise OSError(f"cannot write a checkpoint in {self.folder}: {error.strerror or error}") from error
+                self._write(step, weights, state, about)
+            except (OSError, SafetensorError, RuntimeError) as error:  # the latter two of libraries, for a full disk
+                problem = error
         self.accelerator.wait_for_everyone()
+        if problem is not None:
+            raise OSError(f"cannot write a checkpoint in {self.folder}: {problem}") from problem
 
-    def _write(
-        self, step: int, model: Any, optimizer: Any, scheduler: Any, about: dict[str, Any], states: list[Any]
-    ) -> None:
+    def _write(self, step: int, weights: dict[str, torch.Tensor], state: dict[str, Any], about: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob("making-*"):
             shutil.rmtree(leftover)
         aside = self.folder / f"making-{step:08}"
         aside.mkdir()
-        save_file(trained_weights(model), aside / FILES[0])
-        scaler = self.accelerator.scaler
-        state = {
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "random": states,
-        }
+        save_file(weights, aside / FILES[0])
         torch.save(state, aside / FILES[1])
         files = {name: [(aside / name).stat().st_size, _hash(aside / name)] for name in FILES}
         (aside / "about.json").write_text(json.dumps({"step": step, "files": files, **about}), encoding="utf-8")
@@ -125,9 +129,9 @@ class Checkpoints:
             odd = sorted(weights.keys() ^ own.keys())
             raise ValueError(f"{place} holds other trained weights than this run has: {', '.join(odd[:3])}, ...")
         for name, value in own.items():
-            value.copy_(weights[name])
+            value.copy_(part_of(weights[name], value))
         state = torch.load(place / FILES[1], map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(optimizer, state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -135,9 +139,30 @@ class Checkpoints:
             set_random_state(state["random"][self.accelerator.process_index])
 
 
-def trained_weights(model: Any) -> dict[str, torch.Tensor]:
-    """By name, sharing memory with the model."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+def whole_optimizer_state(optimizer: Any, keep: bool) -> dict[str, Any]:
+    """Its state_dict(), put together if it is sharded, in the process that keeps it; all ranks call it."""
+    found = optimizer.state_dict()
+    states = {
+        number: {name: gather(value, keep) for name, value in state.items()} for number, state in found["state"].items()
+    }
+    return {**found, "state": states}
+
+
+def load_optimizer_state(optimizer: Any, found: dict[str, Any]) -> None:
+    """What whole_optimizer_state gave, under any number of processes, sharded or not."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = {
+        number: {
+            name: part_of(value, parameters[number]) if _has_shape_of(parameters[number], value) else value
+            for name, value in state.items()
+        }
+        for number, state in found["state"].items()
+    }
+    optimizer.load_state_dict({**found, "state": states})
+
+
+def _has_shape_of(parameter: torch.Tensor, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == parameter.shape
 
 
 def random_state() -> dict[str, Any]:

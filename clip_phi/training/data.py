@@ -31,6 +31,14 @@ class Data:
     max_bad: float
     fingerprint: str
 
+    def awaited(self, order: Any, step: int) -> str:
+        """What this process needs for a step, counted from 1; order: the EndlessSampler, or of a stream anything."""
+        if isinstance(self.train, TreeStream):
+            return f"step {step} waits for the stream"
+        places = [index for pack in order.of_step(step - 1) for _, index in pack]
+        named = ", ".join(self.train.origin(index) for index in places[:4])
+        return f"step {step} needs {named}{f' and {len(places) - 4} more' if len(places) > 4 else ''}"
+
     def count(self, num_branches: int, skips: list[Skip]) -> None:
         """One step met so many records that are whole, and these that are not.
 

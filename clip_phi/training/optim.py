@@ -6,24 +6,27 @@ import torch
 from transformers import get_scheduler
 
 from .arguments import Stage2Arguments, TrainingArguments
+from .sharding import local
 
 
 def make_optimizer(model: torch.nn.Module, arguments: TrainingArguments, device: torch.device) -> torch.optim.Optimizer:
     """Adam over the trainable weights only, in up to four groups: projector and LoRA, with and without weight decay.
 
-    Raises ImportError if adam8bit is wanted and bitsandbytes is not installed."""
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    A group's "name" is projector, lora or decoder. Raises ImportError if bitsandbytes is wanted and not installed."""
+    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(("lora_" in name, parameter.dim() > 1), []).append(parameter)
-    lora_learning_rate = arguments.lora_learning_rate if isinstance(arguments, Stage2Arguments) else None
+            part = "lora" if "lora_" in name else "projector" if ".projector." in name else "decoder"
+            groups.setdefault((part, parameter.dim() > 1), []).append(parameter)
+    rates = {"lora": arguments.lora_learning_rate} if isinstance(arguments, Stage2Arguments) else {}
     parameters = [
         {
+            "name": part,
             "params": group,
-            "lr": lora_learning_rate if is_lora else arguments.learning_rate,
+            "lr": rates.get(part, arguments.learning_rate),
             "weight_decay": arguments.weight_decay if is_matrix else 0.0,
         }
-        for (is_lora, is_matrix), group in groups.items()
+        for (part, is_matrix), group in groups.items()
     ]
     kind = arguments.optimizer
     if kind == "auto":
@@ -31,10 +34,16 @@ def make_optimizer(model: torch.nn.Module, arguments: TrainingArguments, device:
     if kind == "adamw":
         return torch.optim.AdamW(parameters, fused=True)
     try:
-        from bitsandbytes.optim import Adam8bit
+        from bitsandbytes import optim
     except ImportError as error:
-        raise ImportError("--optimizer adam8bit needs bitsandbytes: pip install 'clip-phi[cuda]'") from error
-    return Adam8bit(parameters)
+        raise ImportError(f"--optimizer {kind} needs bitsandbytes: pip install 'clip-phi[cuda]'") from error
+    return (optim.PagedAdam8bit if kind == "paged_adam8bit" else optim.Adam8bit)(parameters)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of this process' states, after the first step."""
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return sum(local(value).nbytes for value in states if isinstance(value, torch.Tensor))
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, arguments: TrainingArguments, num_steps: int) -> Any:

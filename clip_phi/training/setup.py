@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from huggingface_hub.errors import HFValidationError
+from transformers.pytorch_utils import Conv1D
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
@@ -45,11 +47,14 @@ def load_model(
             model = _from_backbones(arguments, processor, dtype)
         else:
             assert isinstance(arguments, Stage2Arguments)
-            model = _with_lora(arguments, dtype)
+            model = _from_checkpoint(arguments, dtype, accelerator)
     context = model.config.get_text_config().max_position_embeddings
     if arguments.max_length > context:
         accelerator.print(f"--max_length is cut to the decoder's context, {context}")
         arguments.max_length = context
+    if isinstance(arguments, Stage2Arguments) and arguments.tune_decoder == "full" and not arguments.merged:
+        accelerator.print("--tune_decoder full: what is saved is a merged checkpoint, since all of it changes")
+        arguments.merged = True
     if not model.config.delta and not arguments.merged:
         accelerator.print("what is trained on is a merged checkpoint, and so will be what is saved")
         arguments.merged = True
@@ -103,24 +108,67 @@ def _from_backbones(arguments: Stage1Arguments, processor: ClipPhiProcessor, dty
     )
 
 
-def _with_lora(arguments: Stage2Arguments, dtype: torch.dtype) -> ClipPhiForCausalLM:
+def _from_checkpoint(arguments: Stage2Arguments, dtype: torch.dtype, accelerator: Accelerator) -> ClipPhiForCausalLM:
+    options: dict[str, Any] = {}
+    if arguments.quantization != "none":
+        options["quantization_config"] = _quantization(arguments.quantization, dtype)
+        options["device_map"] = {"": accelerator.device}
+    model = ClipPhiForCausalLM.from_pretrained(arguments.init_from, dtype=dtype, **options)
+    if arguments.quantization != "none" and not model.config.delta:
+        raise ValueError(
+            f"--quantization {arguments.quantization}: {arguments.init_from} is a merged checkpoint, and only a delta "
+            "can be saved beside a quantised decoder; give the delta"
+        )
+    model.freeze_backbones()
+    if arguments.tune_decoder == "full":
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    else:
+        add_lora(model, arguments)
+    model.model.projector.requires_grad_(True)
+    model.config.caption_instruction = arguments.caption_instruction
+    return model
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if not find_spec("bitsandbytes"):
+        raise ImportError(f"--quantization {kind} needs bitsandbytes: pip install 'clip-phi[cuda]'")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def add_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
+    """Source: LoRA, arXiv 2106.09685; on all linear layers and 4-bit weights: QLoRA, arXiv 2305.14314."""
     from peft import LoraConfig
 
-    model = ClipPhiForCausalLM.from_pretrained(arguments.init_from, dtype=dtype)
-    model.freeze_backbones()
-    targets = "|".join(name.strip() for name in arguments.lora_targets.split(","))
+    layers = [name for name, module in model.model.language_model.named_modules() if is_linear(module)]
+    targets = sorted({name.rpartition(".")[2] for name in layers})
+    if arguments.lora_targets != "auto":
+        wanted = [name.strip() for name in arguments.lora_targets.split(",")]
+        if unknown := sorted(set(wanted) - set(targets)):
+            raise ValueError(
+                f"--lora_targets: the decoder has no linear layer {', '.join(unknown)}; it has {', '.join(targets)}"
+            )
+        targets = wanted
     # The tower has layers of the same names: only the decoder's are meant.
     model.add_adapter(
         LoraConfig(
             r=arguments.lora_rank,
             lora_alpha=arguments.lora_alpha,
             lora_dropout=arguments.lora_dropout,
-            target_modules=rf"model\.language_model\..*\.({targets})",
+            target_modules=rf"model\.language_model\..*\.({'|'.join(targets)})",
         )
     )
-    model.model.projector.requires_grad_(True)
-    model.config.caption_instruction = arguments.caption_instruction
-    return model
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """GPT-2's Conv1D is one, too."""
+    return isinstance(module, (torch.nn.Linear, Conv1D))
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -132,10 +180,12 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 def eval_batches(
     num_samples: int, arguments: TrainingArguments, rank: int, world_size: int
 ) -> list[list[tuple[int, int]]]:
-    """This rank's share of the held-out samples, in batches of (epoch 0, index)."""
+    """This rank's share of the held-out samples, in batches of (epoch 0, index).
+
+    All ranks have as many batches, and the last may be empty: under FSDP a forward pass waits for the others."""
     mine = range(rank, num_samples, world_size)
-    size = arguments.per_device_batch_size
-    return [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
+    size, most = arguments.per_device_batch_size, -(-num_samples // world_size)
+    return [[(0, index) for index in mine[start : start + size]] for start in range(0, most, size)]
 
 
 def sample_texts(model: Any, processor: Any, held_out: Index, arguments: TrainingArguments) -> list[dict[str, Any]]:

@@ -1,0 +1,158 @@
+"""Where a run happens: versions, machine, devices; and what a device tells about memory, speed and energy."""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    *("clip-phi", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "huggingface_hub"),
+    *("safetensors", "tokenizers", "pyarrow", "numpy", "pillow", "simplejpeg"),
+)
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WANDB_MODE")
+# Dense peaks in half precision with float32 sums, in TFLOP/s, by what torch calls the device; the first match counts.
+# From NVIDIA's data sheets, without sparsity.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "GH200": 989.4,
+    "A100": 312.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "T4": 65.0,
+    "V100": 125.0,
+    "RTX 4090": 165.2,
+    "RTX 4060": 30.2,
+    "RTX 3090": 71.0,
+}
+
+
+def describe_environment() -> dict[str, Any]:
+    """For a json file: versions of what is installed, machine, git commit, devices. Holds no secret."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := installed_version(name))},
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "devices": [_describe_device(number) for number in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "git_commit": git_commit(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """Of the checkout that this file is in, with "+changes" if it has any; None outside of one."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def peak_memory_bytes(device: Any) -> int:
+    """The most that this process has held at once: allocated on a CUDA device, or resident on the CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_flops(device: Any) -> float | None:
+    """FLOP/s that the device could do in half precision; None if it is not known."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+
+
+class EnergyMeter:
+    """Joules that this process' GPU, or else the machine's processors, have used since it was made."""
+
+    def __init__(self, device: Any):
+        self._read = _nvml_reader(device) if device.type == "cuda" else _rapl_reader()
+        self._first = self._read() if self._read else 0.0
+
+    def joules(self) -> float | None:
+        """None if the device does not tell."""
+        return self._read() - self._first if self._read else None
+
+
+def _nvml_reader(device: Any) -> Any:
+    try:
+        import pynvml  # comes with nvidia-ml-py
+        import torch
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except Exception:  # not installed, or a device that does not count: NVML has an error class for each reason
+        return None
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+
+
+def _rapl_reader(root: Path = Path("/sys/class/powercap")) -> Any:
+    """Intel's and AMD's counters, in microjoules, which begin anew at max_energy_range_uj."""
+    zones = [zone for zone in sorted(root.glob("intel-rapl:*")) if zone.name.count(":") == 1]
+    try:
+        ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in zones]
+        last = [int((zone / "energy_uj").read_text()) for zone in zones]
+    except (OSError, ValueError):
+        return None
+    if not zones:
+        return None
+    total = 0
+
+    def read() -> float:
+        nonlocal total
+        for number, zone in enumerate(zones):
+            now = int((zone / "energy_uj").read_text())
+            total += (now - last[number]) % (ranges[number] + 1)
+            last[number] = now
+        return total / 1e6
+
+    return read
+
+
+def _describe_device(number: int) -> dict[str, Any]:
+    import torch
+
+    found = torch.cuda.get_device_properties(number)
+    return {"name": found.name, "memory_bytes": found.total_memory, "capability": f"{found.major}.{found.minor}"}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
