@@ -22,7 +22,7 @@ demo: install
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(or $(ARGS),--cov=modeling_clip_phi --cov-fail-under=95)
+	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile --cov=modeling_clip_phi --cov-fail-under=95)
 
 test-demo: install
 	$(BIN)/python -m pytest -m demo $(ARGS)

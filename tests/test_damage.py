@@ -10,6 +10,7 @@ from pathlib import Path
 
 import damage
 import pytest
+import torch
 
 from clip_phi.batching.index import Index, load_index
 from clip_phi.batching.loader import PictureReader, TreeDataset
@@ -202,7 +203,7 @@ def test_half_a_character_outside_the_texts_can_be_reported(name, tmp_path):
         list(read_coco_captions(tmp_path / "captions.json", media, report))
     assert report.num_skipped >= 1
     report.table().encode()  # what is printed
-    Monitor(tmp_path / "out", 1, active=True).close(report)
+    Monitor(tmp_path / "out", 1, True, torch.device("cpu")).close(report)
     assert report_of(tmp_path / "out")["skipped"] == dict(report.skipped)
 
 
