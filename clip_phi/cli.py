@@ -1,4 +1,4 @@
-"""The command clip-phi: caption, ask, inspect, draw-data."""
+"""The command clip-phi: caption, ask, inspect, plan, doctor, draw-data."""
 
 import argparse
 import json
@@ -11,16 +11,16 @@ DEMO_CHECKPOINT = "outputs/demo/model"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0, or 2 after one line on stderr that says what was wrong with the input."""
+    """Run the command line. Returns 0, 1 if the doctor found a problem, or 2 after one line on stderr that says what was
+    wrong with the input."""
     arguments = make_parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (ValueError, OSError, ImportError) as error:
         if arguments.debug:
             raise
         print(f"clip-phi: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -114,7 +114,11 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print a json object instead of the table")
     plan.set_defaults(run=run_plan)
 
-    for command in (caption, ask, look, plan, draw):
+    doctor = commands.add_parser("doctor", help="check the installation and this machine, and how to mend each trap")
+    doctor.add_argument("--json", action="store_true", help="print a json object instead of the lines")
+    doctor.set_defaults(run=run_doctor)
+
+    for command in (caption, ask, look, plan, draw, doctor):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -187,6 +191,12 @@ def run_plan(arguments: argparse.Namespace) -> None:
         STAGES[arguments.stage](stage=arguments.stage, **options), CARDS[arguments.gpu], arguments.mfu, config
     )
     print(json.dumps(plan) if arguments.json else as_text(plan))
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import doctor
+
+    return min(doctor(arguments.json), 1)
 
 
 def run_draw_data(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,8 @@ ALLOWED = {
     "serving": {"samples", "sources", "batching", "evaluation"},
     "inspection": {"samples", "sources", "batching"},
     "plan": {"batching", "training"},
-    "cli": {"samples", "sources", "batching", "evaluation", "training", "serving", "inspection", "plan"},
+    "doctor": {"environment", "batching", "training"},
+    "cli": {"doctor", "samples", "sources", "batching", "evaluation", "training", "serving", "inspection", "plan"},
     "__init__": set(),
 }
 SHIPPED = {
@@ -71,6 +72,7 @@ def test_help_imports_no_torch():
         "from clip_phi.cli import main; main(['caption', '--help'])",
         "from clip_phi.cli import main; main(['inspect', '--help'])",
         "from clip_phi.cli import main; main(['plan', '--help'])",
+        "from clip_phi.cli import main; main(['doctor', '--help'])",
     ):
         script = f"import sys\ntry:\n    exec({command!r})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)

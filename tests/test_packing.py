@@ -1,6 +1,7 @@
 """Packs: full rows, in an order that is a function of the position, in which no sample sees another."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -244,3 +245,19 @@ def test_order_is_the_same_for_any_number_of_ranks_and_from_any_step(batches):
     ranks = [list(EndlessSampler(batches, 1, 5, rank=rank, world_size=2)) for rank in range(2)]
     assert [batch for step in zip(*ranks, strict=True) for batch in step] == one
     assert list(EndlessSampler(batches, 2, 5, first_step=3)) == one[6:]
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "dtype", "capability", "has"),
+    [
+        (True, torch.bfloat16, (8, 0), True),
+        (True, torch.float16, (9, 0), True),
+        (True, torch.float16, (7, 5), False),  # a T4
+        (True, torch.float32, (9, 0), False),
+        (False, torch.bfloat16, (9, 0), False),
+    ],
+)
+def test_the_varlen_kernel_is_used_only_where_it_is(is_cuda, dtype, capability, has, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query = SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device="cuda:0")
+    assert packing.has_varlen_kernel(query) is has

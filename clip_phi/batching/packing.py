@@ -112,7 +112,7 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface. query: (1, heads, tokens, head size); returns (1, tokens, heads, head size).
 
-    With segments, torch's varlen kernel on CUDA in half precision, else SDPA by bucket; without, plain SDPA."""
+    With segments, torch's varlen kernel where there is one, else SDPA by bucket; without, plain SDPA."""
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -120,11 +120,18 @@ def packed_attention(
     assert not dropout, "the decoder's dropout is 0"
     groups = query.shape[1] // key.shape[1]
     query, key, value = query[0], repeat_kv(key, groups)[0], repeat_kv(value, groups)[0]
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if has_varlen_kernel(query):
         from torch.nn.attention.varlen import varlen_attn
 
         return attend_by_piece(query, key, value, segments, scaling, varlen_attn).unsqueeze(0), None
     return attend_by_bucket(query, key, value, segments, scaling).unsqueeze(0), None
+
+
+def has_varlen_kernel(query: torch.Tensor) -> bool:
+    """It is FlashAttention's: for half precision, on GPUs from Ampere (capability 8.0) on."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def attend_by_bucket(
