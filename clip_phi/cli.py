@@ -11,8 +11,7 @@ DEMO_CHECKPOINT = "outputs/demo/model"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0, 1 if the doctor found a problem, or 2 after one line on stderr that says what was
-    wrong with the input."""
+    """Run the command line. Returns 0; 1 if the doctor found a problem; 2 after one line on stderr about bad input."""
     arguments = make_parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
@@ -196,7 +195,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
 def run_doctor(arguments: argparse.Namespace) -> int:
     from .doctor import doctor
 
-    return min(doctor(arguments.json), 1)
+    return doctor(arguments.json, arguments.debug)
 
 
 def run_draw_data(arguments: argparse.Namespace) -> None:

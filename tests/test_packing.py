@@ -1,7 +1,6 @@
 """Packs: full rows, in an order that is a function of the position, in which no sample sees another."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen2Config
 from clip_phi.batching import packing
 from clip_phi.batching.encode import Encoded
 from clip_phi.batching.loader import EndlessSampler, FixedBatches, PackedBatches
-from clip_phi.batching.packing import attend_by_bucket, attend_by_piece, make_segments, plan_packs
+from clip_phi.batching.packing import attend_by_bucket, attend_by_piece, has_varlen_kernel, make_segments, plan_packs
 from clip_phi.batching.tree import build_tree, pack_trees
 from clip_phi.sources.mixture import Mixture
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
@@ -248,16 +247,15 @@ def test_order_is_the_same_for_any_number_of_ranks_and_from_any_step(batches):
 
 
 @pytest.mark.parametrize(
-    ("is_cuda", "dtype", "capability", "has"),
+    ("device", "dtype", "capability", "has"),
     [
-        (True, torch.bfloat16, (8, 0), True),
-        (True, torch.float16, (9, 0), True),
-        (True, torch.float16, (7, 5), False),  # a T4
-        (True, torch.float32, (9, 0), False),
-        (False, torch.bfloat16, (9, 0), False),
+        ("cuda", torch.bfloat16, (8, 0), True),
+        ("cuda", torch.float16, (9, 0), True),
+        ("cuda", torch.float16, (7, 5), False),  # a T4
+        ("cuda", torch.float32, (9, 0), False),
+        ("cpu", torch.bfloat16, (9, 0), False),
     ],
 )
-def test_the_varlen_kernel_is_used_only_where_it_is(is_cuda, dtype, capability, has, monkeypatch):
+def test_the_varlen_kernel_is_used_only_where_it_is(device, dtype, capability, has, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    query = SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device="cuda:0")
-    assert packing.has_varlen_kernel(query) is has
+    assert has_varlen_kernel(torch.device(device), dtype) is has

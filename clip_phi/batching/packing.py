@@ -120,18 +120,18 @@ def packed_attention(
     assert not dropout, "the decoder's dropout is 0"
     groups = query.shape[1] // key.shape[1]
     query, key, value = query[0], repeat_kv(key, groups)[0], repeat_kv(value, groups)[0]
-    if has_varlen_kernel(query):
+    if has_varlen_kernel(query.device, query.dtype):
         from torch.nn.attention.varlen import varlen_attn
 
         return attend_by_piece(query, key, value, segments, scaling, varlen_attn).unsqueeze(0), None
     return attend_by_bucket(query, key, value, segments, scaling).unsqueeze(0), None
 
 
-def has_varlen_kernel(query: torch.Tensor) -> bool:
+def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """It is FlashAttention's: for half precision, on GPUs from Ampere (capability 8.0) on."""
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_by_bucket(

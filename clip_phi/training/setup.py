@@ -119,6 +119,12 @@ def _from_checkpoint(arguments: Stage2Arguments, dtype: torch.dtype, accelerator
             f"--quantization {arguments.quantization}: {arguments.init_from} is a merged checkpoint, and only a delta "
             "can be saved beside a quantised decoder; give the delta"
         )
+    if arguments.quantization == "nf4":
+        from bitsandbytes.nn import Linear4bit
+
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False  # it would rewrite the weights at an evaluation
     model.freeze_backbones()
     if arguments.tune_decoder == "full":
         model.model.language_model.requires_grad_(True)
