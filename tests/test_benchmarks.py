@@ -52,6 +52,19 @@ def test_the_gpu_script_runs_whole_without_one(tmp_path):
     assert json.dumps(found).count("samples_per_second") >= 10
 
 
+def test_generation_gives_the_tokens_of_transformers_for_the_same_flops(tmp_path):
+    tiny = ("--hidden", "64", "--layers", "1", "--batch", "2", "--new_tokens", "4", "--repeats", "1")
+    found = run("generation.py", *tiny, tmp_path=tmp_path)
+    assert found["tokens_identical"] and found["flops_ratio"] <= 1.0
+    assert found["generation_ratio"] > 0 and found["int8_speed_ratio"] > 0 and found["int8_logit_error"] < 0.1
+
+
+def test_time_to_loss_trains_both_until_the_same_loss(tmp_path):
+    found = run("time_to_loss.py", "--seconds", "1", "--num_train", "16", "--num_val", "4", tmp_path=tmp_path)
+    assert found["loss"] < found["loss_before"] and found["our_loss"] <= found["loss"] and found["time_ratio"] > 0
+    assert found["recipe"][0][3] == found["ours"][0][3] == found["loss_before"]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
 def test_a_killed_run_goes_on_as_if_it_had_never_stopped(tmp_path):
     found = run("kill_and_resume.py", "--kills", "20", tmp_path=tmp_path)

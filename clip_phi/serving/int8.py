@@ -1,0 +1,50 @@
+"""Linear layers in 8 bits for answering on a CPU: weights by output channel, inputs as they come."""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+
+class Int8Linear(torch.nn.Module):
+    """An nn.Linear for answering alone, its weight in int8 with one scale for each output; float (..., in_features).
+
+    Each token of the input is quantised as it comes, with a scale of its own (as in LLM.int8(), arXiv 2208.07339, but
+    for its outliers)."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        weight, scale = _quantize(linear.weight.detach().float())
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale.flatten())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        tokens, scale = _quantize(states.flatten(0, -2).float())
+        sums = torch._int_mm(tokens, self.weight.t()) * scale * self.scale
+        output = sums if self.bias is None else sums + self.bias
+        return output.unflatten(0, states.shape[:-1]).to(states.dtype)
+
+
+def _quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 (rows, width) and float32 (rows, 1) whose product is about the rows."""
+    scale = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
+    return torch.round(rows / scale).to(torch.int8), scale
+
+
+def quantize_decoder(model: Any) -> None:
+    """In place: decoder blocks and head of a ClipPhiForCausalLM on the CPU, which can only answer afterwards."""
+    _quantize_linears(model.model.language_model)
+    model.lm_head = Int8Linear(model.lm_head)
+
+
+def _quantize_linears(module: torch.nn.Module) -> None:
+    """An Int8Linear in the place of every nn.Linear inside, with LoRA folded in."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, LoraLayer):
+            child.merge()
+            child = child.get_base_layer()
+        if isinstance(child, torch.nn.Linear):
+            setattr(module, name, Int8Linear(child))
+        else:
+            _quantize_linears(child)
