@@ -3,8 +3,9 @@
     python benchmarks/generation.py [--json FILE]
 
 The same random weights (a CLIP tower, a phi decoder with phi-2's vocabulary) as ClipPhiForCausalLM and as Hugging
-Face's LlavaForConditionalGeneration; greedy, with a cache, and no end token, so that both write equally much. The tokens
-are compared before anything is timed. Least CPU time of several, in turn, on one thread. FLOPs leave 8-bit products out.
+Face's LlavaForConditionalGeneration; greedy, with a cache, and no end token, so that both write equally much. The
+tokens are compared before anything is timed. Least CPU time of several, in turn, on one thread. FLOPs leave 8-bit
+products out.
 """
 
 import argparse
