@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from clip_phi.sources.drawn import write_dataset
+
 ROOT = Path(__file__).parent.parent
 # Each part of clip_phi and what it may import from clip_phi; nothing may import a part that stands below it.
 ALLOWED = {
@@ -77,3 +79,43 @@ def test_help_imports_no_torch():
         script = f"import sys\ntry:\n    exec({command!r})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+FIRST_STEP = """
+import os, runpy, sys, time
+from clip_phi.training.monitor import Monitor
+
+def tell_and_leave(*arguments):
+    print("SECONDS", time.process_time(), flush=True)
+    os._exit(0)
+
+Monitor.count = tell_and_leave  # what comes behind the first step
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+BARE_IMPORTS = """
+import time
+import accelerate, peft, pyarrow, torch, torch.distributed.fsdp, torch.distributed.tensor, transformers
+from transformers import CLIPImageProcessorPil, CLIPVisionModel, PhiForCausalLM, PreTrainedTokenizerFast, get_scheduler
+print("SECONDS", time.process_time())
+"""
+
+
+def test_the_first_step_is_done_two_seconds_after_what_the_imports_take(tmp_path):
+    """CPU seconds of a process on the demo's backbones; the better of two tries, for the machine may be busy."""
+    write_dataset(tmp_path, num_train=64, num_val=8)
+    backbones = ROOT / "examples" / "demo_backbones"
+    options = ["--stage", "1", "--vision_backbone", backbones / "vision", "--text_backbone", backbones / "text"]
+    options += ["--data", f"coco:{tmp_path}/annotations/captions_train2017.json,images={tmp_path}/train2017"]
+    options += ["--eval_data", f"coco:{tmp_path}/annotations/captions_val2017.json,images={tmp_path}/val2017"]
+    options += ["--per_device_batch_size", "8", "--num_workers", "0", "--output_dir", tmp_path / "run"]
+
+    def cpu_seconds(*command):
+        done = subprocess.run([sys.executable, "-c", *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+        assert "SECONDS" in done.stdout, done.stderr
+        return float(done.stdout.rpartition("SECONDS")[2])
+
+    def extra():
+        return cpu_seconds(FIRST_STEP, "train_accelerate.py", *options) - cpu_seconds(BARE_IMPORTS)
+
+    assert extra() <= 2 or extra() <= 2
