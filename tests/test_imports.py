@@ -101,7 +101,7 @@ print("SECONDS", time.process_time())
 """
 
 
-def test_the_first_step_is_done_two_seconds_after_what_the_imports_take(tmp_path):
+def test_the_first_step_is_done_in_one_and_a_half_times_what_the_imports_take(tmp_path):
     """CPU seconds of a process on the demo's backbones; the better of two tries, for the machine may be busy."""
     write_dataset(tmp_path, num_train=64, num_val=8)
     backbones = ROOT / "examples" / "demo_backbones"
@@ -115,7 +115,7 @@ def test_the_first_step_is_done_two_seconds_after_what_the_imports_take(tmp_path
         assert "SECONDS" in done.stdout, done.stderr
         return float(done.stdout.rpartition("SECONDS")[2])
 
-    def extra():
-        return cpu_seconds(FIRST_STEP, "train_accelerate.py", *options) - cpu_seconds(BARE_IMPORTS)
+    def ratio():  # a busy machine makes both slower
+        return cpu_seconds(FIRST_STEP, "train_accelerate.py", *options) / cpu_seconds(BARE_IMPORTS)
 
-    assert extra() <= 2 or extra() <= 2
+    assert ratio() <= 1.5 or ratio() <= 1.5

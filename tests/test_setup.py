@@ -1,0 +1,139 @@
+"""What training is set up with: LoRA's targets in any decoder, counted FLOPs, groups, schedules, energy."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, GPT2Config, LlamaConfig, PhiConfig
+
+from clip_phi.batching.encode import Encoded
+from clip_phi.batching.packing import PACKED_ATTENTION
+from clip_phi.batching.tree import build_tree, pack_trees
+from clip_phi.environment import _rapl_reader, peak_flops
+from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
+from clip_phi.training.monitor import Costs
+from clip_phi.training.optim import make_optimizer, make_scheduler, optimizer_bytes
+from clip_phi.training.setup import add_lora
+from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
+
+SHAPE = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+DECODERS = {
+    "phi": (PhiConfig(**SHAPE, num_attention_heads=2), {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
+    "llama": (
+        LlamaConfig(**SHAPE, num_attention_heads=2),
+        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    ),
+    "gpt2": (GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2), {"c_attn", "c_proj", "c_fc"}),
+}
+
+
+def make_model(text):
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    torch.manual_seed(0)
+    model = ClipPhiForCausalLM(ClipPhiConfig(vision_config=vision, text_config=text, image_token_id=319))
+    model.freeze_backbones()
+    return model
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_lora_finds_every_linear_layer_of_a_decoders_blocks_and_none_elsewhere(kind):
+    text, expected = DECODERS[kind]
+    model = make_model(text)
+    add_lora(model, Stage2Arguments(stage=2, lora_rank=2))
+    end = ".lora_A.default"
+    adapted = [name.removesuffix(end) for name, _ in model.named_modules() if name.endswith(end)]
+    assert {name.rpartition(".")[2] for name in adapted} == expected
+    assert all(name.startswith("model.language_model.") for name in adapted)
+    assert len(adapted) == 2 * (len(expected) + (kind == "gpt2"))  # two blocks; GPT-2's have two c_proj
+
+
+def test_unknown_lora_targets_are_named_beside_those_that_there_are():
+    model = make_model(DECODERS["llama"][0])
+    with pytest.raises(ValueError, match="no linear layer dense, fc1; it has down_proj, gate_proj"):
+        add_lora(model, Stage2Arguments(stage=2, lora_targets="q_proj, fc1,dense"))
+
+
+def test_the_flops_of_the_log_are_those_that_torch_counts_but_for_attention_and_the_towers_class_token():
+    model = make_model(DECODERS["phi"][0])
+    model.set_attn_implementation({"text_config": PACKED_ATTENTION})
+    tree = build_tree([Encoded([5, 6, 7, 8], [5, 6, 7, 8]), Encoded([9, 10], [9, 10])], [319] * 4, "drawn")
+    pack = pack_trees([tree], torch.randn(1, 3, 32, 32), pad_token_id=0)
+    with FlopCounterMode(display=False) as counter:
+        model(**pack.inputs, use_cache=False).loss.backward()
+    with FlopCounterMode(display=False) as tower, torch.no_grad():
+        model.model.vision_tower(pack.inputs["pixel_values"])
+    projector = 4 * sum(weight.numel() for weight in model.model.projector.parameters() if weight.dim() == 2)
+    costs = Costs.of(model)
+    tokens = pack.inputs["input_ids"].numel()
+    expected = costs.token * tokens + costs.supervised * pack.num_supervised + projector * 4
+    attention = counter.get_total_flops() - tower.get_total_flops() - expected
+    assert attention == 0  # torch counts it on CUDA alone
+    work = costs.work(pack)
+    assert (work.samples, work.supervised, work.tokens) == (2, pack.num_supervised, tokens)
+    assert work.flops == costs.token * tokens + costs.supervised * work.supervised + costs.image
+
+
+def test_projector_and_lora_have_learning_rates_of_their_own_and_biases_no_decay():
+    model = make_model(DECODERS["phi"][0])
+    arguments = Stage2Arguments(stage=2, lora_rank=2, weight_decay=0.1, learning_rate=1e-3, lora_learning_rate=2e-3)
+    add_lora(model, arguments)
+    model.model.projector.requires_grad_(True)
+    optimizer = make_optimizer(model, arguments, torch.device("cpu"))
+    groups = optimizer.param_groups
+    found = {(group["name"], group["lr"], group["weight_decay"], len(group["params"])) for group in groups}
+    assert found == {("projector", 1e-3, 0.1, 1), ("projector", 1e-3, 0.0, 1), ("lora", 2e-3, 0.1, 24)}
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert optimizer_bytes(optimizer) == 8 * trained + 4 * sum(len(group["params"]) for group in groups)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("constant_with_warmup", [0, 0.5, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0, 0.5, 1, *((1 + math.cos(math.pi * share)) / 2 for share in (0.25, 0.5, 0.75))]),
+    ],
+)
+def test_learning_rates_rise_and_fall_as_asked(shape, expected):
+    model = make_model(DECODERS["phi"][0])
+    arguments = Stage1Arguments(stage=1, learning_rate=2.0, lr_scheduler=shape, warmup_ratio=0.34)
+    optimizer = make_optimizer(model, arguments, torch.device("cpu"))
+    scheduler = make_scheduler(optimizer, arguments, 6)
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"] / 2)
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx(expected)
+
+
+def test_the_processors_counters_of_energy_are_summed_and_may_begin_anew(tmp_path):
+    assert _rapl_reader(tmp_path) is None
+    for number, start in ((0, 900_000), (1, 0)):
+        zone = tmp_path / f"intel-rapl:{number}"
+        zone.mkdir()
+        (zone / "max_energy_range_uj").write_text("999999\n")
+        (zone / "energy_uj").write_text(f"{start}\n")
+    read = _rapl_reader(tmp_path)
+    assert read() == 0
+    (tmp_path / "intel-rapl:0/energy_uj").write_text("100000\n")  # 0.1 J until the counter's end, 0.1 J behind it
+    (tmp_path / "intel-rapl:1/energy_uj").write_text("500000\n")
+    assert read() == pytest.approx(0.7) and read() == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989.4), ("Tesla T4", 65)],
+)
+def test_the_peak_of_a_gpu_is_found_by_its_name(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == tflops * 1e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Something new")
+    assert peak_flops(torch.device("cuda")) is None and peak_flops(torch.device("cpu")) is None
