@@ -1,7 +1,6 @@
 """One checkpoint, loaded for answering."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -23,8 +22,6 @@ class Engine:
     Raises ValueError or OSError if the checkpoint cannot be loaded."""
 
     def __init__(self, checkpoint: str, device: str | None = None, int8: bool = False):
-        if not Path(checkpoint).is_dir() and (checkpoint.count("/") > 1 or checkpoint.startswith((".", "/", "~"))):
-            raise ValueError(f"no checkpoint {checkpoint}: there is no such folder, and a Hub id is user/name")
         logging.disable_progress_bar()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if int8 and self.device.type != "cpu":
