@@ -86,11 +86,11 @@ def test_help_imports_no_torch():
 
 
 FIRST_STEP = """
-import os, runpy, sys, time
+import os, resource, runpy, sys
 from clip_phi.training.monitor import Monitor
 
 def tell_and_leave(*arguments):
-    print("SECONDS", time.process_time(), flush=True)
+    print("SECONDS", resource.getrusage(resource.RUSAGE_SELF).ru_utime, flush=True)
     os._exit(0)
 
 Monitor.count = tell_and_leave  # what comes behind the first step
@@ -98,15 +98,16 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 BARE_IMPORTS = """
-import time
+import resource
 import accelerate, peft, pyarrow, torch, torch.distributed.fsdp, torch.distributed.tensor, transformers
 from transformers import CLIPImageProcessorPil, CLIPVisionModel, PhiForCausalLM, PreTrainedTokenizerFast, get_scheduler
-print("SECONDS", time.process_time())
+print("SECONDS", resource.getrusage(resource.RUSAGE_SELF).ru_utime)
 """
 
 
 def test_the_first_step_is_done_in_one_and_a_half_times_what_the_imports_take(tmp_path):
-    """CPU seconds of a process on the demo's backbones; the better of two tries, for the machine may be busy."""
+    """User seconds of a process on the demo's backbones, each the best of up to five: what else runs here adds to both,
+    and the kernel's share is mostly what others make it."""
     write_dataset(tmp_path, num_train=64, num_val=8)
     backbones = ROOT / "examples" / "demo_backbones"
     options = ["--stage", "1", "--vision_backbone", backbones / "vision", "--text_backbone", backbones / "text"]
@@ -119,7 +120,8 @@ def test_the_first_step_is_done_in_one_and_a_half_times_what_the_imports_take(tm
         assert "SECONDS" in done.stdout, done.stderr
         return float(done.stdout.rpartition("SECONDS")[2])
 
-    def ratio():  # a busy machine makes both slower
-        return cpu_seconds(FIRST_STEP, "train_accelerate.py", *options) / cpu_seconds(BARE_IMPORTS)
-
-    assert ratio() <= 1.5 or ratio() <= 1.5
+    imports, first_step = [], []
+    while len(imports) < 5 and (not imports or min(first_step) > 1.5 * min(imports)):
+        first_step.append(cpu_seconds(FIRST_STEP, "train_accelerate.py", *options))
+        imports.append(cpu_seconds(BARE_IMPORTS))
+    assert min(first_step) <= 1.5 * min(imports), (first_step, imports)
