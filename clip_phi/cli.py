@@ -1,6 +1,7 @@
 """The command clip-phi."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,7 +12,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns 0; 1 if the doctor found a problem; 2 after one line on stderr about bad input."""
     arguments = make_parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError) as error:
         if arguments.debug:
             raise

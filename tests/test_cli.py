@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -92,6 +94,12 @@ def test_bad_input_is_one_line_with_status_2(argv, message, image, checkpoint, t
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match="missing image: none.png"):
         main(["caption", "none.png", "--debug"])
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = f"{sys.executable} -m clip_phi.cli plan --gpu cpu-16 --json | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("0", "")
 
 
 def test_without_the_demo_the_default_checkpoint_says_how_to_get_it(image, tmp_path, monkeypatch, capsys):
