@@ -5,7 +5,9 @@ Shapes are written (batch, sequence, hidden); "patches" is the number of feature
 """
 
 import copy
+import hashlib
 import inspect
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +48,32 @@ PASSIVE_OPTIONS = {
     *("trust_remote_code", "code_revision", "adapter_kwargs", "use_safetensors", "weights_only", "low_cpu_mem_usage"),
     *("_from_auto", "_from_pipeline", "_commit_hash"),
 }
+
+# The one block that `clip-phi push` replaces by its own; see clip_phi/hub/card.py.
+BRIEF_CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+{base}tags:
+- clip-phi
+- custom_code
+- vision-language
+- llava
+---
+
+<!-- clip-phi:brief: what stands between these marks is written anew by each push -->
+A vision-language model made with Clip-Phi: a vision tower, a projector and a decoder, by the method of LLaVA
+([arXiv 2304.08485](https://arxiv.org/abs/2304.08485)). Its prompt format is its processor's chat template.
+
+```python
+from transformers import pipeline
+
+chat = pipeline("image-text-to-text", model="{repo_id}", trust_remote_code=True)
+```
+
+How it was trained and how good it is was not written down here.
+<!-- clip-phi:end -->
+"""
 
 
 @dataclass
@@ -440,9 +468,9 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         text, text_revision = _pin(text, text_revision, hub)
         vision_config = AutoConfig.from_pretrained(vision, revision=vision_revision or "main", **hub)
         text_config = AutoConfig.from_pretrained(text, revision=text_revision or "main", **hub)
+        vocabulary = _vocabulary(text, text_revision, hub, needed=image_token_id is None)
         if image_token_id is None:
-            tokenizer = AutoTokenizer.from_pretrained(text, revision=text_revision or "main", **hub)
-            image_token_id = tokenizer.get_vocab().get("<image>", len(tokenizer))
+            image_token_id = vocabulary.get("<image>", len(vocabulary))
         config = ClipPhiConfig(
             vision_config=getattr(vision_config, "vision_config", vision_config),
             text_config=text_config.get_text_config(decoder=True),
@@ -451,6 +479,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             vision_backbone_revision=vision_revision,
             text_backbone=text,
             text_backbone_revision=text_revision,
+            text_tokenizer_sha256=_hash(vocabulary) if vocabulary else None,
             delta=True,
             **options,
         )
@@ -499,6 +528,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         config.dtype = dtype
         with torch.device("meta"):
             model = cls(config)
+        vision_tower.config.name_or_path = decoder.config.name_or_path = ""  # the backbones' own fields say it
         model.model.vision_tower = vision_tower
         model.model.language_model = decoder.base_model
         model.lm_head = decoder.get_output_embeddings()
@@ -547,11 +577,15 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             )
         }
         options["dtype"] = options["dtype"] or kwargs.pop("torch_dtype", None)
-        for name in [name for name in kwargs if name in config.to_dict()]:
-            setattr(config, name, kwargs.pop(name))
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name in config.to_dict()}
+        for part in ("vision", "text"):
+            if f"{part}_backbone" in given:  # the pinned commit is one of the other repository
+                given.setdefault(f"{part}_backbone_revision", None)
+        for name, value in given.items():
+            setattr(config, name, value)
         if unknown := sorted(kwargs.keys() - PASSIVE_OPTIONS):
             raise TypeError(f"from_pretrained of a delta checkpoint takes no {', '.join(unknown)}")
-        _check_backbones(path, config, hub)
+        _check_backbones(path, config, hub, other_text="text_backbone" in given)
         model = cls._compose(config, hub, **options)
         model.config.name_or_path = str(path)
         trained = load_file(cached_file(path, "model.safetensors", **place, **hub))
@@ -625,6 +659,33 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         with _temporarily(self.config, delta=True, adapter=adapter), _temporarily(self, hf_quantizer=None, **plain):
             return super().save_pretrained(save_directory, *args, state_dict=trained, **kwargs)
 
+    def push_to_hub(self, repo_id: str, *, merged: bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Push as transformers does, with its arguments; merged as in save_pretrained.
+
+        A repository that has no card gets a short one of this model; `clip-phi push` writes the whole one.
+        Raises ValueError for a delta whose backbones are folders of this machine: nobody else could load it."""
+        merged = not self.config.delta if merged is None else merged
+        parts = ("vision", "text")
+        local = [part for part in parts if getattr(self.config, f"{part}_backbone_revision") is None]
+        if not merged and local and self.config.delta:
+            raise ValueError(
+                f"the {local[0]} backbone is a folder of this machine, {getattr(self.config, f'{local[0]}_backbone')}, "
+                "and nobody else could load a delta of it: push_to_hub(..., merged=True)"
+            )
+        with _temporarily(self.config, delta=not merged and self.config.delta):
+            return super().push_to_hub(repo_id, **kwargs)
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        # What transformers puts into a repository without a card says nothing, and looks like a card.
+        card = Path(working_dir) / "README.md"
+        if not card.is_file() or "has been automatically generated" in card.read_text(encoding="utf-8"):
+            backbones = [self.config.vision_backbone, self.config.text_backbone]
+            names = [name for name in backbones if name is not None and not Path(name).is_absolute()]
+            base = "".join(f"- {name}\n" for name in names)
+            head = BRIEF_CARD.format(repo_id=repo_id, base=f"base_model:\n{base}" if base else "")
+            card.write_text(head, encoding="utf-8")
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
     def _save_adapter(self, save_directory, state: dict[str, torch.Tensor]) -> None:
         folder = Path(save_directory) / ADAPTER_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
@@ -687,7 +748,21 @@ def _pin(path: str, revision: str | None, hub: dict[str, Any]) -> tuple[str, str
     return str(path), Path(str(config_file)).parent.name  # .../snapshots/<commit>/config.json
 
 
-def _check_backbones(path: Any, config: ClipPhiConfig, hub: dict[str, Any]) -> None:
+def _vocabulary(text: str, revision: str | None, hub: dict[str, Any], needed: bool = True) -> dict[str, int]:
+    """Of the decoder's own tokenizer; {} if it has none and it is not needed."""
+    try:
+        return AutoTokenizer.from_pretrained(text, revision=revision or "main", **hub).get_vocab()
+    except (OSError, ValueError):
+        if needed:
+            raise
+        return {}
+
+
+def _hash(vocabulary: dict[str, int]) -> str:
+    return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
+
+
+def _check_backbones(path: Any, config: ClipPhiConfig, hub: dict[str, Any], other_text: bool) -> None:
     """That the two backbones of the delta checkpoint at `path` can be reached and are still what they were."""
     vision = (config.vision_backbone, config.vision_backbone_revision, config.vision_config)
     text = (config.text_backbone, config.text_backbone_revision, config.text_config)
@@ -708,6 +783,11 @@ def _check_backbones(path: Any, config: ClipPhiConfig, hub: dict[str, Any]) -> N
                     f"{path} was trained on {backbone} with {name} {getattr(expected, name)}, which now has "
                     f"{name} {getattr(found, name)}"
                 )
+    # A commit does not change, but a folder may, and so may the backbone that the caller wants.
+    backbone, revision, _ = text
+    may_differ = config.text_tokenizer_sha256 is not None and (revision is None or other_text)
+    if may_differ and _hash(_vocabulary(str(backbone), revision, hub)) != config.text_tokenizer_sha256:
+        raise ValueError(f"{path} was trained with another tokenizer than that of {backbone}: its tokens differ")
 
 
 def _as_dtype(dtype: torch.dtype | str | None, config: ClipPhiConfig) -> torch.dtype:
