@@ -6,7 +6,8 @@
 
 Repositories live in memory: commits that are never changed, branches and tags that point at them, and blobs by hash.
 A commit is taken whole or not at all. Every route can be made to fail: with a status, by cutting the connection before
-the work is done ("cut") or after it ("lost"), in the middle of the answer ("half"), or by answering slowly ("slow").
+the work is done ("cut") or after it ("lost"), in the middle of the answer ("half"), by answering slowly ("slow") or
+never ("hang").
 """
 
 import base64
@@ -104,6 +105,7 @@ class HubServer:
         }
         self.multipart = multipart
         self.slow = 0.3
+        self.hanging = threading.Event()
         self.faults: list[list[Any]] = []  # [route, what, times]
         self.requests: Counter[str] = Counter()
         self.lock = threading.RLock()
@@ -154,6 +156,7 @@ class HubServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer goes out at once, and not with the next acknowledgement
     hub: HubServer
 
     def log_message(self, *arguments: Any) -> None:
@@ -190,7 +193,10 @@ class _Handler(BaseHTTPRequestHandler):
     def route(self, name: str, answer: Callable[..., Any], groups: list[str]) -> None:
         self.hub.requests[name] += 1
         self.fault = self.hub.next_fault(name)
-        if self.fault == "cut":
+        if self.fault == "hang":
+            self.hub.hanging.set()
+            self.rfile.read(1)  # until the other side is gone
+        if self.fault in ("cut", "hang"):
             return self.cut()
         try:
             if isinstance(self.fault, int):
