@@ -9,13 +9,15 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -41,6 +43,9 @@ from .configuration_clip_phi import ClipPhiConfig
 
 IGNORE_INDEX = -100
 ADAPTER_FOLDER = "adapter"
+WAITS = (1, 2, 4)  # seconds between tries to reach the Hub
+# The base of all errors of the HTTP library, whichever one huggingface_hub uses (httpx, later httpx2).
+HTTPError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 # What from_pretrained takes to find files, as opposed to what it takes to place them.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 # What transformers' own classes and pipelines pass along, and what changes nothing for a delta.
@@ -121,15 +126,21 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):  # type: ignore[override]
         """Load a merged or a delta checkpoint from a folder or the Hub, with transformers' own arguments.
 
         A delta checkpoint names its two backbones: they are loaded from where they come from, at the pinned
         revisions, and the trained weights are put over them.
 
         Raises ValueError if the checkpoint is of another architecture or if weights are missing: no part of the model
-        is ever left at its random initialisation. (An explicit `state_dict` is the caller's own business.)"""
+        is ever left at its random initialisation. (An explicit `state_dict` is the caller's own business.) Raises
+        OSError if the weights are a pickle and not safetensors, and if the Hub is not reached in several tries."""
         path = pretrained_model_name_or_path
+        return _patiently(path, lambda: cls._from_pretrained(path, *model_args, **kwargs))
+
+    @classmethod
+    def _from_pretrained(cls, path, *model_args, config=None, **kwargs):
+        kwargs.setdefault("use_safetensors", True)  # a pickle can run any code while it is opened
         if path is None or kwargs.get("state_dict") is not None:
             return super().from_pretrained(path, *model_args, config=config, **kwargs)
         peeked = config
@@ -464,8 +475,9 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
 
         Raises ValueError if a checkpoint lacks weights, or the vocabulary has no row left for <image>."""
         hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
-        vision, vision_revision = _pin(vision, vision_revision, hub)
-        text, text_revision = _pin(text, text_revision, hub)
+        (vision, vision_revision), (text, text_revision) = _patiently(
+            f"{vision} and {text}", lambda: (_pin(vision, vision_revision, hub), _pin(text, text_revision, hub))
+        )
         vision_config = AutoConfig.from_pretrained(vision, revision=vision_revision or "main", **hub)
         text_config = AutoConfig.from_pretrained(text, revision=text_revision or "main", **hub)
         vocabulary = _vocabulary(text, text_revision, hub, needed=image_token_id is None)
@@ -484,7 +496,10 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             **options,
         )
         placement = (device_map, max_memory, offload_folder)
-        return cls._compose(config, hub, dtype, *placement, quantization_config, attn_implementation)
+        return _patiently(
+            f"{vision} and {text}",
+            lambda: cls._compose(config, hub, dtype, *placement, quantization_config, attn_implementation),
+        )
 
     @classmethod
     def _compose(
@@ -712,6 +727,29 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         return folded
 
 
+def _patiently(what: Any, load: Callable[[], Any]) -> Any:
+    """load(), again after growing waits if the connection breaks or the Hub fails; files that have come are cached.
+
+    huggingface_hub goes on with a download that breaks off, and does not try again one that is answered with 5xx."""
+    for wait in (*WAITS, None):
+        try:
+            return load()
+        except (OSError, HTTPError) as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, HTTPError):
+                cause = cause.__cause__ or cause.__context__
+            status = getattr(getattr(cause, "response", None), "status_code", 500)
+            # without any network there is nothing to wait for
+            if cause is None or status < 500 or type(cause).__name__ == "ConnectError":
+                raise
+            if wait is None:
+                reason = str(cause).strip().split("\n")[0]
+                raise OSError(
+                    f"{what} cannot be loaded: the Hub was not reached ({reason}). Try again later."
+                ) from error
+            time.sleep(wait)
+
+
 def _keep(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The kept positions of states (batch, sequence, width); see ClipPhiForCausalLM.forward."""
     if isinstance(logits_to_keep, torch.Tensor):
@@ -771,9 +809,10 @@ def _check_backbones(path: Any, config: ClipPhiConfig, hub: dict[str, Any], othe
             found = AutoConfig.from_pretrained(backbone, revision=revision or "main", **hub)
         except (OSError, ValueError) as error:
             where = f"on the Hub at {revision}" if revision else "as a folder"
+            reason = str(error).split("\n")[0]
             raise OSError(
-                f"{path} is completed from {backbone}, which was not found {where}: put it back there, or use the "
-                "checkpoint that save_pretrained(..., merged=True) makes"
+                f"{path} is completed from {backbone}, which was not found {where} ({reason}): put it back there, or "
+                "use the checkpoint that save_pretrained(..., merged=True) makes"
             ) from error
         is_tower = expected is config.vision_config
         found = getattr(found, "vision_config", found) if is_tower else found.get_text_config(decoder=True)

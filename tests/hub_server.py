@@ -106,7 +106,7 @@ class HubServer:
         self.multipart = multipart
         self.slow = 0.3
         self.hanging = threading.Event()
-        self.faults: list[list[Any]] = []  # [route, what, times]
+        self.faults: list[list[Any]] = []  # [route, what, times, requests to pass first]
         self.requests: Counter[str] = Counter()
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -123,14 +123,17 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
-    def fail(self, route: str, what: int | str, times: int = 1) -> None:
+    def fail(self, route: str, what: int | str, times: int = 1, after: int = 0) -> None:
         assert route in {name for name, *_ in ROUTES}, f"no route {route}"
-        self.faults.append([route, what, times])
+        self.faults.append([route, what, times, after])
 
     def next_fault(self, route: str) -> int | str | None:
         with self.lock:
             for fault in self.faults:
                 if fault[0] == route and fault[2] > 0:
+                    if fault[3] > 0:
+                        fault[3] -= 1
+                        return None
                     fault[2] -= 1
                     return fault[1]
         return None

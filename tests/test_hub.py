@@ -24,7 +24,7 @@ from clip_phi.hub import push as pushing
 from clip_phi.hub.card import merge_cards, scrub
 from clip_phi.hub.push import Target, push
 from clip_phi.sources.drawn import write_dataset
-from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor, modeling_clip_phi
 
 ROOT = Path(__file__).parent.parent
 ONLINE = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_alice"}
@@ -44,6 +44,7 @@ def hub(vision_backbone, text_backbone):
         for module in (huggingface_hub.utils._http, huggingface_hub.file_download):
             patch.setattr(module, "time", hurried)
         patch.setattr(pushing, "WAITS", (0.0, 0.0, 0.0))
+        patch.setattr(modeling_clip_phi, "WAITS", (0.0, 0.0))
         patch.setenv("HF_TOKEN", "hf_alice")
         patch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         server.put("acme/tower", Path(vision_backbone))
@@ -401,6 +402,162 @@ def test_both_forms_load_in_a_clean_process_with_equal_logits_and_offline_afterw
     assert hub.requests.total() == asked, "offline nothing is asked for"
 
 
+@pytest.fixture(scope="module")
+def saved(hub, tmp_path_factory):
+    """A model on the Hub's backbones and its processor, with a generation config of their own: at the root of
+    alice/saved and in the subfolder "sub" of alice/nested, which is private."""
+    model = ClipPhiForCausalLM.from_backbones("acme/tower", "acme/decoder")
+    model.generation_config.max_length = 77
+    processor = ClipPhiProcessor.from_backbones("acme/tower", "acme/decoder")
+    folder = tmp_path_factory.mktemp("saved")
+    for place in (folder / "root", folder / "nested/sub"):
+        model.save_pretrained(place)
+        processor.save_pretrained(place)
+    hub.put("alice/saved", folder / "root")
+    hub.create("alice/nested", private=True)
+    hub.put("alice/nested", folder / "nested")
+    return model, processor
+
+
+def same(model, saved) -> bool:
+    state, expected = model.state_dict(), saved[0].state_dict()
+    return (
+        state.keys() == expected.keys()
+        and all(torch.equal(state[name], value) for name, value in expected.items())
+        and model.generation_config.max_length == 77
+    )
+
+
+def test_installed_package_needs_no_remote_code_and_options_reach_every_file(saved, hub, tmp_path, monkeypatch):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    monkeypatch.setenv("HF_TOKEN", "")
+    first = hub.repo("alice/nested").find("main")
+    hub.repo("alice/nested").commit("main", "all gone", {})
+    place = {"revision": first, "subfolder": "sub", "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(OSError):
+        AutoModelForImageTextToText.from_pretrained("alice/nested", **place)
+    place["token"] = "hf_alice"
+    model = AutoModelForImageTextToText.from_pretrained("alice/nested", dtype="bfloat16", device_map="cpu", **place)
+    assert type(model) is ClipPhiForCausalLM and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    processor = AutoProcessor.from_pretrained("alice/nested", **place)
+    assert processor.tokenizer.get_vocab() == saved[1].tokenizer.get_vocab()
+    held = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert held >= {"models--alice--nested", "models--acme--tower", "models--acme--decoder"}
+    asked = hub.requests.total()
+    again = AutoModelForImageTextToText.from_pretrained("alice/nested", local_files_only=True, **place)
+    assert same(again, saved) and hub.requests.total() == asked
+
+
+@pytest.mark.parametrize(
+    ("route", "what", "places"),
+    [("head", "cut", 14), ("head", 503, 4), ("download", 500, 6), ("download", "half", 6), ("cdn", 503, 4)]
+    + [("cdn", "half", 4), ("cdn", "slow", 1), ("info", 500, 2), ("tree", "cut", 1)],
+)
+def test_every_failure_of_loading_passes(route, what, places, saved, hub, tmp_path):
+    """Wherever it comes: never a model without some of its files."""
+    for place in range(places):
+        hub.fail(route, what, after=place)
+        model = ClipPhiForCausalLM.from_pretrained("alice/saved", cache_dir=str(tmp_path / f"cache{place}"))
+        assert same(model, saved), f"after {what} at request {place} of {route}"
+        hub.faults.clear()
+
+
+@pytest.mark.parametrize(("route", "what"), [("head", 403), ("head", "cut"), ("download", 500), ("cdn", "half")])
+def test_failures_of_loading_that_stay_are_told_and_spoil_no_cache(route, what, saved, hub, tmp_path):
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    hub.fail(route, what, times=1000)
+    with pytest.raises(OSError, match="alice/saved|acme/tower|connect to"):
+        ClipPhiForCausalLM.from_pretrained("alice/saved", **cache)
+    hub.faults.clear()
+    assert same(ClipPhiForCausalLM.from_pretrained("alice/saved", **cache), saved)
+
+
+def test_another_tokenizer_and_other_shapes_are_refused_by_name(saved, hub, text_backbone, tmp_path):
+    shutil.copytree(text_backbone, tmp_path / "other")
+    vocabulary = json.loads((tmp_path / "other/tokenizer.json").read_text())
+    entries = vocabulary["model"]["vocab"]
+    first, second = list(entries)[:2]
+    entries[first], entries[second] = entries[second], entries[first]
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(vocabulary))
+    hub.put("acme/swapped", tmp_path / "other")
+    with pytest.raises(ValueError, match="alice/saved was trained with another tokenizer than that of acme/swapped"):
+        ClipPhiForCausalLM.from_pretrained("alice/saved", text_backbone="acme/swapped")
+    assert same(ClipPhiForCausalLM.from_pretrained("alice/saved", text_backbone=text_backbone), saved)
+    config = json.loads((tmp_path / "other/config.json").read_text()) | {"hidden_size": 16}
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="was trained on .*other with hidden_size 32, which now has hidden_size 16"):
+        ClipPhiForCausalLM.from_pretrained("alice/saved", text_backbone=str(tmp_path / "other"))
+
+
+def test_pickled_weights_are_not_opened(saved, tmp_path):
+    saved[0].save_pretrained(tmp_path, merged=True)
+    torch.save(saved[0].state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"no file named .*model\.safetensors"):
+        ClipPhiForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_push_to_hub_of_the_model_writes_a_card_where_there_is_none(merged, saved, hub, run):
+    model, processor = saved
+    repo_id = f"alice/by-hand-{merged}"
+    model.push_to_hub(repo_id, merged=merged)
+    processor.push_to_hub(repo_id)
+    text = card_of(hub, repo_id)
+    assert "automatically generated" not in text and ModelCard(text).data.pipeline_tag == "image-text-to-text"
+    assert ModelCard(text).data.base_model == ["acme/tower", "acme/decoder"]
+    assert json.loads(hub.repo(repo_id).files()["config.json"].data)["delta"] is not merged
+    assert same(ClipPhiForCausalLM.from_pretrained(repo_id), saved)
+    push(run, Target(repo_id), merged=merged, say=quietly)
+    whole = card_of(hub, repo_id)
+    assert whole.count("## How to use it") == 1 and "was not written down here" not in whole
+    model.push_to_hub(repo_id, merged=merged)
+    assert card_of(hub, repo_id) == whole, "a card that is there stays"
+
+
+def test_push_to_hub_of_a_delta_on_local_backbones_is_refused(model, hub):
+    with pytest.raises(ValueError, match=r"nobody else could load a delta of it: push_to_hub\(..., merged=True\)"):
+        model.push_to_hub("alice/local")
+    assert ("model", "alice/local") not in hub.repos
+
+
+DATASET = """
+import sys
+from itertools import islice
+from datasets import Dataset, Image
+from clip_phi.sources.records import MediaFolder
+from clip_phi.sources.report import Report
+from clip_phi.sources.tables import open_table, read_table, stream_table
+rows = {"image": sys.argv[1:], "captions": [["a cat"], ["a dog", "dogs"]]}
+Dataset.from_dict(rows).cast_column("image", Image()).push_to_hub("alice/pictures")
+whole = read_table(open_table("alice/pictures"), MediaFolder("."), Report())
+stream = islice(stream_table("alice/pictures", MediaFolder("."), Report()), 2)
+for samples in (whole, stream):
+    print(sorted([branch[-1].text for branch in sample.branches] for sample in samples))
+"""
+
+
+def test_data_set_is_pushed_and_read_whole_and_as_a_stream(hub, tmp_path):
+    for number in (1, 2):
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{number}.png")
+    done = subprocess.run(
+        [sys.executable, "-c", DATASET, tmp_path / "1.png", tmp_path / "2.png"],
+        cwd=ROOT,
+        env=os.environ | ONLINE | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf_home")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "[['a cat'], ['a dog', 'dogs']]\n" * 2, done.stderr
+
+
+def test_example_pushes_and_reloads_without_a_difference(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples/push_and_reload.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert re.fullmatch(r"(?:\w+: [\d.]+ MB on the hub, largest logit difference 0\n){2}", done.stdout), done.stderr
+
+
 # ------------------------------------------------------------------ failures at every route of a push
 
 PUSH_ROUTES = ["whoami", "create", "branch", "info", "head", "download", "validate-yaml", "preupload", "lfs-batch"]
@@ -432,7 +589,9 @@ def test_every_failure_of_a_push_passes_or_is_told_and_leaves_nothing_half_chang
         before = hub.requests[route]
         hub.fail(route, what)
         assert push(run, target, **options).changed, what
-        assert hub.requests[route] > before and not any(times for *_, times in hub.faults), f"{route} was not asked"
+        assert hub.requests[route] > before and not any(times for _, _, times, _ in hub.faults), (
+            f"{route} was not asked"
+        )
         assert set(hub.repo(repo_id).files(ref)) == complete
         commits = len(history(hub, repo_id, ref))
         assert push(run, target, **options).changed is False, "an answer that was lost is not asked for twice"
