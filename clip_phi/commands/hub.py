@@ -1,9 +1,12 @@
-"""clip-phi push: give a trained model to others."""
+"""clip-phi push, export and import-projector: give a trained model to others, and take one in."""
 
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
+
+from .common import need_checkpoint
 
 
 def add_to(commands: Any) -> None:
@@ -21,6 +24,36 @@ def add_to(commands: Any) -> None:
     push.add_argument("--no_pictures", action="store_true", help="leave the sample pictures out of the card")
     push.add_argument("--json", action="store_true", help="print a json object instead of the line")
     push.set_defaults(run=run_push)
+
+    export = commands.add_parser("export", help="write a trained model for llama.cpp, vLLM, Llava or ONNX")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id of a trained model")
+    export.add_argument("folder", metavar="DIR", help="where it goes")
+    export.add_argument(
+        "--to",
+        required=True,
+        choices=("gguf", "llava", "onnx", "vllm"),
+        help="gguf: text model and mmproj for llama.cpp; llava: stock LlavaForConditionalGeneration; onnx: tower and "
+        "projector; vllm: merged, with the class that vLLM's transformers backend asks for",
+    )
+    export.add_argument(
+        "--dtype", choices=("float16", "float32"), default="float16", help="of gguf's matrices (default: %(default)s)"
+    )
+    export.add_argument("--json", action="store_true", help="print a json object instead of the line")
+    export.set_defaults(run=run_export)
+
+    take = commands.add_parser("import-projector", help="make a checkpoint of a linear layer saved by a notebook")
+    take.add_argument("file", metavar="FILE", help="a .pth of its state dict, for example clipphi_proj.pth")
+    take.add_argument("folder", metavar="DIR", help="where the checkpoint goes")
+    take.add_argument("--vision_backbone", help="Hub id or folder of the vision tower (default: that of training)")
+    take.add_argument("--text_backbone", help="Hub id or folder of the decoder (default: that of training)")
+    take.add_argument(
+        "--vision_feature_layer",
+        type=int,
+        default=-1,
+        help="hidden state that it was trained on (default: %(default)s, the last, as in the notebooks)",
+    )
+    take.add_argument("--json", action="store_true", help="print a json object instead of the line")
+    take.set_defaults(run=run_import_projector)
 
 
 def run_push(arguments: argparse.Namespace) -> None:
@@ -43,3 +76,32 @@ def run_push(arguments: argparse.Namespace) -> None:
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(json.dumps(asdict(pushed)) if arguments.json else pushed)
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    need_checkpoint(arguments.checkpoint)
+    from ..export import export
+
+    done = export(arguments.checkpoint, Path(arguments.folder), arguments.to, arguments.dtype)
+    if arguments.json:
+        print(json.dumps(done))
+    else:
+        print(f"wrote {', '.join(done['files'])}; largest difference from the model {done['largest_difference']:.2g}")
+
+
+def run_import_projector(arguments: argparse.Namespace) -> None:
+    from ..export.notebook import import_projector
+    from ..training.arguments import TEXT_BACKBONE, VISION_BACKBONE
+
+    done = import_projector(
+        arguments.file,
+        arguments.vision_backbone or VISION_BACKBONE,
+        arguments.text_backbone or TEXT_BACKBONE,
+        arguments.vision_feature_layer,
+        Path(arguments.folder),
+    )
+    print(
+        json.dumps(done)
+        if arguments.json
+        else f"wrote {arguments.folder}; try: clip-phi caption --checkpoint {arguments.folder} IMAGE"
+    )

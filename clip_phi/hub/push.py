@@ -232,8 +232,11 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
 
     Raises ValueError if a path of this machine or an access token is left in one of them."""
     if merged and run.config["delta"]:
+        from transformers.utils import logging
+
         from modeling_clip_phi import ClipPhiForCausalLM
 
+        logging.disable_progress_bar()
         model = ClipPhiForCausalLM.from_pretrained(folder)
         model.save_pretrained(place, merged=True)
     for name in _relative(folder):
