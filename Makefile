@@ -6,7 +6,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-demo test-full-size lint format bench clean
+.PHONY: install demo test test-demo test-full-size test-export test-oldest test-main lint format bench clean
 
 install: .venv/installed
 
@@ -30,6 +30,33 @@ test-demo: install
 test-full-size: install
 	$(BIN)/python -m pytest -m full_size $(ARGS)
 
+test-export: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,onnx]'
+	$(BIN)/python -m pytest -m export $(ARGS)
+
+# What must hold with every supported version of the libraries: models load, and come back from the Hub as they went.
+COMPATIBILITY := tests/test_remote_code.py tests/test_artifacts.py tests/test_hub.py tests/test_modeling.py tests/test_processing.py
+LIBRARIES := transformers|huggingface_hub|accelerate|peft
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest $(or $(ARGS),$(COMPATIBILITY))
+
+.venv-oldest/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	grep -vE '^($(LIBRARIES))==' constraints.txt > .venv-oldest/constraints.txt
+	sed -nE 's/^ +($(LIBRARIES)) >= ([0-9.]+).*/\1==\2/p' setup.cfg >> .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt \
+		-e . bitsandbytes pytest
+	@touch $@
+
+# Needs a network: the libraries as they are today, to know what will break before it is released.
+test-main:
+	$(PYTHON) -m venv .venv-main
+	grep -vE '^($(LIBRARIES)|tokenizers|safetensors|hf-xet)==' constraints.txt > .venv-main/constraints.txt
+	.venv-main/bin/python -m pip install --quiet --upgrade -c .venv-main/constraints.txt bitsandbytes pytest -e . \
+		$(foreach name,transformers huggingface_hub accelerate peft,git+https://github.com/huggingface/$(name))
+	.venv-main/bin/python -m pytest $(or $(ARGS),$(COMPATIBILITY))
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -43,4 +70,4 @@ bench: install
 	$(BIN)/python benchmarks/training.py $(or $(ARGS),--quick)
 
 clean:
-	rm -rf .venv outputs build *.egg-info
+	rm -rf .venv .venv-oldest .venv-main outputs build *.egg-info

@@ -38,6 +38,7 @@ def train(arguments: TrainingArguments) -> None:
     from clip_phi.batching.tree import Pack
     from clip_phi.environment import describe_environment, peak_flops
     from clip_phi.evaluation.generate import held_out_loss
+    from clip_phi.hub.push import Target, check_push, push
     from clip_phi.training.checkpoint import (
         EXIT_STOPPED,
         Checkpoints,
@@ -86,6 +87,8 @@ def train(arguments: TrainingArguments) -> None:
 
     processor = load_processor(arguments)
     model = load_model(arguments, processor, accelerator)
+    if arguments.push_to_hub and accelerator.is_main_process:  # better now than after a night of training
+        check_push(arguments.push_to_hub, model.config.to_dict(), arguments.merged, output_dir)
     cache = open_cache(arguments, model, processor)
     read = PictureReader(processor, arguments.pixels, cache)
     with accelerator.local_main_process_first():  # which writes the index that the others find
@@ -262,6 +265,8 @@ def train(arguments: TrainingArguments) -> None:
         }
         write_run(output_dir / "run.json", run | results)
     accelerator.print(f"saved in {output_dir}; try: clip-phi caption --checkpoint {output_dir} IMAGE")
+    if arguments.push_to_hub and accelerator.is_main_process:
+        print(push(output_dir, Target(arguments.push_to_hub, private=arguments.hub_private_repo or None)))
     accelerator.end_training()
 
 

@@ -56,6 +56,7 @@ class ClipPhiConfig(PreTrainedConfig):
     vision_feature_select_strategy: "default" drops the first (CLS) feature, "full" keeps all.
     vision_backbone, text_backbone: Hub id or folder that the frozen weights come from; None for a model made whole.
     vision_backbone_revision, text_backbone_revision: the commits those weights are pinned to; None for a folder.
+    text_tokenizer_sha256: of the vocabulary of the decoder's own tokenizer, which another backbone must share.
     delta: True in a checkpoint that holds trained weights only and is completed from the two backbones on loading.
     adapter: subfolder of a delta checkpoint that holds a PEFT adapter; None when the decoder has none.
     caption_instruction: the instruction that asks this model for a caption; None if it was trained to caption a bare
@@ -79,6 +80,7 @@ class ClipPhiConfig(PreTrainedConfig):
     vision_backbone_revision: str | None = None
     text_backbone: str | None = None
     text_backbone_revision: str | None = None
+    text_tokenizer_sha256: str | None = None
     delta: bool = False
     adapter: str | None = None
     caption_instruction: str | None = None

@@ -5,15 +5,19 @@ Shapes are written (batch, sequence, hidden); "patches" is the number of feature
 """
 
 import copy
+import hashlib
 import inspect
+import json
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -39,6 +43,9 @@ from .configuration_clip_phi import ClipPhiConfig
 
 IGNORE_INDEX = -100
 ADAPTER_FOLDER = "adapter"
+WAITS = (1, 2, 4)  # seconds between tries to reach the Hub
+# The base of all errors of the HTTP library, whichever one huggingface_hub uses (httpx, later httpx2).
+HTTPError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 # What from_pretrained takes to find files, as opposed to what it takes to place them.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 # What transformers' own classes and pipelines pass along, and what changes nothing for a delta.
@@ -46,6 +53,32 @@ PASSIVE_OPTIONS = {
     *("trust_remote_code", "code_revision", "adapter_kwargs", "use_safetensors", "weights_only", "low_cpu_mem_usage"),
     *("_from_auto", "_from_pipeline", "_commit_hash"),
 }
+
+# The one block that `clip-phi push` replaces by its own; see clip_phi/hub/card.py.
+BRIEF_CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+{base}tags:
+- clip-phi
+- custom_code
+- vision-language
+- llava
+---
+
+<!-- clip-phi:brief: what stands between these marks is written anew by each push -->
+A vision-language model made with Clip-Phi: a vision tower, a projector and a decoder, by the method of LLaVA
+([arXiv 2304.08485](https://arxiv.org/abs/2304.08485)). Its prompt format is its processor's chat template.
+
+```python
+from transformers import pipeline
+
+chat = pipeline("image-text-to-text", model="{repo_id}", trust_remote_code=True)
+```
+
+How it was trained and how good it is was not written down here.
+<!-- clip-phi:end -->
+"""
 
 
 @dataclass
@@ -93,15 +126,21 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):  # type: ignore[override]
         """Load a merged or a delta checkpoint from a folder or the Hub, with transformers' own arguments.
 
         A delta checkpoint names its two backbones: they are loaded from where they come from, at the pinned
         revisions, and the trained weights are put over them.
 
         Raises ValueError if the checkpoint is of another architecture or if weights are missing: no part of the model
-        is ever left at its random initialisation. (An explicit `state_dict` is the caller's own business.)"""
+        is ever left at its random initialisation. (An explicit `state_dict` is the caller's own business.) Raises
+        OSError if the weights are a pickle and not safetensors, and if the Hub is not reached in several tries."""
         path = pretrained_model_name_or_path
+        return _patiently(path, lambda: cls._from_pretrained(path, *model_args, **kwargs))
+
+    @classmethod
+    def _from_pretrained(cls, path, *model_args, config=None, **kwargs):
+        kwargs.setdefault("use_safetensors", True)  # a pickle can run any code while it is opened
         if path is None or kwargs.get("state_dict") is not None:
             return super().from_pretrained(path, *model_args, config=config, **kwargs)
         peeked = config
@@ -436,13 +475,14 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
 
         Raises ValueError if a checkpoint lacks weights, or the vocabulary has no row left for <image>."""
         hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
-        vision, vision_revision = _pin(vision, vision_revision, hub)
-        text, text_revision = _pin(text, text_revision, hub)
+        (vision, vision_revision), (text, text_revision) = _patiently(
+            f"{vision} and {text}", lambda: (_pin(vision, vision_revision, hub), _pin(text, text_revision, hub))
+        )
         vision_config = AutoConfig.from_pretrained(vision, revision=vision_revision or "main", **hub)
         text_config = AutoConfig.from_pretrained(text, revision=text_revision or "main", **hub)
+        vocabulary = _vocabulary(text, text_revision, hub, needed=image_token_id is None)
         if image_token_id is None:
-            tokenizer = AutoTokenizer.from_pretrained(text, revision=text_revision or "main", **hub)
-            image_token_id = tokenizer.get_vocab().get("<image>", len(tokenizer))
+            image_token_id = vocabulary.get("<image>", len(vocabulary))
         config = ClipPhiConfig(
             vision_config=getattr(vision_config, "vision_config", vision_config),
             text_config=text_config.get_text_config(decoder=True),
@@ -451,11 +491,15 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             vision_backbone_revision=vision_revision,
             text_backbone=text,
             text_backbone_revision=text_revision,
+            text_tokenizer_sha256=_hash(vocabulary) if vocabulary else None,
             delta=True,
             **options,
         )
         placement = (device_map, max_memory, offload_folder)
-        return cls._compose(config, hub, dtype, *placement, quantization_config, attn_implementation)
+        return _patiently(
+            f"{vision} and {text}",
+            lambda: cls._compose(config, hub, dtype, *placement, quantization_config, attn_implementation),
+        )
 
     @classmethod
     def _compose(
@@ -499,6 +543,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         config.dtype = dtype
         with torch.device("meta"):
             model = cls(config)
+        vision_tower.config.name_or_path = decoder.config.name_or_path = ""  # the backbones' own fields say it
         model.model.vision_tower = vision_tower
         model.model.language_model = decoder.base_model
         model.lm_head = decoder.get_output_embeddings()
@@ -547,11 +592,15 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             )
         }
         options["dtype"] = options["dtype"] or kwargs.pop("torch_dtype", None)
-        for name in [name for name in kwargs if name in config.to_dict()]:
-            setattr(config, name, kwargs.pop(name))
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name in config.to_dict()}
+        for part in ("vision", "text"):
+            if f"{part}_backbone" in given:  # the pinned commit is one of the other repository
+                given.setdefault(f"{part}_backbone_revision", None)
+        for name, value in given.items():
+            setattr(config, name, value)
         if unknown := sorted(kwargs.keys() - PASSIVE_OPTIONS):
             raise TypeError(f"from_pretrained of a delta checkpoint takes no {', '.join(unknown)}")
-        _check_backbones(path, config, hub)
+        _check_backbones(path, config, hub, other_text="text_backbone" in given)
         model = cls._compose(config, hub, **options)
         model.config.name_or_path = str(path)
         trained = load_file(cached_file(path, "model.safetensors", **place, **hub))
@@ -625,6 +674,33 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         with _temporarily(self.config, delta=True, adapter=adapter), _temporarily(self, hf_quantizer=None, **plain):
             return super().save_pretrained(save_directory, *args, state_dict=trained, **kwargs)
 
+    def push_to_hub(self, repo_id: str, *, merged: bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Push as transformers does, with its arguments; merged as in save_pretrained.
+
+        A repository that has no card gets a short one of this model; `clip-phi push` writes the whole one.
+        Raises ValueError for a delta whose backbones are folders of this machine: nobody else could load it."""
+        merged = not self.config.delta if merged is None else merged
+        parts = ("vision", "text")
+        local = [part for part in parts if getattr(self.config, f"{part}_backbone_revision") is None]
+        if not merged and local and self.config.delta:
+            raise ValueError(
+                f"the {local[0]} backbone is a folder of this machine, {getattr(self.config, f'{local[0]}_backbone')}, "
+                "and nobody else could load a delta of it: push_to_hub(..., merged=True)"
+            )
+        with _temporarily(self.config, delta=not merged and self.config.delta):
+            return super().push_to_hub(repo_id, **kwargs)
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        # What transformers puts into a repository without a card says nothing, and looks like a card.
+        card = Path(working_dir) / "README.md"
+        if not card.is_file() or "has been automatically generated" in card.read_text(encoding="utf-8"):
+            backbones = [self.config.vision_backbone, self.config.text_backbone]
+            names = [name for name in backbones if name is not None and not Path(name).is_absolute()]
+            base = "".join(f"- {name}\n" for name in names)
+            head = BRIEF_CARD.format(repo_id=repo_id, base=f"base_model:\n{base}" if base else "")
+            card.write_text(head, encoding="utf-8")
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
     def _save_adapter(self, save_directory, state: dict[str, torch.Tensor]) -> None:
         folder = Path(save_directory) / ADAPTER_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
@@ -649,6 +725,29 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
                 weight = folded[f"{name}.weight"]
                 folded[f"{name}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
         return folded
+
+
+def _patiently(what: Any, load: Callable[[], Any]) -> Any:
+    """load(), again after growing waits if the connection breaks or the Hub fails; files that have come are cached.
+
+    huggingface_hub goes on with a download that breaks off, and does not try again one that is answered with 5xx."""
+    for wait in (*WAITS, None):
+        try:
+            return load()
+        except (OSError, HTTPError) as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, HTTPError):
+                cause = cause.__cause__ or cause.__context__
+            status = getattr(getattr(cause, "response", None), "status_code", 500)
+            # without any network there is nothing to wait for
+            if cause is None or status < 500 or type(cause).__name__ == "ConnectError":
+                raise
+            if wait is None:
+                reason = str(cause).strip().split("\n")[0]
+                raise OSError(
+                    f"{what} cannot be loaded: the Hub was not reached ({reason}). Try again later."
+                ) from error
+            time.sleep(wait)
 
 
 def _keep(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -687,7 +786,21 @@ def _pin(path: str, revision: str | None, hub: dict[str, Any]) -> tuple[str, str
     return str(path), Path(str(config_file)).parent.name  # .../snapshots/<commit>/config.json
 
 
-def _check_backbones(path: Any, config: ClipPhiConfig, hub: dict[str, Any]) -> None:
+def _vocabulary(text: str, revision: str | None, hub: dict[str, Any], needed: bool = True) -> dict[str, int]:
+    """Of the decoder's own tokenizer; {} if it has none and it is not needed."""
+    try:
+        return AutoTokenizer.from_pretrained(text, revision=revision or "main", **hub).get_vocab()
+    except (OSError, ValueError):
+        if needed:
+            raise
+        return {}
+
+
+def _hash(vocabulary: dict[str, int]) -> str:
+    return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
+
+
+def _check_backbones(path: Any, config: ClipPhiConfig, hub: dict[str, Any], other_text: bool) -> None:
     """That the two backbones of the delta checkpoint at `path` can be reached and are still what they were."""
     vision = (config.vision_backbone, config.vision_backbone_revision, config.vision_config)
     text = (config.text_backbone, config.text_backbone_revision, config.text_config)
@@ -696,9 +809,10 @@ def _check_backbones(path: Any, config: ClipPhiConfig, hub: dict[str, Any]) -> N
             found = AutoConfig.from_pretrained(backbone, revision=revision or "main", **hub)
         except (OSError, ValueError) as error:
             where = f"on the Hub at {revision}" if revision else "as a folder"
+            reason = str(error).split("\n")[0]
             raise OSError(
-                f"{path} is completed from {backbone}, which was not found {where}: put it back there, or use the "
-                "checkpoint that save_pretrained(..., merged=True) makes"
+                f"{path} is completed from {backbone}, which was not found {where} ({reason}): put it back there, or "
+                "use the checkpoint that save_pretrained(..., merged=True) makes"
             ) from error
         is_tower = expected is config.vision_config
         found = getattr(found, "vision_config", found) if is_tower else found.get_text_config(decoder=True)
@@ -708,6 +822,11 @@ def _check_backbones(path: Any, config: ClipPhiConfig, hub: dict[str, Any]) -> N
                     f"{path} was trained on {backbone} with {name} {getattr(expected, name)}, which now has "
                     f"{name} {getattr(found, name)}"
                 )
+    # A commit does not change, but a folder may, and so may the backbone that the caller wants.
+    backbone, revision, _ = text
+    may_differ = config.text_tokenizer_sha256 is not None and (revision is None or other_text)
+    if may_differ and _hash(_vocabulary(str(backbone), revision, hub)) != config.text_tokenizer_sha256:
+        raise ValueError(f"{path} was trained with another tokenizer than that of {backbone}: its tokens differ")
 
 
 def _as_dtype(dtype: torch.dtype | str | None, config: ClipPhiConfig) -> torch.dtype:

@@ -93,6 +93,8 @@ class TrainingArguments:
     num_sample_texts: int = _option(4, "held-out images whose generated text is written at each evaluation")
     max_new_tokens: int = _option(64, "longest sample text")
     merged: bool = _option(False, "save one whole checkpoint (LoRA folded in) instead of trained weights only")
+    push_to_hub: str | None = _option(None, "at the end push the model to this repository, user/name; see docs/hub.md")
+    hub_private_repo: bool = _option(False, "if --push_to_hub makes the repository: only you can see it")
 
     def check(self) -> None:
         """Raises ValueError that lists every bad value and every missing file at once."""

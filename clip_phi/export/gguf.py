@@ -1,0 +1,304 @@
+"""GGUF for llama.cpp: the decoder as a text model of architecture PHI2, tower and projector as an mmproj file.
+
+Names and metadata are those of llama.cpp's loader (src/models/phi2.cpp, tools/mtmd/clip.cpp and models/llava.cpp). Its
+projector graph is mm.0 -> GELU -> mm.2. One linear layer (W, b) survives it: gelu(x) - gelu(-x) = x for the exact GELU
+and for its tanh form alike, so mm.0 = [W; -W], [b; -b] and mm.2 = [I, -I].
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+
+TOLERANCE = 0.01  # of the largest feature; float16 costs 0.0002, a tower with the exact GELU a little more
+# Of a block of Phi in transformers, and what llama.cpp calls it.
+PHI2_BLOCK = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.dense": "attn_output",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+}
+CLIP_BLOCK = {
+    "layer_norm1": "ln1",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.out_proj": "attn_out",
+    "layer_norm2": "ln2",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+}
+
+
+def export_gguf(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path, dtype: str) -> dict[str, Any]:
+    """Write text.gguf and mmproj.gguf into the folder. dtype: of matrices, float16 or float32; vectors are float32.
+
+    Returns {"files", "tensors", "largest_difference"}: of the features that the mmproj's graph, run in numpy from the
+    file, gives for a random image, from the model's, relative to their largest value.
+    Raises ValueError if llama.cpp's graphs cannot hold the model, ImportError without the package gguf."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ImportError("GGUF files need the package gguf: pip install 'clip-phi[gguf]'") from error
+    refuse_what_gguf_cannot_hold(model, processor)
+    folder.mkdir(parents=True, exist_ok=True)
+    text, mmproj = folder / "text.gguf", folder / "mmproj.gguf"
+    written = _write_text(model, processor, text, dtype)
+    written_too = _write_mmproj(model, processor, mmproj, dtype)
+    _compare(text, written)
+    _compare(mmproj, written_too)
+    config: Any = model.config
+    size = config.vision_config.image_size
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features: Any = model.get_image_features(pixels, return_dict=True)
+    wanted = features.pooler_output[0].float().numpy()
+    difference = float(np.abs(run_mmproj(mmproj, pixels.numpy()) - wanted).max() / np.abs(wanted).max())
+    if not difference < TOLERANCE:
+        raise ValueError(f"the written graph gives other image features (by {difference:.1%} of the largest)")
+    files = [str(text), str(mmproj)]
+    return {"files": files, "tensors": len(written) + len(written_too), "largest_difference": difference}
+
+
+def refuse_what_gguf_cannot_hold(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -> None:
+    config: Any = model.config
+    text, vision = config.text_config, config.vision_config
+    found = []
+    if text.model_type != "phi":
+        found.append(f"the decoder is a {text.model_type!r}; this writes phi. llama.cpp has converters of its own")
+    elif text.hidden_act not in ("gelu_new", "gelu_pytorch_tanh") or text.qk_layernorm:
+        found.append("PHI2 has the tanh form of GELU and no norms of queries and keys")
+    if vision.model_type != "clip_vision_model":
+        found.append(f"the tower is a {vision.model_type!r}; llama.cpp's llava graph is a CLIP tower")
+    elif vision.hidden_act not in ("quick_gelu", "gelu", "gelu_pytorch_tanh"):
+        found.append(f"the tower's activation is {vision.hidden_act!r}; llama.cpp's are quick_gelu and gelu")
+    if model.config.vision_feature_select_strategy != "default":
+        found.append("the projector reads the CLS feature too, which llama.cpp's llava graph drops")
+    backend = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    plain = backend["model"]["type"] == "BPE" and (backend["pre_tokenizer"] or {}).get("type") == "ByteLevel"
+    if not plain or backend["pre_tokenizer"].get("add_prefix_space") or backend["normalizer"]:
+        found.append("the tokenizer is not GPT-2's byte-level BPE")
+    if found:
+        raise ValueError(f"GGUF cannot hold this model: {'; '.join(found)}")
+
+
+def _write_text(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Path, dtype: str) -> dict[str, Any]:
+    import gguf
+
+    config: Any = model.config.text_config
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI2])
+    head_width = config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters
+    writer.add_name("Clip-Phi")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    writer.add_rope_dimension_count(int(head_width * rope["partial_rotary_factor"]))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if dtype == "float16" else gguf.LlamaFileType.ALL_F32)
+    _add_tokenizer(writer, processor.tokenizer, config.vocab_size)
+
+    decoder = model.model.language_model.state_dict()
+    names = {"embed_tokens": "token_embd", "final_layernorm": "output_norm"}
+    for layer in range(config.num_hidden_layers):
+        names |= {f"layers.{layer}.{name}": f"blk.{layer}.{theirs}" for name, theirs in PHI2_BLOCK.items()}
+    tensors = _renamed(decoder, names, ignore=("rotary_emb",))
+    tensors |= {f"output.{part}": value for part, value in model.lm_head.state_dict().items()}
+    tensors.setdefault("output.bias", torch.zeros(config.vocab_size))
+    return _write(writer, tensors, dtype)
+
+
+def _add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
+    """Every row of the embedding gets a token; those that the tokenizer does not know are marked as unused."""
+    import gguf
+
+    by_id = {number: token for token, number in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    tokens, kinds = [], []
+    for number in range(rows):
+        if number not in by_id:
+            tokens.append(f"[PAD{number}]")
+            kinds.append(gguf.TokenType.UNUSED)
+        elif number in added:
+            tokens.append(by_id[number])
+            kinds.append(gguf.TokenType.CONTROL if added[number].special else gguf.TokenType.USER_DEFINED)
+        else:
+            tokens.append(by_id[number])
+            kinds.append(gguf.TokenType.NORMAL)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_bos_token_id(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(False)
+
+
+def _write_mmproj(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Path, dtype: str) -> dict[str, Any]:
+    import gguf
+
+    whole: Any = model.config
+    config = whole.vision_config
+    layers = config.num_hidden_layers
+    layer = model.config.vision_feature_layer
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_type(gguf.GGUFType.MMPROJ)
+    writer.add_name("Clip-Phi")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if dtype == "float16" else gguf.LlamaFileType.ALL_F32)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("mlp")
+    writer.add_vision_projection_dim(whole.text_config.hidden_size)
+    writer.add_vision_image_size(config.image_size)
+    writer.add_vision_patch_size(config.patch_size)
+    writer.add_vision_embedding_length(config.hidden_size)
+    writer.add_vision_feed_forward_length(config.intermediate_size)
+    writer.add_vision_block_count(layers)
+    writer.add_vision_head_count(config.num_attention_heads)
+    writer.add_vision_attention_layernorm_eps(config.layer_norm_eps)
+    writer.add_vision_image_mean(list(processor.image_processor.image_mean))
+    writer.add_vision_image_std(list(processor.image_processor.image_std))
+    writer.add_vision_use_gelu(config.hidden_act != "quick_gelu")
+    # llama.cpp's own default is the second-to-last, whatever the model reads
+    writer.add_array("clip.vision.feature_layer", [layer if layer >= 0 else layers + 1 + layer])
+
+    names = {
+        "embeddings.class_embedding": "v.class_embd",
+        "embeddings.patch_embedding": "v.patch_embd",
+        "embeddings.position_embedding": "v.position_embd",
+        "pre_layrnorm": "v.pre_ln",
+    }
+    for number in range(layers):
+        ours = f"encoder.layers.{number}"
+        names |= {f"{ours}.{name}": f"v.blk.{number}.{theirs}" for name, theirs in CLIP_BLOCK.items()}
+    tower = {name.removeprefix("vision_model."): value for name, value in model.model.vision_tower.state_dict().items()}
+    # what llama.cpp would put behind the last layer, where the projector reads before it
+    tensors = _renamed(tower, names, ignore=("post_layernorm", "position_ids"))
+    return _write(writer, tensors | _projector(model), dtype)
+
+
+def _projector(model: ClipPhiForCausalLM) -> dict[str, torch.Tensor]:
+    state = {name: value.float() for name, value in model.model.projector.state_dict().items()}
+    config: Any = model.config
+    width = config.text_config.hidden_size
+    if config.projector_type == "mlp":
+        first, second = ((state[f"{n}.weight"], state.get(f"{n}.bias")) for n in (0, 2))
+    else:
+        weight, bias = state["weight"], state.get("bias", torch.zeros(width))
+        first = torch.cat([weight, -weight]), torch.cat([bias, -bias])
+        second = torch.cat([torch.eye(width), -torch.eye(width)], dim=1), None
+    tensors = {}
+    for number, (weight, bias) in ((0, first), (2, second)):
+        tensors[f"mm.{number}.weight"] = weight
+        tensors[f"mm.{number}.bias"] = torch.zeros(len(weight)) if bias is None else bias
+    return tensors
+
+
+def _renamed(state: dict[str, torch.Tensor], names: dict[str, str], ignore: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Raises ValueError for a weight that has no place in the file: nothing is left out silently."""
+    renamed = {}
+    for name, value in state.items():
+        part, _, kind = name.rpartition(".")
+        if name in names:
+            renamed[names[name]] = value
+        elif part in names:
+            renamed[f"{names[part]}.{kind}"] = value
+        elif not any(word in name for word in ignore):
+            raise ValueError(f"GGUF cannot hold this model: it has no place for {name}")
+    return renamed
+
+
+def _write(writer: Any, tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, np.ndarray]:
+    """Returns the arrays as they were written."""
+    arrays = {}
+    for name, value in tensors.items():
+        # vectors stay whole, and so does what llama.cpp adds to activations
+        small = value.dim() < 2 or name == "v.position_embd.weight"
+        kind = np.float16 if dtype == "float16" and not small else np.float32
+        arrays[name] = np.ascontiguousarray(value.detach().float().cpu().numpy().astype(kind))
+        writer.add_tensor(name, arrays[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return arrays
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a GGUF file by name, in numpy's order of dimensions."""
+    import gguf
+
+    found = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        found[tensor.name] = np.array(tensor.data).reshape([int(size) for size in reversed(tensor.shape)])
+    return found
+
+
+def _compare(path: Path, written: dict[str, np.ndarray]) -> None:
+    found = read_tensors(path)
+    if found.keys() != written.keys():
+        raise ValueError(f"{path} does not hold what was written: {sorted(found.keys() ^ written.keys())[:3]}")
+    for name, value in written.items():
+        if not np.array_equal(found[name], value):
+            raise ValueError(f"{path} holds another {name} than was written")
+
+
+def run_mmproj(path: Path, pixels: np.ndarray) -> np.ndarray:
+    """What llama.cpp's llava graph gives for an image, from the file alone, in numpy: float (patches, text hidden).
+
+    pixels: float (1, 3, height, width), normalised. Source of the graph: llama.cpp, tools/mtmd/models/llava.cpp."""
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+
+    def read(key: str) -> Any:
+        return fields[f"clip.{key}"].contents()
+
+    tensors = {name: value.astype(np.float32) for name, value in read_tensors(path).items()}
+    width, patch, heads = (read(f"vision.{key}") for key in ("embedding_length", "patch_size", "attention.head_count"))
+    epsilon, gelu = read("vision.attention.layer_norm_epsilon"), read("use_gelu")
+    side = pixels.shape[-1] // patch
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ tensors[f"{name}.weight"].T + tensors.get(f"{name}.bias", 0)
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
+        return x * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+
+    def gelu_tanh(x: np.ndarray) -> np.ndarray:
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    def attend(x: np.ndarray, block: str) -> np.ndarray:
+        query, key, value = (
+            linear(x, f"{block}.attn_{part}").reshape(len(x), heads, -1).transpose(1, 0, 2) for part in "qkv"
+        )
+        scores = query @ key.transpose(0, 2, 1) / np.sqrt(width / heads)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = (weights / weights.sum(-1, keepdims=True)) @ value
+        return linear(mixed.transpose(1, 0, 2).reshape(len(x), width), f"{block}.attn_out")
+
+    squares = pixels.reshape(3, side, patch, side, patch).transpose(1, 3, 0, 2, 4).reshape(side * side, -1)
+    x = squares @ tensors["v.patch_embd.weight"].reshape(width, -1).T
+    x = np.concatenate([tensors["v.class_embd"][None], x]) + tensors["v.position_embd.weight"]
+    x = norm(x, "v.pre_ln")
+    for number in range(read("vision.feature_layer")[0]):
+        block = f"v.blk.{number}"
+        x = x + attend(norm(x, f"{block}.ln1"), block)
+        inner = linear(norm(x, f"{block}.ln2"), f"{block}.ffn_up")
+        inner = gelu_tanh(inner) if gelu else inner / (1 + np.exp(-1.702 * inner))
+        x = x + linear(inner, f"{block}.ffn_down")
+    return linear(gelu_tanh(linear(x[1:], "mm.0")), "mm.2")

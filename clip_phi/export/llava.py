@@ -1,0 +1,108 @@
+"""Checkpoints for programs that know no remote code, or another class of ours: stock Llava, and vLLM's backend."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiModel, ClipPhiProcessor
+
+
+def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path) -> dict[str, Any]:
+    """Write the same weights as a stock LlavaForConditionalGeneration with its processor: no remote code.
+
+    A single linear layer W becomes linear_1 = W, linear_2 = identity with nothing between. Returns
+    {"files", "largest_difference"}: of the logits, read back, from the model's for a random image.
+    Raises ValueError if the decoder's head has a bias, as phi-2's has: Llava's has none."""
+    config: Any = model.config
+    if model.lm_head.bias is not None:
+        raise ValueError(
+            f"Llava has no place for the bias of this decoder's head ({config.text_config.model_type}), so the "
+            "logits would be wrong: use the checkpoint as it is, or --to gguf"
+        )
+    linear = config.projector_type == "linear"
+    llava_config = LlavaConfig(
+        vision_config=config.vision_config,
+        text_config=config.text_config,
+        image_token_index=config.image_token_id,
+        projector_hidden_act="linear" if linear else "gelu",
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(llava_config)
+    state = {f"model.vision_tower.{name}": value for name, value in model.model.vision_tower.state_dict().items()}
+    state |= {f"model.language_model.{name}": value for name, value in model.model.language_model.state_dict().items()}
+    state["lm_head.weight"] = model.lm_head.weight.detach()
+    projector = model.model.projector.state_dict()
+    first = "" if linear else "0."
+    width = config.text_config.hidden_size
+    zeros = model.lm_head.weight.new_zeros(width)
+    second = (torch.eye(width).to(zeros), zeros)
+    if not linear:
+        second = (projector["2.weight"], projector.get("2.bias", zeros))
+    layers = {1: (projector[f"{first}weight"], projector.get(f"{first}bias", zeros)), 2: second}
+    for number, parts in layers.items():
+        for name, value in zip(("weight", "bias"), parts, strict=True):
+            state[f"model.multi_modal_projector.linear_{number}.{name}"] = value.clone()  # two zeros, not one
+    llava.load_state_dict(state, assign=True)
+    llava.tie_weights()
+    llava.generation_config = model.generation_config
+    _without_names(llava.config)
+    llava.save_pretrained(folder)
+    LlavaProcessor(
+        image_processor=processor.image_processor,
+        tokenizer=processor.tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,  # CLS
+        image_token=processor.image_token,
+        chat_template=processor.chat_template,
+    ).save_pretrained(folder)
+    inputs = _random_inputs(model, processor)
+    read_back = LlavaForConditionalGeneration.from_pretrained(folder, dtype=model.dtype).eval()
+    with torch.no_grad():
+        difference = (read_back(**inputs).logits - model(**inputs).logits).abs().max().item()
+    if difference > 1e-4:
+        raise ValueError(f"the checkpoint in {folder} gives other logits (by {difference:g})")
+    return {"files": [str(folder)], "largest_difference": difference}
+
+
+def export_vllm(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path) -> dict[str, Any]:
+    """Write a merged checkpoint whose AutoModel is the model without its head, as vLLM's transformers backend asks.
+
+    The usual AutoModel is the class with generate. Returns {"files", "largest_difference"}: of the hidden states."""
+    model.save_pretrained(folder, merged=True)
+    processor.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["auto_map"]["AutoModel"] = "modeling_clip_phi.ClipPhiModel"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    inputs = _random_inputs(model, processor)
+    read_back = ClipPhiModel.from_pretrained(folder, dtype=model.dtype)
+    with torch.no_grad():
+        wanted = model.model(**inputs).last_hidden_state
+        difference = (read_back(**inputs).last_hidden_state - wanted).abs().max().item()
+    if difference > 1e-4:
+        raise ValueError(f"the checkpoint in {folder} gives other hidden states (by {difference:g})")
+    return {"files": [str(folder)], "largest_difference": difference}
+
+
+def _random_inputs(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -> dict[str, torch.Tensor]:
+    config: Any = model.config
+    size = config.vision_config.image_size
+    generator = torch.Generator().manual_seed(0)
+    ids = processor.tokenizer("What is it?")["input_ids"]
+    return {
+        "input_ids": torch.tensor([[processor.image_token_id] * processor.num_image_tokens + ids]),
+        "pixel_values": torch.randn(1, 3, size, size, generator=generator).to(model.dtype),
+    }
+
+
+def _without_names(config: Any) -> None:
+    """Folders of this machine say nothing elsewhere."""
+    for each in (config, config.vision_config, config.text_config):
+        each.name_or_path = ""

@@ -1,0 +1,55 @@
+"""Projectors of the course notebooks of 2024, or of any script that saved one linear layer, as our checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+
+
+def import_projector(path: str, vision: str, text: str, vision_feature_layer: int, folder: Path) -> dict[str, Any]:
+    """Write a delta checkpoint of the two backbones with the linear layer of a .pth file (clipphi_proj.pth: 640->2560).
+
+    vision_feature_layer: -1, the last hidden state, is what those notebooks read; this project's own default is -2.
+    Only tensors are read from the file (weights_only): a pickled module, which could run any code, is refused.
+    Returns {"files", "parameters"}. Raises ValueError if it holds no such layer, or one of other widths."""
+    state = _read(path)
+    weights = [name for name, value in state.items() if name.endswith("weight") and value.dim() == 2]
+    if len(weights) != 1:
+        raise ValueError(f"{path} must hold the weight of one linear layer, and holds {', '.join(state) or 'nothing'}")
+    prefix = weights[0].removesuffix("weight")
+    bias = state.get(f"{prefix}bias")
+    if extra := sorted(state.keys() - {f"{prefix}weight", f"{prefix}bias"}):
+        raise ValueError(f"{path} holds more than one linear layer: {', '.join(extra)}")
+    processor = ClipPhiProcessor.from_backbones(vision, text)
+    model: Any = ClipPhiForCausalLM.from_backbones(
+        vision,
+        text,
+        image_token_id=processor.image_token_id,
+        vision_feature_layer=vision_feature_layer,
+        projector_bias=bias is not None,
+    )
+    layer = {"weight": state[weights[0]].float()} | ({} if bias is None else {"bias": bias.float()})
+    wanted = tuple(model.model.projector.weight.shape)
+    if tuple(layer["weight"].shape) != wanted:
+        given = " -> ".join(map(str, reversed(layer["weight"].shape)))
+        raise ValueError(f"{path} maps {given}, and {vision} and {text} need {wanted[1]} -> {wanted[0]}")
+    model.model.projector.load_state_dict(layer)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return {"files": [str(folder)], "parameters": sum(value.numel() for value in layer.values())}
+
+
+def _read(path: str) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"no such file: {path}") from error
+    except Exception as error:  # pickle.UnpicklingError, RuntimeError, EOFError, by what is wrong with the file
+        raise ValueError(
+            f"{path} cannot be read safely ({str(error).splitlines()[0]}): save projector.state_dict() with torch.save"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} is not the state dict of a linear layer: save projector.state_dict() with torch.save")
+    return state

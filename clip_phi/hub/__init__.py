@@ -1,0 +1,1 @@
+"""The Hub: the model card, and pushing a run so that it loads anywhere."""

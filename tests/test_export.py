@@ -1,0 +1,243 @@
+"""Other programs' formats hold the same model, or are refused. What needs gguf or onnx runs by make test-export."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import TEXT, VISION, save_tokenizer
+from PIL import Image
+from test_remote_code import run_clean
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
+
+from clip_phi.cli import main
+from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+
+LLAMA = {name: value for name, value in TEXT.items() if name != "resid_pdrop"}
+
+
+def backbones(folder, text, **vision):
+    """A tower and this decoder, with biases and norms that are not at their beginnings."""
+    torch.manual_seed(3)
+    tower = CLIPVisionModel(CLIPVisionConfig(**VISION | vision))
+    for part in (tower, text):
+        with torch.no_grad():
+            for parameter in part.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    tower.save_pretrained(folder / "vision")
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessorPil(**sizes).save_pretrained(folder / "vision")
+    text.save_pretrained(folder / "text")
+    save_tokenizer(folder / "text")
+    return str(folder / "vision"), str(folder / "text")
+
+
+def checkpoint(folder, text, projector_type="linear", projector_bias=True, **vision):
+    parts = backbones(folder, text, **vision)
+    options = {"projector_type": projector_type, "projector_bias": projector_bias}
+    model = ClipPhiForCausalLM.from_backbones(*parts, **options)
+    processor = ClipPhiProcessor.from_backbones(*parts)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return model, processor
+
+
+def small_phi():
+    return PhiForCausalLM(PhiConfig(**TEXT))
+
+
+@pytest.mark.parametrize(("projector_type", "bias", "tied"), [("linear", True, False), ("mlp", False, True)])
+def test_stock_llava_gives_equal_logits_and_tokens(projector_type, bias, tied, tmp_path, capsys):
+    text = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=tied))
+    model, processor = checkpoint(tmp_path, text, projector_type, bias)
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "llava"), "--to", "llava", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["largest_difference"] < 1e-5
+    assert not list((tmp_path / "llava").glob("*.py")), "no remote code"
+    assert str(tmp_path) not in (tmp_path / "llava/config.json").read_text()
+    llava = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava")
+    assert type(llava).__name__ == "LlavaForConditionalGeneration"
+    image = Image.effect_noise((40, 30), 60).convert("RGB")
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "a?"}]}]
+    asked = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(messages, **asked)
+    theirs = AutoProcessor.from_pretrained(tmp_path / "llava").apply_chat_template(messages, **asked)
+    assert torch.equal(theirs["input_ids"], inputs["input_ids"])
+    assert torch.equal(theirs["pixel_values"], inputs["pixel_values"])
+    with torch.no_grad():
+        torch.testing.assert_close(llava(**theirs).logits, model(**inputs).logits)
+
+
+def test_llava_of_a_decoder_whose_head_has_a_bias_is_refused(model, processor, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "llava"), "--to", "llava"]) == 2
+    assert "Llava has no place for the bias of this decoder's head (phi)" in capsys.readouterr().err
+    assert not (tmp_path / "llava").exists()
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "model"), "--to", "vllm"]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+HEADLESS = """
+import torch
+from transformers import AutoModel, AutoModelForImageTextToText
+folder, expected = sys.argv[1:]
+inputs, hidden_states = torch.load(expected)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__name__ == "ClipPhiModel" and model._supports_attention_backend
+with torch.no_grad():
+    assert torch.equal(model(**inputs).last_hidden_state, hidden_states)
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    assert torch.equal(model.model(**inputs).last_hidden_state, hidden_states)
+"""
+
+
+def test_checkpoint_for_vllm_has_an_automodel_without_head_in_a_clean_process(model, processor, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "vllm"), "--to", "vllm"]) == 0
+    assert capsys.readouterr().out.endswith("largest difference from the model 0\n")
+    image = Image.effect_noise((40, 30), 60).convert("RGB")
+    inputs = dict(processor(images=[image], text=["<image>a?"], return_tensors="pt"))
+    with torch.no_grad():
+        torch.save((inputs, model.model(**inputs).last_hidden_state), tmp_path / "expected.pt")
+    run_clean(HEADLESS, tmp_path, tmp_path / "vllm", tmp_path / "expected.pt")
+
+
+# ------------------------------------------------------------------ notebooks
+
+
+@pytest.mark.parametrize("prefix", ["", "proj."])
+@pytest.mark.parametrize("bias", [True, False])
+def test_projector_of_a_notebook_becomes_a_checkpoint(prefix, bias, vision_backbone, text_backbone, tmp_path, capsys):
+    layer = torch.nn.Linear(16, 32, bias=bias)
+    torch.save({f"{prefix}{name}": value for name, value in layer.state_dict().items()}, tmp_path / "proj.pth")
+    words = ["import-projector", str(tmp_path / "proj.pth"), str(tmp_path / "out")]
+    words += ["--vision_backbone", vision_backbone, "--text_backbone", text_backbone]
+    assert main(words) == 0
+    model = ClipPhiForCausalLM.from_pretrained(tmp_path / "out")
+    ClipPhiProcessor.from_pretrained(tmp_path / "out")
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():  # what the notebooks do: the last hidden state, without CLS, through the layer
+        expected = layer(model.model.vision_tower(pixels).last_hidden_state[0, 1:])
+        torch.testing.assert_close(model.get_image_features(pixels).pooler_output[0], expected)
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("/nowhere/evil", "w"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (torch.nn.Linear(16, 32), "cannot be read safely"),
+        (Evil(), "cannot be read safely"),
+        (b"not a pickle", "cannot be read safely"),
+        (torch.nn.Linear(17, 32).state_dict(), "maps 17 -> 32, and .* need 16 -> 32"),
+        (torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).state_dict(), "one linear layer"),
+        (torch.nn.LayerNorm(4).state_dict(), "one linear layer"),
+        (torch.zeros(2), "is not the state dict"),
+        (None, "no such file"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else type(value).__name__,
+)
+def test_other_files_are_refused_in_one_line(content, words, vision_backbone, text_backbone, tmp_path, capsys):
+    if isinstance(content, bytes):
+        (tmp_path / "proj.pth").write_bytes(content)
+    elif content is not None:
+        torch.save(content, tmp_path / "proj.pth")
+    command = ["import-projector", str(tmp_path / "proj.pth"), str(tmp_path / "out")]
+    assert main([*command, "--vision_backbone", vision_backbone, "--text_backbone", text_backbone]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert re.search(words, said)
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------ make test-export
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("projector_type", "bias", "activation"),
+    [("linear", True, "quick_gelu"), ("linear", False, "gelu"), ("mlp", True, "quick_gelu")],
+)
+def test_gguf_holds_every_weight_and_its_graph_gives_equal_features(
+    dtype, projector_type, bias, activation, tmp_path, capsys
+):
+    from clip_phi.export.gguf import read_tensors
+
+    model, processor = checkpoint(tmp_path, small_phi(), projector_type, bias, hidden_act=activation)
+    words = ["export", str(tmp_path / "model"), str(tmp_path / "gguf"), "--to", "gguf", "--dtype", dtype, "--json"]
+    assert main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    exact = dtype == "float32" and activation == "quick_gelu" and projector_type == "linear"
+    assert told["largest_difference"] < (2e-6 if exact else 5e-3)
+    text, mmproj = (read_tensors(tmp_path / "gguf" / name) for name in ("text.gguf", "mmproj.gguf"))
+    assert len(text) + len(mmproj) == told["tensors"]
+    parts = {name: value for name, value in model.named_parameters() if "post_layernorm" not in name}
+    held = sum(value.size for value in (text | mmproj).values())
+    projector = sum(value.numel() for value in model.model.projector.parameters())
+    here = sum(value.numel() for name, value in parts.items()) - projector
+    width, hidden = VISION["hidden_size"], TEXT["hidden_size"]
+    double = 2 * hidden * width + 2 * hidden + 2 * hidden * hidden + hidden  # [W; -W], [b; -b], [I, -I], 0
+    assert held == here + (double if projector_type == "linear" else projector)
+    weight = model.lm_head.weight.detach().numpy()
+    assert (text["output.weight"] == weight.astype(dtype)).all() and text["output.bias"].dtype == "float32"
+    if projector_type == "linear":
+        ours = model.model.projector.weight.detach().numpy().astype(dtype)
+        assert (mmproj["mm.0.weight"][:hidden] == ours).all() and (mmproj["mm.0.weight"][hidden:] == -ours).all()
+
+
+@pytest.mark.export
+def test_gguf_metadata_and_tokens_are_those_of_the_decoder(tmp_path):
+    import gguf
+
+    from clip_phi.export import export
+
+    model, processor = checkpoint(tmp_path, small_phi())
+    export(str(tmp_path / "model"), tmp_path / "gguf", "gguf", "float32")
+    fields = gguf.GGUFReader(tmp_path / "gguf/text.gguf").fields
+    read = {name: field.contents() for name, field in fields.items()}
+    expected = {"general.architecture": "phi2", "phi2.block_count": 2, "phi2.rope.dimension_count": 8}
+    expected |= {"phi2.attention.head_count": 2, "phi2.feed_forward_length": 64, "phi2.context_length": 256}
+    assert {name: read[name] for name in expected} == expected
+    tokens, kinds = read["tokenizer.ggml.tokens"], read["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(kinds) == TEXT["vocab_size"]
+    for token, number in processor.tokenizer.get_vocab().items():
+        assert tokens[number] == token
+    special = {processor.image_token_id, processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id}
+    assert {number for number, kind in enumerate(kinds) if kind == gguf.TokenType.CONTROL} == special
+    assert kinds.count(gguf.TokenType.UNUSED) == TEXT["vocab_size"] - len(processor.tokenizer)
+    assert read["tokenizer.ggml.eos_token_id"] == processor.tokenizer.eos_token_id
+    vision = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "gguf/mmproj.gguf").fields.items()}
+    assert vision["clip.vision.feature_layer"] == [2], "the second-to-last of three layers"
+    assert vision["clip.projector_type"] == "mlp" and vision["clip.vision.projection_dim"] == 32
+
+
+@pytest.mark.export
+def test_what_gguf_cannot_hold_is_refused(tmp_path, capsys):
+    checkpoint(tmp_path, LlamaForCausalLM(LlamaConfig(**LLAMA)))
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "gguf"), "--to", "gguf"]) == 2
+    assert "the decoder is a 'llama'; this writes phi" in capsys.readouterr().err
+    assert not (tmp_path / "gguf").exists()
+
+
+@pytest.mark.export
+def test_onnx_of_tower_and_projector_gives_equal_features(tmp_path, capsys):
+    checkpoint(tmp_path, small_phi())
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "onnx"), "--to", "onnx", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["largest_difference"] < 1e-5 and told["files"] == [str(tmp_path / "onnx/vision.onnx")]
