@@ -26,7 +26,8 @@ _TOKEN = re.compile(
     https?://[^\s"<>|(){}]+ | [\w.+-]+@[^\W_]+(?:[.-][^\W_]+)*          # addresses
     | <[a-z]\w*> | [:;]-?[()] | ['’]\d\ds?(?![^\W_"]) | '(?:n'|(?:em|til|n|cause|tis|twas)\b) | ol'
     | \b(?:[^\W\d_]\.)+(?:[^\W\d_](?![^\W_])|(?![^\W_]))               # u.s., p.m, and "a." at the end of a sentence
-    | \b(?:mr|mrs|ms|dr|prof|st|ave|blvd|rd|mt|ft|jr|sr|co|corp|inc|ltd|vs|etc|gen|sen|rep|gov|lt|col|capt|sgt)\.(?![^\s.!?])
+    | \b(?:mr|mrs|ms|dr|prof|st|ave|blvd|rd|mt|ft|jr|sr|co|corp|inc|ltd|vs|etc|gen|sen|rep|gov|lt|col|capt|sgt)\.
+      (?![^\s.!?])
     | \bno\.(?=\s*\d)
     | (?-i:[A-Z]+&[A-Z]+)\b                                             # AT&T, but not at&t
     | [+-]?(?<![^\W_])\d+(?:[.,:/]\d+)+ | (?<!\d)\.\d+ | [+-](?<![^\W_][+-])\d+\b     # 10:30, 1,000, 1/2, .5, -5
@@ -111,12 +112,7 @@ class CaptionScorer:
         if len(captions) != len(self.references):
             raise ValueError(f"{len(captions):,} captions for {len(self.references):,} images")
         candidates = [_Words.of(caption) for caption in captions]
-        both = np.array(
-            [
-                self._cider(words, vectors)
-                for words, vectors in zip(candidates, self._vectors, strict=True)
-            ]
-        )
+        both = np.array([self._cider(words, vectors) for words, vectors in zip(candidates, self._vectors, strict=True)])
         each = {
             "ROUGE-L": np.array([rouge_l(c, r) for c, r in zip(candidates, self.references, strict=True)]),
             "CIDEr": both[:, 1],
@@ -140,7 +136,9 @@ class CaptionScorer:
         plain = clipped = 0.0
         for other in references:
             penalty = math.exp(-((own.length - other.length) ** 2) / (2 * SIGMA**2))
-            for mine, theirs, my_norm, their_norm in zip(own.weights, other.weights, own.norms, other.norms, strict=True):
+            for mine, theirs, my_norm, their_norm in zip(
+                own.weights, other.weights, own.norms, other.norms, strict=True
+            ):
                 norm = my_norm * their_norm
                 if norm == 0:
                     continue

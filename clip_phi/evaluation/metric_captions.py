@@ -9,7 +9,9 @@ import evaluate
 
 from .captions import CaptionScorer
 
-DESCRIPTION = "Captions against references, as coco-caption scores them: BLEU-1 to 4, ROUGE-L, CIDEr (which is CIDEr-D)."
+DESCRIPTION = (
+    "Captions against references, as coco-caption scores them: BLEU-1 to 4, ROUGE-L, CIDEr (which is CIDEr-D)."
+)
 
 
 class Captions(evaluate.Metric):

@@ -9,23 +9,24 @@ from collections.abc import Sequence
 import numpy as np
 
 ARTICLES = {"a", "an", "the"}
-NUMBERS = {
-    name: str(value)
-    for value, name in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}
+_NUMBERS = "zero one two three four five six seven eight nine ten"
+NUMBERS = {name: str(value) for value, name in enumerate(_NUMBERS.split())} | {"none": "0"}
 # Words that are written without one of their apostrophes, as the official evaluation mends them. The two of somebody'd
 # are turned round there, and it knows neither i'm nor let's.
-_CONTRACTIONS = (
-    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've "
-    "he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've "
-    "o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's "
-    "someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've "
-    "there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's "
-    "what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've "
-    "wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
-).split()
+_CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
 CONTRACTIONS = {
-    word[:place] + word[place + 1 :]: word for word in _CONTRACTIONS for place in range(len(word)) if word[place] == "'"
+    word[:place] + word[place + 1 :]: word
+    for word in _CONTRACTIONS.split()
+    for place in range(len(word))
+    if word[place] == "'"
 } | {"somebody'd": "somebodyd"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
@@ -57,7 +58,9 @@ def vqa_accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) ->
     all others must have given it; with one, that one.
     Raises ValueError if a question has no reference, or there are not as many of them as answers."""
     _check(answers, references)
-    return np.array([_accuracy(normalise(a), [normalise(r) for r in rs]) for a, rs in zip(answers, references, strict=True)])
+    return np.array(
+        [_accuracy(normalise(a), [normalise(r) for r in rs]) for a, rs in zip(answers, references, strict=True)]
+    )
 
 
 def _accuracy(answer: str, references: Sequence[str]) -> float:
@@ -92,7 +95,7 @@ def pope(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
     labels: yes or no. A score whose denominator is 0 is 0. Raises ValueError for another label or number of them."""
     if len(answers) != len(labels) or not answers:
         raise ValueError(f"{len(answers):,} answers for {len(labels):,} labels: give as many, and one at least")
-    if unknown := sorted({label for label in labels} - {"yes", "no"}):
+    if unknown := sorted(set(labels) - {"yes", "no"}):
         raise ValueError(f"POPE's labels are yes and no, not {', '.join(map(repr, unknown[:3]))}")
     said = np.array([says_yes(answer) for answer in answers])
     true = np.array([label == "yes" for label in labels])
