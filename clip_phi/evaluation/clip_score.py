@@ -36,17 +36,22 @@ class ClipScorer:
         pictures = iter(images)
         for start in range(0, len(texts), BATCH_SIZE):
             batch = [PREFIX + text for text in texts[start : start + BATCH_SIZE]]
-            most = self.model.config.text_config.max_position_embeddings
-            tokens = self.tokenizer(batch, padding=True, truncation=True, max_length=most, return_tensors="pt")
             pixels = self.image_processor([next(pictures) for _ in batch], return_tensors="pt")["pixel_values"]
-            output = self.model(
-                input_ids=tokens["input_ids"].to(self.model.device),
-                attention_mask=tokens["attention_mask"].to(self.model.device),
-                pixel_values=pixels.to(self.model.device),
-            )
+            output = self.model(**self._tokens(batch), pixel_values=pixels.to(self.model.device))
             cosine = (output.text_embeds * output.image_embeds).sum(-1)  # both have length 1
             scores.append(WEIGHT * cosine.clamp(min=0).double().cpu().numpy())
         return np.concatenate(scores)
+
+    def _tokens(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Each with one end token, at which CLIP reads the text; some tokenizers write it themselves, some do not."""
+        end = self.tokenizer.eos_token_id
+        most = self.model.config.text_config.max_position_embeddings - 1
+        rows = [ids[:-1] if ids[-1] == end else ids for ids in self.tokenizer(list(texts))["input_ids"]]
+        rows = [[*ids[:most], end] for ids in rows]
+        longest = max(map(len, rows))
+        padded = torch.tensor([row + [end] * (longest - len(row)) for row in rows], device=self.model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.model.device)
+        return {"input_ids": padded, "attention_mask": mask}
 
 
 def clip_at_hand(config: Any, device: Any, say: Callable[[str], Any]) -> ClipScorer | None:

@@ -32,12 +32,12 @@ def evaluate(options: argparse.Namespace, demo_checkpoint: str) -> None:
         texts = [DEMO_SOURCES.get(options.task, DEMO_SOURCES["vqa"])]
     sources = _parse(texts)
     from accelerate import PartialState
-    from accelerate.utils import gather_object
+    from accelerate.utils import gather_object, parse_flag_from_env
     from tqdm import tqdm
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    state = PartialState(cpu=options.device == "cpu")
+    state = PartialState(cpu=options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
     def say(text: str) -> None:
         if state.is_main_process:

@@ -110,9 +110,9 @@ def make_exam(
     report.refuse_bad(max_bad)
     if not exam.items:
         found = ", ".join(f"{count:,} x {kind}" for kind, count in exam.left_out.items()) or "no record"
-        raise ValueError(f"--task {task}: nothing to ask in these data ({found})")
+        raise ValueError(f"{task}: nothing to ask in these data ({found})")
     if len(set(exam.digests)) < 2:
-        raise ValueError(f"--task {task}: all is about one image, and no other can be shown in its place")
+        raise ValueError(f"{task}: all is about one image, and no other can be shown in its place")
     return exam
 
 
