@@ -213,8 +213,8 @@ def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:
     return len(first) - row.bit_count()
 
 
-def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """METEOR of each image, float64 (images,), by the reference's own Java program in the package pycocoevalcap.
+def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """METEOR of all captions together, by the reference's own Java program in the package pycocoevalcap.
 
     Raises ImportError if the package is not installed, OSError if there is no Java."""
     import shutil
@@ -230,7 +230,7 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.n
     written = {key: [" ".join(tokenise(caption)) for caption in references[key]] for key in keys}
     judge = Meteor()
     try:
-        _, each = judge.compute_score(written, texts)
+        score, _ = judge.compute_score(written, texts)
     finally:
         judge.meteor_p.kill()
-    return np.array(each, dtype=np.float64)
+    return float(score)

@@ -131,7 +131,7 @@ def add_caption_metrics(
         outcome.result["clip"] = portable(scorer.name)
     if meteor:
         references = [item.references for item in exam.items]
-        metrics["METEOR"] = {name: float(run_meteor(said, references).mean()) for name, said in texts.items()}
+        metrics["METEOR"] = {name: run_meteor(said, references) for name, said in texts.items()}
 
 
 def _parse(texts: list[str]) -> list[DataSource]:
