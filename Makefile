@@ -6,7 +6,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-demo test-full-size test-export test-oldest test-main lint format bench clean
+.PHONY: install demo test test-demo test-full-size test-export test-oldest test-main lint format bench clean test-oracle
 
 install: .venv/installed
 
@@ -56,6 +56,14 @@ test-main:
 	.venv-main/bin/python -m pip install --quiet --upgrade -c .venv-main/constraints.txt bitsandbytes pytest -e . \
 		$(foreach name,transformers huggingface_hub accelerate peft,git+https://github.com/huggingface/$(name))
 	.venv-main/bin/python -m pytest $(or $(ARGS),$(COMPATIBILITY))
+
+# lmms-eval pins what cannot stand beside our versions; what it needs to judge with is little.
+test-oracle: install
+	@command -v java >/dev/null || { echo "Java is needed, for example: apt-get install default-jre-headless"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[metrics]' loguru sacrebleu pytablewriter pytz tenacity
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps lmms_eval
+	$(BIN)/python -m pytest -m oracle $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

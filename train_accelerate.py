@@ -39,6 +39,7 @@ def train(arguments: TrainingArguments) -> None:
     from clip_phi.environment import describe_environment, peak_flops
     from clip_phi.evaluation.generate import held_out_loss
     from clip_phi.hub.push import Target, check_push, push
+    from clip_phi.training.best import Best
     from clip_phi.training.checkpoint import (
         EXIT_STOPPED,
         Checkpoints,
@@ -54,8 +55,10 @@ def train(arguments: TrainingArguments) -> None:
     from clip_phi.training.setup import (
         count_parameters,
         eval_batches,
+        judge_now,
         load_model,
         load_processor,
+        make_judged,
         open_cache,
         sample_texts,
     )
@@ -94,9 +97,12 @@ def train(arguments: TrainingArguments) -> None:
     with accelerator.local_main_process_first():  # which writes the index that the others find
         rank, world_size = accelerator.process_index, accelerator.num_processes
         data = read_data(arguments, processor, read, rank, world_size, accelerator.print)
+    exam = make_judged(arguments, data.held_out)
     trainable, total = count_parameters(model)
     accelerator.print(f"training {trainable:,} of {total:,} parameters on {accelerator.num_processes} x {device.type}")
-    check_room(output_dir, room_needed(trainable, total, arguments.keep, arguments.merged, model.dtype.itemsize))
+    models = 1 if arguments.best_metric == "none" else 2
+    room = room_needed(trainable, total, arguments.keep, arguments.merged, model.dtype.itemsize, models)
+    check_room(output_dir, room)
     costs = Costs.of(model)
 
     if data.batches is None:
@@ -130,7 +136,7 @@ def train(arguments: TrainingArguments) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     checkpoints = Checkpoints(output_dir, arguments.keep, accelerator)
     this_run = describe_run(arguments, data.fingerprint, num_steps, world_size)
-    first_step, seen = 0, Work()
+    first_step, seen, best = 0, Work(), Best(arguments.best_metric, arguments.patience)
     if not arguments.resume:
         checkpoints.begin_anew()
     elif found := checkpoints.newest():
@@ -141,6 +147,7 @@ def train(arguments: TrainingArguments) -> None:
         assert isinstance(order, EndlessSampler)  # a stream cannot be resumed, and check() says so
         first_step = order.first_step = about["step"]
         seen = about["seen"]
+        best.restore(about.get("best"))
         accelerator.print(f"going on from {place}, after step {first_step:,} of {num_steps:,}")
     peak = arguments.peak_tflops * 1e12 or peak_flops(device)
     monitor = Monitor(
@@ -179,6 +186,9 @@ def train(arguments: TrainingArguments) -> None:
 
     model.train()
     for step in range(first_step + 1, num_steps + 1):
+        if best.exhausted:  # known to all ranks, and to a run that is resumed
+            accelerator.print(f"stopped: {best.metric} was never better than at step {best.step:,}, which is in best/")
+            break
         # One step: every answer token of all ranks and micro-batches weighs the same, however they are spread.
         began = time.perf_counter()
         with waiting_for_data(partial(data.awaited, order, step)):
@@ -230,20 +240,22 @@ def train(arguments: TrainingArguments) -> None:
             if accelerator.is_main_process or is_sharded(accelerator):
                 for held_out in data.held_out.values():
                     texts += sample_texts(plain_model, processor, held_out, arguments)
-            monitor.log_evaluation(step, sums, texts)
+            judged = judge_now(plain_model, processor, exam, arguments, accelerator, is_sharded(accelerator))
+            is_best = best.update(step, monitor.log_evaluation(step, sums, texts, judged))
             state = whole_state(accelerator, plain_model, arguments.merged)
             if accelerator.is_main_process:
-                with surviving(f"the model in {output_dir}", last=step == num_steps):
-                    plain_model.save_pretrained(output_dir, merged=arguments.merged, state_dict=state)
-                    processor.save_pretrained(output_dir)
+                for folder in (output_dir, output_dir / "best")[: 2 if is_best else 1]:
+                    with surviving(f"the model in {folder}", last=step == num_steps):
+                        plain_model.save_pretrained(folder, merged=arguments.merged, state_dict=state)
+                        processor.save_pretrained(folder)
             accelerator.wait_for_everyone()
             model.train()
             monitor.pause(time.perf_counter() - started)
 
         # Once in a while, at the end, and when a signal asks for it: a checkpoint to go on from.
-        if step % arguments.save_every == 0 or step == num_steps or num_stopping:
+        if step % arguments.save_every == 0 or step == num_steps or num_stopping or best.exhausted:
             started = time.perf_counter()
-            about = {"run": this_run, "report": report_state(data.report), "seen": monitor.seen}
+            about = {"run": this_run, "report": report_state(data.report), "seen": monitor.seen, "best": best.state()}
             with surviving("a checkpoint", last=step == num_steps or bool(num_stopping)):
                 checkpoints.save(step, plain_model, optimizer, scheduler, about)
             monitor.pause(time.perf_counter() - started)
@@ -258,6 +270,7 @@ def train(arguments: TrainingArguments) -> None:
         results = {
             "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "held_out_loss": monitor.eval_losses[-1][1],
+            "best": best.state(),
             "steps_left_out": health.num_skipped,
             "loss_spikes": health.spikes,
             "optimizer_bytes": optimizer_bytes(optimizer),

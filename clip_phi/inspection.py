@@ -6,6 +6,7 @@ import html
 import io
 import json
 import os
+import re
 import sys
 import textwrap
 import warnings
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 DEMO_BACKBONES = Path(__file__).resolve().parent.parent / "examples" / "demo_backbones"
 CHUNK = 16  # images that a process is given at once
 WINDOW = 256  # images for each process that are under way, which may be bytes
+ALIKE = 7  # of 64 bits, by which two copies of a picture may differ; two drawn scenes differ in 12 at least
 NUM_BINS = 10  # of the histogram, at most
 THUMBNAIL = 256  # pixels
 COLUMNS, SHEET = 4, 24  # pictures side by side in a png, and in all of it, at most
@@ -225,9 +227,11 @@ def _line(text: str) -> str:
 
 
 class Outcome(NamedTuple):
-    """Of opening an image: pixels is their hash, or else kind and detail say what is wrong."""
+    """Of opening an image: pixels is their hash and look the perceptual one, or else kind and detail say what is
+    wrong."""
 
     pixels: str = ""
+    look: int = 0
     kind: str = ""
     detail: str = ""
 
@@ -331,7 +335,8 @@ def check_images(images: Iterable[File | bytes | None], num_workers: int) -> Ite
 def _check(image: File | bytes | None) -> Outcome:
     assert image is not None
     try:
-        return Outcome(pixels=pixel_hash(load_image(image)))
+        picture = load_image(image)
+        return Outcome(pixel_hash(picture), difference_hash(picture))
     except Defect as defect:
         return Outcome(kind=defect.kind, detail=defect.detail)
 
@@ -372,16 +377,66 @@ def describe_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
 def _leakage(
     held_out: Sequence[np.ndarray], names: list[str], outcomes: list[Outcome], trained: dict[str, str]
 ) -> dict[str, Any]:
-    """Held-out images, by number, whose pixels are among those that are trained on."""
+    """Held-out images, by number, that are among those that are trained on: with equal pixels; or else looking the
+    same, as another copy of a picture does; or else with COCO's number of one."""
     numbers = [number for number in np.unique(np.concatenate(held_out)) if number >= 0]
     readable = [number for number in numbers if outcomes[number].pixels]
-    leaked = [number for number in readable if outcomes[number].pixels in trained]
+    equal = {number: trained[outcomes[number].pixels] for number in readable if outcomes[number].pixels in trained}
+    looks = {outcome.pixels: outcome.look for outcome in outcomes if outcome.pixels in trained}
+    find = _LookAlikes([(looks[pixels], name) for pixels, name in trained.items()])
+    others = [number for number in readable if number not in equal]
+    alike = {number: found for number in others if (found := find(outcomes[number].look)) is not None}
+    by_id = {found: name for name in trained.values() if (found := coco_id(name)) is not None}
+    ids = {number: coco_id(names[number]) or "" for number in others if number not in alike}
+    same_id = {number: by_id[found] for number, found in ids.items() if found in by_id}
+
+    def examples(found: dict[Any, str]) -> list[str]:
+        return [f"{names[number]} = {name}" for number, name in list(found.items())[:NUM_EXAMPLES]]
+
     return {
-        "images": len(leaked),
+        "images": len(equal),
         "val_images": len(readable),
         "unreadable": len(numbers) - len(readable),
-        "examples": [f"{names[number]} = {trained[outcomes[number].pixels]}" for number in leaked[:NUM_EXAMPLES]],
+        "examples": examples(equal),
+        "look_alikes": len(alike),
+        "look_alike_examples": examples(alike),
+        "same_ids": len(same_id),
+        "same_id_examples": examples(same_id),
     }
+
+
+def difference_hash(image: Image.Image) -> int:
+    """64 bits: whether each of 8 x 8 gray values is brighter than its left neighbour, in an image made 9 x 8.
+
+    A copy that is compressed or scaled anew differs in a few bits, another picture in about half of them. Source:
+    dHash, Neal Krawetz, "Kind of Like That", hackerfactor.com, 2013."""
+    gray = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.LANCZOS), dtype=np.int16)
+    return int.from_bytes(np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes(), "big")
+
+
+class _LookAlikes:
+    """Finds, for a difference hash, the name of the nearest one that is at most ALIKE bits away.
+
+    Two hashes of eight bytes that differ in seven bits or fewer have a byte in common, so only those are compared."""
+
+    def __init__(self, known: Sequence[tuple[int, str]]):
+        self.known = known
+        self.places: dict[tuple[int, int], list[int]] = {}
+        for number, (look, _) in enumerate(known):
+            for key in enumerate(look.to_bytes(8, "big")):
+                self.places.setdefault(key, []).append(number)
+
+    def __call__(self, look: int) -> str | None:
+        near = {number for key in enumerate(look.to_bytes(8, "big")) for number in self.places.get(key, ())}
+        distances = [((self.known[number][0] ^ look).bit_count(), number) for number in near]
+        distance, number = min(distances, default=(64, -1))
+        return self.known[number][1] if distance <= ALIKE else None
+
+
+def coco_id(name: str) -> str | None:
+    """The twelve digits by which COCO names an image in 2014 and in 2017; None for other names."""
+    found = re.search(r"(?<!\d)(\d{12})\.\w+$", name)
+    return found[1] if found else None
 
 
 def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -411,6 +466,13 @@ def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if leakage:
         yield "leakage", "{images:,} of {val_images:,} validation images are trained on".format(**leakage)
         yield from (("", f"  {example}") for example in leakage["examples"])
+        for kind, what in (
+            ("look_alike", "look like an image that is"),
+            ("same_id", "have the number of an image that is"),
+        ):
+            if leakage[f"{kind}s"]:
+                yield "", f"  {leakage[f'{kind}s']:,} more {what}"
+                yield from (("", f"  {example}") for example in leakage[f"{kind}_examples"])
         if leakage["unreadable"]:
             yield "", f"  {leakage['unreadable']:,} more cannot be read"
 

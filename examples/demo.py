@@ -7,7 +7,6 @@ The scenes that it is judged on have object combinations that neither the traini
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,6 @@ RECIPES = ROOT / "examples" / "recipes"
 OUTPUT = Path("outputs/demo")
 DESCRIBE = "Describe the image."
 BATCH_SIZE = 64
-SHUFFLES = 3  # the shuffled control is the mean over so many ways to give each scene another one's image
 
 # Run where nothing of this project can be imported: the checkpoint alone must be enough.
 STRANGER = """
@@ -92,121 +90,66 @@ def train(stage: int, max_steps: int) -> float:
 
 
 def read_scenes() -> list[dict[str, Any]]:
-    """The unseen scenes: image, true composition as a Counter of (color, shape), questions with answers."""
+    """The unseen scenes: image, and true composition as a Counter of (color, shape)."""
     data = OUTPUT / "data"
     instances = json.loads((data / "annotations/instances_val2017.json").read_text(encoding="utf-8"))
     names = {category["id"]: tuple(category["name"].split()) for category in instances["categories"]}
     truth: dict[int, Counter] = defaultdict(Counter)
     for row in instances["annotations"]:
         truth[row["image_id"]][names[row["category_id"]]] += 1
-    scenes = {
-        image["file_name"]: {"path": data / "val2017" / image["file_name"], "truth": truth[image["id"]], "turns": []}
+    return [
+        {"path": data / "val2017" / image["file_name"], "truth": truth[image["id"]], "turns": []}
         for image in instances["images"]
-    }
-    for image, question, answer in read_turns("val"):
-        scenes[image]["turns"].append({"question": question, "truth": answer})
-    return list(scenes.values())
-
-
-def read_turns(split: str) -> list[tuple[str, str, str]]:
-    """(image, question, short answer) of every question of a split; descriptions are left out."""
-    records = json.loads((OUTPUT / f"data/llava_instruct_{split}.json").read_text(encoding="utf-8"))
-    turns = []
-    for record in records:
-        values = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]
-        turns += [
-            (record["image"], question, answer) for question, answer in zip(values[::2], values[1::2], strict=True)
-        ]
-    return [turn for turn in turns if len(turn[2].split()) == 1]
+    ]
 
 
 def judge(scenes: list[dict[str, Any]]) -> dict[str, float]:
-    """Score captions and answers: with the right image, with none, and with another scene's.
+    """Caption the scenes after stage 1; save the model of stage 2 whole, as outputs/demo/model, and evaluate it.
 
-    Fills in the scenes, and saves the judged model whole, as outputs/demo/model."""
+    Fills in the scenes. What a caption is worth here is how many objects it names rightly; all other metrics, and the
+    answers, are those of clip-phi evaluate."""
     from clip_phi.batching.images import load_image
     from clip_phi.evaluation.generate import generate_texts
     from clip_phi.sources.drawn import object_f1
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
-    def say(texts: list[str | None], images: list[Any]) -> list[str]:
-        prompts = []
-        for text, image in zip(texts, images, strict=True):
-            content = ([{"type": "image"}] if image is not None else []) + (
-                [{"type": "text", "text": text}] if text else []
-            )
-            prompts.append(([{"role": "user", "content": content}], image))
-        return generate_texts(model, processor, prompts, batch_size=BATCH_SIZE)
+    def f1(key: str) -> float:
+        return sum(object_f1(scene[key], scene["truth"]) for scene in scenes) / len(scenes)
 
-    def f1(captions: list[str]) -> float:
-        return mean(object_f1(caption, scene["truth"]) for caption, scene in zip(captions, scenes, strict=True))
-
-    def accuracy(answers: list[str]) -> float:
-        return mean(normalise(answer) == turn["truth"] for answer, turn in zip(answers, turns, strict=True))
-
-    images = [load_image(scene["path"]) for scene in scenes]
-    owners = [index for index, scene in enumerate(scenes) for _ in scene["turns"]]
-    turns = [turn for scene in scenes for turn in scene["turns"]]
-    questions = [turn["question"] for turn in turns]
-    shuffles = [derange(len(scenes), places=number) for number in range(1, SHUFFLES + 1)]
-    result: dict[str, float] = {"scenes": len(scenes), "questions": len(turns)}
-
-    model, processor = (
-        ClipPhiForCausalLM.from_pretrained(OUTPUT / "stage1"),
-        ClipPhiProcessor.from_pretrained(OUTPUT / "stage1"),
-    )
-    for scene, caption in zip(scenes, say([None] * len(scenes), images), strict=True):
+    model = ClipPhiForCausalLM.from_pretrained(OUTPUT / "stage1")
+    processor = ClipPhiProcessor.from_pretrained(OUTPUT / "stage1")
+    bare = [{"role": "user", "content": [{"type": "image"}]}]
+    prompts = [(bare, load_image(scene["path"])) for scene in scenes]
+    for scene, caption in zip(scenes, generate_texts(model, processor, prompts, batch_size=BATCH_SIZE), strict=True):
         scene["caption_stage1"] = caption
-    result["caption_f1_stage1"] = f1([scene["caption_stage1"] for scene in scenes])
 
-    model = ClipPhiForCausalLM.from_pretrained(OUTPUT / "stage2")
-    model.save_pretrained(OUTPUT / "model", merged=True)
+    ClipPhiForCausalLM.from_pretrained(OUTPUT / "stage2").save_pretrained(OUTPUT / "model", merged=True)
     processor.save_pretrained(OUTPUT / "model")
-    model = ClipPhiForCausalLM.from_pretrained(OUTPUT / "model")
-    describe: list[str | None] = [DESCRIBE] * len(scenes)
-    for scene, caption in zip(scenes, say(describe, images), strict=True):
-        scene["caption"] = caption
-    result["caption_f1"] = f1([scene["caption"] for scene in scenes])
-    result["caption_f1_blind"] = f1(say([DESCRIBE], [None]) * len(scenes))
-    result["caption_f1_shuffled"] = mean(f1([scenes[other]["caption"] for other in others]) for others in shuffles)
-    for turn, answer in zip(turns, say(questions, [images[owner] for owner in owners]), strict=True):
-        turn["answer"] = answer
-    result["answer_accuracy"] = accuracy([turn["answer"] for turn in turns])
-    result["answer_accuracy_blind"] = accuracy(say(questions, [None] * len(turns)))
-    result["answer_accuracy_shuffled"] = mean(
-        accuracy(say(questions, [images[others[owner]] for owner in owners])) for others in shuffles
-    )
-    result["answer_accuracy_question_only"] = accuracy(guess_from_questions(questions))
+    by_name = {scene["path"].name: scene for scene in scenes}
+    _, described = evaluate("captions")
+    for row in described:
+        keys = {"caption": "answer", "caption_blind": "blind_answer", "caption_shuffled": "shuffled_answer"}
+        by_name[row["image"]] |= {key: row[kind] for key, kind in keys.items()}
+    answers, questions = evaluate("vqa")
+    for row in questions:
+        by_name[row["image"]]["turns"].append(row)
+    result = {"scenes": len(scenes), "questions": len(questions), "caption_f1_stage1": f1("caption_stage1")}
+    result |= {f"caption_f1{end}": f1(f"caption{end}") for end in ("", "_blind", "_shuffled")}
+    result |= {"answer_accuracy": answers["score"], "answer_accuracy_blind": answers["blind"]}
+    result |= {"answer_accuracy_shuffled": answers["shuffled"]}
+    result |= {"answer_accuracy_question_only": answers["question_only"]["score"]}
     return {name: round(value, 4) for name, value in result.items()}
 
 
-def guess_from_questions(questions: list[str]) -> list[str]:
-    """For each question the most frequent answer to it in the training data; the best that a blind guesser can do."""
-    answers: dict[str, Counter] = defaultdict(Counter)
-    overall: Counter = Counter()
-    for _, question, answer in read_turns("train"):
-        answers[question][answer] += 1
-        overall[answer] += 1
-    return [(answers.get(question) or overall).most_common(1)[0][0] for question in questions]
+def evaluate(task: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """clip-phi evaluate: its result, and a row for each sample."""
+    from clip_phi.cli import main as clip_phi
 
-
-def normalise(answer: str) -> str:
-    return answer.lower().strip(" .")
-
-
-def mean(values: Any) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def derange(count: int, places: int) -> list[int]:
-    """A seeded permutation without fixed points (if count > places > 0): every scene gets another scene's image."""
-    order = list(range(count))
-    random.Random(0).shuffle(order)
-    partner = [0] * count
-    for place, index in enumerate(order):
-        partner[index] = order[(place + places) % count]
-    return partner
+    if clip_phi(["evaluate", str(OUTPUT / "model"), "--task", task, "--batch_size", str(BATCH_SIZE)]) != 0:
+        sys.exit(f"the evaluation of {task} failed: its message is above")
+    folder = OUTPUT / "model/evaluation"
+    rows = (folder / f"{task}.samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return json.loads((folder / f"{task}.json").read_text(encoding="utf-8")), [json.loads(row) for row in rows]
 
 
 def reload_as_stranger(scene: dict[str, Any]) -> None:
@@ -247,8 +190,8 @@ def draw_sheet(scenes: list[dict[str, Any]], path: Path) -> None:
             for label, key in (("stage 1", "caption_stage1"), ("stage 2", "caption"))
         ]
         for turn in scene["turns"]:
-            right = normalise(turn["answer"]) == turn["truth"]
-            note = "" if right else f" (truth: {turn['truth']})"
+            right = turn["score"] == 1
+            note = "" if right else f" (truth: {turn['references'][0]})"
             lines.append((f"{turn['question']} {turn['answer']}{note}", "green" if right else "firebrick"))
         height = 1.0
         for text, color in lines:
@@ -292,10 +235,11 @@ def print_table(result: dict[str, Any]) -> None:
         ("answers after stage 2, accuracy", "answer_accuracy"),
     ):
         print(f"  {label:40}  {show(name)}    {show(name + '_blind')}    {show(name + '_shuffled')}")
-    print(f"\nThe best guess from the question alone: {show('answer_accuracy_question_only')}")
+    print(f"\nThe most frequent answer to each question: {show('answer_accuracy_question_only')}")
     seconds = ", ".join(f"stage {stage} {result[f'train_seconds_stage{stage}']:.0f} s" for stage in (1, 2))
     print(f"Time: {seconds}, all {result['total_seconds']:.0f} s")
-    print(f"See {OUTPUT}/sheet.png, {OUTPUT}/curve.png and {OUTPUT}/result.json; the model is {OUTPUT}/model:")
+    print(f"See {OUTPUT}/sheet.png, {OUTPUT}/curve.png and {OUTPUT}/result.json, and the pages of the evaluation,")
+    print(f"{OUTPUT}/model/evaluation/captions.html and vqa.html; the model is {OUTPUT}/model:")
     print(f"  clip-phi ask {OUTPUT}/data/val2017/IMAGE.jpg 'How many shapes are there?'")
 
 

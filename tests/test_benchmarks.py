@@ -77,3 +77,8 @@ def test_every_benchmark_is_run_by_a_test():
     tests = [*(ROOT / "tests").glob("test_benchmarks*.py"), ROOT / "tests" / "test_full_size.py"]
     run_by_tests = "".join(path.read_text() for path in tests)
     assert [name for name in sorted(scripts) if name not in run_by_tests] == []
+
+
+def test_metrics_give_the_reference_figures_and_their_seconds(tmp_path):
+    found = run("metrics.py", "--images", "200", tmp_path=tmp_path)
+    assert found["largest_difference"] < 1e-6 and 0 < found["seconds"] < 10

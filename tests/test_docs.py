@@ -87,6 +87,9 @@ def test_demo_writes_what_it_promises(demo, clone):
         path.name for path in (output / "model").iterdir()
     }
     assert f"{result['caption_f1']:.2f}" in demo and "it says the same" in demo
+    for task in ("captions", "vqa"):
+        page = (output / f"model/evaluation/{task}.html").read_text()
+        assert "shuffled images" in page and "<img src=" in page
 
 
 README_COMMANDS = [
@@ -156,3 +159,6 @@ def test_demo_reaches_its_bounds_on_unseen_scenes(clone):
     assert result["answer_accuracy_question_only"] <= 0.60
     assert result["answer_accuracy_shuffled"] <= result["answer_accuracy_blind"] + 0.05
     assert result["total_seconds"] < 600
+    for task, least in (("captions", 1.0), ("vqa", 0.3)):
+        judged = json.loads((clone / f"outputs/demo/model/evaluation/{task}.json").read_text())
+        assert judged["margin_ci95"][0] > least

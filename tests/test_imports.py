@@ -15,7 +15,7 @@ ALLOWED = {
     "samples": set(),
     "sources": {"samples"},
     "batching": {"samples", "sources"},
-    "evaluation": {"samples", "sources", "batching"},
+    "evaluation": {"environment", "samples", "sources", "batching"},
     "training": {"environment", "samples", "sources", "batching", "evaluation"},
     "serving": {"samples", "sources", "batching", "evaluation"},
     "inspection": {"samples", "sources", "batching"},

@@ -177,6 +177,10 @@ def test_json_counts_what_is_used_skipped_mended_equal_and_leaked(run, mixed, da
             "val_images": 2,
             "unreadable": 1,
             "examples": [f"{data}/val2017/leaked.jpg = {train}/000000000001.jpg"],
+            "look_alikes": 0,
+            "look_alike_examples": [],
+            "same_ids": 0,
+            "same_id_examples": [],
         },
     }
     assert summary["records"] == summary["branches"] + sum(summary["skipped"].values())
@@ -255,6 +259,26 @@ def test_the_summary_is_a_table_with_the_first_examples_of_each_kind(run, mixed,
         f"{data}/val2017/leaked.jpg = {data}/train2017/000000000001.jpg",
         "1 more cannot be read",
     ]
+
+
+def test_recompressed_copies_and_equal_numbers_of_coco_are_found_among_the_validation_images(run, data, tmp_path):
+    drawn = tmp_path / "drawn"
+    write_dataset(drawn, num_train=30, num_val=12)
+    train, val = drawn / "train2017", drawn / "val2017"
+    for number, quality, size in ((1, 75, 64), (2, 50, 64), (3, 90, 128)):
+        with Image.open(train / f"{number:012d}.jpg") as image:
+            image.resize((size, size)).save(val / f"copy{number}.jpg", quality=quality)
+    Image.effect_noise((64, 64), 90).convert("RGB").save(val / "COCO_val2014_000000000004.jpg")
+    names = [f"copy{number}.jpg" for number in (1, 2, 3)] + ["COCO_val2014_000000000004.jpg"]
+    names += [path.name for path in sorted(val.glob("0*.jpg"))]
+    (tmp_path / "val.json").write_text(json.dumps([record(name, "a ring?", "no") for name in names]))
+    held_out = f"llava:{tmp_path}/val.json,images={val}"
+    found = json.loads(run(drawn, "--val", held_out, json=True))["leakage"]
+    assert (found["val_images"], found["images"], found["look_alikes"], found["same_ids"]) == (16, 0, 3, 1)
+    assert found["look_alike_examples"] == [f"{val}/copy{n}.jpg = {train}/{n:012d}.jpg" for n in (1, 2, 3)]
+    assert found["same_id_examples"] == [f"{val}/COCO_val2014_000000000004.jpg = {train}/000000000004.jpg"]
+    rows = [" ".join(line.split()) for line in run(drawn, "--val", held_out).splitlines()]
+    assert "3 more look like an image that is" in rows and "1 more have the number of an image that is" in rows
 
 
 def test_html_is_one_escaped_page_with_pictures_and_highlighted_answers(run, mixed, data, tmp_path):

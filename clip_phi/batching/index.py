@@ -26,7 +26,7 @@ from ..sources.report import Report
 from .encode import Encoded, encode_samples
 from .tree import Tree, build_tree
 
-FORMAT = 1  # of the files; also raised when a reader or the encoding changes what it gives
+FORMAT = 2  # of the files; also raised when a reader or the encoding changes what it gives
 CHUNK = 1000  # samples that are tokenised together
 SCHEMA = pa.schema(
     {

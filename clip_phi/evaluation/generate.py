@@ -1,7 +1,7 @@
-"""Held-out loss and greedy answers of a model, in batches."""
+"""Held-out loss and answers of a model, in batches."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -23,28 +23,51 @@ def held_out_loss(model: torch.nn.Module, packs: Iterable[Pack], device: torch.d
     return total
 
 
+class Answer(NamedTuple):
+    """What a model said. tokens: how many, its end token included. ended: it came to that, and was not cut."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
 @torch.no_grad()
-def generate_texts(
-    model: Any, processor: Any, prompts: Sequence[Prompt], max_new_tokens: int = 64, batch_size: int = 64
-) -> list[str]:
-    """The model's greedy answer to each prompt, stripped; in the order of the prompts.
+def generate_answers(
+    model: Any, processor: Any, prompts: Sequence[Prompt], max_new_tokens: int = 64, num_beams: int = 1
+) -> list[Answer]:
+    """The model's answers to one batch of prompts, greedy or by beam search, stripped; in the order of the prompts.
 
     prompts: conversations that end with a user's turn, each with the image that its {"type": "image"} stands for.
     Raises ValueError if a prompt and its answer do not fit the decoder's context."""
-    answers: list[str] = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        inputs = encode_prompts(processor, batch).to(model.device)
-        refuse_too_long(model, inputs["input_ids"].shape[1], max_new_tokens)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new_tokens = output[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
-    return answers
+    inputs = encode_prompts(processor, prompts).to(model.device)
+    length = inputs["input_ids"].shape[1]
+    refuse_too_long(model, length, max_new_tokens)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=num_beams)
+    rows = output[:, length:].tolist()
+    texts = processor.batch_decode(rows, skip_special_tokens=True)
+    end = processor.tokenizer.eos_token_id
+    lengths = [row.index(end) + 1 if end in row else len(row) for row in rows]
+    return [
+        Answer(text.strip(), length, row[length - 1 : length] == [end])
+        for text, row, length in zip(texts, rows, lengths, strict=True)
+    ]
+
+
+def generate_texts(
+    model: Any, processor: Any, prompts: Sequence[Prompt], max_new_tokens: int = 64, batch_size: int = 64
+) -> list[str]:
+    """The text of the greedy answer to each prompt, batch by batch; see generate_answers."""
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    answers = (answer for batch in batches for answer in generate_answers(model, processor, batch, max_new_tokens))
+    return [answer.text for answer in answers]
 
 
 def encode_prompts(processor: Any, prompts: Sequence[Prompt]) -> Any:
-    """The processor's tensors for a batch of prompts, padded on the left."""
-    texts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages, _ in prompts]
+    """The processor's tensors for a batch of prompts, padded on the left.
+
+    A bare caption without its image is asked for by the end token alone: generation needs something to begin from."""
+    end = processor.tokenizer.eos_token
+    texts = [processor.apply_chat_template(messages, add_generation_prompt=True) or end for messages, _ in prompts]
     images = [image for _, image in prompts if image is not None]
     return processor(text=texts, images=images or None, padding=True, return_tensors="pt")
 

@@ -14,10 +14,11 @@ from .rows import find_by_name, read_rows
 def read_instruct(annotations: Path, media: MediaFolder, report: Report) -> Iterator[Sample]:
     """One Sample for each image: the conversations about it are its branches. In the order of first appearance.
 
-    annotations: llava_instruct_150k.json, the 665K mix, or any json list or jsonl file of such records. The image comes
+    annotations: llava_instruct_150k.json, the 665K mix, or any json list or jsonl file (POPE's are called .json) of
+    such records. The image comes
     first in the prompt, wherever <image> stands in the first question. A record without an image is a Sample of its
     own. Raises ValueError if the file is not of this form; what is wrong with a record goes to the report."""
-    read = _lines if annotations.suffix == ".jsonl" else _items
+    read = _lines if annotations.suffix == ".jsonl" or _has_lines(annotations) else _items
     yield from read_rows(read(annotations, report), find_by_name(media), report)
 
 
@@ -26,6 +27,16 @@ def _items(path: Path, report: Report) -> Iterator[tuple[str, Any]]:
     if not isinstance(records, list):
         raise ValueError(f"{path} is not a list of records")
     return ((f"{path}:{index}", record) for index, record in enumerate(records))
+
+
+def _has_lines(path: Path) -> bool:
+    """Whether the first line of a file is a whole object, and not the only one."""
+    try:
+        with open(path, "rb") as file:
+            first, second = file.readline(), file.readline()
+        return second.startswith(b"{") and isinstance(json.loads(first), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _lines(path: Path, report: Report) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ A row has an image (or none) and one of
     messages        [{"role": "user" | "assistant" | "system", "content"}]             chat format of transformers
     prompt, completion                                                               the same, or two texts    (TRL)
     question, answers (or answer)     answers: texts or {"answer"}; the most frequent one is learnt            VQA
+    text, label           label: yes or no                                                                        POPE
     captions (caption, sentences, answer or text)                                     one text or a list: captions
 content is a text or a list of {"type": "text", "text"} and {"type": "image"}. Beside a user's text may stand "speech"
 (a recording that comes before the text) and "transcript" (what is said in it).
@@ -105,6 +106,8 @@ def _parse_row(row: Any, find: Find, mends: list[str]) -> tuple[Any, str, list[B
         return value, column, [_conversation(turns[0] + turns[1], has_image, find, mends)]
     if "question" in row and ("answers" in row or isinstance(row.get("answer"), str)):
         return value, column, [_question(row, has_image)]
+    if row.get("label") in ("yes", "no") and "text" in row:
+        return value, column, [_question({"question": row["text"], "answer": row["label"]}, has_image)]
     return value, column, _captions(row, has_image)
 
 

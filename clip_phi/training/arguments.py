@@ -16,6 +16,13 @@ from ..sources.data import DataSource, parse_source
 VISION_BACKBONE = "wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
 TEXT_BACKBONE = "microsoft/phi-2"
 TRACKERS = ("tensorboard", "wandb", "trackio")
+# What --best_metric may be with each --judge, beside the loss.
+JUDGED = {
+    "captions": ("CIDEr-D", "CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"),
+    "vqa": ("vqa_accuracy", "exact_match"),
+    "pope": ("accuracy", "f1", "precision", "recall"),
+    "exact": ("exact_match",),
+}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -90,6 +97,17 @@ class TrainingArguments:
     eval_every: int = _option(
         1000, "steps between evaluations, each of which saves the model too; one comes at the end"
     )
+    judge: Literal["none", "captions", "vqa", "pope", "exact"] = _option(
+        "none", "at each evaluation, also score generated answers beside their controls, as clip-phi evaluate does"
+    )
+    judge_images: int = _option(
+        32, "held-out images of each --eval_data that --judge asks about: always the first ones"
+    )
+    best_metric: str = _option(
+        "none",
+        "keep the best model beside the newest, in best/: by loss, or by a metric of --judge such as CIDEr-D",
+    )
+    patience: int = _option(0, "stop after so many evaluations in a row without a better --best_metric; 0: never")
     num_sample_texts: int = _option(4, "held-out images whose generated text is written at each evaluation")
     max_new_tokens: int = _option(64, "longest sample text")
     merged: bool = _option(False, "save one whole checkpoint (LoRA folded in) instead of trained weights only")
@@ -105,10 +123,10 @@ class TrainingArguments:
     def problems(self) -> list[str]:
         found = []
         counts = ["per_device_batch_size", "gradient_accumulation_steps", "max_length", "max_new_tokens"]
-        for name in (*counts, "max_eval_images", "log_every", "eval_every", "save_every", "keep"):
+        for name in (*counts, "max_eval_images", "judge_images", "log_every", "eval_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 found.append(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_steps", "num_workers", "num_sample_texts", "holdout_images", "tokens_per_step"):
+        for name in ("max_steps", "num_workers", "num_sample_texts", "holdout_images", "tokens_per_step", "patience"):
             if getattr(self, name) < 0:
                 found.append(f"--{name} must not be negative, not {getattr(self, name)}")
         for name in ("max_grad_norm", "peak_tflops"):
@@ -125,6 +143,12 @@ class TrainingArguments:
             found.append(f"--report_to: unknown {', '.join(unknown)}; known are {', '.join(TRACKERS)}")
         elif absent := [name for name in self.report_to if not find_spec(name)]:
             found.append(f"--report_to: not installed: pip install {' '.join(absent)}")
+        known = ("none", "loss", *JUDGED.get(self.judge, ()))
+        if self.best_metric not in known:
+            hint = "" if self.judge != "none" else "; with --judge, its metrics too"
+            found.append(f"--best_metric {self.best_metric}: choose from {', '.join(known)}{hint}")
+        if self.patience and self.best_metric == "none":
+            found.append("--patience needs a --best_metric")
         return found + self._data_problems()
 
     def _data_problems(self) -> list[str]:

@@ -152,25 +152,41 @@ class Monitor:
         if self.active:
             tqdm.write(f"step {step}: the loss jumped to {loss:.4f}; the samples are named in metrics.jsonl")
 
-    def log_evaluation(self, step: int, sums: dict[str, tuple[float, float]], texts: list[dict[str, Any]]) -> None:
-        """Write down the held-out loss, over all and by name, and the generated texts, and draw the curve anew.
+    def log_evaluation(
+        self,
+        step: int,
+        sums: dict[str, tuple[float, float]],
+        texts: list[dict[str, Any]],
+        judged: dict[str, dict[str, float]],
+    ) -> dict[str, float]:
+        """Write down the held-out loss, over all and by name, the metrics and the generated texts; draw the curve.
 
-        sums: of each validation set, its summed loss and number of supervised tokens."""
+        sums: of each validation set, its summed loss and number of supervised tokens. judged: {metric: {score, blind,
+        shuffled}}. Returns loss and metrics by name."""
         eval_loss = sum(loss for loss, _ in sums.values()) / sum(tokens for _, tokens in sums.values())
         by_name = {f"eval_loss/{name}": loss / tokens for name, (loss, tokens) in sums.items()} if len(sums) > 1 else {}
         self.eval_losses.append((step, eval_loss))
+        for metric, values in judged.items():
+            by_name |= {
+                f"eval/{metric}{'' if kind == 'score' else f'/{kind}'}": value for kind, value in values.items()
+            }
         self._write("metrics.jsonl", {"step": step, "eval_loss": eval_loss, **by_name})
         self.track({"eval_loss": eval_loss, **by_name}, step=step)
         for text in texts:
             self._write("samples.jsonl", {"step": step, **text})
         if self.active:
-            tqdm.write(f"step {step}: held-out loss {eval_loss:.4f}")
+            told = ", ".join(
+                f"{metric} {values['score']:.4f} (blind {values['blind']:.4f}, shuffled {values['shuffled']:.4f})"
+                for metric, values in list(judged.items())[:1]
+            )
+            tqdm.write(f"step {step}: held-out loss {eval_loss:.4f}{told and f', {told}'}")
             for text in texts:
                 tqdm.write(f"  {text['image']}: {text['generated']!r} (a person wrote {text['written']!r})")
             try:
                 draw_curve(self.folder / "curve.png", self.losses, self.eval_losses)
             except OSError as error:
                 self._lost("curve.png", error)
+        return {"loss": eval_loss, **{metric: values["score"] for metric, values in judged.items()}}
 
     def pause(self, seconds: float) -> None:
         """Leave so many seconds, spent on something else than training, out of the speed."""

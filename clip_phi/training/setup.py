@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from huggingface_hub.errors import HFValidationError
 from transformers.pytorch_utils import Conv1D
 
@@ -18,7 +19,10 @@ from ..batching.images import load_image
 from ..batching.index import Index
 from ..batching.packing import PACKED_ATTENTION
 from ..evaluation.generate import generate_texts
+from ..evaluation.judge import Decoding, Processes, judge
+from ..evaluation.tasks import Exam, make_exam
 from ..samples import File, as_messages
+from ..sources.report import Report
 from .arguments import Stage1Arguments, Stage2Arguments, TrainingArguments
 
 
@@ -211,6 +215,34 @@ def sample_texts(model: Any, processor: Any, held_out: Index, arguments: Trainin
         {"image": _name(sample.image), "question": question, "generated": text, "written": truth}
         for sample, question, text, truth in zip(chosen, asked, generated, written, strict=True)
     ]
+
+
+def make_judged(arguments: TrainingArguments, held_out: dict[str, Index]) -> Exam | None:
+    """What --judge asks at each evaluation: about the first --judge_images of each validation set.
+
+    Raises ValueError if they hold nothing for it."""
+    if arguments.judge == "none":
+        return None
+    samples = [
+        index.sample(number) for index in held_out.values() for number in range(min(len(index), arguments.judge_images))
+    ]
+    return make_exam(arguments.judge, samples, Report())
+
+
+def judge_now(
+    model: Any, processor: Any, exam: Exam | None, arguments: TrainingArguments, accelerator: Accelerator, alone: bool
+) -> dict[str, dict[str, float]]:
+    """{metric: {score, blind, shuffled}} of --judge, the task's own metric first; all ranks call it, and get the same.
+
+    alone: every rank asks everything, since a forward pass of sharded weights waits for the others."""
+    if exam is None:
+        return {}
+    processes = Processes()
+    if not alone:
+        processes = Processes(accelerator.process_index, accelerator.num_processes, gather_object)
+    decoding = Decoding(max_new_tokens=arguments.max_new_tokens, batch_size=max(arguments.per_device_batch_size, 32))
+    metrics = judge(model, processor, exam, decoding, processes=processes).result["metrics"]
+    return {name: metrics[name] for name in sorted(metrics, key=lambda name: name != exam.metric)}
 
 
 def _name(image: File | bytes | None) -> str:

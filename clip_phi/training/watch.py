@@ -168,9 +168,10 @@ def check_room(folder: Path, needed: int = 0) -> None:
         )
 
 
-def room_needed(trained: int, total: int, keep: int, merged: bool, bytes_per_weight: int) -> int:
-    """Bytes of --keep checkpoints and one in the making (weight and two Adam states), and of the model."""
-    return 12 * trained * (keep + 1) + (bytes_per_weight * total if merged else 4 * trained)
+def room_needed(trained: int, total: int, keep: int, merged: bool, bytes_per_weight: int, models: int = 1) -> int:
+    """Bytes of --keep checkpoints and one in the making (weight and two Adam states), and of the model, or of the
+    newest and the best one."""
+    return 12 * trained * (keep + 1) + models * (bytes_per_weight * total if merged else 4 * trained)
 
 
 @contextmanager

@@ -1,0 +1,77 @@
+"""Clip-Phi as a model of lmms-eval, so that others' tasks judge it: lmms-eval --model clip_phi.
+
+Found by lmms-eval through the entry point in setup.cfg; --model_args pretrained=FOLDER,batch_size=8,device=cpu. Greedy
+or beam search; what a task asks for beside (sampling, likelihoods, several images, rounds) is refused by name.
+"""
+
+from typing import Any
+
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+
+from .generate import Prompt, generate_answers
+from .run import load
+
+MANIFEST = ModelManifest("clip_phi", simple_class_path="clip_phi.evaluation.lmms.ClipPhi")
+
+
+class ClipPhi(lmms):
+    """pretrained: folder or Hub id of a checkpoint. A context's <image> is left out: the image comes first here."""
+
+    def __init__(self, pretrained: str, batch_size: int | str = 8, device: str | None = None, **unknown: Any):
+        super().__init__()
+        if unknown:
+            raise ValueError(f"--model_args: clip_phi knows no {', '.join(sorted(unknown))}")
+        import torch
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=device == "cpu")
+        self.accelerator = accelerator
+        self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        self.batch_size = int(batch_size)
+        self.device = torch.device(device) if device and self._world_size == 1 else accelerator.device
+        self.model, self.processor, _ = load(pretrained, self.device)
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """The answers, in the order of the requests, each cut at the first of its task's "until" texts."""
+        found: dict[int, str] = {}
+        groups: dict[tuple[int, int], list[int]] = {}
+        for number, request in enumerate(requests):
+            options = request.args[1]
+            if options.get("do_sample"):
+                raise ValueError(
+                    f"task {request.args[4]}: Clip-Phi is judged on greedy answers or beams, not on samples"
+                )
+            how = (int(options.get("max_new_tokens", 64)), int(options.get("num_beams") or 1))
+            groups.setdefault(how, []).append(number)
+        for (max_new_tokens, num_beams), numbers in groups.items():
+            for start in range(0, len(numbers), self.batch_size):
+                batch = numbers[start : start + self.batch_size]
+                prompts = [self._prompt(requests[number].args) for number in batch]
+                answers = generate_answers(self.model, self.processor, prompts, max_new_tokens, num_beams)
+                for number, answer in zip(batch, answers, strict=True):
+                    found[number] = _until(answer.text, requests[number].args[1].get("until"))
+        return [found[number] for number in range(len(requests))]
+
+    def _prompt(self, arguments: tuple[Any, ...]) -> Prompt:
+        context, _, to_visual, document, task, split = arguments
+        images = to_visual(self.task_dict[task][split][document])
+        if len(images) > 1:
+            raise ValueError(f"task {task}: {len(images)} images in one question; Clip-Phi reads one")
+        content: list[dict[str, Any]] = [{"type": "image"}] if images else []
+        if text := context.replace("<image>", "").strip():
+            content.append({"type": "text", "text": text})
+        return [{"role": "user", "content": content}], images[0].convert("RGB") if images else None
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("clip_phi answers tasks of output_type generate_until only")
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        raise NotImplementedError("clip_phi answers tasks of one round only")
+
+
+def _until(text: str, ends: Any) -> str:
+    for end in [ends] if isinstance(ends, str) else ends or []:
+        if end:
+            text = text.split(end)[0]
+    return text.strip()

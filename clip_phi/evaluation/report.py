@@ -1,0 +1,315 @@
+"""What an evaluation leaves behind: its result, every sample, a page, a picture sheet; and two of them compared."""
+
+import base64
+import hashlib
+import html
+import io
+import json
+import os
+import random
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..batching.images import load_image
+from ..environment import describe_environment
+from .intervals import by_group, margin_interval
+from .judge import Outcome
+from .tasks import Exam
+
+SHOWN = 8  # samples of each kind: best, worst, random
+THUMBNAIL = 224  # pixels
+COLUMNS = 4  # pictures side by side in the sheet
+NAMES = {"score": "model", "blind": "blind (no image)", "shuffled": "shuffled images"}
+STYLE = """\
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; margin: 1em 0; }
+td, th { text-align: left; padding: .15em 1.2em .15em 0; border-bottom: 1px solid #ddd; }
+section { border-top: 1px solid #bbb; padding: .8em 0; overflow: auto; }
+img { float: left; margin-right: 1em; width: 160px; image-rendering: pixelated; }
+b { background: #e8f2e8; }
+small { color: #666; overflow-wrap: anywhere; }
+"""
+# What decides what a checkpoint says; its card, its logs and its results do not.
+WEIGHTS = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*.json", "*processor*.json", "*.jinja")
+
+
+def checkpoint_sha256(folder: Path) -> str:
+    """Of the files of a checkpoint that decide what it says: weights, adapter, configs, tokenizer."""
+    digest = hashlib.sha256()
+    files = {path for where in (folder, folder / "adapter") for name in WEIGHTS for path in where.glob(name)}
+    files |= set((folder / "adapter").glob("*.json"))
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(folder)}\0".encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def portable(text: str) -> str:
+    """A text without the folders of this machine: paths below the working folder relative to it, of others the name."""
+    text = text.replace(f"{os.getcwd()}{os.sep}", "")
+    return re.sub(r"(?<![\w.:/-])(?:/[^/\s,:=]+)*/(?=[^/\s,:=])", "", text)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, without what names its folders."""
+    found = describe_environment()
+    return {name: found[name] for name in ("python", "packages", "platform", "cpu", "cores", "devices", "git_commit")}
+
+
+def write(outcome: Outcome, exam: Exam, folder: Path, result_only: Path | None = None) -> list[Path]:
+    """TASK.json, TASK.samples.jsonl, TASK.html and TASK.png into the folder, and TASK.json to result_only as well.
+
+    Returns what was written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    task = outcome.result["task"]
+    files = [folder / f"{task}{ending}" for ending in (".json", ".samples.jsonl", ".html", ".png")]
+    text = json.dumps(outcome.result, indent=2, ensure_ascii=False) + "\n"
+    _write(files[0], text)
+    _write(files[1], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in outcome.samples))
+    chosen = choose(outcome)
+    images = {exam.image_name(number): exam.images[number] for number in range(len(exam.images))}
+    pictures = {name: _thumbnail(images[name]) for rows in chosen.values() for name in {row["image"] for row in rows}}
+    _write(files[2], "".join(page(outcome.result, chosen, pictures)))
+    draw_sheet(files[3], outcome.result, chosen, pictures)
+    if result_only is not None:
+        result_only.parent.mkdir(parents=True, exist_ok=True)
+        _write(result_only, text)
+        files.append(result_only)
+    return files
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def choose(outcome: Outcome) -> dict[str, list[dict[str, Any]]]:
+    """The best, the worst, and random samples, each once; chance decides between equals. By the result's seed."""
+    rng = random.Random(outcome.result["seed"])
+    rows = rng.sample(outcome.samples, len(outcome.samples))
+    upside = -1 if outcome.result.get("lower_is_better") else 1
+    ranked = sorted(rows[SHOWN:], key=lambda row: upside * row["score"])
+    worst = ranked[: min(SHOWN, len(ranked) // 2)]
+    best = ranked[len(worst) :][::-1][:SHOWN]
+    return {"random": rows[:SHOWN], "best": best, "worst": worst}
+
+
+def _thumbnail(image: Any) -> Image.Image:
+    picture = load_image(image)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return picture
+
+
+def summary(result: dict[str, Any]) -> list[list[str]]:
+    """Rows of the table of a result, the first its header."""
+    order = sorted(result["metrics"], key=lambda name: name != result["metric"])
+    rows = [["", *NAMES.values()]]
+    rows += [[name, *(f"{result['metrics'][name][key]:.4f}" for key in NAMES)] for name in order]
+    low, high = result["margin_ci95"]
+    rows.append([f"margin of {result['metric']}", f"{result['margin']:+.4f}", f"95 %: {low:+.4f} to {high:+.4f}", ""])
+    if "question_only" in result:
+        rows.append(["best guess from the question", f"{result['question_only']['score']:.4f}", "", ""])
+    if "answers" in result:
+        for kind in ("empty", "cut", "never_ended"):
+            counts = [f"{result['answers'][key][kind]:,}" for key in NAMES]
+            rows.append([f"answers {kind.replace('_', ' ')}", *counts])
+    return rows
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """For the terminal."""
+    data = result["data"]
+    head = f"{result['task']} on {data['images']:,} images, {data['samples']:,} samples"
+    rows = summary(result)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    verdict = [] if result["margin_ci95"][0] > 0 else [no_margin(result)]
+    return "\n".join([head, *lines, *verdict])
+
+
+def no_margin(result: dict[str, Any]) -> str:
+    return f"NO MARGIN: this {result['metric']} is had without looking, or by looking at another image"
+
+
+def page(
+    result: dict[str, Any], chosen: dict[str, list[dict[str, Any]]], pictures: dict[str, Image.Image]
+) -> Iterator[str]:
+    """One html file that needs no other, piece by piece."""
+    text = html.escape
+    title = f"{result['task']}: {result.get('checkpoint', {}).get('name', 'a model')}"
+    yield f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{text(title)}</title>\n'
+    yield f"<style>\n{STYLE}</style>\n</head>\n<body>\n<h1>{text(title)}</h1>\n"
+    if result["margin_ci95"][0] <= 0:
+        yield f"<p><strong>{text(no_margin(result))}</strong></p>\n"
+    yield _table(summary(result))
+    for name, rows in result.get("tables", {}).items():
+        cells = [[key, f"{row['samples']:,}", f"{row['score']:.4f}"] for key, row in rows.items()]
+        yield f"<h2>{text(name.replace('_', ' '))}</h2>\n"
+        yield _table([[name.removeprefix("by_").replace("_", " "), "samples", result["metric"]], *cells])
+    for kind, rows in chosen.items():
+        yield f"<h2>{kind} samples</h2>\n"
+        for row in rows:
+            yield f'<section>\n<img src="{_data_uri(pictures[row["image"]])}" alt="">\n'
+            if "question" in row:
+                yield f"{text(row['question'])}<br>\n"
+            if "answer" in row:
+                yield f"<b>{text(row['answer']) or '(empty)'}</b><br>\n"
+                yield f"<small>blind: {text(row['blind_answer'])}<br>shuffled: {text(row['shuffled_answer'])}<br>\n"
+                yield f"written: {text(' | '.join(dict.fromkeys(row['references'])))}<br>\n"
+            else:
+                yield "<small>"
+            scores = ", ".join(f"{NAMES[key]} {row[key]:.3f}" for key in NAMES)
+            yield f"{scores}<br>{text(row['image'])}</small>\n</section>\n"
+    about = {key: value for key, value in result.items() if key not in ("metrics", "tables", "answers")}
+    yield f"<h2>how</h2>\n<pre>{text(json.dumps(about, indent=2, ensure_ascii=False))}</pre>\n</body>\n</html>\n"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    first, *others = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    body = "".join(f"<tr>{row}</tr>\n" for row in others)
+    return f"<table>\n<tr>{first.replace('td>', 'th>')}</tr>\n{body}</table>\n"
+
+
+def _data_uri(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def draw_sheet(
+    path: Path,
+    result: dict[str, Any],
+    chosen: dict[str, list[dict[str, Any]]],
+    pictures: dict[str, Image.Image],
+) -> None:
+    """The chosen samples as one picture, a band for each kind."""
+    from matplotlib.figure import Figure
+
+    bands = {kind: rows for kind, rows in chosen.items() if rows}
+    heights = [-(-len(rows) // COLUMNS) for rows in bands.values()]
+    figure = Figure(figsize=(3.2 * COLUMNS, 3.4 * sum(heights) + 0.6), layout="constrained")
+    figure.suptitle(
+        f"{result['task']}: {result['metric']} {result['score']:.3f}, blind {result['blind']:.3f}, "
+        f"shuffled {result['shuffled']:.3f}"
+    )
+    parts: Any = np.atleast_1d(np.asarray(figure.subfigures(len(bands), 1, height_ratios=heights), dtype=object))
+    for part, (kind, rows), height in zip(parts, bands.items(), heights, strict=True):
+        part.suptitle(kind, x=0.01, ha="left", fontsize=10, weight="bold")
+        for axes in part.subplots(height, COLUMNS, squeeze=False).ravel():
+            axes.set_axis_off()
+        for axes, row in zip(part.axes, rows, strict=False):
+            axes.imshow(pictures[row["image"]])
+            lines = [row[key] for key in ("question", "answer") if key in row]
+            lines += [f"(score {row['score']:.2f})"]
+            under = "\n".join(textwrap.fill(textwrap.shorten(line, 110), 34) for line in lines)
+            axes.set_title(under, y=-0.02, va="top", fontsize=7, parse_math=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a box stands where the font lacks a letter
+        figure.savefig(path, dpi=80, format="png")
+
+
+# Comparing two
+
+
+def find_result(place: str, task: str | None) -> Path:
+    """The result of an evaluation: a json file, or the one in the evaluation folder of a checkpoint.
+
+    Raises ValueError if there is none, or more than one and no task says which."""
+    path = Path(place)
+    if path.is_file():
+        return path
+    for folder in (path / "evaluation", path):
+        found = sorted(each for each in folder.glob("*.json") if Path(f"{each.with_suffix('')}.samples.jsonl").exists())
+        if task is not None:
+            found = [each for each in found if each.stem == task]
+        if len(found) > 1:
+            raise ValueError(f"{place} has several results ({', '.join(each.stem for each in found)}): give --task")
+        if found:
+            return found[0]
+    raise ValueError(f"no result {f'of {task} ' if task else ''}in {place}: run clip-phi evaluate first")
+
+
+def read_result(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A result and its samples. Raises ValueError if they are not there, or not of an evaluation."""
+    samples = Path(f"{path.with_suffix('')}.samples.jsonl")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+        result["metric"], result["data"]["fingerprint"], rows[0]["score"]
+    except OSError as error:
+        raise ValueError(f"{samples} is missing: the samples are compared one by one ({error.strerror})") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is no result of clip-phi evaluate: {error}") from error
+    return result, rows
+
+
+def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
+    """For json: how much better the first is, sample by sample, with a paired bootstrap over the images.
+
+    Raises ValueError if they are of other tasks or data, which cannot be compared."""
+    (a, a_rows), (b, b_rows) = read_result(first), read_result(second)
+    for what, one, other in (
+        ("tasks", a["task"], b["task"]),
+        ("metrics", a["metric"], b["metric"]),
+        ("data", a["data"]["fingerprint"], b["data"]["fingerprint"]),
+        ("numbers of samples", len(a_rows), len(b_rows)),
+    ):
+        if one != other:
+            raise ValueError(f"{first} and {second} are of different {what} ({one} and {other}): nothing to compare")
+    pictures: dict[str, int] = {}
+    groups = np.array([pictures.setdefault(row["picture"], len(pictures)) for row in a_rows])
+    scores = np.array([[one["score"], other["score"]] for one, other in zip(a_rows, b_rows, strict=True)])
+    weights = np.array([row.get("tokens", 1) for row in a_rows], dtype=np.float64)
+    upside = -1 if a.get("lower_is_better") else 1
+    sums, _ = by_group(upside * scores * weights[:, None], groups)
+    counts = np.bincount(groups, weights=weights)
+    low, high = margin_interval(sums, counts, seed)
+    better = upside * (scores[:, 0] - scores[:, 1])
+    return {
+        "task": a["task"],
+        "metric": a["metric"],
+        "a": _name(a, first),
+        "b": _name(b, second),
+        "score_a": a["score"],
+        "score_b": b["score"],
+        "difference": upside * (a["score"] - b["score"]),
+        "difference_ci95": [low, high],
+        "samples": {
+            "a_better": int((better > 0).sum()),
+            "equal": int((better == 0).sum()),
+            "b_better": int((better < 0).sum()),
+        },
+        "same_prompt": a["prompt"] == b["prompt"],
+        "seed": seed,
+    }
+
+
+def _name(result: dict[str, Any], path: Path) -> str:
+    return result.get("checkpoint", {}).get("name") or portable(str(path))
+
+
+def compared_as_text(found: dict[str, Any]) -> str:
+    low, high = found["difference_ci95"]
+    counts = found["samples"]
+    lines = [
+        f"{found['task']}, {found['metric']}",
+        f"  A  {found['score_a']:.4f}  {found['a']}",
+        f"  B  {found['score_b']:.4f}  {found['b']}",
+        f"  A is better by {found['difference']:+.4f}, 95 %: {low:+.4f} to {high:+.4f}",
+        f"  A better in {counts['a_better']:,} samples, equal in {counts['equal']:,}, B better in "
+        f"{counts['b_better']:,}",
+    ]
+    if low <= 0 <= high:
+        lines.append("  the interval holds 0: these data do not tell which is better")
+    if not found["same_prompt"]:
+        lines.append("  they were asked with different prompts")
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""clip-phi evaluate: from the command line to the files, in one process or in several."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..sources.data import DataSource, parse_source
+from ..sources.records import MediaFolder
+from ..sources.report import Report
+from .judge import Decoding, Outcome, Processes, judge, judge_loss
+from .report import as_text, checkpoint_sha256, environment, portable, write
+from .tasks import Exam, make_exam
+
+DEMO_DATA = "outputs/demo/data"
+# What the demo's model is judged on without --data.
+DEMO_SOURCES = {
+    "captions": f"coco:{DEMO_DATA}/annotations/captions_val2017.json,images={DEMO_DATA}/val2017",
+    "vqa": f"llava:{DEMO_DATA}/llava_instruct_val.json,images={DEMO_DATA}/val2017",
+}
+
+
+def evaluate(options: argparse.Namespace, demo_checkpoint: str) -> None:
+    """Run clip-phi evaluate; options are those of its command line. Prints the result's table.
+
+    Raises ValueError or OSError if checkpoint or data cannot be used."""
+    texts = list(options.data)
+    if not texts:
+        if Path(options.checkpoint) != Path(demo_checkpoint):
+            raise ValueError("what shall it be judged on? Give --data KIND:PATH, as in training")
+        texts = [DEMO_SOURCES.get(options.task, DEMO_SOURCES["vqa"])]
+    sources = _parse(texts)
+    from accelerate import PartialState
+    from accelerate.utils import gather_object, parse_flag_from_env
+    from tqdm import tqdm
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    state = PartialState(cpu=options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+    def say(text: str) -> None:
+        if state.is_main_process:
+            print(text, file=sys.stderr, flush=True)
+
+    processes = Processes(state.process_index, state.num_processes, gather_object, state.wait_for_everyone, say)
+    report = Report()
+    samples = [sample for source in sources for sample in source.read(MediaFolder(source.images), report)]
+    exam = make_exam(options.task, samples, report, options.num_images, options.max_bad)
+    if report.num_skipped:
+        say(f"{report.num_skipped:,} of {report.records:,} records are skipped:\n{report.table()}")
+    model, processor, folder = load(options.checkpoint, options.device or state.device)
+    sha256 = checkpoint_sha256(folder)
+    output = Path(options.output_dir) if options.output_dir else place_for(options.checkpoint)
+    decoding = Decoding(
+        options.prompt, options.max_new_tokens, options.num_beams, options.batch_size, options.seed, options.shuffles
+    )
+
+    def progress(work: Any) -> Any:
+        return tqdm(work, unit="batch", disable=not state.is_main_process, dynamic_ncols=True)
+
+    if options.task == "loss":
+        outcome = judge_loss(model, processor, samples, exam, decoding, processes=processes, progress=progress)
+    else:
+        outcome = judge(
+            model,
+            processor,
+            exam,
+            decoding,
+            folder=output / f"{options.task}.answers",
+            checkpoint=sha256,
+            processes=processes,
+            progress=progress,
+        )
+    if state.is_main_process:
+        if options.task == "captions":
+            add_caption_metrics(outcome, exam, model, options.clip, options.meteor, say)
+        outcome.result["data"] = {"source": portable(" + ".join(texts))} | outcome.result["data"]
+        outcome.result |= {
+            "checkpoint": {"name": portable(options.checkpoint), "sha256": sha256},
+            "command": [portable(word) for word in sys.argv],
+            "processes": state.num_processes,
+            "environment": environment(),
+        }
+        files = write(outcome, exam, output, Path(options.json) if options.json else None)
+        print(as_text(outcome.result))
+        print(f"written: {', '.join(map(str, files))}")
+    state.wait_for_everyone()
+
+
+def load(checkpoint: str, device: Any) -> tuple[Any, Any, Path]:
+    """Model, processor, and the folder that the files of the checkpoint are in. On the CPU in float32."""
+    import torch
+    from transformers.utils.hub import cached_file
+
+    from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+
+    device = torch.device(device)
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    model = ClipPhiForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+    processor = ClipPhiProcessor.from_pretrained(checkpoint)
+    found = cached_file(checkpoint, "config.json")
+    assert found is not None
+    return model, processor, Path(found).parent
+
+
+def place_for(checkpoint: str) -> Path:
+    """Where the results of a checkpoint go: beside its weights if it is a folder."""
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint) / "evaluation"
+    return Path("outputs/evaluation") / checkpoint.replace("/", "--")
+
+
+def add_caption_metrics(
+    outcome: Outcome, exam: Exam, model: Any, clip: str | None, meteor: bool, say: Callable[[str], Any]
+) -> None:
+    """CLIPScore, by this CLIP or the tower's if it is at hand, and METEOR, if it is wanted."""
+    from ..batching.images import load_image
+    from .captions import meteor as run_meteor
+    from .clip_score import ClipScorer, clip_at_hand
+
+    keys = {"score": "answer", "blind": "blind_answer", "shuffled": "shuffled_answer"}
+    texts = {name: [row[key] for row in outcome.samples] for name, key in keys.items()}
+    metrics = outcome.result["metrics"]
+    scorer = ClipScorer(clip, model.device) if clip else clip_at_hand(model.config, model.device, say)
+    if scorer is not None:
+        metrics["CLIPScore"] = {
+            name: float(scorer(said, (load_image(exam.images[item.image]) for item in exam.items)).mean())
+            for name, said in texts.items()
+        }
+        outcome.result["clip"] = portable(scorer.name)
+    if meteor:
+        references = [item.references for item in exam.items]
+        metrics["METEOR"] = {name: run_meteor(said, references) for name, said in texts.items()}
+
+
+def _parse(texts: list[str]) -> list[DataSource]:
+    sources = [parse_source(text) for text in texts]
+    if any(source.streaming for source in sources):
+        raise ValueError("a stream cannot be judged on: drop streaming=true")
+    if missing := [path for source in sources for path in source.problems()]:
+        raise ValueError(f"not found (looked in {Path.cwd()}): {', '.join(missing)}")
+    return sources

@@ -1,0 +1,492 @@
+"""clip-phi evaluate and compare: what is asked, what is kept, what the controls catch."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import metrics, run, stage1
+
+from clip_phi.cli import main
+from clip_phi.evaluation import answers as answers_module
+from clip_phi.evaluation.answers import Request, as_prompt
+from clip_phi.evaluation.generate import encode_prompts, generate_answers
+from clip_phi.evaluation.intervals import by_group, margin_interval
+from clip_phi.evaluation.judge import Decoding, derange, goes_in_circles, judge
+from clip_phi.evaluation.report import portable
+from clip_phi.evaluation.tasks import SHORT_ANSWER, make_exam, read_exam
+from clip_phi.samples import Sample, Turn
+from clip_phi.sources.data import parse_source
+from clip_phi.sources.drawn import write_dataset
+from clip_phi.sources.report import Report
+from clip_phi.training.best import Best
+from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+
+ROOT = Path(__file__).parent.parent
+AGREED = {"task", "metric", "score", "blind", "shuffled", "margin", "margin_ci95", "metrics", "data", "checkpoint"}
+AGREED |= {"command", "seed", "prompt", "environment", "answers", "tables"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder, num_train=12, num_val=6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(data):
+    return {
+        "captions": f"coco:{data}/annotations/captions_val2017.json,images={data}/val2017",
+        "vqa": f"llava:{data}/llava_instruct_val.json,images={data}/val2017",
+    }
+
+
+@pytest.fixture
+def checkpoint(model, processor, tmp_path):
+    folder = tmp_path / "checkpoint"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def evaluate(checkpoint, task, source, *options, expect=0):
+    words = ["evaluate", checkpoint, "--task", task, "--data", source, "--max_new_tokens", 6, "--batch_size", 4]
+    assert main([str(word) for word in (*words, *options)]) == expect
+    return None if expect else json.loads((checkpoint / "evaluation" / f"{task}.json").read_text())
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# What is asked
+
+
+@pytest.mark.parametrize(
+    ("text", "with_image", "blind"),
+    [
+        (None, "<image>", "<|endoftext|>"),
+        (
+            "Describe the image.",
+            "<image>Instruct: Describe the image.\nOutput:",
+            "Instruct: Describe the image.\nOutput:",
+        ),
+        ("Is it red?", "<image>Instruct: Is it red?\nOutput:", "Instruct: Is it red?\nOutput:"),
+        (
+            SHORT_ANSWER.format(question="Is it red?"),
+            "<image>Instruct: Is it red?\nAnswer the question using a single word or phrase.\nOutput:",
+            "Instruct: Is it red?\nAnswer the question using a single word or phrase.\nOutput:",
+        ),
+    ],
+)
+def test_the_prompt_of_each_task_is_fixed(text, with_image, blind, processor, data):
+    image = next((data / "val2017").glob("*.jpg")).read_bytes()
+    for picture, expected in ((image, with_image), (None, blind)):
+        ids = encode_prompts(processor, [as_prompt(Request("", picture, text))])["input_ids"][0]
+        written = processor.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        assert re.sub(r"(<image>)+", "<image>", written) == expected
+
+
+def test_a_task_asks_what_the_data_hold_for_it_and_counts_the_rest(data, sources):
+    captions = read_exam("captions", [parse_source(sources["captions"])])
+    assert len(captions.items) == len(captions.images) == 6
+    assert {len(item.references) for item in captions.items} == {5} and captions.items[0].question is None
+    records = json.loads((data / "llava_instruct_val.json").read_text())
+    said = [turn["value"] for record in records for turn in record["conversations"][1::2]]
+    short = [answer for answer in said if len(answer.split()) <= 3]
+    vqa = read_exam("vqa", [parse_source(sources["vqa"])])
+    assert sorted(item.references[0] for item in vqa.items) == sorted(short)
+    assert vqa.left_out["answer is longer than 3 words"] == len(said) - len(short) > 0
+    yes_no = [answer for answer in said if answer in ("yes", "no")]
+    pope = read_exam("pope", [parse_source(sources["vqa"])])
+    assert sorted(item.references[0] for item in pope.items) == sorted(yes_no)
+    assert pope.left_out["answer is not yes or no"] == len(said) - len(yes_no)
+    with pytest.raises(ValueError, match="captions: nothing to ask in these data"):
+        read_exam("captions", [parse_source(sources["vqa"])])
+
+
+def test_the_file_of_pope_is_read_as_it_is(data, tmp_path):
+    names = sorted(path.name for path in (data / "val2017").iterdir())
+    rows = [
+        {"question_id": n, "image": name, "text": "Is there a dog in the image?", "label": "yes" if n else "no"}
+        for n, name in enumerate(names)
+    ]
+    (tmp_path / "coco_pope.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exam = read_exam("pope", [parse_source(f"llava:{tmp_path}/coco_pope.json,images={data}/val2017")])
+    assert [(item.question, item.references) for item in exam.items] == [
+        ("Is there a dog in the image?", (row["label"],)) for row in rows
+    ]
+
+
+def test_ten_answers_of_vqav2_are_all_references(data, tmp_path):
+    ids = [int(path.stem) for path in sorted((data / "val2017").iterdir())]
+    questions = [{"question_id": n, "image_id": image, "question": "what?"} for n, image in enumerate(ids)]
+    people = [{"answer": answer} for answer in ["red"] * 7 + ["blue"] * 3]
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "val2014", "questions": questions}))
+    (tmp_path / "a.json").write_text(
+        json.dumps({"annotations": [{"question_id": n, "answers": people} for n in range(len(ids))]})
+    )
+    source = f"vqa:{tmp_path}/q.json,annotations={tmp_path}/a.json,images={data}/val2017"
+    exam = read_exam("vqa", [parse_source(source)])
+    assert len(exam.items) == 6 and exam.items[0].references == ("red",) * 7 + ("blue",) * 3
+
+
+def test_a_damaged_image_is_left_out_and_counted(data, tmp_path):
+    shutil.copytree(data / "val2017", tmp_path / "val2017")
+    bad = min((tmp_path / "val2017").iterdir())
+    bad.write_bytes(bad.read_bytes()[:200])
+    source = parse_source(f"coco:{data}/annotations/captions_val2017.json,images={tmp_path}/val2017")
+    exam = read_exam("captions", [source], max_bad=0.5)
+    assert len(exam.items) == 5 and dict(exam.report.skipped) == {"damaged image": 5}
+    with pytest.raises(ValueError, match="more than --max_bad 0.01 allows"):
+        read_exam("captions", [source])
+
+
+def test_every_picture_gets_another_one_and_no_two_get_the_same():
+    partners = [derange([str(n) for n in range(9)], seed=1, number=number) for number in range(3)]
+    assert all(sorted(each) == list(range(9)) for each in partners)
+    assert all(each[n] != n for each in partners for n in range(9))
+    assert all(a != b for a, b in zip(partners[0], partners[1], strict=True))
+    copies = ["a", "b", "a", "a"]  # three files of one picture
+    assert all(copies[other] != copies[n] for n, other in enumerate(derange(copies)))
+    with pytest.raises(ValueError, match="all pictures are the same"):
+        derange(["a", "a"])
+
+
+# What comes out
+
+
+def test_a_result_holds_what_is_agreed_and_no_folder_of_this_machine(checkpoint, sources, tmp_path):
+    found = evaluate(checkpoint, "vqa", sources["vqa"], "--json", tmp_path / "out.json")
+    assert found.keys() >= AGREED
+    assert json.loads((tmp_path / "out.json").read_text()) == found
+    assert found["margin"] == pytest.approx(found["score"] - max(found["blind"], found["shuffled"]))
+    low, high = found["margin_ci95"]
+    assert low <= found["margin"] <= high
+    assert found["metrics"]["vqa_accuracy"] == {key: found[key] for key in ("score", "blind", "shuffled")}
+    assert found["question_only"]["score"] >= 0 and found["data"]["images"] == 6
+    assert found["answers"]["score"].keys() == {"empty", "cut", "never_ended", "mean_tokens"}
+    assert sum(row["samples"] for row in found["tables"]["by_question_type"].values()) == found["data"]["samples"]
+    folder = checkpoint / "evaluation"
+    for path in (folder / "vqa.json", folder / "vqa.samples.jsonl", *folder.glob("vqa.answers/*")):
+        assert str(tmp_path) not in path.read_text() and not re.search(r'"[^"<]*[ ="]/\w+/', path.read_text()), path
+    page = (folder / "vqa.html").read_text()
+    assert page.count("<section>") > 4 and "shuffled images" in page and '<img src="data:image/jpeg' in page
+    assert (folder / "vqa.png").read_bytes().startswith(b"\x89PNG")
+    assert len(found["checkpoint"]["sha256"]) == 64
+
+
+def test_paths_lose_their_folders(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        portable(f"coco:{tmp_path}/a/b.json,images=/other/c/d + vqa:e/f.json")
+        == "coco:a/b.json,images=d + vqa:e/f.json"
+    )
+    assert portable("user/name") == "user/name" and portable("https://x.org/a/b") == "https://x.org/a/b"
+
+
+def test_captions_are_asked_for_once_blind_and_shuffled_ones_are_those_of_the_other_images(checkpoint, sources):
+    found = evaluate(checkpoint, "captions", sources["captions"])
+    rows = read_lines(checkpoint / "evaluation/captions.samples.jsonl")
+    lines = (checkpoint / "evaluation/captions.answers/rank-0.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 6 + 1  # binding, images, blind
+    assert sorted(row["answer"] for row in rows) == sorted(row["shuffled_answer"] for row in rows)
+    assert len({row["blind_answer"] for row in rows}) == 1
+    assert found["prompt"] == "<image>" and found["metric"] == "CIDEr-D"
+    assert {"BLEU-4", "ROUGE-L", "CIDEr"} <= found["metrics"].keys()
+    assert "CLIPScore" in found["metrics"] or "vision" in str(checkpoint)
+
+
+def test_beams_and_greedy_answers_are_those_of_generate(checkpoint, model, processor, sources, data):
+    evaluate(checkpoint, "captions", sources["captions"], "--num_beams", 3)
+    rows = read_lines(checkpoint / "evaluation/captions.samples.jsonl")
+    for row in rows[:2]:
+        image = Image.open(data / "val2017" / row["image"]).convert("RGB")
+        inputs = encode_prompts(processor, [([{"role": "user", "content": [{"type": "image"}]}], image)])
+        output = model.generate(**inputs, max_new_tokens=6, num_beams=3, do_sample=False)
+        text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert row["answer"] == text
+
+
+def test_cut_empty_and_circling_answers_are_told_apart(model, processor, data, fresh_model):
+    image = Image.open(next((data / "val2017").glob("*.jpg"))).convert("RGB")
+    prompt = ([{"role": "user", "content": [{"type": "image"}]}], image)
+    end = processor.tokenizer.eos_token_id
+    with torch.no_grad():
+        fresh_model.lm_head.bias[end] = 1e4
+    assert generate_answers(fresh_model, processor, [prompt], 5) == [("", 1, True)]
+    with torch.no_grad():
+        fresh_model.lm_head.bias[end] = -1e4
+    (answer,) = generate_answers(fresh_model, processor, [prompt], 5)
+    assert (answer.tokens, answer.ended) == (5, False)
+    assert goes_in_circles("a vase and a. and a. and a.") and goes_in_circles("so so so")
+    assert not goes_in_circles("so so") and not goes_in_circles("a dog and a cat and a bird")
+
+
+def test_bad_options_are_one_line(checkpoint, sources, capsys):
+    evaluate(checkpoint, "vqa", sources["vqa"], "--prompt", "what?", expect=2)
+    assert "has no place for the question: write {question} into it" in capsys.readouterr().err
+    evaluate(checkpoint, "pope", sources["captions"], expect=2)
+    assert "pope: nothing to ask in these data" in capsys.readouterr().err
+    evaluate(checkpoint, "captions", "coco:/nowhere.json", expect=2)
+    assert "not found" in capsys.readouterr().err
+    assert main(["evaluate", str(checkpoint), "--task", "vqa"]) == 2
+    assert "Give --data KIND:PATH" in capsys.readouterr().err
+
+
+# What is kept
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_result_of_one_that_was_not(
+    checkpoint, sources, tmp_path, monkeypatch
+):
+    whole = tmp_path / "whole"
+    shutil.copytree(checkpoint, whole)
+    expected = evaluate(whole, "vqa", sources["vqa"])
+    asked = []
+
+    def dying(model, processor, prompts, *options):
+        asked.append(len(prompts))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return generate_answers(model, processor, prompts, *options)
+
+    monkeypatch.setattr(answers_module, "generate_answers", dying)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(checkpoint, "vqa", sources["vqa"])
+    file = checkpoint / "evaluation/vqa.answers/rank-0.jsonl"
+    assert len(file.read_text().splitlines()) == 1 + 8
+    with open(file, "a") as opened:
+        opened.write('["torn')
+    found = evaluate(checkpoint, "vqa", sources["vqa"])
+    all_asked = len((whole / "evaluation/vqa.answers/rank-0.jsonl").read_text().splitlines()) - 1
+    assert sum(asked[3:]) == all_asked - 8
+    same = AGREED - {"checkpoint", "command", "environment"}
+    assert {key: found[key] for key in same} == {key: expected[key] for key in same}
+    asked.clear()
+    evaluate(checkpoint, "vqa", sources["vqa"])
+    assert asked == []
+
+
+@pytest.mark.parametrize("change", ["weights", "prompt", "decoding", "data"])
+def test_answers_of_anything_else_are_never_used_again(change, checkpoint, sources, data, tmp_path, capsys):
+    evaluate(checkpoint, "vqa", sources["vqa"])
+    source, options = sources["vqa"], []
+    if change == "weights":
+        model = ClipPhiForCausalLM.from_pretrained(checkpoint)
+        with torch.no_grad():
+            next(model.model.projector.parameters()).mul_(2)
+        model.save_pretrained(checkpoint)
+    elif change == "prompt":
+        options = ["--prompt", SHORT_ANSWER]
+    elif change == "decoding":
+        options = ["--num_beams", "2"]
+    else:
+        shutil.copytree(data / "val2017", tmp_path / "val2017")
+        picture = min((tmp_path / "val2017").iterdir())
+        Image.new("RGB", (64, 64), "red").save(picture)
+        source = source.replace(f"images={data}", f"images={tmp_path}")
+    capsys.readouterr()
+    evaluate(checkpoint, "vqa", source, *options)
+    printed = capsys.readouterr().err
+    assert "are of another checkpoint, data, prompt or decoding, and are not used" in printed
+    assert "are there already" not in printed
+
+
+def test_two_processes_share_the_work_and_find_what_one_finds(checkpoint, sources, tmp_path):
+    alone = tmp_path / "alone"
+    shutil.copytree(checkpoint, alone)
+    expected = evaluate(alone, "vqa", sources["vqa"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command += ["clip_phi.cli", "evaluate", checkpoint, "--task", "vqa", "--data", sources["vqa"]]
+    command += ["--max_new_tokens", "6", "--batch_size", "4"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((checkpoint / "evaluation/vqa.json").read_text())
+    same = AGREED - {"checkpoint", "command", "environment"}
+    assert {key: found[key] for key in same} == {key: expected[key] for key in same} and found["processes"] == 2
+    sizes = [len(path.read_text().splitlines()) for path in sorted((checkpoint / "evaluation").glob("vqa.answers/*"))]
+    assert len(sizes) == 2 and abs(sizes[0] - sizes[1]) <= 1
+    assert done.stdout.count("vqa on 6 images") == 1
+
+
+# Which is better
+
+
+def test_the_interval_of_a_margin_is_that_of_a_plain_bootstrap_over_images():
+    rng = np.random.default_rng(3)
+    groups = rng.integers(0, 40, 200)
+    groups = np.unique(groups, return_inverse=True)[1]
+    scores = np.stack([rng.random(200) + 0.2, rng.random(200), rng.random(200)], axis=1)
+    sums, counts = by_group(scores, groups)
+    low, high = margin_interval(sums, counts, seed=1)
+    assert (low, high) == margin_interval(sums, counts, seed=1) != margin_interval(sums, counts, seed=2)
+    plain = []
+    for _ in range(1000):
+        drawn = rng.integers(0, len(counts), len(counts))
+        means = np.concatenate([scores[groups == group] for group in drawn]).mean(axis=0)
+        plain.append(means[0] - means[1:].max())
+    assert (low, high) == pytest.approx(np.percentile(plain, [2.5, 97.5]).tolist(), abs=0.03)
+    assert margin_interval(np.ones((9, 2)), np.ones(9)) == (0.0, 0.0)
+
+
+def test_compare_pairs_sample_by_sample_and_refuses_other_data(checkpoint, sources, data, tmp_path, capsys):
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    evaluate(checkpoint, "vqa", sources["vqa"])
+    for folder in (first, second):
+        shutil.copytree(checkpoint, folder)
+    rows = read_lines(first / "evaluation/vqa.samples.jsonl")
+    for folder, score in ((first, 1.0), (second, 0.25)):
+        changed = [json.dumps(row | {"score": score}) + "\n" for row in rows]
+        (folder / "evaluation/vqa.samples.jsonl").write_text("".join(changed))
+        result = json.loads((folder / "evaluation/vqa.json").read_text())
+        (folder / "evaluation/vqa.json").write_text(json.dumps(result | {"score": score}))
+    assert main(["compare", str(first), str(second), "--json", str(tmp_path / "c.json")]) == 0
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert (found["difference"], found["difference_ci95"]) == (0.75, [0.75, 0.75])
+    assert found["samples"] == {"a_better": len(rows), "equal": 0, "b_better": 0}
+    assert main(["compare", str(first), str(first / "evaluation/vqa.json")]) == 0
+    assert "the interval holds 0" in capsys.readouterr().out
+    shutil.copytree(checkpoint, third)
+    evaluate(third, "vqa", sources["vqa"], "--num_images", 3)
+    assert main(["compare", str(first), str(third)]) == 2
+    assert "are of different data" in capsys.readouterr().err
+    evaluate(third, "exact", sources["vqa"])
+    assert main(["compare", str(first), str(third)]) == 2
+    assert "has several results (exact, vqa): give --task" in capsys.readouterr().err
+    assert main(["compare", str(first), str(tmp_path)]) == 2
+    assert "run clip-phi evaluate first" in capsys.readouterr().err
+
+
+# What the controls catch
+
+
+def broken(folder, name):
+    """The same checkpoint with a projector that gives nothing."""
+    model = ClipPhiForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.model.projector.parameters():
+            parameter.zero_()
+    model.save_pretrained(name)
+    ClipPhiProcessor.from_pretrained(folder).save_pretrained(name)
+
+
+@pytest.mark.demo
+def test_the_controls_catch_a_zeroed_projector_and_training_on_shuffled_images(tmp_path, capsys):
+    """Stage 1 between the shipped backbones, for a minute of a true run's time: it learns to look, and they do not."""
+    write_dataset(tmp_path, num_train=240, num_val=60)
+    annotations = tmp_path / "annotations/captions_train2017.json"
+    content = json.loads(annotations.read_text())
+    names = [image["file_name"] for image in content["images"]]
+    for image, other in zip(content["images"], names[1:] + names[:1], strict=True):
+        image["file_name"] = other
+    (tmp_path / "annotations/captions_shuffled.json").write_text(json.dumps(content))
+    val = f"coco:{tmp_path}/annotations/captions_val2017.json,images={tmp_path}/val2017"
+    backbones = (ROOT / "examples/demo_backbones/vision", ROOT / "examples/demo_backbones/text")
+    options = ["--max_steps", 60, "--num_epochs", 9, "--learning_rate", 2e-3, "--per_device_batch_size", 8]
+    options += ["--gradient_accumulation_steps", 1, "--max_eval_images", 4, "--num_sample_texts", 1]
+    found = {}
+    for name, data in (("true", "train2017"), ("shuffled", "shuffled")):
+        source = f"coco:{tmp_path}/annotations/captions_{data}.json,images={tmp_path}/train2017"
+        run(*stage1(tmp_path, backbones, tmp_path / name, *options, "--data", source))
+    broken(tmp_path / "true", tmp_path / "zeroed")
+    capsys.readouterr()
+    for name in ("true", "shuffled", "zeroed"):
+        for task in ("captions", "loss"):
+            words = ["evaluate", str(tmp_path / name), "--task", task, "--data", val, "--max_new_tokens", "24"]
+            assert main(words) == 0
+            found[name, task] = json.loads((tmp_path / name / f"evaluation/{task}.json").read_text())
+            says_no = "NO MARGIN" in capsys.readouterr().out
+            assert says_no == (name != "true"), (name, task)
+    for task, least in (("captions", 1.0), ("loss", 0.3)):
+        assert found["true", task]["margin_ci95"][0] > least
+        for name in ("shuffled", "zeroed"):
+            low, high = found[name, task]["margin_ci95"]
+            assert low <= 0 and found[name, task]["margin"] < 0.2 * found["true", task]["margin"], (name, task)
+    assert found["zeroed", "captions"]["score"] == found["zeroed", "captions"]["shuffled"]
+    clip = found["true", "captions"]["metrics"]["CLIPScore"]  # the tower's own text half judges as well
+    assert clip["score"] > clip["shuffled"] + 0.2 and clip["score"] > clip["blind"] + 0.2
+
+
+# During training
+
+
+def test_the_best_is_kept_by_the_chosen_metric_and_patience_counts_what_is_not_better():
+    best = Best("loss", patience=2)
+    assert [best.update(step, {"loss": loss}) for step, loss in enumerate([3.0, 2.0, 2.0, float("nan")], start=1)] == [
+        *(True, True, False, False)
+    ]
+    assert (best.step, best.value, best.exhausted) == (2, 2.0, True)
+    again = Best("loss", patience=2)
+    again.restore(json.loads(json.dumps(best.state())))
+    assert again == best
+    other = Best("CIDEr-D", patience=2)
+    other.restore(best.state())
+    assert other.value is None and other.update(1, {"CIDEr-D": 0.0}) and not other.update(2, {"CIDEr-D": 0.0})
+    assert not Best().update(1, {"loss": 1.0}) and not Best().exhausted
+
+
+@pytest.fixture(scope="module")
+def backbones(vision_backbone, text_backbone):
+    return vision_backbone, text_backbone
+
+
+def test_training_judges_stops_when_nothing_gets_better_and_a_resumed_run_knows_all_that(data, backbones, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = (
+        "--judge",
+        "captions",
+        "--judge_images",
+        4,
+        "--eval_every",
+        1,
+        "--save_every",
+        2,
+        "--num_sample_texts",
+        1,
+    )
+    options += ("--max_steps", 9, "--num_epochs", 9, "--best_metric", "CIDEr-D", "--patience", 2, "--keep", 9)
+    options += ("--learning_rate", 1e-12)  # so that nothing can get better after the first evaluation
+    line = "stopped: CIDEr-D was never better than at step 1, which is in best/"
+    assert run(*stage1(data, backbones, whole, *options)).stdout.count(line) == 1
+    assert list(metrics(whole, "loss")) == [1, 2, 3]
+    scores = metrics(whole, "eval/CIDEr-D")
+    assert list(scores) == [1, 2, 3] == list(metrics(whole, "eval/CIDEr-D/shuffled"))
+    state = json.loads((whole / "run.json").read_text())["best"]
+    assert state == {"metric": "CIDEr-D", "value": scores[1], "step": 1, "misses": 2}
+    ClipPhiForCausalLM.from_pretrained(whole / "best")
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints/step-00000003")
+    for folder in (cut, whole):  # from step 2, and from the end
+        assert run(*stage1(data, backbones, folder, *options, "--resume", "true")).stdout.count(line) == 1
+        assert list(metrics(folder, "loss")) == [1, 2, 3]
+        assert metrics(folder, "eval/CIDEr-D") == scores
+        assert json.loads((folder / "run.json").read_text())["best"] == state
+
+
+def test_an_unknown_metric_and_patience_alone_are_named(data, backbones, tmp_path):
+    done = run(*stage1(data, backbones, tmp_path, "--best_metric", "f1", "--debug", False), launcher=(), expect=2)
+    assert "--best_metric f1: choose from none, loss; with --judge, its metrics too" in done.stderr
+    done = run(*stage1(data, backbones, tmp_path, "--patience", 2, "--debug", False), launcher=(), expect=2)
+    assert "--patience needs a --best_metric" in done.stderr
+
+
+def test_each_best_metric_is_one_that_its_task_gives(model, processor, data):
+    from clip_phi.training.arguments import JUDGED as BY_TASK
+
+    images = [path.read_bytes() for path in sorted((data / "val2017").iterdir())[:2]]
+    turns = {"captions": (Turn("assistant", "a star"),), "vqa": (Turn("user", "is it?"), Turn("assistant", "yes"))}
+    for task, names in BY_TASK.items():
+        branch = turns["captions" if task == "captions" else "vqa"]
+        exam = make_exam(task, [Sample(image, (branch,), ("x:0",)) for image in images], Report())
+        outcome = judge(model, processor, exam, Decoding(max_new_tokens=2))
+        assert set(names) <= outcome.result["metrics"].keys(), task
