@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "environment": set(),
     "samples": set(),
+    "picture": set(),
     "sources": {"samples"},
+    "speech": {"samples"},
     "batching": {"samples", "sources"},
     "evaluation": {"samples", "sources", "batching"},
     "training": {"environment", "samples", "sources", "batching", "evaluation"},

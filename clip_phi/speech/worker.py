@@ -1,0 +1,1 @@
+"""WhisperX in a process and a Python environment of its own."""
