@@ -23,7 +23,10 @@ ALLOWED = {
     "inspection": {"samples", "sources", "batching"},
     "plan": {"batching", "training"},
     "doctor": {"environment", "batching", "training"},
-    "commands": {"doctor", "samples", "sources", "batching", "evaluation", "training", "serving", "inspection", "plan"},
+    "commands": {
+        *("doctor", "samples", "sources", "batching", "evaluation", "training", "serving", "inspection", "plan"),
+        *("speech", "picture"),
+    },
     "cli": {"commands"},
     "__init__": set(),
 }

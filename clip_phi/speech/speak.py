@@ -52,8 +52,7 @@ class SentenceSpeaker:
     voice: str
 
     def speak(self, text: str) -> Speech:
-        spoken = list(self.stream(text))
-        return Speech(np.concatenate([each.samples for each in spoken]), spoken[0].sampling_rate)
+        return join(self.stream(text))
 
     def stream(self, text: str | Iterable[str]) -> Iterator[Speech]:
         marks: str | None = ""  # what was met without a letter, until something is said
@@ -142,6 +141,12 @@ def split_sentences(pieces: Iterable[str]) -> Iterator[str]:
         text = text[start:]
     if text.strip():
         yield text.strip()
+
+
+def join(sentences: Iterable[Speech]) -> Speech:
+    """One behind the other; all of one voice, and at least one."""
+    samples, rates = zip(*sentences, strict=True)
+    return Speech(np.concatenate(samples), rates[0])
 
 
 def write_wav(path: str | Path, speech: Speech) -> None:
