@@ -15,7 +15,7 @@ ALLOWED = {
     "samples": set(),
     "picture": set(),
     "sources": {"samples"},
-    "speech": {"samples"},
+    "speech": {"samples", "sources"},
     "batching": {"samples", "sources"},
     "evaluation": {"samples", "sources", "batching"},
     "training": {"environment", "samples", "sources", "batching", "evaluation"},

@@ -1,4 +1,4 @@
-"""clip-phi transcribe-clip: what is said in a recording. And the options of all commands that hear."""
+"""clip-phi transcribe-clip, transcribe and speak-data: recordings, and data sets with speech."""
 
 import argparse
 import json
@@ -6,9 +6,10 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from .common import positive_number
+from ..sources.transcripts import ENGINES, Hearing
+from .common import natural, positive_number
 
-ENGINES = ("faster-whisper", "whisperx")
+DEFAULT = Hearing()
 
 
 def add_to(commands: Any) -> None:
@@ -19,15 +20,37 @@ def add_to(commands: Any) -> None:
     clip.add_argument("--json", action="store_true", help="print a json object: text, seconds, truncated, engine, ...")
     clip.set_defaults(run=run_transcribe_clip)
 
+    data = commands.add_parser("transcribe", help="write down ahead what is said in a data set's recordings")
+    data.add_argument(
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help="as --data of train_accelerate.py, whose options engine=, speech_model=, language= and max_speech_seconds= "
+        "say how it is heard",
+    )
+    data.add_argument("--speech_device", default="cpu", help="cpu, cuda or cuda:1 (default: %(default)s)")
+    data.add_argument("--compute_type", help="of CTranslate2 (default: int8 on the CPU, float16 on CUDA)")
+    data.add_argument("--json", action="store_true", help="print one json object a source instead of the text")
+    data.set_defaults(run=run_transcribe)
+
+    speak = commands.add_parser("speak-data", help="make the spoken form of a LLaVA json: its questions as recordings")
+    speak.add_argument("annotations", metavar="JSON", help="a list of records with conversations")
+    speak.add_argument("output", metavar="OUT.json", help="the spoken form; the recordings go to the folder OUT")
+    speak.add_argument("--share", type=float, default=1.0, help="of the questions is spoken (default: all)")
+    speak.add_argument("--seed", type=natural, default=0, help="another one chooses other questions")
+    speak.add_argument("--voice", help="a name, or Hub id or folder of a text-to-speech model")
+    speak.add_argument("--json", action="store_true", help="print a json object instead of the text")
+    speak.set_defaults(run=run_speak_data)
+
 
 def add_hearing(command: argparse.ArgumentParser) -> None:
     """What hears speech."""
     command.add_argument(
-        "--engine", choices=ENGINES, default="faster-whisper", help="what hears speech (default: %(default)s)"
+        "--engine", choices=ENGINES, default=DEFAULT.engine, help="what hears speech (default: %(default)s)"
     )
     command.add_argument(
         "--speech_model",
-        default="base.en",
+        default=DEFAULT.model,
         help="Whisper model: a name, a Hub id or a folder in CTranslate2's form (default: %(default)s)",
     )
     command.add_argument("--speech_device", default="cpu", help="cpu, cuda or cuda:1 (default: %(default)s)")
@@ -36,7 +59,7 @@ def add_hearing(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max_speech_seconds",
         type=positive_number,
-        default=10.0,
+        default=DEFAULT.max_seconds,
         help="so much of the beginning of a recording is heard (default: %(default)s)",
     )
 
@@ -81,3 +104,34 @@ def run_transcribe_clip(arguments: argparse.Namespace) -> None:
         print(json.dumps(found))
     else:
         print(transcript.text)
+
+
+def run_transcribe(arguments: argparse.Namespace) -> None:
+    from ..sources.data import parse_source
+    from ..speech.data import as_text, transcribe_source
+
+    for source in [parse_source(text) for text in arguments.data]:
+        if problems := source.problems():
+            raise ValueError(f"no such file: {', '.join(problems)}")
+        found, report = transcribe_source(source, arguments.speech_device, arguments.compute_type)
+        if arguments.json:
+            told = asdict(found) | source.hearing._asdict() | {"data": source.path, "report": report.as_dict()}
+            print(json.dumps(told), flush=True)
+        else:
+            print(f"{source.path}: {as_text(found)}", *filter(None, [report.table()]), sep="\n", flush=True)
+
+
+def run_speak_data(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from ..speech.data import as_text, speak_questions
+    from ..speech.speak import make_speaker
+
+    output = Path(arguments.output)
+    found = speak_questions(
+        Path(arguments.annotations), output, make_speaker(arguments.voice), arguments.share, arguments.seed
+    )
+    print(json.dumps(asdict(found)) if arguments.json else as_text(found))
+    if not arguments.json:
+        data = f"llava:{output},images=IMAGES,recordings={output.with_suffix('')}"
+        print(f"next: clip-phi transcribe {data}, and train on it with --data {data}")

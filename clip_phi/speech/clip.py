@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..samples import File
+from ..sources.transcripts import Hearing
 
 SAMPLING_RATE = 16_000  # Hz, what Whisper hears
-MAX_SECONDS = 10.0
+MAX_SECONDS = Hearing().max_seconds
 MAX_CHANNELS = 32
 MAX_SILENT_PACKETS = 10_000  # a file of which so many pieces give no sound holds none
 

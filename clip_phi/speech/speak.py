@@ -25,9 +25,10 @@ class Speech(NamedTuple):
 
 
 class Speaker(Protocol):
-    """voice: which one speaks."""
+    """voice: which one speaks. sampling_rate: of what it says, in Hz."""
 
     voice: str
+    sampling_rate: int
 
     def speak(self, text: str) -> Speech:
         """Raises ValueError, naming the text, for what this voice cannot say."""
@@ -50,6 +51,7 @@ class SentenceSpeaker:
     """What all speakers share: long texts are spoken sentence by sentence."""
 
     voice: str
+    sampling_rate: int
 
     def speak(self, text: str) -> Speech:
         return join(self.stream(text))
@@ -91,6 +93,7 @@ class HibariSpeaker(SentenceSpeaker):
             self._voice = Hibari(self.voice)
         except RuntimeError as error:  # the download failed
             raise OSError(" ".join(str(error).split())) from error
+        self.sampling_rate = self._voice.sample_rate
 
     def _synthesize(self, sentence: str) -> Speech:
         # It passes over what it cannot read: a word that gives no sound must not be missing in what is said.
@@ -98,7 +101,7 @@ class HibariSpeaker(SentenceSpeaker):
             if any(character.isalnum() for character in word) and not self._voice.g2p(word):
                 raise ValueError(f"the voice {self.voice} cannot say {shorten(word)!r} in {shorten(sentence)!r}")
         # Its breath is noise: with a seed the same text is the same sound.
-        return Speech(self._voice(sentence, seed=0).astype(np.float32, copy=False), self._voice.sample_rate)
+        return Speech(self._voice(sentence, seed=0).astype(np.float32, copy=False), self.sampling_rate)
 
 
 class PipelineSpeaker(SentenceSpeaker):
@@ -109,6 +112,7 @@ class PipelineSpeaker(SentenceSpeaker):
 
         self.voice = voice
         self._pipeline: Any = pipeline("text-to-speech", model=voice)
+        self.sampling_rate = int(self._pipeline.sampling_rate)
 
     def _synthesize(self, sentence: str) -> Speech:
         import torch

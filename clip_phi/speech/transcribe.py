@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol
 
+from ..sources.transcripts import ENGINES, Engine, Hearing
 from .clip import Clip
 
-Engine = Literal["faster-whisper", "whisperx"]
-ENGINES: tuple[Engine, ...] = get_args(Engine)
-DEFAULT_MODEL = "base.en"
+DEFAULT = Hearing()
 
 
 class Word(NamedTuple):
@@ -55,8 +54,8 @@ class Transcriber(Protocol):
 
 
 def make_transcriber(
-    engine: Engine = "faster-whisper",
-    model: str = DEFAULT_MODEL,
+    engine: Engine = DEFAULT.engine,
+    model: str = DEFAULT.model,
     device: str = "cpu",
     language: str | None = None,
     compute_type: str | None = None,
