@@ -1,4 +1,4 @@
-"""clip-phi transcribe-clip, transcribe and speak-data: recordings, and data sets with speech."""
+"""clip-phi transcribe-clip, transcribe, speak-data and speech install: recordings, and data sets with speech."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from ..sources.transcripts import ENGINES, Hearing
 from .common import natural, positive_number
 
 DEFAULT = Hearing()
+FORMS = ("full", "cpu", "light")
 
 
 def add_to(commands: Any) -> None:
@@ -25,8 +26,8 @@ def add_to(commands: Any) -> None:
         "data",
         nargs="+",
         metavar="DATA",
-        help="as --data of train_accelerate.py, whose options engine=, speech_model=, language= and max_speech_seconds= "
-        "say how it is heard",
+        help="as --data of train_accelerate.py: [KIND:]PATH[,option=value...]; engine=, speech_model=, language= and "
+        "max_speech_seconds= say how it is heard",
     )
     data.add_argument("--speech_device", default="cpu", help="cpu, cuda or cuda:1 (default: %(default)s)")
     data.add_argument("--compute_type", help="of CTranslate2 (default: int8 on the CPU, float16 on CUDA)")
@@ -41,6 +42,19 @@ def add_to(commands: Any) -> None:
     speak.add_argument("--voice", help="a name, or Hub id or folder of a text-to-speech model")
     speak.add_argument("--json", action="store_true", help="print a json object instead of the text")
     speak.set_defaults(run=run_speak_data)
+
+    speech = commands.add_parser("speech", help="speech install: WhisperX, in a Python environment of its own")
+    actions = speech.add_subparsers(dest="action", required=True, metavar="ACTION")
+    install = actions.add_parser("install", help="make the environment of --engine whisperx")
+    install.add_argument(
+        "--form",
+        choices=FORMS,
+        default="full",
+        help="full: 7.7 GB with CUDA; cpu: the same without; light: 20 MB beside this environment's torch, with "
+        "another voice detection and no word timestamps (default: %(default)s)",
+    )
+    install.add_argument("--folder", help="where it goes (default: CLIP_PHI_WHISPERX, or Hugging Face's cache)")
+    install.set_defaults(run=run_install)
 
 
 def add_hearing(command: argparse.ArgumentParser) -> None:
@@ -135,3 +149,15 @@ def run_speak_data(arguments: argparse.Namespace) -> None:
     if not arguments.json:
         data = f"llava:{output},images=IMAGES,recordings={output.with_suffix('')}"
         print(f"next: clip-phi transcribe {data}, and train on it with --data {data}")
+
+
+def run_install(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from ..speech.worker import folder_bytes, install
+
+    found = install(arguments.form, Path(arguments.folder) if arguments.folder else None)
+    size = folder_bytes(found.folder) / 1e9
+    print(f"WhisperX {found.version} ({found.form} form) is in {found.folder}, {size:.2f} GB; try: --engine whisperx")
+    if arguments.folder:
+        print(f"export CLIP_PHI_WHISPERX={found.folder}")
