@@ -9,7 +9,13 @@ from .commands import answers, data, machine, speech
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns 0; 1 if the doctor found a problem; 2 after one line on stderr about bad input."""
-    arguments = make_parser().parse_args(argv)
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes "IMAGE --option QUESTION" for an image without a question, and a question too many (bpo-15112).
+    if len(rest) == 1 and not rest[0].startswith("-") and getattr(arguments, "question", "") is None:
+        arguments.question = rest.pop()
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return arguments.run(arguments) or 0
     except (ValueError, OSError, ImportError) as error:
