@@ -2,6 +2,7 @@
 
 import io
 import math
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ SAMPLING_RATE = 16_000  # Hz, what Whisper hears
 MAX_SECONDS = Hearing().max_seconds
 MAX_CHANNELS = 32
 MAX_SILENT_PACKETS = 10_000  # a file of which so many pieces give no sound holds none
+PATIENCE_SECONDS = 30.0  # decoding takes a fraction of one; FFmpeg would look for sound to the end of any file
 
 
 class Clip(NamedTuple):
@@ -89,6 +91,20 @@ def clip_from_array(samples: Any, sampling_rate: int, max_seconds: float = MAX_S
     return Clip(_as_float(resampled[:limit]), truncated=len(resampled) > limit)
 
 
+class _Reader:
+    """A file that is read for PATIENCE_SECONDS at most."""
+
+    def __init__(self, file: Any):
+        self.seek, self.tell = file.seek, file.tell
+        self._file = file
+        self._end = time.monotonic() + PATIENCE_SECONDS
+
+    def read(self, size: int) -> bytes:
+        if time.monotonic() > self._end:
+            raise OSError(f"no sound was found within {PATIENCE_SECONDS:g} seconds")
+        return self._file.read(size)
+
+
 class _Damaged(Exception):
     """What FFmpeg says about a recording that it cannot go on with."""
 
@@ -131,8 +147,8 @@ def _decode(file: Any, name: str) -> Iterator[np.ndarray]:
     av = import_av()
     try:
         # Playlists would open what they name: no protocol is allowed but the open file itself.
-        container = av.open(file, metadata_errors="ignore", options={"protocol_whitelist": "none"})
-    except (av.FFmpegError, ValueError, OverflowError) as error:
+        container = av.open(_Reader(file), metadata_errors="ignore", options={"protocol_whitelist": "none"})
+    except (av.FFmpegError, ValueError, OverflowError, OSError) as error:
         raise ValueError(f"not a sound: {name}: {_reason(error)}") from error
     with container:
         if not container.streams.audio:
@@ -153,7 +169,7 @@ def _frames(container: Any, av: Any) -> Iterator[Any]:
             for frame in frames:
                 frame.pts = None  # times may be missing or leap, and the resampler would refuse or fill them
                 yield frame
-    except (av.FFmpegError, ValueError, MemoryError) as error:
+    except (av.FFmpegError, ValueError, MemoryError, OSError) as error:
         raise _Damaged(_reason(error)) from error
 
 
@@ -171,7 +187,7 @@ def _resample(frames: Any) -> Iterator[np.ndarray]:
             for piece in resampler.resample(frame):
                 yield piece.to_ndarray()[0]
         yield from _drain(resampler)
-    except (av.FFmpegError, ValueError, MemoryError) as error:
+    except (av.FFmpegError, ValueError, MemoryError, OSError) as error:
         raise _Damaged(_reason(error)) from error
 
 
