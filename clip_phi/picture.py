@@ -25,7 +25,7 @@ class Drawer:
         self.model = model
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.float32 if self.device.type == "cpu" else torch.float16
-        self._pipeline: Any = AutoPipelineForText2Image.from_pretrained(model, torch_dtype=dtype).to(self.device)
+        self._pipeline: Any = AutoPipelineForText2Image.from_pretrained(model, dtype=dtype).to(self.device)
 
     def draw(self, text: str, seed: int = 0, size: int | None = None) -> Image.Image:
         """The same picture for the same text, seed and size. size: pixels of both sides; None for the model's own.

@@ -22,7 +22,7 @@ ALLOWED = {
     "serving": {"samples", "sources", "batching", "evaluation"},
     "inspection": {"samples", "sources", "batching"},
     "plan": {"batching", "training"},
-    "doctor": {"environment", "batching", "training"},
+    "doctor": {"environment", "batching", "training", "speech"},
     "commands": {
         *("doctor", "samples", "sources", "batching", "evaluation", "training", "serving", "inspection", "plan"),
         *("speech", "picture"),

@@ -562,3 +562,26 @@ def test_installing_never_takes_the_place_of_something_else(tmp_path):
     with pytest.raises(ValueError, match="no form 'huge'"):
         worker.install("huge", tmp_path / "new")
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_the_doctor_looks_into_the_environment_of_whisperx(tmp_path, monkeypatch):
+    from clip_phi.doctor import check_whisperx
+
+    folder = tmp_path / "whisperx"
+    monkeypatch.setenv("CLIP_PHI_WHISPERX", str(folder))
+    [check] = check_whisperx()
+    assert (check.status, check.remedy) == ("note", "clip-phi speech install")
+    (folder / "bin").mkdir(parents=True)
+    [check] = check_whisperx()
+    assert (check.status, check.found) == ("problem", f"{folder} is not whole")
+    (folder / worker.ABOUT).write_text('{"form": "light", "version": "3.8.6"}')
+    (folder / "bin/python").write_text("#!/bin/sh\necho 'No module named torch' >&2\nexit 1\n")
+    (folder / "bin/python").chmod(0o755)
+    [check] = check_whisperx()
+    assert check.status == "problem" and check.found.endswith("import ended with status 1: No module named torch")
+    for version, status in (("3.8.6", "ok"), ("3.9.0", "note")):
+        (folder / "bin/python").write_text(
+            f'#!/bin/sh\n[ "$3 $4" = "--check silero" ] && echo noise && echo {version}\n'
+        )
+        [check] = check_whisperx()
+        assert (check.status, version in check.found) == (status, True)

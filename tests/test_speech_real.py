@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 
 from clip_phi.batching.index import load_index
 from clip_phi.cli import main
+from clip_phi.doctor import examine
 from clip_phi.samples import SPOKEN_INSTRUCTION, File
 from clip_phi.sources.data import parse_source
 from clip_phi.sources.drawn import write_dataset
@@ -368,6 +371,35 @@ def test_the_example_hears_a_question_and_speaks_the_answer(checkpoint, question
     assert set(heard[:5]) & set(written), (heard, written)
 
 
+def test_the_commands_of_the_docs_do_what_they_say(
+    checkpoint, question, whisper, painter, tmp_path, monkeypatch, capsys
+):
+    write_dataset(tmp_path, num_train=2, num_val=1)
+    (tmp_path / "llava_instruct_train.json").rename(tmp_path / "llava_instruct_150k.json")
+    next((tmp_path / "val2017").iterdir()).rename(tmp_path / "picture.jpg")
+    (tmp_path / "question.wav").write_bytes(question.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLIP_PHI_WHISPERX", str(tmp_path / "whisperx"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/speech.md").read_text(encoding="utf-8"), re.M | re.S)
+    commands = [shlex.split(line) for line in "".join(blocks).splitlines()]
+    more = {
+        "transcribe-clip": ["--speech_model", whisper],
+        "ask": ["--speech_model", whisper, "--checkpoint", checkpoint],
+    }
+    ran = []
+    for program, name, *options in commands:
+        if program == "clip-phi":
+            options = [f"{each},speech_model={whisper}" if each.startswith("llava:") else each for each in options]
+            options = [painter if each.startswith("stable-diffusion") else each for each in options]
+            options += ["--size", "16", "--device", "cpu"] if "--draw" in options else []
+            assert main([name, *options, *more.get(name, [])]) == 0, capsys.readouterr().err
+            ran.append(name)
+            assert capsys.readouterr().out or "--draw" in options
+    assert set(ran) == {"transcribe-clip", "ask", "speak-data", "transcribe", "speech"}
+    assert (tmp_path / "answer.wav").exists() and (tmp_path / "drawn.png").exists()
+
+
 # --- WhisperX ---
 
 
@@ -384,6 +416,8 @@ def test_a_real_whisperx_is_installed_and_hears_the_same(ear, question, whisper,
         os.kill(worker._process.pid, signal.SIGKILL)
         assert worker.transcribe(load_clip(question)).text == QUESTION and worker.starts == 2
         assert worker.healthy()
+    checks = {check.name: check for check in examine()}
+    assert {checks[name].status for name in ("speech in", "speech out", "WhisperX")} == {"ok"}
     with pytest.raises(ValueError, match="hears English only, not 'de'"):
         make_transcriber("whisperx", whisper, language="de")
     capsys.readouterr()

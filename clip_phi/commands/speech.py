@@ -50,7 +50,7 @@ def add_to(commands: Any) -> None:
         "--form",
         choices=FORMS,
         default="full",
-        help="full: 7.7 GB with CUDA; cpu: the same without; light: 20 MB beside this environment's torch, with "
+        help="full: 7.7 GB with CUDA; cpu: the same without; light: 40 MB beside this environment's torch, with "
         "another voice detection and no word timestamps (default: %(default)s)",
     )
     install.add_argument("--folder", help="where it goes (default: CLIP_PHI_WHISPERX, or Hugging Face's cache)")

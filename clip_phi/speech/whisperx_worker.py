@@ -5,9 +5,14 @@
 Json lines. At the start, on stdout: {"ready": true, "whisperx": version} or {"error"}. Then for each line of stdin,
 {"id", "samples": base64 of float32 at 16 kHz} or {"id", "ping": true}, one on stdout, {"id", "segments": [{"text",
 "start", "end", "words"}], "language"}, {"id", "ok": true} or {"id", "error"}. It ends when stdin does.
+
+    python whisperx_worker.py --check VAD
+
+imports all that hearing needs, and prints the version of WhisperX.
 """
 
 import base64
+import importlib
 import importlib.metadata
 import json
 import os
@@ -135,5 +140,13 @@ def make_silero() -> Any:
     return Silero(0.5)
 
 
+def check(vad: str) -> None:
+    if vad == "silero":
+        stand_in_for_pyannote()
+        make_silero()
+    importlib.import_module("whisperx.asr")
+    print(importlib.metadata.version("whisperx"))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    check(sys.argv[2]) if sys.argv[1] == "--check" else main(*sys.argv[1:])

@@ -23,6 +23,7 @@ from .transcribe import Segment, Transcript, Word, one_line
 REQUIREMENT = "whisperx==3.8.6"
 FORMS = ("full", "cpu", "light")
 TORCH_CPU = "https://download.pytorch.org/whl/cpu"  # PyTorch's own index of builds without CUDA
+SCRIPT = str(Path(__file__).with_name("whisperx_worker.py"))
 ABOUT = "clip_phi.json"  # written last: an environment without it is not whole
 START_SECONDS = 600.0  # loading takes seconds, and downloading a model minutes
 HEAR_SECONDS = 120.0  # for a clip of ten seconds, which takes two
@@ -41,6 +42,11 @@ class Installation(NamedTuple):
     form: str
     python: Path
     version: str
+
+    @property
+    def vad(self) -> str:
+        """What detects voices: WhisperX's pyannote, or where it was left out the Silero of faster-whisper."""
+        return "silero" if self.form == "light" else "pyannote"
 
 
 def default_folder() -> Path:
@@ -70,7 +76,7 @@ def install(form: str = "full", folder: Path | None = None, say: Callable[[str],
 
     form: "full", with pyannote's voice detection, word timestamps and the torch that it pins (7.7 GB on Linux with
     CUDA); "cpu", the same with PyTorch's builds without CUDA; "light", which borrows torch and faster-whisper from this
-    environment and adds WhisperX alone (20 MB; Silero's voice detection, no word timestamps). Raises WorkerError with
+    environment and adds WhisperX alone (40 MB; Silero's voice detection, no word timestamps). Raises WorkerError with
     the last lines of pip."""
     if form not in FORMS:
         raise ValueError(f"no form {form!r} of WhisperX: there are {', '.join(FORMS)}")
@@ -101,6 +107,11 @@ def install(form: str = "full", folder: Path | None = None, say: Callable[[str],
     return find_installation(folder)
 
 
+def check(installation: Installation) -> str:
+    """Import, in its environment, all that hearing needs. Returns WhisperX's version; raises WorkerError."""
+    return _run([str(installation.python), "-I", SCRIPT, "--check", installation.vad], "import").splitlines()[-1]
+
+
 def folder_bytes(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
 
@@ -121,7 +132,7 @@ def _run(command: list[str], what: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-3:]
-        raise WorkerError(f"WhisperX was not installed, {what} ended with {done.returncode}: {' '.join(last)}")
+        raise WorkerError(f"WhisperX's environment: {what} ended with status {done.returncode}: {' '.join(last)}")
     return done.stdout
 
 
@@ -151,11 +162,9 @@ class WhisperXTranscriber:
         self.start_seconds = start_seconds
         self.hear_seconds = hear_seconds
         self.starts = 0
-        vad = "silero" if self.installation.form == "light" else "pyannote"
-        script = str(Path(__file__).with_name("whisperx_worker.py"))
         # Isolated: neither this folder nor PYTHONPATH may put other modules before those of its environment.
-        self._command = [str(self.installation.python), "-I", script, model, device, compute_type]
-        self._command += [language or "", "1" if word_timestamps else "0", vad]
+        self._command = [str(self.installation.python), "-I", SCRIPT, model, device, compute_type]
+        self._command += [language or "", "1" if word_timestamps else "0", self.installation.vad]
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
