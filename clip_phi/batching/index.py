@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from ..samples import File, Sample, Turn
 from ..sources.data import DataSource
-from ..sources.records import MediaFolder, no_collector, witness
+from ..sources.records import no_collector, witness
 from ..sources.report import Report
 from .encode import Encoded, encode_samples
 from .tree import Tree, build_tree
@@ -181,14 +181,15 @@ def load_index(source: DataSource, processor: Any, max_length: int, num_workers:
     if index is not None:
         return index
     folder.parent.mkdir(parents=True, exist_ok=True)
-    media, report = MediaFolder(source.images), Report()
+    media, transcripts, report = source.media(), source.transcripts(), Report()
+    samples = transcripts.fill(source.read(media, report), report)
     aside = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
     try:
         path = str(aside / "index.arrow")
         with no_collector(), pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-            for batch in _tokenise(source.read(media, report), processor, max_length, report, num_workers):
+            for batch in _tokenise(samples, processor, max_length, report, num_workers):
                 writer.write_batch(batch)
-        about = {"state": state, "report": report.as_dict(), "witnesses": media.witnesses()}
+        about = {"state": state, "report": report.as_dict(), "witnesses": media.witnesses() | transcripts.witnesses()}
         (aside / "about.json").write_text(json.dumps(about), encoding="utf-8")
         made = Index(_map(aside / "index.arrow"), _prefix(processor), report, folder / "index.arrow")
         if _open(folder, state, processor) is None:  # another process may have been faster

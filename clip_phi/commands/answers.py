@@ -1,11 +1,14 @@
-"""clip-phi caption and ask: what an image shows."""
+"""clip-phi caption and ask: what an image shows, said in text, aloud or as a picture."""
 
 import argparse
 import json
+from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from .common import add_checkpoint, need_checkpoint, positive
+from .common import add_checkpoint, natural, need_checkpoint, positive
+from .speech import add_hearing
 
 
 def add_to(commands: Any) -> None:
@@ -15,7 +18,15 @@ def add_to(commands: Any) -> None:
 
     ask = commands.add_parser("ask", help="ask a question about an image")
     ask.add_argument("image", metavar="IMAGE", help="image file")
-    ask.add_argument("question", metavar="QUESTION", help="for example: 'What color is the circle?'")
+    ask.add_argument("question", metavar="QUESTION", nargs="?", help="for example: 'What color is the circle?'")
+    ask.add_argument("--speech", metavar="FILE", help="a recording: the question itself, or what is said before it")
+    add_hearing(ask)
+    ask.add_argument("--speak", metavar="WAV", help="write the spoken answer to this file")
+    ask.add_argument("--voice", help="of --speak: a name, or Hub id or folder of a text-to-speech model")
+    ask.add_argument("--draw", metavar="PNG", help="write a picture of the answer to this file")
+    ask.add_argument("--drawing_model", help="of --draw: Hub id or folder of a text-to-image model of diffusers")
+    ask.add_argument("--seed", type=natural, default=0, help="of --draw: another one draws another picture")
+    ask.add_argument("--size", type=positive, help="of --draw: pixels of both sides (default: the model's own)")
     ask.set_defaults(run=run_ask)
 
     for command in (caption, ask):
@@ -43,10 +54,78 @@ def run_caption(arguments: argparse.Namespace) -> None:
 def run_ask(arguments: argparse.Namespace) -> None:
     from ..batching.images import load_image
 
+    if arguments.question is None and arguments.speech is None:
+        raise ValueError("there is no question: write one, or give a recording of it with --speech")
+    if arguments.draw and not arguments.drawing_model:
+        raise ValueError("--draw needs --drawing_model: the Hub id or folder of a text-to-image model of diffusers")
+    for path in filter(None, (arguments.speak, arguments.draw)):  # told before minutes of work
+        if not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"cannot write {path}: there is no such folder")
     image = load_image(arguments.image)
-    engine = _load_engine(arguments)
-    pieces = engine.stream(arguments.question, image, arguments.max_new_tokens)
-    _say(pieces, arguments, {"image": arguments.image, "question": arguments.question}, "answer")
+    speaker, drawer = _make_speaker(arguments), _make_drawer(arguments)
+    question, record = arguments.question, {"image": arguments.image, "question": arguments.question}
+    transcript = None
+    if arguments.speech is not None:
+        question, transcript, heard = _listen(arguments)
+        record |= heard
+    pieces = _load_engine(arguments).stream(question, image, arguments.max_new_tokens, transcript)
+    answer: list[str] = []
+    noted = _noted(pieces, answer, aloud=not arguments.json)
+    if speaker is None:
+        deque(noted, maxlen=0)
+    else:
+        record["speak"] = _write_speech(speaker.stream(noted), arguments.speak)
+    if drawer is not None:
+        drawer.draw("".join(answer), arguments.seed, arguments.size).save(arguments.draw, format="PNG")
+        record["draw"] = arguments.draw
+    if arguments.json:
+        print(json.dumps(record | {"answer": "".join(answer).strip()}), flush=True)
+
+
+def _listen(arguments: argparse.Namespace) -> tuple[str, str | None, dict[str, Any]]:
+    """Question and transcript for the prompt, and what is reported of the recording."""
+    from ..samples import SPOKEN_INSTRUCTION
+    from .speech import hear
+
+    heard = hear(arguments.speech, arguments)
+    if arguments.question is None and not heard.text:
+        raise ValueError(f"nobody speaks in {arguments.speech}: write the question, or record it again")
+    about = {"transcript": heard.text, "engine": heard.engine, "seconds": heard.seconds, "truncated": heard.truncated}
+    return arguments.question or SPOKEN_INSTRUCTION, heard.text or None, about
+
+
+def _make_speaker(arguments: argparse.Namespace) -> Any:
+    if arguments.speak is None:
+        return None
+    from ..speech.speak import make_speaker
+
+    return make_speaker(arguments.voice)
+
+
+def _make_drawer(arguments: argparse.Namespace) -> Any:
+    if arguments.draw is None:
+        return None
+    from ..picture import Drawer
+
+    return Drawer(arguments.drawing_model, arguments.device)
+
+
+def _noted(pieces: Iterator[str], answer: list[str], aloud: bool) -> Iterator[str]:
+    """The pieces, each of which is kept, and printed as it passes."""
+    for piece in pieces:
+        answer.append(piece)
+        if aloud:
+            print(piece, end="", flush=True)
+        yield piece
+    if aloud:
+        print(flush=True)
+
+
+def _write_speech(sentences: Iterator[Any], path: str) -> str:
+    from ..speech.speak import join, write_wav
+
+    write_wav(path, join(sentences))
+    return path
 
 
 def _load_engine(arguments: argparse.Namespace) -> Any:

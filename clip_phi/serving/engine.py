@@ -32,11 +32,16 @@ class Engine:
         if int8:
             quantize_decoder(self.model)
 
-    def stream(self, text: str | None, image: Image.Image | None, max_new_tokens: int = 128) -> Iterator[str]:
+    def stream(
+        self, text: str | None, image: Image.Image | None, max_new_tokens: int = 128, transcript: str | None = None
+    ) -> Iterator[str]:
         """The greedy answer, piece by piece as it comes. text: the instruction; None to ask for a bare caption.
+        transcript: what is said before the instruction; for a spoken question, text is SPOKEN_INSTRUCTION.
 
         Raises ValueError if prompt and answer do not fit the decoder's context."""
         content: list[dict[str, Any]] = [{"type": "image"}] if image is not None else []
+        if transcript is not None:
+            content.append({"type": "transcript", "text": transcript})
         if text is not None:
             content.append({"type": "text", "text": text})
         inputs = encode_prompts(self.processor, [([{"role": "user", "content": content}], image)]).to(self.device)

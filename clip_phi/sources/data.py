@@ -10,14 +10,16 @@ from typing import Any
 from ..samples import Sample
 from .records import MediaFolder, witness
 from .report import Report
+from .transcripts import ENGINES, Hearing, Transcripts
 
-# Each kind of source and its own options; all take images, name and weight.
+SPEECH = {"recordings", "engine", "speech_model", "language", "max_speech_seconds"}
+# Each kind of source and its own options; all take images, name and weight, and those with conversations SPEECH.
 KINDS = {
     "coco": set(),
     "karpathy": {"split"},
-    "llava": set(),
+    "llava": SPEECH,
     "vqa": {"annotations"},
-    "dataset": {"split", "config", "revision", "streaming"},
+    "dataset": {"split", "config", "revision", "streaming"} | SPEECH,
 }
 COMMON = {"images", "name", "weight"}
 TABLE_SUFFIXES = (".parquet", ".arrow", ".tar", ".csv")
@@ -50,12 +52,30 @@ class DataSource:
 
     @property
     def images(self) -> Path:
-        """The folder in which names of images (and recordings) are looked up."""
+        """The folder in which names of images are looked up."""
         return Path(self.options["images"]) if "images" in self.options else Path(self.path).parent
+
+    def media(self) -> MediaFolder:
+        """Where names of images and recordings are looked up."""
+        return MediaFolder(self.images, self.options.get("recordings"))
+
+    @property
+    def hearing(self) -> Hearing:
+        """How its recordings are heard."""
+        default = Hearing()
+        return Hearing(
+            self.options.get("engine", default.engine),  # type: ignore[arg-type]
+            self.options.get("speech_model", default.model),
+            self.options.get("language"),
+            float(self.options.get("max_speech_seconds", default.max_seconds)),
+        )
+
+    def transcripts(self) -> Transcripts:
+        return Transcripts(self.hearing)
 
     def problems(self) -> list[str]:
         """What is missing on disk, in words."""
-        paths = [self.options[key] for key in ("images", "annotations") if key in self.options]
+        paths = [self.options[key] for key in ("images", "recordings", "annotations") if key in self.options]
         if self.kind != "dataset":
             paths.insert(0, self.path)
         return [path for path in paths if not Path(path).exists() and not Path(f"{path}.zip").exists()]
@@ -108,7 +128,7 @@ def parse_source(text: str) -> DataSource:
     kind, separator, rest = text.partition(":")
     if not (separator and kind in KINDS):
         kind, rest = "", text
-    path, *pieces = re.split(r"[,:](?=[a-z]+=)", rest)
+    path, *pieces = re.split(r"[,:](?=[a-z_]+=)", rest)
     options = dict(piece.split("=", 1) for piece in pieces)
     if not path:
         raise ValueError(f"data source {text!r} names no file: {HOW_TO}")
@@ -118,13 +138,15 @@ def parse_source(text: str) -> DataSource:
         raise ValueError(
             f"data source {text!r} has no option {', '.join(unknown)}: {kind} has {', '.join(sorted(known))}"
         )
-    if "weight" in options:
+    for key in options.keys() & {"weight", "max_speech_seconds"}:
         try:
-            positive = 0 < float(options["weight"]) < float("inf")
+            positive = 0 < float(options[key]) < float("inf")
         except ValueError:
             positive = False
         if not positive:
-            raise ValueError(f"data source {text!r}: weight must be a number above 0")
+            raise ValueError(f"data source {text!r}: {key} must be a number above 0")
+    if options.get("engine", ENGINES[0]) not in ENGINES:
+        raise ValueError(f"data source {text!r}: engine is {' or '.join(ENGINES)}")
     if options.get("streaming", "true") not in ("true", "false"):
         raise ValueError(f"data source {text!r}: streaming is true or false")
     return DataSource(kind, path, options)

@@ -73,10 +73,12 @@ class MediaFolder:
     """Where the names of images or recordings are looked up: a folder, in which a subfolder (or the folder itself) may
     also be the zip archive that it was downloaded as. Names may be absolute.
 
+    recordings: the folder of these, if it is another one.
     folders: those that were looked into; when a file comes or goes, their modification time changes."""
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, recordings: str | Path | None = None):
         self.root = str(root)
+        self.recordings = self.root if recordings is None else str(recordings)
         self.folders: dict[str, set[str]] = {}
         self._archives: dict[str, tuple[str, set[str]] | None] = {}
 
@@ -85,14 +87,15 @@ class MediaFolder:
         name = clean_text(name, f"{what} name")
         if "\0" in name:
             raise Defect(f"{what} name is not valid", repr(name))
-        path = os.path.join(self.root, name)
+        root = self.recordings if what == "speech" else self.root
+        path = os.path.join(root, name)
         if len(path) > MAX_PATH:
             raise Defect(f"missing {what}", f"{path[:100]}... is a name of {len(path):,} characters")
         folder, base = os.path.split(path)
         if base and base in self._names(folder):
             return File(path)
         inside = base
-        while len(folder) >= len(self.root) and folder:
+        while len(folder) >= len(root) and folder:
             archive = self._archive(folder)
             if archive is not None:
                 for member in (inside, f"{os.path.splitext(os.path.basename(folder))[0]}/{inside}"):

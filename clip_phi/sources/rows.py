@@ -8,14 +8,15 @@ A row has an image (or none) and one of
     text, label           label: yes or no                                                                        POPE
     captions (caption, sentences, answer or text)                                     one text or a list: captions
 content is a text or a list of {"type": "text", "text"} and {"type": "image"}. Beside a user's text may stand "speech"
-(a recording that comes before the text) and "transcript" (what is said in it).
+(a recording that comes before the text) and "transcript" (what is said in it). If the text is empty then, the question
+itself is spoken, and the text becomes SPOKEN_INSTRUCTION.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from ..samples import Branch, File, Sample, Turn
+from ..samples import SPOKEN_INSTRUCTION, Branch, File, Sample, Turn
 from .records import MediaFolder, clean_text
 from .report import Defect, Report, Skip
 
@@ -137,6 +138,10 @@ def _conversation(messages: Any, has_image: bool, find: Find, mends: list[str]) 
             raise Defect(f"{IMAGE_TOKEN} outside a question")
         image_turns += [len(turns)] * images
         transcript, speech = message.get("transcript"), message.get("speech")
+        if transcript is not None or speech is not None:
+            if role != "user":
+                raise Defect("speech outside a question")
+            text = SPOKEN_INSTRUCTION if text is None or (isinstance(text, str) and not text.strip()) else text
         text = clean_text(text, {"user": "question", "assistant": "answer", "system": "system text"}[role])
         turns.append(
             Turn(

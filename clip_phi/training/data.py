@@ -12,7 +12,6 @@ from ..batching.loader import Batches, FixedBatches, PackedBatches, PictureReade
 from ..samples import Sample
 from ..sources.data import DataSource, parse_source
 from ..sources.mixture import Mixture
-from ..sources.records import MediaFolder
 from ..sources.report import Defect, Report, Skip
 from .arguments import TrainingArguments
 
@@ -152,12 +151,13 @@ def _readable(index: Index, read: PictureReader, arguments: TrainingArguments, n
 def _stream(source: DataSource, seed: int, rank: int, world_size: int, report: Report) -> Iterator[Sample]:
     from ..sources.tables import stream_table
 
-    return stream_table(
+    samples = stream_table(
         source.path,
-        MediaFolder(source.images),
+        source.media(),
         report,
         rank=rank,
         world_size=world_size,
         seed=seed,
         **source.table_options(),
     )
+    return source.transcripts().fill(samples, report)

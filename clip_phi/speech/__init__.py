@@ -1,0 +1,1 @@
+"""Sound in and out: recordings to text, text to speech."""

