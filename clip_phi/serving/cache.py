@@ -1,0 +1,134 @@
+"""What the engine keeps between steps: keys and values of the running requests, and what images gave."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+ROUND = 64  # tokens; storage grows by this, so that it does not grow at every request
+
+
+class RowCache(Cache):
+    """Keys and values of a batch in which each row, a request, has a length of its own.
+
+    Rows are written where `at` says and read up to the longest of them; what lies behind a row's end is never seen, by
+    the mask. So a row joins by being written, and leaves by another being moved over it: nothing is padded, and
+    nothing else is copied. The tensors of a layer are (rows, tokens, heads, head width)."""
+
+    def __init__(self, num_layers: int):
+        self.first, self.length = 0, 0
+        self.rows: torch.Tensor | None = None  # int (rows, 1)
+        self.positions: torch.Tensor | None = None  # int (rows, tokens)
+        self.num_rows, self.capacity = 0, 0
+        super().__init__(layers=[_RowLayer(self) for _ in range(num_layers)])
+
+    def reserve(self, num_rows: int, num_tokens: int) -> None:
+        """Make room for so many rows of so many tokens; what is there stays."""
+        self.num_rows = max(self.num_rows, num_rows)
+        self.capacity = max(self.capacity, -(-num_tokens // ROUND) * ROUND)
+
+    def release(self) -> None:
+        """Give the memory back. No row may be in use."""
+        self.num_rows = self.capacity = 0
+        for layer in self.layers:
+            layer.keys = layer.values = None
+
+    def at(self, first: int, positions: torch.Tensor, length: int) -> torch.Tensor:
+        """The next forward writes rows first, first + 1, ... at positions, int (rows, tokens), and reads `length`
+        tokens of them. Returns its mask, bool (rows, 1, tokens, length)."""
+        self.first, self.positions, self.length = first, positions, length
+        self.rows = torch.arange(first, first + len(positions), device=positions.device).unsqueeze(1)
+        return (torch.arange(length, device=positions.device) <= positions.unsqueeze(-1)).unsqueeze(1)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of a row over another row."""
+        for layer in self.layers:
+            layer.keys[target, :length] = layer.keys[source, :length]
+            layer.values[target, :length] = layer.values[source, :length]
+
+    def read(self, row: int, length: int) -> torch.Tensor:
+        """A copy of a row's first tokens: (layers, 2, tokens, heads, head width)."""
+        return torch.stack(
+            [torch.stack((layer.keys[row, :length], layer.values[row, :length])) for layer in self.layers]
+        )
+
+    def write(self, row: int, prefix: torch.Tensor) -> None:
+        """What `read` gave, as a row's first tokens."""
+        for layer, (keys, values) in zip(self.layers, prefix, strict=True):
+            layer.make_room(keys, values)
+            layer.keys[row, : len(keys)] = keys
+            layer.values[row, : len(values)] = values
+
+
+class _RowLayer(CacheLayerMixin):
+    def __init__(self, cache: RowCache):
+        super().__init__()
+        self.cache = cache
+        self.keys: Any = None  # (rows, tokens, heads, head width), and so are the values
+        self.values: Any = None
+
+    def make_room(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """keys, values: anything whose last two dimensions are heads and head width."""
+        rows, tokens = self.cache.num_rows, self.cache.capacity
+        if self.keys is None or self.keys.shape[0] < rows or self.keys.shape[1] < tokens:
+            self.keys = _grown(self.keys, keys, rows, tokens)
+            self.values = _grown(self.values, values, rows, tokens)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """key_states, value_states: (rows, heads, tokens, head width), and so is what is returned."""
+        keys, values, cache = key_states.transpose(1, 2), value_states.transpose(1, 2), self.cache
+        self.make_room(keys, values)
+        self.keys[cache.rows, cache.positions] = keys
+        self.values[cache.rows, cache.positions] = values
+        rows = slice(cache.first, cache.first + len(keys))
+        return self.keys[rows, : cache.length].transpose(1, 2), self.values[rows, : cache.length].transpose(1, 2)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None: ...
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _grown(old: torch.Tensor | None, like: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
+    # zeros, not what lies in memory: a NaN that the mask hides still makes the attention's sum NaN
+    new = like.new_zeros(rows, tokens, *like.shape[-2:])
+    if old is not None:
+        new[: old.shape[0], : old.shape[1]] = old
+    return new
+
+
+class TensorCache:
+    """Tensors by key, the least recently used ones dropped when they hold more than max_bytes."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self._tensors: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> torch.Tensor | None:
+        with self._lock:
+            found = self._tensors.get(key)
+            if found is not None:
+                self._tensors.move_to_end(key)
+            return found
+
+    def put(self, key: Hashable, tensor: torch.Tensor) -> None:
+        with self._lock:
+            if key in self._tensors or tensor.nbytes > self.max_bytes:
+                return
+            self._tensors[key] = tensor
+            self.num_bytes += tensor.nbytes
+            while self.num_bytes > self.max_bytes:
+                self.num_bytes -= self._tensors.popitem(last=False)[1].nbytes
+
+    def __len__(self) -> int:
+        return len(self._tensors)
