@@ -45,6 +45,10 @@ def _open_arrow(path: str, process: int) -> Any:
     return Dataset.from_file(path).with_format("arrow")
 
 
+# The text of a turn whose question is spoken, and stands in the transcript alone. Trained on and asked with.
+SPOKEN_INSTRUCTION = "Answer the spoken question."
+
+
 class Turn(NamedTuple):
     """One utterance. speech: a recording that comes before the text of a user's turn; transcript: what is said in it.
     references: all accepted answers to a question, where a data set has several; text is the one that is learnt."""

@@ -25,6 +25,7 @@ from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 from ..batching.images import Preprocessor, pixel_hash
 from ..evaluation.generate import refuse_too_long
+from ..samples import SPOKEN_INSTRUCTION
 from .cache import RowCache, TensorCache
 from .int8 import fold_lora, quantize_decoder
 from .text import TextStream
@@ -52,13 +53,19 @@ class Limits:
     cache_bytes: of keys and values of the batch, as many rows as its longest request; a request waits until it fits.
         None: half of the GPU's memory that is free when the engine starts, 2 GB on a CPU.
     image_bytes: of projected features of images, and of the keys and values of an image that begins several prompts.
-    prefill_tokens: of prompts that join in one step, while the running answers pause."""
+    prefill_tokens: of prompts that join in one step, while the running answers pause.
+    gather_seconds: how long a request may wait for others to join a running batch with, since their prompts are read
+        together in little more time than one; fewer than a quarter of those running are waited with. Nobody waits if
+        nothing is running.
+    max_new_tokens: of an answer that was asked for without a number, if the context has room for so many."""
 
     max_batch: int = 32
     max_waiting: int = 256
     cache_bytes: int | None = None
     image_bytes: int = GB // 4
     prefill_tokens: int = 2048
+    gather_seconds: float = 0.02
+    max_new_tokens: int = 256
 
 
 class Answer:
@@ -219,18 +226,21 @@ class Engine:
         """Put a conversation into the queue; it ends with a user's turn.
 
         messages: as the processor's chat template takes them; images: RGB, one for each {"type": "image"}, in order.
-        max_new_tokens: None for what the context has room for. temperature 0 is greedy; else one token is drawn from
-        the likeliest ones that together have the probability top_p. stop: texts that end the answer, and are not in it.
-        deliver: called with every piece, and None at the end, in the engine's thread; without it, iterate.
+        max_new_tokens: None for that of the limits, or what the context has room for. temperature 0 is greedy; else one
+        token is drawn from the likeliest ones that together have the probability top_p. stop: texts that end the
+        answer, and are not in it. deliver: called with every piece, and None at the end, in the engine's thread;
+        without it, iterate.
 
-        Raises ValueError if the template refuses the messages, a text contains a special token such as <image>, images
-        and their places differ in number, or prompt and answer do not fit; Busy if the queue is full; Closed."""
+        Raises ValueError if the template refuses the messages, nothing is in them, a text contains a special token such
+        as <image>, images and their places differ in number, or prompt and answer do not fit; Busy if the queue is
+        full; Closed."""
         answer = Answer(deliver)
-        self._refuse_if_busy()
+        self.refuse_if_busy()
         ids = self._encode(messages, len(images))
-        room = self.context - len(ids)
+        if not ids:
+            raise ValueError("the conversation is empty: there is nothing to answer")
         if max_new_tokens is None:
-            max_new_tokens = max(room, 1)
+            max_new_tokens = max(1, min(self.limits.max_new_tokens, self.context - len(ids)))
         refuse_too_long(self.model, len(ids), max_new_tokens)
         if (len(ids) + max_new_tokens) * self.token_bytes > self.cache_bytes:
             raise ValueError(
@@ -249,20 +259,37 @@ class Engine:
             random.Random(seed),
         )
         with self._changed:
-            self._refuse_if_busy()
+            self.refuse_if_busy()
             self._waiting.append(row)
             self._changed.notify()
         return answer
 
-    def stream(self, text: str | None, image: Image.Image | None, max_new_tokens: int = 128) -> Iterator[str]:
+    def stream(
+        self, text: str | None, image: Image.Image | None, max_new_tokens: int = 128, transcript: str | None = None
+    ) -> Iterator[str]:
         """The greedy answer, piece by piece as it comes. text: the instruction; None to ask for a bare caption.
+        transcript: what is said before the instruction; for a spoken question, text is SPOKEN_INSTRUCTION.
 
         Raises ValueError if prompt and answer do not fit the decoder's context."""
-        yield from self.submit(*as_prompt(text, image), max_new_tokens=max_new_tokens)
+        yield from self.submit(*as_prompt(text, image, transcript), max_new_tokens=max_new_tokens)
 
     def caption(self, image: Image.Image, max_new_tokens: int = 64) -> Iterator[str]:
         """The caption, asked for in the way this checkpoint was trained to give one."""
         return self.stream(self.model.config.caption_instruction, image, max_new_tokens)
+
+    def completed(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages, with what this checkpoint was trained to be told where a user's turn has no text: how to ask
+        for a caption, if there are only images, and that the question is spoken, if there is a transcript."""
+        completed = []
+        for message in messages:
+            content = message["content"]
+            if message["role"] == "user" and not isinstance(content, str):
+                kinds = {item["type"] for item in content}
+                text = SPOKEN_INSTRUCTION if "transcript" in kinds else self.model.config.caption_instruction
+                if content and "text" not in kinds and text is not None:
+                    message = {**message, "content": [*content, {"type": "text", "text": text}]}
+            completed.append(message)
+        return completed
 
     def close(self) -> None:
         """End the thread. Answers that are not complete raise Closed."""
@@ -290,7 +317,8 @@ class Engine:
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._closed
 
-    def _refuse_if_busy(self) -> None:
+    def refuse_if_busy(self) -> None:
+        """Raises Busy if the queue is full, and Closed."""
         if self._closed:
             raise Closed("the engine is closed")
         if (waiting := len(self._waiting)) >= self.limits.max_waiting:
@@ -303,7 +331,10 @@ class Engine:
         for message in messages:
             content = message["content"]
             items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            for text, each in itertools.product((item.get("text", "") for item in items), special):
+            texts = [item.get("text", "") for item in items]
+            if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+                raise ValueError("a text contains half a character, a surrogate without its other half")
+            for text, each in itertools.product(texts, special):
                 if each in text:
                     raise ValueError(f"a text contains {each}, which the model knows as a token of its own")
         with self._encoding:  # a tokenizer is not made for several threads at once
@@ -350,6 +381,10 @@ class Engine:
             while not self._waiting and not self._rows and not self._closed:
                 self._changed.wait()
             joining: list[_Row] = []
+            if self._rows and len(self._waiting) < len(self._rows) / 4:
+                waited = time.perf_counter() - self._waiting[0].answer._submitted if self._waiting else 0.0
+                if waited < self.limits.gather_seconds:
+                    return joining
             longest = max((row.need for row in self._rows), default=0)
             tokens = 0
             while self._waiting and not self._closed:
@@ -518,11 +553,14 @@ class Engine:
             logger.debug("an answer could not be delivered", exc_info=True)
 
 
-def as_prompt(text: str | None, image: Image.Image | None) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+def as_prompt(
+    text: str | None, image: Image.Image | None, transcript: str | None = None
+) -> tuple[list[dict[str, Any]], list[Image.Image]]:
     """One user's turn about an image, or none, and the images of it; text: None to ask for a bare caption."""
     content: list[dict[str, Any]] = [{"type": "image"}] if image is not None else []
-    if text is not None:
-        content.append({"type": "text", "text": text})
+    for kind, words in (("transcript", transcript), ("text", text)):
+        if words is not None:
+            content.append({"type": kind, "text": words})
     return [{"role": "user", "content": content}], [image] if image is not None else []
 
 
