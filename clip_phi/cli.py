@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import answers, data, machine
+from .commands import answers, data, machine, serving
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("clip-phi", description="Use a Clip-Phi model: caption images, ask about them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for topic in (answers, data, machine):
+    for topic in (answers, data, machine, serving):
         topic.add_to(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
