@@ -3,10 +3,10 @@
     python benchmarks/serving.py [--checkpoint DIR] [--clients N] [--seconds N] [--hostile] [--json FILE]
 
 First, in this process: 16 threads ask for short captions of drawn scenes, each a new picture, one after the other;
-transformers' generate writes the same captions one by one, with the same weights. The texts are compared, then both
-are timed in turn: least CPU time of several, on one thread. Then, against a `clip-phi serve` of its own: so many clients
-for so many seconds, with requests of all sizes. --hostile: one in ten goes away in the middle, and one in ten sends what
-is no request. An error is what no design foresees: a status of 5xx, an accepted request without a whole answer, a place
+transformers' generate writes the same captions one by one, with the same weights. The texts are compared, both are
+timed in turn: least CPU time of several, on one thread. Then, against a `clip-phi serve` of its own: so many clients,
+for so many seconds, with requests of all sizes. --hostile: one in ten goes away in the middle, one in ten sends what is
+no request. An error is what no design foresees: a status of 5xx, an accepted request without a whole answer, a place
 that is not freed. 429 is counted apart.
 """
 
