@@ -46,6 +46,18 @@ def add_to(commands: Any) -> None:
     serve.add_argument("--log_level", choices=levels, default="info", help="(default: %(default)s)")
     serve.set_defaults(run=run_serve)
 
+    space = commands.add_parser("space", help="the chat page as a Hugging Face Space: app.py, requirements, README")
+    space.add_argument("repo_id", metavar="USER/NAME", help="of the Space")
+    space.add_argument(
+        "--model",
+        default=DEMO_CHECKPOINT,
+        help="id on the Hub, or the folder of a merged checkpoint, which is copied (default: %(default)s)",
+    )
+    space.add_argument("--output", type=Path, metavar="DIR", help="a new folder (default: outputs/space/NAME)")
+    space.add_argument("--push", action="store_true", help="upload it, too ('hf auth login' first)")
+    space.add_argument("--private", action="store_true", help="with --push: for yourself alone")
+    space.set_defaults(run=run_space)
+
 
 def _add_engine(command: argparse.ArgumentParser) -> None:
     command.add_argument(
@@ -105,6 +117,19 @@ def run_serve(arguments: argparse.Namespace) -> None:
         app = create_app(engine, name, api_key=api_key, limits=limits, hear=hear)
         print(f"model {name!r} at http://{arguments.host}:{arguments.port}/v1", file=sys.stderr, flush=True)
         serve(app, arguments.host, arguments.port, arguments.log_level)
+
+
+def run_space(arguments: argparse.Namespace) -> None:
+    need_checkpoint(arguments.model)
+    if arguments.private and not arguments.push:
+        raise ValueError("--private is of --push")
+    from ..serving.space import push_space, write_space
+
+    folder = arguments.output or Path("outputs/space") / arguments.repo_id.rpartition("/")[2]
+    write_space(arguments.repo_id, arguments.model, folder)
+    print(f"the Space is in {folder}: 'python app.py' there tries it")
+    if arguments.push:
+        print(push_space(arguments.repo_id, folder, arguments.private))
 
 
 def _load_engine(arguments: argparse.Namespace, limits: Any = None) -> Any:
