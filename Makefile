@@ -6,7 +6,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-demo test-full-size lint format bench clean
+.PHONY: install demo test test-demo test-full-size test-browser test-load lint format bench clean
 
 install: .venv/installed
 
@@ -29,6 +29,15 @@ test-demo: install
 
 test-full-size: install
 	$(BIN)/python -m pytest -m full_size $(ARGS)
+
+# The chat page in Chromium. ARGS='--screenshots docs/chat' takes the documentation's pictures anew.
+test-browser: install
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,chat]' playwright
+	$(BIN)/python -m pytest -m browser $(ARGS)
+
+test-load: install
+	$(BIN)/python -m pytest -m load $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .
