@@ -371,7 +371,7 @@ def test_four_bits_are_held_by_bitsandbytes(tmp_path):
 
 
 def test_rows_move_grow_and_are_copied_without_touching_each_other():
-    cache = RowCache(2)
+    cache = RowCache(2, 1, 4, torch.float32, torch.device("cpu"))
     states = torch.arange(2 * 1 * 3 * 4, dtype=torch.float32).reshape(2, 1, 3, 4)  # rows, heads, tokens, width
     cache.reserve(2, 3)
     mask = cache.at(0, torch.tensor([[0, 1, 2], [0, 1, 2]]), 3)

@@ -18,7 +18,9 @@ class RowCache(Cache):
     the mask. So a row joins by being written, and leaves by another being moved over it: nothing is padded, and
     nothing else is copied. The tensors of a layer are (rows, tokens, heads, head width)."""
 
-    def __init__(self, num_layers: int):
+    def __init__(self, num_layers: int, num_heads: int, width: int, dtype: torch.dtype, device: torch.device):
+        self.shape = (num_heads, width)
+        self.options: dict[str, Any] = {"dtype": dtype, "device": device}
         self.first, self.length = 0, 0
         self.rows: torch.Tensor | None = None  # int (rows, 1)
         self.positions: torch.Tensor | None = None  # int (rows, tokens)
@@ -27,8 +29,18 @@ class RowCache(Cache):
 
     def reserve(self, num_rows: int, num_tokens: int) -> None:
         """Make room for so many rows of so many tokens; what is there stays."""
-        self.num_rows = max(self.num_rows, num_rows)
-        self.capacity = max(self.capacity, -(-num_tokens // ROUND) * ROUND)
+        if num_rows > self.num_rows or num_tokens > self.capacity:
+            self.num_rows = max(self.num_rows, num_rows)
+            self.capacity = max(self.capacity, -(-num_tokens // ROUND) * ROUND)
+            for layer in self.layers:
+                layer.keys, layer.values = self._grown(layer.keys), self._grown(layer.values)
+
+    def _grown(self, old: torch.Tensor | None) -> torch.Tensor:
+        # zeros, not what lies in memory: a NaN that the mask hides still makes the attention's sum NaN
+        new = torch.zeros(self.num_rows, self.capacity, *self.shape, **self.options)
+        if old is not None:
+            new[: old.shape[0], : old.shape[1]] = old
+        return new
 
     def release(self) -> None:
         """Give the memory back. No row may be in use."""
@@ -58,7 +70,6 @@ class RowCache(Cache):
     def write(self, row: int, prefix: torch.Tensor) -> None:
         """What `read` gave, as a row's first tokens."""
         for layer, (keys, values) in zip(self.layers, prefix, strict=True):
-            layer.make_room(keys, values)
             layer.keys[row, : len(keys)] = keys
             layer.values[row, : len(values)] = values
 
@@ -70,20 +81,12 @@ class _RowLayer(CacheLayerMixin):
         self.keys: Any = None  # (rows, tokens, heads, head width), and so are the values
         self.values: Any = None
 
-    def make_room(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """keys, values: anything whose last two dimensions are heads and head width."""
-        rows, tokens = self.cache.num_rows, self.cache.capacity
-        if self.keys is None or self.keys.shape[0] < rows or self.keys.shape[1] < tokens:
-            self.keys = _grown(self.keys, keys, rows, tokens)
-            self.values = _grown(self.values, values, rows, tokens)
-
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """key_states, value_states: (rows, heads, tokens, head width), and so is what is returned."""
         keys, values, cache = key_states.transpose(1, 2), value_states.transpose(1, 2), self.cache
-        self.make_room(keys, values)
         self.keys[cache.rows, cache.positions] = keys
         self.values[cache.rows, cache.positions] = values
-        rows = slice(cache.first, cache.first + len(keys))
+        rows = slice(cache.first, cache.first + keys.shape[0])  # len() would fix it for torch.compile
         return self.keys[rows, : cache.length].transpose(1, 2), self.values[rows, : cache.length].transpose(1, 2)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None: ...
@@ -96,14 +99,6 @@ class _RowLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
-
-
-def _grown(old: torch.Tensor | None, like: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
-    # zeros, not what lies in memory: a NaN that the mask hides still makes the attention's sum NaN
-    new = like.new_zeros(rows, tokens, *like.shape[-2:])
-    if old is not None:
-        new[: old.shape[0], : old.shape[1]] = old
-    return new
 
 
 class TensorCache:

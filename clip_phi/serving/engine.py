@@ -199,7 +199,7 @@ class Engine:
         self.counts: Counter[str] = Counter()  # of requests by how they ended, of tokens, steps and images
         self.first_token_seconds: deque[float] = deque(maxlen=1000)
         self.seconds_per_answer = 1.0  # a running mean
-        self._cache = RowCache(config.num_hidden_layers)
+        self._cache = RowCache(config.num_hidden_layers, heads, width, model.dtype, model.device)
         self._rows: list[_Row] = []
         self._waiting: deque[_Row] = deque()
         self._changed = threading.Condition()
