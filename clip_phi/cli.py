@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import answers, data, hub, judging, machine, speech
+from .commands import answers, data, hub, judging, machine, serving, speech
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("clip-phi", description="Use a Clip-Phi model: caption images, ask about them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for topic in (answers, data, hub, judging, machine, speech):
+    for topic in (answers, data, hub, judging, machine, serving, speech):
         topic.add_to(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")

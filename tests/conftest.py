@@ -117,3 +117,7 @@ def packed_model(fresh_model) -> ClipPhiForCausalLM:
     """With the attention that training uses."""
     fresh_model.set_attn_implementation({"text_config": PACKED_ATTENTION})
     return fresh_model
+
+
+def pytest_addoption(parser):
+    parser.addoption("--screenshots", metavar="DIR", help="write pictures of the chat page there (make test-browser)")

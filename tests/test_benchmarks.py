@@ -72,6 +72,14 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(tmp_path):
     assert found["torn_checkpoints_passed_over"] >= found["checkpoints_cut"] > 0
 
 
+def test_serving_gives_the_texts_of_generate_and_answers_every_client(tmp_path):
+    tiny = ("--requests", "12", "--concurrent", "4", "--repeats", "1", "--new_tokens", "6", "--clients", "4")
+    found = run("serving.py", *tiny, "--seconds", "2", "--hostile", tmp_path=tmp_path)
+    assert found["texts_identical"] == 1 and found["throughput_vs_sequential"] > 0 and found["first_token_ms"] > 0
+    assert found["errors"] == found["server_5xx"] == found["places_left"] == 0 and found["answered"] > 0
+    assert found["refused_malformed"] + found["gone_away"] + found["answered"] + found["busy"] == found["requests"]
+
+
 def test_every_benchmark_is_run_by_a_test():
     scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
     tests = [*(ROOT / "tests").glob("test_benchmarks*.py"), ROOT / "tests" / "test_full_size.py"]

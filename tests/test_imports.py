@@ -19,7 +19,7 @@ ALLOWED = {
     "batching": {"samples", "sources"},
     "evaluation": {"environment", "samples", "sources", "batching"},
     "training": {"environment", "samples", "sources", "batching", "evaluation"},
-    "serving": {"samples", "sources", "batching", "evaluation"},
+    "serving": {"samples", "sources", "batching", "evaluation", "speech", "picture"},
     "inspection": {"samples", "sources", "batching"},
     "plan": {"batching", "training"},
     "doctor": {"environment", "batching", "training", "speech"},

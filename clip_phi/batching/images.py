@@ -95,7 +95,10 @@ class Preprocessor:
         data = _read(source, name)
         if self.fast and (rgb := _decode_plain_jpeg(data, FAST_REDUCTION * self.shortest_edge)) is not None:
             return self._look_up(self._resize_fast(rgb))
-        image = _decode(data, name)
+        return self.of_image(_decode(data, name))
+
+    def of_image(self, image: Image.Image) -> torch.Tensor:
+        """The same of what load_image gave, the exact way."""
         if self.table is None:
             return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
         return self._look_up(self._resize(image))

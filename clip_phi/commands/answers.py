@@ -7,13 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .common import add_checkpoint, natural, need_checkpoint, positive
+from .common import add_checkpoint, add_quantization, natural, need_checkpoint, positive
 from .speech import add_hearing
 
 
 def add_to(commands: Any) -> None:
     caption = commands.add_parser("caption", help="say what images show")
-    caption.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
+    caption.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image file, or a folder: all pictures in it and in its folders"
+    )
+    caption.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write a json object a line there; bad pictures are counted, not fatal",
+    )
+    caption.add_argument("--resume", action="store_true", help="go on with the FILE of a stopped run")
     caption.set_defaults(run=run_caption)
 
     ask = commands.add_parser("ask", help="ask a question about an image")
@@ -31,16 +40,18 @@ def add_to(commands: Any) -> None:
 
     for command in (caption, ask):
         add_checkpoint(command)
-        command.add_argument(
-            "--int8", action="store_true", help="on the CPU: the decoder in 8 bits, smaller, faster, a little rougher"
-        )
+        add_quantization(command)
         command.add_argument(
             "--max_new_tokens", type=positive, default=64, help="longest answer (default: %(default)s)"
         )
         command.add_argument("--json", action="store_true", help="print one json object a line instead of the text")
 
 
-def run_caption(arguments: argparse.Namespace) -> None:
+def run_caption(arguments: argparse.Namespace) -> int:
+    if arguments.resume and arguments.output is None:
+        raise ValueError("--resume goes on with a file: give --output FILE")
+    if arguments.output is not None or any(Path(name).is_dir() for name in arguments.images):
+        return _caption_many(arguments)
     from ..batching.images import load_image
 
     images = [(name, load_image(name)) for name in arguments.images]  # a bad one is told before the model is loaded
@@ -49,6 +60,19 @@ def run_caption(arguments: argparse.Namespace) -> None:
         pieces = engine.caption(image, arguments.max_new_tokens)
         prefix = f"{name}: " if len(images) > 1 else ""
         _say(pieces, arguments, {"image": name}, "caption", prefix)
+    return 0
+
+
+def _caption_many(arguments: argparse.Namespace) -> int:
+    """Returns 1 if there was a bad picture, else 0."""
+    from ..serving.folder import caption_files, find_pictures
+
+    names = find_pictures(arguments.images)
+    if arguments.output is not None and arguments.output.exists() and not arguments.resume:
+        raise ValueError(f"{arguments.output} is there already: --resume goes on with it")
+    with _load_engine(arguments) as engine:
+        counts = caption_files(engine, names, arguments.output, arguments.max_new_tokens)
+    return int(any(kind not in ("captioned", "done before") for kind in counts))
 
 
 def run_ask(arguments: argparse.Namespace) -> None:
@@ -132,7 +156,7 @@ def _load_engine(arguments: argparse.Namespace) -> Any:
     need_checkpoint(arguments.checkpoint)
     from ..serving.engine import Engine
 
-    return Engine(arguments.checkpoint, arguments.device, arguments.int8)
+    return Engine(arguments.checkpoint, arguments.device, arguments.quantization)
 
 
 def _say(

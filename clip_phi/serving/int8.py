@@ -34,16 +34,24 @@ def _quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def quantize_decoder(model: Any) -> None:
     """In place: decoder blocks and head of a ClipPhiForCausalLM on the CPU, which can only answer afterwards."""
+    fold_lora(model)
     _quantize_linears(model.model.language_model)
     model.lm_head = Int8Linear(model.lm_head)
 
 
-def _quantize_linears(module: torch.nn.Module) -> None:
-    """An Int8Linear in the place of every nn.Linear inside, with LoRA folded in."""
-    for name, child in list(module.named_children()):
+def fold_lora(model: Any) -> None:
+    """In place: every layer with LoRA becomes the layer it adapts, with W + scaling * B @ A for its weight."""
+    for name, child in list(model.named_children()):
         if isinstance(child, LoraLayer):
             child.merge()
-            child = child.get_base_layer()
+            setattr(model, name, child.get_base_layer())
+        else:
+            fold_lora(child)
+
+
+def _quantize_linears(module: torch.nn.Module) -> None:
+    """An Int8Linear in the place of every nn.Linear inside."""
+    for name, child in list(module.named_children()):
         if isinstance(child, torch.nn.Linear):
             setattr(module, name, Int8Linear(child))
         else:

@@ -1,0 +1,308 @@
+"""The engine against generate one by one, and the HTTP API under load.
+
+    python benchmarks/serving.py [--checkpoint DIR] [--clients N] [--seconds N] [--hostile] [--json FILE]
+
+First, in this process: 16 threads ask for short captions of drawn scenes, each a new picture, one after the other;
+transformers' generate writes the same captions one by one, with the same weights. The texts are compared, both are
+timed in turn: least CPU time of several, on one thread. Then, against a `clip-phi serve` of its own: so many clients,
+for so many seconds, with requests of all sizes. --hostile: one in ten goes away in the middle, one in ten sends what is
+no request. An error is what no design foresees: a status of 5xx, an accepted request without a whole answer, a place
+that is not freed. 429 is counted apart.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import torch
+from PIL import Image
+
+from clip_phi.evaluation.generate import generate_texts
+from clip_phi.serving.engine import Engine, as_prompt
+from clip_phi.sources.drawn import draw_scene, sample_scene
+from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+
+DEMO = Path("outputs/demo/model")
+BACKBONES = Path(__file__).parent.parent / "examples" / "demo_backbones"
+INSTRUCTION = "Describe the image."
+MALFORMED = (
+    b"",
+    b"{",
+    b"[1, 2",
+    b'{"model": "served"}',
+    b'{"model": "served", "messages": "hello"}',
+    b'{"model": "served", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+    b'{"model": "served", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": '
+    b'{"url": "http://localhost/"}}]}]}',
+    b'{"model": "served", "messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
+    b'{"model": "another", "messages": [{"role": "user", "content": "x"}]}',
+    b"\xff" * 1000,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--checkpoint", help=f"(default: {DEMO}, or else untrained weights of the demo's size)")
+    parser.add_argument("--requests", type=int, default=192, help="of each timed run (default: %(default)s)")
+    parser.add_argument("--concurrent", type=int, default=16, help="threads that ask (default: %(default)s)")
+    parser.add_argument("--new_tokens", type=int, default=24, help="most of a caption (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=16, help="of the API (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20, help="of load on the API (default: %(default)s)")
+    parser.add_argument("--hostile", action="store_true", help="clients that go away, and bodies that are no requests")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = options.checkpoint or (str(DEMO) if DEMO.is_dir() else _untrained(folder))
+        result = race(checkpoint, options.requests, options.concurrent, options.new_tokens, options.repeats)
+        result |= load(checkpoint, options.clients, options.seconds, options.hostile)
+    for name, value in result.items():
+        print(f"{name:24} {value:.4g}" if isinstance(value, int | float) else f"{name:24} {value}")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _untrained(folder: str) -> str:
+    backbones = (str(BACKBONES / "vision"), str(BACKBONES / "text"))
+    torch.manual_seed(0)
+    ClipPhiForCausalLM.from_backbones(*backbones).save_pretrained(folder)
+    ClipPhiProcessor.from_backbones(*backbones).save_pretrained(folder)
+    return folder
+
+
+def pictures(count: int, seed: int = 0) -> list[Image.Image]:
+    choose = random.Random(seed)
+    return [draw_scene(sample_scene(choose, "val")) for _ in range(count)]
+
+
+def race(checkpoint: str, requests: int, concurrent: int, new_tokens: int, repeats: int) -> dict[str, Any]:
+    """The engine and generate, on equal weights and pictures that neither has met."""
+    with Engine(checkpoint, "cpu") as engine:
+        instruction = engine.model.config.caption_instruction
+        if instruction is None and checkpoint == str(DEMO):
+            instruction = INSTRUCTION
+        first_token: list[float] = []
+
+        def one_by_one(images: list[Image.Image]) -> list[str]:
+            prompts = [(as_prompt(instruction, image)[0], image) for image in images]
+            return [generate_texts(engine.model, engine.processor, [prompt], new_tokens)[0] for prompt in prompts]
+
+        def at_once(images: list[Image.Image]) -> list[str]:
+            texts = [""] * len(images)
+
+            def client(number: int) -> None:
+                for place in range(number, len(images), concurrent):
+                    answer = engine.submit(*as_prompt(instruction, images[place]), max_new_tokens=new_tokens)
+                    texts[place] = answer.result()
+                    first_token.append(answer.first_token_seconds or 0.0)
+
+            threads = [threading.Thread(target=client, args=(number,)) for number in range(concurrent)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            return texts
+
+        at_once(pictures(concurrent, seed=99))
+        one_by_one(pictures(2, seed=99))
+        cpu: dict[str, list[float]] = {"one by one": [], "at once": []}
+        wall: dict[str, list[float]] = {"one by one": [], "at once": []}
+        same = total = 0
+        tokens = engine.counts["tokens"]
+        for repeat in range(repeats):
+            images = pictures(requests, seed=repeat)
+            texts = {}
+            for name, write in (("one by one", one_by_one), ("at once", at_once)):
+                started, started_cpu = time.perf_counter(), time.process_time()
+                texts[name] = write(images)
+                wall[name].append(time.perf_counter() - started)
+                cpu[name].append(time.process_time() - started_cpu)
+            same += sum(a == b for a, b in zip(texts["one by one"], texts["at once"], strict=True))
+            total += requests
+        tokens = (engine.counts["tokens"] - tokens) // repeats
+        alone = [_alone(engine, instruction, image, new_tokens) for image in pictures(20, seed=77)]
+    least = {name: min(seconds) for name, seconds in cpu.items()}
+    print(f"{requests} captions, {tokens / requests:.1f} tokens each\n{'':12}{'CPU seconds':>12}{'captions/s':>12}")
+    for name, seconds in least.items():
+        print(f"{name:12}{seconds:12.3f}{requests / seconds:12.1f}")
+    return {
+        "throughput_vs_sequential": least["one by one"] / least["at once"],
+        "throughput_vs_sequential_wall": min(wall["one by one"]) / min(wall["at once"]),
+        "texts_identical": same / total,
+        "tokens_per_caption": tokens / requests,
+        "first_token_ms": 1000 * statistics.median(first_token),
+        "first_token_alone_ms": 1000 * statistics.median(alone),
+    }
+
+
+def _alone(engine: Engine, instruction: str | None, image: Image.Image, new_tokens: int) -> float:
+    answer = engine.submit(*as_prompt(instruction, image), max_new_tokens=new_tokens)
+    answer.result()
+    return answer.first_token_seconds or 0.0
+
+
+def load(checkpoint: str, clients: int, seconds: float, hostile: bool) -> dict[str, Any]:
+    """A server of its own under so many clients; what they saw, and what is left in it afterwards."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "clip_phi.cli", "serve", checkpoint, "--name", "served", "--port", str(port)]
+    command += ["--device", "cpu", "--log_level", "error"]
+    server = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        return asyncio.run(_load(f"http://127.0.0.1:{port}", server, clients, seconds, hostile))
+    finally:
+        server.terminate()
+        status = server.wait(timeout=60)
+        if status not in (0, -15):
+            raise SystemExit(f"the server ended with status {status}")
+
+
+async def _load(address: str, server: Any, clients: int, seconds: float, hostile: bool) -> dict[str, Any]:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(base_url=address, limits=limits, timeout=120) as client:
+        await _until(lambda: server.poll() is None, client)
+        seen: Counter[str] = Counter()
+        uris = [_as_uri(image, size) for image in pictures(40, seed=5) for size in (64, 640)]
+        end = time.perf_counter() + seconds
+        resident: list[float] = []
+
+        async def watch() -> None:
+            while time.perf_counter() < end:
+                resident.append(_resident_mb(server.pid))
+                await asyncio.sleep(min(1.0, seconds / 20))
+
+        watching = asyncio.create_task(watch())
+        await asyncio.gather(*(_client(client, number, end, uris, hostile, seen) for number in range(clients)))
+        await watching
+        left = await _places_left(client)
+        resident.append(_resident_mb(server.pid))
+        metrics = (await client.get("/metrics")).text
+    faults = sum(count for name, count in seen.items() if name.startswith("fault"))
+    for name, count in sorted(seen.items()):
+        print(f"{name:40} {count}")
+    warm = resident[len(resident) // 4]  # caches and allocators have filled by then
+    return {
+        "clients": clients,
+        "seconds": seconds,
+        "requests": sum(seen.values()),
+        "answered": seen["answered"],
+        "busy": seen["busy (429)"],
+        "gone_away": seen["gone away"],
+        "refused_malformed": seen["refused (4xx)"],
+        "errors": faults + left,
+        "places_left": left,
+        "requests_per_second": sum(seen.values()) / seconds,
+        "server_5xx": sum(float(line.rpartition(" ")[2]) for line in metrics.splitlines() if 'status="5' in line),
+        "memory_growth_mb": resident[-1] - warm,
+        "memory_mb": resident[-1],
+    }
+
+
+async def _until(running: Callable[[], bool], client: Any) -> None:
+    while True:
+        try:
+            if (await client.get("/health")).status_code == 200:
+                return
+        except httpx.TransportError:
+            if not running():
+                raise SystemExit("the server did not start") from None
+        await asyncio.sleep(0.2)
+
+
+async def _client(client: Any, number: int, end: float, uris: list[str], hostile: bool, seen: Counter[str]) -> None:
+    choose = random.Random(number)
+    while time.perf_counter() < end:
+        fate = choose.random() if hostile else 1.0
+        try:
+            if fate < 0.1:
+                content = choose.choice(MALFORMED)
+                found = await client.post("/v1/chat/completions", content=content, headers=JSON)
+                seen["refused (4xx)" if 400 <= found.status_code < 500 else f"fault: {found.status_code}"] += 1
+            else:
+                seen[await _ask(client, _body(choose, uris), leaves=fate < 0.2, choose=choose)] += 1
+        except httpx.HTTPError as error:
+            seen[f"fault: {type(error).__name__}"] += 1
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def _body(choose: random.Random, uris: list[str]) -> dict[str, Any]:
+    """Short and long questions, about no picture or up to three."""
+    content: list[dict[str, Any]] = []
+    for _ in range(choose.choice((0, 1, 1, 1, 2, 3))):
+        content.append({"type": "image_url", "image_url": {"url": choose.choice(uris)}})
+    content.append({"type": "text", "text": "How many shapes are there? " * choose.choice((1, 1, 1, 10))})
+    body: dict[str, Any] = {"model": "served", "messages": [{"role": "user", "content": content}]}
+    body["max_tokens"] = choose.choice((1, 8, 16, 64))
+    if choose.random() < 0.3:
+        body |= {"temperature": 1.0, "top_p": 0.9, "seed": choose.randrange(100)}
+    return body | {"stream": choose.random() < 0.5}
+
+
+async def _ask(client: Any, body: dict[str, Any], leaves: bool, choose: random.Random) -> str:
+    """What became of one request."""
+    if leaves:
+        try:
+            async with asyncio.timeout(choose.random() * 0.3):
+                async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+                    async for _ in response.aiter_raw():
+                        if choose.random() < 0.3:
+                            break
+        except TimeoutError:
+            pass
+        return "gone away"
+    response = await client.post("/v1/chat/completions", json=body)
+    if response.status_code == 429:
+        await asyncio.sleep(min(float(response.headers["retry-after"]), 2.0))
+        return "busy (429)"
+    if response.status_code != 200:
+        return f"fault: {response.status_code} {response.text[:100]}"
+    if body["stream"]:
+        whole = response.text.endswith("data: [DONE]\n\n") and '"error"' not in response.text
+    else:
+        whole = response.json()["choices"][0]["finish_reason"] in ("stop", "length")
+    return "answered" if whole else "fault: not whole"
+
+
+async def _places_left(client: Any) -> int:
+    """Requests that are still in the server ten seconds after the last client has gone."""
+    for _ in range(100):
+        health = (await client.get("/health")).json()
+        if (left := health["running"] + health["waiting"]) == 0:
+            break
+        await asyncio.sleep(0.1)
+    return left
+
+
+def _as_uri(image: Image.Image, size: int) -> str:
+    file = io.BytesIO()
+    image.resize((size, size)).save(file, "JPEG")
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _resident_mb(pid: int) -> float:
+    with open(f"/proc/{pid}/status", encoding="utf-8") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Tokens to text, as they come: whole characters only, up to a stop string, without spaces around."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+
+class TextStream:
+    """The text of one answer. All pieces together are tokenizer.decode(tokens, skip_special_tokens=True).strip(), cut
+    before the first stop string.
+
+    A piece is held back while it may yet be the end of the text (spaces), a part of a character, or the beginning of a
+    stop string."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.tokens: list[int] = []
+        self.text = ""  # of all pieces so far
+        self.stopped = False  # a stop string was met: nothing comes after it
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._decoded = ""
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """The piece that this token lets out; often empty."""
+        self.tokens.append(token)
+        return self._take(self._stream.step(self.tokenizer.backend_tokenizer, token) or "")
+
+    def end(self) -> str:
+        """The last piece: what was held back, and an unfinished character as U+FFFD."""
+        if self.stopped:
+            return ""
+        whole = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        piece = self._take(whole.removeprefix(self._decoded) if whole.startswith(self._decoded) else "")
+        if self.stopped:
+            return piece
+        rest, self._held = self._held.rstrip(), ""
+        return piece + self._let_out(rest)
+
+    def _take(self, decoded: str) -> str:
+        self._decoded += decoded
+        text = self._held + decoded
+        cuts = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
+        self.stopped = bool(cuts)
+        keep = min(cuts, default=len(text))
+        if not cuts:
+            for stop in self.stop:
+                begun = (size for size in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:size]))
+                keep = min(keep, len(text) - next(begun, 0))
+        keep = len(text[:keep].rstrip())
+        self._held = text[keep:]
+        return self._let_out(text[:keep])
+
+    def _let_out(self, piece: str) -> str:
+        piece = piece if self.text else piece.lstrip()
+        self.text += piece
+        return piece

@@ -1,0 +1,392 @@
+"""The chat page in a real headless Chromium: pictures, microphone, several turns, stop, reload; nothing leaves the
+machine. `make test-browser`; with ARGS='--screenshots docs/chat' it also takes the pictures of the documentation."""
+
+import io
+import math
+import os
+import random
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_phi.cli import main
+from clip_phi.serving.engine import Engine, Limits, as_prompt
+from clip_phi.serving.parts import Parts, find_parts
+from clip_phi.sources.drawn import draw_scene, sample_scene
+from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+
+pytestmark = pytest.mark.browser
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "outputs" / "demo" / "model"
+BACKBONES = [str(ROOT / "examples" / "demo_backbones" / part) for part in ("vision", "text")]
+SECONDS = 20_000  # milliseconds that anything on the page may take
+
+
+class Senses:
+    """Parts that need no other package: they note what they are given."""
+
+    def __init__(self):
+        self.heard: list[bytes] = []
+        self.drawn: list[str] = []
+        self.fails = False
+
+    def hear(self, path):
+        self.heard.append(Path(path).read_bytes())
+        if self.fails:
+            raise ValueError("nobody speaks in the recording")
+        return "is it red"
+
+    def speak(self, text):
+        yield 16_000, np.sin(np.arange(8_000) / 20).astype(np.float32)
+
+    def draw(self, text, seed):
+        self.drawn.append(text)
+        return Image.new("RGB", (64, 64), "green")
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """The demo's model if it was made, else untrained weights of its size."""
+    checkpoint = tmp_path_factory.mktemp("checkpoint")
+    if DEMO.is_dir():
+        checkpoint = DEMO
+    else:
+        ClipPhiForCausalLM.from_backbones(*BACKBONES).save_pretrained(checkpoint)
+        ClipPhiProcessor.from_backbones(*BACKBONES).save_pretrained(checkpoint)
+    with Engine(str(checkpoint), "cpu", limits=Limits(gather_seconds=0)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def senses():
+    return Senses()
+
+
+@pytest.fixture(scope="module")
+def address(engine, senses):
+    from clip_phi.serving.chat import CSS, _theme, make_page
+
+    parts = Parts(senses.hear, senses.speak, senses.draw, ["no way to sing: pip install 'clip-phi[song]'"])
+    page = make_page(engine, parts)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    options = {"share": False, "ssr_mode": False, "quiet": True, "footer_links": [], "theme": _theme(), "css": CSS}
+    page.queue(default_concurrency_limit=None).launch(
+        server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, show_error=True, **options
+    )
+    yield f"http://127.0.0.1:{port}"
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Pictures, a sound for the fake microphone, and what is no picture."""
+    folder = tmp_path_factory.mktemp("files")
+    choose = random.Random(16)  # the demo's model is right about these
+    for name in ("one.png", "two.png"):
+        scene = sample_scene(choose, "val")
+        while len(scene.objects) < 3:
+            scene = sample_scene(choose, "val")
+        draw_scene(scene).resize((120, 120), Image.Resampling.LANCZOS).save(folder / name)
+    (folder / "bad.png").write_text("no picture")
+    with wave.open(str(folder / "voice.wav"), "wb") as file:
+        file.setparams((1, 2, 44_100, 0, "NONE", ""))
+        file.writeframes(b"".join(struct.pack("<h", int(9000 * math.sin(i / 15))) for i in range(44_100 * 3)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser(files):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert chromium, "apt-get install chromium"
+    arguments = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    arguments += [
+        f"--use-file-for-fake-audio-capture={files / 'voice.wav'}",
+        "--autoplay-policy=no-user-gesture-required",
+    ]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=["desktop", "phone"])
+def size(request):
+    return request.param
+
+
+@pytest.fixture
+def open_page(browser, address):
+    """Opens the page in a window of its own; afterwards: was anything asked of another machine?"""
+    outside, contexts = [], []
+
+    def open_page(size="desktop"):
+        phone = size == "phone"
+        context = browser.new_context(
+            viewport={"width": 390, "height": 844} if phone else {"width": 1120, "height": 860},
+            is_mobile=phone,
+            has_touch=phone,
+            permissions=["microphone", "camera"],
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(SECONDS)
+        page.on("request", lambda request: outside.append(request.url) if _is_outside(request.url, address) else None)
+        page.goto(address)
+        page.get_by_test_id("textbox").wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert outside == []
+
+
+def _is_outside(url, address):
+    return not url.startswith((address, "data:", "blob:"))
+
+
+def ask(page, text, *paths):
+    for number, path in enumerate(paths):
+        page.locator("input[data-testid=file-upload]").first.set_input_files(str(path))
+        page.wait_for_function(f"document.querySelectorAll('.thumbnails .thumbnail-item').length > {number}")
+    page.get_by_test_id("textbox").fill(text)
+    page.get_by_test_id("submit-button").click()
+
+
+def answers(page):
+    return [each.inner_text().strip() for each in page.get_by_test_id("bot").all()]
+
+
+def wait_for_answers(page, count):
+    """The answers, when the last of so many is complete: the page can be written to again."""
+    page.wait_for_function(f"document.querySelectorAll('[data-testid=bot]').length >= {count}")
+    for _ in range(2):  # the page empties the box a moment after the answer
+        page.get_by_test_id("submit-button").wait_for()
+        page.wait_for_function("!document.querySelector('[data-testid=textbox]').disabled")
+        page.wait_for_timeout(300)
+    return answers(page)
+
+
+def expected(engine, *turns):
+    """What the engine answers to (question, picture path) turns, one after the other."""
+    messages, images, found = [], [], ""
+    for question, path in turns:
+        if found:
+            messages.append({"role": "assistant", "content": found})
+        image = Image.open(path).convert("RGB") if path else None
+        asked, more = as_prompt(question, image)
+        messages, images = messages + asked, images + more
+        found = engine.submit(messages, images, max_new_tokens=128).result()
+    return found
+
+
+@pytest.fixture
+def shoot(request):
+    folder = request.config.getoption("--screenshots")
+
+    def shoot(page, name):
+        if folder is None:
+            return
+        page.wait_for_timeout(600)
+        image = Image.open(io.BytesIO(page.screenshot())).convert("P", palette=Image.Palette.ADAPTIVE, colors=200)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        image.save(Path(folder) / f"{name}.png", optimize=True)
+
+    return shoot
+
+
+def test_a_picture_is_asked_about_over_several_turns(open_page, size, engine, files, shoot):
+    page = open_page(size)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
+        "the page is wider than the screen"
+    )
+    shoot(page, f"{size}_begin")
+    ask(page, "Describe the image.", files / "one.png")
+    first = wait_for_answers(page, 1)[0]
+    assert first == expected(engine, ("Describe the image.", files / "one.png")) or not DEMO.is_dir()
+    ask(page, "How many shapes are there?")
+    second = wait_for_answers(page, 2)[1]
+    turns = [("Describe the image.", files / "one.png"), ("How many shapes are there?", None)]
+    assert second == expected(engine, *turns) or not DEMO.is_dir()
+    shoot(page, size)
+    ask(page, "What can you see?", files / "two.png")
+    third = wait_for_answers(page, 3)[2]
+    assert third == expected(engine, *turns, ("What can you see?", files / "two.png")) or not DEMO.is_dir()
+    status = page.locator("#status").inner_text()
+    assert re.fullmatch(r"\d+ tokens · \d+ a second · the first after \d+\.\d\d s", status), status
+
+
+def test_an_answer_streams_and_stops(open_page, engine, files):
+    page, forward, steps = open_page(), engine.forward, []
+
+    def slow(**inputs):
+        steps.append(time.monotonic())
+        time.sleep(0.25)
+        return forward(**inputs)
+
+    ends, engine.ends = engine.ends, set()  # it would talk for 128 tokens
+    engine.forward = slow
+    try:
+        ask(page, "Describe the image.", files / "one.png")
+        page.wait_for_function("document.querySelector('[data-testid=bot]')?.innerText.trim().length > 2")
+        early = answers(page)[0]
+        page.wait_for_function(
+            "length => document.querySelector('[data-testid=bot]').innerText.trim().length > length", arg=len(early)
+        )
+        assert engine.num_running == 1
+        page.get_by_role("button", name="Stop", exact=True).click()
+        deadline = time.monotonic() + 10
+        while engine.num_running and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert engine.num_running == 0 and len(steps) < 60
+    finally:
+        engine.forward, engine.ends = forward, ends
+    page.get_by_test_id("submit-button").wait_for()
+    stopped = answers(page)[0]
+    assert early and stopped.startswith(early[:3])
+    ask(page, "How many shapes are there?")
+    assert len(wait_for_answers(page, 2)) == 2
+
+
+def test_the_microphone_is_heard_and_what_was_heard_is_shown(open_page, senses, engine, files):
+    page = open_page()
+    page.locator("input[data-testid=file-upload]").first.set_input_files(str(files / "one.png"))
+    page.locator(".thumbnails .thumbnail-item").first.wait_for()
+    page.get_by_test_id("microphone-button").click()
+    page.get_by_role("button", name="Start recording").click()
+    page.wait_for_timeout(1500)
+    page.get_by_role("button", name="Stop recording").click()
+    page.get_by_role("button", name="Attach audio").click()
+    page.get_by_test_id("submit-button").click()
+    wait_for_answers(page, 1)
+    assert "heard: “is it red”" in page.locator("#status").inner_text()
+    assert len(senses.heard) == 1 and len(senses.heard[0]) > 20_000
+    ask(page, "How many shapes are there?")
+    wait_for_answers(page, 2)
+    assert len(senses.heard) == 1, "the recording of an earlier turn is heard once"
+
+
+def test_answers_are_spoken_and_drawn_on_request(open_page, senses, files):
+    page = open_page()
+    page.get_by_role("button", name="Settings").click()
+    for label in ("Speak the answer", "Draw the answer"):
+        page.get_by_label(label).check()
+    ask(page, "Describe the image.", files / "one.png")
+    page.locator(
+        "#conversation audio, #conversation [data-testid*=waveform], #conversation .audio-container"
+    ).first.wait_for(state="attached")
+    page.wait_for_function("document.querySelectorAll('#conversation .bot img').length > 0")
+    assert senses.drawn and senses.drawn[0] in answers(page)[0]
+    ask(page, "How many shapes are there?")
+    page.wait_for_timeout(500)
+    wait_for_answers(page, 2)
+
+
+def test_errors_are_one_line_and_the_conversation_goes_on(open_page, files, engine):
+    page = open_page()
+    ask(page, "Describe the image.", files / "bad.png")
+    found = wait_for_answers(page, 1)[0]
+    assert found.startswith("⚠️ not an image: ") and "\n" not in found and "Traceback" not in page.content()
+    ask(page, "Describe an <image>", files / "one.png")
+    assert "contains <image>" in wait_for_answers(page, 2)[1]
+    ask(page, "Describe the image.", files / "two.png")
+    third = wait_for_answers(page, 3)[2]
+    assert third == expected(engine, ("Describe the image.", files / "two.png")) or not DEMO.is_dir()
+
+
+def test_answers_are_made_again_and_missing_parts_are_named(open_page, engine, files):
+    page = open_page()
+    ask(page, "Describe the image.", files / "one.png")
+    first = wait_for_answers(page, 1)
+    tokens = engine.counts["tokens"]
+    page.get_by_title("Retry").click()
+    deadline = time.monotonic() + 10
+    while engine.counts["tokens"] == tokens and time.monotonic() < deadline:
+        page.wait_for_timeout(50)
+    assert engine.counts["tokens"] > tokens and wait_for_answers(page, 1) == first
+    page.get_by_role("button", name="What this page cannot do").click()
+    page.get_by_text("no way to sing: pip install 'clip-phi[song]'").wait_for()
+
+
+def test_an_example_is_asked_by_a_click_and_a_reloaded_page_begins_anew(open_page, files):
+    page = open_page()
+    page.get_by_text("How many shapes are there?").first.click()
+    assert wait_for_answers(page, 1)[0]
+    page.reload()
+    page.get_by_text("What is in the picture?").wait_for()
+    assert answers(page) == []
+    ask(page, "Describe the image.", files / "one.png")
+    assert wait_for_answers(page, 1)[0]
+
+
+def test_the_webcam_gives_a_picture_to_ask_about(open_page, engine):
+    page = open_page()
+    page.get_by_role("button", name="Webcam").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('video')?.videoWidth > 0")
+    page.get_by_role("button", name="capture photo").click()
+    page.wait_for_function("document.querySelectorAll('.thumbnails .thumbnail-item').length > 0")
+    images = engine.counts["images"]
+    page.get_by_test_id("textbox").fill("Describe the image.")
+    page.get_by_test_id("submit-button").click()
+    assert wait_for_answers(page, 1)[0] and engine.counts["images"] == images + 1
+
+
+def test_two_people_have_conversations_of_their_own(open_page, engine, files):
+    pages = [open_page(), open_page()]
+    for page, name in zip(pages, ("one.png", "two.png"), strict=True):
+        ask(page, "Describe the image.", files / name)
+    for page, name in zip(pages, ("one.png", "two.png"), strict=True):
+        found = wait_for_answers(page, 1)
+        assert found == [expected(engine, ("Describe the image.", files / name))] or not DEMO.is_dir()
+
+
+def test_parts_that_are_not_installed_or_not_asked_for_are_named():
+    parts = find_parts(None, None, None, None)
+    assert parts.missing == [
+        "no way to hear: start with --speech_model",
+        "no way to speak: start with --voice",
+        "no way to draw: start with --drawing_model",
+    ]
+
+
+def test_a_space_runs_by_itself(tmp_path, browser):
+    """app.py of the folder that `clip-phi space` writes, in a process that finds the project's code in it alone."""
+    if not DEMO.is_dir():
+        pytest.skip("the demo was not made")
+    assert main(["space", "user/talk", "--model", str(DEMO), "--output", str(tmp_path / "talk")]) == 0
+    app = tmp_path / "talk" / "app.py"
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    app.write_text(app.read_text().replace("0.0.0.0", "127.0.0.1").replace("7860", str(port)))
+    process = subprocess.Popen([sys.executable, "app.py"], cwd=app.parent, env=os.environ | {"PYTHONPATH": ""})
+    try:
+        page = browser.new_page()
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                page.goto(f"http://127.0.0.1:{port}")
+                break
+            except Exception:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.5)
+        page.get_by_text("How many shapes are there?").first.click()
+        page.wait_for_function("document.querySelector('[data-testid=bot]')?.innerText.trim().length > 1")
+        page.close()
+    finally:
+        process.terminate()
+        process.wait()

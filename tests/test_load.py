@@ -1,0 +1,25 @@
+"""The HTTP API under 200 clients for a minute: `make test-load`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.load
+
+
+def test_200_clients_that_go_away_and_send_nonsense_are_all_answered_and_leave_nothing_behind(tmp_path):
+    command = [sys.executable, "benchmarks/serving.py", "--clients", "200", "--seconds", "60", "--hostile"]
+    command += ["--requests", "64", "--repeats", "1", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["errors"] == found["server_5xx"] == found["places_left"] == 0, done.stdout
+    assert found["answered"] > 200 and found["gone_away"] > 20 and found["refused_malformed"] > 20
+    assert found["memory_growth_mb"] < 150, done.stdout
+    assert found["throughput_vs_sequential"] > 2  # 4 and more on a machine that does nothing else
