@@ -75,8 +75,9 @@ def write(outcome: Outcome, exam: Exam, folder: Path, result_only: Path | None =
     _write(files[0], text)
     _write(files[1], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in outcome.samples))
     chosen = choose(outcome)
-    images = {exam.image_name(number): exam.images[number] for number in range(len(exam.images))}
-    pictures = {name: _thumbnail(images[name]) for rows in chosen.values() for name in {row["image"] for row in rows}}
+    images = dict(zip(exam.digests, exam.images, strict=True))
+    shown = {row["picture"] for rows in chosen.values() for row in rows}
+    pictures = {picture: _thumbnail(images[picture]) for picture in shown}
     _write(files[2], "".join(page(outcome.result, chosen, pictures)))
     draw_sheet(files[3], outcome.result, chosen, pictures)
     if result_only is not None:
@@ -158,7 +159,7 @@ def page(
     for kind, rows in chosen.items():
         yield f"<h2>{kind} samples</h2>\n"
         for row in rows:
-            yield f'<section>\n<img src="{_data_uri(pictures[row["image"]])}" alt="">\n'
+            yield f'<section>\n<img src="{_data_uri(pictures[row["picture"]])}" alt="">\n'
             if "question" in row:
                 yield f"{text(row['question'])}<br>\n"
             if "answer" in row:
@@ -207,7 +208,7 @@ def draw_sheet(
         for axes in part.subplots(height, COLUMNS, squeeze=False).ravel():
             axes.set_axis_off()
         for axes, row in zip(part.axes, rows, strict=False):
-            axes.imshow(pictures[row["image"]])
+            axes.imshow(pictures[row["picture"]])
             lines = [row[key] for key in ("question", "answer") if key in row]
             lines += [f"(score {row['score']:.2f})"]
             under = "\n".join(textwrap.fill(textwrap.shorten(line, 110), 34) for line in lines)
