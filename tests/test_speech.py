@@ -15,6 +15,7 @@ from PIL import Image
 from clip_phi.batching.index import load_index
 from clip_phi.cli import main
 from clip_phi.samples import SPOKEN_INSTRUCTION, File, Sample, Turn, as_messages
+from clip_phi.serving.engine import Engine
 from clip_phi.sources.data import parse_source
 from clip_phi.sources.report import Report
 from clip_phi.sources.transcripts import Hearing, Transcripts
@@ -23,6 +24,7 @@ from clip_phi.speech import worker
 from clip_phi.speech.clip import Clip, clip_from_array, load_clip
 from clip_phi.speech.speak import SentenceSpeaker, Speech, make_speaker, split_sentences, write_wav
 from clip_phi.speech.transcribe import Segment, Transcript, make_transcriber
+from clip_phi.training.data import _stream
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +366,21 @@ def test_training_skips_and_counts_until_the_recordings_are_transcribed(spoken, 
     assert other.report.skipped["speech without a transcript"] == 2
 
 
+def test_a_stream_reads_transcripts_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": "a", "speech": None}]
+    rows = [{"messages": [turns[0] | {"speech": f"{number}.wav"}, turns[1]]} for number in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number in range(2):
+        (tmp_path / f"{number}.wav").write_bytes(b"sound %d" % number)
+    source, report = parse_source(f"dataset:{tmp_path}/rows.jsonl,streaming=true"), Report()
+    source.transcripts().add(b"sound 1", text="is it red")
+    stream = _stream(source, 0, 0, 1, report)
+    assert {next(stream).branches[0][0].transcript for _ in range(2)} == {None, "is it red"}
+    with pytest.raises(ValueError, match="is a stream"):
+        speech_data.transcribe_source(source)
+
+
 # --- Asking ---
 
 
@@ -391,20 +408,18 @@ def test_ask_puts_what_is_heard_before_the_instruction(image_file, checkpoint, m
     assert asked == [(SPOKEN_INSTRUCTION, "what color"), ("Is it red?", "what color"), ("Is it red?", None)]
 
 
-def test_the_prompt_of_a_spoken_question_is_that_of_training(checkpoint, monkeypatch):
-    from clip_phi.serving.engine import Engine
+def test_a_spoken_question_is_asked_as_it_was_trained(checkpoint, image_file, monkeypatch):
+    trained = as_messages((Turn("user", SPOKEN_INSTRUCTION, transcript="is it red"), Turn("assistant", "yes")), True)
+    engine, asked = Engine(checkpoint), []
+    template = engine.processor.apply_chat_template
 
-    seen = []
+    def noted(messages, **options):
+        asked.append(messages)
+        return template(messages, **options)
 
-    def encode(processor, prompts):
-        seen.extend(messages for messages, _ in prompts)
-        raise ValueError("seen")
-
-    monkeypatch.setattr("clip_phi.serving.engine.encode_prompts", encode)
-    with pytest.raises(ValueError, match="seen"):
-        next(Engine(checkpoint).stream(SPOKEN_INSTRUCTION, None, 4, transcript="is it red"))
-    trained = as_messages((Turn("user", SPOKEN_INSTRUCTION, transcript="is it red"), Turn("assistant", "yes")), False)
-    assert seen == [trained[:1]]
+    monkeypatch.setattr(engine.processor, "apply_chat_template", noted)
+    assert "".join(engine.stream(SPOKEN_INSTRUCTION, Image.open(image_file), 6, transcript="is it red"))
+    assert asked == [trained[:1]]
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,7 @@ def test_what_is_no_sound_is_one_line_that_names_it(silent_video, tmp_path):
         picture: "not a sound|no sound",
         whole[: len(whole) // 2]: "not a sound",
         wav(tone(1), SAMPLING_RATE)[:44]: "no sound",
+        wav(tone(1), 3): "damaged sound",
         wav(tone(1), SAMPLING_RATE)[:30]: "not a sound",
         (tmp_path / "list.m3u8").read_bytes(): "not a sound",
         (tmp_path / "list.ffconcat").read_bytes(): "not a sound",
@@ -310,7 +311,8 @@ def test_transcribe_clip_tells_all_of_it(question, whisper, silent_video, tmp_pa
     )
     assert told["seconds"] == pytest.approx(1.9, abs=0.1) and told["segments"][0]["words"][0]["word"] == "How"
     assert main(["transcribe-clip", str(question), "--speech_model", whisper, "--max_speech_seconds", "0.2"]) == 0
-    assert "only the first 0.2 s" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "faster-whisper heard: " in told and "only the first 0.2 s" in told
     assert main(["transcribe-clip", str(silent_video), "--speech_model", whisper]) == 2
     assert "it has video only" in capsys.readouterr().err
 

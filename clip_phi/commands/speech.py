@@ -93,7 +93,7 @@ def make_ear(arguments: argparse.Namespace) -> Any:
 
 
 def hear(file: str, arguments: argparse.Namespace) -> Any:
-    """The Transcript of a recording. What is cut off or not there is told on stderr."""
+    """The Transcript of a recording. What heard it, and what is cut off or not there, is told on stderr."""
     from contextlib import closing
 
     from ..speech.clip import load_clip
@@ -101,6 +101,8 @@ def hear(file: str, arguments: argparse.Namespace) -> Any:
     clip = load_clip(file, arguments.max_speech_seconds)
     with closing(make_ear(arguments)) as transcriber:
         transcript = transcriber.transcribe(clip)
+    if not arguments.json:
+        print(f"clip-phi: {transcript.engine} heard: {transcript.text or '(nothing)'}", file=sys.stderr)
     if transcript.truncated:
         print(f"clip-phi: note: only the first {clip.seconds:.1f} s of {file} are heard", file=sys.stderr)
     if not transcript.text:

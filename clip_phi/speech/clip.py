@@ -15,8 +15,8 @@ from ..sources.transcripts import Hearing
 
 SAMPLING_RATE = 16_000  # Hz, what Whisper hears
 MAX_SECONDS = Hearing().max_seconds
+RATES = (1_000, 1_000_000)  # Hz, of sound; other rates stand in damaged headers, and would take minutes to resample
 MAX_CHANNELS = 32
-MAX_SILENT_PACKETS = 10_000  # a file of which so many pieces give no sound holds none
 PATIENCE_SECONDS = 30.0  # decoding takes a fraction of one; FFmpeg would look for sound to the end of any file
 
 
@@ -70,7 +70,7 @@ def clip_from_array(samples: Any, sampling_rate: int, max_seconds: float = MAX_S
         raise ValueError(f"sound of shape {array.shape} is neither (samples,) nor (samples, channels)")
     if not array.size:
         raise ValueError("no sound: the array is empty")
-    if not 1 <= sampling_rate <= 1_000_000:
+    if not RATES[0] <= sampling_rate <= RATES[1]:
         raise ValueError(f"a sampling rate of {sampling_rate} Hz is none of sound")
     array = array[: math.ceil((limit + 1) * sampling_rate / SAMPLING_RATE)]
     if array.dtype.kind == "u" and array.dtype.itemsize == 1:
@@ -158,17 +158,12 @@ def _decode(file: Any, name: str) -> Iterator[np.ndarray]:
 
 
 def _frames(container: Any, av: Any) -> Iterator[Any]:
-    silent = 0
     try:
-        stream = container.streams.audio[0]
-        for packet in container.demux(stream):
-            frames = packet.decode()
-            silent = 0 if frames else silent + 1
-            if silent > MAX_SILENT_PACKETS:
-                raise _Damaged("there is no sound in it")
-            for frame in frames:
-                frame.pts = None  # times may be missing or leap, and the resampler would refuse or fill them
-                yield frame
+        for frame in container.decode(container.streams.audio[0]):
+            if not RATES[0] <= frame.sample_rate <= RATES[1]:
+                raise _Damaged(f"a sampling rate of {frame.sample_rate} Hz is none of sound")
+            frame.pts = None  # times may be missing or leap, and the resampler would refuse or fill them
+            yield frame
     except (av.FFmpegError, ValueError, MemoryError, OSError) as error:
         raise _Damaged(_reason(error)) from error
 
