@@ -21,10 +21,12 @@ ALLOWED = {
     "inspection": {"samples", "sources", "batching"},
     "plan": {"batching", "training"},
     "doctor": {"environment", "batching", "training"},
-    "hub": {"samples"},
+    "export": set(),
+    "hub": {"environment", "samples"},
     "commands": {
         "doctor",
         "hub",
+        "export",
         "samples",
         "sources",
         "batching",

@@ -21,7 +21,8 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .card import SECRET, Run, make_card, make_pictures, merge_cards, weights_name
+from ..environment import SECRET
+from .card import Run, make_card, make_pictures, merge_cards, weights_name
 
 # What a checkpoint consists of; all else in a run's folder (logs, checkpoints to go on from) stays there.
 SHIPPED = re.compile(
