@@ -257,6 +257,11 @@ def test_merged_push_over_a_delta_leaves_none_of_its_files(run, hub, model):
     assert not json.loads(files["config.json"].data)["delta"]
     assert len(files["model.safetensors"].data) > hub.multipart, "the multipart way was taken"
     assert "This repository is whole" in files["README.md"].data.decode()
+    ClipPhiForCausalLM.from_pretrained(run).save_pretrained(run, merged=True)
+    for merged in (True, False):  # a whole one is pushed as it is
+        push(run, Target("alice/both"), merged=merged, say=quietly)
+        assert repo.files()["model.safetensors"] == files["model.safetensors"]
+        assert set(repo.files()) == set(files)
 
 
 def test_branch_tag_private_and_command_line(run, hub, capsys):

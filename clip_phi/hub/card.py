@@ -336,11 +336,11 @@ def _results(run: Run) -> str:
     ]
     commands = []
     for each in run.evaluations:
-        low, high = each["margin_ci95"]
+        low, high = each.get("margin_ci95") or (None, None)
         data = each["data"]
         rows.append(
             f"| {each['task']} | {each['metric']} | **{_show(each['score'])}** | {_show(each.get('blind'))} | "
-            f"{_show(each.get('shuffled'))} | {_show(each['margin'])} ({_show(low)} to {_show(high)}) | "
+            f"{_show(each.get('shuffled'))} | {_show(each.get('margin'))} ({_show(low)} to {_show(high)}) | "
             f"{data['samples']:,} samples of {data['images']:,} images of `{scrub(data['source'])}`, fingerprint "
             f"`{str(data['fingerprint'])[:12]}` |"
         )
