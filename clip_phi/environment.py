@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -14,6 +15,8 @@ PACKAGES = (
     *("safetensors", "tokenizers", "pyarrow", "numpy", "pillow", "simplejpeg"),
 )
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WANDB_MODE")
+# What access tokens of the Hub look like; see without_secrets.
+SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}\b")
 # Dense peaks in half precision with float32 sums, in TFLOP/s, by what torch calls the device; the first match counts.
 # From NVIDIA's data sheets, without sparsity.
 PEAK_TFLOPS = {
@@ -52,6 +55,11 @@ def describe_environment() -> dict[str, Any]:
         "git_commit": git_commit(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+def without_secrets(text: str) -> str:
+    """The text without access tokens that someone may have put into a path or an option."""
+    return SECRET.sub("(a token)", text)
 
 
 def installed_version(package: str) -> str | None:

@@ -22,8 +22,9 @@ from test_remote_code import run_clean
 from clip_phi.cli import main
 from clip_phi.hub import push as pushing
 from clip_phi.hub.card import merge_cards, scrub
-from clip_phi.hub.push import Target, push
+from clip_phi.hub.push import Target, check_push, push
 from clip_phi.sources.drawn import write_dataset
+from clip_phi.training.watch import write_run
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor, modeling_clip_phi
 
 ROOT = Path(__file__).parent.parent
@@ -238,6 +239,11 @@ def test_scrub_leaves_no_absolute_path_and_no_token(text, clean):
     assert scrub(text) == clean
 
 
+def test_run_json_holds_no_token(tmp_path):
+    write_run(tmp_path / "run.json", {"command": ["--data", "https://me:hf_abcdefghijklmnopqrst@a.org/x.json"]})
+    assert json.loads((tmp_path / "run.json").read_text())["command"][1] == "https://me:(a token)@a.org/x.json"
+
+
 def test_merged_push_over_a_delta_leaves_none_of_its_files(run, hub, model):
     (run / "adapter").mkdir()
     (run / "adapter/adapter_config.json").write_text("{}")
@@ -251,6 +257,11 @@ def test_merged_push_over_a_delta_leaves_none_of_its_files(run, hub, model):
     assert not json.loads(files["config.json"].data)["delta"]
     assert len(files["model.safetensors"].data) > hub.multipart, "the multipart way was taken"
     assert "This repository is whole" in files["README.md"].data.decode()
+    ClipPhiForCausalLM.from_pretrained(run).save_pretrained(run, merged=True)
+    for merged in (True, False):  # a whole one is pushed as it is
+        push(run, Target("alice/both"), merged=merged, say=quietly)
+        assert repo.files()["model.safetensors"] == files["model.safetensors"]
+        assert set(repo.files()) == set(files)
 
 
 def test_branch_tag_private_and_command_line(run, hub, capsys):
@@ -327,6 +338,11 @@ def test_what_cannot_be_pushed_is_told_in_one_line(
     refused("holds no model", tmp_path / "nothing")
     ClipPhiForCausalLM.from_backbones(vision_backbone, text_backbone).save_pretrained(tmp_path / "local")
     refused("a folder of this machine that nobody else has: push it whole with --merged", tmp_path / "local")
+    config = json.loads((tmp_path / "local/config.json").read_text())
+    with pytest.raises(ValueError, match="push it whole with --merged"):  # before training
+        check_push("alice/refused", config, False, tmp_path / "local")
+    with pytest.raises(ValueError, match="bob is not a namespace"):
+        check_push("bob/refused", config, True, tmp_path / "local")
     (run / "chat_template.jinja").write_text(f"{Path.cwd()}/secret")
     refused("does not belong on the Hub", run)
     (run / "chat_template.jinja").write_text("hf_abcdefghijklmnopqrstuvwx")
@@ -348,6 +364,7 @@ def test_what_cannot_be_pushed_is_told_in_one_line(
 
 LOAD = """
 import sys, torch
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, pipeline
 expected, image, *repos = sys.argv[1:]
@@ -365,6 +382,9 @@ for repo, revision in zip(repos[::2], repos[1::2]):
     messages = [{"role": "user", "content": [{"type": "image", "path": image}, {"type": "text", "text": "a?"}]}]
     answer = pipe(text=messages, max_new_tokens=4, do_sample=False, return_full_text=False)[0]["generated_text"]
     assert answer == processor.decode(ids, skip_special_tokens=True)
+    card = open(hf_hub_download(repo, "README.md", revision=revision)).read()
+    picture.save("picture.jpg")
+    exec(card.split("```python\\n")[1].split("```")[0])  # the snippet, as it stands there
 assert "modeling_clip_phi" not in sys.modules
 """
 

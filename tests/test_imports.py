@@ -23,7 +23,8 @@ ALLOWED = {
     "inspection": {"samples", "sources", "batching"},
     "plan": {"batching", "training"},
     "doctor": {"environment", "batching", "training", "speech"},
-    "hub": {"samples"},
+    "export": set(),
+    "hub": {"environment", "samples"},
     "__init__": set(),
 }
 ALLOWED |= {"commands": set(ALLOWED), "cli": {"commands"}}

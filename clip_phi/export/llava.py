@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.utils import logging
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiModel, ClipPhiProcessor
 
@@ -82,7 +83,10 @@ def export_vllm(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: 
     config["auto_map"]["AutoModel"] = "modeling_clip_phi.ClipPhiModel"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     inputs = _random_inputs(model, processor)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would report that the head is not used
     read_back = ClipPhiModel.from_pretrained(folder, dtype=model.dtype)
+    logging.set_verbosity(verbosity)
     with torch.no_grad():
         wanted = model.model(**inputs).last_hidden_state
         difference = (read_back(**inputs).last_hidden_state - wanted).abs().max().item()

@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
+from ..environment import without_secrets
 from ..samples import File
 
 MARK = "<!-- clip-phi:{}: what stands between these marks is written anew by each push -->"
@@ -22,7 +23,6 @@ BLOCK = re.compile(r"<!-- clip-phi:(\w+):[^>]*-->.*?<!-- clip-phi:end -->", re.S
 EMPTY_CARD = "This model card has been automatically generated"
 # An absolute path, also behind "coco:" or "images=", but not the end of a URL.
 PATH = re.compile(r"(?<![\w.~/\\])(?:~|[A-Za-z]:(?=[\\/]))?[/\\](?![/\\\s])[^\s,;'\"|]+")
-SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}\b")
 NUM_PICTURES = 4
 PICTURE_SIZE = 256  # pixels, of the longer side
 # The options of a stage that say what was learnt, in the order of the card.
@@ -85,8 +85,7 @@ class Run:
 
 def scrub(text: str) -> str:
     """The text with the last part alone of each absolute path, and without access tokens."""
-    text = SECRET.sub("(a token)", text)
-    return PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], text)
+    return PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], without_secrets(text))
 
 
 def make_pictures(run: Run) -> dict[str, bytes]:
@@ -337,11 +336,11 @@ def _results(run: Run) -> str:
     ]
     commands = []
     for each in run.evaluations:
-        low, high = each["margin_ci95"]
+        low, high = each.get("margin_ci95") or (None, None)
         data = each["data"]
         rows.append(
             f"| {each['task']} | {each['metric']} | **{_show(each['score'])}** | {_show(each.get('blind'))} | "
-            f"{_show(each.get('shuffled'))} | {_show(each['margin'])} ({_show(low)} to {_show(high)}) | "
+            f"{_show(each.get('shuffled'))} | {_show(each.get('margin'))} ({_show(low)} to {_show(high)}) | "
             f"{data['samples']:,} samples of {data['images']:,} images of `{scrub(data['source'])}`, fingerprint "
             f"`{str(data['fingerprint'])[:12]}` |"
         )

@@ -21,7 +21,8 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .card import SECRET, Run, make_card, make_pictures, merge_cards, weights_name
+from ..environment import SECRET
+from .card import Run, make_card, make_pictures, merge_cards, weights_name
 
 # What a checkpoint consists of; all else in a run's folder (logs, checkpoints to go on from) stays there.
 SHIPPED = re.compile(
@@ -153,8 +154,11 @@ def push(
     that this checkpoint does not have are deleted; files of others stay. Pushed again unchanged, nothing is committed.
     Raises ValueError or OSError, in one line, if it cannot be pushed; the repository is then as it was."""
     folder = Path(folder)
+    if target.tag and target.create_pr:
+        raise ValueError("--tag names a commit, and a pull request has none yet: tag it when it is merged")
     run = read_run(folder)
     refuse_local_backbones(folder, run.config, merged)
+    is_whole = merged or not run.config["delta"]
     hub = Hub(token, say)
     user, repo_id = hub.check_access(target.repo_id, target.create_pr)
     with tempfile.TemporaryDirectory(prefix="clip-phi-push-") as place:
@@ -164,9 +168,9 @@ def push(
             hub.retry(
                 f"creating {repo_id}", lambda: hub.api.create_repo(repo_id, private=target.private, exist_ok=True)
             )
+        _check_tag(hub, repo_id, branch, target)
         if target.branch is not None and not target.create_pr:
             hub.retry(f"creating branch {branch}", lambda: hub.api.create_branch(repo_id, branch=branch, exist_ok=True))
-        _check_tag(hub, repo_id, branch, target)
         shown = make_pictures(run)
         if not pictures:
             shown = {name: data for name, data in shown.items() if not name.startswith("samples/")}
@@ -179,8 +183,8 @@ def push(
         revision = "main" if target.create_pr else tag
         backbones = [run.config.get(f"{part}_backbone") for part in ("vision", "text")]
         licenses = {name: _license(hub, name) for name in backbones if name and not Path(name).is_absolute()}
-        card = make_card(run, repo_id, revision, merged or not run.config["delta"], shown, licenses)
-        title = message or ("Merged checkpoint" if merged or not run.config["delta"] else "Delta checkpoint")
+        card = make_card(run, repo_id, revision, is_whole, shown, licenses)
+        title = message or ("Merged checkpoint" if is_whole else "Delta checkpoint")
         pushed = hub.retry(
             f"the commit to {repo_id}",
             lambda: _commit(hub, repo_id, branch, target.create_pr, user, title, additions, card, revision),
@@ -231,7 +235,8 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
     """Put into `place` what is to be pushed: the checkpoint's files alone, with nothing of this machine in them.
 
     Raises ValueError if a path of this machine or an access token is left in one of them."""
-    if merged and run.config["delta"]:
+    merge = merged and run.config["delta"]
+    if merge:
         from transformers.utils import logging
 
         from modeling_clip_phi import ClipPhiForCausalLM
@@ -241,7 +246,7 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
         model.save_pretrained(place, merged=True)
     for name in _relative(folder):
         if SHIPPED.fullmatch(name) and not (place / name).exists():
-            if merged and name.startswith(("model", "adapter/")):
+            if merge and name.startswith(("model.", "model-", "adapter/")):  # the delta's
                 continue
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             if name.endswith(".safetensors"):
@@ -254,7 +259,7 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
             cleaned = _without_local_names(content)
             if cleaned != content:
                 path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    private = {str(Path.home()), str(Path.cwd()), str(folder.resolve().parent)} - {"/"}
+    private = {str(path) for path in (Path.home(), Path.cwd(), folder.resolve().parent) if len(path.parts) > 1}
     for path in place.rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":
             text = path.read_text(encoding="utf-8")
@@ -268,16 +273,17 @@ def _without_local_names(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
         kept = {}
         for name, each in value.items():
-            local = name in ("_name_or_path", "name_or_path", "is_local", "local_files_only")
-            if local and not (isinstance(each, str) and each and not Path(each).expanduser().exists()):
+            if name in ("is_local", "local_files_only") or (name.endswith("name_or_path") and not _is_hub_id(each)):
                 continue
             kept[name] = _without_local_names(each, name)
         return kept
     if isinstance(value, list):
         return [_without_local_names(each) for each in value]
-    if key.endswith(("name_or_path", "_backbone")) and isinstance(value, str) and Path(value).expanduser().exists():
-        return None
-    return value
+    return None if key.endswith("_backbone") and not _is_hub_id(value) else value
+
+
+def _is_hub_id(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", value)) and not Path(value).exists()
 
 
 def _commit(
@@ -332,8 +338,6 @@ def _open_pull_request(api: HfApi, repo_id: str, user: str, title: str) -> int |
 def _check_tag(hub: Hub, repo_id: str, branch: str, target: Target) -> None:
     if target.tag is None:
         return
-    if target.create_pr:
-        raise ValueError("--tag names a commit, and a pull request has none yet: tag it when it is merged")
     refs = hub.retry(f"reading the tags of {repo_id}", lambda: hub.api.list_repo_refs(repo_id))
     tags = {each.name: each.target_commit for each in refs.tags}
     heads = {each.name: each.target_commit for each in refs.branches}

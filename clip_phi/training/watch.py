@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..batching.tree import Pack
+from ..environment import without_secrets
 from .sharding import gather, local, trained_weights
 
 STALL_SECONDS = 60
@@ -186,9 +187,10 @@ def surviving(what: str, last: bool) -> Iterator[None]:
 
 
 def write_run(path: Path, record: dict[str, Any]) -> None:
-    """run.json: written aside and renamed, over what an earlier part of the same run wrote."""
+    """run.json: written aside and renamed, over what an earlier part of the same run wrote; without access tokens."""
     aside = path.with_suffix(".making")
-    aside.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = without_secrets(json.dumps(record, indent=2, ensure_ascii=False))
+    aside.write_text(text + "\n", encoding="utf-8")
     os.replace(aside, path)
 
 
