@@ -311,7 +311,7 @@ NAMES = [
 ]
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
 @given(
     changes=st.dictionaries(st.sampled_from(NAMES), json_values, max_size=3),
     content=json_values,
@@ -325,7 +325,7 @@ def test_any_json_is_answered_or_refused_but_never_a_fault(changes, content, pla
     assert found.status_code in (200, 400, 404), found.text
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 @given(data=st.binary(max_size=60), cut=st.integers(0, 300), place=st.integers(0, 300), value=st.integers(0, 255))
 def test_any_bytes_as_an_image_are_an_image_or_refused(data, cut, place, value, address):
     png = bytearray(base64.b64decode(as_uri(picture(0, (4, 4))).partition(",")[2]))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from clip_phi.serving.engine import Engine, as_prompt
+
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.load
 
@@ -23,3 +25,16 @@ def test_200_clients_that_go_away_and_send_nonsense_are_all_answered_and_leave_n
     assert found["answered"] > 200 and found["gone_away"] > 20 and found["refused_malformed"] > 20
     assert found["memory_growth_mb"] < 150, done.stdout
     assert found["throughput_vs_sequential"] > 2  # 4 and more on a machine that does nothing else
+
+
+def test_compiled_steps_give_the_same_texts_whoever_joins_and_leaves(model, processor):
+    """Half a minute of the C++ compiler, which is why it stands here."""
+    with Engine.of(model, processor) as plain, Engine.of(model, processor, compiled=True) as compiled:
+        for count in (1, 5, 3, 12):
+            asked = [as_prompt(f"star {number}", None)[0] for number in range(count)]
+            answers = [
+                [engine.submit(messages, max_new_tokens=4 + number) for number, messages in enumerate(asked)]
+                for engine in (plain, compiled)
+            ]
+            texts = [[answer.result() for answer in each] for each in answers]
+            assert texts[0] == texts[1] and all(texts[0])

@@ -21,7 +21,7 @@ def ids(processor, text):
     return processor.tokenizer(text)["input_ids"]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(data=st.data())
 def test_pieces_of_any_tokens_are_the_decoded_text_stripped(processor, data):
     tokens = data.draw(st.lists(st.integers(0, len(processor.tokenizer) - 1), max_size=12))
@@ -29,7 +29,7 @@ def test_pieces_of_any_tokens_are_the_decoded_text_stripped(processor, data):
     assert "".join(found) == processor.tokenizer.decode(tokens, skip_special_tokens=True).strip() == stream.text
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     text=st.text(alphabet="ab é漢👩🏽\n", max_size=20),
     stop=st.lists(st.text("ab \né", min_size=1, max_size=3), max_size=2),

@@ -38,7 +38,6 @@ except ImportError as error:
 
 DATA_URI = re.compile(r"data:(?P<type>image/[\w.+-]+)?(;[\w=-]+)*;base64,(?P<data>.*)", re.DOTALL)
 POLL_SECONDS = 0.5  # how often it is looked whether who waits for a whole answer is still there
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)

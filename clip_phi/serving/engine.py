@@ -160,7 +160,7 @@ class Engine:
 
     quantization: "int8" holds the decoder in 8 bits (on a CPU by this project's own layers: smaller, faster, a little
     rougher), "nf4" in 4 (bitsandbytes). LoRA is folded in, unless bitsandbytes holds the weights.
-    compiled: torch.compile the model; the first requests wait for it.
+    compiled: torch.compile the step that writes a token for every row; the first requests wait for it.
     Raises ValueError or OSError if the checkpoint cannot be loaded, ImportError without bitsandbytes."""
 
     def __init__(
@@ -188,7 +188,7 @@ class Engine:
         if kinds := set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
             raise ValueError(f"the engine serves decoders of full attention, not of {', '.join(sorted(kinds))}")
         self.context: int = getattr(config, "max_position_embeddings", None) or 2048
-        self.forward = torch.compile(model, dynamic=True) if compiled else model
+        self.forward = _with_compiled_steps(model) if compiled else model
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.token_bytes = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
@@ -613,6 +613,12 @@ def _load(checkpoint: str, device: torch.device, quantization: str | None) -> An
     return ClipPhiForCausalLM.from_pretrained(
         checkpoint, dtype=dtype, quantization_config=config, device_map={"": str(device)}
     )
+
+
+def _with_compiled_steps(model: Any) -> Callable[..., Any]:
+    """Steps have one shape but for the number of rows and the longest one; prompts have too many to compile for."""
+    step = torch.compile(model, dynamic=True)
+    return lambda **inputs: (step if "input_ids" in inputs else model)(**inputs)
 
 
 def _default_device() -> str:
