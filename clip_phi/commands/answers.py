@@ -55,11 +55,11 @@ def run_caption(arguments: argparse.Namespace) -> int:
     from ..batching.images import load_image
 
     images = [(name, load_image(name)) for name in arguments.images]  # a bad one is told before the model is loaded
-    engine = _load_engine(arguments)
-    for name, image in images:
-        pieces = engine.caption(image, arguments.max_new_tokens)
-        prefix = f"{name}: " if len(images) > 1 else ""
-        _say(pieces, arguments, {"image": name}, "caption", prefix)
+    with _load_engine(arguments) as engine:
+        for name, image in images:
+            pieces = engine.caption(image, arguments.max_new_tokens)
+            prefix = f"{name}: " if len(images) > 1 else ""
+            _say(pieces, arguments, {"image": name}, "caption", prefix)
     return 0
 
 
@@ -92,13 +92,14 @@ def run_ask(arguments: argparse.Namespace) -> None:
     if arguments.speech is not None:
         question, transcript, heard = _listen(arguments)
         record |= heard
-    pieces = _load_engine(arguments).stream(question, image, arguments.max_new_tokens, transcript)
     answer: list[str] = []
-    noted = _noted(pieces, answer, aloud=not arguments.json)
-    if speaker is None:
-        deque(noted, maxlen=0)
-    else:
-        record["speak"] = _write_speech(speaker.stream(noted), arguments.speak)
+    with _load_engine(arguments) as engine:
+        pieces = engine.stream(question, image, arguments.max_new_tokens, transcript)
+        noted = _noted(pieces, answer, aloud=not arguments.json)
+        if speaker is None:
+            deque(noted, maxlen=0)
+        else:
+            record["speak"] = _write_speech(speaker.stream(noted), arguments.speak)
     if drawer is not None:
         drawer.draw("".join(answer), arguments.seed, arguments.size).save(arguments.draw, format="PNG")
         record["draw"] = arguments.draw

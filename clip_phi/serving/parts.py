@@ -70,14 +70,14 @@ class _Lazy:
 
 def _ear(model: Any, max_seconds: float) -> Callable[[str | bytes], str]:
     def make() -> Any:
-        from ..speech.transcribe import make_transcriber  # type: ignore[import-not-found]
+        from ..speech.transcribe import make_transcriber
 
         return make_transcriber(model=model)
 
     transcriber = _Lazy(make)
 
     def hear(source: str | bytes) -> str:
-        from ..speech.clip import load_clip  # type: ignore[import-not-found]
+        from ..speech.clip import load_clip
 
         clip = load_clip(source, max_seconds)
         if clip.truncated:
@@ -93,7 +93,7 @@ def _ear(model: Any, max_seconds: float) -> Callable[[str | bytes], str]:
 
 def _voice(name: str | None) -> Callable[[str], Iterator[Sound]]:
     def make() -> Any:
-        from ..speech.speak import make_speaker  # type: ignore[import-not-found]
+        from ..speech.speak import make_speaker
 
         return make_speaker(name or None)
 
@@ -109,7 +109,7 @@ def _voice(name: str | None) -> Callable[[str], Iterator[Sound]]:
 
 def _hand(model: Any, device: str | None) -> Callable[[str, int], Image.Image]:
     def make() -> Any:
-        from ..picture import Drawer  # type: ignore[import-not-found]
+        from ..picture import Drawer
 
         return Drawer(model, device)
 
