@@ -1,4 +1,4 @@
-"""Other programs' formats hold the same model, or are refused. What needs gguf or onnx runs by make test-export."""
+"""Other programs' formats hold the same model, or are refused. What is slow or needs gguf or onnx: make test-export."""
 
 import json
 import re
@@ -102,6 +102,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.export  # for its process of its own
 def test_checkpoint_for_vllm_has_an_automodel_without_head_in_a_clean_process(model, processor, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
