@@ -324,6 +324,17 @@ def test_what_cannot_be_answered_is_refused_when_it_is_asked(messages, images, m
         make_engine().submit(messages, [picture(0)] * images, max_new_tokens=5)
 
 
+def test_a_decoder_with_a_sliding_window_is_served_as_far_as_its_window_sees_everything(make_engine, fresh_model):
+    fresh_model.config.text_config.sliding_window = 100
+    engine = make_engine(fresh_model)
+    assert engine.submit(*conversation(1), max_new_tokens=3).result()
+    with pytest.raises(ValueError, match="do not fit a sliding window of 100"):
+        engine.submit(*conversation(1), max_new_tokens=99)
+    fresh_model.config.text_config.layer_types = ["sliding_attention", "full_attention"]
+    with pytest.raises(ValueError, match="serves decoders of full attention, not of sliding_attention"):
+        make_engine(fresh_model)
+
+
 def test_many_threads_may_ask_at_once(make_engine, expected):
     engine, found = make_engine(max_batch=6), {}
 

@@ -29,6 +29,7 @@ try:
 except ImportError as error:
     raise ImportError("the chat page needs gradio: pip install 'clip-phi[chat]'") from error
 
+FAULTS = (ValueError, OSError, ImportError, RuntimeError)
 ERROR = "⚠️ "  # how an answer begins that is none
 QUESTIONS = ("Describe the image.", "How many shapes are there?", "What can you see?")
 SHOWN_SIZE = 256  # pixels; drawn scenes are smaller than a thumb
@@ -76,7 +77,7 @@ def make_page(engine: Engine, parts: Parts, examples: Path | None = None) -> gr.
     ) -> Iterator[tuple[Any, str]]:
         try:
             yield from _respond(engine, parts, hear, message, history, temperature, int(max_new_tokens), speak, draw)
-        except (ValueError, OSError, ImportError, RuntimeError) as error:  # in one line, and the page goes on
+        except FAULTS as error:  # in one line, and the page goes on
             yield ERROR + _literal(" ".join(str(error).split())), ""
 
     with gr.Blocks(title="Clip-Phi", delete_cache=(3600, 24 * 3600)) as page:
@@ -175,16 +176,19 @@ def _respond(
         yield _literal(text), _line(heard, answer)
     shown: list[Any] = [_literal(text) or "(no words)"]
     yield shown[0], _line(heard, answer)
-    if speak and parts.speak is not None and text:
-        sentences = list(parts.speak(text))
-        if sentences:
+    told = _line(heard, answer)
+    try:
+        if speak and parts.speak is not None and text:
+            sentences = list(parts.speak(text))
             samples = np.concatenate([each for _, each in sentences])
             spoken = (np.clip(samples, -1, 1) * 32767).astype(np.int16)
             shown.append(gr.Audio((sentences[0][0], spoken), autoplay=True, show_label=False))
-            yield shown, _line(heard, answer)
-    if draw and parts.draw is not None and text:
-        shown.append(gr.Image(parts.draw(text, random.randrange(2**31)), show_label=False))
-        yield shown, _line(heard, answer)
+            yield shown, told
+        if draw and parts.draw is not None and text:
+            shown.append(gr.Image(parts.draw(text, random.randrange(2**31)), show_label=False))
+            yield shown, told
+    except FAULTS as error:  # the answer itself stays
+        yield shown, f"{told} · {ERROR}{_literal(' '.join(str(error).split()))}"
 
 
 def _literal(text: str) -> str:

@@ -188,6 +188,9 @@ class Engine:
         if kinds := set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
             raise ValueError(f"the engine serves decoders of full attention, not of {', '.join(sorted(kinds))}")
         self.context: int = getattr(config, "max_position_embeddings", None) or 2048
+        window = getattr(config, "sliding_window", None)
+        if window is not None and getattr(config, "use_sliding_window", True):
+            self.context = min(self.context, window)  # so far a window sees everything, as our masks do
         self.forward = _with_compiled_steps(model) if compiled else model
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -242,6 +245,8 @@ class Engine:
         if max_new_tokens is None:
             max_new_tokens = max(1, min(self.limits.max_new_tokens, self.context - len(ids)))
         refuse_too_long(self.model, len(ids), max_new_tokens)
+        if len(ids) + max_new_tokens > self.context:
+            raise ValueError(f"{len(ids)} and {max_new_tokens} tokens do not fit a sliding window of {self.context}")
         if (len(ids) + max_new_tokens) * self.token_bytes > self.cache_bytes:
             raise ValueError(
                 f"{len(ids)} tokens of prompt and {max_new_tokens} of answer need more than the {self.cache_bytes:,} "

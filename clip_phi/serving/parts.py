@@ -26,7 +26,8 @@ def find_parts(
     speech_model: str | None, voice: str | None, drawing_model: str | None, device: str | None, max_seconds: float = 30
 ) -> Parts:
     """What is installed and asked for. speech_model: a Whisper model; None: no hearing. voice: "" is the small English
-    one, None: no voice. drawing_model: of diffusers, on `device`; None: no drawing."""
+    one, a name with a slash a model of transformers, None: no voice. drawing_model: of diffusers, on `device`; None: no
+    drawing."""
     parts = Parts()
     needs: dict[str, tuple[Any, str, tuple[str, ...], str, Callable[[], Any]]] = {
         "hear": (
@@ -36,7 +37,7 @@ def find_parts(
             "speech",
             lambda: _ear(speech_model, max_seconds),
         ),
-        "speak": (voice, "--voice", ("hibari",), "speech", lambda: _voice(voice)),
+        "speak": (voice, "--voice", () if "/" in (voice or "") else ("hibari",), "speech", lambda: _voice(voice)),
         "draw": (drawing_model, "--drawing_model", ("diffusers",), "draw", lambda: _hand(drawing_model, device)),
     }
     for name, (wanted, option, packages, extra, make) in needs.items():
