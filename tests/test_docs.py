@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
+
+from clip_phi.hub.card import Run, make_card, make_pictures
 
 ROOT = Path(__file__).parent.parent
 TINY = "--hidden 64 --layers 1 --images 2 --repeats 1 --log-mean 3"
@@ -105,6 +108,21 @@ def test_demo_writes_what_it_promises(demo, clone):
     for task in ("captions", "vqa"):
         page = (output / f"model/evaluation/{task}.html").read_text()
         assert "shuffled images" in page and "<img src=" in page
+
+
+def test_the_card_of_the_demos_model_shows_what_it_was_judged_by(demo, clone):
+    run_of_demo = Run.read(clone / "outputs/demo/model")
+    card = make_card(run_of_demo, "me/demo", "weights-1", True, make_pictures(run_of_demo), {})
+    judged = {
+        path.stem: json.loads(path.read_text()) for path in (clone / "outputs/demo/model/evaluation").glob("*.json")
+    }
+    assert {"captions", "vqa"} <= judged.keys()
+    results = ModelCard(card).data.eval_results
+    for task, metric in (("captions", "CIDEr-D"), ("vqa", "vqa_accuracy")):
+        values = [each.metric_value for each in results if each.dataset_type == task]
+        kinds = ("score", "blind", "shuffled")
+        assert values == pytest.approx([judged[task]["metrics"][metric][kind] for kind in kinds], abs=1e-6)
+    assert str(clone) not in card
 
 
 README_COMMANDS = [
