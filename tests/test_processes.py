@@ -115,13 +115,14 @@ def sharded(scripts, precision="no"):
 
 WAIT = {"CLIP_PHI_TIMEOUT_SECONDS": "60", "PYTHONPATH": str(ROOT)}
 SHORT = ("--max_steps", 3, "--gradient_accumulation_steps", 1, "--num_sample_texts", 2)
+JUDGED = (*SHORT, "--judge", "captions", "--judge_images", 3)
 
 
 @pytest.fixture(scope="module")
 def one(data, backbones, tmp_path_factory):
     """Stage 1 in one process."""
     output = tmp_path_factory.mktemp("runs") / "one"
-    run(*stage1(data, backbones, output, *SHORT, "--per_device_batch_size", 4))
+    run(*stage1(data, backbones, output, *JUDGED, "--per_device_batch_size", 4))
     return output
 
 
@@ -137,16 +138,19 @@ def assert_same_run(folder, expected, weights=1e-6, tolerance=1e-5):
 
 
 def test_fsdp_asked_for_on_cpus_says_that_it_is_ddp_and_gives_the_run_of_one_process(data, backbones, one, tmp_path):
-    options = stage1(data, backbones, tmp_path / "two", *SHORT, "--per_device_batch_size", 2)
+    options = stage1(data, backbones, tmp_path / "two", *JUDGED, "--per_device_batch_size", 2)
     launcher = launch("fsdp2_8gpu.yaml", "--num_processes", "2", "--mixed_precision", "no")
     done = run(*options, launcher=launcher, ACCELERATE_USE_CPU="true", **WAIT)
     line = "FSDP was asked for, but Accelerate has it on several GPUs only: this run is DDP, with all weights in each"
     assert done.stdout.count(line) == 1 and "parameters on 2 x cpu" in done.stdout
     assert_same_run(tmp_path / "two", one)
+    assert metrics(tmp_path / "two", "eval/CIDEr-D").keys() == {3}
+    for kind in ("", "/blind", "/shuffled"):
+        assert metrics(tmp_path / "two", f"eval/ROUGE-L{kind}") == metrics(one, f"eval/ROUGE-L{kind}")
 
 
 def test_fsdp_shards_all_but_the_tower_and_gives_the_run_of_one_process(data, backbones, one, scripts, tmp_path):
-    options = stage1(data, backbones, tmp_path / "two", *SHORT, "--per_device_batch_size", 2)
+    options = stage1(data, backbones, tmp_path / "two", *JUDGED, "--per_device_batch_size", 2)
     done = run(*options, launcher=sharded(scripts), **WAIT)
     assert "FSDP was asked for" not in done.stdout
     sizes = json.loads(re.search("HELD (.*)", done.stdout)[1])
@@ -157,6 +161,9 @@ def test_fsdp_shards_all_but_the_tower_and_gives_the_run_of_one_process(data, ba
         "head": 0.5,
     }
     assert_same_run(tmp_path / "two", one)
+    assert metrics(tmp_path / "two", "eval/CIDEr-D").keys() == {3}
+    for kind in ("", "/blind", "/shuffled"):
+        assert metrics(tmp_path / "two", f"eval/ROUGE-L{kind}") == metrics(one, f"eval/ROUGE-L{kind}")
     texts, expected = ((folder / "samples.jsonl").read_text() for folder in (tmp_path / "two", one))
     assert texts == expected
 
