@@ -82,7 +82,8 @@ def test_serving_gives_the_texts_of_generate_and_answers_every_client(tmp_path):
 
 def test_every_benchmark_is_run_by_a_test():
     scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
-    tests = [*(ROOT / "tests").glob("test_benchmarks*.py"), ROOT / "tests" / "test_full_size.py"]
+    tests = [*(ROOT / "tests").glob("test_benchmarks*.py"), ROOT / "tests/test_full_size.py"]
+    tests.append(ROOT / "tests/test_speech_real.py")
     run_by_tests = "".join(path.read_text() for path in tests)
     assert [name for name in sorted(scripts) if name not in run_by_tests] == []
 
