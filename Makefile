@@ -58,13 +58,14 @@ test-main:
 		$(foreach name,transformers huggingface_hub accelerate peft,git+https://github.com/huggingface/$(name))
 	.venv-main/bin/python -m pytest $(or $(ARGS),$(COMPATIBILITY))
 
-# lmms-eval pins what cannot stand beside our versions; what it needs to judge with is little.
+# lmms-eval pins what cannot stand beside our versions, so it gets a folder beside them; what it needs to judge is little.
 test-oracle: install
 	@command -v java >/dev/null || { echo "Java is needed, for example: apt-get install default-jre-headless"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e '.[metrics]' loguru sacrebleu pytablewriter pytz tenacity
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps lmms_eval
-	$(BIN)/python -m pytest -m oracle $(ARGS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+		--target .venv/lmms_eval lmms_eval
+	PYTHONPATH=$(CURDIR)/.venv/lmms_eval $(BIN)/python -m pytest -m oracle $(ARGS)
 
 test-speech: install
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[speech,draw]' \
