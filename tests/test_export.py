@@ -77,12 +77,13 @@ def test_stock_llava_gives_equal_logits_and_tokens(projector_type, bias, tied, t
         torch.testing.assert_close(llava(**theirs).logits, model(**inputs).logits)
 
 
-def test_llava_of_a_decoder_whose_head_has_a_bias_is_refused(model, processor, tmp_path, capsys):
+@pytest.mark.parametrize(("to", "who"), [("llava", "Llava"), ("vllm", "vLLM's backend")])
+def test_a_decoder_whose_head_has_a_bias_is_refused_where_it_has_no_place(to, who, model, processor, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    assert main(["export", str(tmp_path / "model"), str(tmp_path / "llava"), "--to", "llava"]) == 2
-    assert "Llava has no place for the bias of this decoder's head (phi)" in capsys.readouterr().err
-    assert not (tmp_path / "llava").exists()
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / to), "--to", to]) == 2
+    assert f"{who} has no place for the bias of this decoder's head (phi)" in capsys.readouterr().err
+    assert not (tmp_path / to).exists()
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "model"), "--to", "vllm"]) == 2
     assert "is not empty" in capsys.readouterr().err
 
@@ -103,9 +104,8 @@ with torch.no_grad():
 
 
 @pytest.mark.export  # for its process of its own
-def test_checkpoint_for_vllm_has_an_automodel_without_head_in_a_clean_process(model, processor, tmp_path, capsys):
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+def test_checkpoint_for_vllm_has_an_automodel_without_head_in_a_clean_process(tmp_path, capsys):
+    model, processor = checkpoint(tmp_path, LlamaForCausalLM(LlamaConfig(**LLAMA)))
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "vllm"), "--to", "vllm"]) == 0
     assert capsys.readouterr().out.endswith("largest difference from the model 0\n")
     image = Image.effect_noise((40, 30), 60).convert("RGB")

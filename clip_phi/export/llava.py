@@ -18,11 +18,7 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     {"files", "largest_difference"}: of the logits, read back, from the model's for a random image.
     Raises ValueError if the decoder's head has a bias, as phi-2's has: Llava's has none."""
     config: Any = model.config
-    if model.lm_head.bias is not None:
-        raise ValueError(
-            f"Llava has no place for the bias of this decoder's head ({config.text_config.model_type}), so the "
-            "logits would be wrong: use the checkpoint as it is, or --to gguf"
-        )
+    _refuse_head_bias(model, "Llava")
     linear = config.projector_type == "linear"
     llava_config = LlavaConfig(
         vision_config=config.vision_config,
@@ -75,7 +71,9 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
 def export_vllm(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path) -> dict[str, Any]:
     """Write a merged checkpoint whose AutoModel is the model without its head, as vLLM's transformers backend asks.
 
-    The usual AutoModel is the class with generate. Returns {"files", "largest_difference"}: of the hidden states."""
+    The usual AutoModel is the class with generate. Returns {"files", "largest_difference"}: of the hidden states.
+    Raises ValueError if the decoder's head has a bias, as phi-2's has: that backend makes a head without."""
+    _refuse_head_bias(model, "vLLM's backend")
     model.save_pretrained(folder, merged=True)
     processor.save_pretrained(folder)
     path = folder / "config.json"
@@ -93,6 +91,15 @@ def export_vllm(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: 
     if difference > 1e-4:
         raise ValueError(f"the checkpoint in {folder} gives other hidden states (by {difference:g})")
     return {"files": [str(folder)], "largest_difference": difference}
+
+
+def _refuse_head_bias(model: ClipPhiForCausalLM, where: str) -> None:
+    if model.lm_head.bias is not None:
+        config: Any = model.config
+        raise ValueError(
+            f"{where} has no place for the bias of this decoder's head ({config.text_config.model_type}), so the "
+            "logits would be wrong: use the checkpoint as it is, or --to gguf"
+        )
 
 
 def _random_inputs(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -> dict[str, torch.Tensor]:
