@@ -107,6 +107,15 @@ def model(vision_backbone, text_backbone) -> ClipPhiForCausalLM:
     return ClipPhiForCausalLM.from_backbones(vision_backbone, text_backbone)
 
 
+@pytest.fixture(scope="session")
+def checkpoint(model, processor, tmp_path_factory) -> str:
+    """A folder with the delta of `model` and its processor, shared by all tests."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def fresh_model(model) -> ClipPhiForCausalLM:
     return copy.deepcopy(model)

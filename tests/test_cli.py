@@ -17,14 +17,6 @@ def image(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(model, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
-
-
 def expected(model, processor, path, text=None, max_new_tokens=6):
     content = [{"type": "image"}] + ([{"type": "text", "text": text}] if text else [])
     prompts = [([{"role": "user", "content": content}], Image.open(path).convert("RGB"))]

@@ -15,14 +15,6 @@ from clip_phi.serving.engine import as_prompt
 
 
 @pytest.fixture(scope="module")
-def checkpoint(model, processor, tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """70 pictures in two folders, three bad ones, and what is no picture."""
     path = tmp_path_factory.mktemp("pictures")

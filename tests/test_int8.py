@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 
 from clip_phi.cli import main
@@ -38,14 +37,6 @@ def test_decoder_and_head_are_quantised_with_lora_folded_in_and_nothing_else(fre
     assert kinds["lm_head"] is Int8Linear and kinds["model.language_model.layers.1.mlp.fc1"] is Int8Linear
     left = {name.split(".")[1] for name, kind in kinds.items() if kind is torch.nn.Linear}
     assert left == {"vision_tower", "projector"} and not any("lora" in name for name in kinds)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
 
 
 def test_the_command_line_answers_in_8_bits(checkpoint, tmp_path, capsys, monkeypatch):

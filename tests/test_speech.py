@@ -34,14 +34,6 @@ def image_file(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(model, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
-
-
 # --- What is missing is named ---
 
 

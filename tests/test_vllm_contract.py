@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AutoProcessor
 
 @pytest.fixture(scope="module")
 def checkpoint(model, processor, tmp_path_factory):
-    """A merged checkpoint whose AutoModel is the headless class, as docs/serving.md says how to make it."""
+    """A merged checkpoint whose AutoModel is the headless class, as clip-phi export --to vllm makes it."""
     folder = tmp_path_factory.mktemp("merged")
     model.save_pretrained(folder, merged=True)
     processor.save_pretrained(folder)
