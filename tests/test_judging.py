@@ -22,7 +22,7 @@ from clip_phi.evaluation.intervals import by_group, margin_interval
 from clip_phi.evaluation.judge import Decoding, derange, goes_in_circles, judge
 from clip_phi.evaluation.report import portable
 from clip_phi.evaluation.tasks import SHORT_ANSWER, make_exam, read_exam
-from clip_phi.samples import Sample, Turn
+from clip_phi.samples import SPOKEN_INSTRUCTION, File, Sample, Turn
 from clip_phi.sources.data import parse_source
 from clip_phi.sources.drawn import write_dataset
 from clip_phi.sources.report import Report
@@ -148,6 +148,35 @@ def test_a_damaged_image_is_left_out_and_counted(data, tmp_path):
     assert len(exam.items) == 5 and dict(exam.report.skipped) == {"damaged image": 5}
     with pytest.raises(ValueError, match="more than --max_bad 0.01 allows"):
         read_exam("captions", [source])
+
+
+def test_a_spoken_question_is_asked_with_its_transcript_and_one_that_was_not_heard_is_counted(data, model, processor):
+    pictures = sorted((data / "val2017").glob("*.jpg"))[:2]
+    said = [Turn("user", SPOKEN_INSTRUCTION, transcript="what is it"), Turn("assistant", "a star")]
+    unheard = [Turn("user", SPOKEN_INSTRUCTION, speech=b"a recording"), Turn("assistant", "a ring")]
+    samples = [
+        Sample(File(str(picture)), (tuple(said), tuple(unheard)), (f"{picture}:0", f"{picture}:1"))
+        for picture in pictures
+    ]
+    exam = make_exam("vqa", samples, Report())
+    assert [(item.question, item.transcript) for item in exam.items] == [(SPOKEN_INSTRUCTION, "what is it")] * 2
+    assert dict(exam.left_out)["speech without a transcript: run 'clip-phi transcribe DATA' first"] == 2
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            answers_module,
+            "generate_answers",
+            lambda model, processor, prompts, *options: (
+                asked.extend(
+                    processor.apply_chat_template(messages, add_generation_prompt=True) for messages, _ in prompts
+                )
+                or generate_answers(model, processor, prompts, *options)
+            ),
+        )
+        rows = judge(model, processor, exam, Decoding(max_new_tokens=2)).samples
+    text = f"Speech: what is it\nInstruct: {SPOKEN_INSTRUCTION}\nOutput:"
+    assert sorted(set(asked)) == sorted({f"<image>{text}", text})
+    assert [row["transcript"] for row in rows] == ["what is it"] * 2 and rows[0]["type"] == "what is"
 
 
 def test_every_picture_gets_another_one_and_no_two_get_the_same():

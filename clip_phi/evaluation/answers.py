@@ -14,11 +14,13 @@ from .generate import Answer, Prompt, generate_answers
 
 
 class Request(NamedTuple):
-    """One prompt. image: None for none. text: the instruction; None for the caption of a bare image. key: of both."""
+    """One prompt. image: None for none. text: the instruction; None for the caption of a bare image. transcript: what
+    is said before it. key: of all."""
 
     key: str
     image: File | bytes | None
     text: str | None
+    transcript: str | None = None
 
 
 class AnswerFile:
@@ -116,6 +118,8 @@ def answer_all(
 
 def as_prompt(request: Request) -> Prompt:
     content: list[dict[str, Any]] = [{"type": "image"}] if request.image is not None else []
+    if request.transcript is not None:
+        content.append({"type": "transcript", "text": request.transcript})
     if request.text is not None:
         content.append({"type": "text", "text": request.text})
     image: Image.Image | None = load_image(request.image) if request.image is not None else None

@@ -136,8 +136,9 @@ def _requests(exam: Exam, prompt: str | None, decoding: Decoding) -> dict[str, l
         for item, text in zip(exam.items, texts, strict=True):
             place = None if partners is None else partners[item.image]
             picture = "" if place is None else exam.digests[place]
-            key = hashlib.blake2b(f"{picture}|{text}".encode(), digest_size=12).hexdigest()
-            asked.append(Request(key, None if place is None else exam.images[place], text))
+            said = "" if item.transcript is None else f"|{item.transcript}"
+            key = hashlib.blake2b(f"{picture}|{text}{said}".encode(), digest_size=12).hexdigest()
+            asked.append(Request(key, None if place is None else exam.images[place], text, item.transcript))
         return asked
 
     requests = {"score": ask(range(len(exam.images))), "blind": ask(None)}
@@ -199,7 +200,8 @@ def _score(exam: Exam, said: dict[str, list[Answer]], prompt: str, decoding: Dec
     for number, item in enumerate(exam.items):
         row: dict[str, Any] = {"image": exam.image_name(item.image), "picture": exam.digests[item.image]}
         if item.question is not None:
-            row |= {"question": item.question, "type": question_kind(item.question)}
+            row |= {"question": item.question, "type": question_kind(item.asked)}
+            row |= {"transcript": item.transcript} if item.transcript is not None else {}
         row |= {"references": list(item.references), "answer": texts["score"][number]}
         row |= {"blind_answer": texts["blind"][number], "shuffled_answer": texts[shuffles[0]][number]}
         samples.append(row | {name: round(float(values[number]), 6) for name, values in each.items()})

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..sources.data import DataSource, parse_source
-from ..sources.records import MediaFolder
 from ..sources.report import Report
 from .judge import Decoding, Outcome, Processes, judge, judge_loss
 from .report import as_text, checkpoint_sha256, environment, portable, write
-from .tasks import Exam, make_exam
+from .tasks import Exam, make_exam, read_samples
 
 DEMO_DATA = "outputs/demo/data"
 # What the demo's model is judged on without --data.
@@ -45,7 +44,7 @@ def evaluate(options: argparse.Namespace, demo_checkpoint: str) -> None:
 
     processes = Processes(state.process_index, state.num_processes, gather_object, state.wait_for_everyone, say)
     report = Report()
-    samples = [sample for source in sources for sample in source.read(MediaFolder(source.images), report)]
+    samples = read_samples(sources, report)
     exam = make_exam(options.task, samples, report, options.num_images, options.max_bad)
     if report.num_skipped:
         say(f"{report.num_skipped:,} of {report.records:,} records are skipped:\n{report.table()}")

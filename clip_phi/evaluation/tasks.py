@@ -12,7 +12,6 @@ import numpy as np
 from ..batching.images import load_image
 from ..samples import File, Sample
 from ..sources.data import DataSource
-from ..sources.records import MediaFolder
 from ..sources.report import Defect, Report, Skip
 from .captions import CaptionScorer
 from .vqa import exact_match, normalise, pope, says_yes, vqa_accuracy
@@ -27,12 +26,19 @@ WORD_RANGES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 12), (13, 20), (21, None))
 
 
 class Item(NamedTuple):
-    """What is asked about an image. image: its number in Exam.images. question: None for a caption."""
+    """What is asked about an image. image: its number in Exam.images. question: None for a caption. transcript: what is
+    said before it; of a spoken question, the question itself."""
 
     image: int
     question: str | None
     references: tuple[str, ...]
     origin: str
+    transcript: str | None = None
+
+    @property
+    def asked(self) -> str:
+        """All words of the question, said and written."""
+        return " ".join(filter(None, (self.transcript, self.question)))
 
 
 @dataclass
@@ -58,6 +64,7 @@ class Exam:
         digest = hashlib.blake2b(digest_size=16)
         for item in self.items:
             row = [self.digests[item.image], item.question, list(item.references)]
+            row += [item.transcript] if item.transcript is not None else []
             digest.update(json.dumps(row).encode())
         return digest.hexdigest()
 
@@ -80,8 +87,16 @@ def read_exam(task: str, sources: Sequence[DataSource], num_images: int | None =
     Every image is opened, and left out and counted if it cannot be. Raises ValueError if more than max_bad of the
     records are bad, or if nothing is left."""
     report = Report()
-    samples = [sample for source in sources for sample in source.read(MediaFolder(source.images), report)]
-    return make_exam(task, samples, report, num_images, max_bad)
+    return make_exam(task, read_samples(sources, report), report, num_images, max_bad)
+
+
+def read_samples(sources: Sequence[DataSource], report: Report) -> list[Sample]:
+    """All that the sources hold, with the transcripts of recordings that were written down (clip-phi transcribe)."""
+    return [
+        sample
+        for source in sources
+        for sample in source.transcripts().fill(source.read(source.media(), report), report)
+    ]
 
 
 def make_exam(
@@ -122,28 +137,32 @@ def _digest(image: File | bytes) -> str:
     return hashlib.blake2b(image if isinstance(image, bytes) else image.read(), digest_size=16).hexdigest()
 
 
-def _items(task: str, sample: Sample, left_out: Counter[str]) -> list[tuple[str | None, tuple[str, ...], str]]:
-    """(question, references, origin) of each item about the image of a sample."""
+def _items(
+    task: str, sample: Sample, left_out: Counter[str]
+) -> list[tuple[str | None, tuple[str, ...], str, str | None]]:
+    """(question, references, origin, transcript) of each item about the image of a sample."""
     bare = [branch[0].text for branch in sample.branches if branch[0].role == "assistant"]
     if task == "captions":
         left_out["conversation, not a caption"] += len(sample.branches) - len(bare)
-        return [(None, tuple(bare), sample.origins[0])] if bare else []
+        return [(None, tuple(bare), sample.origins[0], None)] if bare else []
     if task == "loss":
         texts = [turn.text for branch in sample.branches for turn in branch if turn.role == "assistant"]
-        return [(None, tuple(texts), sample.origins[0])]
+        return [(None, tuple(texts), sample.origins[0], None)]
     left_out["caption, not a question"] += len(bare)
-    found: list[tuple[str | None, tuple[str, ...], str]] = []
+    found: list[tuple[str | None, tuple[str, ...], str, str | None]] = []
     for branch, origin in zip(sample.branches, sample.origins, strict=True):
         for asked, said in zip(branch, branch[1:], strict=False):
             if (asked.role, said.role) != ("user", "assistant"):
                 continue
             references = said.references or (said.text,)
-            if task == "pope" and not {reference.lower().strip(" .") for reference in references} <= {"yes", "no"}:
+            if asked.speech is not None and asked.transcript is None:
+                left_out["speech without a transcript: run 'clip-phi transcribe DATA' first"] += 1
+            elif task == "pope" and not {reference.lower().strip(" .") for reference in references} <= {"yes", "no"}:
                 left_out["answer is not yes or no"] += 1
             elif not said.references and len(said.text.split()) > MAX_ANSWER_WORDS:
                 left_out[f"answer is longer than {MAX_ANSWER_WORDS} words"] += 1
             else:
-                found.append((asked.text, references, origin))
+                found.append((asked.text, references, origin, asked.transcript))
     return found
 
 
@@ -184,7 +203,7 @@ def guess_from_questions(exam: Exam) -> list[str] | None:
     here: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     keys = []
     for item, group in zip(exam.items, exam.groups(), strict=True):
-        mine = [("question", normalise(item.question or "")), ("kind", question_kind(item.question)), ("all",)]
+        mine = [("question", normalise(item.asked)), ("kind", question_kind(item.asked)), ("all",)]
         keys.append(mine)
         for key in mine:
             by_key[key].update(item.references)
@@ -207,7 +226,7 @@ def tables(exam: Exam, answers: Sequence[str], each: np.ndarray) -> dict[str, di
     lengths = [_range_of(len(answer.split())) for answer in answers]
     found = {"by_length": _means(lengths, each)}
     if exam.task != "captions":
-        found["by_question_type"] = _means([question_kind(item.question) for item in exam.items], each)
+        found["by_question_type"] = _means([question_kind(item.asked) for item in exam.items], each)
         found["by_answer_type"] = _means([_answer_type(item.references) for item in exam.items], each)
     return found
 

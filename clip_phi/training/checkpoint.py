@@ -40,6 +40,7 @@ FREE = {
     *("config", "output_dir", "debug", "resume", "keep", "save_every", "log_every", "eval_every", "data", "eval_data"),
     *("max_eval_images", "max_bad", "num_workers", "num_sample_texts", "max_new_tokens", "merged"),
     *("caption_instruction", "gradient_checkpointing", "report_to", "peak_tflops", "judge", "judge_images"),
+    *("push_to_hub", "hub_private_repo"),
 }
 
 
