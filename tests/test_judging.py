@@ -21,13 +21,16 @@ from clip_phi.evaluation.generate import encode_prompts, generate_answers
 from clip_phi.evaluation.intervals import by_group, margin_interval
 from clip_phi.evaluation.judge import Decoding, derange, goes_in_circles, judge
 from clip_phi.evaluation.report import portable
-from clip_phi.evaluation.tasks import SHORT_ANSWER, make_exam, read_exam
+from clip_phi.evaluation.tasks import make_exam, read_exam
 from clip_phi.samples import SPOKEN_INSTRUCTION, File, Sample, Turn
 from clip_phi.sources.data import parse_source
 from clip_phi.sources.drawn import write_dataset
 from clip_phi.sources.report import Report
 from clip_phi.training.best import Best
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+
+# What LLaVA-1.5 (arXiv 2310.03744, section 3.3) adds, and docs/judging.md names.
+SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 
 ROOT = Path(__file__).parent.parent
 AGREED = {"task", "metric", "score", "blind", "shuffled", "margin", "margin_ci95", "metrics", "data", "checkpoint"}

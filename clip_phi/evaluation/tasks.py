@@ -19,8 +19,6 @@ from .vqa import exact_match, normalise, pope, says_yes, vqa_accuracy
 # The metric that stands for each task; loss is of what the data say, and nothing is asked there.
 METRICS = {"captions": "CIDEr-D", "vqa": "vqa_accuracy", "pope": "accuracy", "exact": "exact_match", "loss": "loss"}
 QUESTION = "{question}"  # how a question is put, unless --prompt says otherwise
-# What LLaVA-1.5 (arXiv 2310.03744, section 3.3) adds, for models that were trained with it.
-SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 MAX_ANSWER_WORDS = 3  # of conversations, what is no longer is a short answer
 WORD_RANGES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 12), (13, 20), (21, None))
 
