@@ -67,7 +67,7 @@ class ClipPhiConfig(PreTrainedConfig):
 
     model_type = "clip_phi"
     sub_configs: ClassVar = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache"]
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

@@ -27,14 +27,17 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    Cache,
     GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
     modeling_utils,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.hub import cached_file
@@ -42,6 +45,8 @@ from transformers.utils.hub import cached_file
 from .configuration_clip_phi import ClipPhiConfig
 
 IGNORE_INDEX = -100
+# transformers 5.24 calls the cache "cache" where releases before call it "past_key_values".
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 ADAPTER_FOLDER = "adapter"
 WAITS = (1, 2, 4)  # seconds between tries to reach the Hub
 # The base of all errors of the HTTP library, whichever one huggingface_hub uses (httpx, later httpx2).
@@ -89,14 +94,9 @@ class ClipPhiModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class ClipPhiCausalLMOutputWithPast(ModelOutput):
+class ClipPhiCausalLMOutputWithPast(CausalLMOutputWithPast):
     """loss: scalar, or None without labels. logits: float (batch, kept positions, vocabulary), None if skipped."""
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
@@ -118,7 +118,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -244,7 +244,6 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -255,7 +254,8 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         attention_mask: int or bool (batch, sequence), or bool (batch, 1, sequence, sequence): True where row may see
         column, as a tree of branches needs it.
 
-        Other keyword arguments go to the decoder: segments, of a row of several trees, to its attention.
+        Other keyword arguments go to the decoder: its cache (past_key_values, from transformers 5.24 on called cache),
+        and segments, of a row of several trees, to its attention.
 
         Raises ValueError for both or neither of input_ids and inputs_embeds, for a wrong number of image tokens, and
         for segments if the decoder's attention does not know them."""
@@ -295,13 +295,12 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
         return ClipPhiModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
@@ -367,7 +366,6 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         shift_labels: torch.LongTensor | None = None,
@@ -389,7 +387,6 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
@@ -409,7 +406,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         return ClipPhiCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
