@@ -34,15 +34,16 @@ def train(arguments: TrainingArguments) -> None:
     from accelerate.utils import gather_object, set_seed
     from transformers.utils import logging
 
-    from clip_phi.batching.loader import EndlessSampler, PictureReader, TreeDataset, complete, make_loader
-    from clip_phi.batching.tree import Pack
+    from clip_phi.batching.dataset import ImageReader, SampleDataset, complete, make_loader
+    from clip_phi.batching.packing import PackedBatch
+    from clip_phi.batching.sampler import EndlessSampler
     from clip_phi.environment import describe_environment, peak_flops
     from clip_phi.evaluation.generate import held_out_loss
     from clip_phi.hub.push import Target, check_push, push
-    from clip_phi.training.best import Best
     from clip_phi.training.checkpoint import (
         EXIT_STOPPED,
         Checkpoints,
+        EarlyStopping,
         StopSignal,
         check_same_run,
         describe_run,
@@ -50,30 +51,29 @@ def train(arguments: TrainingArguments) -> None:
         restore_report,
     )
     from clip_phi.training.data import read_data
-    from clip_phi.training.monitor import Costs, Monitor, Work
-    from clip_phi.training.optim import make_optimizer, make_scheduler, optimizer_bytes
-    from clip_phi.training.setup import (
-        count_parameters,
-        eval_batches,
-        judge_now,
-        load_model,
-        load_processor,
-        make_judged,
-        open_cache,
-        sample_texts,
+    from clip_phi.training.evaluate import eval_batches, make_eval_task, run_eval_task, sample_texts
+    from clip_phi.training.fsdp import (
+        check_fsdp_config,
+        full_state_dict,
+        full_tensor,
+        is_sharded,
+        prepare,
+        process_group_kwargs,
     )
-    from clip_phi.training.sharding import is_sharded, process_group_kwargs, settle_sharding, shard, whole, whole_state
-    from clip_phi.training.watch import (
-        Health,
+    from clip_phi.training.guards import (
+        NonFiniteGuard,
         check_frozen,
         check_room,
         frozen_hashes,
-        naming_what_fits,
+        oom_hint,
         room_needed,
-        surviving,
-        waiting_for_data,
+        stalled_data_warning,
+        tolerate_write_errors,
         write_run,
     )
+    from clip_phi.training.logger import FlopsPerToken, Monitor, StepCounts
+    from clip_phi.training.model import count_parameters, load_model, load_processor, open_cache
+    from clip_phi.training.optim import make_optimizer, make_scheduler, optimizer_bytes
 
     logging.disable_progress_bar()  # one bar is enough
     began_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -82,7 +82,7 @@ def train(arguments: TrainingArguments) -> None:
     accelerator = Accelerator(
         kwargs_handlers=process_group_kwargs(), log_with=arguments.report_to or None, project_dir=str(output_dir)
     )
-    settle_sharding(accelerator, arguments, accelerator.print)
+    check_fsdp_config(accelerator, arguments, accelerator.print)
     device = accelerator.device
     set_seed(arguments.seed)
     if device.type == "cuda":
@@ -93,23 +93,23 @@ def train(arguments: TrainingArguments) -> None:
     if arguments.push_to_hub and accelerator.is_main_process:  # better now than after a night of training
         check_push(arguments.push_to_hub, model.config.to_dict(), arguments.merged, output_dir)
     cache = open_cache(arguments, model, processor)
-    read = PictureReader(processor, arguments.pixels, cache)
+    read = ImageReader(processor, arguments.pixels, cache)
     with accelerator.local_main_process_first():  # which writes the index that the others find
         rank, world_size = accelerator.process_index, accelerator.num_processes
         data = read_data(arguments, processor, read, rank, world_size, accelerator.print)
-    exam = make_judged(arguments, data.held_out)
+    eval_set = make_eval_task(arguments, data.held_out)
     trainable, total = count_parameters(model)
     accelerator.print(f"training {trainable:,} of {total:,} parameters on {accelerator.num_processes} x {device.type}")
-    models = 1 if arguments.best_metric == "none" else 2
+    models = 1 if arguments.metric_for_best_model == "none" else 2
     room = room_needed(trainable, total, arguments.keep, arguments.merged, model.dtype.itemsize, models)
     check_room(output_dir, room)
-    costs = Costs.of(model)
+    costs = FlopsPerToken.of(model)
 
     if data.batches is None:
-        num_steps, order, steps_per_epoch = arguments.max_steps, arguments.per_device_batch_size, None
+        num_steps, order, steps_per_epoch = arguments.max_steps, arguments.per_device_train_batch_size, None
     else:
         batches_per_step = arguments.gradient_accumulation_steps * accelerator.num_processes
-        num_steps = max(1, -(-data.batches.count(arguments.num_epochs) // batches_per_step))
+        num_steps = max(1, -(-data.batches.count(arguments.num_train_epochs) // batches_per_step))
         num_steps = min(num_steps, arguments.max_steps or num_steps)
         steps_per_epoch = data.batches.count(1) / batches_per_step
         order = EndlessSampler(
@@ -121,22 +121,22 @@ def train(arguments: TrainingArguments) -> None:
         )
     optimizer = make_optimizer(model, arguments, device)
     scheduler = make_scheduler(optimizer, arguments, num_steps)
-    model, optimizer = shard(accelerator, model, optimizer)
+    model, optimizer = prepare(accelerator, model, optimizer)
     plain_model = accelerator.unwrap_model(model)
 
-    def ready(pack: Pack) -> Pack:
+    def ready(pack: PackedBatch) -> PackedBatch:
         return complete(pack.to(device), plain_model, cache)
 
     eval_loaders = {
         name: make_loader(
-            TreeDataset([index], read), eval_batches(len(index), arguments, rank, world_size), processor, 0
+            SampleDataset([index], read), eval_batches(len(index), arguments, rank, world_size), processor, 0
         )
         for name, index in data.held_out.items()
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     checkpoints = Checkpoints(output_dir, arguments.keep, accelerator)
     this_run = describe_run(arguments, data.fingerprint, num_steps, world_size)
-    first_step, seen, best = 0, Work(), Best(arguments.best_metric, arguments.patience)
+    first_step, seen, best = 0, StepCounts(), EarlyStopping(arguments.metric_for_best_model, arguments.patience)
     if not arguments.resume:
         checkpoints.begin_anew()
     elif found := checkpoints.newest():
@@ -161,7 +161,7 @@ def train(arguments: TrainingArguments) -> None:
         track=accelerator.log,
     )
     monitor.go_on(seen)
-    health = Health(output_dir, arguments.on_nan, accelerator.print)
+    health = NonFiniteGuard(output_dir, arguments.nan_policy, accelerator.print)
     run = {
         "command": sys.argv,
         "began": began_at,
@@ -191,16 +191,16 @@ def train(arguments: TrainingArguments) -> None:
             break
         # One step: every answer token of all ranks and micro-batches weighs the same, however they are spread.
         began = time.perf_counter()
-        with waiting_for_data(partial(data.awaited, order, step)):
+        with stalled_data_warning(partial(data.awaited, order, step)):
             packs = [next(packs_in_order) for _ in range(arguments.gradient_accumulation_steps)]
         waited = time.perf_counter() - began
         counts = torch.tensor([[*costs.work(p), len(p.skipped), stop.asked] for p in packs]).sum(0).to(device)
         *work, num_skipped, num_stopping = accelerator.reduce(counts, "sum").tolist()
-        done = Work(*work)
+        done = StepCounts(*work)
         skipped = [skip for pack in packs for skip in pack.skipped]
         data.count(done.samples, gather_object(skipped) if num_skipped else [])
         step_loss = torch.zeros((), device=device)
-        with naming_what_fits(step, packs, device):
+        with oom_hint(step, packs, device):
             for index, pack in enumerate(packs):
                 with nullcontext() if index == len(packs) - 1 else accelerator.no_sync(model):
                     # DDP averages gradients over the ranks; the loss is divided by the tokens of all of them.
@@ -208,13 +208,13 @@ def train(arguments: TrainingArguments) -> None:
                     loss = output.loss * accelerator.num_processes
                     accelerator.backward(loss)
                 step_loss += loss.detach()
-            norm = whole(accelerator.clip_grad_norm_(trained, arguments.max_grad_norm or float("inf")))
+            norm = full_tensor(accelerator.clip_grad_norm_(trained, arguments.max_grad_norm or float("inf")))
         # Known before the weights change, and the same on all ranks. The next step begins with a wait for the device
         # anyway.
         mean_loss, grad_norm = accelerator.reduce(torch.stack([step_loss, norm.to(device)]), "mean").tolist()
-        allowed = health.allows(step, mean_loss, grad_norm, scaled=accelerator.scaler is not None)
+        allowed = health.is_finite_step(step, mean_loss, grad_norm, scaled=accelerator.scaler is not None)
         if not allowed:
-            health.refuse(step, packs, plain_model, (mean_loss, grad_norm), accelerator)
+            health.handle_bad_step(step, packs, plain_model, (mean_loss, grad_norm), accelerator)
         elif health.spikes_at(mean_loss):
             monitor.log_spike(step, mean_loss, [origin for pack in packs for origin in pack.origins])
         if allowed or accelerator.scaler is not None:  # the scaler must be told, and leaves the weights alone itself
@@ -224,12 +224,12 @@ def train(arguments: TrainingArguments) -> None:
         monitor.count(done, waited)
 
         # Once in a while: one line of the log.
-        if allowed and (step % arguments.log_every == 0 or step == num_steps):
+        if allowed and (step % arguments.logging_steps == 0 or step == num_steps):
             rates = {f"learning_rate/{group['name']}": group["lr"] for group in optimizer.param_groups}
             monitor.log(step, mean_loss, grad_norm=grad_norm, **rates)
 
         # Once in a while, and at the end: evaluate, and save the model.
-        if step % arguments.eval_every == 0 or step == num_steps:
+        if step % arguments.eval_steps == 0 or step == num_steps:
             started = time.perf_counter()
             model.eval()
             sums = {
@@ -240,12 +240,12 @@ def train(arguments: TrainingArguments) -> None:
             if accelerator.is_main_process or is_sharded(accelerator):
                 for held_out in data.held_out.values():
                     texts += sample_texts(plain_model, processor, held_out, arguments)
-            judged = judge_now(plain_model, processor, exam, arguments, accelerator, is_sharded(accelerator))
+            judged = run_eval_task(plain_model, processor, eval_set, arguments, accelerator, is_sharded(accelerator))
             is_best = best.update(step, monitor.log_evaluation(step, sums, texts, judged))
-            state = whole_state(accelerator, plain_model, arguments.merged)
+            state = full_state_dict(accelerator, plain_model, arguments.merged)
             if accelerator.is_main_process:
                 for folder in (output_dir, output_dir / "best")[: 2 if is_best else 1]:
-                    with surviving(f"the model in {folder}", last=step == num_steps):
+                    with tolerate_write_errors(f"the model in {folder}", last=step == num_steps):
                         plain_model.save_pretrained(folder, merged=arguments.merged, state_dict=state)
                         processor.save_pretrained(folder)
             accelerator.wait_for_everyone()
@@ -253,10 +253,10 @@ def train(arguments: TrainingArguments) -> None:
             monitor.pause(time.perf_counter() - started)
 
         # Once in a while, at the end, and when a signal asks for it: a checkpoint to go on from.
-        if step % arguments.save_every == 0 or step == num_steps or num_stopping or best.exhausted:
+        if step % arguments.save_steps == 0 or step == num_steps or num_stopping or best.exhausted:
             started = time.perf_counter()
             about = {"run": this_run, "report": report_state(data.report), "seen": monitor.seen, "best": best.state()}
-            with surviving("a checkpoint", last=step == num_steps or bool(num_stopping)):
+            with tolerate_write_errors("a checkpoint", last=step == num_steps or bool(num_stopping)):
                 checkpoints.save(step, plain_model, optimizer, scheduler, about)
             monitor.pause(time.perf_counter() - started)
         if num_stopping and step < num_steps:

@@ -129,20 +129,20 @@ def memory_mb(*names: str) -> float:
 
 
 def measure_read(folder: Path) -> dict[str, float]:
-    from clip_phi.sources.coco import read_coco_captions  # noqa: F401  # what read() imports is not to be timed
-    from clip_phi.sources.data import parse_source
-    from clip_phi.sources.records import MediaFolder
-    from clip_phi.sources.report import Report
+    from clip_phi.data.coco import read_coco_captions  # noqa: F401  # what read() imports is not to be timed
+    from clip_phi.data.files import MediaFolder
+    from clip_phi.data.report import Report
+    from clip_phi.data.source import parse_source
 
     source, report = parse_source(_source(folder)), Report()
-    samples = branches = 0
+    samples = conversations = 0
     started = time.perf_counter()
     for sample in source.read(MediaFolder(source.images), report):
         samples += 1
-        branches += len(sample.branches)
+        conversations += len(sample.conversations)
     seconds = time.perf_counter() - started
-    assert branches == report.records and not report.skipped, report.table()
-    return {"images": samples, "captions": branches, "seconds": seconds, "read_peak_mb": peak_mb()}
+    assert conversations == report.records and not report.skipped, report.table()
+    return {"images": samples, "captions": conversations, "seconds": seconds, "read_peak_mb": peak_mb()}
 
 
 def measure_index(folder: Path) -> dict[str, float]:
@@ -212,8 +212,8 @@ def _source(folder: Path) -> str:
 def _loader(folder: Path) -> tuple[Callable[[], Any], float]:
     """load_index(), ready to be called, and what is resident by then, in MB."""
     from clip_phi.batching.index import load_index
-    from clip_phi.sources.coco import read_coco_captions  # noqa: F401
-    from clip_phi.sources.data import parse_source
+    from clip_phi.data.coco import read_coco_captions  # noqa: F401
+    from clip_phi.data.source import parse_source
     from modeling_clip_phi import ClipPhiProcessor
 
     processor = ClipPhiProcessor.from_pretrained(folder / "processor")

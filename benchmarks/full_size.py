@@ -7,7 +7,7 @@ Writes two folders as the Hub has them, with random weights: wkcn/TinyCLIP-ViT-6
 and microsoft/phi-2 (fp16 shards with an index, 50,295 tokens), tensor by tensor, so that this takes little memory.
 Draws a small data set in COCO's and LLaVA-Instruct's layouts, then runs train_accelerate.py, stage 1 and from its
 result stage 2, each in a process of its own, and compares the most memory that it held (VmHWM: mapped files included)
-with what clip_phi.plan counts for the same packs.
+with what clip_phi.tools.plan counts for the same packs.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from clip_phi.plan import CARDS, Row, bill_of_pack
-from clip_phi.sources.drawn import write_dataset
+from clip_phi.data.synthetic import write_dataset
+from clip_phi.tools.plan import CARDS, Row, bill_of_pack
 from clip_phi.training.arguments import TrainingArguments, parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +52,7 @@ VISION = {
 }
 VISION_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 9, "num_attention_heads": 8}
 SPLITS = ("train", "val")
-LITTLE = "--log_every 1 --num_workers 0 --max_eval_images 1 --num_sample_texts 1 --max_new_tokens 2"
+LITTLE = "--logging_steps 1 --num_workers 0 --max_eval_images 1 --num_sample_texts 1 --max_new_tokens 2"
 DTYPES = {torch.float16: "F16", torch.float32: "F32"}
 
 
@@ -187,10 +187,10 @@ def run_measured(command: Sequence[str], log: Path, environment: dict[str, str])
 
 def packs_of(arguments: TrainingArguments, processor: Any) -> list[list[Row]]:
     """The packs that the run trains on, from the same plan of the same data."""
-    from clip_phi.batching.loader import PictureReader
+    from clip_phi.batching.dataset import ImageReader
     from clip_phi.training.data import read_data
 
-    data = read_data(arguments, processor, PictureReader(processor), 0, 1, lambda text: None)
+    data = read_data(arguments, processor, ImageReader(processor), 0, 1, lambda text: None)
     assert data.batches is not None
     packs = []
     for number in range(arguments.max_steps * arguments.gradient_accumulation_steps):
@@ -208,13 +208,13 @@ def stage_options(stage: int, folder: Path, arguments: argparse.Namespace) -> li
     else:
         sources = [f"llava:{data}/llava_instruct_{split}.json,images={data}/{split}2017" for split in SPLITS]
         own = f"--init_from {folder}/stage1 --output_dir {folder}/stage2 --gradient_accumulation_steps 1"
-    shared = f"--stage {stage} --tokens_per_step {arguments.tokens} --max_steps {arguments.steps} {LITTLE}"
+    shared = f"--stage {stage} --max_tokens_per_batch {arguments.tokens} --max_steps {arguments.steps} {LITTLE}"
     return [*shared.split(), "--data", sources[0], "--eval_data", sources[1], *own.split()]
 
 
 def run_stage(stage: int, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train, and compare with the plan. Raises SystemExit if training fails."""
-    from clip_phi.training.setup import load_processor
+    from clip_phi.training.model import load_processor
     from modeling_clip_phi import ClipPhiConfig
 
     options = stage_options(stage, folder, arguments)
@@ -258,7 +258,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--layers", type=int, default=32, help="of the decoder (default: %(default)s, phi-2's)")
     parser.add_argument("--steps", type=int, default=2, help="of each stage (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=128, help="--tokens_per_step (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="--max_tokens_per_batch (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="keep everything here (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")

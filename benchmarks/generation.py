@@ -22,7 +22,7 @@ from clip_phi.serving.int8 import quantize_decoder
 
 
 def compare(size: Size, batch: int, new_tokens: int, repeats: int) -> dict[str, Any]:
-    models = make_models(size, lora_rank=0)
+    models = make_models(size, lora_r=0)
     ours: Any = models.ours.eval()
     theirs: Any = models.llava.eval()
     ours.set_attn_implementation({"text_config": "sdpa"})

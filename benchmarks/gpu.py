@@ -161,7 +161,7 @@ def run_stage(
     stage: int, size: Size, budgets: Sequence[int], options: argparse.Namespace, stop: float
 ) -> dict[str, dict[str, Any]]:
     """By tokens in a step: rows by contender, and the worst difference of a loss."""
-    models = make_models(size, lora_rank=64 if stage == 2 else 0, device=options.device, dtype=torch.bfloat16)
+    models = make_models(size, lora_r=64 if stage == 2 else 0, device=options.device, dtype=torch.bfloat16)
     results = {}
     for tokens in budgets:
         rows: dict[str, Row] = {}

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from clip_phi.batching.features import FeatureCache
+from clip_phi.batching.feature_cache import FeatureCache
 from clip_phi.batching.images import Preprocessor, load_image
 
 SHAPE = (49, 640)  # TinyCLIP's

@@ -43,19 +43,19 @@ def options(stage: int, data: Path, output: Path, num_workers: int) -> list[str]
         "eval_data": f"{kind}:{data}/{name.format('val')}.json,images={data}/val2017",
         "num_workers": num_workers,
         "gradient_accumulation_steps": 2,
-        "per_device_batch_size": 2,
-        "num_epochs": 3,
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 3,
         "max_steps": NUM_STEPS,
-        "log_every": 1,
-        "eval_every": 4,
-        "save_every": 1,
+        "logging_steps": 1,
+        "eval_steps": 4,
+        "save_steps": 1,
         "num_sample_texts": 1,
         "max_new_tokens": 4,
     }
     if stage == 1:
         common |= {"vision_backbone": BACKBONES / "vision", "text_backbone": BACKBONES / "text"}
     else:
-        common |= {"init_from": data.parent / "stage1", "tokens_per_step": 200, "lora_rank": 4, "lora_dropout": 0.1}
+        common |= {"init_from": data.parent / "stage1", "max_tokens_per_batch": 200, "lora_r": 4, "lora_dropout": 0.1}
     return [str(word) for name, value in common.items() for word in (f"--{name}", value)]
 
 
@@ -199,9 +199,8 @@ def main() -> None:
     import peft  # noqa: F401
     import torch
 
-    import clip_phi.training.data
-    import clip_phi.training.setup  # noqa: F401
-    from clip_phi.sources.drawn import write_dataset
+    import clip_phi.training.model  # noqa: F401
+    from clip_phi.data.synthetic import write_dataset
 
     torch.set_num_threads(1)
     draw = random.Random(arguments.seed)

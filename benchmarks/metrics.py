@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from clip_phi.evaluation.captions import CaptionScorer
+from clip_phi.evaluation.caption_metrics import CaptionScorer
 
 # nlg-eval's public example, and what coco-caption gives for it.
 CAPTIONS = (

@@ -33,9 +33,9 @@ import httpx2 as httpx
 import torch
 from PIL import Image
 
+from clip_phi.data.synthetic import draw_scene, sample_scene
 from clip_phi.evaluation.generate import generate_texts
 from clip_phi.serving.engine import Engine, as_prompt
-from clip_phi.sources.drawn import draw_scene, sample_scene
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 DEMO = Path("outputs/demo/model")

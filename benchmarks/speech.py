@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_phi.samples import SPOKEN_INSTRUCTION, File
-from clip_phi.sources.data import parse_source
-from clip_phi.sources.transcripts import ENGINES
-from clip_phi.speech.clip import import_av, load_clip
-from clip_phi.speech.data import as_text, speak_questions, transcribe_source
-from clip_phi.speech.speak import Speech, make_speaker
-from clip_phi.speech.transcribe import make_transcriber
+from clip_phi.data.sample import SPOKEN_INSTRUCTION, File
+from clip_phi.data.source import parse_source
+from clip_phi.data.transcripts import ENGINES
+from clip_phi.speech.asr import make_transcriber
+from clip_phi.speech.audio import import_av, load_clip
+from clip_phi.speech.spoken_data import as_text, speak_questions, transcribe_source
+from clip_phi.speech.tts import Speech, make_speaker
 
 ROOT = Path(__file__).resolve().parent.parent
 SENTENCES = (

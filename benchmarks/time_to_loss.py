@@ -26,13 +26,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PhiForCausalLM
 
+from clip_phi.batching.attention import PACKED_ATTENTION
 from clip_phi.batching.encode import IGNORE_INDEX
 from clip_phi.batching.images import load_image
 from clip_phi.batching.index import Index, load_index
-from clip_phi.batching.packing import PACKED_ATTENTION
-from clip_phi.batching.tree import Pack, pack_trees
-from clip_phi.sources.data import parse_source
-from clip_phi.sources.drawn import write_dataset
+from clip_phi.batching.packing import PackedBatch, pack_samples
+from clip_phi.data.source import parse_source
+from clip_phi.data.synthetic import write_dataset
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,8 +67,8 @@ def read_scenes(folder: Path, split: str, processor: Any) -> Scenes:
     return Scenes(index, torch.cat(pictures))
 
 
-def pack(scenes: Scenes, numbers: list[int], pad_token_id: int) -> Pack:
-    return pack_trees([scenes.index.tree(each) for each in numbers], scenes.pixels[numbers], pad_token_id)
+def pack(scenes: Scenes, numbers: list[int], pad_token_id: int) -> PackedBatch:
+    return pack_samples([scenes.index.tree(each) for each in numbers], scenes.pixels[numbers], pad_token_id)
 
 
 @torch.no_grad()
@@ -100,7 +100,11 @@ def our_loss(model: ClipPhiForCausalLM, scenes: Scenes, numbers: list[int], pad:
 def steps_of_recipe(
     model: ClipPhiForCausalLM, decoder: PhiForCausalLM, scenes: Scenes, end: int
 ) -> Iterator[Callable[[], torch.Tensor]]:
-    captions = [(number, branch.ids) for number in range(len(scenes.index)) for branch in scenes.index.encoded(number)]
+    captions = [
+        (number, conversation.ids)
+        for number in range(len(scenes.index))
+        for conversation in scenes.index.encoded(number)
+    ]
     captions = [(number, [each for each in ids if each != end]) for number, ids in captions]
     chance = random.Random(0)
     while True:

@@ -41,10 +41,11 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
+from clip_phi.batching.attention import PACKED_ATTENTION, PackLayout
 from clip_phi.batching.encode import IGNORE_INDEX, Encoded
-from clip_phi.batching.packing import PACKED_ATTENTION, Segments, plan_packs
-from clip_phi.batching.tree import Tree, build_tree, pack_trees
-from clip_phi.plan import Row, build_model, count_step
+from clip_phi.batching.packing import SharedPrefixSample, build_shared_prefix, pack_samples
+from clip_phi.batching.sampler import plan_packs
+from clip_phi.tools.plan import Row, build_model, count_step
 from clip_phi.training.arguments import Stage1Arguments
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
@@ -86,7 +87,7 @@ class Work(NamedTuple):
     """branches: of each image. pixels: float (images, 3, 224, 224). rows: branches in a padded batch. budget: tokens
     in a pack."""
 
-    branches: list[list[Encoded]]
+    conversations: list[list[Encoded]]
     pixels: torch.Tensor
     rows: int
     budget: int
@@ -94,7 +95,11 @@ class Work(NamedTuple):
     @property
     def flat(self) -> list[tuple[int, Encoded]]:
         """Each branch with the number of its image."""
-        return [(image, branch) for image, branches in enumerate(self.branches) for branch in branches]
+        return [
+            (image, conversation)
+            for image, conversations in enumerate(self.conversations)
+            for conversation in conversations
+        ]
 
     @property
     def num_samples(self) -> int:
@@ -102,7 +107,7 @@ class Work(NamedTuple):
 
     @property
     def num_supervised(self) -> int:
-        return sum(label != IGNORE_INDEX for _, branch in self.flat for label in branch.labels)
+        return sum(label != IGNORE_INDEX for _, conversation in self.flat for label in conversation.labels)
 
 
 def caption_work(images: int, rows: int = 2, budget: int = 16 * 107) -> Work:
@@ -115,13 +120,13 @@ def caption_work(images: int, rows: int = 2, budget: int = 16 * 107) -> Work:
 def conversation_work(images: int, log_mean: float, rows: int = 8, budget: int = 4096) -> Work:
     """Stage 2: one to three conversations to an image, the last three quarters of each supervised."""
     chance = np.random.default_rng(2)
-    branches: list[list[Encoded]] = []
+    conversations: list[list[Encoded]] = []
     for _ in range(images):
-        branches.append([])
+        conversations.append([])
         for length in _long_tailed(chance, log_mean, int(chance.integers(1, 4))).tolist():
             ids = [*chance.integers(0, 50_000, length - 1).tolist(), END]
-            branches[-1].append(Encoded(ids, [IGNORE_INDEX] * (length // 4) + ids[length // 4 :]))
-    return Work(branches, _pixels(images), rows, budget)
+            conversations[-1].append(Encoded(ids, [IGNORE_INDEX] * (length // 4) + ids[length // 4 :]))
+    return Work(conversations, _pixels(images), rows, budget)
 
 
 def _long_tailed(chance: np.random.Generator, log_mean: float, count: int) -> np.ndarray:
@@ -159,7 +164,7 @@ class Models(NamedTuple):
     trained: list[nn.Parameter]
 
 
-def make_models(size: Size, lora_rank: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Models:
+def make_models(size: Size, lora_r: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Models:
     """Frozen backbones in dtype with random weights; projector and LoRA (rank 0: none) in float32."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
@@ -192,9 +197,9 @@ def make_models(size: Size, lora_rank: int, device: str = "cpu", dtype: torch.dt
     ours.freeze_backbones()
     with torch.device("meta"):
         decoder = PhiForCausalLM(text)
-    if lora_rank:
-        add_lora(ours, lora_rank)
-        add_lora(decoder, lora_rank)
+    if lora_r:
+        add_lora(ours, lora_r)
+        add_lora(decoder, lora_r)
         ours.model.projector.requires_grad_(True)
     for name, parameter in ours.named_parameters():
         if "lora_B" in name:  # zero in the beginning, where LoRA's other half would have no gradient
@@ -266,9 +271,9 @@ def padded_batches(work: Work) -> list[Inputs]:
     """One branch a row behind an image of its own, padded at the right, with labels: what a Trainer is given."""
     flat, batches = work.flat, []
     for start in range(0, len(flat), work.rows):
-        images, branches = zip(*flat[start : start + work.rows], strict=True)
-        ids = [[IMAGE] * PATCHES + branch.ids for branch in branches]
-        labels = [[IGNORE_INDEX] * PATCHES + branch.labels for branch in branches]
+        images, conversations = zip(*flat[start : start + work.rows], strict=True)
+        ids = [[IMAGE] * PATCHES + conversation.ids for conversation in conversations]
+        labels = [[IGNORE_INDEX] * PATCHES + conversation.labels for conversation in conversations]
         batch = {"input_ids": _pad(ids, PAD), "labels": _pad(labels, IGNORE_INDEX)}
         batch["attention_mask"] = (batch["input_ids"] != PAD).long()
         batches.append(batch | {"pixel_values": work.pixels[list(images)]})
@@ -344,9 +349,13 @@ def make_ours(models: Models, work: Work, on: Iterable[str] = LEVERS, name: str 
 
 
 def our_batches(work: Work, sharing: bool, packing: bool) -> list[Inputs]:
-    groups = list(enumerate(work.branches)) if sharing else [(image, [branch]) for image, branch in work.flat]
+    groups = (
+        list(enumerate(work.conversations))
+        if sharing
+        else [(image, [conversation]) for image, conversation in work.flat]
+    )
     images = [image for image, _ in groups]
-    trees = [build_tree(branches, [IMAGE] * PATCHES, "") for _, branches in groups]
+    trees = [build_shared_prefix(conversations, [IMAGE] * PATCHES, "") for _, conversations in groups]
     if packing:
         plan = plan_packs([len(tree.input_ids) for tree in trees], work.budget)
     else:
@@ -354,11 +363,11 @@ def our_batches(work: Work, sharing: bool, packing: bool) -> list[Inputs]:
     batches = []
     for numbers in plan:
         chosen, pixels = [trees[number] for number in numbers], work.pixels[[images[number] for number in numbers]]
-        batches.append(pack_trees(chosen, pixels, PAD).inputs if packing else pad_trees(chosen, pixels, sharing))
+        batches.append(pack_samples(chosen, pixels, PAD).inputs if packing else pad_trees(chosen, pixels, sharing))
     return batches
 
 
-def pad_trees(trees: Sequence[Tree], pixel_values: torch.Tensor, sharing: bool) -> Inputs:
+def pad_trees(trees: Sequence[SharedPrefixSample], pixel_values: torch.Tensor, sharing: bool) -> Inputs:
     """One tree a row. Rows of one branch are causal, and need no mask as their padding is at the right."""
     batch = {
         "input_ids": _pad([tree.input_ids for tree in trees], PAD),
@@ -367,8 +376,8 @@ def pad_trees(trees: Sequence[Tree], pixel_values: torch.Tensor, sharing: bool) 
         "pixel_values": pixel_values,
     }
     if sharing:
-        branch = _pad([tree.branch_ids for tree in trees], -1)
-        sees = (branch[:, None] == 0) | (branch[:, None] == branch[..., None])
+        conversation = _pad([tree.conversation_ids for tree in trees], -1)
+        sees = (conversation[:, None] == 0) | (conversation[:, None] == conversation[..., None])
         batch["attention_mask"] = sees.tril().unsqueeze(1)
         batch["position_ids"] = _pad([tree.position_ids for tree in trees], 0)
     return batch
@@ -501,7 +510,7 @@ def speed_ratio(rows: dict[str, Figures], name: str, base: str) -> float:
 def true_flops() -> dict[str, float]:
     """FLOPs per caption of phi-2 and its head, forward and backward, on meta tensors: 16 images, the default of
     stage 1, and a padded batch of two."""
-    models = make_models(TRUE_SIZE, lora_rank=0, device="meta")
+    models = make_models(TRUE_SIZE, lora_r=0, device="meta")
     flops = {}
     for contender in (
         make_ours(models, caption_work(16)),
@@ -524,7 +533,7 @@ def _meta_loss(models: Models, batch: Inputs) -> torch.Tensor:
         options = {"attention_mask": mask, "labels": batch["labels"], "use_cache": False}
         return models.plain.decoder(inputs_embeds=embeds, **options).loss
     mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device="meta")
-    options = {"position_ids": batch["position_ids"], "segments": batch["segments"], "use_cache": False}
+    options = {"position_ids": batch["position_ids"], "pack_layout": batch["pack_layout"], "use_cache": False}
     hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, **options).last_hidden_state
     kept = torch.take_along_dim(hidden, batch["logits_to_keep"].unsqueeze(-1), dim=1)
     return model._loss(kept[0], batch["shift_labels"][0])
@@ -532,7 +541,7 @@ def _meta_loss(models: Models, batch: Inputs) -> torch.Tensor:
 
 def to_device(batch: Inputs, device: str) -> Inputs:
     return {
-        name: value.map(lambda x: x.to(device)) if isinstance(value, Segments) else value.to(device)
+        name: value.map(lambda x: x.to(device)) if isinstance(value, PackLayout) else value.to(device)
         for name, value in batch.items()
     }
 
@@ -575,7 +584,7 @@ def tower_shares(models: Models, work: Work, stage: dict[str, Figures], repeats:
 
 
 def run_stage_1(size: Size, images: int, repeats: int, differences: Differences) -> dict[str, Any]:
-    models, work, few = make_models(size, lora_rank=0), caption_work(images), caption_work(min(images, 2))
+    models, work, few = make_models(size, lora_r=0), caption_work(images), caption_work(min(images, 2))
     loops = [make_token_loop(models, few), make_token_loop(models, few, all_logits=False)]
     slow = race([make_padded(models, few), *loops], models.trained, min(repeats, 2), differences)
     contenders = [make_padded(models, work), make_hugging_face(models, work), make_ours(models, work)]
@@ -602,7 +611,7 @@ def run_stage_1(size: Size, images: int, repeats: int, differences: Differences)
 
 
 def run_stage_2(size: Size, images: int, log_mean: float, repeats: int, differences: Differences) -> dict[str, Any]:
-    models, work = make_models(size, lora_rank=8), conversation_work(images, log_mean)
+    models, work = make_models(size, lora_r=8), conversation_work(images, log_mean)
     contenders = [make_padded(models, work), make_ours(models, work), *make_levers(models, work)[1:]]
     stage = race(contenders, models.trained, repeats, differences)
     levers = {"all on": stage["ours"]} | {name: stage[name] for name in stage if name.startswith(("no ", "all "))}
@@ -614,7 +623,7 @@ def run_stage_2(size: Size, images: int, log_mean: float, repeats: int, differen
 
 
 def run_true_size(size: Size, images: int) -> dict[str, Any]:
-    models, work, differences = make_models(size, lora_rank=0), caption_work(images), Differences()
+    models, work, differences = make_models(size, lora_r=0), caption_work(images), Differences()
     stage = race([make_padded(models, work), make_ours(models, work)], models.trained, 1, differences)
     print_table(f"stage 1 at true size: {images} images with 5 captions each", stage, "padded")
     return {

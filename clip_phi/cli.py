@@ -5,7 +5,21 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import answers, data, hub, judging, machine, serving, speech
+from .commands import (
+    data,
+    hub,
+    serving,
+    speech,
+)
+from .commands import (
+    evaluate as judging,
+)
+from .commands import (
+    generate as answers,
+)
+from .commands import (
+    system as machine,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,11 +10,11 @@ import argparse
 from contextlib import closing
 
 from clip_phi.batching.images import load_image
-from clip_phi.samples import SPOKEN_INSTRUCTION
+from clip_phi.data.sample import SPOKEN_INSTRUCTION
 from clip_phi.serving.engine import Engine
-from clip_phi.speech.clip import load_clip
-from clip_phi.speech.speak import join, make_speaker, write_wav
-from clip_phi.speech.transcribe import make_transcriber
+from clip_phi.speech.asr import make_transcriber
+from clip_phi.speech.audio import load_clip
+from clip_phi.speech.tts import join, make_speaker, write_wav
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.perf_counter()
 
-    from clip_phi.sources.drawn import write_dataset
+    from clip_phi.data.synthetic import write_dataset
 
     print(f"1. Drawing {arguments.num_train} training and {arguments.num_val} unseen scenes", flush=True)
     write_dataset(OUTPUT / "data", arguments.num_train, arguments.num_val)
@@ -109,8 +109,8 @@ def judge(scenes: list[dict[str, Any]]) -> dict[str, float]:
     Fills in the scenes. What a caption is worth here is how many objects it names rightly; all other metrics, and the
     answers, are those of clip-phi evaluate."""
     from clip_phi.batching.images import load_image
+    from clip_phi.data.synthetic import object_f1
     from clip_phi.evaluation.generate import generate_texts
-    from clip_phi.sources.drawn import object_f1
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
     def f1(key: str) -> float:
@@ -175,7 +175,7 @@ def draw_sheet(scenes: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
     from PIL import Image
 
-    from clip_phi.sources.drawn import object_f1
+    from clip_phi.data.synthetic import object_f1
 
     figure = Figure(figsize=(16, 8.5), layout="constrained")
     figure.suptitle("Unseen scenes: caption after stage 1, description and answers after stage 2 (green: right)")
@@ -217,7 +217,9 @@ def draw_curves(path: Path) -> None:
             axes.plot(*zip(*points, strict=True), style, label={"loss": "training", "eval_loss": "held out"}[key])
         recipe = yaml.safe_load((RECIPES / f"demo_stage{stage}.yaml").read_text(encoding="utf-8"))
         axes.set(
-            title=f"stage {stage}, {recipe['num_epochs']} epochs", xlabel="step", ylabel="nats per supervised token"
+            title=f"stage {stage}, {recipe['num_train_epochs']} epochs",
+            xlabel="step",
+            ylabel="nats per supervised token",
         )
         axes.legend()
     figure.savefig(path, dpi=90)

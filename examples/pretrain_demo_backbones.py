@@ -34,7 +34,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from clip_phi.sources import drawn
+from clip_phi.data import synthetic as drawn
 
 END = "<|endoftext|>"
 PATCH_SIZE = 16

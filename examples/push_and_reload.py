@@ -44,8 +44,8 @@ def push_and_reload(folder: Path) -> None:
     import torch
     from huggingface_hub import HfApi
 
+    from clip_phi.data.synthetic import write_dataset
     from clip_phi.hub.push import Target, push
-    from clip_phi.sources.drawn import write_dataset
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
     api = HfApi()

@@ -277,7 +277,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             weight = next(self.projector.parameters())
             nothing = self.projector(weight.new_zeros(1, weight.shape[1])).sum() * 0
             inputs_embeds = inputs_embeds + nothing.to(inputs_embeds.device, inputs_embeds.dtype)
-        if "segments" in kwargs:
+        if "pack_layout" in kwargs:
             attention = self.language_model.config._attn_implementation
             if not attention.endswith("_packed"):
                 raise ValueError(

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from clip_phi.batching.packing import PACKED_ATTENTION
+from clip_phi.batching.attention import PACKED_ATTENTION
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 END_TOKEN = "<|endoftext|>"

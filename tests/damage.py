@@ -30,7 +30,7 @@ class Corpus:
     sources: list[str] = field(default_factory=list)
     records: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-    mended: Counter[str] = field(default_factory=Counter)
+    repaired: Counter[str] = field(default_factory=Counter)
     damage: Counter[str] = field(default_factory=Counter)
 
     def plant(self, name: str, times: int, records: int, outcome: str, kind: str = "") -> None:
@@ -39,8 +39,8 @@ class Corpus:
         self.records += records
         if outcome == "skipped":
             self.skipped[kind] += records
-        elif outcome == "mended":
-            self.mended[kind] += times
+        elif outcome == "repaired":
+            self.repaired[kind] += times
         else:
             assert outcome == "used", outcome
 
@@ -358,7 +358,7 @@ def write_llava(folder: Path, num_good: int = 300) -> Corpus:
     for place, (name, (kind, make)) in enumerate(MENDED.items()):
         times = 1 + place % 3
         items += [make(next(numbers)) for _ in range(times)]
-        corpus.plant(name, times, times, "mended", kind)
+        corpus.plant(name, times, times, "repaired", kind)
     items += [items[0], items[1], items[1]]
     corpus.plant("record that is there twice", 3, 3, "skipped", "duplicate record")
     random.Random(0).shuffle(items)

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from clip_phi.data.sample import SPOKEN_INSTRUCTION
 from clip_phi.evaluation.generate import generate_texts
-from clip_phi.samples import SPOKEN_INSTRUCTION
 from clip_phi.serving.api import ApiLimits, create_app, serve
 from clip_phi.serving.engine import Engine, Limits, as_prompt
 

@@ -20,7 +20,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
     arguments = parse_arguments(["--config", str(recipe), "--max_steps", "3"])
     assert isinstance(arguments, Stage2Arguments)
     assert (arguments.learning_rate, arguments.max_steps, arguments.merged) == (1e-4, 3, True)
-    assert arguments.lora_rank == 64
+    assert arguments.lora_r == 64
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
     [
         ([], "--stage is missing"),
         (["--stage", "3"], "unknown --stage 3: it is one of 1, 2"),
-        (["--stage", "1", "--lora_rank", "4"], "unknown option in stage 1: --lora_rank 4"),
+        (["--stage", "1", "--lora_r", "4"], "unknown option in stage 1: --lora_r 4"),
         (["--stage", "1", "--learning_rat", "4"], "unknown option in stage 1: --learning_rat 4"),
         (["--stage", "2", "--max_steps", "many"], "--max_steps"),
         (["--stage", "2", "--optimizer", "sgd"], "invalid choice: 'sgd'"),
@@ -61,11 +61,11 @@ def test_a_bad_recipe_is_one_line_and_status_2(text, message, tmp_path, capsys):
 
 
 def test_all_problems_are_reported_at_once_with_a_way_out():
-    arguments = parse_arguments(["--stage", "2", "--lora_rank", "0", "--learning_rate", "0", "--max_length", "0"])
+    arguments = parse_arguments(["--stage", "2", "--lora_r", "0", "--learning_rate", "0", "--max_length", "0"])
     with pytest.raises(ValueError) as caught:
         arguments.check()
     for part in (
-        "--lora_rank must be at least 1",
+        "--lora_r must be at least 1",
         "--learning_rate must be more than 0",
         "--max_length must be at least 1",
         "data/llava_instruct_150k.json, data/coco/train2017",

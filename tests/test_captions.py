@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clip_phi.evaluation.captions import CaptionScorer, tokenise
+from clip_phi.evaluation.caption_metrics import CaptionScorer, tokenise
 
 # The public example of nlg-eval, with what coco-caption gives for it.
 CAPTIONS = [

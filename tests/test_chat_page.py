@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 from clip_phi.cli import main
+from clip_phi.data.synthetic import draw_scene, sample_scene
 from clip_phi.serving.engine import Engine, Limits, as_prompt
-from clip_phi.serving.parts import Parts, find_parts
-from clip_phi.sources.drawn import draw_scene, sample_scene
+from clip_phi.serving.modalities import Parts, find_parts
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 pytestmark = pytest.mark.browser

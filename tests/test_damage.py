@@ -12,16 +12,15 @@ import damage
 import pytest
 import torch
 
+from clip_phi.batching.dataset import ImageReader, SampleDataset
 from clip_phi.batching.index import Index, load_index
-from clip_phi.batching.loader import PictureReader, TreeDataset
-from clip_phi.sources.coco import read_coco_captions, read_karpathy_split
-from clip_phi.sources.data import parse_source
-from clip_phi.sources.instruct import read_instruct
-from clip_phi.sources.records import MediaFolder
-from clip_phi.sources.report import Report
-from clip_phi.sources.rows import find_by_name, read_rows
-from clip_phi.sources.vqa import read_vqa
-from clip_phi.training.monitor import Monitor
+from clip_phi.data.coco import read_coco_captions, read_karpathy_split
+from clip_phi.data.files import MediaFolder
+from clip_phi.data.json_files import read_instruct, read_vqa
+from clip_phi.data.report import Report
+from clip_phi.data.schema import find_by_name, read_rows
+from clip_phi.data.source import parse_source
+from clip_phi.training.logger import Monitor
 
 ROOT = Path(__file__).parent.parent
 MAX_LENGTH = 256
@@ -71,7 +70,7 @@ def stage1(vision_backbone, text_backbone, clean):
     def options(corpus: damage.Corpus, output: Path, *more) -> list:
         return [
             *("--stage", 1, "--vision_backbone", vision_backbone, "--text_backbone", text_backbone),
-            *("--data", *corpus.sources, "--eval_data", clean, "--output_dir", output, "--num_epochs", 2),
+            *("--data", *corpus.sources, "--eval_data", clean, "--output_dir", output, "--num_train_epochs", 2),
             *("--num_sample_texts", 0, *more),
         ]
 
@@ -82,8 +81,8 @@ def stage1(vision_backbone, text_backbone, clean):
 def stage2(trained1, clean):
     def options(corpus: damage.Corpus, output: Path, *more) -> list:
         return [
-            *("--stage", 2, "--init_from", trained1, "--lora_rank", 4, "--data", *corpus.sources),
-            *("--eval_data", clean, "--output_dir", output, "--num_epochs", 2, "--num_sample_texts", 0, *more),
+            *("--stage", 2, "--init_from", trained1, "--lora_r", 4, "--data", *corpus.sources),
+            *("--eval_data", clean, "--output_dir", output, "--num_train_epochs", 2, "--num_sample_texts", 0, *more),
         ]
 
     return options
@@ -92,7 +91,10 @@ def stage2(trained1, clean):
 @pytest.fixture(scope="module")
 def trained1(coco, stage1, folder) -> Path:
     output = folder / "stage1"
-    run(folder / "cache", *stage1(coco, output, "--max_bad", 0.9, "--num_workers", 2, "--per_device_batch_size", 4))
+    run(
+        folder / "cache",
+        *stage1(coco, output, "--max_bad_fraction", 0.9, "--num_workers", 2, "--per_device_train_batch_size", 4),
+    )
     return output
 
 
@@ -109,13 +111,22 @@ def test_corpora_hold_the_kinds_of_damage_that_they_promise(coco, llava):
 def test_stage1_survives_a_damaged_coco_and_counts_every_record_once(trained1, coco):
     found = report_of(trained1)
     assert found["skipped"] == dict(coco.skipped)
-    assert found["mended"] == dict(coco.mended)
+    assert found["repaired"] == dict(coco.repaired)
     assert found["records"] == coco.records
 
 
 def test_reports_are_equal_whatever_the_number_of_workers_and_the_size_of_the_batch(trained1, coco, stage1, folder):
     other = folder / "stage1_again"  # with an index that is made anew, and steps in which no image can be read
-    options = ("--max_bad", 0.9, "--num_workers", 0, "--per_device_batch_size", 1, "--gradient_accumulation_steps", 2)
+    options = (
+        "--max_bad_fraction",
+        0.9,
+        "--num_workers",
+        0,
+        "--per_device_train_batch_size",
+        1,
+        "--gradient_accumulation_steps",
+        2,
+    )
     done = run(folder / "other_cache", *stage1(coco, other, *options))
     assert (other / "data_report.json").read_bytes() == (trained1 / "data_report.json").read_bytes()
     assert f"{sum(coco.skipped.values()):,} of {coco.records:,} records were skipped:" in done.stdout
@@ -123,18 +134,18 @@ def test_reports_are_equal_whatever_the_number_of_workers_and_the_size_of_the_ba
 
 def test_two_processes_of_which_one_may_meet_no_image_give_the_report_of_one(trained1, coco, stage1, folder):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    options = ("--max_bad", 0.9, "--num_workers", 0, "--per_device_batch_size", 1)
+    options = ("--max_bad_fraction", 0.9, "--num_workers", 0, "--per_device_train_batch_size", 1)
     run(folder / "cache", *stage1(coco, folder / "two", *options), launcher=torchrun)
     assert (folder / "two/data_report.json").read_bytes() == (trained1 / "data_report.json").read_bytes()
 
 
 def test_stage2_survives_damaged_conversations_and_counts_every_record_once_in_every_run(llava, stage2, folder):
-    options = ("--max_bad", 0.9, "--num_workers", 2, "--per_device_batch_size", 8)
+    options = ("--max_bad_fraction", 0.9, "--num_workers", 2, "--per_device_train_batch_size", 8)
     for name in ("stage2", "stage2_again"):  # the second finds the index in the cache
         run(folder / "cache", *stage2(llava, folder / name, *options))
         found = report_of(folder / name)
         assert found["skipped"] == dict(llava.skipped)
-        assert found["mended"] == dict(llava.mended)
+        assert found["repaired"] == dict(llava.repaired)
         assert found["records"] == llava.records
     assert report_of(folder / "stage2") == report_of(folder / "stage2_again")
 
@@ -145,11 +156,11 @@ def test_a_run_stops_with_one_message_that_counts_if_more_is_bad_than_usual(coco
     bad, share = coco.found_by_reading, coco.found_by_reading / coco.records
     assert message == [
         f"train_accelerate.py: error: {bad:,} of {coco.records:,} records are bad ({share:.2%}), more than "
-        "--max_bad 0.01 allows:"
+        "--max_bad_fraction 0.01 allows:"
     ]
     for kind, count in coco.skipped.items():
         assert (f"  skipped {count:,}: {kind} (e.g. " in done.stderr) == (kind not in damage.IMAGE_KINDS), kind
-    assert done.stderr.rstrip().endswith("Mend them, or allow more with --max_bad.")
+    assert done.stderr.rstrip().endswith("Mend them, or allow more with --max_bad_fraction.")
     assert not (folder / "usual/model.safetensors").exists()
 
 
@@ -165,8 +176,8 @@ def test_a_strict_run_stops_at_the_first_bad_record(what, kind, stage1, folder):
     rows = [*(damage.record(number) for number in range(20)), bad]
     (home / "records.json").write_text(json.dumps(rows), encoding="utf-8")
     corpus = damage.Corpus([f"llava:{home}/records.json,images={home}/images"])
-    done = run(folder / "cache", *stage1(corpus, home / "out", "--max_bad", 0, "--num_workers", 0), expect=2)
-    assert "1 of 21 records are bad (4.76%), more than --max_bad 0 allows:" in done.stderr
+    done = run(folder / "cache", *stage1(corpus, home / "out", "--max_bad_fraction", 0, "--num_workers", 0), expect=2)
+    assert "1 of 21 records are bad (4.76%), more than --max_bad_fraction 0 allows:" in done.stderr
     assert f"  skipped 1: {kind} (e.g. {home}/records.json:20" in done.stderr
 
 
@@ -220,7 +231,7 @@ def test_true_is_not_the_id_of_image_1(tmp_path):
     (tmp_path / "captions.json").write_text(json.dumps(content), encoding="utf-8")
     report = Report()
     (sample,) = read_coco_captions(tmp_path / "captions.json", MediaFolder(tmp_path), report)
-    assert [turn.text for (turn,) in sample.branches] == ["Its own.", "Its second."]
+    assert [turn.text for (turn,) in sample.conversations] == ["Its own.", "Its second."]
     assert report.skipped == Counter({"caption without 'image_id'": 1})
 
 
@@ -232,7 +243,7 @@ def test_a_bad_image_of_a_long_row_is_counted_with_all_its_captions(tmp_path, pr
     samples = list(read_rows(rows, find_by_name(MediaFolder(tmp_path)), report))
     index = Index.from_samples(samples, processor, MAX_LENGTH, report)
     assert len(index) > 1, "one tree is too long for all of them"
-    dataset = TreeDataset([index], PictureReader(processor))
+    dataset = SampleDataset([index], ImageReader(processor))
     for _ in range(2):  # epochs
         report.skip_once([dataset[0, number] for number in range(len(index))])
     assert report.records == 12 and report.skipped == Counter({"empty image file": 12})
@@ -278,12 +289,12 @@ def media(tmp_path) -> MediaFolder:
 def check(samples, processor, report: Report) -> Index:
     """All become token ids or are counted. Returns the index of them."""
     index = Index.from_samples(samples, processor, MAX_LENGTH, report)
-    kept = sum(index.num_branches(number) for number in range(len(index)))
+    kept = sum(index.num_conversations(number) for number in range(len(index)))
     assert report.records == kept + report.num_skipped, report.table()
     assert index.num_tokens().max(initial=0) <= MAX_LENGTH
     for number in range(len(index)):
         assert index.tree(number).targets, "a sample that teaches nothing"
-        assert len(index.sample(number).branches) == index.num_branches(number)
+        assert len(index.sample(number).conversations) == index.num_conversations(number)
     json.dumps(report.as_dict())
     return index
 
@@ -293,8 +304,8 @@ def test_10_000_mutated_records_are_used_or_counted_and_nothing_is_raised(group,
     chance, valid, report = random.Random(int(group)), damage.valid_rows(["a.jpg", "b.jpg"]), Report()
     rows = [(f"row:{number}", damage.mutated(valid[number % len(valid)], chance)) for number in range(10_000)]
     index = check(read_rows(rows, find_by_name(media), report, group), processor, report)
-    assert report.records >= 10_000 and len(report.skipped) >= 40 and sum(report.mended.values()) >= 30
-    assert 2000 < sum(index.num_branches(number) for number in range(len(index))) < 8000, report.table()
+    assert report.records >= 10_000 and len(report.skipped) >= 40 and sum(report.repaired.values()) >= 30
+    assert 2000 < sum(index.num_conversations(number) for number in range(len(index))) < 8000, report.table()
 
 
 def test_mutated_lines_are_used_or_counted_and_nothing_is_raised(media, processor, tmp_path):
@@ -357,4 +368,4 @@ def test_every_layout_stands_in_the_index_as_it_was_read(media, processor):
         (sample,) = read_rows([("origin", row)], find_by_name(media), Report())
         index = Index.from_samples([sample], processor, MAX_LENGTH)
         assert index.sample(0) == sample
-        assert [len(branch.ids) > 0 for branch in index.encoded(0)] == [True] * len(sample.branches)
+        assert [len(conversation.ids) > 0 for conversation in index.encoded(0)] == [True] * len(sample.conversations)

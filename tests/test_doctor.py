@@ -12,9 +12,9 @@ import torch
 from accelerate.commands.config import config_args
 from huggingface_hub import constants
 
-from clip_phi import doctor
 from clip_phi.cli import main
-from clip_phi.doctor import Check
+from clip_phi.tools import doctor
+from clip_phi.tools.doctor import Check
 
 NAMES = {
     *("python", "clip_phi", "torch", "transformers", "accelerate", "pillow", "8-bit optimizer", "OpenMP threads"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_phi.sources import drawn
+from clip_phi.data import synthetic as drawn
 
 NUM_TRAIN, NUM_VAL = 12, 6
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from clip_phi.evaluation.generate import generate_texts
-from clip_phi.serving.cache import RowCache, TensorCache
 from clip_phi.serving.engine import Busy, Closed, Engine, Limits, _choose, as_prompt
+from clip_phi.serving.kv_cache import RowCache, TensorCache
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 

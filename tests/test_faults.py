@@ -17,10 +17,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from test_training import ROOT, metrics, stage1, stage2
 
-from clip_phi.batching import loader
-from clip_phi.batching.packing import PACKED_ATTENTION
-from clip_phi.sources.drawn import write_dataset
-from clip_phi.training import monitor, watch
+from clip_phi.batching import dataset as loader
+from clip_phi.batching.attention import PACKED_ATTENTION
+from clip_phi.data.synthetic import write_dataset
+from clip_phi.training import guards as watch
+from clip_phi.training import logger as monitor
 from clip_phi.training.arguments import parse_arguments
 from clip_phi.training.checkpoint import Checkpoints
 from modeling_clip_phi import ClipPhiForCausalLM as Causal
@@ -62,7 +63,7 @@ def train(monkeypatch):
 @pytest.fixture
 def few(data, backbones, tmp_path):
     """Options of six steps of stage 1, of which each sees four images."""
-    silent = ("--num_epochs", 2, "--num_sample_texts", 0, "--num_workers", 0, "--learning_rate", 0.01)
+    silent = ("--num_train_epochs", 2, "--num_sample_texts", 0, "--num_workers", 0, "--learning_rate", 0.01)
     return stage1(data, backbones, tmp_path / "run", *silent)
 
 
@@ -92,7 +93,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_samples_and_what_repro
     train, few, backbones, tmp_path, monkeypatch
 ):
     before_step(monkeypatch, poison_from(2))
-    with pytest.raises(ValueError, match="step 2: loss nan, .*--on_nan skip") as caught:
+    with pytest.raises(ValueError, match="step 2: loss nan, .*--nan_policy skip") as caught:
         train(few)
     place = tmp_path / "run/not_finite/step-00000002"
     kept = torch.load(place / "rank-0.pt", weights_only=False)
@@ -106,7 +107,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_samples_and_what_repro
 
 def test_steps_left_out_change_no_weight_and_are_counted(train, few, tmp_path, monkeypatch, capsys):
     before_step(monkeypatch, poison_from(3))
-    train([*few, "--on_nan", "skip"])
+    train([*few, "--nan_policy", "skip"])
     assert list(metrics(tmp_path / "run", "loss")) == [1, 2]
     kept, saved = (
         load_file(tmp_path / "run" / name)
@@ -121,11 +122,11 @@ def test_a_run_that_only_leaves_steps_out_stops(train, few, monkeypatch):
     monkeypatch.setattr(watch, "MAX_IN_A_ROW", 2)
     before_step(monkeypatch, poison_from(2))
     with pytest.raises(ValueError, match="step 4: .* in 3 steps in a row"):
-        train([*few, "--on_nan", "skip"])
+        train([*few, "--nan_policy", "skip"])
 
 
 def test_a_gradient_that_overflows_is_the_scalers_to_handle_but_a_loss_is_not(tmp_path):
-    health = watch.Health(tmp_path, "stop", print)
+    health = watch.NonFiniteGuard(tmp_path, "stop", print)
     assert health.allows(1, 2.0, math.inf, scaled=True)
     assert not health.allows(2, 2.0, math.inf, scaled=False)
     assert not health.allows(3, math.nan, 1.0, scaled=True)
@@ -138,7 +139,7 @@ def test_running_out_of_memory_names_a_number_of_tokens_that_fits(train, few, mo
     before_step(monkeypatch, lambda step, *_: step == 2 and monkeypatch.setattr(Causal, "forward", out_of_memory))
     with pytest.raises(OSError, match="step 2: out of memory") as caught:
         train(few)
-    tokens, fits = re.search(r"with ([\d,]+) tokens .*--tokens_per_step (\d+)", str(caught.value)).groups()
+    tokens, fits = re.search(r"with ([\d,]+) tokens .*--max_tokens_per_batch (\d+)", str(caught.value)).groups()
     assert 64 <= int(fits) < int(tokens.replace(",", ""))
 
 
@@ -165,14 +166,14 @@ def test_data_that_does_not_come_is_named_and_waited_for(train, few, tmp_path, m
 
 
 def test_a_worker_that_dies_is_told_with_what_was_waited_for(train, few, monkeypatch):
-    read = loader.PictureReader.__call__
+    read = loader.ImageReader.__call__
 
     def die_in_a_worker(self, image):
         if torch.utils.data.get_worker_info() is not None:
             os._exit(1)
         return read(self, image)
 
-    monkeypatch.setattr(loader.PictureReader, "__call__", die_in_a_worker)
+    monkeypatch.setattr(loader.ImageReader, "__call__", die_in_a_worker)
     with pytest.raises(OSError, match="a process that reads data has died: step 1 needs .*--num_workers 0"):
         train([*few, "--num_workers", 1])
 
@@ -210,7 +211,7 @@ def test_a_disk_that_is_full_for_a_while_costs_files_and_lines_but_not_the_run(
     monkeypatch.setattr(Checkpoints, "_write", write_later)
     monkeypatch.setattr(Causal, "save_pretrained", save_later)
     monkeypatch.setattr(monitor, "open", open_later, raising=False)
-    train([*few, "--save_every", 2, "--eval_every", 3])
+    train([*few, "--save_steps", 2, "--eval_steps", 3])
     told = capsys.readouterr().err
     assert told.count("a checkpoint was not written, and training goes on") == 1
     assert told.count(f"the model in {tmp_path / 'run'} was not written, and training goes on") == 1
@@ -239,7 +240,7 @@ def test_a_frozen_weight_that_changes_is_named_at_the_end(train, few, tmp_path, 
 
 
 def test_a_loss_that_jumps_is_logged_with_its_samples(tmp_path):
-    health = watch.Health(tmp_path, "stop", print)
+    health = watch.NonFiniteGuard(tmp_path, "stop", print)
     quiet = [health.spikes_at(3.0 + 0.1 * math.sin(step)) for step in range(100)]
     assert not any(quiet) and not health.spikes_at(3.4) and health.spikes_at(9.0) and health.spikes == 1
     log = monitor.Monitor(tmp_path, 1, True, torch.device("cpu"))
@@ -253,7 +254,7 @@ def test_run_json_and_tensorboard_tell_what_metrics_jsonl_tells_and_a_resumed_ru
 ):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    few = [*few, "--save_every", 3, "--eval_every", 3]
+    few = [*few, "--save_steps", 3, "--eval_steps", 3]
     train([*few, "--report_to", "tensorboard"])
     folder = tmp_path / "run"
     (place,) = {path.parent for path in folder.rglob("events.out.tfevents*") if path.parent.name == "clip-phi"}
@@ -312,7 +313,7 @@ def stage2_of(train, data, tmp_path):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_decoder_trains_lora_and_saves_a_delta_for_the_whole_one(kind, stage2_of, tmp_path):
-    folder = stage2_of("--quantization", kind, "--eval_every", 1)
+    folder = stage2_of("--quantization", kind, "--eval_steps", 1)
     losses = metrics(folder, "loss")
     assert len(losses) == 2 and all(map(math.isfinite, losses.values()))
     saved = load_file(folder / "model.safetensors")

@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from clip_phi.batching import features
-from clip_phi.batching.features import RECORD, FeatureCache, fingerprint_of, image_key
-from clip_phi.samples import File
-from clip_phi.sources.report import Defect
+from clip_phi.batching import feature_cache as features
+from clip_phi.batching.feature_cache import RECORD, FeatureCache, fingerprint_of, image_key
+from clip_phi.data.report import RecordError
+from clip_phi.data.sample import File
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 ROOT = Path(__file__).parent.parent
@@ -355,10 +355,10 @@ def test_bytes_are_told_by_themselves():
 
 def test_missing_images_are_named_as_load_image_names_them(tmp_path):
     for source in (File(str(tmp_path / "none.png")), File(str(tmp_path / "none.zip"), "cat.png")):
-        with pytest.raises(Defect, match=re.escape(f"missing image: {source}: No such file")):
+        with pytest.raises(RecordError, match=re.escape(f"missing image: {source}: No such file")):
             image_key(source)
     (tmp_path / "bad.zip").write_bytes(b"no archive")
-    with pytest.raises(Defect, match="damaged image"):
+    with pytest.raises(RecordError, match="damaged image"):
         image_key(File(str(tmp_path / "bad.zip"), "cat.png"))
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from clip_phi.cli import main
 from clip_phi.evaluation.generate import generate_texts
-from clip_phi.serving import folder
+from clip_phi.serving import batch_captions as folder
 from clip_phi.serving.engine import as_prompt
 
 

@@ -20,11 +20,11 @@ from PIL import Image
 from test_remote_code import run_clean
 
 from clip_phi.cli import main
+from clip_phi.data.synthetic import write_dataset
 from clip_phi.hub import push as pushing
 from clip_phi.hub.card import merge_cards, scrub
 from clip_phi.hub.push import Target, check_push, push
-from clip_phi.sources.drawn import write_dataset
-from clip_phi.training.watch import write_run
+from clip_phi.training.guards import write_run
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor, modeling_clip_phi
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +67,16 @@ def trained(hub, tmp_path_factory):
     options = ["--stage", 1, "--vision_backbone", "acme/tower", "--text_backbone", "acme/decoder", "--num_workers", 0]
     options += ["--data", f"coco:{folder}/data/annotations/captions_train2017.json,images={folder}/data/train2017"]
     options += ["--eval_data", f"coco:{folder}/data/annotations/captions_val2017.json,images={folder}/data/val2017"]
-    options += ["--per_device_batch_size", 3, "--max_new_tokens", 4, "--output_dir", folder / "run", "--log_every", 1]
+    options += [
+        "--per_device_train_batch_size",
+        3,
+        "--max_new_tokens",
+        4,
+        "--output_dir",
+        folder / "run",
+        "--logging_steps",
+        1,
+    ]
     options += ["--push_to_hub", "alice/trained"]
     done = subprocess.run(
         [sys.executable, ROOT / "train_accelerate.py", *map(str, options)],

@@ -1,4 +1,4 @@
-"""Any bytes give an upright RGB image or a Defect that says why not. All images are made here."""
+"""Any bytes give an upright RGB image or a RecordError that says why not. All images are made here."""
 
 import io
 import pickle
@@ -19,8 +19,8 @@ from transformers import CLIPImageProcessorPil
 
 from clip_phi.batching import images
 from clip_phi.batching.images import Preprocessor, _decode_plain_jpeg, load_image, pixel_hash
-from clip_phi.samples import File
-from clip_phi.sources.report import Defect
+from clip_phi.data.report import RecordError
+from clip_phi.data.sample import File
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 HAS_AVIF = "AVIF" in images.FORMATS
@@ -78,7 +78,7 @@ def tiff(*tags: tuple[int, int]) -> bytes:
 
 
 def kind_of(source) -> str:
-    with pytest.raises(Defect) as caught:
+    with pytest.raises(RecordError) as caught:
         load_image(source)
     return caught.value.kind
 
@@ -311,7 +311,7 @@ def test_missing_images_are_named(tmp_path):
         File(str(tmp_path / "none.arrow"), "0/image"),
     ]
     for source in missing:
-        with pytest.raises(Defect, match=re.escape(f"missing image: {source}: ")):
+        with pytest.raises(RecordError, match=re.escape(f"missing image: {source}: ")):
             load_image(source)
     assert pixels(load_image(File(str(tmp_path / "images.zip"), "cat.png"))) == pixels(picture())
 
@@ -337,7 +337,7 @@ def test_empty_files_are_named(tmp_path):
     ],
 )
 def test_unknown_formats_are_told_by_how_they_begin(data):
-    with pytest.raises(Defect, match=re.escape(f"not an image: {len(data)} bytes: begins with {data[:8]!r}")):
+    with pytest.raises(RecordError, match=re.escape(f"not an image: {len(data)} bytes: begins with {data[:8]!r}")):
         load_image(data)
 
 
@@ -364,7 +364,7 @@ def test_damaged_archives_are_damaged_images(tmp_path):
         for place in range(60, 70):  # behind the local header
             damaged[place] ^= 0xFF
         path.write_bytes(damaged)
-        with pytest.raises(Defect, match=re.escape(f"damaged image: {path}!cat.bmp: ")):
+        with pytest.raises(RecordError, match=re.escape(f"damaged image: {path}!cat.bmp: ")):
             load_image(File(str(path), "cat.bmp"))
     path = tmp_path / "text.zip"
     path.write_bytes(b"not a zip file")
@@ -373,7 +373,7 @@ def test_damaged_archives_are_damaged_images(tmp_path):
 
 def test_float_pixels_are_refused():
     data = to_bytes(Image.fromarray(np.array([[0.5, 1.0]], dtype=np.float32)), "TIFF")
-    with pytest.raises(Defect, match="damaged image: .* bytes: 32-bit float pixels"):
+    with pytest.raises(RecordError, match="damaged image: .* bytes: 32-bit float pixels"):
         load_image(data)
 
 
@@ -534,7 +534,7 @@ def test_10_000_mutations_give_an_image_or_a_defect_and_nothing_else(monkeypatch
             data = mutate(sources[number % len(sources)], sources, chance)
             try:
                 image = load_image(data)
-            except Defect as defect:
+            except RecordError as defect:
                 kind = defect.kind
                 assert re.fullmatch(r"[^\n]{1,150}", defect.detail) or kind == "empty image file"
                 assert not re.search("0x[0-9a-f]{6}", defect.detail), "differs from run to run"
@@ -728,7 +728,7 @@ def test_mutated_jpegs_give_the_same_defects_in_fast_mode():
     def outcome(preprocessor: Preprocessor, data: bytes) -> torch.Tensor | str:
         try:
             return preprocessor(data)
-        except Defect as defect:
+        except RecordError as defect:
             return str(defect)
 
     counts = {"defect": 0, "fast": 0, "exact": 0}

@@ -15,11 +15,11 @@ from PIL import Image
 
 from clip_phi.batching import index as index_module
 from clip_phi.batching.index import Index, load_index
-from clip_phi.samples import File, Sample, Turn
-from clip_phi.sources.data import parse_source
-from clip_phi.sources.drawn import write_dataset
-from clip_phi.sources.records import MediaFolder
-from clip_phi.sources.report import Report
+from clip_phi.data.files import MediaFolder
+from clip_phi.data.report import Report
+from clip_phi.data.sample import File, Sample, Turn
+from clip_phi.data.source import parse_source
+from clip_phi.data.synthetic import write_dataset
 from clip_phi.training.data import hold_out
 
 
@@ -63,8 +63,8 @@ def test_index_holds_every_sample_and_its_encoding(source, processor):
     for number in range(len(index)):
         assert index.encoded(number) == in_memory.encoded(number)
         assert index.tree(number) == in_memory.tree(number)
-        assert index.num_tokens()[number] == 4 + sum(len(branch.ids) for branch in index.encoded(number))
-    assert index.report.records == report.records == sum(len(sample.branches) for sample in samples)
+        assert index.num_tokens()[number] == 4 + sum(len(conversation.ids) for conversation in index.encoded(number))
+    assert index.report.records == report.records == sum(len(sample.conversations) for sample in samples)
 
 
 def test_samples_of_every_form_survive_the_index(processor):

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clip_phi import inspection
+from clip_phi.batching.dataset import ImageReader, SampleDataset
 from clip_phi.batching.index import load_index
-from clip_phi.batching.loader import PictureReader, TreeDataset
 from clip_phi.cli import main
-from clip_phi.sources.data import parse_source
-from clip_phi.sources.drawn import write_dataset
-from clip_phi.sources.report import Skip
+from clip_phi.data.report import Skip
+from clip_phi.data.source import parse_source
+from clip_phi.data.synthetic import write_dataset
+from clip_phi.tools import inspect as inspection
 
 ROOT = Path(__file__).parent.parent
 LONG = "a red circle and a blue square " * 40
@@ -170,7 +170,7 @@ def test_json_counts_what_is_used_skipped_mended_equal_and_leaked(run, mixed, da
             "missing image": 1,
             "two answers in a row": 1,
         },
-        "mended": {"longer than max_length, and was cut behind an answer": 1},
+        "repaired": {"longer than max_length, and was cut behind an answer": 1},
         "duplicates": {"images": 1, "samples": 1, "examples": [f"{train}/copy.png = {train}/000000000002.jpg"]},
         "leakage": {
             "images": 1,
@@ -187,7 +187,7 @@ def test_json_counts_what_is_used_skipped_mended_equal_and_leaked(run, mixed, da
     assert examples["empty image file"] == [f"{data}/mixed.json:7: {train}/empty.jpg"]
     assert examples["duplicate record"] == [f"{data}/mixed.json:12"]
     assert examples["damaged image"][0].startswith(f"{data}/mixed.json:5: {train}/cut.jpg: ")
-    assert set(examples) == set(summary["skipped"]) | set(summary["mended"])
+    assert set(examples) == set(summary["skipped"]) | set(summary["repaired"])
     assert tokens["share_supervised"] == round(tokens["supervised_tokens"] / tokens["tokens"], 4)
     assert sum(tokens["lengths"]["histogram"].values()) == 5
 
@@ -195,7 +195,7 @@ def test_json_counts_what_is_used_skipped_mended_equal_and_leaked(run, mixed, da
 def test_the_numbers_are_those_that_training_meets(run, mixed, data, processor):
     summary = json.loads(run(mixed, data, json=True))
     indexes = [load_index(parse_source(text), processor, 100) for text in (mixed, str(data))]
-    dataset = TreeDataset(indexes, PictureReader(processor))
+    dataset = SampleDataset(indexes, ImageReader(processor))
     items = [dataset[0, place] for place in range(len(dataset))]
     skips = [item for item in items if isinstance(item, Skip)]
     trees = [item[0] for item in items if not isinstance(item, Skip)]
@@ -203,16 +203,16 @@ def test_the_numbers_are_those_that_training_meets(run, mixed, data, processor):
     assert {kind: summary["skipped"][kind] for kind in ("damaged image", "empty image file")} == {
         skip.kind: skip.records for skip in skips
     }
-    branches = [len(set(tree.branch_ids) - {0}) for tree in trees]
+    conversations = [len(set(tree.conversation_ids) - {0}) for tree in trees]
     # A branch's last token is a target but no input.
-    lengths = sorted(len(tree.input_ids) + count for tree, count in zip(trees, branches, strict=True))
-    assert summary["branches"] == sum(branches)
+    lengths = sorted(len(tree.input_ids) + count for tree, count in zip(trees, conversations, strict=True))
+    assert summary["branches"] == sum(conversations)
     assert (summary["samples"], summary["tokens"]) == (len(trees), sum(lengths))
     assert summary["supervised_tokens"] == sum(len(tree.targets) for tree in trees)
     assert (summary["lengths"]["min"], summary["lengths"]["max"]) == (lengths[0], lengths[-1])
     assert summary["lengths"]["mean"] == round(sum(lengths) / len(lengths), 2)
     assert summary["images"] == 5 and summary["duplicates"]["images"] == 1
-    assert summary["duplicates"]["samples"] == sum(tree.branch_ids[0] == 0 for tree in trees) - 4
+    assert summary["duplicates"]["samples"] == sum(tree.conversation_ids[0] == 0 for tree in trees) - 4
 
 
 def test_lengths_are_described_exactly():

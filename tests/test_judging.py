@@ -15,18 +15,18 @@ from PIL import Image
 from test_training import metrics, run, stage1
 
 from clip_phi.cli import main
+from clip_phi.data.report import Report
+from clip_phi.data.sample import SPOKEN_INSTRUCTION, File, Sample, Turn
+from clip_phi.data.source import parse_source
+from clip_phi.data.synthetic import write_dataset
 from clip_phi.evaluation import answers as answers_module
 from clip_phi.evaluation.answers import Request, as_prompt
+from clip_phi.evaluation.bootstrap import by_group, margin_interval
+from clip_phi.evaluation.evaluate import Decoding, derange, goes_in_circles, judge
 from clip_phi.evaluation.generate import encode_prompts, generate_answers
-from clip_phi.evaluation.intervals import by_group, margin_interval
-from clip_phi.evaluation.judge import Decoding, derange, goes_in_circles, judge
 from clip_phi.evaluation.report import portable
-from clip_phi.evaluation.tasks import make_exam, read_exam
-from clip_phi.samples import SPOKEN_INSTRUCTION, File, Sample, Turn
-from clip_phi.sources.data import parse_source
-from clip_phi.sources.drawn import write_dataset
-from clip_phi.sources.report import Report
-from clip_phi.training.best import Best
+from clip_phi.evaluation.tasks import make_eval_set, read_exam
+from clip_phi.training.checkpoint import EarlyStopping
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 # What LLaVA-1.5 (arXiv 2310.03744, section 3.3) adds, and docs/judging.md names.
@@ -123,8 +123,8 @@ def test_the_file_of_pope_is_read_as_it_is(data, tmp_path):
         for n, name in enumerate(names)
     ]
     (tmp_path / "coco_pope.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    exam = read_exam("pope", [parse_source(f"llava:{tmp_path}/coco_pope.json,images={data}/val2017")])
-    assert [(item.question, item.references) for item in exam.items] == [
+    eval_set = read_exam("pope", [parse_source(f"llava:{tmp_path}/coco_pope.json,images={data}/val2017")])
+    assert [(item.question, item.references) for item in eval_set.items] == [
         ("Is there a dog in the image?", (row["label"],)) for row in rows
     ]
 
@@ -138,8 +138,8 @@ def test_ten_answers_of_vqav2_are_all_references(data, tmp_path):
         json.dumps({"annotations": [{"question_id": n, "answers": people} for n in range(len(ids))]})
     )
     source = f"vqa:{tmp_path}/q.json,annotations={tmp_path}/a.json,images={data}/val2017"
-    exam = read_exam("vqa", [parse_source(source)])
-    assert len(exam.items) == 6 and exam.items[0].references == ("red",) * 7 + ("blue",) * 3
+    eval_set = read_exam("vqa", [parse_source(source)])
+    assert len(eval_set.items) == 6 and eval_set.items[0].references == ("red",) * 7 + ("blue",) * 3
 
 
 def test_a_damaged_image_is_left_out_and_counted(data, tmp_path):
@@ -147,9 +147,9 @@ def test_a_damaged_image_is_left_out_and_counted(data, tmp_path):
     bad = min((tmp_path / "val2017").iterdir())
     bad.write_bytes(bad.read_bytes()[:200])
     source = parse_source(f"coco:{data}/annotations/captions_val2017.json,images={tmp_path}/val2017")
-    exam = read_exam("captions", [source], max_bad=0.5)
-    assert len(exam.items) == 5 and dict(exam.report.skipped) == {"damaged image": 5}
-    with pytest.raises(ValueError, match="more than --max_bad 0.01 allows"):
+    eval_set = read_exam("captions", [source], max_bad_fraction=0.5)
+    assert len(eval_set.items) == 5 and dict(eval_set.report.skipped) == {"damaged image": 5}
+    with pytest.raises(ValueError, match="more than --max_bad_fraction 0.01 allows"):
         read_exam("captions", [source])
 
 
@@ -161,9 +161,9 @@ def test_a_spoken_question_is_asked_with_its_transcript_and_one_that_was_not_hea
         Sample(File(str(picture)), (tuple(said), tuple(unheard)), (f"{picture}:0", f"{picture}:1"))
         for picture in pictures
     ]
-    exam = make_exam("vqa", samples, Report())
-    assert [(item.question, item.transcript) for item in exam.items] == [(SPOKEN_INSTRUCTION, "what is it")] * 2
-    assert dict(exam.left_out)["speech without a transcript: run 'clip-phi transcribe DATA' first"] == 2
+    eval_set = make_eval_set("vqa", samples, Report())
+    assert [(item.question, item.transcript) for item in eval_set.items] == [(SPOKEN_INSTRUCTION, "what is it")] * 2
+    assert dict(eval_set.left_out)["speech without a transcript: run 'clip-phi transcribe DATA' first"] == 2
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -176,7 +176,7 @@ def test_a_spoken_question_is_asked_with_its_transcript_and_one_that_was_not_hea
                 or generate_answers(model, processor, prompts, *options)
             ),
         )
-        rows = judge(model, processor, exam, Decoding(max_new_tokens=2)).samples
+        rows = judge(model, processor, eval_set, Decoding(max_new_tokens=2)).samples
     text = f"Speech: what is it\nInstruct: {SPOKEN_INSTRUCTION}\nOutput:"
     assert sorted(set(asked)) == sorted({f"<image>{text}", text})
     assert [row["transcript"] for row in rows] == ["what is it"] * 2 and rows[0]["type"] == "what is"
@@ -424,7 +424,7 @@ def test_the_controls_catch_a_zeroed_projector_and_training_on_shuffled_images(t
     (tmp_path / "annotations/captions_shuffled.json").write_text(json.dumps(content))
     val = f"coco:{tmp_path}/annotations/captions_val2017.json,images={tmp_path}/val2017"
     backbones = (ROOT / "examples/demo_backbones/vision", ROOT / "examples/demo_backbones/text")
-    options = ["--max_steps", 60, "--num_epochs", 9, "--learning_rate", 2e-3, "--per_device_batch_size", 8]
+    options = ["--max_steps", 60, "--num_train_epochs", 9, "--learning_rate", 2e-3, "--per_device_train_batch_size", 8]
     options += ["--gradient_accumulation_steps", 1, "--max_eval_images", 4, "--num_sample_texts", 1]
     found = {}
     for name, data in (("true", "train2017"), ("shuffled", "shuffled")):
@@ -453,18 +453,18 @@ def test_the_controls_catch_a_zeroed_projector_and_training_on_shuffled_images(t
 
 
 def test_the_best_is_kept_by_the_chosen_metric_and_patience_counts_what_is_not_better():
-    best = Best("loss", patience=2)
+    best = EarlyStopping("loss", patience=2)
     assert [best.update(step, {"loss": loss}) for step, loss in enumerate([3.0, 2.0, 2.0, float("nan")], start=1)] == [
         *(True, True, False, False)
     ]
     assert (best.step, best.value, best.exhausted) == (2, 2.0, True)
-    again = Best("loss", patience=2)
+    again = EarlyStopping("loss", patience=2)
     again.restore(json.loads(json.dumps(best.state())))
     assert again == best
-    other = Best("CIDEr-D", patience=2)
+    other = EarlyStopping("CIDEr-D", patience=2)
     other.restore(best.state())
     assert other.value is None and other.update(1, {"CIDEr-D": 0.0}) and not other.update(2, {"CIDEr-D": 0.0})
-    assert not Best().update(1, {"loss": 1.0}) and not Best().exhausted
+    assert not EarlyStopping().update(1, {"loss": 1.0}) and not EarlyStopping().exhausted
 
 
 @pytest.fixture(scope="module")
@@ -477,16 +477,27 @@ def test_training_judges_stops_when_nothing_gets_better_and_a_resumed_run_knows_
     options = (
         "--judge",
         "captions",
-        "--judge_images",
+        "--eval_task_images",
         4,
-        "--eval_every",
+        "--eval_steps",
         1,
-        "--save_every",
+        "--save_steps",
         2,
         "--num_sample_texts",
         1,
     )
-    options += ("--max_steps", 9, "--num_epochs", 9, "--best_metric", "CIDEr-D", "--patience", 2, "--keep", 9)
+    options += (
+        "--max_steps",
+        9,
+        "--num_train_epochs",
+        9,
+        "--metric_for_best_model",
+        "CIDEr-D",
+        "--patience",
+        2,
+        "--keep",
+        9,
+    )
     options += ("--learning_rate", 1e-12)  # so that nothing can get better after the first evaluation
     line = "stopped: CIDEr-D was never better than at step 1, which is in best/"
     assert run(*stage1(data, backbones, whole, *options)).stdout.count(line) == 1
@@ -506,10 +517,12 @@ def test_training_judges_stops_when_nothing_gets_better_and_a_resumed_run_knows_
 
 
 def test_an_unknown_metric_and_patience_alone_are_named(data, backbones, tmp_path):
-    done = run(*stage1(data, backbones, tmp_path, "--best_metric", "f1", "--debug", False), launcher=(), expect=2)
-    assert "--best_metric f1: choose from none, loss; with --judge, its metrics too" in done.stderr
+    done = run(
+        *stage1(data, backbones, tmp_path, "--metric_for_best_model", "f1", "--debug", False), launcher=(), expect=2
+    )
+    assert "--metric_for_best_model f1: choose from none, loss; with --judge, its metrics too" in done.stderr
     done = run(*stage1(data, backbones, tmp_path, "--patience", 2, "--debug", False), launcher=(), expect=2)
-    assert "--patience needs a --best_metric" in done.stderr
+    assert "--patience needs a --metric_for_best_model" in done.stderr
 
 
 def test_each_best_metric_is_one_that_its_task_gives(model, processor, data):
@@ -518,7 +531,7 @@ def test_each_best_metric_is_one_that_its_task_gives(model, processor, data):
     images = [path.read_bytes() for path in sorted((data / "val2017").iterdir())[:2]]
     turns = {"captions": (Turn("assistant", "a star"),), "vqa": (Turn("user", "is it?"), Turn("assistant", "yes"))}
     for task, names in BY_TASK.items():
-        branch = turns["captions" if task == "captions" else "vqa"]
-        exam = make_exam(task, [Sample(image, (branch,), ("x:0",)) for image in images], Report())
-        outcome = judge(model, processor, exam, Decoding(max_new_tokens=2))
+        conversation = turns["captions" if task == "captions" else "vqa"]
+        eval_set = make_eval_set(task, [Sample(image, (conversation,), ("x:0",)) for image in images], Report())
+        outcome = judge(model, processor, eval_set, Decoding(max_new_tokens=2))
         assert set(names) <= outcome.result["metrics"].keys(), task

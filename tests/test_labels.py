@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerFast
 
 from clip_phi.batching.encode import IGNORE_INDEX
 from clip_phi.batching.index import Index
-from clip_phi.samples import File
-from clip_phi.sources.report import Report
-from clip_phi.sources.rows import read_rows
+from clip_phi.data.report import Report
+from clip_phi.data.sample import File
+from clip_phi.data.schema import read_rows
 from modeling_clip_phi import ClipPhiProcessor
 
 SPACE = "\u2581"  # how SentencePiece writes one

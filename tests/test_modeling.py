@@ -220,24 +220,29 @@ def test_tree_equals_its_branches_one_by_one(fresh_model, attention):
     fresh_model.set_attn_implementation(attention)
     image = [fresh_model.config.image_token_id] * 4
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    branches = [[11, 12, 13, 0], [21, 0], [31, 32, 0]]
+    conversations = [[11, 12, 13, 0], [21, 0], [31, 32, 0]]
     prefix = [*image, 40]
-    total = sum(len(branch) for branch in branches)
+    total = sum(len(conversation) for conversation in conversations)
     projector = fresh_model.model.projector
 
     plain = 0
-    for branch in branches:
-        ids, labels = torch.tensor([prefix + branch]), torch.tensor([[-100] * len(prefix) + branch])
+    for conversation in conversations:
+        ids, labels = torch.tensor([prefix + conversation]), torch.tensor([[-100] * len(prefix) + conversation])
         plain += fresh_model(input_ids=ids, pixel_values=pixels, labels=labels, num_items_in_batch=total).loss
     (plain_gradient,) = torch.autograd.grad(plain, [projector.weight])
 
-    owner = torch.tensor([0] * len(prefix) + [n for n, branch in enumerate(branches, 1) for _ in branch[:-1]])
-    ids = torch.tensor([prefix + [token for branch in branches for token in branch[:-1]]])
-    positions = [*range(len(prefix)), *(len(prefix) + n for branch in branches for n in range(len(branch) - 1))]
+    owner = torch.tensor(
+        [0] * len(prefix) + [n for n, conversation in enumerate(conversations, 1) for _ in conversation[:-1]]
+    )
+    ids = torch.tensor([prefix + [token for conversation in conversations for token in conversation[:-1]]])
+    positions = [
+        *range(len(prefix)),
+        *(len(prefix) + n for conversation in conversations for n in range(len(conversation) - 1)),
+    ]
     kept, offset = [], len(prefix)
-    for branch in branches:
-        kept += [len(prefix) - 1, *range(offset, offset + len(branch) - 1)]
-        offset += len(branch) - 1
+    for conversation in conversations:
+        kept += [len(prefix) - 1, *range(offset, offset + len(conversation) - 1)]
+        offset += len(conversation) - 1
     row, column = owner[:, None], owner[None, :]
     mask = ((column == 0) | (row == column)) & torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
     loss = fresh_model(
@@ -246,7 +251,7 @@ def test_tree_equals_its_branches_one_by_one(fresh_model, attention):
         attention_mask=mask[None, None],
         position_ids=torch.tensor([positions]),
         logits_to_keep=torch.tensor([kept]),
-        shift_labels=torch.tensor([sum(branches, [])]),
+        shift_labels=torch.tensor([sum(conversations, [])]),
         num_items_in_batch=total,
         use_cache=False,
     ).loss

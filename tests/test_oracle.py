@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from test_captions import CAPTIONS, EXPECTED, REFERENCES
 
-from clip_phi.evaluation.captions import CaptionScorer, meteor, tokenise
+from clip_phi.data.synthetic import write_dataset
+from clip_phi.evaluation.caption_metrics import CaptionScorer, meteor, tokenise
 from clip_phi.evaluation.run import load
-from clip_phi.sources.drawn import write_dataset
 
 pytestmark = pytest.mark.oracle
 ROOT = Path(__file__).parent.parent

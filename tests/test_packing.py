@@ -8,12 +8,17 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
-from clip_phi.batching import packing
+from clip_phi.batching import attention as packing
+from clip_phi.batching.attention import (
+    attend_by_bucket,
+    attend_by_piece,
+    has_varlen_kernel,
+    make_pack_layout,
+)
 from clip_phi.batching.encode import Encoded
-from clip_phi.batching.loader import EndlessSampler, FixedBatches, PackedBatches
-from clip_phi.batching.packing import attend_by_bucket, attend_by_piece, has_varlen_kernel, make_segments, plan_packs
-from clip_phi.batching.tree import build_tree, pack_trees
-from clip_phi.sources.mixture import Mixture
+from clip_phi.batching.packing import build_shared_prefix, pack_samples
+from clip_phi.batching.sampler import EndlessSampler, FixedBatches, PackedBatches, plan_packs
+from clip_phi.data.mixture import Mixture
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
 # Trees of all shapes: captions, one conversation, text alone (also in two branches), one token, an empty prefix's end.
@@ -27,13 +32,16 @@ TREES = [
 ]
 
 
-def visible(branch_ids):
+def visible(conversation_ids):
     """By definition: bool (tokens, tokens)."""
-    tree = [number for number, ids in enumerate(branch_ids) for _ in ids]
-    branch = [each for ids in branch_ids for each in ids]
+    tree = [number for number, ids in enumerate(conversation_ids) for _ in ids]
+    conversation = [each for ids in conversation_ids for each in ids]
     count = len(tree)
     return torch.tensor(
-        [[tree[q] == tree[k] and branch[k] in (0, branch[q]) and k <= q for k in range(count)] for q in range(count)]
+        [
+            [tree[q] == tree[k] and conversation[k] in (0, conversation[q]) and k <= q for k in range(count)]
+            for q in range(count)
+        ]
     )
 
 
@@ -59,12 +67,12 @@ def reference_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sca
 @pytest.mark.parametrize("count", range(1, len(TREES) + 1))
 def test_both_forms_of_packed_attention_equal_attention_with_the_whole_mask(count):
     torch.manual_seed(count)
-    segments, sees = make_segments(TREES[:count]), visible(TREES[:count])
+    pack_layout, sees = make_pack_layout(TREES[:count]), visible(TREES[:count])
     query, key, value = (torch.randn(2, len(sees), 8) for _ in range(3))
     expected = dense(query, key, value, sees, 0.3).transpose(0, 1)
     for output in (
-        attend_by_bucket(query, key, value, segments, 0.3),
-        attend_by_piece(query, key, value, segments, 0.3, reference_kernel),
+        attend_by_bucket(query, key, value, pack_layout, 0.3),
+        attend_by_piece(query, key, value, pack_layout, 0.3, reference_kernel),
     ):
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
 
@@ -114,8 +122,8 @@ def check_that_no_tree_sees_another(model, processor):
     pixels = torch.randn(len(CONTENT), 3, 32, 32, generator=torch.Generator().manual_seed(0))
     weight = model.model.projector.weight
     plain = torch.zeros(())
-    for (prefix, branches), pixel_values in zip(CONTENT, pixels.unsqueeze(1), strict=True):
-        for ids, labels in branches:
+    for (prefix, conversations), pixel_values in zip(CONTENT, pixels.unsqueeze(1), strict=True):
+        for ids, labels in conversations:
             plain = (
                 plain
                 + model(
@@ -125,9 +133,9 @@ def check_that_no_tree_sees_another(model, processor):
                     num_items_in_batch=50,
                 ).loss
             )
-    trees = [build_tree(branches, [image] * prefix, "x") for prefix, branches in CONTENT]
+    trees = [build_shared_prefix(conversations, [image] * prefix, "x") for prefix, conversations in CONTENT]
     pictured = pixels[[index for index, (prefix, _) in enumerate(CONTENT) if prefix]]
-    pack = pack_trees(trees, pictured, processor.tokenizer.pad_token_id)
+    pack = pack_samples(trees, pictured, processor.tokenizer.pad_token_id)
     loss = model(**pack.inputs, use_cache=False, num_items_in_batch=50).loss
     assert abs(loss / plain - 1) < 1e-6, "loss"
     expected, gradient = (torch.autograd.grad(each, [weight])[0] for each in (plain, loss))
@@ -138,16 +146,16 @@ def test_no_tree_of_a_pack_sees_another_with_any_decoder(any_model, processor):
     check_that_no_tree_sees_another(any_model, processor)
 
 
-def everything_causal(branch_ids):
-    return make_segments([[1] * sum(map(len, branch_ids))])
+def everything_causal(conversation_ids):
+    return make_pack_layout([[1] * sum(map(len, conversation_ids))])
 
 
-def branches_see_each_other(branch_ids):
-    return make_segments([[0 if each == 0 else 1 for each in ids] for ids in branch_ids])
+def branches_see_each_other(conversation_ids):
+    return make_pack_layout([[0 if each == 0 else 1 for each in ids] for ids in conversation_ids])
 
 
-def one_token_from_the_neighbour(branch_ids):
-    good = make_segments(branch_ids)
+def one_token_from_the_neighbour(conversation_ids):
+    good = make_pack_layout(conversation_ids)
     places = good.buckets[0].places.clone()  # of the longest tree
     places[0, 1] = 0
     return good._replace(buckets=[good.buckets[0]._replace(places=places), *good.buckets[1:]])
@@ -155,27 +163,27 @@ def one_token_from_the_neighbour(branch_ids):
 
 @pytest.mark.parametrize("mutant", [everything_causal, branches_see_each_other, one_token_from_the_neighbour])
 def test_a_wrong_mask_would_be_noticed(mutant, packed_model, processor, monkeypatch):
-    monkeypatch.setattr("clip_phi.batching.tree.make_segments", mutant)
+    monkeypatch.setattr("clip_phi.batching.packing.make_pack_layout", mutant)
     with pytest.raises(AssertionError, match="loss|gradient"):
         check_that_no_tree_sees_another(packed_model, processor)
 
 
 def test_positions_that_do_not_restart_would_be_noticed(packed_model, processor, monkeypatch):
-    original = build_tree
+    original = build_shared_prefix
 
     def counted_through(*arguments):
         tree = original(*arguments)
         return replace(tree, position_ids=list(range(len(tree.input_ids))))
 
-    monkeypatch.setitem(globals(), "build_tree", counted_through)
+    monkeypatch.setitem(globals(), "build_shared_prefix", counted_through)
     with pytest.raises(AssertionError, match="loss|gradient"):
         check_that_no_tree_sees_another(packed_model, processor)
 
 
 def test_other_attention_is_refused_and_generation_with_padding_is_not_harmed(model, packed_model):
-    tree = build_tree([encode(12, 4)], [], "x")
+    tree = build_shared_prefix([encode(12, 4)], [], "x")
     with pytest.raises(ValueError, match=r"'sdpa' attention knows no segments: set_attn_implementation"):
-        model(**pack_trees([tree], None, 0).inputs)
+        model(**pack_samples([tree], None, 0).inputs)
     ids = torch.tensor([[294, 294, 5, 6, 7], [8, 9, 10, 11, 12]])
     inputs = {"input_ids": ids, "attention_mask": (ids != 294).long()}
     options = {"max_new_tokens": 6, "do_sample": False}

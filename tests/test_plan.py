@@ -10,9 +10,9 @@ from torch.nn.functional import gelu
 from transformers import PhiForCausalLM
 
 from clip_phi.batching.encode import Encoded
-from clip_phi.batching.tree import build_tree
+from clip_phi.batching.packing import build_shared_prefix
 from clip_phi.cli import main
-from clip_phi.plan import (
+from clip_phi.tools.plan import (
     CARDS,
     Card,
     Ledger,
@@ -79,7 +79,7 @@ def test_a_token_keeps_at_most_2_5_megabytes_and_six_tenths_of_what_plain_blocks
 
 def test_the_largest_step_fits_and_one_image_more_does_not(a100):
     assert sum(a100["bill_bytes"].values()) <= a100["memory_bytes"]
-    assert a100["tokens_per_step"] == a100["images_per_step"] * (49 + 58)
+    assert a100["max_tokens_per_batch"] == a100["images_per_step"] * (49 + 58)
     usual = plan("l4-24")
     needed = sum(usual["bill_bytes"].values()) / 2**30
     exact, less = (
@@ -91,8 +91,8 @@ def test_the_largest_step_fits_and_one_image_more_does_not(a100):
 
 def test_more_memory_or_checkpointing_is_a_larger_step_and_adamw_a_smaller():
     usual = plan("l4-24", 2)
-    assert usual["tokens_per_step"] < plan("a100-40", 2)["tokens_per_step"]
-    assert usual["tokens_per_step"] < plan("l4-24", 2, gradient_checkpointing=True)["tokens_per_step"]
+    assert usual["max_tokens_per_batch"] < plan("a100-40", 2)["max_tokens_per_batch"]
+    assert usual["max_tokens_per_batch"] < plan("l4-24", 2, gradient_checkpointing=True)["max_tokens_per_batch"]
     optimizer = plan("l4-24", 2, optimizer="adamw")["bill_bytes"]["optimizer"]
     assert optimizer == 8 * usual["trainable_parameters"] > 3.5 * usual["bill_bytes"]["optimizer"]
 
@@ -114,7 +114,7 @@ def test_a_frozen_decoder_costs_four_flops_per_parameter_and_token(a100):
 
 def test_what_is_counted_without_tensors_is_what_tensors_take():
     """The same step on the CPU, booked by torch itself: all that is saved for the backward pass."""
-    from clip_phi.batching.packing import PACKED_ATTENTION, make_segments
+    from clip_phi.batching.attention import PACKED_ATTENTION, make_pack_layout
 
     arguments = Stage1Arguments(stage=1)
     # Text alone: beside an image the kernel of variable length keeps the image's keys once more for each branch.
@@ -144,7 +144,7 @@ def test_what_is_counted_without_tensors_is_what_tensors_take():
             attention_mask=mask,
             position_ids=torch.arange(row.length).unsqueeze(0),
             use_cache=False,
-            segments=make_segments([row.branch_ids]),
+            pack_layout=make_pack_layout([row.conversation_ids]),
         )
     measured = sum(size for size, _ in saved.values())
     assert counted == pytest.approx(measured, rel=0.05)
@@ -155,7 +155,7 @@ def test_what_is_counted_without_tensors_is_what_tensors_take():
     [
         (["--gpu", "a200"], "unknown --gpu a200: it is one of a100-40, a100-80, h100-80"),
         (["--gpu", "l4-24", "--mfu", "2"], "--mfu must be more than 0 and at most 1"),
-        (["--gpu", "l4-24", "--lora_rank", "8"], "--lora_rank is of stage 2, not of stage 1"),
+        (["--gpu", "l4-24", "--lora_r", "8"], "--lora_r is of stage 2, not of stage 1"),
         (
             ["--gpu", "l4-24", "--stage", "2", "--tune_decoder", "full", "--quantization", "nf4"],
             "--quantization nf4: quantised weights cannot be trained",
@@ -170,13 +170,13 @@ def test_a_bad_option_is_one_line_and_status_2(argv, message, capsys):
 
 def test_what_does_not_fit_says_so_and_what_to_try(a100):
     none = make_plan(Stage1Arguments(stage=1), Card("a small card", 1.0, 30.0), 0.4, small_config())
-    assert not none["fits"] and none["tokens_per_step"] == 0
+    assert not none["fits"] and none["max_tokens_per_batch"] == 0
     assert "Not even one image fits: try --gradient_checkpointing" in as_text(none)
-    assert "largest --tokens_per_step" in as_text(a100)
+    assert "largest --max_tokens_per_batch" in as_text(a100)
 
 
 def test_stage_2_trains_lora_of_the_rank_asked_for():
-    wide, narrow = (plan("h100-80", 2, lora_rank=rank)["trainable_parameters"] for rank in (64, 8))
+    wide, narrow = (plan("h100-80", 2, lora_r=rank)["trainable_parameters"] for rank in (64, 8))
     projector = 640 * 2560 + 2560
     assert wide - projector == 8 * (narrow - projector)
 
@@ -271,6 +271,6 @@ def test_on_a_cpu_all_is_in_float32_and_adamw_is_the_default():
 
 
 def test_a_row_is_made_of_a_tree():
-    tree = build_tree([Encoded([5, 6, 9], [-100, 6, 9]), Encoded([7, 9], [7, 9])], [1, 1, 1], "")
+    tree = build_shared_prefix([Encoded([5, 6, 9], [-100, 6, 9]), Encoded([7, 9], [7, 9])], [1, 1, 1], "")
     assert Row.of(tree) == Row(3, (2, 1), 4)
-    assert Row.of(build_tree([Encoded([5, 6, 9], [-100, 6, 9])], [], "")) == Row(0, (2,), 2)
+    assert Row.of(build_shared_prefix([Encoded([5, 6, 9], [-100, 6, 9])], [], "")) == Row(0, (2,), 2)

@@ -20,11 +20,11 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from test_training import ROOT, metrics, run, stage1, stage2
 
-from clip_phi.batching.tree import pack_trees
-from clip_phi.sources.drawn import write_dataset
+from clip_phi.batching.packing import pack_samples
+from clip_phi.data.synthetic import write_dataset
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
-from clip_phi.training.setup import eval_batches
-from clip_phi.training.sharding import process_group_kwargs, settle_sharding
+from clip_phi.training.evaluate import eval_batches
+from clip_phi.training.fsdp import check_fsdp_config, process_group_kwargs
 from modeling_clip_phi import ClipPhiForCausalLM
 
 CONFIGS = sorted((ROOT / "examples/configs").glob("*.yaml"))
@@ -115,14 +115,14 @@ def sharded(scripts, precision="no"):
 
 WAIT = {"CLIP_PHI_TIMEOUT_SECONDS": "60", "PYTHONPATH": str(ROOT)}
 SHORT = ("--max_steps", 3, "--gradient_accumulation_steps", 1, "--num_sample_texts", 2)
-JUDGED = (*SHORT, "--judge", "captions", "--judge_images", 3)
+JUDGED = (*SHORT, "--judge", "captions", "--eval_task_images", 3)
 
 
 @pytest.fixture(scope="module")
 def one(data, backbones, tmp_path_factory):
     """Stage 1 in one process."""
     output = tmp_path_factory.mktemp("runs") / "one"
-    run(*stage1(data, backbones, output, *JUDGED, "--per_device_batch_size", 4))
+    run(*stage1(data, backbones, output, *JUDGED, "--per_device_train_batch_size", 4))
     return output
 
 
@@ -138,7 +138,7 @@ def assert_same_run(folder, expected, weights=1e-6, tolerance=1e-5):
 
 
 def test_fsdp_asked_for_on_cpus_says_that_it_is_ddp_and_gives_the_run_of_one_process(data, backbones, one, tmp_path):
-    options = stage1(data, backbones, tmp_path / "two", *JUDGED, "--per_device_batch_size", 2)
+    options = stage1(data, backbones, tmp_path / "two", *JUDGED, "--per_device_train_batch_size", 2)
     launcher = launch("fsdp2_8gpu.yaml", "--num_processes", "2", "--mixed_precision", "no")
     done = run(*options, launcher=launcher, ACCELERATE_USE_CPU="true", **WAIT)
     line = "FSDP was asked for, but Accelerate has it on several GPUs only: this run is DDP, with all weights in each"
@@ -150,7 +150,7 @@ def test_fsdp_asked_for_on_cpus_says_that_it_is_ddp_and_gives_the_run_of_one_pro
 
 
 def test_fsdp_shards_all_but_the_tower_and_gives_the_run_of_one_process(data, backbones, one, scripts, tmp_path):
-    options = stage1(data, backbones, tmp_path / "two", *JUDGED, "--per_device_batch_size", 2)
+    options = stage1(data, backbones, tmp_path / "two", *JUDGED, "--per_device_train_batch_size", 2)
     done = run(*options, launcher=sharded(scripts), **WAIT)
     assert "FSDP was asked for" not in done.stdout
     sizes = json.loads(re.search("HELD (.*)", done.stdout)[1])
@@ -170,8 +170,10 @@ def test_fsdp_shards_all_but_the_tower_and_gives_the_run_of_one_process(data, ba
 
 def talk(data, start, output, *options):
     """Stage 2 with LoRA, on conversations of which each process has some without an image, at different steps."""
-    common = ("--lora_targets", LINEARS, "--lora_learning_rate", 1e-3, "--max_steps", 5, "--eval_every", 2)
-    return stage2(data, start, output, *common, "--save_every", 2, "--keep", 3, "--per_device_batch_size", 1, *options)
+    common = ("--lora_targets", LINEARS, "--lora_learning_rate", 1e-3, "--max_steps", 5, "--eval_steps", 2)
+    return stage2(
+        data, start, output, *common, "--save_steps", 2, "--keep", 3, "--per_device_train_batch_size", 1, *options
+    )
 
 
 def without_checkpoints(run_of, copy, *steps):
@@ -222,7 +224,7 @@ def test_fsdp_in_bf16_is_resumed_bit_equally_and_saves_a_merged_model(data, one,
 
 
 def test_two_machines_find_each_other_by_the_address_in_the_yaml(data, backbones, one, tmp_path):
-    options = map(str, stage1(data, backbones, tmp_path / "two", *SHORT, "--per_device_batch_size", 2))
+    options = map(str, stage1(data, backbones, tmp_path / "two", *SHORT, "--per_device_train_batch_size", 2))
     command = [sys.executable, *launch("two_nodes.yaml", "--num_processes", "2", "--mixed_precision", "no")]
     command += ["--main_process_ip", "127.0.0.1"]
     command[command.index("--main_process_port") + 1] = "29533"
@@ -239,7 +241,7 @@ def test_two_machines_find_each_other_by_the_address_in_the_yaml(data, backbones
 
 
 def test_an_error_in_one_process_ends_all_and_is_named_at_the_end(data, backbones, scripts, tmp_path):
-    options = stage1(data, backbones, tmp_path / "run", "--num_epochs", 9, "--debug", False)
+    options = stage1(data, backbones, tmp_path / "run", "--num_train_epochs", 9, "--debug", False)
     launcher = (*launch("cpu_2_processes.yaml"), str(scripts / "broken.py"))
     done = run(*options, launcher=launcher, expect=1, ACCELERATE_USE_CPU="true", SLEEP="0", **WAIT)
     assert "parameters on 2 x cpu" in done.stdout
@@ -250,7 +252,7 @@ def test_an_error_in_one_process_ends_all_and_is_named_at_the_end(data, backbone
 
 
 def test_a_process_does_not_wait_for_ever_for_one_that_hangs(data, backbones, scripts, tmp_path):
-    options = map(str, stage1(data, backbones, tmp_path / "run", "--num_epochs", 9))
+    options = map(str, stage1(data, backbones, tmp_path / "run", "--num_train_epochs", 9))
     command = [sys.executable, str(scripts / "broken.py"), str(ROOT / "train_accelerate.py"), *options]
     environment = os.environ | WAIT | {"ACCELERATE_USE_CPU": "true", "SLEEP": "600", "CLIP_PHI_TIMEOUT_SECONDS": "9"}
     environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29534"}
@@ -286,7 +288,7 @@ def test_fsdp2_yaml_asks_for_nothing_that_is_refused(monkeypatch):
         monkeypatch.setenv(name.upper(), str(value))
     said = []
     arguments = Stage1Arguments(stage=1)
-    settle_sharding(engine(FullyShardedDataParallelPlugin(), config.mixed_precision), arguments, said.append)
+    check_fsdp_config(engine(FullyShardedDataParallelPlugin(), config.mixed_precision), arguments, said.append)
     assert said == ["--optimizer auto is adamw: bitsandbytes cannot step sharded weights"]
     assert arguments.optimizer == "adamw"
 
@@ -309,7 +311,7 @@ def test_what_fsdp_cannot_do_is_refused_all_at_once(monkeypatch):
     )
     arguments = Stage2Arguments(stage=2, optimizer="adam8bit", quantization="nf4")
     with pytest.raises(ValueError, match="FSDP needs") as raised:
-        settle_sharding(engine(plugin, "fp16"), arguments, print)
+        check_fsdp_config(engine(plugin, "fp16"), arguments, print)
     for expected in (
         "fsdp_cpu_ram_efficient_loading: false",
         "fsdp_activation_checkpointing: false",
@@ -321,7 +323,7 @@ def test_what_fsdp_cannot_do_is_refused_all_at_once(monkeypatch):
         assert expected in str(raised.value)
     first = FullyShardedDataParallelPlugin(fsdp_version=1, cpu_ram_efficient_loading=False)
     with pytest.raises(ValueError, match="fsdp_version: 2, not 1"):
-        settle_sharding(engine(first, "bf16"), Stage1Arguments(stage=1), print)
+        check_fsdp_config(engine(first, "bf16"), Stage1Arguments(stage=1), print)
 
 
 def test_deepspeed_is_refused_in_one_line_that_names_the_way_out(data, backbones, tmp_path):
@@ -348,7 +350,7 @@ def test_a_timeout_is_a_number_of_seconds(value, monkeypatch):
 
 
 def test_processes_evaluate_in_equally_many_batches_each_sample_once():
-    arguments = Stage1Arguments(stage=1, per_device_batch_size=2)
+    arguments = Stage1Arguments(stage=1, per_device_train_batch_size=2)
     shares = [eval_batches(5, arguments, rank, 3) for rank in range(3)]
     assert shares == [[[(0, 0), (0, 3)]], [[(0, 1), (0, 4)]], [[(0, 2)]]]
     assert eval_batches(5, arguments, 1, 2) == [[(0, 1), (0, 3)], []]
@@ -356,6 +358,6 @@ def test_processes_evaluate_in_equally_many_batches_each_sample_once():
 
 
 def test_a_batch_of_nothing_has_a_loss_of_zero(packed_model):
-    empty = pack_trees([], None, pad_token_id=301)
+    empty = pack_samples([], None, pad_token_id=301)
     loss = packed_model(**empty.inputs, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
     assert loss.item() == 0 and empty.num_supervised == 0

@@ -10,9 +10,9 @@ import time
 import pytest
 from test_training import ROOT, metrics, run, stage1
 
-from clip_phi.sources.drawn import write_dataset
+from clip_phi.data.synthetic import write_dataset
 
-SHORT = ("--num_epochs", 2, "--gradient_accumulation_steps", 1, "--save_every", 2, "--keep", 2)
+SHORT = ("--num_train_epochs", 2, "--gradient_accumulation_steps", 1, "--save_steps", 2, "--keep", 2)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def resume_from(whole, tmp_path, step):
 def test_more_processes_with_the_same_accumulation_are_another_run(whole, data, backbones, tmp_path):
     copy = resume_from(whole, tmp_path, 4)
     options = stage1(data, backbones, copy, *SHORT, "--resume")
-    options[options.index("--per_device_batch_size") + 1] = 4
+    options[options.index("--per_device_train_batch_size") + 1] = 4
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     done = run(*options, launcher=torchrun, ACCELERATE_USE_CPU="true", expect=1)
     assert "batches_per_step: 1 then, 2 now" in done.stderr
@@ -66,7 +66,7 @@ def test_more_processes_with_the_same_accumulation_are_another_run(whole, data, 
     ("change", "message"),
     [
         (("--seed", 1), "seed: 0 then, 1 now"),
-        (("--per_device_batch_size", 2), "per_device_batch_size: 4 then, 2 now"),
+        (("--per_device_train_batch_size", 2), "per_device_train_batch_size: 4 then, 2 now"),
         (("--captions_per_image", 2), "captions_per_image: 5 then, 2 now"),
         (("--holdout_images", 3, "--eval_data"), "data: "),
     ],
@@ -80,9 +80,9 @@ def test_another_run_is_not_gone_on_with_and_the_difference_is_named(change, mes
 
 def test_what_may_differ_is_said(whole, data, backbones, tmp_path):
     copy = resume_from(whole, tmp_path, 4)
-    done = run(*stage1(data, backbones, copy, *SHORT, "--resume", "--learning_rate", 0.5, "--log_every", 2))
+    done = run(*stage1(data, backbones, copy, *SHORT, "--resume", "--learning_rate", 0.5, "--logging_steps", 2))
     assert "another learning_rate: 0.001 then, 0.5 now. It is allowed; compared with a run never stopped" in done.stdout
-    assert "log_every" not in done.stdout
+    assert "logging_steps" not in done.stdout
     assert {step: metrics(copy, "loss")[step] for step in (1, 2, 3, 4)} == {
         step: metrics(whole, "loss")[step] for step in (1, 2, 3, 4)
     }
@@ -105,7 +105,9 @@ def test_a_run_begun_anew_in_the_same_folder_neither_uses_nor_deletes_the_checkp
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_processes_finishes_the_step_and_exits_with_75(number, data, backbones, tmp_path):
-    options = stage1(data, backbones, tmp_path / "run", "--num_epochs", 2000, "--num_workers", 2, "--save_every", 10**6)
+    options = stage1(
+        data, backbones, tmp_path / "run", "--num_train_epochs", 2000, "--num_workers", 2, "--save_steps", 10**6
+    )
     command = [sys.executable, str(ROOT / "train_accelerate.py"), *map(str, options)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     with open(tmp_path / "log", "w") as log:

@@ -7,14 +7,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, GPT2Config, LlamaConfig, PhiConfig
 
+from clip_phi.batching.attention import PACKED_ATTENTION
 from clip_phi.batching.encode import Encoded
-from clip_phi.batching.packing import PACKED_ATTENTION
-from clip_phi.batching.tree import build_tree, pack_trees
+from clip_phi.batching.packing import build_shared_prefix, pack_samples
 from clip_phi.environment import _rapl_reader, peak_flops
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
-from clip_phi.training.monitor import Costs
+from clip_phi.training.logger import FlopsPerToken
+from clip_phi.training.model import add_lora
 from clip_phi.training.optim import make_optimizer, make_scheduler, optimizer_bytes
-from clip_phi.training.setup import add_lora
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
 SHAPE = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -42,7 +42,7 @@ def make_model(text):
 def test_lora_finds_every_linear_layer_of_a_decoders_blocks_and_none_elsewhere(kind):
     text, expected = DECODERS[kind]
     model = make_model(text)
-    add_lora(model, Stage2Arguments(stage=2, lora_rank=2))
+    add_lora(model, Stage2Arguments(stage=2, lora_r=2))
     end = ".lora_A.default"
     adapted = [name.removesuffix(end) for name, _ in model.named_modules() if name.endswith(end)]
     assert {name.rpartition(".")[2] for name in adapted} == expected
@@ -59,14 +59,14 @@ def test_unknown_lora_targets_are_named_beside_those_that_there_are():
 def test_the_flops_of_the_log_are_those_that_torch_counts_but_for_attention_and_the_towers_class_token():
     model = make_model(DECODERS["phi"][0])
     model.set_attn_implementation({"text_config": PACKED_ATTENTION})
-    tree = build_tree([Encoded([5, 6, 7, 8], [5, 6, 7, 8]), Encoded([9, 10], [9, 10])], [319] * 4, "drawn")
-    pack = pack_trees([tree], torch.randn(1, 3, 32, 32), pad_token_id=0)
+    tree = build_shared_prefix([Encoded([5, 6, 7, 8], [5, 6, 7, 8]), Encoded([9, 10], [9, 10])], [319] * 4, "drawn")
+    pack = pack_samples([tree], torch.randn(1, 3, 32, 32), pad_token_id=0)
     with FlopCounterMode(display=False) as counter:
         model(**pack.inputs, use_cache=False).loss.backward()
     with FlopCounterMode(display=False) as tower, torch.no_grad():
         model.model.vision_tower(pack.inputs["pixel_values"])
     projector = 4 * sum(weight.numel() for weight in model.model.projector.parameters() if weight.dim() == 2)
-    costs = Costs.of(model)
+    costs = FlopsPerToken.of(model)
     tokens = pack.inputs["input_ids"].numel()
     expected = costs.token * tokens + costs.supervised * pack.num_supervised + projector * 4
     attention = counter.get_total_flops() - tower.get_total_flops() - expected
@@ -78,7 +78,7 @@ def test_the_flops_of_the_log_are_those_that_torch_counts_but_for_attention_and_
 
 def test_projector_and_lora_have_learning_rates_of_their_own_and_biases_no_decay():
     model = make_model(DECODERS["phi"][0])
-    arguments = Stage2Arguments(stage=2, lora_rank=2, weight_decay=0.1, learning_rate=1e-3, lora_learning_rate=2e-3)
+    arguments = Stage2Arguments(stage=2, lora_r=2, weight_decay=0.1, learning_rate=1e-3, lora_learning_rate=2e-3)
     add_lora(model, arguments)
     model.model.projector.requires_grad_(True)
     optimizer = make_optimizer(model, arguments, torch.device("cpu"))

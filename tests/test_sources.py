@@ -6,12 +6,12 @@ import zipfile
 import pytest
 from PIL import Image
 
-from clip_phi.samples import File, Sample, Turn, as_messages
-from clip_phi.sources.data import DataSource, parse_source
-from clip_phi.sources.drawn import write_dataset
-from clip_phi.sources.mixture import Mixture
-from clip_phi.sources.records import MediaFolder
-from clip_phi.sources.report import Report, Skip
+from clip_phi.data.files import MediaFolder
+from clip_phi.data.mixture import Mixture
+from clip_phi.data.report import Report, Skip
+from clip_phi.data.sample import File, Sample, Turn, as_messages
+from clip_phi.data.source import DataSource, parse_source
+from clip_phi.data.synthetic import write_dataset
 
 CAT, DOG = "000000000007.jpg", "000000000008.jpg"
 
@@ -40,8 +40,8 @@ def read(text, report=None):
     found = report or Report()
     source = parse_source(str(text))
     samples = list(source.read(MediaFolder(source.images), found))
-    assert report is not None or not (found.skipped or found.mended), found.table()
-    assert found.records == found.num_skipped + sum(len(sample.branches) for sample in samples)
+    assert report is not None or not (found.skipped or found.repaired), found.table()
+    assert found.records == found.num_skipped + sum(len(sample.conversations) for sample in samples)
     return samples
 
 
@@ -125,7 +125,7 @@ def test_karpathy_splits_share_no_image_and_find_images_of_2014_and_2017(write, 
     places = {image["cocoid"]: File(f"{tmp_path}/{layout.format(**image)}") for image in KARPATHY["images"]}
     found = {split: [s.image for s in read(f"karpathy:{path},split={split}")] for split in ("train", "val", "test")}
     assert found == {"train": [places[7], places[8]], "val": [places[10]], "test": [places[9]]}
-    assert read(f"karpathy:{path},split=test")[0].branches == captions("Caption 2.", "It is.")
+    assert read(f"karpathy:{path},split=test")[0].conversations == captions("Caption 2.", "It is.")
     with pytest.raises(ValueError, match="no split 'dev': it is one of train, val, test"):
         read(f"karpathy:{path},split=dev")
 
@@ -139,7 +139,7 @@ def test_vqa_gives_the_usual_answer_to_learn_and_all_ten_to_judge_by(write, tmp_
     spec = f"vqa:{write(questions, 'q.json')},annotations={write(annotations, 'a.json')}"
     (sample,) = read(spec)
     assert sample.image == File(f"{tmp_path}/val2014/COCO_val2014_000000000007.jpg")
-    assert sample.branches == ((Turn("user", "Red?"), Turn("assistant", "yes", references=tuple(answers))),)
+    assert sample.conversations == ((Turn("user", "Red?"), Turn("assistant", "yes", references=tuple(answers))),)
     with pytest.raises(ValueError, match=r"has no answers: add annotations=FILE"):
         read(spec.split(",")[0])
 
@@ -149,8 +149,8 @@ def test_drawn_data_is_read_whole_in_both_official_layouts(tmp_path):
     for split, count in (("train", 6), ("val", 3)):
         from_captions = read(f"coco:{tmp_path}/annotations/captions_{split}2017.json,images={tmp_path}/{split}2017")
         conversations = read(f"llava:{tmp_path}/llava_instruct_{split}.json,images={tmp_path}/{split}2017")
-        assert [len(sample.branches) for sample in from_captions] == [5] * count
-        assert [len(sample.branches) for sample in conversations] == [2] * count
+        assert [len(sample.conversations) for sample in from_captions] == [5] * count
+        assert [len(sample.conversations) for sample in conversations] == [2] * count
         assert [sample.image for sample in from_captions] == [sample.image for sample in conversations]
 
 
@@ -173,7 +173,7 @@ def test_a_bad_coco_record_is_skipped_and_counted_by_kind(images, write, change,
     report = Report()
     samples = read(f"coco:{write(COCO | change)},images={images}", report)
     assert report.skipped[kind] == count and report.examples[kind][0].startswith(f"{images.parent}/records.json:")
-    assert sum(len(sample.branches) for sample in samples) == left
+    assert sum(len(sample.conversations) for sample in samples) == left
 
 
 def test_a_file_of_another_form_is_an_error_that_names_it(write, tmp_path):
@@ -275,12 +275,12 @@ def messages(*contents):
     ],
 )
 @pytest.mark.parametrize("form", ["json", "jsonl"])
-def test_every_layout_of_a_row_is_read_from_json_and_jsonl(images, write, row, branches, form):
+def test_every_layout_of_a_row_is_read_from_json_and_jsonl(images, write, row, conversations, form):
     path = write([row], "rows.json") if form == "json" else write(f"\n{json.dumps(row)}\n", "rows.jsonl")
     (sample,) = read(f"llava:{path},images={images}")
-    assert sample.branches == branches
+    assert sample.conversations == conversations
     assert sample.image == (File(f"{images}/{CAT}") if CAT in str(row) else None)
-    assert sample.origins == (f"{path}:{0 if form == 'json' else 2}",) * len(branches)
+    assert sample.origins == (f"{path}:{0 if form == 'json' else 2}",) * len(conversations)
 
 
 def test_a_recording_beside_a_turn_is_found_like_an_image(images, write, tmp_path):
@@ -288,7 +288,7 @@ def test_a_recording_beside_a_turn_is_found_like_an_image(images, write, tmp_pat
     row = record("<image> a", "b")
     row["conversations"][0]["speech"] = "a.wav"
     (sample,) = read(f"llava:{write([row])},images={images}")
-    assert sample.branches[0][0] == Turn("user", "a", speech=File(f"{images}/a.wav"))
+    assert sample.conversations[0][0] == Turn("user", "a", speech=File(f"{images}/a.wav"))
     row["conversations"][0]["speech"] = "b.wav"
     report = Report()
     assert read(f"llava:{write([row])},images={images}", report) == [] and report.skipped == {"missing speech": 1}
@@ -355,10 +355,10 @@ def test_a_bad_record_is_skipped_and_counted_by_kind_with_its_file_and_number(im
         (record("<image> a", "b", "c"), "last question has no answer, and was cut", turns("a", "b")),
     ],
 )
-def test_what_can_be_mended_is_used_and_counted(images, write, row, kind, branch):
+def test_what_can_be_mended_is_used_and_counted(images, write, row, kind, conversation):
     report = Report()
     (sample,) = read(f"llava:{write([row])},images={images}", report)
-    assert sample.branches == (branch,) and report.mended == {kind: 1} and not report.skipped
+    assert sample.conversations == (conversation,) and report.repaired == {kind: 1} and not report.skipped
 
 
 def test_a_line_that_is_not_json_is_counted_and_the_others_are_read(write):
@@ -385,10 +385,10 @@ def test_report_stops_only_above_the_share_and_names_kinds_and_ways_out():
     with pytest.raises(ValueError) as caught:
         report.refuse_bad(0.01)
     assert str(caught.value) == (
-        "3 of 200 records are bad (1.50%), more than --max_bad 0.01 allows:\n"
+        "3 of 200 records are bad (1.50%), more than --max_bad_fraction 0.01 allows:\n"
         "  skipped 2: missing image (e.g. f.json:0: x.jpg)\n"
         "  skipped 1: caption is empty (e.g. f.json:9)\n"
-        "Mend them, or allow more with --max_bad."
+        "Mend them, or allow more with --max_bad_fraction."
     )
 
 
@@ -396,7 +396,7 @@ def test_report_counts_what_every_epoch_meets_again_once_and_survives_json():
     report = Report(records=10)
     for _ in range(3):
         report.skip_once([Skip("damaged image", "f.json:3", "x.jpg", 2), Skip("cut", "f.json:4", "9 tokens", 0)])
-    assert report.skipped == {"damaged image": 2} and report.mended == {"cut": 1}
+    assert report.skipped == {"damaged image": 2} and report.repaired == {"cut": 1}
     assert Report.from_dict(json.loads(json.dumps(report.as_dict()))).as_dict() == report.as_dict()
 
 
@@ -483,8 +483,8 @@ def test_rounding_leaves_no_place_of_an_epoch_empty():
 
 
 def test_messages_put_image_then_transcript_then_text():
-    branch = (Turn("user", "Answer.", transcript="what is it"), Turn("assistant", "A cat."))
-    assert as_messages(branch, has_image=True) == [
+    conversation = (Turn("user", "Answer.", transcript="what is it"), Turn("assistant", "A cat."))
+    assert as_messages(conversation, has_image=True) == [
         {
             "role": "user",
             "content": [

@@ -14,16 +14,23 @@ from PIL import Image
 
 from clip_phi.batching.index import load_index
 from clip_phi.cli import main
-from clip_phi.samples import SPOKEN_INSTRUCTION, File, Sample, Turn, as_messages
+from clip_phi.data.report import Report
+from clip_phi.data.sample import SPOKEN_INSTRUCTION, File, Sample, Turn, as_messages
+from clip_phi.data.source import parse_source
+from clip_phi.data.transcripts import AsrSettings, Transcripts
 from clip_phi.serving.engine import Engine
-from clip_phi.sources.data import parse_source
-from clip_phi.sources.report import Report
-from clip_phi.sources.transcripts import Hearing, Transcripts
-from clip_phi.speech import data as speech_data
-from clip_phi.speech import worker
-from clip_phi.speech.clip import Clip, clip_from_array, load_clip
-from clip_phi.speech.speak import SentenceSpeaker, Speech, make_speaker, split_sentences, write_wav
-from clip_phi.speech.transcribe import Segment, Transcript, make_transcriber
+from clip_phi.speech import spoken_data as speech_data
+from clip_phi.speech import whisperx as worker
+from clip_phi.speech.asr import make_transcriber
+from clip_phi.speech.audio import Clip, clip_from_array, load_clip
+from clip_phi.speech.transcript import Segment, Transcript
+from clip_phi.speech.tts import (
+    SentenceSpeaker,
+    Speech,
+    make_speaker,
+    split_sentences,
+    write_wav,
+)
 from clip_phi.training.data import _stream
 
 
@@ -44,7 +51,7 @@ def image_file(tmp_path_factory):
         ("av", lambda: clip_from_array(np.ones(100, np.float32), 16_000), "speech"),
         ("faster_whisper", lambda: make_transcriber(), "speech"),
         ("hibari", lambda: make_speaker(), "speech"),
-        ("diffusers", lambda: __import__("clip_phi.picture").picture.Drawer("user/name"), "draw"),
+        ("diffusers", lambda: __import__("clip_phi.serving.text_to_image").picture.Drawer("user/name"), "draw"),
     ],
 )
 def test_a_missing_package_names_its_extra(module, call, extra, monkeypatch):
@@ -192,7 +199,7 @@ def test_a_spoken_turn_without_text_gets_the_instruction(tmp_path):
     rows.append([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "speech": "a.wav"}])
     (tmp_path / "data.json").write_text(json.dumps([{"conversations": row} for row in rows]))
     source, report = parse_source(f"llava:{tmp_path}/data.json"), Report()
-    first = [sample.branches[0][0] for sample in source.read(source.media(), report)]
+    first = [sample.conversations[0][0] for sample in source.read(source.media(), report)]
     assert [turn.text for turn in first] == [SPOKEN_INSTRUCTION, SPOKEN_INSTRUCTION, "Say."]
     assert first[0].speech == File(str(tmp_path / "a.wav")) and report.skipped == {"speech outside a question": 1}
 
@@ -215,46 +222,46 @@ def test_a_way_of_hearing_that_cannot_be_is_refused(options, message):
 
 def test_ways_of_hearing_are_kept_apart(tmp_path):
     ways = [
-        Hearing(),
-        Hearing(engine="whisperx"),
-        Hearing(model="small"),
-        Hearing(language="en"),
-        Hearing(max_seconds=5),
+        AsrSettings(),
+        AsrSettings(engine="whisperx"),
+        AsrSettings(model="small"),
+        AsrSettings(language="en"),
+        AsrSettings(max_seconds=5),
     ]
     assert len({Transcripts(way, tmp_path).path for way in ways}) == len(ways)
     source = parse_source("llava:x.json,engine=whisperx,speech_model=small,language=en,max_speech_seconds=5")
-    assert source.hearing == Hearing("whisperx", "small", "en", 5.0)
+    assert source.hearing == AsrSettings("whisperx", "small", "en", 5.0)
 
 
 def spoken_sample(*recordings, text=SPOKEN_INSTRUCTION):
-    branches = tuple((Turn("user", text, speech=each), Turn("assistant", "yes")) for each in recordings)
-    return Sample(None, branches, tuple(f"d:{number}" for number in range(len(branches))))
+    conversations = tuple((Turn("user", text, speech=each), Turn("assistant", "yes")) for each in recordings)
+    return Sample(None, conversations, tuple(f"d:{number}" for number in range(len(conversations))))
 
 
 def test_transcripts_fill_in_what_was_heard_and_the_rest_is_counted(tmp_path):
-    transcripts = Transcripts(Hearing(), tmp_path)
+    transcripts = Transcripts(AsrSettings(), tmp_path)
     transcripts.add(b"one", text="is it red")
     transcripts.add(b"silent", text="")
     transcripts.add(b"broken", error="not a sound")
-    again = Transcripts(Hearing(), tmp_path)
+    again = Transcripts(AsrSettings(), tmp_path)
     report = Report()
     (sample,) = again.fill([spoken_sample(b"one", b"silent", b"broken", b"unheard", File("/nowhere"))], report)
-    assert [branch[0].transcript for branch in sample.branches] == ["is it red", None]
+    assert [conversation[0].transcript for conversation in sample.conversations] == ["is it red", None]
     assert sample.origins == ("d:0", "d:3")
     assert report.skipped == {"nobody speaks in the recording": 1, "recording cannot be heard": 1, "missing speech": 1}
     (sample,) = again.fill([spoken_sample(b"silent", text="Is it red?")], report)  # its text stands for itself
-    assert sample.branches[0][0] == Turn("user", "Is it red?")
-    assert report.mended == {"nobody speaks in the recording, which was left out": 1}
+    assert sample.conversations[0][0] == Turn("user", "Is it red?")
+    assert report.repaired == {"nobody speaks in the recording, which was left out": 1}
 
 
 def test_a_line_torn_by_a_kill_costs_only_itself(tmp_path):
-    transcripts = Transcripts(Hearing(), tmp_path)
+    transcripts = Transcripts(AsrSettings(), tmp_path)
     transcripts.add(b"one", text="a")
     with open(transcripts.path, "ab") as file:
         file.write(b'{"audio": "12')
-    again = Transcripts(Hearing(), tmp_path)
+    again = Transcripts(AsrSettings(), tmp_path)
     again.add(b"two", text="b")
-    last = Transcripts(Hearing(), tmp_path)
+    last = Transcripts(AsrSettings(), tmp_path)
     assert [last.get(each) and last.get(each)["text"] for each in (b"one", b"two", b"three")] == ["a", "b", None]
 
 
@@ -353,7 +360,7 @@ def test_training_skips_and_counts_until_the_recordings_are_transcribed(spoken, 
     assert len(index) == 3 and index.report.skipped == {"<image> without an image": 1}
     text = processor.decode(index.encoded(0)[0].ids)
     assert text == f"Speech: of 64\nInstruct: {SPOKEN_INSTRUCTION}\nOutput: yes<|endoftext|>"
-    assert index.sample(0).branches[0][0].transcript == "of 64"
+    assert index.sample(0).conversations[0][0].transcript == "of 64"
     other = load_index(parse_source(f"{spoken},speech_model=small.en"), processor, 200)
     assert other.report.skipped["speech without a transcript"] == 2
 
@@ -368,7 +375,7 @@ def test_a_stream_reads_transcripts_too(tmp_path, monkeypatch):
     source, report = parse_source(f"dataset:{tmp_path}/rows.jsonl,streaming=true"), Report()
     source.transcripts().add(b"sound 1", text="is it red")
     stream = _stream(source, 0, 0, 1, report)
-    assert {next(stream).branches[0][0].transcript for _ in range(2)} == {None, "is it red"}
+    assert {next(stream).conversations[0][0].transcript for _ in range(2)} == {None, "is it red"}
     with pytest.raises(ValueError, match="is a stream"):
         speech_data.transcribe_source(source)
 
@@ -572,7 +579,7 @@ def test_installing_never_takes_the_place_of_something_else(tmp_path):
 
 
 def test_the_doctor_looks_into_the_environment_of_whisperx(tmp_path, monkeypatch):
-    from clip_phi.doctor import check_whisperx
+    from clip_phi.tools.doctor import check_whisperx
 
     folder = tmp_path / "whisperx"
     monkeypatch.setenv("CLIP_PHI_WHISPERX", str(folder))

@@ -19,13 +19,13 @@ import pytest
 
 from clip_phi.batching.index import load_index
 from clip_phi.cli import main
-from clip_phi.doctor import examine
-from clip_phi.samples import SPOKEN_INSTRUCTION, File
-from clip_phi.sources.data import parse_source
-from clip_phi.sources.drawn import write_dataset
-from clip_phi.speech.clip import SAMPLING_RATE, Clip, clip_from_array, load_clip
-from clip_phi.speech.speak import Speech, join, make_speaker, write_wav
-from clip_phi.speech.transcribe import make_transcriber
+from clip_phi.data.sample import SPOKEN_INSTRUCTION, File
+from clip_phi.data.source import parse_source
+from clip_phi.data.synthetic import write_dataset
+from clip_phi.speech.asr import make_transcriber
+from clip_phi.speech.audio import SAMPLING_RATE, Clip, clip_from_array, load_clip
+from clip_phi.speech.tts import Speech, join, make_speaker, write_wav
+from clip_phi.tools.doctor import examine
 
 pytestmark = pytest.mark.speech
 ROOT = Path(__file__).parent.parent
@@ -234,12 +234,12 @@ def test_damage_behind_the_beginning_ends_the_clip_and_is_told(tmp_path):
 def test_a_search_for_sound_comes_to_an_end(tmp_path, monkeypatch):
     (tmp_path / "zeros.wav").write_bytes(wav(tone(1), SAMPLING_RATE))
     os.truncate(tmp_path / "zeros.wav", 2**34)  # FFmpeg would look for one more chunk of the file to its end
-    monkeypatch.setattr("clip_phi.speech.clip.PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("clip_phi.speech.audio.PATIENCE_SECONDS", 0.5)
     with pytest.raises(ValueError, match="not a sound: .*zeros.wav: no sound was found within 0.5 seconds"):
         load_clip(tmp_path / "zeros.wav")
 
 
-# --- Hearing and speaking ---
+# --- AsrSettings and speaking ---
 
 
 def test_words_have_places_and_silence_and_noise_are_no_speech(ear, question):
@@ -459,7 +459,7 @@ def painter(tmp_path_factory):
 
 
 def test_the_same_seed_draws_the_same_picture_in_the_size_asked_for(painter):
-    from clip_phi.picture import Drawer
+    from clip_phi.serving.text_to_image import Drawer
 
     drawer = Drawer(painter, "cpu")
     pictures = [drawer.draw("a red circle", seed, 16).tobytes() for seed in (0, 0, 1)]

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from clip_phi.batching.images import load_image
-from clip_phi.samples import File, Sample, Turn
-from clip_phi.sources.records import MediaFolder
-from clip_phi.sources.report import Report
-from clip_phi.sources.tables import open_table, read_table, stream_table
+from clip_phi.data.files import MediaFolder
+from clip_phi.data.hf_dataset import open_table, read_table, stream_table
+from clip_phi.data.report import Report
+from clip_phi.data.sample import File, Sample, Turn
 
 TEXT = datasets.Value("string")
 IMAGE = {"bytes": datasets.Value("binary"), "path": TEXT}
@@ -100,7 +100,7 @@ def image_of(sample: Sample) -> bytes:
 def test_messages_with_lists_of_images_are_read_from_parquet(tmp_path):
     datasets.Dataset.from_list([vsft(1), vsft(2)], features=VSFT).to_parquet(tmp_path / "mix.parquet")
     samples, report = read(tmp_path / "mix.parquet")
-    assert [sample.branches for sample in samples] == [(dialogue(f"What is {n}?", "It is\nthat"),) for n in (1, 2)]
+    assert [sample.conversations for sample in samples] == [(dialogue(f"What is {n}?", "It is\nthat"),) for n in (1, 2)]
     assert [sample.origins for sample in samples] == [("mix.parquet:0",), ("mix.parquet:1",)]
     assert [image_of(sample) for sample in samples] == [png(1), png(2)]
     assert samples[1].image.member == "1/images/0"
@@ -117,14 +117,14 @@ def test_prompt_and_completion_columns_are_one_conversation(tmp_path):
     }
     datasets.Dataset.from_list([row], features=features).to_parquet(tmp_path / "trl.parquet")
     samples, _ = read(tmp_path / "trl.parquet")
-    assert [sample.branches for sample in samples] == [(dialogue("Is it red?", "No"),)]
+    assert [sample.conversations for sample in samples] == [(dialogue("Is it red?", "No"),)]
     assert image_of(samples[0]) == png(3)
 
 
 def test_a_list_of_answers_in_coco_caption_is_the_captions(tmp_path):
     captions([5]).to_parquet(tmp_path / "coco.parquet")
     samples, report = read(tmp_path / "coco.parquet")
-    assert samples[0].branches == ((Turn("assistant", "5"),), (Turn("assistant", "5 again"),))
+    assert samples[0].conversations == ((Turn("assistant", "5"),), (Turn("assistant", "5 again"),))
     assert samples[0].origins == ("coco.parquet:0", "coco.parquet:0")
     assert report == Report(records=2)
 
@@ -134,7 +134,7 @@ def test_the_most_frequent_of_the_answers_of_vqa_is_learnt(tmp_path):
     row = {"image": cell(1), "question": "Colour?", "answers": [{"answer": text} for text in ("red", "blue", "blue")]}
     datasets.Dataset.from_list([row], features=datasets.Features(features)).to_parquet(tmp_path / "vqa.parquet")
     samples, _ = read(tmp_path / "vqa.parquet")
-    assert samples[0].branches == (dialogue("Colour?", "blue", ("red", "blue", "blue")),)
+    assert samples[0].conversations == (dialogue("Colour?", "blue", ("red", "blue", "blue")),)
 
 
 def test_coco_without_bytes_finds_its_files_also_a_folder_above(tmp_path):
@@ -146,9 +146,9 @@ def test_coco_without_bytes_finds_its_files_also_a_folder_above(tmp_path):
     datasets.Dataset.from_list([row, missing]).to_parquet(tmp_path / "coco.parquet")
     for folder in (tmp_path / "coco", tmp_path / "coco" / "train2017"):
         samples, report = read(tmp_path / "coco.parquet", media=folder)
-        branches = ((Turn("assistant", "a"),), (Turn("assistant", "b"),))
+        conversations = ((Turn("assistant", "a"),), (Turn("assistant", "b"),))
         origins = ("coco.parquet:0", "coco.parquet:0")
-        assert samples == [Sample(File(str(tmp_path / "coco" / "train2017" / name)), branches, origins)]
+        assert samples == [Sample(File(str(tmp_path / "coco" / "train2017" / name)), conversations, origins)]
         assert report.skipped == {"missing image": 2}  # both captions
 
 
@@ -197,7 +197,7 @@ def test_sequences_and_large_lists_of_turns_are_lists_of_turns(tmp_path):
         table = datasets.Dataset.from_list([{"image": cell(1), "conversations": value}], features=features)
         table.to_parquet(tmp_path / f"{name}.parquet")
         samples, report = read(tmp_path / f"{name}.parquet")
-        assert [sample.branches for sample in samples] == [(dialogue("q", "a"),)], report.table()
+        assert [sample.conversations for sample in samples] == [(dialogue("q", "a"),)], report.table()
         assert image_of(samples[0]) == png(1)
 
 
@@ -208,7 +208,7 @@ def test_recordings_in_turns_are_bytes_or_files(tmp_path):
         messages = [{"role": "user", "content": "q", "speech": value}, {"role": "assistant", "content": "a"}]
         table = datasets.Dataset.from_list([{"messages": messages}], features=datasets.Features({"messages": turns}))
         (sample,) = read_table(table, MediaFolder(tmp_path), Report())
-        assert sample.branches[0][0] == Turn("user", "q", speech=expected)
+        assert sample.conversations[0][0] == Turn("user", "q", speech=expected)
 
 
 def test_parquet_that_datasets_did_not_write_has_images_all_the_same(tmp_path):
@@ -235,7 +235,7 @@ def test_images_are_found_in_the_right_file_of_many_and_in_slices(tmp_path):
             ("train[10:]+train[:5]", [10, 11, 0, 1, 2, 3, 4]),
         ):
             samples, _ = read(path, split=split)
-            assert [sample.branches[0][0].text for sample in samples] == [str(number) for number in numbers]
+            assert [sample.conversations[0][0].text for sample in samples] == [str(number) for number in numbers]
             assert [image_of(sample) for sample in samples] == [png(number) for number in numbers]
             assert [sample.origins[0] for sample in samples] == [f"{path.name}:{row}" for row in range(len(samples))]
     assert len({sample.image.path for sample in read(saved)[0]}) == 3
@@ -261,7 +261,7 @@ def test_shuffled_filtered_and_renamed_tables_keep_image_and_text_together(tmp_p
     joined = datasets.concatenate_datasets([table.select([7, 3]), new, table.select(range(9, 11))])
     for changed in (table.shuffle(seed=1), table.select([3, 3, 19]), table.select(range(4, 9)), renamed, joined):
         samples = list(read_table(changed, MediaFolder(tmp_path), Report()))
-        texts = [int(sample.branches[0][0].text) for sample in samples]
+        texts = [int(sample.conversations[0][0].text) for sample in samples]
         assert texts == [int(answer[0]) for answer in changed["answer"]]
         images = [sample.image if isinstance(sample.image, bytes) else sample.image.read() for sample in samples]
         assert images == [png(number) for number in texts]
@@ -289,7 +289,7 @@ def test_webdataset_of_images_and_texts(tmp_path):
     members = {f"{n}.{kind}": content for n in range(3) for kind, content in (("png", png(n)), ("txt", b"text %d" % n))}
     write_tar(tmp_path / "web.tar", members)
     samples, report = read(tmp_path / "web.tar")
-    assert [sample.branches for sample in samples] == [((Turn("assistant", f"text {n}"),),) for n in range(3)]
+    assert [sample.conversations for sample in samples] == [((Turn("assistant", f"text {n}"),),) for n in range(3)]
     assert [image_of(sample) for sample in samples] == [png(n) for n in range(3)]
     assert report == Report(records=3)
 
@@ -299,10 +299,10 @@ def test_webdataset_with_conversations_in_json_that_names_the_image_too(tmp_path
     (tmp_path / "web").mkdir()
     write_tar(tmp_path / "web" / "0.tar", {"1.jpg": png(1), "1.json": json.dumps(record).encode()})
     samples, report = read(tmp_path / "web")
-    assert [sample.branches for sample in samples] == [(dialogue("q", "a"),)]
+    assert [sample.conversations for sample in samples] == [(dialogue("q", "a"),)]
     assert [image_of(sample) for sample in samples] == [png(1)]
     assert samples[0].origins == ("web:0",)
-    assert report.mended == {"image without <image> in the text was put first": 1}
+    assert report.repaired == {"image without <image> in the text was put first": 1}
 
 
 def test_imagefolder_with_metadata_points_to_the_files(tmp_path):
@@ -408,8 +408,8 @@ def test_a_tar_that_breaks_off_is_refused_wherever_it_does(tmp_path, size, strea
 def texts_of(samples) -> list[int]:
     samples = list(samples)
     for sample in samples:
-        assert sample.image == png(int(sample.branches[0][0].text))
-    return [int(sample.branches[0][0].text) for sample in samples]
+        assert sample.image == png(int(sample.conversations[0][0].text))
+    return [int(sample.conversations[0][0].text) for sample in samples]
 
 
 class Stream(torch.utils.data.IterableDataset):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_phi.serving.text import TextStream
+from clip_phi.serving.detokenizer import TextStream
 
 
 def pieces(tokenizer, tokens, stop=()):

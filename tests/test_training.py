@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clip_phi.sources.drawn import write_dataset
+from clip_phi.data.synthetic import write_dataset
 from modeling_clip_phi import ClipPhiForCausalLM
 
 ROOT = Path(__file__).parent.parent
@@ -39,18 +39,40 @@ def stage1(data, backbones, output, *options):
         *("--stage", 1, "--vision_backbone", vision, "--text_backbone", text, "--output_dir", output),
         *("--data", f"coco:{data}/annotations/captions_train2017.json,images={data}/train2017"),
         *("--eval_data", f"coco:{data}/annotations/captions_val2017.json,images={data}/val2017"),
-        *("--per_device_batch_size", 4, "--num_workers", 0, "--log_every", 1, "--max_new_tokens", 8, "--debug", True),
+        *(
+            "--per_device_train_batch_size",
+            4,
+            "--num_workers",
+            0,
+            "--logging_steps",
+            1,
+            "--max_new_tokens",
+            8,
+            "--debug",
+            True,
+        ),
         *options,
     ]
 
 
 def stage2(data, start, output, *options):
     return [
-        *("--stage", 2, "--init_from", start, "--output_dir", output, "--lora_rank", 4, "--lora_dropout", 0),
-        *("--tokens_per_step", 0, "--gradient_accumulation_steps", 2),
+        *("--stage", 2, "--init_from", start, "--output_dir", output, "--lora_r", 4, "--lora_dropout", 0),
+        *("--max_tokens_per_batch", 0, "--gradient_accumulation_steps", 2),
         *("--data", f"llava:{data}/llava_instruct_train.json,images={data}/train2017"),
         *("--eval_data", f"llava:{data}/llava_instruct_val.json,images={data}/val2017"),
-        *("--per_device_batch_size", 4, "--num_workers", 0, "--log_every", 1, "--max_new_tokens", 8, "--debug", True),
+        *(
+            "--per_device_train_batch_size",
+            4,
+            "--num_workers",
+            0,
+            "--logging_steps",
+            1,
+            "--max_new_tokens",
+            8,
+            "--debug",
+            True,
+        ),
         *options,
     ]
 
@@ -68,7 +90,7 @@ def backbones(vision_backbone, text_backbone):
 @pytest.fixture(scope="module")
 def trained1(data, backbones, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "stage1"
-    options = ("--num_epochs", 2, "--gradient_accumulation_steps", 1, "--eval_every", 4, "--learning_rate", 0.01)
+    options = ("--num_train_epochs", 2, "--gradient_accumulation_steps", 1, "--eval_steps", 4, "--learning_rate", 0.01)
     done = run(*stage1(data, backbones, output, *options))
     return output, done.stdout
 
@@ -148,10 +170,10 @@ def test_merged_checkpoint_holds_everything(trained1, data, tmp_path):
 
 def test_accumulation_equals_one_big_batch_though_answers_differ_in_length(data, trained1, tmp_path):
     common = ("--max_steps", 3, "--lora_learning_rate", 0.01, "--max_grad_norm", 0)
-    big = ("--per_device_batch_size", 12, "--gradient_accumulation_steps", 1)
-    small = ("--per_device_batch_size", 2, "--gradient_accumulation_steps", 6)
-    run(*stage2(data, trained1[0], tmp_path / "big", *common, *big, "--num_epochs", 3))
-    run(*stage2(data, trained1[0], tmp_path / "small", *common, *small, "--num_epochs", 3))
+    big = ("--per_device_train_batch_size", 12, "--gradient_accumulation_steps", 1)
+    small = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 6)
+    run(*stage2(data, trained1[0], tmp_path / "big", *common, *big, "--num_train_epochs", 3))
+    run(*stage2(data, trained1[0], tmp_path / "small", *common, *small, "--num_train_epochs", 3))
     expected, losses = metrics(tmp_path / "big", "loss"), metrics(tmp_path / "small", "loss")
     assert list(expected) == [1, 2, 3]
     assert list(losses.values()) == pytest.approx(list(expected.values()), rel=1e-5)
@@ -162,9 +184,9 @@ def test_accumulation_equals_one_big_batch_though_answers_differ_in_length(data,
 
 def test_two_processes_give_the_losses_of_one(data, backbones, tmp_path):
     common = ("--max_steps", 2, "--gradient_accumulation_steps", 1)
-    run(*stage1(data, backbones, tmp_path / "one", *common, "--per_device_batch_size", 4))
+    run(*stage1(data, backbones, tmp_path / "one", *common, "--per_device_train_batch_size", 4))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    two = stage1(data, backbones, tmp_path / "two", *common, "--per_device_batch_size", 2)
+    two = stage1(data, backbones, tmp_path / "two", *common, "--per_device_train_batch_size", 2)
     done = run(*two, launcher=torchrun, ACCELERATE_USE_CPU="true")
     assert "parameters on 2 x cpu" in done.stdout
     for key in ("loss", "eval_loss"):
@@ -178,7 +200,7 @@ def test_two_processes_give_the_losses_of_one(data, backbones, tmp_path):
 def test_workers_bf16_adam8bit_checkpointing_mlp_and_hold_out_run_together(data, backbones, tmp_path):
     options = [
         *("--num_workers", 2, "--optimizer", "adam8bit", "--gradient_checkpointing", True, "--projector_type", "mlp"),
-        *("--eval_data", "--holdout_images", 3, "--captions_per_image", 2, "--num_epochs", 1),
+        *("--eval_data", "--holdout_images", 3, "--captions_per_image", 2, "--num_train_epochs", 1),
         *("--gradient_accumulation_steps", 1),
     ]
     run(*stage1(data, backbones, tmp_path / "run", *options), ACCELERATE_MIXED_PRECISION="bf16", launcher=())
@@ -202,7 +224,7 @@ def damage(data, folder):
 REPORT = {
     "records": 60,
     "skipped": {"empty image file": 5, "missing image": 5, "not an image": 5},
-    "mended": {},
+    "repaired": {},
 }
 
 
@@ -211,7 +233,16 @@ def test_damaged_images_are_skipped_reported_once_and_alike_by_any_number_of_pro
     processes, data, backbones, tmp_path
 ):
     damaged = damage(data, tmp_path / "data")
-    options = ("--num_epochs", 3, "--max_bad", 0.25, "--per_device_batch_size", 2 // processes, "--num_workers", 1)
+    options = (
+        "--num_train_epochs",
+        3,
+        "--max_bad_fraction",
+        0.25,
+        "--per_device_train_batch_size",
+        2 // processes,
+        "--num_workers",
+        1,
+    )
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
     done = run(*stage1(damaged, backbones, tmp_path / "run", *options), launcher=launcher, ACCELERATE_USE_CPU="true")
     report = json.loads((tmp_path / "run/data_report.json").read_text())
@@ -225,9 +256,9 @@ def test_damaged_images_are_skipped_reported_once_and_alike_by_any_number_of_pro
 
 def test_a_run_stops_when_too_many_images_turn_out_damaged(data, backbones, tmp_path):
     damaged = damage(data, tmp_path / "data")
-    options = ("--max_bad", 0.1, "--per_device_batch_size", 12, "--debug", False)
+    options = ("--max_bad_fraction", 0.1, "--per_device_train_batch_size", 12, "--debug", False)
     done = run(*stage1(damaged, backbones, tmp_path / "run", *options), launcher=(), expect=2)
-    assert "15 of 60 records are bad (25.00%), more than --max_bad 0.1 allows" in done.stderr
+    assert "15 of 60 records are bad (25.00%), more than --max_bad_fraction 0.1 allows" in done.stderr
     assert "not an image (e.g. " in done.stderr and "Traceback" not in done.stderr
 
 
@@ -238,7 +269,7 @@ def test_text_only_records_train_as_text_in_two_processes_that_lack_images_at_di
         records.append({"id": f"text{number}", "conversations": talk})
     mixed = tmp_path / "mixed.json"
     mixed.write_text(json.dumps(records))
-    options = stage2(data, trained1[0], tmp_path / "two", "--per_device_batch_size", 1, "--num_epochs", 1)
+    options = stage2(data, trained1[0], tmp_path / "two", "--per_device_train_batch_size", 1, "--num_train_epochs", 1)
     options[options.index("--data") + 1] = f"llava:{mixed},images={data}/train2017"
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     run(*options, launcher=torchrun, ACCELERATE_USE_CPU="true")
@@ -284,7 +315,7 @@ def test_a_stream_is_trained_on_for_max_steps_and_its_damage_is_counted_as_it_co
 
 
 def test_packs_of_tokens_give_the_same_training_with_one_and_two_processes(data, trained1, tmp_path):
-    common = ("--tokens_per_step", 900, "--lora_learning_rate", 0.01, "--num_epochs", 2)
+    common = ("--max_tokens_per_batch", 900, "--lora_learning_rate", 0.01, "--num_train_epochs", 2)
     one, two = (stage2(data, trained1[0], tmp_path / name, *common) for name in ("one", "two"))
     done = run(*one)
     packs, fill = re.search(r"(\d+) packs of 900 tokens an epoch, ([\d.]+)% full", done.stdout).groups()
@@ -298,7 +329,16 @@ def test_packs_of_tokens_give_the_same_training_with_one_and_two_processes(data,
 def test_a_warm_feature_cache_gives_the_same_run_and_opens_no_image(data, backbones, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
-    cache = ("--cache_features", tmp_path / "cache", "--num_sample_texts", 0, "--num_epochs", 2, "--num_workers", 1)
+    cache = (
+        "--cache_features",
+        tmp_path / "cache",
+        "--num_sample_texts",
+        0,
+        "--num_train_epochs",
+        2,
+        "--num_workers",
+        1,
+    )
     run(*stage1(copy, backbones, tmp_path / "cold", *cache))
     for image in [*copy.glob("*2017/*.jpg")]:  # what it finds now, it cannot decode
         status = image.stat()
@@ -309,13 +349,13 @@ def test_a_warm_feature_cache_gives_the_same_run_and_opens_no_image(data, backbo
         assert metrics(tmp_path / "warm", key) == metrics(tmp_path / "cold", key)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("cold", "warm"))
     assert all(torch.equal(other[name], value) for name, value in one.items())
-    run(*stage1(data, backbones, tmp_path / "plain", "--num_epochs", 2, "--num_sample_texts", 0))
+    run(*stage1(data, backbones, tmp_path / "plain", "--num_train_epochs", 2, "--num_sample_texts", 0))
     plain, cached = metrics(tmp_path / "plain", "loss"), metrics(tmp_path / "cold", "loss")
     assert plain == pytest.approx(cached, rel=1e-3) and plain != cached  # features are kept in bfloat16
 
     images = sorted((copy / "train2017").iterdir())
     os.utime(images[0])  # a changed image is noticed
-    done = run(*stage1(copy, backbones, tmp_path / "changed", *cache, "--max_bad", 0.5))
+    done = run(*stage1(copy, backbones, tmp_path / "changed", *cache, "--max_bad_fraction", 0.5))
     assert "5 of 60 records were skipped" in done.stdout
 
 

@@ -2,12 +2,12 @@ import pytest
 import torch
 from PIL import Image
 
+from clip_phi.batching.dataset import Collator, ImageReader, SampleDataset
 from clip_phi.batching.images import load_image
 from clip_phi.batching.index import Index
-from clip_phi.batching.loader import Collator, PictureReader, TreeDataset
-from clip_phi.batching.tree import pack_trees
-from clip_phi.samples import File, Sample, Turn
-from clip_phi.sources.report import Report, Skip
+from clip_phi.batching.packing import pack_samples
+from clip_phi.data.report import Report, Skip
+from clip_phi.data.sample import File, Sample, Turn
 
 CAPTIONS = ("a red circle", "one blue square and a star", "yes")
 
@@ -29,7 +29,7 @@ def dialogue(image):
     return Sample(image, (turns, (Turn("user", "what"), Turn("assistant", "a red circle"))), ("file:4",) * 2)
 
 
-def build_tree(sample, processor, max_length=200):
+def build_shared_prefix(sample, processor, max_length=200):
     return Index.from_samples([sample], processor, max_length).tree(0)
 
 
@@ -38,7 +38,7 @@ def make_pack(dataset, places, processor):
 
 
 def test_tree_holds_the_image_once_and_predicts_each_branch_from_its_end(sample, processor):
-    tree = build_tree(sample, processor)
+    tree = build_shared_prefix(sample, processor)
     tokenizer, prefix = processor.tokenizer, processor.num_image_tokens
     answers = [
         [*tokenizer.encode(" " + caption, add_special_tokens=False), tokenizer.eos_token_id] for caption in CAPTIONS
@@ -46,7 +46,7 @@ def test_tree_holds_the_image_once_and_predicts_each_branch_from_its_end(sample,
     inputs = [answer[:-1] for answer in answers]
     assert tree.input_ids == [processor.image_token_id] * prefix + sum(inputs, [])
     assert tree.position_ids == list(range(prefix)) + [prefix + place for part in inputs for place in range(len(part))]
-    assert tree.branch_ids == [0] * prefix + [number for number, part in enumerate(inputs, 1) for _ in part]
+    assert tree.conversation_ids == [0] * prefix + [number for number, part in enumerate(inputs, 1) for _ in part]
     assert tree.targets == sum(answers, [])
     expected, offset = [], prefix
     for part in inputs:
@@ -57,7 +57,7 @@ def test_tree_holds_the_image_once_and_predicts_each_branch_from_its_end(sample,
 
 
 def test_tree_supervises_answers_and_end_tokens_only(dialogue, processor):
-    tree = build_tree(dialogue, processor)
+    tree = build_shared_prefix(dialogue, processor)
     tokenizer = processor.tokenizer
     answers = ["yes", "no no", "a red circle"]
     expected = [
@@ -68,9 +68,9 @@ def test_tree_supervises_answers_and_end_tokens_only(dialogue, processor):
 
 def test_text_only_sample_has_no_prefix(processor):
     sample = Sample(None, ((Turn("user", "a?"), Turn("assistant", "yes")),), ("file:9",))
-    tree = build_tree(sample, processor)
+    tree = build_shared_prefix(sample, processor)
     assert processor.image_token_id not in tree.input_ids
-    assert set(tree.branch_ids) == {1} and tree.position_ids == list(range(len(tree.input_ids)))
+    assert set(tree.conversation_ids) == {1} and tree.position_ids == list(range(len(tree.input_ids)))
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,9 @@ def test_text_only_sample_has_no_prefix(processor):
     ],
 )
 def test_a_sample_that_cannot_be_learnt_from_is_an_error_or_a_counted_skip(
-    image, processor, branch, max_length, message
+    image, processor, conversation, max_length, message
 ):
-    samples = [Sample(image, (branch,), ("file:5",)), Sample(image, ((Turn("assistant", "!"),),), ("file:6",))]
+    samples = [Sample(image, (conversation,), ("file:5",)), Sample(image, ((Turn("assistant", "!"),),), ("file:6",))]
     with pytest.raises(ValueError, match=message):
         Index.from_samples(samples, processor, max_length=max_length)
     report = Report()
@@ -109,19 +109,22 @@ def test_a_long_conversation_is_cut_behind_the_last_answer_that_fits(image, proc
         index = Index.from_samples([Sample(image, (whole,), ("f:1",))], processor, int(max_length), report)
         alone = Index.from_samples([Sample(image, (whole[:count],), ("f:1",))], processor, 500)
         assert index.sample(0) == alone.sample(0) and index.tree(0) == alone.tree(0)
-        assert sum(report.mended.values()) == (count < 8) and not report.skipped
+        assert sum(report.repaired.values()) == (count < 8) and not report.skipped
 
 
 def test_a_tree_longer_than_max_length_is_split_and_loses_no_branch(sample, processor):
-    lengths = [len(branch.ids) for branch in Index.from_samples([sample], processor, 200).encoded(0)]
+    lengths = [len(conversation.ids) for conversation in Index.from_samples([sample], processor, 200).encoded(0)]
     index = Index.from_samples([sample], processor, processor.num_image_tokens + lengths[0] + lengths[1])
-    assert [index.sample(number).branches for number in range(len(index))] == [sample.branches[:2], sample.branches[2:]]
+    assert [index.sample(number).conversations for number in range(len(index))] == [
+        sample.conversations[:2],
+        sample.conversations[2:],
+    ]
     assert index.num_tokens().tolist() == [4 + lengths[0] + lengths[1], 4 + lengths[2]]
 
 
 def test_pack_is_one_row_of_trees_without_padding_between_them(sample, dialogue, processor):
-    trees = [build_tree(each, processor) for each in (sample, dialogue)]
-    pack = pack_trees(trees, None, processor.tokenizer.pad_token_id)
+    trees = [build_shared_prefix(each, processor) for each in (sample, dialogue)]
+    pack = pack_samples(trees, None, processor.tokenizer.pad_token_id)
     ids, positions = pack.inputs["input_ids"][0].tolist(), pack.inputs["position_ids"][0].tolist()
     length = len(trees[0].input_ids) + len(trees[1].input_ids)
     assert ids[:length] == trees[0].input_ids + trees[1].input_ids
@@ -130,15 +133,15 @@ def test_pack_is_one_row_of_trees_without_padding_between_them(sample, dialogue,
     kept = trees[0].kept + [len(trees[0].input_ids) + place for place in trees[1].kept]
     assert pack.inputs["logits_to_keep"].tolist() == [kept]
     assert pack.inputs["shift_labels"].tolist() == [trees[0].targets + trees[1].targets]
-    assert pack.num_branches == 5 and pack.num_supervised == len(trees[0].targets) + len(trees[1].targets)
+    assert pack.num_conversations == 5 and pack.num_supervised == len(trees[0].targets) + len(trees[1].targets)
     assert pack.origins == ["file:3", "file:4"]
 
 
 def one_by_one(model, sample, processor, num_items):
     """The plain form: each branch alone, with labels, unpadded."""
     pixel_values = processor.image_processor(load_image(sample.image), return_tensors="pt")["pixel_values"]
-    for branch in sample.branches:
-        tree = build_tree(Sample(sample.image, (branch,), ("x",)), processor)
+    for conversation in sample.conversations:
+        tree = build_shared_prefix(Sample(sample.image, (conversation,), ("x",)), processor)
         ids = torch.tensor([tree.input_ids + [tree.targets[-1]]])
         labels = torch.full_like(ids, -100)
         labels[0, torch.tensor(tree.kept) + 1] = torch.tensor(tree.targets)
@@ -147,8 +150,8 @@ def one_by_one(model, sample, processor, num_items):
 
 def test_tree_loss_and_projector_gradient_equal_one_by_one(packed_model, processor, sample, dialogue):
     model = packed_model
-    dataset = TreeDataset(
-        [Index.from_samples([each], processor, 200) for each in (sample, dialogue)], PictureReader(processor)
+    dataset = SampleDataset(
+        [Index.from_samples([each], processor, 200) for each in (sample, dialogue)], ImageReader(processor)
     )
     pack = make_pack(dataset, [(0, 0), (0, 1)], processor)
     projector = model.model.projector
@@ -163,10 +166,13 @@ def test_tree_loss_and_projector_gradient_equal_one_by_one(packed_model, process
 
 
 def test_captions_take_turns_over_the_epochs(sample, processor):
-    dataset = TreeDataset(
-        [Index.from_samples([sample], processor, 100)], PictureReader(processor), branches_per_image=2
+    dataset = SampleDataset(
+        [Index.from_samples([sample], processor, 100)], ImageReader(processor), conversations_per_image=2
     )
-    one = [build_tree(Sample(sample.image, (branch,), ("",)), processor).targets for branch in sample.branches]
+    one = [
+        build_shared_prefix(Sample(sample.image, (conversation,), ("",)), processor).targets
+        for conversation in sample.conversations
+    ]
     taken = [dataset[epoch, 0][0].targets for epoch in range(3)]
     assert taken == [one[0] + one[1], one[2] + one[0], one[1] + one[2]]
 
@@ -174,25 +180,25 @@ def test_captions_take_turns_over_the_epochs(sample, processor):
 @pytest.fixture
 def unreadable(tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"not an image")
-    branches = ((Turn("assistant", "yes"),), (Turn("assistant", "no"),))
-    return Sample(File(str(tmp_path / "bad.jpg")), branches, ("file:8", "file:9"))
+    conversations = ((Turn("assistant", "yes"),), (Turn("assistant", "no"),))
+    return Sample(File(str(tmp_path / "bad.jpg")), conversations, ("file:8", "file:9"))
 
 
 def test_an_unreadable_image_takes_its_sample_out_of_the_pack_and_is_told(sample, unreadable, processor):
-    dataset = TreeDataset([Index.from_samples([unreadable, sample], processor, 100)], PictureReader(processor))
+    dataset = SampleDataset([Index.from_samples([unreadable, sample], processor, 100)], ImageReader(processor))
     pack, whole = (
         make_pack(dataset, [(0, 0), (0, 1)], processor),
         make_pack(dataset, [(0, 1)], processor),
     )
     assert pack.skipped == [Skip("not an image", "file:8", pack.skipped[0].detail, records=2)]
     assert "bad.jpg" in pack.skipped[0].detail
-    for name in set(whole.inputs) - {"segments"}:
+    for name in set(whole.inputs) - {"pack_layout"}:
         assert torch.equal(pack.inputs[name], whole.inputs[name])
 
 
 def test_a_batch_of_nothing_or_of_text_alone_still_reaches_every_trained_weight(packed_model, unreadable, processor):
     text_only = Sample(None, ((Turn("user", "a?"), Turn("assistant", "yes")),), ("file:1",))
-    dataset = TreeDataset([Index.from_samples([unreadable, text_only], processor, 100)], PictureReader(processor))
+    dataset = SampleDataset([Index.from_samples([unreadable, text_only], processor, 100)], ImageReader(processor))
     packed_model.train()
     for index, supervised in ((0, 0), (1, 2)):
         pack = make_pack(dataset, [(0, index)], processor)

@@ -4,7 +4,14 @@ import random
 
 import pytest
 
-from clip_phi.evaluation.vqa import CONTRACTIONS, exact_match, normalise, pope, says_yes, vqa_accuracy
+from clip_phi.evaluation.answer_metrics import (
+    CONTRACTIONS,
+    exact_match,
+    normalise,
+    pope,
+    says_yes,
+    vqa_accuracy,
+)
 
 
 @pytest.mark.parametrize(

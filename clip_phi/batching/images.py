@@ -20,8 +20,8 @@ from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 from torch.nn.functional import interpolate
 from transformers import CLIPImageProcessorPil
 
-from ..samples import File
-from ..sources.report import Defect
+from ..data.report import RecordError
+from ..data.sample import File
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded
 MAX_ASPECT = 100  # an image processor makes the short side 224 first, so the long one grows to at most 22 400
@@ -49,7 +49,7 @@ logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it logs t
 def load_image(source: str | Path | bytes | File) -> Image.Image:
     """Open an image as upright 8-bit RGB: the first frame of an animation, over white where it is transparent.
 
-    source: a file on disk, what one holds, or a File. Raises Defect, its detail beginning with the name of source:
+    source: a file on disk, what one holds, or a File. Raises RecordError, its detail beginning with the name of source:
     "missing image", "empty image file", "not an image", "damaged image", "image too large" (more than MAX_PIXELS; the
     header says so, nothing is decoded) or "absurd image size" (one side more than MAX_ASPECT times the other)."""
     name = _name(source)
@@ -188,26 +188,28 @@ def _read(source: str | Path | bytes | File, name: str) -> bytes:
         with source_defects(name):
             data = source.read() if isinstance(source, File) else Path(source).read_bytes()
     if not isinstance(data, bytes):  # an Arrow file may hold null, or only the name of an image
-        raise Defect("missing image", f"{name}: no bytes there")
+        raise RecordError("missing image", f"{name}: no bytes there")
     if not data:
-        raise Defect("empty image file", name)
+        raise RecordError("empty image file", name)
     return data
 
 
 @contextmanager
 def source_defects(name: str) -> Iterator[None]:
-    """Raises Defect, "missing image" or "damaged image", for any error in looking up what is called name."""
+    """Raises RecordError, "missing image" or "damaged image", for any error in looking up what is called name."""
     try:
         yield
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, LookupError) as error:
-        raise Defect("missing image", f"{name}: {_reason(error)}") from error
+        raise RecordError("missing image", f"{name}: {_reason(error)}") from error
     except Exception as error:  # zipfile, zlib, lzma and pyarrow each have errors of their own for damaged archives
-        raise Defect("damaged image", f"{name}: {_reason(error)}") from error
+        raise RecordError("damaged image", f"{name}: {_reason(error)}") from error
 
 
 def _decode(data: bytes, name: str) -> Image.Image:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd EXIF and the like: either the image is used, or a Defect says why not
+        warnings.simplefilter(
+            "ignore"
+        )  # of odd EXIF and the like: either the image is used, or a RecordError says why not
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _refuse_size(image.size, name)
@@ -216,25 +218,25 @@ def _decode(data: bytes, name: str) -> Image.Image:
                     with _silent_stderr():
                         image.load()
                 return _to_upright_rgb(image)
-        except Defect:
+        except RecordError:
             raise
         except Image.DecompressionBombError as error:  # PIL's own limit, 179 million pixels
-            raise Defect("image too large", f"{name}: {_reason(error)}") from None
+            raise RecordError("image too large", f"{name}: {_reason(error)}") from None
         except UnidentifiedImageError:  # also raised for a known format with a bad header
             accepts = (Image.OPEN[format][1] for format in FORMATS)
             known = any(accept is not None and accept(data[:16]) for accept in accepts)
             kind, reason = ("damaged image", "bad header") if known else ("not an image", f"begins with {data[:8]!r}")
-            raise Defect(kind, f"{name}: {reason}") from None
+            raise RecordError(kind, f"{name}: {reason}") from None
         except Exception as error:  # PIL's decoders raise anything on bad bytes: SyntaxError, struct.error, KeyError...
-            raise Defect("damaged image", f"{name}: {_reason(error)}") from error
+            raise RecordError("damaged image", f"{name}: {_reason(error)}") from error
 
 
 def _refuse_size(size: tuple[int, int], name: str) -> None:
     width, height = size
     if width * height > MAX_PIXELS:
-        raise Defect("image too large", f"{name}: {width} x {height} is more than {MAX_PIXELS:,} pixels")
+        raise RecordError("image too large", f"{name}: {width} x {height} is more than {MAX_PIXELS:,} pixels")
     if max(size) > MAX_ASPECT * min(size):
-        raise Defect("absurd image size", f"{name}: {width} x {height} is more than {MAX_ASPECT} to 1")
+        raise RecordError("absurd image size", f"{name}: {width} x {height} is more than {MAX_ASPECT} to 1")
 
 
 @contextmanager

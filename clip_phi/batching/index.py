@@ -19,12 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..samples import File, Sample, Turn
-from ..sources.data import DataSource
-from ..sources.records import no_collector, witness
-from ..sources.report import Report
+from ..data.files import file_stamp, no_collector
+from ..data.report import Report
+from ..data.sample import File, Sample, Turn
+from ..data.source import DataSource
 from .encode import Encoded, encode_samples
-from .tree import Tree, build_tree
+from .packing import SharedPrefixSample, build_shared_prefix
 
 FORMAT = 2  # of the files; also raised when a reader or the encoding changes what it gives
 CHUNK = 1000  # samples that are tokenised together
@@ -104,10 +104,10 @@ class Index:
         return File(path, member) if path is not None else data
 
     def sample(self, number: int) -> Sample:
-        branches = tuple(
+        conversations = tuple(
             tuple(_turn(*values) for values in turns) for turns in json.loads(self._cell("branches", number).as_py())
         )
-        return Sample(self.image(number), branches, tuple(self._cell("origins", number).as_py()))
+        return Sample(self.image(number), conversations, tuple(self._cell("origins", number).as_py()))
 
     def encoded(self, number: int) -> list[Encoded]:
         """The branches behind the image."""
@@ -121,14 +121,14 @@ class Index:
     def has_image(self, number: int) -> bool:
         return self._cell("path", number).is_valid or self._cell("bytes", number).is_valid
 
-    def num_branches(self, number: int) -> int:
+    def num_conversations(self, number: int) -> int:
         return len(self._cell("lengths", number))
 
-    def tree(self, number: int, branches: Sequence[int] | None = None) -> Tree:
+    def tree(self, number: int, conversations: Sequence[int] | None = None) -> SharedPrefixSample:
         """The sample as one tree, of all its branches or of these."""
         encoded = self.encoded(number)
-        chosen = encoded if branches is None else [encoded[branch] for branch in branches]
-        return build_tree(
+        chosen = encoded if conversations is None else [encoded[conversation] for conversation in conversations]
+        return build_shared_prefix(
             chosen, self.prefix if self.has_image(number) else (), self._cell("origins", number)[0].as_py()
         )
 
@@ -157,9 +157,11 @@ class Index:
         """int64 (samples,): tokens of each sample, its image once and all end tokens included."""
         return self._with_prefix(pc.list_value_length(self.table["ids"]).to_numpy())
 
-    def tree_lengths(self, num_branches: int | None = None) -> np.ndarray:
+    def packed_lengths(self, num_conversations: int | None = None) -> np.ndarray:
         """int64 (samples,): tokens that go into the model for each tree; the most that so many branches can be."""
-        lengths = [sorted(lengths)[-(num_branches or len(lengths)) :] for lengths in self.table["lengths"].to_pylist()]
+        lengths = [
+            sorted(lengths)[-(num_conversations or len(lengths)) :] for lengths in self.table["lengths"].to_pylist()
+        ]
         return self._with_prefix(np.array([sum(each) - len(each) for each in lengths], dtype=np.int64))
 
     def _with_prefix(self, behind: np.ndarray) -> np.ndarray:
@@ -189,7 +191,11 @@ def load_index(source: DataSource, processor: Any, max_length: int, num_workers:
         with no_collector(), pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             for batch in _tokenise(samples, processor, max_length, report, num_workers):
                 writer.write_batch(batch)
-        about = {"state": state, "report": report.as_dict(), "witnesses": media.witnesses() | transcripts.witnesses()}
+        about = {
+            "state": state,
+            "report": report.as_dict(),
+            "file_stamps": media.file_stamps() | transcripts.file_stamps(),
+        }
         (aside / "about.json").write_text(json.dumps(about), encoding="utf-8")
         made = Index(_map(aside / "index.arrow"), _prefix(processor), report, folder / "index.arrow")
         if _open(folder, state, processor) is None:  # another process may have been faster
@@ -207,7 +213,7 @@ def _open(folder: Path, state: list[Any], processor: Any) -> Index | None:
         table = _map(folder / "index.arrow")
     except (OSError, ValueError):  # not there, or damaged: it will be made
         return None
-    if about["state"] != state or any(witness(path) != then for path, then in about["witnesses"].items()):
+    if about["state"] != state or any(file_stamp(path) != then for path, then in about["file_stamps"].items()):
         return None
     return Index(table, _prefix(processor), Report.from_dict(about["report"]), folder / "index.arrow")
 
@@ -254,10 +260,10 @@ def _tokenise_chunk(processor: Any, max_length: int, chunk: list[Sample]) -> tup
         columns["member"].append(image.member if isinstance(image, File) else None)
         columns["bytes"].append(image if isinstance(image, bytes) else None)
         columns["origins"].append(sample.origins)
-        columns["branches"].append(json.dumps(sample.branches, default=_speech_bytes))
-        columns["ids"].append([token for branch in encoded for token in branch.ids])
-        columns["labels"].append([label for branch in encoded for label in branch.labels])
-        columns["lengths"].append([len(branch.ids) for branch in encoded])
+        columns["branches"].append(json.dumps(sample.conversations, default=_speech_bytes))
+        columns["ids"].append([token for conversation in encoded for token in conversation.ids])
+        columns["labels"].append([label for conversation in encoded for label in conversation.labels])
+        columns["lengths"].append([len(conversation.ids) for conversation in encoded])
     return pa.RecordBatch.from_pydict(columns, SCHEMA), report
 
 

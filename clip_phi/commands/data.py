@@ -61,13 +61,13 @@ def add_to(commands: Any) -> None:
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
-    from ..inspection import inspect
+    from ..tools.inspect import inspect
 
     inspect(arguments, DEMO_CHECKPOINT)
 
 
 def run_draw_data(arguments: argparse.Namespace) -> None:
-    from ..sources.drawn import write_dataset
+    from ..data.synthetic import write_dataset
 
     write_dataset(arguments.folder, arguments.num_train, arguments.num_val, arguments.seed)
     written = {"folder": arguments.folder, "num_train": arguments.num_train, "num_val": arguments.num_val}

@@ -90,7 +90,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_import_projector(arguments: argparse.Namespace) -> None:
-    from ..export.notebook import import_projector
+    from ..export.legacy_projector import import_projector
     from ..training.arguments import TEXT_BACKBONE, VISION_BACKBONE
 
     done = import_projector(

@@ -84,7 +84,7 @@ def _add_address(command: argparse.ArgumentParser, port: int) -> None:
 def run_chat(arguments: argparse.Namespace) -> None:
     need_checkpoint(arguments.checkpoint)
     from ..serving.chat import launch
-    from ..serving.parts import find_parts
+    from ..serving.modalities import find_parts
 
     parts = find_parts(arguments.speech_model, arguments.voice, arguments.drawing_model, arguments.device)
     with _load_engine(arguments) as engine:
@@ -95,7 +95,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     need_checkpoint(arguments.checkpoint)
     from ..serving.api import ApiLimits, create_app, serve
     from ..serving.engine import Limits
-    from ..serving.parts import find_parts
+    from ..serving.modalities import find_parts
 
     hear = None
     if arguments.speech_model is not None:

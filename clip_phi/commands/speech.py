@@ -6,10 +6,10 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from ..sources.transcripts import ENGINES, Hearing
+from ..data.transcripts import ENGINES, AsrSettings
 from .common import natural, positive_number
 
-DEFAULT = Hearing()
+DEFAULT = AsrSettings()
 FORMS = ("full", "cpu", "light")
 
 
@@ -80,7 +80,7 @@ def add_hearing(command: argparse.ArgumentParser) -> None:
 
 def make_ear(arguments: argparse.Namespace) -> Any:
     """The Transcriber of these options."""
-    from ..speech.transcribe import make_transcriber
+    from ..speech.asr import make_transcriber
 
     return make_transcriber(
         arguments.engine,
@@ -96,7 +96,7 @@ def hear(file: str, arguments: argparse.Namespace) -> Any:
     """The Transcript of a recording. What heard it, and what is cut off or not there, is told on stderr."""
     from contextlib import closing
 
-    from ..speech.clip import load_clip
+    from ..speech.audio import load_clip
 
     clip = load_clip(file, arguments.max_speech_seconds)
     with closing(make_ear(arguments)) as transcriber:
@@ -123,8 +123,8 @@ def run_transcribe_clip(arguments: argparse.Namespace) -> None:
 
 
 def run_transcribe(arguments: argparse.Namespace) -> None:
-    from ..sources.data import parse_source
-    from ..speech.data import as_text, transcribe_source
+    from ..data.source import parse_source
+    from ..speech.spoken_data import as_text, transcribe_source
 
     for source in [parse_source(text) for text in arguments.data]:
         if problems := source.problems():
@@ -140,8 +140,8 @@ def run_transcribe(arguments: argparse.Namespace) -> None:
 def run_speak_data(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from ..speech.data import as_text, speak_questions
-    from ..speech.speak import make_speaker
+    from ..speech.spoken_data import as_text, speak_questions
+    from ..speech.tts import make_speaker
 
     output = Path(arguments.output)
     found = speak_questions(
@@ -156,7 +156,7 @@ def run_speak_data(arguments: argparse.Namespace) -> None:
 def run_install(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from ..speech.worker import folder_bytes, install
+    from ..speech.whisperx import folder_bytes, install
 
     found = install(arguments.form, Path(arguments.folder) if arguments.folder else None)
     size = folder_bytes(found.folder) / 1e9

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ..batching.images import load_image
-from ..samples import File
+from ..data.sample import File
 from .generate import Answer, Prompt, generate_answers
 
 

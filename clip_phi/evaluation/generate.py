@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from ..batching.tree import Pack
+from ..batching.packing import PackedBatch
 
 Prompt = tuple[list[dict[str, Any]], Image.Image | None]
 
 
 @torch.no_grad()
-def held_out_loss(model: torch.nn.Module, packs: Iterable[Pack], device: torch.device) -> torch.Tensor:
+def held_out_loss(model: torch.nn.Module, packs: Iterable[PackedBatch], device: torch.device) -> torch.Tensor:
     """Float64 tensor (2,): summed loss in nats, and number of supervised tokens; sum it over ranks, then divide.
 
     packs: on the device."""

@@ -7,7 +7,7 @@ side in a Space, are the metric on the Hub.
 import datasets
 import evaluate
 
-from .captions import CaptionScorer
+from .caption_metrics import CaptionScorer
 
 DESCRIPTION = (
     "Captions against references, as coco-caption scores them: BLEU-1 to 4, ROUGE-L, CIDEr (which is CIDEr-D)."

@@ -7,7 +7,7 @@ Space, are the metric on the Hub.
 import datasets
 import evaluate
 
-from .vqa import pope
+from .answer_metrics import pope
 
 DESCRIPTION = "Whether a model sees objects that are not there: accuracy, precision, recall, F1 and the share of yes."
 

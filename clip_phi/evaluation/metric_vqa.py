@@ -7,7 +7,7 @@ Space, are the metric on the Hub.
 import datasets
 import evaluate
 
-from .vqa import exact_match, vqa_accuracy
+from .answer_metrics import exact_match, vqa_accuracy
 
 DESCRIPTION = "Short answers against what people answered: VQA accuracy by the official rules, and exact match."
 

@@ -19,9 +19,9 @@ from PIL import Image
 
 from ..batching.images import load_image
 from ..environment import describe_environment
-from .intervals import by_group, margin_interval
-from .judge import Outcome
-from .tasks import Exam
+from .bootstrap import by_group, margin_interval
+from .evaluate import EvalResult
+from .tasks import EvalSet
 
 SHOWN = 8  # samples of each kind: best, worst, random
 THUMBNAIL = 224  # pixels
@@ -64,7 +64,7 @@ def environment() -> dict[str, Any]:
     return {name: found[name] for name in ("python", "packages", "platform", "cpu", "cores", "devices", "git_commit")}
 
 
-def write(outcome: Outcome, exam: Exam, folder: Path, result_only: Path | None = None) -> list[Path]:
+def write(outcome: EvalResult, eval_set: EvalSet, folder: Path, result_only: Path | None = None) -> list[Path]:
     """TASK.json, TASK.samples.jsonl, TASK.html and TASK.png into the folder, and TASK.json to result_only as well.
 
     Returns what was written."""
@@ -75,7 +75,7 @@ def write(outcome: Outcome, exam: Exam, folder: Path, result_only: Path | None =
     _write(files[0], text)
     _write(files[1], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in outcome.samples))
     chosen = choose(outcome)
-    images = dict(zip(exam.digests, exam.images, strict=True))
+    images = dict(zip(eval_set.digests, eval_set.images, strict=True))
     shown = {row["picture"] for rows in chosen.values() for row in rows}
     pictures = {picture: _thumbnail(images[picture]) for picture in shown}
     _write(files[2], "".join(page(outcome.result, chosen, pictures)))
@@ -93,7 +93,7 @@ def _write(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def choose(outcome: Outcome) -> dict[str, list[dict[str, Any]]]:
+def choose(outcome: EvalResult) -> dict[str, list[dict[str, Any]]]:
     """The best, the worst, and random samples, each once; chance decides between equals. By the result's seed."""
     rng = random.Random(outcome.result["seed"])
     rows = rng.sample(outcome.samples, len(outcome.samples))

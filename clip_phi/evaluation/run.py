@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..sources.data import DataSource, parse_source
-from ..sources.report import Report
-from .judge import Decoding, Outcome, Processes, judge, judge_loss
+from ..data.report import Report
+from ..data.source import DataSource, parse_source
+from .evaluate import Decoding, EvalResult, Processes, judge, judge_loss
 from .report import as_text, checkpoint_sha256, environment, portable, write
-from .tasks import Exam, make_exam, read_samples
+from .tasks import EvalSet, make_eval_set, read_samples
 
 DEMO_DATA = "outputs/demo/data"
 # What the demo's model is judged on without --data.
@@ -45,7 +45,7 @@ def evaluate(options: argparse.Namespace, demo_checkpoint: str) -> None:
     processes = Processes(state.process_index, state.num_processes, gather_object, state.wait_for_everyone, say)
     report = Report()
     samples = read_samples(sources, report)
-    exam = make_exam(options.task, samples, report, options.num_images, options.max_bad)
+    eval_set = make_eval_set(options.task, samples, report, options.num_images, options.max_bad_fraction)
     if report.num_skipped:
         say(f"{report.num_skipped:,} of {report.records:,} records are skipped:\n{report.table()}")
     model, processor, folder = load(options.checkpoint, options.device or state.device)
@@ -59,12 +59,12 @@ def evaluate(options: argparse.Namespace, demo_checkpoint: str) -> None:
         return tqdm(work, unit="batch", disable=not state.is_main_process, dynamic_ncols=True)
 
     if options.task == "loss":
-        outcome = judge_loss(model, processor, samples, exam, decoding, processes=processes, progress=progress)
+        outcome = judge_loss(model, processor, samples, eval_set, decoding, processes=processes, progress=progress)
     else:
         outcome = judge(
             model,
             processor,
-            exam,
+            eval_set,
             decoding,
             folder=output / f"{options.task}.answers",
             checkpoint=sha256,
@@ -73,7 +73,7 @@ def evaluate(options: argparse.Namespace, demo_checkpoint: str) -> None:
         )
     if state.is_main_process:
         if options.task == "captions":
-            add_caption_metrics(outcome, exam, model, options.clip, options.meteor, say)
+            add_caption_metrics(outcome, eval_set, model, options.clip, options.meteor, say)
         outcome.result["data"] = {"source": portable(" + ".join(texts))} | outcome.result["data"]
         outcome.result |= {
             "checkpoint": {"name": portable(options.checkpoint), "sha256": sha256},
@@ -81,7 +81,7 @@ def evaluate(options: argparse.Namespace, demo_checkpoint: str) -> None:
             "processes": state.num_processes,
             "environment": environment(),
         }
-        files = write(outcome, exam, output, Path(options.json) if options.json else None)
+        files = write(outcome, eval_set, output, Path(options.json) if options.json else None)
         print(as_text(outcome.result))
         print(f"written: {', '.join(map(str, files))}")
     state.wait_for_everyone()
@@ -111,11 +111,11 @@ def place_for(checkpoint: str) -> Path:
 
 
 def add_caption_metrics(
-    outcome: Outcome, exam: Exam, model: Any, clip: str | None, meteor: bool, say: Callable[[str], Any]
+    outcome: EvalResult, eval_set: EvalSet, model: Any, clip: str | None, meteor: bool, say: Callable[[str], Any]
 ) -> None:
     """CLIPScore, by this CLIP or the tower's if it is at hand, and METEOR, if it is wanted."""
     from ..batching.images import load_image
-    from .captions import meteor as run_meteor
+    from .caption_metrics import meteor as run_meteor
     from .clip_score import ClipScorer, clip_at_hand
 
     keys = {"score": "answer", "blind": "blind_answer", "shuffled": "shuffled_answer"}
@@ -124,12 +124,12 @@ def add_caption_metrics(
     scorer = ClipScorer(clip, model.device) if clip else clip_at_hand(model.config, model.device, say)
     if scorer is not None:
         metrics["CLIPScore"] = {
-            name: float(scorer(said, (load_image(exam.images[item.image]) for item in exam.items)).mean())
+            name: float(scorer(said, (load_image(eval_set.images[item.image]) for item in eval_set.items)).mean())
             for name, said in texts.items()
         }
         outcome.result["clip"] = portable(scorer.name)
     if meteor:
-        references = [item.references for item in exam.items]
+        references = [item.references for item in eval_set.items]
         metrics["METEOR"] = {name: run_meteor(said, references) for name, said in texts.items()}
 
 

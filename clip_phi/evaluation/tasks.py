@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..batching.images import load_image
-from ..samples import File, Sample
-from ..sources.data import DataSource
-from ..sources.report import Defect, Report, Skip
-from .captions import CaptionScorer
-from .vqa import exact_match, normalise, pope, says_yes, vqa_accuracy
+from ..data.report import RecordError, Report, Skip
+from ..data.sample import File, Sample
+from ..data.source import DataSource
+from .answer_metrics import exact_match, normalise, pope, says_yes, vqa_accuracy
+from .caption_metrics import CaptionScorer
 
 # The metric that stands for each task; loss is of what the data say, and nothing is asked there.
 METRICS = {"captions": "CIDEr-D", "vqa": "vqa_accuracy", "pope": "accuracy", "exact": "exact_match", "loss": "loss"}
@@ -24,7 +24,7 @@ WORD_RANGES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 12), (13, 20), (21, None))
 
 
 class Item(NamedTuple):
-    """What is asked about an image. image: its number in Exam.images. question: None for a caption. transcript: what is
+    """What is asked about an image. image: its number in EvalSet.images. question: None for a caption. transcript: what is
     said before it; of a spoken question, the question itself."""
 
     image: int
@@ -40,7 +40,7 @@ class Item(NamedTuple):
 
 
 @dataclass
-class Exam:
+class EvalSet:
     """The items of a task, and their images.
 
     digests: of the bytes of each image. left_out: what the data hold beside, by kind; report: what is wrong with them.
@@ -79,13 +79,15 @@ class Exam:
         return np.array([numbers.setdefault(self.digests[item.image], len(numbers)) for item in self.items])
 
 
-def read_exam(task: str, sources: Sequence[DataSource], num_images: int | None = None, max_bad: float = 0.01) -> Exam:
+def read_exam(
+    task: str, sources: Sequence[DataSource], num_images: int | None = None, max_bad_fraction: float = 0.01
+) -> EvalSet:
     """The items that the sources have for a task, about their first num_images images (None: all).
 
-    Every image is opened, and left out and counted if it cannot be. Raises ValueError if more than max_bad of the
+    Every image is opened, and left out and counted if it cannot be. Raises ValueError if more than max_bad_fraction of the
     records are bad, or if nothing is left."""
     report = Report()
-    return make_exam(task, read_samples(sources, report), report, num_images, max_bad)
+    return make_eval_set(task, read_samples(sources, report), report, num_images, max_bad_fraction)
 
 
 def read_samples(sources: Sequence[DataSource], report: Report) -> list[Sample]:
@@ -97,40 +99,40 @@ def read_samples(sources: Sequence[DataSource], report: Report) -> list[Sample]:
     ]
 
 
-def make_exam(
-    task: str, samples: Iterable[Sample], report: Report, num_images: int | None = None, max_bad: float = 0.01
-) -> Exam:
+def make_eval_set(
+    task: str, samples: Iterable[Sample], report: Report, num_images: int | None = None, max_bad_fraction: float = 0.01
+) -> EvalSet:
     """read_exam, of samples that are there already; report: that of their reader."""
-    exam = Exam(task, [], [], [], report)
+    eval_set = EvalSet(task, [], [], [], report)
     places: dict[File | bytes, int] = {}
     for sample in samples:
         if sample.image is None:
-            exam.left_out["no image"] += len(sample.branches)
+            eval_set.left_out["no image"] += len(sample.conversations)
             continue
-        items = _items(task, sample, exam.left_out)
+        items = _items(task, sample, eval_set.left_out)
         if not items or (sample.image not in places and len(places) == num_images):
             continue
         if sample.image not in places:
             try:
                 digest = _digest(sample.image)
-            except Defect as defect:
-                report.skip(Skip(defect.kind, sample.origins[0], defect.detail, len(sample.branches)))
+            except RecordError as defect:
+                report.skip(Skip(defect.kind, sample.origins[0], defect.detail, len(sample.conversations)))
                 continue
             places[sample.image] = len(places)
-            exam.images.append(sample.image)
-            exam.digests.append(digest)
-        exam.items += [Item(places[sample.image], *item) for item in items]
-    report.refuse_bad(max_bad)
-    if not exam.items:
-        found = ", ".join(f"{count:,} x {kind}" for kind, count in exam.left_out.items()) or "no record"
+            eval_set.images.append(sample.image)
+            eval_set.digests.append(digest)
+        eval_set.items += [Item(places[sample.image], *item) for item in items]
+    report.refuse_bad(max_bad_fraction)
+    if not eval_set.items:
+        found = ", ".join(f"{count:,} x {kind}" for kind, count in eval_set.left_out.items()) or "no record"
         raise ValueError(f"{task}: nothing to ask in these data ({found})")
-    if len(set(exam.digests)) < 2:
+    if len(set(eval_set.digests)) < 2:
         raise ValueError(f"{task}: all is about one image, and no other can be shown in its place")
-    return exam
+    return eval_set
 
 
 def _digest(image: File | bytes) -> str:
-    """Of the bytes, once it is known that they are an image. Raises Defect otherwise."""
+    """Of the bytes, once it is known that they are an image. Raises RecordError otherwise."""
     load_image(image)
     return hashlib.blake2b(image if isinstance(image, bytes) else image.read(), digest_size=16).hexdigest()
 
@@ -139,17 +141,19 @@ def _items(
     task: str, sample: Sample, left_out: Counter[str]
 ) -> list[tuple[str | None, tuple[str, ...], str, str | None]]:
     """(question, references, origin, transcript) of each item about the image of a sample."""
-    bare = [branch[0].text for branch in sample.branches if branch[0].role == "assistant"]
+    bare = [conversation[0].text for conversation in sample.conversations if conversation[0].role == "assistant"]
     if task == "captions":
-        left_out["conversation, not a caption"] += len(sample.branches) - len(bare)
+        left_out["conversation, not a caption"] += len(sample.conversations) - len(bare)
         return [(None, tuple(bare), sample.origins[0], None)] if bare else []
     if task == "loss":
-        texts = [turn.text for branch in sample.branches for turn in branch if turn.role == "assistant"]
+        texts = [
+            turn.text for conversation in sample.conversations for turn in conversation if turn.role == "assistant"
+        ]
         return [(None, tuple(texts), sample.origins[0], None)]
     left_out["caption, not a question"] += len(bare)
     found: list[tuple[str | None, tuple[str, ...], str, str | None]] = []
-    for branch, origin in zip(sample.branches, sample.origins, strict=True):
-        for asked, said in zip(branch, branch[1:], strict=False):
+    for conversation, origin in zip(sample.conversations, sample.origins, strict=True):
+        for asked, said in zip(conversation, conversation[1:], strict=False):
             if (asked.role, said.role) != ("user", "assistant"):
                 continue
             references = said.references or (said.text,)
@@ -164,17 +168,17 @@ def _items(
     return found
 
 
-def make_scorer(exam: Exam) -> Callable[[Sequence[str]], tuple[dict[str, float], np.ndarray]]:
+def make_scorer(eval_set: EvalSet) -> Callable[[Sequence[str]], tuple[dict[str, float], np.ndarray]]:
     """Gives, for the answers to all items, every metric, and float64 (items,), whose mean is the task's metric."""
-    references = [item.references for item in exam.items]
-    if exam.task == "captions":
+    references = [item.references for item in eval_set.items]
+    if eval_set.task == "captions":
         judge = CaptionScorer(references)
 
         def score(answers: Sequence[str]) -> tuple[dict[str, float], np.ndarray]:
             scores = judge(answers)
-            return scores.corpus, scores.each[exam.metric]
+            return scores.corpus, scores.each[eval_set.metric]
 
-    elif exam.task == "pope":
+    elif eval_set.task == "pope":
         labels = [reference[0].lower().strip(" .") for reference in references]
 
         def score(answers: Sequence[str]) -> tuple[dict[str, float], np.ndarray]:
@@ -182,32 +186,32 @@ def make_scorer(exam: Exam) -> Callable[[Sequence[str]], tuple[dict[str, float],
             return pope(answers, labels), np.array(right, dtype=np.float64)
 
     else:
-        measure = vqa_accuracy if exam.task == "vqa" else exact_match
+        measure = vqa_accuracy if eval_set.task == "vqa" else exact_match
 
         def score(answers: Sequence[str]) -> tuple[dict[str, float], np.ndarray]:
             each = measure(answers, references)
-            other = exact_match(answers, references) if exam.task == "vqa" else each
-            return {exam.metric: float(each.mean()), "exact_match": float(other.mean())}, each
+            other = exact_match(answers, references) if eval_set.task == "vqa" else each
+            return {eval_set.metric: float(each.mean()), "exact_match": float(other.mean())}, each
 
     return score
 
 
-def guess_from_questions(exam: Exam) -> list[str] | None:
+def guess_from_questions(eval_set: EvalSet) -> list[str] | None:
     """For each question the most frequent answer that it has about the other pictures; if it has none there, that of
     its kind of question, or of all. What can be had without looking. None if there are no questions."""
-    if exam.task == "captions":
+    if eval_set.task == "captions":
         return None
     by_key: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     here: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     keys = []
-    for item, group in zip(exam.items, exam.groups(), strict=True):
+    for item, group in zip(eval_set.items, eval_set.groups(), strict=True):
         mine = [("question", normalise(item.asked)), ("kind", question_kind(item.asked)), ("all",)]
         keys.append(mine)
         for key in mine:
             by_key[key].update(item.references)
             here[*key, str(group)].update(item.references)
     guesses = []
-    for mine, group in zip(keys, exam.groups(), strict=True):
+    for mine, group in zip(keys, eval_set.groups(), strict=True):
         elsewhere = (by_key[key] - here[*key, str(group)] for key in mine)
         answers = next((found for found in elsewhere if found), Counter({"": 1}))
         guesses.append(min(answers, key=lambda answer: (-answers[answer], answer)))
@@ -219,13 +223,13 @@ def question_kind(question: str | None) -> str:
     return " ".join((question or "").lower().split()[:2]).strip("?., ")
 
 
-def tables(exam: Exam, answers: Sequence[str], each: np.ndarray) -> dict[str, dict[str, dict[str, Any]]]:
+def tables(eval_set: EvalSet, answers: Sequence[str], each: np.ndarray) -> dict[str, dict[str, dict[str, Any]]]:
     """Score and number of samples by the length of the answer in words, and by kind of question and of right answer."""
     lengths = [_range_of(len(answer.split())) for answer in answers]
     found = {"by_length": _means(lengths, each)}
-    if exam.task != "captions":
-        found["by_question_type"] = _means([question_kind(item.asked) for item in exam.items], each)
-        found["by_answer_type"] = _means([_answer_type(item.references) for item in exam.items], each)
+    if eval_set.task != "captions":
+        found["by_question_type"] = _means([question_kind(item.asked) for item in eval_set.items], each)
+        found["by_answer_type"] = _means([_answer_type(item.references) for item in eval_set.items], each)
     return found
 
 

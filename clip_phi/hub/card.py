@@ -13,8 +13,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
+from ..data.sample import File
 from ..environment import without_secrets
-from ..samples import File
 
 MARK = "<!-- clip-phi:{}: what stands between these marks is written anew by each push -->"
 END = "<!-- clip-phi:end -->"
@@ -28,8 +28,8 @@ PICTURE_SIZE = 256  # pixels, of the longer side
 # The options of a stage that say what was learnt, in the order of the card.
 HYPERPARAMETERS = (
     *("optimizer", "learning_rate", "lora_learning_rate", "lr_scheduler", "warmup_ratio", "weight_decay"),
-    *("max_grad_norm", "num_epochs", "max_steps", "per_device_batch_size", "tokens_per_step"),
-    *("gradient_accumulation_steps", "captions_per_image", "max_length", "lora_rank", "lora_alpha", "lora_dropout"),
+    *("max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_tokens_per_batch"),
+    *("gradient_accumulation_steps", "captions_per_image", "max_length", "lora_r", "lora_alpha", "lora_dropout"),
     *("lora_targets", "tune_decoder", "quantization", "seed"),
 )
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}

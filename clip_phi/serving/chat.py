@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 
 from ..batching.images import load_image
-from ..sources.drawn import draw_scene, sample_scene
+from ..data.synthetic import draw_scene, sample_scene
+from .batch_captions import find_pictures
 from .engine import Answer, Busy, Engine
-from .folder import find_pictures
-from .parts import Parts
+from .modalities import Parts
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 try:

@@ -24,11 +24,11 @@ from transformers.utils import logging as transformers_logging
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 from ..batching.images import Preprocessor, pixel_hash
+from ..data.sample import SPOKEN_INSTRUCTION
 from ..evaluation.generate import refuse_too_long
-from ..samples import SPOKEN_INSTRUCTION
-from .cache import RowCache, TensorCache
+from .detokenizer import TextStream
 from .int8 import fold_lora, quantize_decoder
-from .text import TextStream
+from .kv_cache import RowCache, TensorCache
 
 logger = logging.getLogger(__name__)
 QUANTIZATIONS = ("nf4", "int8")

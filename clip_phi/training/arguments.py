@@ -11,12 +11,12 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
-from ..sources.data import DataSource, parse_source
+from ..data.source import DataSource, parse_source
 
 VISION_BACKBONE = "wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
 TEXT_BACKBONE = "microsoft/phi-2"
 TRACKERS = ("tensorboard", "wandb", "trackio")
-# What --best_metric may be with each --judge, beside the loss.
+# What --metric_for_best_model may be with each --judge, beside the loss.
 JUDGED = {
     "captions": ("CIDEr-D", "CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"),
     "vqa": ("vqa_accuracy", "exact_match"),
@@ -46,7 +46,9 @@ class TrainingArguments:
     eval_data: list[str] = _options([], "held-out data, in the same form; without any, --holdout_images are held out")
     holdout_images: int = _option(500, "images kept out of training when there is no --eval_data")
     max_eval_images: int = _option(500, "evaluate on the first so many images of each --eval_data")
-    max_bad: float = _option(0.01, "stop if a larger share of the records is damaged; 0: stop at any (a strict run)")
+    max_bad_fraction: float = _option(
+        0.01, "stop if a larger share of the records is damaged; 0: stop at any (a strict run)"
+    )
     max_length: int = _option(
         2048, "longest conversation in tokens, image included; longer ones are cut behind an answer"
     )
@@ -58,13 +60,13 @@ class TrainingArguments:
         None, "folder in which the frozen tower's features are kept, so that later epochs and runs open no image"
     )
 
-    per_device_batch_size: int = _option(16, "images in one forward pass on one device")
-    tokens_per_step: int = _option(
+    per_device_train_batch_size: int = _option(16, "images in one forward pass on one device")
+    max_tokens_per_batch: int = _option(
         0, "instead: as many images as fit into so many tokens, in one forward pass on one device, planned ahead"
     )
     gradient_accumulation_steps: int = _option(1, "forward passes in one step")
-    num_epochs: float = _option(1.0, "passes over the training images")
-    max_steps: int = _option(0, "stop after so many steps, whatever --num_epochs says; 0: no limit")
+    num_train_epochs: float = _option(1.0, "passes over the training images")
+    max_steps: int = _option(0, "stop after so many steps, whatever --num_train_epochs says; 0: no limit")
     seed: int = _option(0, "of the order, the dropout and the new weights")
 
     optimizer: Literal["auto", "adam8bit", "paged_adam8bit", "adamw"] = _option(
@@ -77,37 +79,39 @@ class TrainingArguments:
     lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = _option("cosine", "shape after the warm-up")
     warmup_ratio: float = _option(0.03, "share of all steps in which the learning rate rises from 0")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0: never")
-    on_nan: Literal["stop", "skip"] = _option(
+    nan_policy: Literal["stop", "skip"] = _option(
         "stop", "what a step does whose loss or gradient is not finite; either way its samples are named and saved"
     )
     tf32: bool = _option(True, "on CUDA, multiply what is in float32 in TF32")
     gradient_checkpointing: bool = _option(False, "recompute the decoder's activations: less memory, half more work")
 
-    save_every: int = _option(500, "steps between checkpoints to go on from; one comes at the end")
+    save_steps: int = _option(500, "steps between checkpoints to go on from; one comes at the end")
     keep: int = _option(2, "so many of the newest checkpoints stay")
     resume: bool = _option(
         False,
         "go on from the newest checkpoint in --output_dir (with none: from the beginning), exactly as if never stopped",
     )
-    log_every: int = _option(10, "steps between lines in metrics.jsonl")
+    logging_steps: int = _option(10, "steps between lines in metrics.jsonl")
     report_to: list[str] = _options(
         [], f"also log to these, beside metrics.jsonl: {', '.join(TRACKERS)} (WANDB_MODE=offline needs no network)"
     )
     peak_tflops: float = _option(0.0, "of one device, for the model FLOPs utilisation; 0: known from the GPU's name")
-    eval_every: int = _option(
+    eval_steps: int = _option(
         1000, "steps between evaluations, each of which saves the model too; one comes at the end"
     )
     judge: Literal["none", "captions", "vqa", "pope", "exact"] = _option(
         "none", "at each evaluation, also score generated answers beside their controls, as clip-phi evaluate does"
     )
-    judge_images: int = _option(
+    eval_task_images: int = _option(
         32, "held-out images of each --eval_data that --judge asks about: always the first ones"
     )
-    best_metric: str = _option(
+    metric_for_best_model: str = _option(
         "none",
         "keep the best model beside the newest, in best/: by loss, or by a metric of --judge such as CIDEr-D",
     )
-    patience: int = _option(0, "stop after so many evaluations in a row without a better --best_metric; 0: never")
+    patience: int = _option(
+        0, "stop after so many evaluations in a row without a better --metric_for_best_model; 0: never"
+    )
     num_sample_texts: int = _option(4, "held-out images whose generated text is written at each evaluation")
     max_new_tokens: int = _option(64, "longest sample text")
     merged: bool = _option(False, "save one whole checkpoint (LoRA folded in) instead of trained weights only")
@@ -122,33 +126,48 @@ class TrainingArguments:
 
     def problems(self) -> list[str]:
         found = []
-        counts = ["per_device_batch_size", "gradient_accumulation_steps", "max_length", "max_new_tokens"]
-        for name in (*counts, "max_eval_images", "judge_images", "log_every", "eval_every", "save_every", "keep"):
+        counts = ["per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "max_new_tokens"]
+        for name in (
+            *counts,
+            "max_eval_images",
+            "eval_task_images",
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+            "keep",
+        ):
             if getattr(self, name) < 1:
                 found.append(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_steps", "num_workers", "num_sample_texts", "holdout_images", "tokens_per_step", "patience"):
+        for name in (
+            "max_steps",
+            "num_workers",
+            "num_sample_texts",
+            "holdout_images",
+            "max_tokens_per_batch",
+            "patience",
+        ):
             if getattr(self, name) < 0:
                 found.append(f"--{name} must not be negative, not {getattr(self, name)}")
         for name in ("max_grad_norm", "peak_tflops"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 found.append(f"--{name} must not be negative, not {getattr(self, name)}")
-        for name in ("num_epochs", "learning_rate"):
+        for name in ("num_train_epochs", "learning_rate"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 found.append(f"--{name} must be more than 0, not {getattr(self, name)}")
         if not 0 <= self.warmup_ratio <= 1:
             found.append(f"--warmup_ratio must be between 0 and 1, not {self.warmup_ratio}")
-        if not 0 <= self.max_bad < 1:
-            found.append(f"--max_bad must be at least 0 and less than 1, not {self.max_bad}")
+        if not 0 <= self.max_bad_fraction < 1:
+            found.append(f"--max_bad_fraction must be at least 0 and less than 1, not {self.max_bad_fraction}")
         if unknown := sorted(set(self.report_to) - set(TRACKERS)):
             found.append(f"--report_to: unknown {', '.join(unknown)}; known are {', '.join(TRACKERS)}")
         elif absent := [name for name in self.report_to if not find_spec(name)]:
             found.append(f"--report_to: not installed: pip install {' '.join(absent)}")
         known = ("none", "loss", *JUDGED.get(self.judge, ()))
-        if self.best_metric not in known:
+        if self.metric_for_best_model not in known:
             hint = "" if self.judge != "none" else "; with --judge, its metrics too"
-            found.append(f"--best_metric {self.best_metric}: choose from {', '.join(known)}{hint}")
-        if self.patience and self.best_metric == "none":
-            found.append("--patience needs a --best_metric")
+            found.append(f"--metric_for_best_model {self.metric_for_best_model}: choose from {', '.join(known)}{hint}")
+        if self.patience and self.metric_for_best_model == "none":
+            found.append("--patience needs a --metric_for_best_model")
         return found + self._data_problems()
 
     def _data_problems(self) -> list[str]:
@@ -179,8 +198,8 @@ class TrainingArguments:
             found.append(f"--data: {streams[0]} is streamed, and needs --max_steps and --eval_data")
         if streams and self.resume:
             found.append(f"--resume: {streams[0]} is streamed, and has no position to go on from")
-        if streams and self.tokens_per_step:
-            found.append(f"--data: {streams[0]} is streamed, and cannot be planned ahead: --tokens_per_step 0")
+        if streams and self.max_tokens_per_batch:
+            found.append(f"--data: {streams[0]} is streamed, and cannot be planned ahead: --max_tokens_per_batch 0")
         if any(source.streaming for source in held_out):
             found.append("--eval_data cannot be streamed")
         names = [source.name for source in held_out]
@@ -193,7 +212,7 @@ class TrainingArguments:
     how_to_get_data = ""
 
     @property
-    def branches_per_image(self) -> int | None:
+    def conversations_per_image(self) -> int | None:
         """How many captions or conversations of an image share a step; None: all."""
         return None
 
@@ -228,7 +247,7 @@ class Stage1Arguments(TrainingArguments):
         return found
 
     @property
-    def branches_per_image(self) -> int | None:
+    def conversations_per_image(self) -> int | None:
         return self.captions_per_image
 
 
@@ -243,14 +262,14 @@ class Stage2Arguments(TrainingArguments):
         "what to train on, KIND:PATH[,option=value...]; several are mixed. See README.md",
     )
     learning_rate: float = _option(2e-5, "peak learning rate of the projector, after the warm-up")
-    per_device_batch_size: int = _option(8, "images in one forward pass on one device")
-    tokens_per_step: int = _option(
+    per_device_train_batch_size: int = _option(8, "images in one forward pass on one device")
+    max_tokens_per_batch: int = _option(
         4096, "instead: as many images as fit into so many tokens, in one forward pass on one device, planned ahead"
     )
     gradient_accumulation_steps: int = _option(4, "forward passes in one step")
     lora_learning_rate: float = _option(2e-4, "peak learning rate of LoRA, after the warm-up")
-    lora_rank: int = _option(64, "rank of the LoRA matrices")
-    lora_alpha: int = _option(128, "LoRA's output is scaled by lora_alpha / lora_rank")
+    lora_r: int = _option(64, "rank of the LoRA matrices")
+    lora_alpha: int = _option(128, "LoRA's output is scaled by lora_alpha / lora_r")
     lora_dropout: float = _option(0.05, "dropout before the LoRA matrices")
     lora_targets: str = _option(
         "auto",
@@ -272,8 +291,8 @@ class Stage2Arguments(TrainingArguments):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.lora_rank < 1:
-            found.append(f"--lora_rank must be at least 1, not {self.lora_rank}")
+        if self.lora_r < 1:
+            found.append(f"--lora_r must be at least 1, not {self.lora_r}")
         if not 0 <= self.lora_dropout < 1:
             found.append(f"--lora_dropout must be at least 0 and less than 1, not {self.lora_dropout}")
         if not self.lora_learning_rate > 0:

@@ -8,11 +8,13 @@ flushed to the disk and renamed, so that a run may be killed at any moment.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +25,42 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..sources.report import Report
+from ..data.report import Report
 from .arguments import TrainingArguments
-from .sharding import gather, part_of, trained_weights
+from .fsdp import gather, shard_like, trained_weights
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a signal stopped the run, and --resume goes on with it
 FILES = ("trained.safetensors", "state.pt")
 # Other values give the samples another order, or the weights another meaning.
 FIXED = {
-    *("stage", "seed", "max_length", "per_device_batch_size", "tokens_per_step", "captions_per_image", "optimizer"),
+    *(
+        "stage",
+        "seed",
+        "max_length",
+        "per_device_train_batch_size",
+        "max_tokens_per_batch",
+        "captions_per_image",
+        "optimizer",
+    ),
     *("vision_backbone", "vision_revision", "text_backbone", "text_revision", "init_from", "projector_type"),
-    *("lora_rank", "lora_alpha", "lora_targets", "holdout_images", "tune_decoder", "quantization"),
+    *("lora_r", "lora_alpha", "lora_targets", "holdout_images", "tune_decoder", "quantization"),
 }
 # Other values change nothing that is learnt. Any that is in neither set may change, but then so does the training.
 FREE = {
-    *("config", "output_dir", "debug", "resume", "keep", "save_every", "log_every", "eval_every", "data", "eval_data"),
-    *("max_eval_images", "max_bad", "num_workers", "num_sample_texts", "max_new_tokens", "merged"),
-    *("caption_instruction", "gradient_checkpointing", "report_to", "peak_tflops", "judge", "judge_images"),
+    *(
+        "config",
+        "output_dir",
+        "debug",
+        "resume",
+        "keep",
+        "save_steps",
+        "logging_steps",
+        "eval_steps",
+        "data",
+        "eval_data",
+    ),
+    *("max_eval_images", "max_bad_fraction", "num_workers", "num_sample_texts", "max_new_tokens", "merged"),
+    *("caption_instruction", "gradient_checkpointing", "report_to", "peak_tflops", "judge", "eval_task_images"),
     *("push_to_hub", "hub_private_repo"),
 }
 
@@ -130,7 +151,7 @@ class Checkpoints:
             odd = sorted(weights.keys() ^ own.keys())
             raise ValueError(f"{place} holds other trained weights than this run has: {', '.join(odd[:3])}, ...")
         for name, value in own.items():
-            value.copy_(part_of(weights[name], value))
+            value.copy_(shard_like(weights[name], value))
         state = torch.load(place / FILES[1], map_location="cpu", weights_only=True)
         load_optimizer_state(optimizer, state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
@@ -154,7 +175,7 @@ def load_optimizer_state(optimizer: Any, found: dict[str, Any]) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states = {
         number: {
-            name: part_of(value, parameters[number]) if _has_shape_of(parameters[number], value) else value
+            name: shard_like(value, parameters[number]) if _has_shape_of(parameters[number], value) else value
             for name, value in state.items()
         }
         for number, state in found["state"].items()
@@ -222,7 +243,7 @@ def report_state(report: Report) -> dict[str, Any]:
 
 def restore_report(report: Report, state: dict[str, Any]) -> None:
     found = Report.from_dict(state)
-    report.records, report.skipped, report.mended = found.records, found.skipped, found.mended
+    report.records, report.skipped, report.repaired = found.records, found.skipped, found.repaired
     report.examples, report.seen = found.examples, set(state["seen"])
 
 
@@ -252,3 +273,47 @@ def _flush(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+NONE = "none"
+
+
+LOSS = "loss"
+
+
+@dataclass
+class EarlyStopping:
+    """metric: what decides, loss or one of the judged ones; "none": nothing does. patience: evaluations in a row
+    without a better one until the run stops; 0: it never does.
+
+    value, step: of the best one. misses: evaluations since. What is known here belongs into a checkpoint."""
+
+    metric: str = NONE
+    patience: int = 0
+    value: float | None = None
+    step: int = 0
+    misses: int = 0
+
+    def update(self, step: int, values: dict[str, float]) -> bool:
+        """Count an evaluation; values: its metrics by name. Returns whether it is the best so far."""
+        if self.metric == NONE:
+            return False
+        value = values[self.metric]
+        better = self.value is None or (value < self.value if self.metric == LOSS else value > self.value)
+        if better and not math.isnan(value):
+            self.value, self.step, self.misses = value, step, 0
+            return True
+        self.misses += 1
+        return False
+
+    @property
+    def exhausted(self) -> bool:
+        return 0 < self.patience <= self.misses
+
+    def state(self) -> dict[str, Any]:
+        return {"metric": self.metric, "value": self.value, "step": self.step, "misses": self.misses}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """What a checkpoint knows; nothing, if it is about another metric."""
+        if state is not None and state["metric"] == self.metric:
+            self.value, self.step, self.misses = state["value"], state["step"], state["misses"]

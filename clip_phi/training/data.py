@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from ..batching.dataset import ImageReader, SampleDataset, SampleStream
 from ..batching.index import Index, load_index
-from ..batching.loader import Batches, FixedBatches, PackedBatches, PictureReader, TreeDataset, TreeStream
-from ..samples import Sample
-from ..sources.data import DataSource, parse_source
-from ..sources.mixture import Mixture
-from ..sources.report import Defect, Report, Skip
+from ..batching.sampler import Batches, FixedBatches, PackedBatches
+from ..data.mixture import Mixture
+from ..data.report import RecordError, Report, Skip
+from ..data.sample import Sample
+from ..data.source import DataSource, parse_source
 from .arguments import TrainingArguments
 
 STREAM_WARM_UP = 1000  # records of a stream before its share of bad ones means anything
@@ -23,36 +24,36 @@ class Data:
     """batches: None for a stream. held_out: validation sets by name. report: of what is trained on; what turns out
     bad in training goes there, too. fingerprint: of the samples and their weights."""
 
-    train: TreeDataset | TreeStream
+    train: SampleDataset | SampleStream
     batches: Batches | None
     held_out: dict[str, Index]
     report: Report
-    max_bad: float
+    max_bad_fraction: float
     fingerprint: str
 
     def awaited(self, order: Any, step: int) -> str:
         """What this process needs for a step, counted from 1; order: the EndlessSampler, or of a stream anything."""
-        if isinstance(self.train, TreeStream):
+        if isinstance(self.train, SampleStream):
             return f"step {step} waits for the stream"
         places = [index for pack in order.of_step(step - 1) for _, index in pack]
         named = ", ".join(self.train.origin(index) for index in places[:4])
         return f"step {step} needs {named}{f' and {len(places) - 4} more' if len(places) > 4 else ''}"
 
-    def count(self, num_branches: int, skips: list[Skip]) -> None:
+    def count(self, num_conversations: int, skips: list[Skip]) -> None:
         """One step met so many records that are whole, and these that are not.
 
-        Raises ValueError if more of all records are bad than --max_bad allows."""
+        Raises ValueError if more of all records are bad than --max_bad_fraction allows."""
         self.report.skip_once(skips)
         if self.batches is None:
-            self.report.records += num_branches + sum(skip.records for skip in skips)
+            self.report.records += num_conversations + sum(skip.records for skip in skips)
         if skips and (self.batches is not None or self.report.records > STREAM_WARM_UP):
-            self.report.refuse_bad(self.max_bad)
+            self.report.refuse_bad(self.max_bad_fraction)
 
 
 def read_data(
     arguments: TrainingArguments,
     processor: Any,
-    read: PictureReader,
+    read: ImageReader,
     rank: int,
     world_size: int,
     say: Callable[[str], Any],
@@ -69,7 +70,7 @@ def read_data(
     report = Report()
     if any(source.streaming for source in sources):
         samples = partial(_stream, sources[0], arguments.seed, rank, world_size)
-        train: TreeDataset | TreeStream = TreeStream(samples, read, processor, arguments.max_length)
+        train: SampleDataset | SampleStream = SampleStream(samples, read, processor, arguments.max_length)
         batches: Batches | None = None
         fingerprint = "stream"
         say(f"{sources[0].path} is streamed: what is wrong with it is counted as it comes")
@@ -78,26 +79,28 @@ def read_data(
         for source, index in zip(sources, indexes, strict=True):
             say(describe(source.name, index))
             report.add(index.report)
-        report.refuse_bad(arguments.max_bad)
+        report.refuse_bad(arguments.max_bad_fraction)
         if not held_out:
             indexes, held_out["held_out"] = hold_out(indexes, arguments.holdout_images)
             say(f"{len(held_out['held_out']):,} images are held out of training")
         empty = [source.name for source, index in zip(sources, indexes, strict=True) if not len(index)]
         if empty:
             raise ValueError(f"no sample to train on in {', '.join(empty)} (of {report.records:,} records)")
-        train = TreeDataset(indexes, read, arguments.branches_per_image)
+        train = SampleDataset(indexes, read, arguments.conversations_per_image)
         weights = [source.weight for source in sources if source.weight is not None]
         fingerprint = " ".join([*(index.fingerprint() for index in indexes), *map(str, weights)])
         mixture = Mixture([len(index) for index in indexes], weights or None, arguments.seed)
-        if arguments.tokens_per_step:
-            batches = PackedBatches(mixture, train.lengths(), arguments.tokens_per_step)
-            say(f"{batches.count(1):,} packs of {arguments.tokens_per_step:,} tokens an epoch, {batches.fill:.1%} full")
+        if arguments.max_tokens_per_batch:
+            batches = PackedBatches(mixture, train.lengths(), arguments.max_tokens_per_batch)
+            say(
+                f"{batches.count(1):,} packs of {arguments.max_tokens_per_batch:,} tokens an epoch, {batches.fill:.1%} full"
+            )
         else:
-            batches = FixedBatches(mixture, arguments.per_device_batch_size)
+            batches = FixedBatches(mixture, arguments.per_device_train_batch_size)
     for name, index in held_out.items():
         held_out[name] = _readable(index, read, arguments, name)
         say(describe(name, held_out[name]))
-    return Data(train, batches, held_out, report, arguments.max_bad, fingerprint)
+    return Data(train, batches, held_out, report, arguments.max_bad_fraction, fingerprint)
 
 
 def describe(name: str, index: Index) -> str:
@@ -125,7 +128,7 @@ def hold_out(indexes: list[Index], num_images: int) -> tuple[list[Index], Index]
     return kept, Index.concatenate(parts)
 
 
-def _readable(index: Index, read: PictureReader, arguments: TrainingArguments, name: str) -> Index:
+def _readable(index: Index, read: ImageReader, arguments: TrainingArguments, name: str) -> Index:
     """The first --max_eval_images samples, without those whose image cannot be read."""
     index = index.take(np.arange(min(len(index), arguments.max_eval_images)))
     good = []
@@ -137,10 +140,10 @@ def _readable(index: Index, read: PictureReader, arguments: TrainingArguments, n
             if image is not None:
                 read(image)
             good.append(number)
-        except Defect as defect:
+        except RecordError as defect:
             origin = index.sample(number).origins[0]
-            report.skip(Skip(defect.kind, origin, defect.detail, index.num_branches(number)))
-    report.refuse_bad(arguments.max_bad)
+            report.skip(Skip(defect.kind, origin, defect.detail, index.num_conversations(number)))
+    report.refuse_bad(arguments.max_bad_fraction)
     if not good:
         raise ValueError(f"nothing to evaluate on: no sample of {name} can be used\n{report.table()}")
     checked = index.take(np.array(good))
@@ -149,7 +152,7 @@ def _readable(index: Index, read: PictureReader, arguments: TrainingArguments, n
 
 
 def _stream(source: DataSource, seed: int, rank: int, world_size: int, report: Report) -> Iterator[Sample]:
-    from ..sources.tables import stream_table
+    from ..data.hf_dataset import stream_table
 
     samples = stream_table(
         source.path,

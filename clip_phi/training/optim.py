@@ -6,7 +6,7 @@ import torch
 from transformers import get_scheduler
 
 from .arguments import Stage2Arguments, TrainingArguments
-from .sharding import local
+from .fsdp import local
 
 
 def make_optimizer(model: torch.nn.Module, arguments: TrainingArguments, device: torch.device) -> torch.optim.Optimizer:

@@ -1,0 +1,131 @@
+"""Which samples make up which micro-batch: an endless, seeded order, planned ahead from token lengths."""
+
+import bisect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from ..data.mixture import Mixture
+
+
+def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Samples (by number) in packs of at most budget tokens: best fit decreasing. A longer sample is a pack alone.
+
+    Source: Johnson et al. 1974, "Worst-case performance bounds for simple one-dimensional packing algorithms"."""
+    packs: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (tokens left, pack), ascending
+    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
+        length = int(lengths[sample])
+        place = bisect.bisect_left(free, (length, -1))
+        if place < len(free):
+            left, pack = free.pop(place)
+        else:
+            left, pack = budget, len(packs)
+            packs.append([])
+        packs[pack].append(sample)
+        if left > length:
+            bisect.insort(free, (left - length, pack))
+    return packs
+
+
+class Batches(Protocol):
+    """The endless stream of micro-batches of all ranks; each is a list of (pass over its source, index)."""
+
+    def batch(self, number: int) -> list[tuple[int, int]]: ...
+
+    def count(self, num_train_epochs: float) -> int:
+        """Micro-batches in so many epochs."""
+        ...
+
+
+@dataclass
+class FixedBatches:
+    """size samples each, in the order of a mixture; without seams, so that the last of an epoch is full as well."""
+
+    mixture: Mixture
+    size: int
+
+    def batch(self, number: int) -> list[tuple[int, int]]:
+        return [self.mixture.place(position) for position in range(number * self.size, (number + 1) * self.size)]
+
+    def count(self, num_train_epochs: float) -> int:
+        return -int(-num_train_epochs * self.mixture.length // self.size)
+
+
+@dataclass
+class PackedBatches:
+    """As many samples as fit into budget tokens, planned from their lengths, epoch by epoch.
+
+    lengths: int (samples,), tokens of each. The order of a mixture is packed window by window, so that the mixture
+    stays mixed, and the packs of a window are shuffled, since the first hold the long samples."""
+
+    mixture: Mixture
+    lengths: np.ndarray
+    budget: int
+    window: int = 2000
+
+    def batch(self, number: int) -> list[tuple[int, int]]:
+        epoch = bisect.bisect_right(self._ends_until(lambda ends: ends[-1] > number), number)
+        return self._plan(epoch)[number - (self._ends[epoch - 1] if epoch else 0)]
+
+    def count(self, num_train_epochs: float) -> int:
+        whole = int(num_train_epochs)
+        ends = [0, *self._ends_until(lambda ends: len(ends) > whole)]
+        return ends[whole] + math.ceil((num_train_epochs - whole) * (ends[whole + 1] - ends[whole]))
+
+    @property
+    def fill(self) -> float:
+        """Share of the budget that is used in the first epoch."""
+        plan = self._plan(0)
+        return sum(int(self.lengths[index]) for pack in plan for _, index in pack) / (len(plan) * self.budget)
+
+    def __post_init__(self) -> None:
+        self._ends: list[int] = []  # of each epoch, the number of packs until its end
+        self._planned: tuple[int, list[list[tuple[int, int]]]] = (-1, [])
+
+    def _ends_until(self, enough: Callable[[list[int]], bool]) -> list[int]:
+        while not self._ends or not enough(self._ends):
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(self._plan(len(self._ends))))
+        return self._ends
+
+    def _plan(self, epoch: int) -> list[list[tuple[int, int]]]:
+        if self._planned[0] != epoch:
+            first, plan = epoch * self.mixture.length, []
+            for start in range(0, self.mixture.length, self.window):
+                stop = min(start + self.window, self.mixture.length)
+                places = [self.mixture.place(first + position) for position in range(start, stop)]
+                packs = plan_packs([self.lengths[index] for _, index in places], self.budget)
+                order = np.random.default_rng((self.mixture.seed, epoch, start)).permutation(len(packs))
+                plan += [[places[sample] for sample in packs[pack]] for pack in order]
+            self._planned = (epoch, plan)
+        return self._planned[1]
+
+
+@dataclass
+class EndlessSampler(Sampler):
+    """The micro-batches of one rank: a step takes the next gradient_accumulation_steps x world_size of the stream, so
+    a position in training is one integer, the step, and ranks and accumulation can be traded for one another."""
+
+    batches: Batches
+    gradient_accumulation_steps: int
+    num_steps: int
+    rank: int = 0
+    world_size: int = 1
+    first_step: int = 0
+
+    def __len__(self) -> int:
+        return (self.num_steps - self.first_step) * self.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.first_step, self.num_steps):
+            yield from self.of_step(step)
+
+    def of_step(self, step: int) -> Iterator[list[tuple[int, int]]]:
+        """Steps count from 0 here."""
+        for turn in range(self.gradient_accumulation_steps):
+            number = (step * self.gradient_accumulation_steps + turn) * self.world_size + self.rank
+            yield self.batches.batch(number)

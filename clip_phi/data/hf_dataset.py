@@ -1,0 +1,294 @@
+"""Tables: everything that Hugging Face `datasets` can load, from the Hub or from disk, whole or as a stream."""
+
+import glob
+import hashlib
+import os
+import sys
+import tarfile
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from .sample import File, Sample
+from .files import MediaFolder
+from .report import RecordError, Report
+from .schema import IMAGE_KEYS, Find, read_rows
+
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tar": "webdataset"}
+BUILDERS |= dict.fromkeys((".jsonl", ".json"), "json")
+LISTS = ("conversations", "messages", "prompt", "completion", "answers")
+BATCH_SIZE = 1000  # rows read at once
+BUFFER_SIZE = 1000  # rows that a stream is shuffled over, in memory with their images
+# What may have been done to a table since it was opened, without moving rows or columns inside the file.
+HARMLESS = {"slice", "cast", "select", "drop", "replace_schema_metadata"}
+
+
+def open_table(
+    path: str, *, split: str = "train", config: str | None = None, revision: str | None = None, streaming: bool = False
+) -> Any:
+    """A datasets.Dataset, or an IterableDataset if streaming; its images and recordings are not decoded.
+
+    path: a data set of the Hub (user/name), a file or glob (see BUILDERS; also as hf://datasets/user/name/file), or a
+    folder: of save_to_disk, or of any layout load_dataset knows. split: "train", "train[:10%]", "train+validation".
+    Raises OSError (no such file or data set, no network) or ValueError, in one line."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        dataset = _open(path, split, config, revision, streaming)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError, tarfile.TarError) as error:
+        cause: BaseException = error
+        while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        message = f"cannot read {path!r}, split {split!r}: {' '.join(str(cause).split()) or type(cause).__name__}"
+        if not os.path.exists(path) and Path(path).suffix not in BUILDERS:
+            message += "; there is no such folder here either"
+        raise (OSError if isinstance(cause, OSError) else ValueError)(message) from error
+    on_disk = os.path.exists(path) or Path(path).suffix in BUILDERS
+    dataset.info.dataset_name = Path(path).name if on_disk else path
+    if streaming:
+        return dataset.decode(False) if dataset.features else dataset
+    for column, feature in dataset.info.features.items():  # Dataset.cast would copy all images to a new file
+        _leave_encoded(feature)
+        dataset.info.features[column] = feature  # which notes that there is nothing to decode
+    return dataset
+
+
+def _open(path: str, split: str, config: str | None, revision: str | None, streaming: bool) -> Any:
+    import datasets
+
+    folder = Path(path)
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        saved = datasets.load_from_disk(path)
+        splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+        lengths = {name: len(part) for name, part in splits.items()}
+        pieces = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+        parts = [splits[piece.splitname].select(range(piece.from_ or 0, piece.to)) for piece in pieces]
+        dataset = datasets.concatenate_datasets(parts)
+        return dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset)))) if streaming else dataset
+    for archive in folder.rglob("*.tar") if folder.is_dir() else map(Path, glob.glob(path, recursive=True)):
+        if archive.suffix == ".tar" and not _has_end(archive):
+            raise ValueError(f"{archive} breaks off: download it again")
+    options = {"split": split, "streaming": streaming}
+    if folder.is_dir():  # an absolute path, since a folder may be called "parquet" or "json"
+        return datasets.load_dataset(os.path.abspath(path), config, **options)
+    if folder.suffix in BUILDERS:
+        if "://" not in path and not glob.glob(path, recursive=True) and not folder.exists():
+            raise FileNotFoundError("no such file")
+        return datasets.load_dataset(BUILDERS[folder.suffix], data_files=path, **options)
+    if folder.exists():
+        raise ValueError(f"a table is a folder or one of *{', *'.join(BUILDERS)}")
+    return datasets.load_dataset(path, config, revision=revision, **options)
+
+
+def _has_end(archive: Path) -> bool:
+    """A tar ends in zeros; without them tarfile takes what is there for the whole, unless a member is cut through."""
+    with open(archive, "rb") as file:
+        file.seek(max(0, archive.stat().st_size - 512))
+        return not file.read().strip(b"\0")
+
+
+def _leave_encoded(feature: Any) -> None:
+    import datasets
+
+    if isinstance(feature, dict):
+        for each in feature.values():
+            _leave_encoded(each)
+    elif isinstance(feature, datasets.List | datasets.LargeList):
+        _leave_encoded(feature.feature)
+    elif isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
+        feature.decode = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """An image that stands in a table, unread. row: in the table; size: of its bytes, None if it is only named."""
+
+    row: int
+    size: int | None
+    path: str | None
+
+
+def read_table(dataset: Any, media: MediaFolder, report: Report) -> Iterator[Sample]:
+    """Samples of a datasets.Dataset, in its order. Their origins are "name:row".
+
+    Images are not read: a Sample points into the Arrow file that `datasets` keeps, or holds the bytes where there is no
+    such file. If the images are names of files, all rows about one image are one Sample; otherwise each row is one."""
+    name = dataset.info.dataset_name or dataset.info.builder_name or "dataset"
+    table = dataset.data
+    with_bytes = [column for column in dataset.column_names if _holds_bytes(table.schema.field(column).type)]
+    images = [column for column in with_bytes if column in IMAGE_KEYS]
+    files = {column: _files(table, column) for column in images}
+    others = dataset.remove_columns(with_bytes).with_format(None)
+
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        for start in range(0, len(dataset), BATCH_SIZE):
+            stop = min(start + BATCH_SIZE, len(dataset))
+            columns = others[start:stop]
+            for column in images:
+                if dataset._indices is None:
+                    columns[column] = _cells(table.fast_slice(start, stop - start)[column], range(start, stop))
+                else:  # of a shuffled one; taking its rows together would copy the images
+                    places = dataset._indices.fast_slice(start, stop - start)[0].to_pylist()
+                    columns[column] = [_cells(table.fast_slice(place, 1)[column], [place])[0] for place in places]
+            for row in range(start, stop):
+                values = {column: values[row - start] for column, values in columns.items()}
+                yield f"{name}:{row}", _as_row(values, media)
+
+    find_in_row = _find(media)
+
+    def find(value: Any, column: str, what: str) -> File | bytes:
+        if not isinstance(value, _Cell):
+            return find_in_row(value, column, what)
+        if value.size is None:
+            return media.find(value.path, what)
+        if not value.size:
+            raise RecordError(f"{what} is empty")
+        key, *place = column.split("/")
+        first, path, skipped = files[key][bisect_right(files[key], value.row, key=lambda part: part[0]) - 1]
+        if path is not None:
+            return File(path, f"{value.row - first + skipped}/{column}")
+        cell = table.fast_slice(value.row, 1)[key].to_pylist()[0]
+        cell = cell[int(place[0])] if place else cell
+        return cell["bytes"] if isinstance(cell, dict) else cell
+
+    yield from read_rows(rows(), find, report, group=not images)
+
+
+def stream_table(
+    path: str, media: MediaFolder, report: Report, *, rank: int = 0, world_size: int = 1, seed: int = 0, **options: Any
+) -> Iterator[Sample]:
+    """One shuffled pass after another, without end; the records of the first go to the report.
+
+    A rank has its share of the files if they divide evenly, otherwise every world_size-th row. Inside a worker of
+    torch's DataLoader it has that worker's share of the files; a worker more than there are files ends at once. The
+    origin of a row is "name:key", or "name:digest" of its content, as its number is not known. options: those of
+    open_table. Raises ValueError if a pass gives no Sample, or a file breaks off."""
+    import torch.utils.data
+    from datasets.distributed import split_dataset_by_node
+
+    dataset = open_table(path, streaming=True, **options).shuffle(seed=seed, buffer_size=BUFFER_SIZE)
+    dataset = split_dataset_by_node(dataset, rank, world_size)
+    worker = torch.utils.data.get_worker_info()
+
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        try:
+            for values in dataset:
+                row = _as_row(values, media)
+                keys = (row.get(key) for key in ("__key__", "id", "question_id"))
+                key = next((key for key in keys if key is not None), None)
+                yield f"{dataset.info.dataset_name}:{_digest(row) if key is None else key}", row
+        except (ValueError, OSError, RuntimeError, tarfile.TarError) as error:
+            raise ValueError(f"cannot read on in {path!r}: {' '.join(str(error).split())}") from error
+
+    for epoch in count():
+        dataset.set_epoch(epoch)
+        counted, given = report if epoch == 0 else Report(), 0
+        for sample in read_rows(rows(), _find(media), counted, group=False):
+            given += 1
+            yield sample
+        if not given and not counted.records and worker is not None and worker.id > 0:
+            return
+        if not given:
+            raise ValueError(f"{path!r} gives nothing to train on to rank {rank} of {world_size}\n{counted.table()}")
+
+
+def _digest(row: dict[str, Any]) -> str:
+    image = next((row[key] for key in IMAGE_KEYS if key in row), None)
+    data = image.get("bytes") if isinstance(image, dict) else None
+    return hashlib.blake2b(data or repr(row).encode(errors="replace"), digest_size=6).hexdigest()
+
+
+def _find(media: MediaFolder) -> Find:
+    """For values as they stand in a row: bytes, a name, or {"bytes", "path"} with one of them."""
+
+    def find(value: Any, column: str, what: str) -> File | bytes:
+        if isinstance(value, Mapping):
+            value = value["path"] if value.get("bytes") is None else value["bytes"]
+        if value == b"":
+            raise RecordError(f"{what} is empty")
+        return value if isinstance(value, bytes) else media.find(value, what)
+
+    return find
+
+
+def _as_row(values: dict[str, Any], media: MediaFolder) -> dict[str, Any]:
+    """A row of a table, in which every row has all columns, as rows.py wants it."""
+    row = {key: _none_if_null(value) if key in IMAGE_KEYS else value for key, value in values.items()}
+    row = {key: value for key, value in row.items() if value is not None}
+    if isinstance(row.get("json"), dict):  # webdataset: x.jpg beside x.json, which may name the image once more
+        has_image = any(key in row for key in IMAGE_KEYS)
+        inner = {key: value for key, value in row.pop("json").items() if value is not None}
+        row = {key: value for key, value in inner.items() if not (has_image and key in IMAGE_KEYS)} | row
+    for key in LISTS:  # what was once Sequence({...}) is a dict of lists
+        value = row[key] if isinstance(row.get(key), dict) else {}
+        lengths = {len(each) if isinstance(each, list) else -1 for each in value.values()}
+        if len(lengths) == 1 and -1 not in lengths:
+            row[key] = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+    file_name, url = row.get("file_name"), row.get("coco_url")
+    if isinstance(file_name, str) and isinstance(url, str):  # .../train2017/000000000009.jpg
+        try:
+            media.find(file_name)
+        except RecordError:
+            row["file_name"] = "/".join(url.split("/")[-2:])
+    return row
+
+
+def _none_if_null(image: Any) -> Any:
+    if isinstance(image, list):
+        return [_none_if_null(each) for each in image]
+    return None if isinstance(image, dict) and all(each is None for each in image.values()) else image
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Of an Arrow type: binary, {"bytes": binary, ...}, or a list of these."""
+    import pyarrow.types as types
+
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _holds_bytes(kind.value_type)
+    if types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _cells(column: Any, rows: range | list[int]) -> list[Any]:
+    """Of each row of a pyarrow.ChunkedArray the _Cell, a list of them, or None; the bytes stay on disk."""
+    import pyarrow.compute as compute
+    import pyarrow.types as types
+
+    if types.is_struct(column.type):
+        sizes = compute.binary_length(compute.struct_field(column, "bytes")).to_pylist()
+        has_path = column.type.get_field_index("path") >= 0
+        paths = compute.struct_field(column, "path").to_pylist() if has_path else [None] * len(sizes)
+    elif types.is_binary(column.type) or types.is_large_binary(column.type):
+        sizes = compute.binary_length(column).to_pylist()
+        paths = [None] * len(sizes)
+    else:
+        lengths = compute.list_value_length(column).to_pylist()
+        owners = [row for row, length in zip(rows, lengths, strict=True) for _ in range(length or 0)]
+        items = iter(_cells(compute.list_flatten(column), owners))
+        return [None if length is None else [next(items) for _ in range(length)] for length in lengths]
+    parts = zip(rows, sizes, paths, strict=True)
+    return [None if size is None and path is None else _Cell(row, size, path) for row, size, path in parts]
+
+
+def _files(table: Any, column: str) -> list[tuple[int, str | None, int]]:
+    """Of each part of the table: its first row, the Arrow file the column lies in (None: none), and its row there."""
+    from datasets.table import ConcatenationTable, MemoryMappedTable
+
+    files: list[tuple[int, str | None, int]] = []
+    first = 0
+    for tables in table.blocks if isinstance(table, ConcatenationTable) else [[table]]:
+        part = next(each for each in tables if column in each.column_names)
+        path, skipped = None, 0
+        on_disk = isinstance(part, MemoryMappedTable) and part.path.endswith(".arrow")
+        if on_disk and all(name in HARMLESS for name, _, _ in part.replays):
+            path = part.path
+            skipped = sum(arguments[0] for name, arguments, _ in part.replays if name == "slice")
+        files.append((first, path, skipped))
+        first += len(part)
+    return files

@@ -1,0 +1,92 @@
+"""Sample: one image and what is said about it. The shape that every source gives and that both stages train on."""
+
+import os
+import zipfile
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+
+class File(NamedTuple):
+    """Where the bytes of an image or a recording are. A plain value: workers open it, nothing is held open in it.
+
+    path: a file; or a zip archive or an Arrow file of `datasets`, in which member says what is meant: the name inside
+    the archive, or "row/column", "row/column/place" for a list, of the Arrow file."""
+
+    path: str
+    member: str | None = None
+
+    def __str__(self) -> str:
+        return self.path if self.member is None else f"{self.path}!{self.member}"
+
+    def read(self) -> bytes:
+        """Raises OSError, zipfile.BadZipFile or KeyError if it cannot be read."""
+        if self.member is None:
+            with open(self.path, "rb") as file:
+                return file.read()
+        if self.path.endswith(".arrow"):
+            row, column, *place = self.member.split("/")
+            value = _open_arrow(self.path, os.getpid())[int(row)][column].to_pylist()[0]
+            value = value[int(place[0])] if place else value
+            return value["bytes"] if isinstance(value, dict) else value
+        return _open_zip(self.path, os.getpid()).read(self.member)
+
+
+# Both are kept open, by process: forked workers must not share the position in one open file.
+@lru_cache(maxsize=16)
+def _open_zip(path: str, process: int) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+@lru_cache(maxsize=256)
+def _open_arrow(path: str, process: int) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_file(path).with_format("arrow")
+
+
+# The text of a turn whose question is spoken, and stands in the transcript alone. Trained on and asked with.
+SPOKEN_INSTRUCTION = "Answer the spoken question."
+
+
+class Turn(NamedTuple):
+    """One utterance. speech: a recording that comes before the text of a user's turn; transcript: what is said in it.
+    references: all accepted answers to a question, where a data set has several; text is the one that is learnt."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+    transcript: str | None = None
+    speech: File | bytes | None = None
+    references: tuple[str, ...] = ()
+
+
+Conversation = tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An image (None for a text-only record) and its branches: independent conversations about it.
+
+    Stage 1: five branches of one assistant's turn each, the captions. Stage 2: one or more conversations.
+    origins: "file:record" of each branch, for every message about it."""
+
+    image: File | bytes | None
+    conversations: tuple[Conversation, ...]
+    origins: tuple[str, ...]
+
+
+def as_messages(conversation: Conversation, has_image: bool) -> list[dict[str, Any]]:
+    """A branch in the chat format of transformers, its image (as a placeholder) before everything that is said."""
+    messages: list[dict[str, Any]] = []
+    for turn in conversation:
+        content = [{"type": "text", "text": turn.text}]
+        if turn.transcript is not None:
+            content.insert(0, {"type": "transcript", "text": turn.transcript})
+        messages.append({"role": turn.role, "content": content})
+    if has_image:
+        image = {"type": "image"}
+        if messages and messages[0]["role"] == "user":
+            messages[0]["content"].insert(0, image)
+        else:
+            messages.insert(0, {"role": "user", "content": [image]})
+    return messages

@@ -1,0 +1,394 @@
+"""Whether this installation and machine can train and serve, and how to mend what is amiss."""
+
+import json
+import os
+import platform
+import resource
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..environment import describe_environment, installed_version
+
+GB = 10**9
+PYTHONS = ((3, 11), (3, 13))  # the first and the last that the tests run on
+SHARED_MEMORY = Path("/dev/shm")
+# Where a container's limit stands: version 2 of cgroups, and version 1.
+MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+class Check(NamedTuple):
+    """status: ok, note (works, but look) or problem. remedy: what to do; empty if ok."""
+
+    status: str
+    name: str
+    found: str
+    remedy: str = ""
+
+
+def doctor(as_json: bool, debug: bool) -> int:
+    """Print every check, a line each as it comes, or one json object. Returns 1 if there is a problem, else 0.
+
+    debug: raise the error of a check that cannot be made, instead of reporting it. No token or other secret is ever
+    printed."""
+    checks = []
+    for check in examine(debug):
+        checks.append(check)
+        if not as_json:
+            arrow = f" -> {check.remedy}" if check.remedy else ""
+            print(f"{check.status:<8} {check.name:<16} {check.found}{arrow}", flush=True)
+    problems, notes = (sum(check.status == status for check in checks) for status in ("problem", "note"))
+    if as_json:
+        found = {"checks": [check._asdict() for check in checks], "problems": problems}
+        print(json.dumps({"environment": _environment(), **found}))
+    else:
+        print(f"{len(checks)} checks: {problems or 'no'} problems, {notes or 'no'} notes")
+    return 1 if problems else 0
+
+
+def examine(debug: bool = False) -> Iterator[Check]:
+    """Make all checks. One that fails, for what is broken here can break it too, is a problem itself."""
+    for check in CHECKS:
+        try:
+            yield from check()
+        except Exception as error:
+            if debug:
+                raise
+            name = check.__name__.removeprefix("check_").replace("_", " ")
+            yield Check("problem", name, _one_line(error), "mend what is named above; --debug shows the traceback")
+
+
+def check_python() -> Iterator[Check]:
+    version = platform.python_version()
+    if PYTHONS[0] <= tuple(map(int, platform.python_version_tuple()[:2])) <= PYTHONS[1]:
+        yield Check("ok", "python", version)
+    else:
+        first, last = (".".join(map(str, each)) for each in PYTHONS)
+        remedy = f"make a virtual environment with Python {first} to {last}"
+        yield Check("problem", "python", f"{version}, which is not tested", remedy)
+
+
+def check_copies() -> Iterator[Check]:
+    used, here = Path(__file__).resolve().parents[1], Path.cwd().resolve() / "clip_phi"
+    if (here / "__init__.py").is_file() and used != here:
+        yield Check("note", "clip_phi", f"{used}, not the one in this folder", "pip install -e .")
+    else:
+        yield Check("ok", "clip_phi", str(used))
+
+
+def check_packages() -> Iterator[Check]:
+    """What the package declares to need, and what its extras add."""
+    from packaging.requirements import Requirement  # comes with transformers
+
+    try:
+        needed = [Requirement(text) for text in requires("clip-phi") or []]
+    except PackageNotFoundError:
+        yield Check("note", "packages", "clip-phi is not installed: what it needs is not known", "pip install -e .")
+        return
+    seen = set()
+    for requirement in needed:
+        name, marker = requirement.name, str(requirement.marker or "")
+        extra = marker.partition("extra == ")[2].strip('"')
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+        if extra == "dev" or name in seen or not applies:
+            continue
+        seen.add(name)
+        version = installed_version(name)
+        if version is not None and requirement.specifier.contains(version, prereleases=True):
+            yield Check("ok", name, version)
+        elif version is None and extra:
+            yield Check("note", name, "not installed, and not needed for all", f"pip install 'clip-phi[{extra}]'")
+        else:
+            found = f"{version or 'not installed'}, but {requirement.specifier} is needed"
+            yield Check("problem", name, found, f'pip install "{name}{requirement.specifier}"')
+
+
+def check_torch_companions() -> Iterator[Check]:
+    """transformers imports these where they are installed, and fails if they are made for another torch."""
+    for name in ("torchvision", "torchaudio"):
+        version = installed_version(name)
+        if version is None:
+            continue
+        try:
+            import_module(name)
+        except Exception as error:  # RuntimeError, OSError or ImportError, depending on what differs
+            torch = installed_version("torch")
+            wanted = next((each for each in requires(name) or [] if each.startswith("torch=")), "another torch")
+            found = f"{version} is made for {wanted}, and here is {torch}: {_one_line(error)}"
+            remedy = f"pip uninstall {name} (Clip-Phi does without), or install the one for torch {torch}"
+            yield Check("problem", name, found, remedy)
+        else:
+            yield Check("ok", name, version)
+
+
+def check_device() -> Iterator[Check]:
+    import torch
+
+    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(number)
+        free, total = torch.cuda.mem_get_info(number)
+        found = f"{torch.cuda.get_device_name(number)}, {free / GB:.1f} of {total / GB:.1f} GB free"
+        if major >= 8:
+            yield Check("ok", f"cuda:{number}", found)
+        else:
+            found += f"; capability {major}.{minor} emulates bf16, and has no attention kernel for packs"
+            yield Check("note", f"cuda:{number}", found, "accelerate launch --mixed_precision fp16")
+    if torch.cuda.is_available():
+        return
+    if shutil.which("nvidia-smi") is None:
+        remedy = "enough for the demo; 'clip-phi plan' says what the real model needs"
+        yield Check("note", "device", "the CPU: there is no NVIDIA driver here", remedy)
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        yield Check("note", "device", "the CPU: CUDA_VISIBLE_DEVICES hides the GPU", "unset CUDA_VISIBLE_DEVICES")
+    elif torch.version.cuda is None:
+        found = f"nvidia-smi is here, but torch {torch.__version__} is built without CUDA"
+        yield Check("problem", "device", found, "install a CUDA build: https://pytorch.org/get-started/locally")
+    else:
+        found = f"nvidia-smi is here, but torch, built for CUDA {torch.version.cuda}, sees no GPU"
+        yield Check("problem", "device", found, "update the NVIDIA driver; a container needs docker run --gpus all")
+
+
+def check_bitsandbytes() -> Iterator[Check]:
+    """Its absence is told with the packages."""
+    if installed_version("bitsandbytes") is None:
+        return
+    import torch
+    from bitsandbytes import cextension
+
+    if torch.cuda.is_available() and not cextension.lib.compiled_with_cuda:
+        remedy = "pip install --upgrade bitsandbytes; until then --optimizer adamw without --quantization"
+        yield Check("problem", "8-bit optimizer", f"bitsandbytes has no library for CUDA {torch.version.cuda}", remedy)
+    else:
+        yield Check("ok", "8-bit optimizer", "on CUDA" if torch.cuda.is_available() else "on the CPU, for tests")
+
+
+def check_threads() -> Iterator[Check]:
+    import torch
+
+    threads, wanted = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    found = f"{threads} in each process, OMP_NUM_THREADS={wanted or ''}"
+    if wanted is None and 1 < threads <= 8 and not torch.cuda.is_available():
+        found += "; they spin while they wait, and slow down the other processes"
+        yield Check("note", "OpenMP threads", found, "export OMP_NUM_THREADS=1")
+    else:
+        yield Check("ok", "OpenMP threads", found)
+
+
+def check_memory() -> Iterator[Check]:
+    amounts = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in map(Path, MEMORY_LIMITS):
+        text = limit.read_text().strip() if limit.is_file() else "max"
+        amounts += [int(text)] if text != "max" else []
+    found = f"{min(amounts) / GB:.1f} GB"
+    if min(amounts) < 8 * GB:
+        remedy = "a larger machine, or a higher limit (docker run --memory); the demo needs 2 GB"
+        yield Check("note", "memory", f"{found}: not enough to load phi-2", remedy)
+    else:
+        yield Check("ok", "memory", found)
+    if SHARED_MEMORY.is_dir():
+        size = shutil.disk_usage(SHARED_MEMORY).total
+        found = f"{size / GB:.2f} GB in {SHARED_MEMORY}"
+        if size < GB:
+            found += ", through which workers hand over pictures"
+            yield Check("note", "shared memory", found, "docker run --shm-size=8g, or --num_workers 0")
+        else:
+            yield Check("ok", "shared memory", found)
+
+
+def check_disk() -> Iterator[Check]:
+    from huggingface_hub import constants
+
+    for name, wanted, path in (("folder", 1, Path.cwd()), ("Hub cache", 10, Path(constants.HF_HUB_CACHE))):
+        existing = next(each for each in (path, *path.parents) if each.exists())
+        move = (
+            "set HF_HOME to a folder on a larger disk" if name == "Hub cache" else "give --output_dir on a larger disk"
+        )
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                free = shutil.disk_usage(existing).free
+        except OSError as error:
+            remedy = "make it writable, or set HF_HOME" if name == "Hub cache" else "go to a folder of your own"
+            status = "problem" if name == "Hub cache" else "note"
+            yield Check(status, name, f"{path} cannot be written: {error.strerror}", remedy)
+            continue
+        found = f"{path}, {free / GB:.1f} GB free"
+        if free < wanted * GB:
+            yield Check("note", name, f"{found}; phi-2 is 5.6 GB" if name == "Hub cache" else found, move)
+        else:
+            yield Check("ok", name, found)
+
+
+def check_hub() -> Iterator[Check]:
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        yield Check("note", "Hub", "HF_HUB_OFFLINE is set: nothing is downloaded", "unset HF_HUB_OFFLINE to download")
+    else:
+        yield Check("ok", "Hub", constants.ENDPOINT)
+    if get_token():  # never printed
+        yield Check("ok", "Hub token", "there is one")
+    else:
+        yield Check("note", "Hub token", "none, and public models need none", "hf auth login, to push a model")
+
+
+def check_open_files() -> Iterator[Check]:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < 1024:
+        yield Check("note", "open files", f"at most {limit}, which many workers can exceed", "ulimit -n 4096")
+    else:
+        yield Check("ok", "open files", "no limit" if limit == resource.RLIM_INFINITY else f"at most {limit}")
+
+
+def check_accelerate() -> Iterator[Check]:
+    """Accelerate's own default, which a launch without --config_file takes."""
+    import yaml
+    from accelerate.commands.config import config_args
+
+    path = Path(config_args.default_config_file)
+    config = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    kind = config.get("distributed_type", "NO")
+    version = (config.get("fsdp_config") or {}).get("fsdp_version", 1)
+    if kind == "DEEPSPEED" or (kind == "FSDP" and version != 2):
+        found = f"{path} asks for {kind}{' version 1' if kind == 'FSDP' else ''}, which does not train Clip-Phi"
+        yield Check("note", "accelerate yaml", found, "accelerate launch --config_file accelerate_config.yaml")
+    else:
+        yield Check("ok", "accelerate yaml", f"{path} ({kind})" if path.is_file() else "no default of your own")
+
+
+def check_attention() -> Iterator[Check]:
+    from transformers import AttentionInterface
+
+    from ..batching.attention import PACKED_ATTENTION, has_varlen_kernel, packed_attention
+
+    assert AttentionInterface()[PACKED_ATTENTION] is packed_attention
+    kernel = "torch's varlen kernel" if has_varlen_kernel(*_device_and_dtype()) else "SDPA"
+    yield Check("ok", "attention", f"{PACKED_ATTENTION}, by {kernel}")
+
+
+def check_training_step() -> Iterator[Check]:
+    """One step of stage 1 on a tiny random model: the projector must move, and all else must not."""
+    import torch
+
+    from ..batching.encode import Encoded
+    from ..batching.packing import build_shared_prefix, pack_samples
+    from ..training.arguments import Stage1Arguments
+    from ..training.optim import make_optimizer
+
+    device, dtype = _device_and_dtype()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, pixels = _tiny_model().to(device, dtype).train(), torch.randn(2, 3, 32, 32)
+    model.model.projector.float()
+    conversations = [Encoded([5, 6, 7, 8], [-100, 6, 7, 8]), Encoded([9, 10], [9, 10])]
+    image = [model.config.image_token_id] * 4
+    pack = pack_samples(
+        [build_shared_prefix(conversations, image, "a"), build_shared_prefix(conversations[:1], image, "b")], pixels, 0
+    ).to(device)
+    optimizer = make_optimizer(model, Stage1Arguments(stage=1), device)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        loss = model(**pack.inputs, use_cache=False, num_items_in_batch=pack.num_supervised).loss
+    loss.backward()
+    optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    wrong = sorted(moved ^ {name for name in before if ".projector." in name})
+    found = f"on {device.type} in {str(dtype).removeprefix('torch.')}: loss {loss.item():.3f}"
+    if not loss.isfinite():
+        yield Check("problem", "training step", f"{found} is not finite", "install the versions of constraints.txt")
+    elif wrong:
+        found += f"; frozen weights moved, or trained ones did not: {', '.join(wrong[:3])}"
+        yield Check("problem", "training step", found, "install the versions of constraints.txt")
+    else:
+        yield Check("ok", "training step", found)
+
+
+def check_speech() -> Iterator[Check]:
+    """What hears and speaks; the absence of its packages is told with the packages."""
+    if all(map(installed_version, ("av", "faster-whisper"))):
+        import av
+        import numpy as np
+        from faster_whisper.vad import get_speech_timestamps
+
+        missing = {"mp3", "flac", "aac", "opus", "vorbis", "pcm_s16le"} - av.codecs_available
+        assert not get_speech_timestamps(np.zeros(16_000, np.float32)), "voices in silence"
+        if missing:
+            found = f"PyAV {av.__version__} cannot decode {', '.join(sorted(missing))}"
+            yield Check("note", "speech in", found, "pip install --force-reinstall av")
+        else:
+            yield Check("ok", "speech in", "files are decoded, and voices told from silence")
+    if installed_version("hibari-tts"):
+        from ..speech.tts import make_speaker
+
+        yield Check("ok", "speech out", f"{make_speaker().speak('Hello.').seconds:.1f} s of 'Hello.'")
+
+
+def check_whisperx() -> Iterator[Check]:
+    """A Python environment of its own, which is only there if it was asked for."""
+    from ..speech.whisperx import ABOUT, REQUIREMENT, check, default_folder, find_installation
+
+    folder = default_folder()
+    if not folder.exists():
+        yield Check("note", "WhisperX", "not installed; faster-whisper hears without it", "clip-phi speech install")
+        return
+    again = "clip-phi speech install"
+    try:
+        found = find_installation()
+        version = check(found)
+    except OSError as error:
+        what = _one_line(error) if (folder / ABOUT).exists() else f"{folder} is not whole"
+        yield Check("problem", "WhisperX", what, again)
+        return
+    about = f"{version} ({found.form} form) in {folder}"
+    if f"whisperx=={version}" != REQUIREMENT:
+        yield Check("note", "WhisperX", f"{about}, not the {REQUIREMENT} that is tested", again)
+    else:
+        yield Check("ok", "WhisperX", about)
+
+
+CHECKS = (
+    *(check_python, check_copies, check_packages, check_torch_companions, check_device, check_bitsandbytes),
+    *(check_threads, check_memory, check_disk, check_hub, check_open_files, check_accelerate, check_attention),
+    *(check_speech, check_whisperx, check_training_step),
+)
+
+
+def _device_and_dtype() -> tuple[Any, Any]:
+    """Where training would run, and the precision of its frozen weights there."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), torch.float32
+    modern = torch.cuda.get_device_capability() >= (8, 0)
+    return torch.device("cuda"), torch.bfloat16 if modern else torch.float16
+
+
+def _tiny_model() -> Any:
+    """A CLIP tower and a Phi decoder of random weights; 64 x 64 weights between are what Adam8bit holds in 8 bits."""
+    from transformers import CLIPVisionConfig, PhiConfig
+
+    from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
+
+    from ..batching.attention import PACKED_ATTENTION
+
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision, text = CLIPVisionConfig(**shape, image_size=32, patch_size=16), PhiConfig(**shape, vocab_size=128)
+    model = ClipPhiForCausalLM(ClipPhiConfig(vision_config=vision, text_config=text, image_token_id=127))
+    model.freeze_backbones()
+    model.model.projector.requires_grad_(True)
+    model.set_attn_implementation({"text_config": PACKED_ATTENTION})
+    return model
+
+
+def _environment() -> dict[str, Any]:
+    try:
+        return describe_environment()
+    except Exception as error:  # without torch, or with a broken one
+        return {"error": _one_line(error)}
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -1,0 +1,534 @@
+"""A window to look through: what the model really sees of a data set, and what is wrong with it."""
+
+import argparse
+import base64
+import html
+import io
+import json
+import os
+import re
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import groupby, islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..batching.encode import IGNORE_INDEX
+from ..batching.images import load_image, pixel_hash
+from ..data.report import NUM_EXAMPLES, RecordError, Report, Skip
+from ..data.sample import File
+from ..data.source import DataSource, parse_source
+
+if TYPE_CHECKING:
+    from ..batching.index import Index
+
+DEMO_BACKBONES = Path(__file__).resolve().parents[2] / "examples" / "demo_backbones"
+CHUNK = 16  # images that a process is given at once
+WINDOW = 256  # images for each process that are under way, which may be bytes
+ALIKE = 7  # of 64 bits, by which two copies of a picture may differ; two drawn scenes differ in 12 at least
+NUM_BINS = 10  # of the histogram, at most
+THUMBNAIL = 256  # pixels
+COLUMNS, SHEET = 4, 24  # pictures side by side in a png, and in all of it, at most
+STYLE = """\
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
+section { border-top: 1px solid #bbb; padding: 1em 0; overflow: auto; }
+img { float: right; margin-left: 1em; image-rendering: pixelated; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f4f4; color: #222; padding: .5em; }
+mark { background: #b6ecb6; font-weight: bold; }
+td { vertical-align: top; white-space: pre-wrap; padding-right: 1em; overflow-wrap: anywhere; }
+small { color: #666; overflow-wrap: anywhere; }
+"""
+
+
+def inspect(options: argparse.Namespace, demo_checkpoint: str) -> None:
+    """Run clip-phi inspect; options are those of its command line. demo_checkpoint: the first choice of a tokenizer.
+
+    Raises ValueError or OSError if the data cannot be read at all; what is wrong with a record is shown."""
+    files = [path for path in (options.json, options.html, options.png) if path]
+    if missing := [path for path in files if not Path(path).absolute().parent.is_dir()]:
+        raise ValueError(f"no folder for {', '.join(missing)}")
+    sources, held_out = _parse(options.data), _parse(options.val)
+    processor, name, context = load_processor(options.checkpoint, demo_checkpoint)
+    max_length = min(options.max_length, context or options.max_length)
+    if max_length < options.max_length:
+        print(f"--max_length is cut to the decoder's context, {max_length}, as it is in training", file=sys.stderr)
+    from ..batching.index import load_index
+
+    indexes = [load_index(source, processor, max_length) for source in sources]
+    total = sum(map(len, indexes))
+    if options.sample >= max(total, 1):
+        raise ValueError(f"--sample {options.sample}: there are {total:,} samples, from 0 on")
+    summary = None
+    rows: list[tuple[str, str]] = []
+    if options.summary or options.json or options.val:
+        others = [load_index(source, processor, max_length) for source in held_out]
+        about = {"data": options.data, "val": options.val, "processor": name, "max_length": max_length}
+        summary = about | summarise(options.data, indexes, others, options.num_workers)
+        rows = list(table(summary))
+        print("\n".join(_line(f"{label:<20} {value}").rstrip() for label, value in rows))
+    if options.json:
+        Path(options.json).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+    def shown() -> Iterator[Shown]:
+        return show(indexes, processor, options.sample, options.num)
+
+    if options.html:
+        with open(options.html, "w", encoding="utf-8") as file:
+            file.writelines(page(" ".join(options.data), rows, shown()))
+    if options.png:
+        draw(options.png, indexes, islice(shown(), SHEET))
+    if summary is None and not (options.html or options.png):
+        colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        for sample in shown():
+            print(as_text(sample, colored))
+        if total == 0:
+            print(
+                f"no sample can be used, of {sum(index.report.records for index in indexes):,} records: see --summary"
+            )
+
+
+def _parse(texts: list[str]) -> list[DataSource]:
+    sources = [parse_source(text) for text in texts]
+    for text, source in zip(texts, sources, strict=True):
+        if source.streaming:
+            raise ValueError(f"a stream cannot be inspected: drop streaming=true from {text}")
+    if missing := [path for source in sources for path in source.problems()]:
+        raise ValueError(f"not found (looked in {Path.cwd()}): {', '.join(missing)}")
+    return sources
+
+
+def load_processor(checkpoint: str | None, demo_checkpoint: str) -> tuple[Any, str, int | None]:
+    """The processor, what it is called, and the decoder's context, if the checkpoint tells it. Says which it is.
+
+    checkpoint: a folder or Hub id; None for the demo's, or else for the backbones that come with the project. Raises
+    ValueError or OSError if it cannot be loaded."""
+    if checkpoint is None and not Path(demo_checkpoint).is_dir() and not DEMO_BACKBONES.is_dir():
+        raise ValueError(f"neither {demo_checkpoint} nor {DEMO_BACKBONES} is there: name a tokenizer with --checkpoint")
+    from transformers import AutoConfig
+
+    from modeling_clip_phi import ClipPhiConfig, ClipPhiProcessor
+
+    if checkpoint is None and not Path(demo_checkpoint).is_dir():
+        vision, text = str(DEMO_BACKBONES / "vision"), str(DEMO_BACKBONES / "text")
+        processor, config = ClipPhiProcessor.from_backbones(vision, text), AutoConfig.from_pretrained(text)
+        name, why = text, f" (there is no {demo_checkpoint}; --checkpoint chooses another)"
+    else:
+        name, why = checkpoint or demo_checkpoint, "" if checkpoint else " (--checkpoint chooses another)"
+        try:
+            processor = ClipPhiProcessor.from_pretrained(name)
+        except (ValueError, OSError) as error:
+            raise OSError(f"--checkpoint {name} is no Clip-Phi processor: {error}") from error
+        alone = Path(name).is_dir() and not (Path(name) / "config.json").exists()  # a processor without a model
+        config = None if alone else ClipPhiConfig.from_pretrained(name)
+    print(f"tokenizer: {name}{why}", file=sys.stderr)
+    context = config.get_text_config(decoder=True).max_position_embeddings if config is not None else None
+    return processor, name, context
+
+
+# Samples
+
+
+class Piece(NamedTuple):
+    """Neighbouring tokens of a branch that are all supervised, or all not, as text."""
+
+    text: str
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One sample as the model sees it. picture: its image's name and size, or what is wrong with it.
+    image: a small one."""
+
+    title: str
+    counts: str
+    picture: str
+    image: Image.Image | None
+    origins: tuple[str, ...]
+    conversations: list[list[Piece]]
+
+
+def show(indexes: Sequence["Index"], processor: Any, first: int, number: int) -> Iterator[Shown]:
+    """So many samples from the first on, counted over all indexes."""
+    total = sum(map(len, indexes))
+    places = ((index, row) for index in indexes for row in range(len(index)))
+    for sample, (index, row) in enumerate(islice(places, first, first + number), start=first):
+        yield _show(index, row, f"sample {sample:,} of {total:,}", processor)
+
+
+def _show(index: "Index", row: int, title: str, processor: Any) -> Shown:
+    source, encoded = index.image(row), index.encoded(row)
+    image, picture = None, "no image"
+    prefix = index.prefix if source is not None else []
+    if source is not None:
+        name = str(source) if isinstance(source, File) else f"{len(source):,} bytes"
+        try:
+            image = load_image(source)
+            picture = f"{name}, {image.width} x {image.height} pixels"
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+        except RecordError as defect:
+            picture = f"{defect} (training skips this sample)"
+    ignored = [IGNORE_INDEX] * len(prefix)
+    conversations = [_pieces(prefix + ids, ignored + labels, processor) for ids, labels in encoded]
+    tokens = len(prefix) + sum(len(ids) for ids, _ in encoded)
+    supervised = sum(label != IGNORE_INDEX for _, labels in encoded for label in labels)
+    counts = f"{tokens:,} tokens, {supervised:,} of them supervised ({supervised / tokens:.1%})"
+    return Shown(title, counts, picture, image, index.sample(row).origins, conversations)
+
+
+def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[Piece]:
+    """Decoded from the beginning each time: some tokenizers drop the space before what they take for a first word."""
+    pieces, stop, before = [], 0, ""
+    kinds = [
+        (token == processor.image_token_id, label != IGNORE_INDEX) for token, label in zip(ids, labels, strict=True)
+    ]
+    for (is_image, supervised), run in groupby(kinds):
+        length = len(list(run))
+        stop += length
+        text = processor.tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        piece = f"{processor.image_token}×{length}" if is_image else _plain(text.removeprefix(before))
+        pieces.append(Piece(piece.replace("\n", "⏎\n"), supervised))
+        before = text
+    return pieces
+
+
+def as_text(sample: Shown, colored: bool) -> str:
+    """For the terminal: what is supervised in bold green, or between brackets."""
+    start, end = ("\033[1;32m", "\033[0m") if colored else ("⟦", "⟧")
+    lines = [sample.title, f"image: {_line(sample.picture)}", sample.counts]
+    for origin, pieces in zip(sample.origins, sample.conversations, strict=True):
+        text = "".join(f"{start}{piece.text}{end}" if piece.supervised else piece.text for piece in pieces)
+        lines += [f"- {_line(origin)}", text]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Data are from the web: what a terminal would obey, or nobody would see, is shown by its number."""
+    return "".join(
+        each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+def _line(text: str) -> str:
+    return _plain(text).replace("\n", "⏎")
+
+
+# The summary
+
+
+class ImageCheck(NamedTuple):
+    """Of opening an image: pixels is their hash and look the perceptual one, or else kind and detail say what is
+    wrong."""
+
+    pixels: str = ""
+    look: int = 0
+    kind: str = ""
+    detail: str = ""
+
+
+def summarise(
+    texts: Sequence[str], indexes: Sequence["Index"], held_out: Sequence["Index"], num_workers: int
+) -> dict[str, Any]:
+    """For json: what training would use of the indexes, all together. Every image is opened and decoded.
+
+    texts: what the indexes are called. held_out: validation data, whose images are looked for in the indexes.
+    records is always branches + the sum of skipped. images counts names, and a name once, in however many samples."""
+    names, places, numbers = _find_images([*indexes, *held_out])
+    images = ((indexes[i] if i < len(indexes) else held_out[i - len(indexes)]).image(row) for i, row in places)
+    outcomes = list(tqdm(check_images(images, num_workers), total=len(names), unit="image", dynamic_ncols=True))
+    report, sources = Report(), []
+    measures, used_images = [np.zeros((0, 4), np.int64)], [np.zeros(0, np.int64)]
+    for text, index, its_images in zip(texts, indexes, numbers, strict=False):
+        found = Report()
+        found.add(index.report)
+        measured = measure(index)
+        used = np.ones(len(index), bool)
+        for row, number in enumerate(its_images):
+            if number >= 0 and not outcomes[number].pixels:
+                used[row] = False
+                origin = index.sample(row).origins[0]
+                found.skip(Skip(outcomes[number].kind, origin, outcomes[number].detail, int(measured[row, 0])))
+        sources.append(
+            {"data": text, "records": found.records, "skipped": found.num_skipped, "samples": int(used.sum())}
+        )
+        measures.append(measured[used])
+        used_images.append(its_images[used])
+        report.add(found)
+    lengths = np.concatenate(measures)[:, 2]
+    conversations, turns, tokens, supervised = (int(count) for count in np.concatenate(measures).sum(axis=0))
+    pictures = np.concatenate(used_images)
+    pictures = pictures[pictures >= 0]
+    distinct, first_names = np.unique(pictures), dict[str, str]()
+    equal = []
+    for number in distinct:
+        first = first_names.setdefault(outcomes[number].pixels, names[number])
+        if first != names[number]:
+            equal.append((names[number], first))
+    return {
+        "sources": sources,
+        "samples": len(lengths),
+        "images": len(distinct),
+        "branches": conversations,
+        "turns": turns,
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "share_supervised": round(supervised / max(tokens, 1), 4),
+        "lengths": describe_lengths(lengths),
+        **report.as_dict(),
+        "duplicates": {
+            "images": len(equal),
+            "samples": len(pictures) - len(first_names),
+            "examples": [f"{name} = {first}" for name, first in equal[:NUM_EXAMPLES]],
+        },
+        "leakage": _leakage(numbers[len(indexes) :], names, outcomes, first_names) if held_out else None,
+    }
+
+
+def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], list[tuple[int, int]], list[np.ndarray]]:
+    """Names of the distinct images, where each is met first (index, row), and the number of each index' samples' images
+    among them, int64 (samples,), -1 for no image."""
+    found: dict[str, int] = {}
+    places: list[tuple[int, int]] = []
+    numbers = []
+    for place, index in enumerate(indexes):
+        its_images = np.full(len(index), -1, np.int64)
+        for row, name in enumerate(index.image_names()):
+            if name is None and index.has_image(row):
+                name = f"image in {index.sample(row).origins[0]}"
+            if name is not None:
+                if name not in found:
+                    found[name] = len(found)
+                    places.append((place, row))
+                its_images[row] = found[name]
+        numbers.append(its_images)
+    return list(found), places, numbers
+
+
+def check_images(images: Iterable[File | bytes | None], num_workers: int) -> Iterator[ImageCheck]:
+    """Open and decode them all, in their order, in so many processes (0: in this one)."""
+    if num_workers == 0:
+        for image in images:
+            yield _check(image)
+        return
+    images = iter(images)
+    # Not forked from this process, which has threads of torch and of the tokenizer, but from one that has none.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(num_workers, context) as pool:
+        try:
+            while window := list(islice(images, WINDOW * num_workers)):
+                yield from pool.map(_check, window, chunksize=CHUNK)
+        except BrokenProcessPool as error:
+            raise OSError("a process that decodes images died: too little memory? Try fewer --num_workers") from error
+
+
+def _check(image: File | bytes | None) -> ImageCheck:
+    assert image is not None
+    try:
+        picture = load_image(image)
+        return ImageCheck(pixel_hash(picture), difference_hash(picture))
+    except RecordError as defect:
+        return ImageCheck(kind=defect.kind, detail=defect.detail)
+
+
+def measure(index: "Index") -> np.ndarray:
+    """int64 (samples, 4): branches, turns, tokens (the image's once), supervised tokens of each sample."""
+    rows = [np.zeros((0, 3), np.int64)]
+    for batch in index.table.to_batches():
+        labels = batch.column("labels")
+        stops = np.concatenate([[0], np.cumsum(labels.flatten().to_numpy() != IGNORE_INDEX)])
+        ends = np.cumsum(labels.value_lengths().to_numpy())
+        conversations = batch.column("lengths").value_lengths().to_numpy()
+        turns = [sum(map(len, json.loads(text))) for text in batch.column("branches").to_pylist()]
+        rows.append(np.stack([conversations, np.array(turns, np.int64), np.diff(stops[ends], prepend=0)], axis=1))
+    counts = np.concatenate(rows)
+    return np.insert(counts, 2, index.num_tokens(), axis=1)
+
+
+def describe_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
+    """Of tokens per sample. 95 % of the samples are no longer than p95. histogram: samples by range."""
+    if not len(lengths):
+        return None
+    low, high = int(lengths.min()), int(lengths.max())
+    width = -(-(high - low + 1) // NUM_BINS)
+    counts = np.bincount((lengths - low) // width)
+    firsts = [low + width * place for place in range(len(counts))]
+    bins = {f"{first}-{first + width - 1}": int(count) for first, count in zip(firsts, counts, strict=True)}
+    return {
+        "min": low,
+        "median": float(np.median(lengths)),
+        "mean": round(float(lengths.mean()), 2),
+        "p95": int(np.percentile(lengths, 95, method="inverted_cdf")),
+        "max": high,
+        "histogram": bins,
+    }
+
+
+def _leakage(
+    held_out: Sequence[np.ndarray], names: list[str], outcomes: list[ImageCheck], trained: dict[str, str]
+) -> dict[str, Any]:
+    """Held-out images, by number, that are among those that are trained on: with equal pixels; or else looking the
+    same, as another copy of a picture does; or else with COCO's number of one."""
+    numbers = [number for number in np.unique(np.concatenate(held_out)) if number >= 0]
+    readable = [number for number in numbers if outcomes[number].pixels]
+    equal = {number: trained[outcomes[number].pixels] for number in readable if outcomes[number].pixels in trained}
+    looks = {outcome.pixels: outcome.look for outcome in outcomes if outcome.pixels in trained}
+    find = _LookAlikes([(looks[pixels], name) for pixels, name in trained.items()])
+    others = [number for number in readable if number not in equal]
+    alike = {number: found for number in others if (found := find(outcomes[number].look)) is not None}
+    by_id = {found: name for name in trained.values() if (found := coco_id(name)) is not None}
+    ids = {number: coco_id(names[number]) or "" for number in others if number not in alike}
+    same_id = {number: by_id[found] for number, found in ids.items() if found in by_id}
+
+    def examples(found: dict[Any, str]) -> list[str]:
+        return [f"{names[number]} = {name}" for number, name in list(found.items())[:NUM_EXAMPLES]]
+
+    return {
+        "images": len(equal),
+        "val_images": len(readable),
+        "unreadable": len(numbers) - len(readable),
+        "examples": examples(equal),
+        "look_alikes": len(alike),
+        "look_alike_examples": examples(alike),
+        "same_ids": len(same_id),
+        "same_id_examples": examples(same_id),
+    }
+
+
+def difference_hash(image: Image.Image) -> int:
+    """64 bits: whether each of 8 x 8 gray values is brighter than its left neighbour, in an image made 9 x 8.
+
+    A copy that is compressed or scaled anew differs in a few bits, another picture in about half of them. Source:
+    dHash, Neal Krawetz, "Kind of Like That", hackerfactor.com, 2013."""
+    gray = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.LANCZOS), dtype=np.int16)
+    return int.from_bytes(np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes(), "big")
+
+
+class _LookAlikes:
+    """Finds, for a difference hash, the name of the nearest one that is at most ALIKE bits away.
+
+    Two hashes of eight bytes that differ in seven bits or fewer have a byte in common, so only those are compared."""
+
+    def __init__(self, known: Sequence[tuple[int, str]]):
+        self.known = known
+        self.places: dict[tuple[int, int], list[int]] = {}
+        for number, (look, _) in enumerate(known):
+            for key in enumerate(look.to_bytes(8, "big")):
+                self.places.setdefault(key, []).append(number)
+
+    def __call__(self, look: int) -> str | None:
+        near = {number for key in enumerate(look.to_bytes(8, "big")) for number in self.places.get(key, ())}
+        distances = [((self.known[number][0] ^ look).bit_count(), number) for number in near]
+        distance, number = min(distances, default=(64, -1))
+        return self.known[number][1] if distance <= ALIKE else None
+
+
+def coco_id(name: str) -> str | None:
+    """The twelve digits by which COCO names an image in 2014 and in 2017; None for other names."""
+    found = re.search(r"(?<!\d)(\d{12})\.\w+$", name)
+    return found[1] if found else None
+
+
+def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The summary as rows of a label and a text."""
+    for source in summary["sources"]:
+        yield "data", "{data}: {samples:,} samples of {records:,} records, {skipped:,} skipped".format(**source)
+    for label in ("records", "branches", "samples", "images", "turns", "tokens"):
+        yield label, f"{summary[label]:,}"
+    yield "supervised tokens", f"{summary['supervised_tokens']:,} ({summary['share_supervised']:.1%})"
+    if lengths := summary["lengths"]:
+        text = "min {min:,}, median {median:,.0f}, mean {mean:,.1f}, 95 % {p95:,}, max {max:,}"
+        yield "tokens per sample", text.format(**lengths)
+        most = max(lengths["histogram"].values())
+        for bin, count in lengths["histogram"].items():
+            yield f"  {bin}", f"{count:>9,} {'█' * -(-40 * count // most)}"
+    for what in ("skipped", "repaired"):
+        yield what, f"{sum(summary[what].values()):,}"
+        for kind, count in sorted(summary[what].items(), key=lambda entry: (-entry[1], entry[0])):
+            yield f"  {count:,}", kind
+            yield from (("", f"  {example}") for example in summary["examples"][kind])
+    duplicates, leakage = summary["duplicates"], summary["leakage"]
+    yield (
+        "duplicates",
+        "{images:,} images equal another one, {samples:,} samples show what another shows".format(**duplicates),
+    )
+    yield from (("", f"  {example}") for example in duplicates["examples"])
+    if leakage:
+        yield "leakage", "{images:,} of {val_images:,} validation images are trained on".format(**leakage)
+        yield from (("", f"  {example}") for example in leakage["examples"])
+        for kind, what in (
+            ("look_alike", "look like an image that is"),
+            ("same_id", "have the number of an image that is"),
+        ):
+            if leakage[f"{kind}s"]:
+                yield "", f"  {leakage[f'{kind}s']:,} more {what}"
+                yield from (("", f"  {example}") for example in leakage[f"{kind}_examples"])
+        if leakage["unreadable"]:
+            yield "", f"  {leakage['unreadable']:,} more cannot be read"
+
+
+# Files to look at
+
+
+def page(title: str, rows: Sequence[tuple[str, str]], samples: Iterable[Shown]) -> Iterator[str]:
+    """One html file that needs no other, piece by piece."""
+    text: Callable[[str], str] = lambda value: html.escape(_line(value))  # noqa: E731
+    yield f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{text(title)}</title>\n'
+    yield f"<style>\n{STYLE}</style>\n</head>\n<body>\n<h1>{text(title)}</h1>\n"
+    if rows:
+        cells = "".join(f"<tr><td>{text(label)}</td><td>{text(value)}</td></tr>\n" for label, value in rows)
+        yield f"<table>\n{cells}</table>\n"
+    for sample in samples:
+        yield f"<section>\n<h2>{sample.title}</h2>\n"
+        if sample.image is not None:
+            yield f'<img src="{_data_uri(sample.image)}" alt="">\n'
+        yield f"<p>{text(sample.picture)}<br>{sample.counts}</p>\n"
+        for origin, pieces in zip(sample.origins, sample.conversations, strict=True):
+            texts = [(html.escape(piece.text), piece.supervised) for piece in pieces]
+            body = "".join(f"<mark>{each}</mark>" if supervised else each for each, supervised in texts)
+            yield f"<small>{text(origin)}</small>\n<pre>{body}</pre>\n"
+        yield "</section>\n"
+    yield "</body>\n</html>\n"
+
+
+def _data_uri(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def draw(path: str, indexes: Sequence["Index"], samples: Iterable[Shown]) -> None:
+    """Histograms of tokens and of supervised tokens per sample, and below them pictures with their first answer."""
+    from matplotlib.figure import Figure
+
+    samples = list(samples)
+    rows = max(1, -(-len(samples) // COLUMNS))
+    figure = Figure(figsize=(10, 3 + 3 * rows), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1, rows])
+    top, sheet = parts
+    counts = np.concatenate([measure(index) for index in indexes])
+    for axes, column, label in zip(top.subplots(1, 2), (2, 3), ("tokens", "supervised tokens"), strict=True):
+        axes.hist(counts[:, column], bins=40, color="tab:blue")
+        axes.set(xlabel=f"{label} per sample", ylabel="samples")
+    grid = sheet.subplots(rows, COLUMNS, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, sample in zip(grid, samples, strict=False):
+        if sample.image is not None:
+            axes.imshow(sample.image)
+        answer = next((piece.text for piece in sample.conversations[0] if piece.supervised), "")
+        under = f"{sample.title}\n{textwrap.fill(textwrap.shorten(answer, 100), 30)}"
+        axes.set_title(under, y=-0.02, va="top", fontsize=8, parse_math=False)  # a caption may hold two $
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a box stands where the font lacks a letter
+        figure.savefig(path, dpi=110, format="png")
