@@ -51,7 +51,7 @@ class PackLayout(NamedTuple):
 
 
 def make_pack_layout(conversation_ids: Sequence[Sequence[int]]) -> PackLayout:
-    """conversation_ids: of each tree, of each of its tokens: 0 in the prefix, 1, 2, ... in the branches; none is empty."""
+    """conversation_ids: of each sample and token: 0 in the prefix, 1, 2, ... in the conversations; none is empty."""
     lengths = [len(ids) for ids in conversation_ids]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     buckets, back, filled = [], torch.empty(int(starts[-1]), dtype=torch.long), 0

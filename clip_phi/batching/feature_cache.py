@@ -37,7 +37,7 @@ def image_key(source: File | bytes) -> bytes:
     They tell a file by path, size and modification time; a member of a zip archive by these of the archive, its name
     and the checksum in the archive's directory; a cell of an Arrow file by these of the file and its place; bytes by
     themselves. So an image that is touched or moved is computed anew, and one that is overwritten with another of its
-    size, its time set back by hand, is not noticed. Raises RecordError, as load_image does, if there is no such file."""
+    size, its time set back by hand, is not noticed. Raises RecordError if there is no such file."""
     if isinstance(source, bytes):
         return hashlib.blake2b(source, digest_size=KEY_BYTES, person=b"bytes").digest()
     with source_defects(str(source)):

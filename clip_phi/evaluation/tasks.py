@@ -24,8 +24,8 @@ WORD_RANGES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 12), (13, 20), (21, None))
 
 
 class Item(NamedTuple):
-    """What is asked about an image. image: its number in EvalSet.images. question: None for a caption. transcript: what is
-    said before it; of a spoken question, the question itself."""
+    """What is asked about an image. image: its number in EvalSet.images. question: None for a caption. transcript: what
+    is said before it; of a spoken question, the question itself."""
 
     image: int
     question: str | None
@@ -84,8 +84,8 @@ def read_exam(
 ) -> EvalSet:
     """The items that the sources have for a task, about their first num_images images (None: all).
 
-    Every image is opened, and left out and counted if it cannot be. Raises ValueError if more than max_bad_fraction of the
-    records are bad, or if nothing is left."""
+    Every image is opened, and left out and counted if it cannot be. Raises ValueError if more than max_bad_fraction of
+    the records are bad, or if nothing is left."""
     report = Report()
     return make_eval_set(task, read_samples(sources, report), report, num_images, max_bad_fraction)
 
