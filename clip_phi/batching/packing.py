@@ -19,8 +19,8 @@ from .encode import IGNORE_INDEX, Encoded
 class SharedPrefixSample:
     """A Sample as token ids; all lists are int and tokens long, but for the last two, which are supervised long.
 
-    conversation_ids: 0 in the prefix, 1, 2, ... in the rest. kept: the positions whose next token is supervised; the end
-    of the prefix is kept once for each branch that begins there. targets: those next tokens."""
+    conversation_ids: 0 in the prefix, 1, 2, ... in the rest. kept: the positions whose next token is supervised; the
+    end of the prefix is kept once for each branch that begins there. targets: those next tokens."""
 
     input_ids: list[int]
     position_ids: list[int]

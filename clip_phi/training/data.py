@@ -92,9 +92,8 @@ def read_data(
         mixture = Mixture([len(index) for index in indexes], weights or None, arguments.seed)
         if arguments.max_tokens_per_batch:
             batches = PackedBatches(mixture, train.lengths(), arguments.max_tokens_per_batch)
-            say(
-                f"{batches.count(1):,} packs of {arguments.max_tokens_per_batch:,} tokens an epoch, {batches.fill:.1%} full"
-            )
+            budget, fill = arguments.max_tokens_per_batch, batches.fill
+            say(f"{batches.count(1):,} packs of {budget:,} tokens an epoch, {fill:.1%} full")
         else:
             batches = FixedBatches(mixture, arguments.per_device_train_batch_size)
     for name, index in held_out.items():
