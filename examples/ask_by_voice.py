@@ -13,8 +13,8 @@ from clip_phi.batching.images import load_image
 from clip_phi.data.sample import SPOKEN_INSTRUCTION
 from clip_phi.serving.engine import Engine
 from clip_phi.speech.asr import make_transcriber
-from clip_phi.speech.audio import load_clip
-from clip_phi.speech.tts import join, make_speaker, write_wav
+from clip_phi.speech.audio import load_audio
+from clip_phi.speech.tts import join, make_tts, write_wav
 
 
 def main() -> None:
@@ -26,17 +26,17 @@ def main() -> None:
     parser.add_argument("--speech_model", default="base.en")
     arguments = parser.parse_args()
 
-    picture, clip = load_image(arguments.picture), load_clip(arguments.question)
+    picture, clip = load_image(arguments.picture), load_audio(arguments.question)
     with closing(make_transcriber(model=arguments.speech_model)) as transcriber:
         question = transcriber.transcribe(clip).text
     if not question:
         raise SystemExit(f"nobody speaks in {arguments.question}")
     print(f"heard: {question}")
 
-    engine, speaker = Engine(arguments.checkpoint), make_speaker()
+    engine, tts = Engine.from_pretrained(arguments.checkpoint), make_tts()
     words = engine.stream(SPOKEN_INSTRUCTION, picture, max_new_tokens=64, transcript=question)
     sentences = []
-    for speech in speaker.stream(words):  # the first sentence is spoken while the second is being written
+    for speech in tts.stream(words):  # the first sentence is spoken while the second is being written
         sentences.append(speech)
         print(f"said {speech.seconds:.1f} s")
     write_wav(arguments.answer, join(sentences))

@@ -22,7 +22,7 @@ from PIL import Image
 from clip_phi.cli import main
 from clip_phi.data.synthetic import draw_scene, sample_scene
 from clip_phi.serving.engine import Engine, Limits, as_prompt
-from clip_phi.serving.modalities import Parts, find_parts
+from clip_phi.serving.modalities import Modalities, load_modalities
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 pytestmark = pytest.mark.browser
@@ -33,7 +33,7 @@ SECONDS = 20_000  # milliseconds that anything on the page may take
 
 
 class Senses:
-    """Parts that need no other package: they note what they are given."""
+    """Modalities that need no other package: they note what they are given."""
 
     def __init__(self):
         self.heard: list[bytes] = []
@@ -76,7 +76,7 @@ def senses():
 def address(engine, senses):
     from clip_phi.serving.chat import CSS, _theme, make_page
 
-    parts = Parts(senses.hear, senses.speak, senses.draw, ["no way to sing: pip install 'clip-phi[song]'"])
+    parts = Modalities(senses.hear, senses.speak, senses.draw, ["no way to sing: pip install 'clip-phi[song]'"])
     page = make_page(engine, parts)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -360,7 +360,7 @@ def test_two_people_have_conversations_of_their_own(open_page, engine, files):
 
 
 def test_parts_that_are_not_installed_or_not_asked_for_are_named():
-    parts = find_parts(None, None, None, None)
+    parts = load_modalities(None, None, None, None)
     assert parts.missing == [
         "no way to hear: start with --speech_model",
         "no way to speak: start with --voice",

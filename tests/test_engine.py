@@ -12,7 +12,7 @@ from PIL import Image
 
 from clip_phi.evaluation.generate import generate_texts
 from clip_phi.serving.engine import Busy, Closed, Engine, Limits, _choose, as_prompt
-from clip_phi.serving.kv_cache import RowCache, TensorCache
+from clip_phi.serving.kv_cache import BatchCache, TensorCache
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 
@@ -382,7 +382,7 @@ def test_four_bits_are_held_by_bitsandbytes(tmp_path):
 
 
 def test_rows_move_grow_and_are_copied_without_touching_each_other():
-    cache = RowCache(2, 1, 4, torch.float32, torch.device("cpu"))
+    cache = BatchCache(2, 1, 4, torch.float32, torch.device("cpu"))
     states = torch.arange(2 * 1 * 3 * 4, dtype=torch.float32).reshape(2, 1, 3, 4)  # rows, heads, tokens, width
     cache.reserve(2, 3)
     mask = cache.at(0, torch.tensor([[0, 1, 2], [0, 1, 2]]), 3)

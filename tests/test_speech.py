@@ -22,12 +22,12 @@ from clip_phi.serving.engine import Engine
 from clip_phi.speech import spoken_data as speech_data
 from clip_phi.speech import whisperx as worker
 from clip_phi.speech.asr import make_transcriber
-from clip_phi.speech.audio import Clip, clip_from_array, load_clip
+from clip_phi.speech.audio import AudioClip, audio_from_array, load_audio
 from clip_phi.speech.transcript import Segment, Transcript
 from clip_phi.speech.tts import (
-    SentenceSpeaker,
+    TextToSpeech,
     Speech,
-    make_speaker,
+    make_tts,
     split_sentences,
     write_wav,
 )
@@ -47,11 +47,11 @@ def image_file(tmp_path_factory):
 @pytest.mark.parametrize(
     ("module", "call", "extra"),
     [
-        ("av", lambda: load_clip(b"RIFF"), "speech"),
-        ("av", lambda: clip_from_array(np.ones(100, np.float32), 16_000), "speech"),
+        ("av", lambda: load_audio(b"RIFF"), "speech"),
+        ("av", lambda: audio_from_array(np.ones(100, np.float32), 16_000), "speech"),
         ("faster_whisper", lambda: make_transcriber(), "speech"),
-        ("hibari", lambda: make_speaker(), "speech"),
-        ("diffusers", lambda: __import__("clip_phi.serving.text_to_image").picture.Drawer("user/name"), "draw"),
+        ("hibari", lambda: make_tts(), "speech"),
+        ("diffusers", lambda: __import__("clip_phi.serving.text_to_image").picture.TextToImage("user/name"), "draw"),
     ],
 )
 def test_a_missing_package_names_its_extra(module, call, extra, monkeypatch):
@@ -96,13 +96,13 @@ def test_whisperx_that_is_not_installed_is_an_error_and_no_other_engine(tmp_path
 )
 def test_an_array_that_is_no_sound_is_one_line(samples, rate, message):
     with pytest.raises(ValueError, match=message):
-        clip_from_array(samples, rate)
+        audio_from_array(samples, rate)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
 def test_a_clip_of_no_length_is_refused(seconds):
     with pytest.raises(ValueError, match="max_seconds must be a number above 0"):
-        clip_from_array(np.zeros(10), 16_000, seconds)
+        audio_from_array(np.zeros(10), 16_000, seconds)
 
 
 # --- Speaking ---
@@ -122,7 +122,7 @@ def test_sentences_come_as_soon_as_they_are_complete():
     assert list(sentences) == ['"I am 3.5 m. tall." e.g. this!', "A line"]
 
 
-class Toy(SentenceSpeaker):
+class Toy(TextToSpeech):
     """Says every letter as one sample; knows no z, and whispers y to silence."""
 
     voice, sampling_rate = "toy", 8_000
@@ -176,7 +176,7 @@ def vits(tmp_path_factory):
 
 
 def test_a_model_of_the_pipeline_speaks_the_same_twice(vits):
-    speaker = make_speaker(vits)
+    speaker = make_tts(vits)
     first, second = speaker.speak("abc de"), speaker.speak("abc de")
     assert first.sampling_rate == speaker.sampling_rate == 8_000
     assert first.samples.ndim == 1 and first.samples.dtype == np.float32 and len(first.samples) > 10
@@ -280,7 +280,7 @@ def llava(tmp_path, monkeypatch):
 
 def test_each_distinct_question_is_spoken_once_and_what_cannot_be_said_stays_typed(llava):
     toy, output = Toy(), llava.with_name("spoken.json")
-    found = speech_data.speak_questions(llava, output, toy)
+    found = speech_data.synthesize_questions(llava, output, toy)
     assert (found.questions, found.spoken, found.recordings, found.new, found.unspeakable) == (4, 3, 2, 2, 1)
     turns = [record["conversations"][0] for record in json.loads(output.read_text())]
     assert [turn["value"] for turn in turns] == [
@@ -292,20 +292,20 @@ def test_each_distinct_question_is_spoken_once_and_what_cannot_be_said_stays_typ
     assert turns[0]["speech"] == turns[1]["speech"] != turns[2]["speech"] and "speech" not in turns[3]
     assert {path.name for path in (llava.parent / "spoken").iterdir()} == {turn["speech"] for turn in turns[:3]}
     toy.said.clear()
-    assert speech_data.speak_questions(llava, output, toy).new == 0 and toy.said == ["zzz"]
+    assert speech_data.synthesize_questions(llava, output, toy).new == 0 and toy.said == ["zzz"]
 
 
 def test_a_share_is_chosen_by_the_seed(llava):
     def spoken(share, seed):
         output = llava.with_name("part.json")
-        speech_data.speak_questions(llava, output, Toy(), share, seed)
+        speech_data.synthesize_questions(llava, output, Toy(), share, seed)
         return ["speech" in record["conversations"][0] for record in json.loads(output.read_text())]
 
     assert spoken(0.5, 1) == spoken(0.5, 1) and not any(spoken(0, 0))
     assert len({tuple(spoken(0.5, seed)) for seed in range(8)}) > 1
     for share, output, message in ((2, "x.json", "between 0 and 1"), (1, "data.json", "must go to another file")):
         with pytest.raises(ValueError, match=message):
-            speech_data.speak_questions(llava, llava.with_name(output), Toy(), share)
+            speech_data.synthesize_questions(llava, llava.with_name(output), Toy(), share)
 
 
 class ToyEar:
@@ -330,8 +330,8 @@ class ToyEar:
 @pytest.fixture
 def spoken(llava, monkeypatch):
     output = llava.with_name("spoken.json")
-    speech_data.speak_questions(llava, output, Toy())
-    monkeypatch.setattr(speech_data, "load_clip", lambda file, seconds: Clip(np.zeros(len(file.read())), False))
+    speech_data.synthesize_questions(llava, output, Toy())
+    monkeypatch.setattr(speech_data, "load_audio", lambda file, seconds: AudioClip(np.zeros(len(file.read())), False))
     return f"llava:{output},recordings={output.with_suffix('')}"
 
 
@@ -497,7 +497,7 @@ def make_worker(environment, model="tiny", language=None, words=False, **seconds
 
 
 def sound(kind=0, length=160):
-    return Clip(np.full(length, kind / 100, np.float32), False)
+    return AudioClip(np.full(length, kind / 100, np.float32), False)
 
 
 def test_the_worker_hears_whatever_whisperx_prints_and_sends_no_telemetry(environment):

@@ -23,8 +23,8 @@ from clip_phi.data.sample import SPOKEN_INSTRUCTION, File
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.speech.asr import make_transcriber
-from clip_phi.speech.audio import SAMPLING_RATE, Clip, clip_from_array, load_clip
-from clip_phi.speech.tts import Speech, join, make_speaker, write_wav
+from clip_phi.speech.audio import SAMPLING_RATE, AudioClip, audio_from_array, load_audio
+from clip_phi.speech.tts import Speech, join, make_tts, write_wav
 from clip_phi.tools.doctor import examine
 
 pytestmark = pytest.mark.speech
@@ -41,7 +41,7 @@ def whisper():
 
 @pytest.fixture(scope="module")
 def speaker():
-    return make_speaker()
+    return make_tts()
 
 
 @pytest.fixture(scope="module")
@@ -106,16 +106,16 @@ def test_files_bytes_members_and_arrays_give_the_same_samples(tmp_path):
     (tmp_path / "a.wav").write_bytes(data)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("in/a.wav", data)
-    clip = load_clip(tmp_path / "a.wav")
+    clip = load_audio(tmp_path / "a.wav")
     assert clip.samples.dtype == np.float32 and clip.samples.shape == (8000,) and not clip.truncated
     assert clip.seconds == 0.5 and 0.28 < clip.samples.max() < 0.32  # the mean of both channels
     for source in (str(tmp_path / "a.wav"), data, File(str(tmp_path / "a.wav")), File(f"{tmp_path}/a.zip", "in/a.wav")):
-        assert np.array_equal(load_clip(source).samples, clip.samples)
+        assert np.array_equal(load_audio(source).samples, clip.samples)
     for array in (samples, samples.astype(np.float32) / 32768, samples.astype(np.int32) * 65536):
-        found = clip_from_array(array, 44_100)
+        found = audio_from_array(array, 44_100)
         assert found.samples.shape == (8000,) and np.abs(found.samples - clip.samples).max() < 2e-3
     unsigned = (samples[:, 0] // 256 + 128).astype(np.uint8)
-    assert np.abs(clip_from_array(unsigned, 44_100).samples).max() < 0.2
+    assert np.abs(audio_from_array(unsigned, 44_100).samples).max() < 0.2
 
 
 def test_the_first_seconds_are_taken_and_the_cut_is_told():
@@ -126,7 +126,7 @@ def test_the_first_seconds_are_taken_and_the_cut_is_told():
         (3, 0.5, 0.5, True),
     ):
         data = wav(tone(seconds), SAMPLING_RATE)
-        for clip in (load_clip(data, limit), clip_from_array(tone(seconds), SAMPLING_RATE, limit)):
+        for clip in (load_audio(data, limit), audio_from_array(tone(seconds), SAMPLING_RATE, limit)):
             assert (clip.seconds, clip.truncated) == (length, truncated), (seconds, limit)
 
 
@@ -141,21 +141,21 @@ def test_no_more_is_decoded_than_is_taken(tmp_path):
         seconds = []
         for _ in range(3):
             began = time.perf_counter()
-            clip = load_clip(tmp_path / name)
+            clip = load_audio(tmp_path / name)
             seconds.append(time.perf_counter() - began)
         assert clip.seconds == 10 and clip.truncated and min(seconds) < 0.3, (name, seconds)
 
 
 def test_odd_sounds_are_heard_right(tmp_path):
     eight = tone(0.5, 48_000, 8)  # 7.1
-    assert load_clip(wav(eight, 48_000)).seconds == 0.5
-    assert load_clip(wav(tone(0.5, 8_000), 8_000)).samples.shape == (8000,)
-    assert load_clip(wav(tone(0.5, 192_000), 192_000)).samples.shape == (8000,)
-    assert not load_clip(wav(np.zeros((8000, 1), np.int16), SAMPLING_RATE)).samples.any()
+    assert load_audio(wav(eight, 48_000)).seconds == 0.5
+    assert load_audio(wav(tone(0.5, 8_000), 8_000)).samples.shape == (8000,)
+    assert load_audio(wav(tone(0.5, 192_000), 192_000)).samples.shape == (8000,)
+    assert not load_audio(wav(np.zeros((8000, 1), np.int16), SAMPLING_RATE)).samples.any()
     whole = encoded(tmp_path / "a.mp3", tone(2, 44_100), 44_100).read_bytes()
-    half = load_clip(whole[: len(whole) // 2])
+    half = load_audio(whole[: len(whole) // 2])
     assert 0.5 < half.seconds < 1.2
-    half = load_clip(wav(tone(2), SAMPLING_RATE)[:32_044])
+    half = load_audio(wav(tone(2), SAMPLING_RATE)[:32_044])
     assert half.seconds == 1
 
 
@@ -197,7 +197,7 @@ def test_what_is_no_sound_is_one_line_that_names_it(silent_video, tmp_path):
     }
     for source, message in bad.items():
         with pytest.raises(ValueError, match=rf"({message})(: | in )\d+ bytes") as caught:
-            load_clip(source)
+            load_audio(source)
         assert "\n" not in str(caught.value)
     for path, message in (
         (silent_video, f"no sound in {silent_video}: it has video only"),
@@ -211,13 +211,13 @@ def test_what_is_no_sound_is_one_line_that_names_it(silent_video, tmp_path):
         (File(str(tmp_path / "none.wav")), "missing sound"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_clip(path)
+            load_audio(path)
 
 
 def test_damage_behind_the_beginning_ends_the_clip_and_is_told(tmp_path):
     data = bytearray(encoded(tmp_path / "a.flac", tone(4, 44_100), 44_100, "flac").read_bytes())
     data[len(data) // 2 :] = np.random.default_rng(0).bytes(len(data) - len(data) // 2)
-    clip = load_clip(bytes(data))
+    clip = load_audio(bytes(data))
     assert 1 < clip.seconds < 4.1
     rng = np.random.default_rng(1)
     source = encoded(tmp_path / "b.mp3", tone(1, 44_100), 44_100).read_bytes()
@@ -226,7 +226,7 @@ def test_damage_behind_the_beginning_ends_the_clip_and_is_told(tmp_path):
         for place in rng.integers(0, len(damaged), 30):
             damaged[place] = rng.integers(256)
         try:
-            assert len(load_clip(bytes(damaged)).samples)
+            assert len(load_audio(bytes(damaged)).samples)
         except ValueError as error:
             assert "\n" not in str(error) and f"{len(source)} bytes" in str(error)
 
@@ -236,22 +236,22 @@ def test_a_search_for_sound_comes_to_an_end(tmp_path, monkeypatch):
     os.truncate(tmp_path / "zeros.wav", 2**34)  # FFmpeg would look for one more chunk of the file to its end
     monkeypatch.setattr("clip_phi.speech.audio.PATIENCE_SECONDS", 0.5)
     with pytest.raises(ValueError, match="not a sound: .*zeros.wav: no sound was found within 0.5 seconds"):
-        load_clip(tmp_path / "zeros.wav")
+        load_audio(tmp_path / "zeros.wav")
 
 
 # --- AsrSettings and speaking ---
 
 
 def test_words_have_places_and_silence_and_noise_are_no_speech(ear, question):
-    heard = ear.transcribe(load_clip(question))
+    heard = ear.transcribe(load_audio(question))
     assert (heard.text, heard.language, heard.engine, heard.truncated) == (QUESTION, "en", "faster-whisper", False)
     words = [word for segment in heard.segments for word in segment.words]
     assert [word.word for word in words] == QUESTION.split()
     assert all(0 <= word.start <= word.end <= heard.seconds + 0.1 for word in words)
     noise = np.random.default_rng(0).normal(0, 0.05, 3 * SAMPLING_RATE).astype(np.float32)
     for samples in (np.zeros(3 * SAMPLING_RATE, np.float32), noise, np.zeros(1, np.float32)):
-        assert ear.transcribe(Clip(samples, False)).text == ""
-    assert ear.transcribe(load_clip(question)) == heard
+        assert ear.transcribe(AudioClip(samples, False)).text == ""
+    assert ear.transcribe(load_audio(question)) == heard
 
 
 def test_a_language_or_model_that_cannot_be_heard_is_one_line(whisper, tmp_path):
@@ -264,7 +264,7 @@ def test_a_language_or_model_that_cannot_be_heard_is_one_line(whisper, tmp_path)
     closed = make_transcriber(model=whisper)
     closed.close()
     with pytest.raises(ValueError, match="closed"):
-        closed.transcribe(Clip(np.zeros(100, np.float32), False))
+        closed.transcribe(AudioClip(np.zeros(100, np.float32), False))
 
 
 def test_long_answers_are_spoken_by_sentences_as_they_come(speaker, ear):
@@ -280,7 +280,7 @@ def test_long_answers_are_spoken_by_sentences_as_they_come(speaker, ear):
     assert len(taken) == 2 and first.sampling_rate == speaker.sampling_rate == 24_000
     whole = join([first, *stream])
     assert (
-        ear.transcribe(clip_from_array(whole.samples, whole.sampling_rate)).text.lower().startswith("i can see a red")
+        ear.transcribe(audio_from_array(whole.samples, whole.sampling_rate)).text.lower().startswith("i can see a red")
     )
     assert np.array_equal(whole.samples, speaker.speak("".join(taken)).samples)
 
@@ -294,7 +294,7 @@ def test_what_the_voice_cannot_say_is_an_error(speaker):
         with pytest.raises(ValueError, match=named):
             speaker.speak(text)
     with pytest.raises(ValueError, match="no voice 'nobody': there are heart"):
-        make_speaker("nobody")
+        make_tts("nobody")
 
 
 # --- Commands ---
@@ -368,7 +368,7 @@ def test_the_example_hears_a_question_and_speaks_the_answer(checkpoint, question
     told = json.loads(capsys.readouterr().out)
     assert again.read_bytes() == answer.read_bytes()
     assert told["transcript"] == QUESTION and told["question"] is None and told["speak"] == str(again)
-    heard = ear.transcribe(load_clip(again)).text.lower().strip(".").split()
+    heard = ear.transcribe(load_audio(again)).text.lower().strip(".").split()
     written = told["answer"].lower().strip(".").split()
     assert set(heard[:5]) & set(written), (heard, written)
 
@@ -411,12 +411,12 @@ def test_a_real_whisperx_is_installed_and_hears_the_same(ear, question, whisper,
     assert time.monotonic() - began < 300
     monkeypatch.setenv("CLIP_PHI_WHISPERX", str(tmp_path / "env"))
     with closing(make_transcriber("whisperx", whisper)) as worker:
-        heard = worker.transcribe(load_clip(question))
+        heard = worker.transcribe(load_audio(question))
         assert (heard.text, heard.language, heard.engine) == (QUESTION, "en", "whisperx")
-        assert worker.transcribe(Clip(np.zeros(SAMPLING_RATE, np.float32), False)).text == ""
-        assert worker.transcribe(Clip(np.zeros(1, np.float32), False)).text == ""
+        assert worker.transcribe(AudioClip(np.zeros(SAMPLING_RATE, np.float32), False)).text == ""
+        assert worker.transcribe(AudioClip(np.zeros(1, np.float32), False)).text == ""
         os.kill(worker._process.pid, signal.SIGKILL)
-        assert worker.transcribe(load_clip(question)).text == QUESTION and worker.starts == 2
+        assert worker.transcribe(load_audio(question)).text == QUESTION and worker.starts == 2
         assert worker.healthy()
     checks = {check.name: check for check in examine()}
     assert {checks[name].status for name in ("speech in", "speech out", "WhisperX")} == {"ok"}
@@ -459,9 +459,9 @@ def painter(tmp_path_factory):
 
 
 def test_the_same_seed_draws_the_same_picture_in_the_size_asked_for(painter):
-    from clip_phi.serving.text_to_image import Drawer
+    from clip_phi.serving.text_to_image import TextToImage
 
-    drawer = Drawer(painter, "cpu")
+    drawer = TextToImage(painter, "cpu")
     pictures = [drawer.draw("a red circle", seed, 16).tobytes() for seed in (0, 0, 1)]
     assert pictures[0] == pictures[1] != pictures[2]
     assert drawer.draw("a red circle", size=16).size == (16, 16)
@@ -469,7 +469,7 @@ def test_the_same_seed_draws_the_same_picture_in_the_size_asked_for(painter):
         with pytest.raises(ValueError, match=message):
             drawer.draw(text, size=size)
     with pytest.raises(ValueError, match="no drawing model ./nowhere"):
-        Drawer("./nowhere")
+        TextToImage("./nowhere")
 
 
 def test_an_answer_is_drawn(painter, checkpoint, tmp_path, capsys):

@@ -71,9 +71,9 @@ def run_caption(arguments: argparse.Namespace) -> int:
 
 def _caption_many(arguments: argparse.Namespace) -> int:
     """Returns 1 if there was a bad picture, else 0."""
-    from ..serving.batch_captions import caption_files, find_pictures
+    from ..serving.batch_captions import caption_files, find_images
 
-    names = find_pictures(arguments.images)
+    names = find_images(arguments.images)
     if arguments.output is not None and arguments.output.exists() and not arguments.resume:
         raise ValueError(f"{arguments.output} is there already: --resume goes on with it")
     with _load_engine(arguments) as engine:
@@ -107,7 +107,7 @@ def run_ask(arguments: argparse.Namespace) -> None:
         else:
             record["speak"] = _write_speech(speaker.stream(noted), arguments.speak)
     if drawer is not None:
-        drawer.draw("".join(answer), arguments.seed, arguments.size).save(arguments.draw, format="PNG")
+        drawer.generate("".join(answer), arguments.seed, arguments.size).save(arguments.draw, format="PNG")
         record["draw"] = arguments.draw
     if arguments.json:
         print(json.dumps(record | {"answer": "".join(answer).strip()}), flush=True)
@@ -128,17 +128,17 @@ def _listen(arguments: argparse.Namespace) -> tuple[str, str | None, dict[str, A
 def _make_speaker(arguments: argparse.Namespace) -> Any:
     if arguments.speak is None:
         return None
-    from ..speech.tts import make_speaker
+    from ..speech.tts import make_tts
 
-    return make_speaker(arguments.voice)
+    return make_tts(arguments.voice)
 
 
 def _make_drawer(arguments: argparse.Namespace) -> Any:
     if arguments.draw is None:
         return None
-    from ..serving.text_to_image import Drawer
+    from ..serving.text_to_image import TextToImage
 
-    return Drawer(arguments.drawing_model, arguments.device)
+    return TextToImage(arguments.drawing_model, arguments.device)
 
 
 def _noted(pieces: Iterator[str], answer: list[str], aloud: bool) -> Iterator[str]:
@@ -163,7 +163,7 @@ def _load_engine(arguments: argparse.Namespace) -> Any:
     need_checkpoint(arguments.checkpoint)
     from ..serving.engine import Engine
 
-    return Engine(arguments.checkpoint, arguments.device, arguments.quantization)
+    return Engine.from_pretrained(arguments.checkpoint, arguments.device, arguments.quantization)
 
 
 def _say(

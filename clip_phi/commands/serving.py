@@ -84,24 +84,24 @@ def _add_address(command: argparse.ArgumentParser, port: int) -> None:
 def run_chat(arguments: argparse.Namespace) -> None:
     need_checkpoint(arguments.checkpoint)
     from ..serving.chat import launch
-    from ..serving.modalities import find_parts
+    from ..serving.modalities import load_modalities
 
-    parts = find_parts(arguments.speech_model, arguments.voice, arguments.drawing_model, arguments.device)
+    modalities = load_modalities(arguments.speech_model, arguments.voice, arguments.drawing_model, arguments.device)
     with _load_engine(arguments) as engine:
-        launch(engine, parts, arguments.host, arguments.port, arguments.examples)
+        launch(engine, modalities, arguments.host, arguments.port, arguments.examples)
 
 
 def run_serve(arguments: argparse.Namespace) -> None:
     need_checkpoint(arguments.checkpoint)
     from ..serving.api import ApiLimits, create_app, serve
     from ..serving.engine import Limits
-    from ..serving.modalities import find_parts
+    from ..serving.modalities import load_modalities
 
-    hear = None
+    transcribe = None
     if arguments.speech_model is not None:
-        parts = find_parts(arguments.speech_model, None, None, None, arguments.max_audio_seconds)
-        if (hear := parts.hear) is None:
-            raise ImportError(parts.missing[0])
+        modalities = load_modalities(arguments.speech_model, None, None, None, arguments.max_audio_seconds)
+        if (transcribe := modalities.transcribe) is None:
+            raise ImportError(modalities.missing[0])
     limits = ApiLimits(
         max_body=arguments.max_body_mb * 2**20,
         max_pixels=arguments.max_megapixels * 10**6,
@@ -114,7 +114,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     name = arguments.name or Path(arguments.checkpoint).resolve().name
     engine = _load_engine(arguments, Limits(max_batch=arguments.max_batch, max_waiting=arguments.max_waiting))
     with engine:
-        app = create_app(engine, name, api_key=api_key, limits=limits, hear=hear)
+        app = create_app(engine, name, api_key=api_key, limits=limits, transcribe=transcribe)
         print(f"model {name!r} at http://{arguments.host}:{arguments.port}/v1", file=sys.stderr, flush=True)
         serve(app, arguments.host, arguments.port, arguments.log_level)
 
@@ -136,4 +136,4 @@ def _load_engine(arguments: argparse.Namespace, limits: Any = None) -> Any:
     from ..serving.engine import Engine, Limits
 
     options = (arguments.device, arguments.quantization, arguments.compile, limits or Limits())
-    return Engine(arguments.checkpoint, *options)
+    return Engine.from_pretrained(arguments.checkpoint, *options)

@@ -96,9 +96,9 @@ def hear(file: str, arguments: argparse.Namespace) -> Any:
     """The Transcript of a recording. What heard it, and what is cut off or not there, is told on stderr."""
     from contextlib import closing
 
-    from ..speech.audio import load_clip
+    from ..speech.audio import load_audio
 
-    clip = load_clip(file, arguments.max_speech_seconds)
+    clip = load_audio(file, arguments.max_speech_seconds)
     with closing(make_ear(arguments)) as transcriber:
         transcript = transcriber.transcribe(clip)
     if not arguments.json:
@@ -124,7 +124,7 @@ def run_transcribe_clip(arguments: argparse.Namespace) -> None:
 
 def run_transcribe(arguments: argparse.Namespace) -> None:
     from ..data.source import parse_source
-    from ..speech.spoken_data import as_text, transcribe_source
+    from ..speech.spoken_data import transcribe_source
 
     for source in [parse_source(text) for text in arguments.data]:
         if problems := source.problems():
@@ -134,20 +134,20 @@ def run_transcribe(arguments: argparse.Namespace) -> None:
             told = asdict(found) | source.hearing._asdict() | {"data": source.path, "report": report.as_dict()}
             print(json.dumps(told), flush=True)
         else:
-            print(f"{source.path}: {as_text(found)}", *filter(None, [report.table()]), sep="\n", flush=True)
+            print(f"{source.path}: {found}", *filter(None, [report.table()]), sep="\n", flush=True)
 
 
 def run_speak_data(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from ..speech.spoken_data import as_text, speak_questions
-    from ..speech.tts import make_speaker
+    from ..speech.spoken_data import synthesize_questions
+    from ..speech.tts import make_tts
 
     output = Path(arguments.output)
-    found = speak_questions(
-        Path(arguments.annotations), output, make_speaker(arguments.voice), arguments.share, arguments.seed
+    found = synthesize_questions(
+        Path(arguments.annotations), output, make_tts(arguments.voice), arguments.share, arguments.seed
     )
-    print(json.dumps(asdict(found)) if arguments.json else as_text(found))
+    print(json.dumps(asdict(found)) if arguments.json else found)
     if not arguments.json:
         data = f"llava:{output},images=IMAGES,recordings={output.with_suffix('')}"
         print(f"next: clip-phi transcribe {data}, and train on it with --data {data}")
