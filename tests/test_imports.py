@@ -114,7 +114,7 @@ def test_the_first_step_is_done_in_one_and_a_half_times_what_the_imports_take(tm
     options = ["--stage", "1", "--vision_backbone", backbones / "vision", "--text_backbone", backbones / "text"]
     options += ["--data", f"coco:{tmp_path}/annotations/captions_train2017.json,images={tmp_path}/train2017"]
     options += ["--eval_data", f"coco:{tmp_path}/annotations/captions_val2017.json,images={tmp_path}/val2017"]
-    options += ["--per_device_train_batch_size", "8", "--num_workers", "0", "--output_dir", tmp_path / "run"]
+    options += ["--per_device_train_batch_size", "8", "--dataloader_num_workers", "0", "--output_dir", tmp_path / "run"]
 
     def cpu_seconds(*command):
         done = subprocess.run([sys.executable, "-c", *map(str, command)], cwd=ROOT, capture_output=True, text=True)
