@@ -55,7 +55,7 @@ def run(*options, launcher=ACCELERATE, expect=0, **environment) -> subprocess.Co
     return done
 
 
-QUICK = ("--per_device_train_batch_size", 4, "--num_workers", 0, "--logging_steps", 1)
+QUICK = ("--per_device_train_batch_size", 4, "--dataloader_num_workers", 0, "--logging_steps", 1)
 QUICK += ("--max_new_tokens", 8, "--debug", True)
 
 
