@@ -63,7 +63,7 @@ def test_space_writes_what_a_space_needs(checkpoint, tmp_path, capsys):
     assert len(matter["short_description"]) <= 60
     app = (folder / "app.py").read_text()
     compile(app, "app.py", "exec")
-    assert "Engine('user/model')" in app
+    assert "Engine.from_pretrained('user/model')" in app
     requirements = (folder / "requirements.txt").read_text().split()
     assert any(line.startswith("torch>=") for line in requirements) and not any(
         "pytest" in line for line in requirements
@@ -76,7 +76,7 @@ def test_space_writes_what_a_space_needs(checkpoint, tmp_path, capsys):
 
 def test_space_copies_a_merged_checkpoint_and_refuses_a_delta(checkpoint, model, tmp_path, capsys):
     assert main(["space", "user/talk", "--model", checkpoint, "--output", str(tmp_path / "talk")]) == 0
-    assert "Engine('model')" in (tmp_path / "talk/app.py").read_text()
+    assert "Engine.from_pretrained('model')" in (tmp_path / "talk/app.py").read_text()
     assert (tmp_path / "talk/model/model.safetensors").is_file()
     model.save_pretrained(tmp_path / "delta", merged=False)
     assert main(["space", "user/talk", "--model", str(tmp_path / "delta"), "--output", str(tmp_path / "two")]) == 2
@@ -106,9 +106,9 @@ def test_space_pushes_its_folder(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["space", "talk", "--model", "user/model"], "a Space is called user/name, not 'talk'"),
+        (["space", "talk", "--model", "user/model"], "a Space id is user/name, not 'talk'"),
         (["space", "user/talk", "--model", "user/model", "--private"], "--private is of --push"),
-        (["space", "user/talk", "--model", "user/model", "--output", "."], "is there already"),
+        (["space", "user/talk", "--model", "user/model", "--output", "."], "exists already"),
         (["serve", "/nowhere/model"], "no checkpoint /nowhere/model"),
         (["serve", "{checkpoint}", "--port", "{port}"], "try another --port"),
         (["chat", "/nowhere/model"], "no checkpoint /nowhere/model"),

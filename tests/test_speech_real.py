@@ -1,4 +1,4 @@
-"""With real parts: a neural voice speaks, Whisper and WhisperX hear it, diffusers draws."""
+"""With real models: a neural voice, Whisper and WhisperX, and diffusers."""
 
 import json
 import os
@@ -40,20 +40,20 @@ def whisper():
 
 
 @pytest.fixture(scope="module")
-def speaker():
+def tts():
     return make_tts()
 
 
 @pytest.fixture(scope="module")
-def ear(whisper):
-    with closing(make_transcriber(model=whisper, word_timestamps=True)) as transcriber:
-        yield transcriber
+def transcriber(whisper):
+    with closing(make_transcriber(model=whisper, word_timestamps=True)) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
-def question(speaker, tmp_path_factory):
+def question(tts, tmp_path_factory):
     path = tmp_path_factory.mktemp("question") / "question.wav"
-    write_wav(path, speaker.speak(QUESTION))
+    write_wav(path, tts.synthesize(QUESTION))
     return path
 
 
@@ -90,7 +90,7 @@ def encoded(path, samples, rate, codec="mp3", layout="mono"):
 # --- Clips ---
 
 
-def test_ten_sentences_are_heard_in_every_format(tmp_path):
+def test_ten_sentences_are_transcribed_in_every_format(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/speech.py", "--parts", "hear", "--json", tmp_path / "out.json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -146,7 +146,7 @@ def test_no_more_is_decoded_than_is_taken(tmp_path):
         assert clip.seconds == 10 and clip.truncated and min(seconds) < 0.3, (name, seconds)
 
 
-def test_odd_sounds_are_heard_right(tmp_path):
+def test_odd_recordings_are_decoded_right(tmp_path):
     eight = tone(0.5, 48_000, 8)  # 7.1
     assert load_audio(wav(eight, 48_000)).seconds == 0.5
     assert load_audio(wav(tone(0.5, 8_000), 8_000)).samples.shape == (8000,)
@@ -183,32 +183,32 @@ def test_what_is_no_sound_is_one_line_that_names_it(silent_video, tmp_path):
     )
     (tmp_path / "list.ffconcat").write_text("ffconcat version 1.0\nfile other.wav\n")
     bad = {
-        b"": "empty sound file",
-        b"\0" * 4096: "not a sound",
-        np.random.default_rng(0).bytes(50_000): "not a sound",
-        b"Just some text.\n" * 50: "not a sound",
-        picture: "not a sound|no sound",
-        whole[: len(whole) // 2]: "not a sound",
-        wav(tone(1), SAMPLING_RATE)[:44]: "no sound",
-        wav(tone(1), 3): "damaged sound",
-        wav(tone(1), SAMPLING_RATE)[:30]: "not a sound",
-        (tmp_path / "list.m3u8").read_bytes(): "not a sound",
-        (tmp_path / "list.ffconcat").read_bytes(): "not a sound",
+        b"": "empty audio file",
+        b"\0" * 4096: "not an audio file",
+        np.random.default_rng(0).bytes(50_000): "not an audio file",
+        b"Just some text.\n" * 50: "not an audio file",
+        picture: "not an audio file|no audio",
+        whole[: len(whole) // 2]: "not an audio file",
+        wav(tone(1), SAMPLING_RATE)[:44]: "no audio",
+        wav(tone(1), 3): "damaged audio",
+        wav(tone(1), SAMPLING_RATE)[:30]: "not an audio file",
+        (tmp_path / "list.m3u8").read_bytes(): "not an audio file",
+        (tmp_path / "list.ffconcat").read_bytes(): "not an audio file",
     }
     for source, message in bad.items():
         with pytest.raises(ValueError, match=rf"({message})(: | in )\d+ bytes") as caught:
             load_audio(source)
         assert "\n" not in str(caught.value)
     for path, message in (
-        (silent_video, f"no sound in {silent_video}: it has video only"),
-        (tmp_path, "missing sound: .*Is a directory"),
-        (tmp_path / "none.wav", "missing sound: .*No such file"),
-        (tmp_path / "list.m3u8", "not a sound"),
-        (tmp_path / "list.ffconcat", "not a sound"),
-        (f"concat:{tmp_path}/other.wav", "missing sound"),
-        ("http://localhost/a.wav", "missing sound"),
-        (File(f"{tmp_path}/none.zip", "a.wav"), "missing sound"),
-        (File(str(tmp_path / "none.wav")), "missing sound"),
+        (silent_video, f"no audio in {silent_video}: it has video only"),
+        (tmp_path, "missing recording: .*Is a directory"),
+        (tmp_path / "none.wav", "missing recording: .*No such file"),
+        (tmp_path / "list.m3u8", "not an audio file"),
+        (tmp_path / "list.ffconcat", "not an audio file"),
+        (f"concat:{tmp_path}/other.wav", "missing recording"),
+        ("http://localhost/a.wav", "missing recording"),
+        (File(f"{tmp_path}/none.zip", "a.wav"), "missing recording"),
+        (File(str(tmp_path / "none.wav")), "missing recording"),
     ):
         with pytest.raises(ValueError, match=message):
             load_audio(path)
@@ -234,29 +234,29 @@ def test_damage_behind_the_beginning_ends_the_clip_and_is_told(tmp_path):
 def test_a_search_for_sound_comes_to_an_end(tmp_path, monkeypatch):
     (tmp_path / "zeros.wav").write_bytes(wav(tone(1), SAMPLING_RATE))
     os.truncate(tmp_path / "zeros.wav", 2**34)  # FFmpeg would look for one more chunk of the file to its end
-    monkeypatch.setattr("clip_phi.speech.audio.PATIENCE_SECONDS", 0.5)
-    with pytest.raises(ValueError, match="not a sound: .*zeros.wav: no sound was found within 0.5 seconds"):
+    monkeypatch.setattr("clip_phi.speech.audio.MAX_DECODE_SECONDS", 0.5)
+    with pytest.raises(ValueError, match="not an audio file: .*zeros.wav: no audio was found within 0.5 seconds"):
         load_audio(tmp_path / "zeros.wav")
 
 
 # --- AsrSettings and speaking ---
 
 
-def test_words_have_places_and_silence_and_noise_are_no_speech(ear, question):
-    heard = ear.transcribe(load_audio(question))
-    assert (heard.text, heard.language, heard.engine, heard.truncated) == (QUESTION, "en", "faster-whisper", False)
-    words = [word for segment in heard.segments for word in segment.words]
+def test_words_have_places_and_silence_and_noise_are_no_speech(transcriber, question):
+    found = transcriber.transcribe(load_audio(question))
+    assert (found.text, found.language, found.engine, found.truncated) == (QUESTION, "en", "faster-whisper", False)
+    words = [word for segment in found.segments for word in segment.words]
     assert [word.word for word in words] == QUESTION.split()
-    assert all(0 <= word.start <= word.end <= heard.seconds + 0.1 for word in words)
+    assert all(0 <= word.start <= word.end <= found.seconds + 0.1 for word in words)
     noise = np.random.default_rng(0).normal(0, 0.05, 3 * SAMPLING_RATE).astype(np.float32)
     for samples in (np.zeros(3 * SAMPLING_RATE, np.float32), noise, np.zeros(1, np.float32)):
-        assert ear.transcribe(AudioClip(samples, False)).text == ""
-    assert ear.transcribe(load_audio(question)) == heard
+        assert transcriber.transcribe(AudioClip(samples, False)).text == ""
+    assert transcriber.transcribe(load_audio(question)) == found
 
 
-def test_a_language_or_model_that_cannot_be_heard_is_one_line(whisper, tmp_path):
+def test_a_language_or_model_that_cannot_be_used_is_one_line(whisper, tmp_path):
     for options, message in (
-        ({"language": "de"}, "does not hear 'de': it knows en"),
+        ({"language": "de"}, "does not support 'de': it supports en"),
         ({"model": str(tmp_path)}, "cannot load"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -267,7 +267,7 @@ def test_a_language_or_model_that_cannot_be_heard_is_one_line(whisper, tmp_path)
         closed.transcribe(AudioClip(np.zeros(100, np.float32), False))
 
 
-def test_long_answers_are_spoken_by_sentences_as_they_come(speaker, ear):
+def test_long_answers_are_spoken_by_sentences_as_they_come(tts, transcriber):
     taken = []
 
     def pieces():
@@ -275,25 +275,27 @@ def test_long_answers_are_spoken_by_sentences_as_they_come(speaker, ear):
             taken.append(piece)
             yield piece
 
-    stream = speaker.stream(pieces())
+    stream = tts.stream(pieces())
     first = next(stream)
-    assert len(taken) == 2 and first.sampling_rate == speaker.sampling_rate == 24_000
+    assert len(taken) == 2 and first.sampling_rate == tts.sampling_rate == 24_000
     whole = join([first, *stream])
     assert (
-        ear.transcribe(audio_from_array(whole.samples, whole.sampling_rate)).text.lower().startswith("i can see a red")
+        transcriber.transcribe(audio_from_array(whole.samples, whole.sampling_rate))
+        .text.lower()
+        .startswith("i can see a red")
     )
-    assert np.array_equal(whole.samples, speaker.speak("".join(taken)).samples)
+    assert np.array_equal(whole.samples, tts.synthesize("".join(taken)).samples)
 
 
-def test_what_the_voice_cannot_say_is_an_error(speaker):
+def test_what_the_voice_cannot_say_is_an_error(tts):
     for text, named in (
         ("\u4f60\u597d", "\u4f60\u597d"),
         ("Hello \u4f60\u597d there.", "\u4f60\u597d"),
         ("...", "..."),
     ):
         with pytest.raises(ValueError, match=named):
-            speaker.speak(text)
-    with pytest.raises(ValueError, match="no voice 'nobody': there are heart"):
+            tts.synthesize(text)
+    with pytest.raises(ValueError, match="no voice 'nobody': choose heart"):
         make_tts("nobody")
 
 
@@ -325,11 +327,11 @@ def test_a_data_set_is_spoken_transcribed_and_trained_on(whisper, tmp_path, proc
     found = json.loads(capsys.readouterr().out)
     assert found["spoken"] == found["questions"] > 4 and found["unspeakable"] == 0
     data = f"llava:{spoken},images={tmp_path}/train2017,recordings={tmp_path}/spoken,speech_model={whisper}"
-    (next((tmp_path / "spoken").iterdir())).write_bytes(b"no sound")
+    (next((tmp_path / "spoken").iterdir())).write_bytes(b"no audio")
     assert main(["transcribe", data, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["bad"] == 1 and told["new"] == told["recordings"] - 1 == found["recordings"] - 1
-    assert "not a sound" in told["examples"][0]
+    assert "not an audio file" in told["examples"][0]
     index = load_index(parse_source(data), processor, 250)
     assert set(index.report.skipped) == {"recording cannot be heard"} and len(index)
     text = processor.decode(index.encoded(0)[0].ids)
@@ -340,7 +342,7 @@ def test_a_data_set_is_spoken_transcribed_and_trained_on(whisper, tmp_path, proc
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Untrained, between the small backbones that come with the project: it speaks of scenes, whatever it sees."""
+    """Untrained, between the small backbones that come with the project: it describes scenes, whatever the image."""
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -351,7 +353,7 @@ def checkpoint(tmp_path_factory):
     return str(folder)
 
 
-def test_the_example_hears_a_question_and_speaks_the_answer(checkpoint, question, whisper, ear, tmp_path, capsys):
+def test_the_example_answers_a_recording_with_one(checkpoint, question, whisper, transcriber, tmp_path, capsys):
     write_dataset(tmp_path, num_train=1, num_val=1)
     picture, answer = next((tmp_path / "val2017").iterdir()), tmp_path / "answer.wav"
     options = ["--checkpoint", checkpoint, "--speech_model", whisper]
@@ -368,9 +370,9 @@ def test_the_example_hears_a_question_and_speaks_the_answer(checkpoint, question
     told = json.loads(capsys.readouterr().out)
     assert again.read_bytes() == answer.read_bytes()
     assert told["transcript"] == QUESTION and told["question"] is None and told["speak"] == str(again)
-    heard = ear.transcribe(load_audio(again)).text.lower().strip(".").split()
+    found = transcriber.transcribe(load_audio(again)).text.lower().strip(".").split()
     written = told["answer"].lower().strip(".").split()
-    assert set(heard[:5]) & set(written), (heard, written)
+    assert set(found[:5]) & set(written), (found, written)
 
 
 def test_the_commands_of_the_docs_do_what_they_say(
@@ -405,14 +407,14 @@ def test_the_commands_of_the_docs_do_what_they_say(
 # --- WhisperX ---
 
 
-def test_a_real_whisperx_is_installed_and_hears_the_same(ear, question, whisper, tmp_path, monkeypatch, capsys):
+def test_a_real_whisperx_is_installed_and_hears_the_same(transcriber, question, whisper, tmp_path, monkeypatch, capsys):
     began = time.monotonic()
     assert main(["speech", "install", "--form", "light", "--folder", str(tmp_path / "env")]) == 0
     assert time.monotonic() - began < 300
     monkeypatch.setenv("CLIP_PHI_WHISPERX", str(tmp_path / "env"))
     with closing(make_transcriber("whisperx", whisper)) as worker:
-        heard = worker.transcribe(load_audio(question))
-        assert (heard.text, heard.language, heard.engine) == (QUESTION, "en", "whisperx")
+        found = worker.transcribe(load_audio(question))
+        assert (found.text, found.language, found.engine) == (QUESTION, "en", "whisperx")
         assert worker.transcribe(AudioClip(np.zeros(SAMPLING_RATE, np.float32), False)).text == ""
         assert worker.transcribe(AudioClip(np.zeros(1, np.float32), False)).text == ""
         os.kill(worker._process.pid, signal.SIGKILL)
@@ -420,7 +422,7 @@ def test_a_real_whisperx_is_installed_and_hears_the_same(ear, question, whisper,
         assert worker.healthy()
     checks = {check.name: check for check in examine()}
     assert {checks[name].status for name in ("speech in", "speech out", "WhisperX")} == {"ok"}
-    with pytest.raises(ValueError, match="hears English only, not 'de'"):
+    with pytest.raises(ValueError, match="supports English only, not 'de'"):
         make_transcriber("whisperx", whisper, language="de")
     capsys.readouterr()
     assert main(["transcribe-clip", str(question), "--engine", "whisperx", "--speech_model", whisper, "--json"]) == 0
@@ -462,13 +464,13 @@ def test_the_same_seed_draws_the_same_picture_in_the_size_asked_for(painter):
     from clip_phi.serving.text_to_image import TextToImage
 
     drawer = TextToImage(painter, "cpu")
-    pictures = [drawer.draw("a red circle", seed, 16).tobytes() for seed in (0, 0, 1)]
+    pictures = [drawer.generate("a red circle", seed, 16).tobytes() for seed in (0, 0, 1)]
     assert pictures[0] == pictures[1] != pictures[2]
-    assert drawer.draw("a red circle", size=16).size == (16, 16)
-    for text, size, message in ((" ", 16, "nothing to draw"), ("a", 13, "13")):
+    assert drawer.generate("a red circle", size=16).size == (16, 16)
+    for text, size, message in ((" ", 16, "no image of an empty text"), ("a", 13, "13")):
         with pytest.raises(ValueError, match=message):
-            drawer.draw(text, size=size)
-    with pytest.raises(ValueError, match="no drawing model ./nowhere"):
+            drawer.generate(text, size=size)
+    with pytest.raises(ValueError, match="no text-to-image model ./nowhere"):
         TextToImage("./nowhere")
 
 

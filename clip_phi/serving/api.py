@@ -113,7 +113,7 @@ class ResponseFormat(_Strict):
 
 
 class ChatRequest(_Strict):
-    """The supported part of OpenAI's request. Other parameters are refused by name, unless they are at their default."""
+    """The supported part of OpenAI's request. Other parameters are refused by name, unless at their default."""
 
     model: str
     messages: list[Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]]
@@ -139,7 +139,8 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None, **headers: str):
         super().__init__(message)
         # the request may contain unpaired surrogates, which UTF-8 cannot encode
-        message, param = (text and text.encode("utf-8", "backslashreplace").decode() for text in (message, param))
+        message = message.encode("utf-8", "backslashreplace").decode()
+        param = param and param.encode("utf-8", "backslashreplace").decode()
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
         kind = "server_error" if status >= 500 else kind
         self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
@@ -278,7 +279,7 @@ def _submit(
     engine.check_queue()  # before its images are decoded
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     max_tokens = body.max_completion_tokens or body.max_tokens
-    for is_wrong, message, param in (
+    for is_wrong, reason, param in (
         (not body.messages or body.messages[-1].role != "user", "the last message must be a user's", "messages"),
         (len(body.messages) > limits.max_messages, f"more than {limits.max_messages} messages", "messages"),
         (len(stop) > 4, "stop takes at most 4 texts", "stop"),
@@ -286,7 +287,7 @@ def _submit(
         ((max_tokens or 0) > limits.max_tokens, f"max_tokens is at most {limits.max_tokens} here", "max_tokens"),
     ):
         if is_wrong:
-            raise ApiError(400, message, param=param)
+            raise ApiError(400, reason, param=param)
     messages: list[dict[str, Any]] = []
     images: list[Image.Image] = []
     for number, message in enumerate(body.messages):
@@ -326,7 +327,9 @@ def _submit(
 def _image(url: str, limits: ApiLimits) -> Image.Image:
     found = DATA_URI.fullmatch(url)
     if found is None:
-        raise ValueError("an image must be a data: URI, 'data:image/jpeg;base64,...': nothing is fetched from elsewhere")
+        raise ValueError(
+            "an image must be a data: URI, 'data:image/jpeg;base64,...': nothing is fetched from elsewhere"
+        )
     data, num_pixels = _from_base64(found["data"]), 0
     with suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS) as header:  # load_image names the error
         num_pixels = header.width * header.height

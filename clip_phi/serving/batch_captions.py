@@ -29,7 +29,9 @@ def find_images(paths: Iterable[str]) -> list[str]:
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"missing image: {path}: there is no such file or folder")
-        inside = [each for each in sorted(path.rglob("*")) if each.suffix.lower() in suffixes] if path.is_dir() else [path]
+        inside = (
+            [each for each in sorted(path.rglob("*")) if each.suffix.lower() in suffixes] if path.is_dir() else [path]
+        )
         if not inside:
             raise ValueError(f"no image in {path} or its subfolders")
         found += map(str, inside)

@@ -624,7 +624,7 @@ def _load(path: str, device: torch.device, quantization: str | None) -> Any:
 
 
 def _with_compiled_steps(model: Any) -> Callable[..., Any]:
-    """Compiled steps. Prompts have too many shapes to compile for; steps differ in batch size and longest length only."""
+    """Compile steps, which differ in batch size and longest length only; prompts have too many shapes."""
     step = torch.compile(model, dynamic=True)
     return lambda **inputs: (step if "input_ids" in inputs else model)(**inputs)
 

@@ -32,7 +32,7 @@ def _quantize(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize_decoder(model: Any) -> None:
-    """Quantize decoder blocks and head of a ClipPhiForCausalLM on the CPU, in place, with LoRA merged in. Inference only."""
+    """Quantize decoder blocks and head of a ClipPhiForCausalLM on the CPU in place, LoRA merged in, for inference."""
     fold_lora(model)
     _quantize_linears(model.model.language_model)
     model.lm_head = Int8Linear(model.lm_head)

@@ -31,8 +31,8 @@ license: apache-2.0
 short_description: Chat about images with a Clip-Phi model
 {models}---
 
-Chat about images with {model}, a small vision-language model that one person can train on one GPU. The page is `app.py`;
-`clip_phi` and `modeling_clip_phi` are the project's code. It runs on a CPU, and on a GPU if the Space has one.
+Chat about images with {model}, a small vision-language model that one person can train on one GPU. The page is
+`app.py`; `clip_phi` and `modeling_clip_phi` are the project's code. It runs on a CPU, or on the Space's GPU.
 """
 
 

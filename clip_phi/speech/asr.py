@@ -33,7 +33,7 @@ def make_transcriber(
 ) -> Transcriber:
     """Load a speech recognition model. There is no fallback to another engine.
 
-    model: a Whisper model in CTranslate2's format: a name ("tiny.en", "base.en", "small", "large-v3"), Hub id or folder.
+    model: a Whisper model in CTranslate2's format: a name ("tiny.en", "small", "large-v3"), Hub id or folder.
     device: cpu, cuda or cuda:1.
     language: for example "en"; None to detect it.
     compute_type: of CTranslate2; None for int8 on the CPU and float16 on CUDA.

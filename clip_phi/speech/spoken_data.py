@@ -121,7 +121,9 @@ class SpeechStats:
 
     def __str__(self) -> str:
         line = f"{self.spoken:,} of {self.questions:,} questions have a recording; {self.recordings:,} recordings "
-        line += f"({self.new:,} new, {self.long:,} too long); {self.unspeakable:,} questions without sound in this voice"
+        line += (
+            f"({self.new:,} new, {self.long:,} too long); {self.unspeakable:,} questions without sound in this voice"
+        )
         return _with_examples(line, self.examples)
 
 
