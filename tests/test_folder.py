@@ -39,7 +39,7 @@ def captions(pictures, model, processor):
 
 
 def run(capsys, checkpoint, *arguments):
-    status = main(["caption", *map(str, arguments), "--checkpoint", checkpoint, "--max_new_tokens", "6"])
+    status = main(["caption", *map(str, arguments), "--model", checkpoint, "--max_new_tokens", "6"])
     return status, capsys.readouterr()
 
 
@@ -85,7 +85,7 @@ def test_a_stopped_run_is_gone_on_with_and_bad_pictures_are_tried_again(
     load = folder.load_image
     monkeypatch.setattr(folder, "load_image", lambda name: opened.append(name) or load(name))
     status, printed = run(capsys, checkpoint, pictures, "--output", output)
-    assert status == 2 and "is there already: --resume goes on with it" in printed.err and not opened
+    assert status == 2 and "exists already: --resume continues it" in printed.err and not opened
     status, printed = run(capsys, checkpoint, pictures, "--output", output, "--resume")
     assert status == 1 and "30 were done before" in printed.err and len(opened) == 43
     found = records(output.read_text())
@@ -95,11 +95,11 @@ def test_a_stopped_run_is_gone_on_with_and_bad_pictures_are_tried_again(
 
 def test_a_killed_run_leaves_whole_lines_but_the_last(pictures, captions, checkpoint, tmp_path, capsys):
     output = tmp_path / "captions.jsonl"
-    script = "import os, sys; from clip_phi.serving import folder; from clip_phi.cli import main\n"
+    script = "import os, sys; from clip_phi.serving import batch_captions as folder; from clip_phi.cli import main\n"
     script += "load, count = folder.load_image, iter(range(60))\n"
     script += "folder.load_image = lambda name: load(name) if next(count, None) is not None else os._exit(9)\n"
     script += "main(sys.argv[1:])"
-    command = ["caption", str(pictures), "--output", str(output), "--checkpoint", checkpoint, "--max_new_tokens", "6"]
+    command = ["caption", str(pictures), "--output", str(output), "--model", checkpoint, "--max_new_tokens", "6"]
     assert subprocess.run([sys.executable, "-c", script, *command], capture_output=True).returncode == 9
     run(capsys, checkpoint, pictures, "--output", output, "--resume")
     assert {r["image"]: r["caption"] for r in records(output.read_text()) if "caption" in r} == captions
@@ -110,7 +110,7 @@ def test_a_killed_run_leaves_whole_lines_but_the_last(pictures, captions, checkp
     [
         (["{empty}"], "no picture in"),
         (["{empty}/none.png", "--output", "x"], "there is no such file or folder"),
-        (["a.png", "--resume"], "--resume goes on with a file: give --output FILE"),
+        (["a.png", "--resume"], "--resume requires --output FILE"),
     ],
 )
 def test_bad_requests_are_one_line(arguments, message, checkpoint, tmp_path, capsys):
