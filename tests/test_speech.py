@@ -424,8 +424,8 @@ def test_a_spoken_question_is_asked_as_it_was_trained(checkpoint, image_file, mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "there is no question"),
-        (["Why?", "--draw", "a.png"], "--draw needs --drawing_model"),
+        ([], "no question"),
+        (["Why?", "--draw", "a.png"], "--draw requires --drawing_model"),
         (["Why?", "--speak", "/nowhere/a.wav"], "cannot write /nowhere/a.wav"),
     ],
 )

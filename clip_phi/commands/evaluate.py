@@ -74,7 +74,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def run_compare(arguments: argparse.Namespace) -> None:
-    from ..evaluation.report import compare, compared_as_text, find_result
+    from ..evaluation.report import compare, find_result, format_comparison
 
     places = [*arguments.models, *arguments.model]
     if len(places) != 2:
@@ -83,4 +83,4 @@ def run_compare(arguments: argparse.Namespace) -> None:
     found = compare(first, second, arguments.seed)
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(found) if arguments.json else compared_as_text(found))
+    print(json.dumps(found) if arguments.json else format_comparison(found))

@@ -19,8 +19,8 @@ def add_to(commands: Any) -> None:
         "--model", metavar="PATH_OR_ID", help="model whose shapes are planned for (default: TinyCLIP and phi-2)"
     )
     plan.add_argument("--mfu", type=float, default=0.4, help="assumed share of the GPU's peak (default: %(default)s)")
-    optimizers = ("auto", "adam8bit", "paged_adam8bit", "adamw")
-    plan.add_argument("--optimizer", choices=optimizers, default="auto", help="as in training (default: %(default)s)")
+    optimizers = ("auto", "adam8bit", "paged_adam8bit", "adamw_torch_fused")
+    plan.add_argument("--optim", choices=optimizers, default="auto", help="as in training (default: %(default)s)")
     plan.add_argument(
         "--captions_per_image", type=positive, help="stage 1: captions an image (default: as in training)"
     )
@@ -39,7 +39,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
 
     if not 0 < arguments.mfu <= 1:
         raise ValueError(f"--mfu must be more than 0 and at most 1, not {arguments.mfu}")
-    options = {"optimizer": arguments.optimizer, "gradient_checkpointing": arguments.gradient_checkpointing}
+    options = {"optim": arguments.optim, "gradient_checkpointing": arguments.gradient_checkpointing}
     for name, stage in STAGE_OPTIONS.items():
         value = getattr(arguments, name)
         if value is not None and stage != arguments.stage:

@@ -10,7 +10,7 @@ from typing import Any
 from ..data.report import Report
 from ..data.source import parse_files
 from .evaluate import Decoding, EvalResult, Processes, judge, judge_loss
-from .report import as_text, checkpoint_sha256, environment, portable, write
+from .report import checkpoint_sha256, environment, format_result, portable, write
 from .tasks import EvalSet, make_eval_set, read_samples
 
 DEMO_DATA = "outputs/demo/data"
@@ -83,7 +83,7 @@ def evaluate(options: argparse.Namespace, demo_checkpoint: str) -> None:
             "environment": environment(),
         }
         files = write(outcome, eval_set, output, Path(options.output) if options.output else None)
-        print(json.dumps(outcome.result) if options.json else as_text(outcome.result))
+        print(json.dumps(outcome.result) if options.json else format_result(outcome.result))
         say(f"written: {', '.join(map(str, files))}")
     state.wait_for_everyone()
 
