@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data.report import Report
 from ..data.source import parse_files
+from ..hub.retry import load_with_retries
 from .evaluate import Decoding, EvalResult, Processes, judge, judge_loss
 from .report import checkpoint_sha256, environment, format_result, portable, write
 from .tasks import EvalSet, make_eval_set, read_samples
@@ -97,8 +98,8 @@ def load(checkpoint: str, device: Any) -> tuple[Any, Any, Path]:
 
     device = torch.device(device)
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    model = ClipPhiForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
-    processor = ClipPhiProcessor.from_pretrained(checkpoint)
+    model = load_with_retries(ClipPhiForCausalLM.from_pretrained, checkpoint, dtype=dtype).to(device).eval()
+    processor = load_with_retries(ClipPhiProcessor.from_pretrained, checkpoint)
     found = cached_file(checkpoint, "config.json")
     assert found is not None
     return model, processor, Path(found).parent

@@ -26,6 +26,7 @@ from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 from ..batching.images import Preprocessor, pixel_hash
 from ..data.sample import SPOKEN_INSTRUCTION
 from ..evaluation.generate import refuse_too_long
+from ..hub.retry import load_with_retries
 from .detokenizer import TextStream
 from .int8 import fold_lora, quantize_decoder
 from .kv_cache import RowCache, TensorCache
@@ -173,7 +174,7 @@ class Engine:
     ):
         transformers_logging.disable_progress_bar()
         model = _load(checkpoint, torch.device(device or _default_device()), quantization)
-        self._start(model, ClipPhiProcessor.from_pretrained(checkpoint), compiled, limits)
+        self._start(model, load_with_retries(ClipPhiProcessor.from_pretrained, checkpoint), compiled, limits)
 
     @classmethod
     def of(cls, model: Any, processor: Any, compiled: bool = False, limits: Limits = Limits()) -> "Engine":
@@ -597,7 +598,7 @@ def _load(checkpoint: str, device: torch.device, quantization: str | None) -> An
         raise ValueError(f"unknown quantization {quantization!r}: it is one of {', '.join(QUANTIZATIONS)}")
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
     if quantization is None or (quantization == "int8" and device.type == "cpu"):
-        model = ClipPhiForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device)
+        model = load_with_retries(ClipPhiForCausalLM.from_pretrained, checkpoint, dtype=dtype).to(device)
         fold_lora(model)
         if quantization is not None:
             quantize_decoder(model)
@@ -615,8 +616,12 @@ def _load(checkpoint: str, device: torch.device, quantization: str | None) -> An
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
-    return ClipPhiForCausalLM.from_pretrained(
-        checkpoint, dtype=dtype, quantization_config=config, device_map={"": str(device)}
+    return load_with_retries(
+        ClipPhiForCausalLM.from_pretrained,
+        checkpoint,
+        dtype=dtype,
+        quantization_config=config,
+        device_map={"": str(device)},
     )
 
 
