@@ -1,6 +1,6 @@
 """Ask about a picture aloud, and hear the answer.
 
-    python examples/ask_by_voice.py PICTURE QUESTION.wav ANSWER.wav [--checkpoint outputs/demo/model]
+    python examples/ask_by_voice.py PICTURE QUESTION.wav ANSWER.wav [--model outputs/demo/model]
 
 The same from the command line: clip-phi ask PICTURE --speech QUESTION.wav --speak ANSWER.wav
 It needs pip install 'clip-phi[speech]'; a Whisper model of another name or folder is given with --speech_model.
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("picture")
     parser.add_argument("question", help="a recording; its first ten seconds are heard")
     parser.add_argument("answer", help="the sound file to be written")
-    parser.add_argument("--checkpoint", default="outputs/demo/model")
+    parser.add_argument("--model", default="outputs/demo/model")
     parser.add_argument("--speech_model", default="base.en")
     arguments = parser.parse_args()
 
@@ -33,7 +33,7 @@ def main() -> None:
         raise SystemExit(f"nobody speaks in {arguments.question}")
     print(f"heard: {question}")
 
-    engine, tts = Engine.from_pretrained(arguments.checkpoint), make_tts()
+    engine, tts = Engine.from_pretrained(arguments.model), make_tts()
     words = engine.stream(SPOKEN_INSTRUCTION, picture, max_new_tokens=64, transcript=question)
     sentences = []
     for speech in tts.stream(words):  # the first sentence is spoken while the second is being written

@@ -39,7 +39,7 @@ def captions(images, model, processor):
 
 
 def run(capsys, checkpoint, *arguments):
-    status = main(["caption", *map(str, arguments), "--checkpoint", checkpoint, "--max_new_tokens", "6"])
+    status = main(["caption", *map(str, arguments), "--model", checkpoint, "--max_new_tokens", "6"])
     return status, capsys.readouterr()
 
 
@@ -85,7 +85,7 @@ def test_a_stopped_run_is_continued_and_bad_images_are_tried_again(
     load = batch_captions.load_image
     monkeypatch.setattr(batch_captions, "load_image", lambda name: opened.append(name) or load(name))
     status, printed = run(capsys, checkpoint, images, "--output", output)
-    assert status == 2 and "is there already: --resume goes on with it" in printed.err and not opened
+    assert status == 2 and "exists already: --resume continues it" in printed.err and not opened
     status, printed = run(capsys, checkpoint, images, "--output", output, "--resume")
     assert status == 1 and "30 were done before" in printed.err and len(opened) == 43
     found = records(output.read_text())
@@ -99,7 +99,7 @@ def test_a_killed_run_leaves_whole_lines_but_the_last(images, captions, checkpoi
     script += "load, count = batch_captions.load_image, iter(range(60))\n"
     script += "batch_captions.load_image = lambda name: load(name) if next(count, None) is not None else os._exit(9)\n"
     script += "main(sys.argv[1:])"
-    command = ["caption", str(images), "--output", str(output), "--checkpoint", checkpoint, "--max_new_tokens", "6"]
+    command = ["caption", str(images), "--output", str(output), "--model", checkpoint, "--max_new_tokens", "6"]
     assert subprocess.run([sys.executable, "-c", script, *command], capture_output=True).returncode == 9
     run(capsys, checkpoint, images, "--output", output, "--resume")
     assert {r["image"]: r["caption"] for r in records(output.read_text()) if "caption" in r} == captions
@@ -110,7 +110,7 @@ def test_a_killed_run_leaves_whole_lines_but_the_last(images, captions, checkpoi
     [
         (["{empty}"], "no image in"),
         (["{empty}/none.png", "--output", "x"], "there is no such file or folder"),
-        (["a.png", "--resume"], "--resume goes on with a file: give --output FILE"),
+        (["a.png", "--resume"], "--resume requires --output FILE"),
     ],
 )
 def test_bad_requests_are_one_line(arguments, message, checkpoint, tmp_path, capsys):

@@ -352,9 +352,9 @@ def test_transcribing_goes_on_where_it_was_stopped(spoken, monkeypatch):
 def test_training_skips_and_counts_until_the_recordings_are_transcribed(spoken, processor, monkeypatch, capsys):
     index = load_index(parse_source(spoken), processor, 200)
     assert len(index) == 1 and index.report.skipped == {"speech without a transcript": 2, "<image> without an image": 1}
-    assert "run 'clip-phi transcribe DATA' first" in index.report.table()
+    assert "run 'clip-phi speech transcribe --data DATA' first" in index.report.table()
     monkeypatch.setattr(speech_data, "make_transcriber", lambda *options: ToyTranscriber())
-    assert main(["transcribe", spoken, "--json"]) == 0
+    assert main(["speech", "transcribe", "--data", spoken, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["new"] == 2 and told["model"] == "base.en" and told["engine"] == "faster-whisper"
     index = load_index(parse_source(spoken), processor, 200)  # made anew, since there are transcripts now
@@ -388,10 +388,10 @@ def test_ask_puts_what_is_heard_before_the_instruction(image_file, checkpoint, m
     heard = {"text": "what color"}
 
     def hear(file, arguments):
-        return Transcript(heard["text"], (), "en", arguments.engine, 1.5, True)
+        return Transcript(heard["text"], (), "en", "faster-whisper", 1.5, True)
 
-    monkeypatch.setattr("clip_phi.commands.speech.hear", hear)
-    ask = ["ask", image_file, "--speech", "q.wav", "--checkpoint", checkpoint, "--max_new_tokens", "6", "--json"]
+    monkeypatch.setattr("clip_phi.commands.speech.transcribe", hear)
+    ask = ["ask", image_file, "--speech", "q.wav", "--model", checkpoint, "--max_new_tokens", "6", "--json"]
     asked = []
     monkeypatch.setattr(
         "clip_phi.serving.engine.Engine.stream",
@@ -404,7 +404,7 @@ def test_ask_puts_what_is_heard_before_the_instruction(image_file, checkpoint, m
     assert main([*ask, "Is it red?"]) == 0
     heard["text"] = ""
     assert main([*ask, "Is it red?"]) == 0
-    assert main(ask) == 2 and "nobody speaks in q.wav" in capsys.readouterr().err
+    assert main(ask) == 2 and "no speech in q.wav" in capsys.readouterr().err
     assert asked == [(SPOKEN_INSTRUCTION, "what color"), ("Is it red?", "what color"), ("Is it red?", None)]
 
 
@@ -425,8 +425,8 @@ def test_a_spoken_question_is_asked_as_it_was_trained(checkpoint, image_file, mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "there is no question"),
-        (["Why?", "--draw", "a.png"], "--draw needs --drawing_model"),
+        ([], "no question"),
+        (["Why?", "--draw", "a.png"], "--draw requires --drawing_model"),
         (["Why?", "--speak", "/nowhere/a.wav"], "cannot write /nowhere/a.wav"),
     ],
 )

@@ -303,7 +303,7 @@ def test_what_the_voice_cannot_say_is_an_error(tts):
 
 
 def test_transcribe_clip_tells_all_of_it(question, whisper, silent_video, tmp_path, capsys):
-    assert main(["transcribe-clip", str(question), "--speech_model", whisper, "--json", "--word_timestamps"]) == 0
+    assert main(["speech", "transcribe", str(question), "--speech_model", whisper, "--json", "--word_timestamps"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["text"], told["engine"], told["truncated"], told["model"]) == (
         QUESTION,
@@ -312,10 +312,10 @@ def test_transcribe_clip_tells_all_of_it(question, whisper, silent_video, tmp_pa
         whisper,
     )
     assert told["seconds"] == pytest.approx(1.9, abs=0.1) and told["segments"][0]["words"][0]["word"] == "How"
-    assert main(["transcribe-clip", str(question), "--speech_model", whisper, "--max_speech_seconds", "0.2"]) == 0
+    assert main(["speech", "transcribe", str(question), "--speech_model", whisper, "--max_speech_seconds", "0.2"]) == 0
     told = capsys.readouterr().err
-    assert "faster-whisper heard: " in told and "only the first 0.2 s" in told
-    assert main(["transcribe-clip", str(silent_video), "--speech_model", whisper]) == 2
+    assert "faster-whisper: " in told and "only the first 0.2 s" in told
+    assert main(["speech", "transcribe", str(silent_video), "--speech_model", whisper]) == 2
     assert "it has video only" in capsys.readouterr().err
 
 
@@ -323,12 +323,12 @@ def test_a_data_set_is_spoken_transcribed_and_trained_on(whisper, tmp_path, proc
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     write_dataset(tmp_path, num_train=2, num_val=1)
     typed, spoken = tmp_path / "llava_instruct_train.json", tmp_path / "spoken.json"
-    assert main(["speak-data", str(typed), str(spoken), "--json"]) == 0
+    assert main(["speech", "dataset", str(typed), "--output", str(spoken), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["spoken"] == found["questions"] > 4 and found["unspeakable"] == 0
     data = f"llava:{spoken},images={tmp_path}/train2017,recordings={tmp_path}/spoken,speech_model={whisper}"
-    (next((tmp_path / "spoken").iterdir())).write_bytes(b"no audio")
-    assert main(["transcribe", data, "--json"]) == 0
+    (next((tmp_path / "spoken").iterdir())).write_bytes(b"no sound")
+    assert main(["speech", "transcribe", "--data", data, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["bad"] == 1 and told["new"] == told["recordings"] - 1 == found["recordings"] - 1
     assert "not an audio file" in told["examples"][0]
@@ -336,7 +336,7 @@ def test_a_data_set_is_spoken_transcribed_and_trained_on(whisper, tmp_path, proc
     assert set(index.report.skipped) == {"recording cannot be heard"} and len(index)
     text = processor.decode(index.encoded(0)[0].ids)
     assert "Speech: " in text and f"\nInstruct: {SPOKEN_INSTRUCTION}\nOutput: " in text
-    assert main(["transcribe", data, "--json"]) == 0
+    assert main(["speech", "transcribe", "--data", data, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["new"] == 0
 
 
@@ -356,7 +356,7 @@ def checkpoint(tmp_path_factory):
 def test_the_example_answers_a_recording_with_one(checkpoint, question, whisper, transcriber, tmp_path, capsys):
     write_dataset(tmp_path, num_train=1, num_val=1)
     picture, answer = next((tmp_path / "val2017").iterdir()), tmp_path / "answer.wav"
-    options = ["--checkpoint", checkpoint, "--speech_model", whisper]
+    options = ["--model", checkpoint, "--speech_model", whisper]
     command = [sys.executable, ROOT / "examples/ask_by_voice.py", picture, question, answer, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
@@ -388,19 +388,21 @@ def test_the_commands_of_the_docs_do_what_they_say(
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/speech.md").read_text(encoding="utf-8"), re.M | re.S)
     commands = [shlex.split(line) for line in "".join(blocks).splitlines()]
     more = {
-        "transcribe-clip": ["--speech_model", whisper],
-        "ask": ["--speech_model", whisper, "--checkpoint", checkpoint],
+        "transcribe": ["--speech_model", whisper],
+        "ask": ["--speech_model", whisper, "--model", checkpoint],
     }
     ran = []
-    for program, name, *options in commands:
+    for program, *words in commands:
         if program == "clip-phi":
-            options = [f"{each},speech_model={whisper}" if each.startswith("llava:") else each for each in options]
-            options = [painter if each.startswith("stable-diffusion") else each for each in options]
-            options += ["--size", "16", "--device", "cpu"] if "--draw" in options else []
-            assert main([name, *options, *more.get(name, [])]) == 0, capsys.readouterr().err
+            name = words[1] if words[0] == "speech" else words[0]
+            words = [f"{each},speech_model={whisper}" if each.startswith("llava:") else each for each in words]
+            words = [painter if each.startswith("stable-diffusion") else each for each in words]
+            words += ["--size", "16", "--device", "cpu"] if "--draw" in words else []
+            words += more.get(name, []) if "--data" not in words else []
+            assert main(words) == 0, capsys.readouterr().err
             ran.append(name)
-            assert capsys.readouterr().out or "--draw" in options
-    assert set(ran) == {"transcribe-clip", "ask", "speak-data", "transcribe", "speech"}
+            assert capsys.readouterr().out or "--draw" in words
+    assert set(ran) == {"transcribe", "ask", "dataset", "install"}
     assert (tmp_path / "answer.wav").exists() and (tmp_path / "drawn.png").exists()
 
 
@@ -425,7 +427,9 @@ def test_a_real_whisperx_is_installed_and_hears_the_same(transcriber, question, 
     with pytest.raises(ValueError, match="supports English only, not 'de'"):
         make_transcriber("whisperx", whisper, language="de")
     capsys.readouterr()
-    assert main(["transcribe-clip", str(question), "--engine", "whisperx", "--speech_model", whisper, "--json"]) == 0
+    assert (
+        main(["speech", "transcribe", str(question), "--engine", "whisperx", "--speech_model", whisper, "--json"]) == 0
+    )
     assert json.loads(capsys.readouterr().out)["engine"] == "whisperx"
 
 
@@ -478,6 +482,6 @@ def test_an_answer_is_drawn(painter, checkpoint, tmp_path, capsys):
     write_dataset(tmp_path, num_train=1, num_val=1)
     picture, drawn = str(next((tmp_path / "val2017").iterdir())), tmp_path / "drawn.png"
     draw = ["--draw", str(drawn), "--drawing_model", painter, "--size", "16", "--device", "cpu"]
-    assert main(["ask", picture, "Describe the image.", "--checkpoint", checkpoint, *draw]) == 0
+    assert main(["ask", picture, "Describe the image.", "--model", checkpoint, *draw]) == 0
     assert drawn.read_bytes()[:4] == b"\x89PNG"
     assert Speech(np.zeros(8), 8).seconds == 1

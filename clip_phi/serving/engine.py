@@ -26,6 +26,7 @@ from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 from ..batching.images import Preprocessor, pixel_hash
 from ..data.sample import SPOKEN_INSTRUCTION
 from ..evaluation.generate import refuse_too_long
+from ..hub.retry import load_with_retries
 from .detokenizer import TextStream
 from .int8 import fold_lora, quantize_decoder
 from .kv_cache import BatchCache, TensorCache
@@ -218,7 +219,8 @@ class Engine:
         Raises ValueError or OSError if the model cannot be loaded, ImportError without bitsandbytes."""
         transformers_logging.disable_progress_bar()
         model = _load(path, torch.device(device or _default_device()), quantization)
-        return cls(model, ClipPhiProcessor.from_pretrained(path), compiled, limits)
+        processor = load_with_retries(ClipPhiProcessor.from_pretrained, path)
+        return cls(model, processor, compiled, limits)
 
     # ------------------------------------------------------------------ submitting
 
@@ -600,7 +602,7 @@ def _load(path: str, device: torch.device, quantization: str | None) -> Any:
         raise ValueError(f"unknown quantization {quantization!r}: it is one of {', '.join(QUANTIZATIONS)}")
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
     if quantization is None or (quantization == "int8" and device.type == "cpu"):
-        model = ClipPhiForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+        model = load_with_retries(ClipPhiForCausalLM.from_pretrained, path, dtype=dtype).to(device)
         fold_lora(model)
         if quantization is not None:
             quantize_decoder(model)
@@ -618,8 +620,12 @@ def _load(path: str, device: torch.device, quantization: str | None) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
-    return ClipPhiForCausalLM.from_pretrained(
-        path, dtype=dtype, quantization_config=config, device_map={"": str(device)}
+    return load_with_retries(
+        ClipPhiForCausalLM.from_pretrained,
+        path,
+        dtype=dtype,
+        quantization_config=config,
+        device_map={"": str(device)},
     )
 
 

@@ -45,7 +45,7 @@ def write_space(repo_id: str, model: str, folder: Path) -> Path:
     if repo_id.count("/") != 1 or not all(repo_id.split("/")):
         raise ValueError(f"a Space id is user/name, not {repo_id!r}")
     if folder.exists():
-        raise ValueError(f"{folder} exists already: remove it, or choose another --output")
+        raise ValueError(f"{folder} exists already: remove it, or choose another --output_dir")
     local = Path(model).is_dir()
     if local and json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get("delta"):
         raise ValueError(f"{model} is a delta of other models: save it with merged=True, or use its Hub id")
