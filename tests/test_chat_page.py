@@ -67,17 +67,15 @@ def fakes():
 
 @pytest.fixture(scope="module")
 def address(engine, fakes):
-    from clip_phi.serving.chat import CSS, _theme, make_page
+    from clip_phi.serving.chat import launch
 
-    missing = ["no singing: pip install 'clip-phi[song]'"]
-    page = make_page(engine, Modalities(fakes.transcribe, fakes.synthesize, fakes.draw, missing))
+    modalities = Modalities(
+        fakes.transcribe, fakes.synthesize, fakes.draw, ["no singing: pip install 'clip-phi[song]'"]
+    )
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    options = {"share": False, "ssr_mode": False, "quiet": True, "footer_links": [], "theme": _theme(), "css": CSS}
-    page.queue(default_concurrency_limit=None).launch(
-        server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, show_error=True, **options
-    )
+    page = launch(engine, modalities, "127.0.0.1", port, block=False)
     yield f"http://127.0.0.1:{port}"
     page.close()
 
