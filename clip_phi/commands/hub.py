@@ -21,7 +21,7 @@ def add_to(commands: Any) -> None:
     push.add_argument("--tag", help="name the pushed commit (default: a name made from the weights' hash)")
     push.add_argument("--create_pr", action="store_true", help="offer it as a pull request")
     push.add_argument("--message", help="of the commit")
-    push.add_argument("--no_pictures", action="store_true", help="leave the sample pictures out of the card")
+    push.add_argument("--no_images", action="store_true", help="model card without the sample images")
     push.add_argument("--json", action="store_true", help="print a json object instead of the line")
     push.set_defaults(run=run_push)
 
@@ -72,8 +72,8 @@ def run_push(arguments: argparse.Namespace) -> None:
         ),
         merged=arguments.merged,
         message=arguments.message,
-        pictures=not arguments.no_pictures,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        images=not arguments.no_images,
+        log=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(json.dumps(asdict(pushed)) if arguments.json else pushed)
 
