@@ -366,7 +366,7 @@ def test_what_cannot_be_pushed_is_told_in_one_line(
     ClipPhiForCausalLM.from_backbones(vision_backbone, text_backbone).save_pretrained(tmp_path / "local")
     refused("a local folder that nobody else has: push all weights with --merged", tmp_path / "local")
     config = json.loads((tmp_path / "local/config.json").read_text())
-    with pytest.raises(ValueError, match="push it whole with --merged"):  # before training
+    with pytest.raises(ValueError, match="push all weights with --merged"):  # before training
         check_push("alice/refused", config, False, tmp_path / "local")
     with pytest.raises(ValueError, match="bob is not a namespace"):
         check_push("bob/refused", config, True, tmp_path / "local")
