@@ -2,11 +2,10 @@
 
 import json
 import shutil
-from importlib.metadata import requires, version
+from importlib.metadata import version
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
+from ..environment import requirements
 from ..templates import render
 
 PACKAGES = ("clip_phi", "modeling_clip_phi")
@@ -41,7 +40,7 @@ def write_space(repo_id: str, model: str, folder: Path) -> Path:
     about = {"title": repo_id.split("/")[1], "hub_id": None if local else model, "gradio": _gradio_version()}
     (folder / "app.py").write_text(APP.format(model="model" if local else model), encoding="utf-8")
     (folder / "README.md").write_text("".join(render("space.md", **about)), encoding="utf-8")
-    (folder / "requirements.txt").write_text("\n".join(_requirements()) + "\n", encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join(sorted(requirements().values())) + "\n", encoding="utf-8")
     return folder
 
 
@@ -53,12 +52,6 @@ def push_space(repo_id: str, folder: Path, private: bool) -> str:
     url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
     api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=folder)
     return str(url)
-
-
-def _requirements() -> list[str]:
-    """The project's requirements without extras; the Space has gradio."""
-    needed = [Requirement(text) for text in requires("clip-phi") or []]
-    return sorted(f"{each.name}{each.specifier}" for each in needed if each.marker is None)
 
 
 def _gradio_version() -> str:
