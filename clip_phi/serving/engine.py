@@ -177,8 +177,8 @@ class Engine:
         self.counts: Counter[str] = Counter()  # requests by finish reason, tokens, steps and images
         self.first_token_seconds: deque[float] = deque(maxlen=1000)
         self.seconds_per_request = 1.0  # a running mean
-        self._cache = BatchCache(config, model.dtype, model.device)
         self.cache_bytes = limits.cache_bytes or _default_cache_bytes(model.device)
+        self._cache = BatchCache(config, model.dtype, model.device, self.cache_bytes)
         self._running: list[_Request] = []
         self._waiting: deque[_Request] = deque()
         self._changed = threading.Condition()
