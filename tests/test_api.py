@@ -231,6 +231,7 @@ BAD = [
     (request(messages=[{"role": "assistant", "content": "yes"}]), "the last message must be a user's"),
     (request(messages=[{"role": "robot", "content": "yes"}]), "messages.0"),
     (request(messages=[{"role": "user", "content": None}]), "messages.0"),
+    (request(messages=[{"role": "system", "content": [image("data:,")]}, *request()["messages"]]), "only a user's"),
     (request(messages=[{"role": "user", "content": []}]), "the conversation is empty"),
     (request(messages=[{"role": "user", "content": "hi"}] * 65), "more than 64 messages"),
     (request(messages=[{"role": "user", "content": "an <image>"}]), "contains <image>"),

@@ -23,6 +23,7 @@ from clip_phi.cli import main
 from clip_phi.data.synthetic import NUMBERS, draw_scene, mentioned_objects, sample_scene
 from clip_phi.serving.engine import Engine, Limits, as_prompt
 from clip_phi.serving.modalities import Modalities, load_modalities
+from clip_phi.speech.tts import Speech
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parent.parent
@@ -45,7 +46,7 @@ class FakeModels:
     def synthesize(self, text):
         if self.fails:
             raise ValueError("the voice cannot say this")
-        yield 16_000, np.sin(np.arange(8_000) / 20).astype(np.float32)
+        yield Speech(np.sin(np.arange(8_000) / 20).astype(np.float32), 16_000)
 
     def draw(self, text, seed):
         self.drawn.append(text)

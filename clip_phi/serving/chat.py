@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..batching.images import load_image
 from ..data.synthetic import draw_scene, sample_scene
+from ..speech.tts import join
 from ..templates import render
 from .batch_captions import find_images
 from .engine import Completion, Engine, QueueFullError
@@ -170,10 +171,9 @@ def _respond(
     yield shown[0], status
     try:
         if speak and modalities.synthesize is not None and text:
-            sentences = list(modalities.synthesize(text))
-            samples = np.concatenate([each for _, each in sentences])
-            samples = (np.clip(samples, -1, 1) * 32767).astype(np.int16)
-            shown.append(gr.Audio((sentences[0][0], samples), autoplay=True, show_label=False))
+            speech = join(modalities.synthesize(text))
+            samples = (speech.samples.clip(-1, 1) * 32767).astype(np.int16)
+            shown.append(gr.Audio((speech.sampling_rate, samples), autoplay=True, show_label=False))
             yield shown, status
         if draw and modalities.draw is not None and text:
             shown.append(gr.Image(modalities.draw(text, random.randrange(2**31)), show_label=False))
