@@ -40,18 +40,11 @@ SHOWN_SIZE = 256  # pixels; drawn scenes are very small
 def launch(
     engine: Engine, modalities: Modalities, host: str, port: int, examples: Path | None = None, block: bool = True
 ) -> gr.Blocks:
-    """Serve the page, until Ctrl-C if it blocks.
+    """Serve the page.
 
-    Args:
-        engine: Its model answers.
-        modalities: Speech and image output, speech input.
-        host, port: Address of the page.
-        examples: Folder of example images; None for drawn scenes.
-        block: Whether to wait for Ctrl-C.
-
-    Raises:
-        OSError: If the port is not available.
-    """
+    examples: folder of example images; None for drawn scenes.
+    block: whether to return at Ctrl-C only.
+    Raises OSError if the port is not available."""
     page = make_page(engine, modalities, examples)
     page.queue(default_concurrency_limit=None)  # the engine's queue is the only one
     theme = gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg")
