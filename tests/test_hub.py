@@ -64,7 +64,16 @@ def trained(hub, tmp_path_factory):
     """A run of stage 1 on the Hub's backbones, which pushed itself to alice/trained; its folder and what it printed."""
     folder = tmp_path_factory.mktemp("trained")
     write_dataset(folder / "data", num_train=6, num_val=4)
-    options = ["--stage", 1, "--vision_backbone", "acme/tower", "--text_backbone", "acme/decoder", "--num_workers", 0]
+    options = [
+        "--stage",
+        1,
+        "--vision_backbone",
+        "acme/tower",
+        "--text_backbone",
+        "acme/decoder",
+        "--dataloader_num_workers",
+        0,
+    ]
     options += ["--data", f"coco:{folder}/data/annotations/captions_train2017.json,images={folder}/data/train2017"]
     options += ["--eval_data", f"coco:{folder}/data/annotations/captions_val2017.json,images={folder}/data/val2017"]
     options += [

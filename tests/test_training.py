@@ -42,7 +42,7 @@ def stage1(data, backbones, output, *options):
         *(
             "--per_device_train_batch_size",
             4,
-            "--num_workers",
+            "--dataloader_num_workers",
             0,
             "--logging_steps",
             1,
@@ -64,7 +64,7 @@ def stage2(data, start, output, *options):
         *(
             "--per_device_train_batch_size",
             4,
-            "--num_workers",
+            "--dataloader_num_workers",
             0,
             "--logging_steps",
             1,
@@ -199,7 +199,16 @@ def test_two_processes_give_the_losses_of_one(data, backbones, tmp_path):
 
 def test_workers_bf16_adam8bit_checkpointing_mlp_and_hold_out_run_together(data, backbones, tmp_path):
     options = [
-        *("--num_workers", 2, "--optimizer", "adam8bit", "--gradient_checkpointing", True, "--projector_type", "mlp"),
+        *(
+            "--dataloader_num_workers",
+            2,
+            "--optim",
+            "adam8bit",
+            "--gradient_checkpointing",
+            True,
+            "--projector_type",
+            "mlp",
+        ),
         *("--eval_data", "--holdout_images", 3, "--captions_per_image", 2, "--num_train_epochs", 1),
         *("--gradient_accumulation_steps", 1),
     ]
@@ -240,7 +249,7 @@ def test_damaged_images_are_skipped_reported_once_and_alike_by_any_number_of_pro
         0.25,
         "--per_device_train_batch_size",
         2 // processes,
-        "--num_workers",
+        "--dataloader_num_workers",
         1,
     )
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
@@ -304,7 +313,7 @@ def test_a_stream_is_trained_on_for_max_steps_and_its_damage_is_counted_as_it_co
     rows[5]["caption"] = " "
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "rows")
-    options = stage1(data, backbones, tmp_path / "run", "--max_steps", 9, "--num_workers", 1)
+    options = stage1(data, backbones, tmp_path / "run", "--max_steps", 9, "--dataloader_num_workers", 1)
     options[options.index("--data") + 1] = f"dataset:{tmp_path}/rows,streaming=true"
     run(*options)
     assert len(metrics(tmp_path / "run", "loss")) == 9
@@ -336,7 +345,7 @@ def test_a_warm_feature_cache_gives_the_same_run_and_opens_no_image(data, backbo
         0,
         "--num_train_epochs",
         2,
-        "--num_workers",
+        "--dataloader_num_workers",
         1,
     )
     run(*stage1(copy, backbones, tmp_path / "cold", *cache))
