@@ -354,11 +354,11 @@ def checkpoint(tmp_path_factory):
 def test_the_example_hears_a_question_and_speaks_the_answer(checkpoint, question, whisper, ear, tmp_path, capsys):
     write_dataset(tmp_path, num_train=1, num_val=1)
     picture, answer = next((tmp_path / "val2017").iterdir()), tmp_path / "answer.wav"
-    options = ["--checkpoint", checkpoint, "--speech_model", whisper]
+    options = ["--model", checkpoint, "--speech_model", whisper]
     command = [sys.executable, ROOT / "examples/ask_by_voice.py", picture, question, answer, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert f"heard: {QUESTION}" in done.stdout
+    assert f"question: {QUESTION}" in done.stdout
     with wave.open(str(answer)) as sound:
         assert sound.getnframes() > 8_000
     # The command says the same, in the same voice.
