@@ -13,12 +13,13 @@ ROOT = Path(__file__).parent.parent
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "environment": set(),
+    "templates": set(),
     "data": set(),
     "batching": {"data"},
     "speech": {"data"},
     "export": set(),
-    "hub": {"data", "environment"},
-    "evaluation": {"batching", "data", "environment"},
+    "hub": {"data", "environment", "templates"},
+    "evaluation": {"batching", "data", "environment", "templates"},
     "training": {"batching", "data", "environment", "evaluation", "hub"},
     "serving": {"batching", "data", "evaluation", "speech"},
 }
