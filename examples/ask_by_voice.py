@@ -2,8 +2,8 @@
 
     python examples/ask_by_voice.py IMAGE QUESTION.wav ANSWER.wav [--model outputs/demo/model]
 
-The same from the command line: clip-phi ask IMAGE --speech QUESTION.wav --speak ANSWER.wav
-It needs pip install 'clip-phi[speech]'. --speech_model takes the name or folder of a Whisper model.
+The same from the command line: clip-phi ask IMAGE --speech QUESTION.wav --speak ANSWER.wav It needs pip install
+'clip-phi[speech]'. --speech_model takes the name or folder of a Whisper model.
 """
 
 import argparse

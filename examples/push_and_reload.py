@@ -2,8 +2,8 @@
 
     python examples/push_and_reload.py
 
-The script starts a hub on this machine (tests/hub_server.py) and uses it over HTTP with an empty cache, so it needs no
-account and no network. It uploads the demo's two small backbones first, so that the delta can name them.
+The script starts a hub on this machine (tests/hub_server.py) and uses it over HTTP with an empty cache, so it needs
+no account and no network. It uploads the demo's two small backbones first, so that the delta can name them.
 """
 
 import os
