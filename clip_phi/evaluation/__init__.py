@@ -1,1 +1,1 @@
-"""Judging: held-out loss, generated texts, scores."""
+"""Held-out loss, generated answers, their scores, and the controls without the image."""

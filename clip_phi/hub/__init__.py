@@ -1,1 +1,1 @@
-"""The Hub: the model card, and pushing a run so that it loads anywhere."""
+"""Pushing a model to the Hub, with its model card."""
