@@ -99,7 +99,7 @@ def draw_images(count: int, seed: int = 0) -> list[Image.Image]:
 
 def race(model: str, requests: int, concurrent: int, new_tokens: int, repeats: int) -> dict[str, Any]:
     """Compare the engine with generate, on equal weights and new images."""
-    with Engine(model, "cpu") as engine:
+    with Engine.from_pretrained(model, "cpu") as engine:
         instruction = engine.model.config.caption_instruction
         if instruction is None and model == str(DEMO):
             instruction = INSTRUCTION

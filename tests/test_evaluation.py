@@ -29,7 +29,7 @@ from clip_phi.evaluation.tasks import make_eval_set, read_exam
 from clip_phi.training.checkpoint import EarlyStopping
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
-# What LLaVA-1.5 (arXiv 2310.03744, section 3.3) adds, and docs/judging.md names.
+# What LLaVA-1.5 (arXiv 2310.03744, section 3.3) adds, and docs/evaluation.md names.
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 
 ROOT = Path(__file__).parent.parent
@@ -163,7 +163,9 @@ def test_a_spoken_question_is_asked_with_its_transcript_and_one_that_was_not_hea
     ]
     eval_set = make_eval_set("vqa", samples, Report())
     assert [(item.question, item.transcript) for item in eval_set.items] == [(SPOKEN_INSTRUCTION, "what is it")] * 2
-    assert dict(eval_set.left_out)["speech without a transcript: run 'clip-phi transcribe DATA' first"] == 2
+    assert (
+        dict(eval_set.left_out)["speech without a transcript: run 'clip-phi speech transcribe --data DATA' first"] == 2
+    )
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -197,7 +199,7 @@ def test_every_picture_gets_another_one_and_no_two_get_the_same():
 
 
 def test_a_result_holds_what_is_agreed_and_no_folder_of_this_machine(checkpoint, sources, tmp_path):
-    found = evaluate(checkpoint, "vqa", sources["vqa"], "--json", tmp_path / "out.json")
+    found = evaluate(checkpoint, "vqa", sources["vqa"], "--output", tmp_path / "out.json")
     assert found.keys() >= AGREED
     assert json.loads((tmp_path / "out.json").read_text()) == found
     assert found["margin"] == pytest.approx(found["score"] - max(found["blind"], found["shuffled"]))
@@ -271,7 +273,7 @@ def test_bad_options_are_one_line(checkpoint, sources, capsys):
     evaluate(checkpoint, "captions", "coco:/nowhere.json", expect=2)
     assert "not found" in capsys.readouterr().err
     assert main(["evaluate", str(checkpoint), "--task", "vqa"]) == 2
-    assert "Give --data KIND:PATH" in capsys.readouterr().err
+    assert "--data is required" in capsys.readouterr().err
 
 
 # What is kept
@@ -382,7 +384,7 @@ def test_compare_pairs_sample_by_sample_and_refuses_other_data(checkpoint, sourc
         (folder / "evaluation/vqa.samples.jsonl").write_text("".join(changed))
         result = json.loads((folder / "evaluation/vqa.json").read_text())
         (folder / "evaluation/vqa.json").write_text(json.dumps(result | {"score": score}))
-    assert main(["compare", str(first), str(second), "--json", str(tmp_path / "c.json")]) == 0
+    assert main(["compare", str(first), str(second), "--output", str(tmp_path / "c.json")]) == 0
     found = json.loads((tmp_path / "c.json").read_text())
     assert (found["difference"], found["difference_ci95"]) == (0.75, [0.75, 0.75])
     assert found["samples"] == {"a_better": len(rows), "equal": 0, "b_better": 0}
