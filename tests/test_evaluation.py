@@ -4,13 +4,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fork_server import run_forked
 from helpers import metrics, run, stage1
 from PIL import Image
 
@@ -339,11 +338,19 @@ def test_two_processes_share_the_work_and_find_what_one_finds(checkpoint, source
     alone = tmp_path / "alone"
     shutil.copytree(checkpoint, alone)
     expected = evaluate(alone, "vqa", sources["vqa"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    command += ["clip_phi.cli", "evaluate", checkpoint, "--task", "vqa", "--data", sources["vqa"]]
-    command += ["--max_new_tokens", "6", "--batch_size", "4"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, env=environment)
+    words = [
+        "evaluate",
+        checkpoint,
+        "--task",
+        "vqa",
+        "--data",
+        sources["vqa"],
+        "--max_new_tokens",
+        6,
+        "--batch_size",
+        4,
+    ]
+    done = run_forked("clip_phi.cli", words, ROOT, os.environ | {"ACCELERATE_USE_CPU": "true"}, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((checkpoint / "evaluation/vqa.json").read_text())
     same = AGREED - {"checkpoint", "command", "environment"}
@@ -521,13 +528,9 @@ def test_training_judges_stops_when_nothing_gets_better_and_a_resumed_run_knows_
 
 
 def test_an_unknown_metric_and_patience_alone_are_named(data, backbones, tmp_path):
-    done = run(
-        *stage1(data, backbones, tmp_path, "--metric_for_best_model", "f1", "--debug", False), launcher=(), expect=2
-    )
+    done = run(*stage1(data, backbones, tmp_path, "--metric_for_best_model", "f1", "--debug", False), expect=2)
     assert "--metric_for_best_model f1: choose from none, loss; with --eval_task, its metrics too" in done.stderr
-    done = run(
-        *stage1(data, backbones, tmp_path, "--early_stopping_patience", 2, "--debug", False), launcher=(), expect=2
-    )
+    done = run(*stage1(data, backbones, tmp_path, "--early_stopping_patience", 2, "--debug", False), expect=2)
     assert "--early_stopping_patience needs a --metric_for_best_model" in done.stderr
 
 
