@@ -17,13 +17,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-<<<<<<< HEAD
 from clip_phi.cli import make_parser
 from clip_phi.hub.card import Run, card_images, make_card
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
-=======
-from clip_phi.hub.card import Run, card_images, make_card
->>>>>>> main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
