@@ -212,7 +212,8 @@ def draw_example(scenes: list[dict[str, Any]], path: Path) -> None:
         scores = [object_f1(scene["caption"], scene["truth"]) == 1, *(turn["score"] == 1 for turn in scene["turns"])]
         return sum(scores) / len(scores)
 
-    rich = [scene for scene in scenes if len(scene["truth"]) >= 3 and len(scene["turns"]) >= 3] or scenes
+    rich = [scene for scene in scenes if len(scene["truth"]) >= 3 and len(scene["turns"]) >= 3]
+    rich = rich if len(rich) >= 2 else scenes
     figure = Figure(figsize=(11, 3), layout="constrained")
     for axes, scene in zip(figure.subplots(1, 2), sorted(rich, key=share_right, reverse=True), strict=False):
         axes.imshow(Image.open(scene["path"]), extent=(0, 1, 0, 1))
