@@ -1,1 +1,1 @@
-"""Held-out loss, generated answers, their scores, and the controls without the image."""
+"""Evaluation: held-out loss, generated answers, scores and their controls."""

@@ -1,1 +1,1 @@
-"""Pushing a model to the Hub, with its model card."""
+"""The Hub: the model card, pushing a model, and retries."""
