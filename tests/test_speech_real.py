@@ -92,7 +92,7 @@ def encoded(path, samples, rate, codec="mp3", layout="mono"):
 
 
 def test_ten_sentences_are_transcribed_in_every_format(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks/speech.py", "--parts", "hear", "--json", tmp_path / "out.json"]
+    command = [sys.executable, ROOT / "benchmarks/speech.py", "--parts", "transcribe", "--json", tmp_path / "out.json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
@@ -362,7 +362,7 @@ def test_the_example_answers_a_recording_with_one(checkpoint, question, whisper,
     command = [sys.executable, ROOT / "examples/ask_by_voice.py", picture, question, answer, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert f"heard: {QUESTION}" in done.stdout
+    assert f"question: {QUESTION}" in done.stdout
     with wave.open(str(answer)) as sound:
         assert sound.getnframes() > 8_000
     # The command says the same, in the same voice.
@@ -383,7 +383,7 @@ def test_the_commands_of_the_docs_do_what_they_say(
 ):
     write_dataset(tmp_path, num_train=2, num_val=1)
     (tmp_path / "llava_instruct_train.json").rename(tmp_path / "llava_instruct_150k.json")
-    next((tmp_path / "val2017").iterdir()).rename(tmp_path / "picture.jpg")
+    next((tmp_path / "val2017").iterdir()).rename(tmp_path / "image.jpg")
     (tmp_path / "question.wav").write_bytes(question.read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLIP_PHI_WHISPERX", str(tmp_path / "whisperx"))
