@@ -52,7 +52,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
 
     if arguments.gpu not in CARDS:
         raise ValueError(f"unknown --gpu {arguments.gpu}: it is one of {', '.join(CARDS)}")
-    config = None
+    config = ClipPhiConfig()
     if arguments.model is not None:
         from modeling_clip_phi import ClipPhiConfig
 
