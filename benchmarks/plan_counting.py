@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,23 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from clip_phi.batching.attention import PACKED_ATTENTION, attend_by_piece, make_pack_layout
-from clip_phi.tools.plan import Counts, SampleLengths
 from clip_phi.training.arguments import Stage2Arguments, TrainingArguments
 from clip_phi.training.model import add_lora
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
+
+
+class Counts(NamedTuple):
+    """One training step, in bytes, except for the FLOPs.
+
+    activations: kept for the backward pass when the decoder has finished. logits: most memory beside them in the loss
+    and its backward pass; layers: in the decoder's forward and backward pass; tower: before the decoder begins."""
+
+    activations: float
+    logits: float
+    layers: float
+    tower: float
+    flops: float
+    tower_flops: float
 
 
 class LikeCuda(TorchFunctionMode):
@@ -217,24 +230,26 @@ def _loss_recomputed_alike(autocast: torch.dtype | None) -> Iterator[None]:
 
 def count_step(
     model: ClipPhiForCausalLM,
-    rows: Sequence[SampleLengths],
+    conversation_ids: Sequence[Sequence[int]],
+    supervised: int,
     autocast: torch.dtype | None,
     watch: Callable[[Ledger], Any] | None = None,
 ) -> Counts:
-    """Forward and backward of a pack of these rows, on the meta device; those with a prefix have an image.
+    """Forward and backward pass of a pack, on the meta device.
 
-    watch: is shown the ledger behind the decoder."""
+    conversation_ids: of each sample and token, as in make_pack_layout; samples with a prefix have an image.
+    supervised: tokens with a label in all of them. watch: called with the ledger after the decoder."""
     vision: Any = model.config.vision_config
     ledger, flops = Ledger(), FlopCounterMode(display=False)
 
     def empty(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    images = sum(row.prefix > 0 for row in rows)
+    images = sum(0 in ids for ids in conversation_ids)
     pixels = empty(images, 3, vision.image_size, vision.image_size, dtype=torch.float32)
-    pack_layout = make_pack_layout([row.conversation_ids for row in rows]).map(lambda tensor: tensor.to("meta"))
+    pack_layout = make_pack_layout(conversation_ids).map(lambda tensor: tensor.to("meta"))
     mask = empty(1, 1, 1, 1, dtype=torch.bool)  # as ClipPhiModel.forward gives it beside segments
-    ids, targets = empty(1, sum(row.length for row in rows)), empty(sum(row.supervised for row in rows))
+    ids, targets = empty(1, sum(map(len, conversation_ids))), empty(supervised)
     gc.collect()
     gc.freeze()  # Recompute's collections shall be fast
     with ledger, flops, LikeCuda(autocast), _loss_recomputed_alike(autocast):

@@ -22,7 +22,7 @@ SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}\b")
 
 
 class Gpu(NamedTuple):
-    """torch_name: part of its name in torch. tflops: dense peak of dtype, sums in float32. memory: GiB that torch reports.
+    """torch_name: part of its name in torch. tflops: dense peak of dtype, sums in float32. memory: GiB in torch.
 
     key: of `clip-phi plan`, with the title there. has_varlen: attention with a kernel of variable length, not SDPA."""
 

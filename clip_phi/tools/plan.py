@@ -17,17 +17,13 @@ from ..environment import GPUS, Gpu
 from ..training.arguments import Stage2Arguments, TrainingArguments
 
 GIB = 2**30
-
-
-# No GPU: the peak is assumed, of one core.
-CARDS = {gpu.key: gpu for gpu in GPUS if gpu.key}
-CARDS["cpu-16"] = Gpu("cpu", 0.1, "cpu-16", "CPU, 16 GB", 16e9 / GIB, "float32", has_varlen=False)
+CPU = Gpu("cpu", 0.1, "cpu-16", "CPU, 16 GB", 16e9 / GIB, "float32", has_varlen=False)  # assumed peak, of one core
+CARDS = {gpu.key: gpu for gpu in (*GPUS, CPU) if gpu.key}
 # Bytes that a process takes before it has a tensor, and what the allocator holds beyond the tensors of a step, as a
 # share of them: on CUDA assumed; on a CPU measured (docs/true_size.md).
 CONTEXT, RESERVE = {True: int(0.6 * GIB), False: int(0.65 * GIB)}, {True: 0.05, False: 0.0}
 CAPTION_LENGTHS = (11, 12, 12, 11, 12)  # 11.6 tokens of phi-2's tokenizer; the end token is no input
 IMAGES, CONVERSATIONS = 118_287, 157_712  # of COCO train2017; of LLaVA-Instruct-150K
-MANY = 1000  # images, so that the loss is made in chunks
 # The decoder layers that the formula knows, by their linear layers and number of norms.
 PHI = ({"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}, 1)
 LLAMA = ({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, 2)
@@ -35,9 +31,10 @@ LLAMA = ({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 # hidden + intermediate width: (Phi on CUDA, on a CPU, Llama on CUDA, on a CPU), counted on phi-2 and TinyLlama.
 PEAKS = {"frozen": (3.2, 6.4, 7.33, 15.7), "lora": (9.6, 6.4, 8.93, 10.7), "full": (2.0, 4.0, 5.3, 12.8)}
 PEAKS |= {"nf4": (8.4, 6.4, 8.93, 10.7), "int8": (7.2, 5.58, 6.93, 10.7)}
-# The same with gradient checkpointing, where the activations of the layer at hand are among them.
-CHECKPOINTED_PEAKS = {"frozen": (10.07, 16.09, 27.6, 44.2), "lora": (55.5, 70.2, 0, 0), "full": (20.8, 0, 0, 0)}
-CHECKPOINTED_PEAKS |= {"nf4": (57.1, 0, 0, 0), "int8": (67.5, 0, 0, 0)}
+# The same with gradient checkpointing, for Phi, with the activations of one layer. These are upper bounds: the counting
+# holds what a layer makes anew for longer than a GPU does. For Llama 1.5 times a layer's activations are assumed.
+CHECKPOINTED_PEAKS = {"frozen": (10.07, 16.09), "lora": (55.5, 70.2), "full": (20.2, 20.0)}
+CHECKPOINTED_PEAKS |= {"nf4": (57.1, 70.2), "int8": (67.5, 80.6)}
 
 
 class Formula:
@@ -45,7 +42,7 @@ class Formula:
 
     Raises ValueError if the decoder's layers are neither like Phi's nor like Llama's."""
 
-    def __init__(self, config: ClipPhiConfig, arguments: TrainingArguments, card: Gpu):
+    def __init__(self, config: Any, arguments: TrainingArguments, card: Gpu):
         with torch.device("meta"):
             self.model = model = ClipPhiForCausalLM(config)
         self.arguments, self.card, self.is_cuda = arguments, card, card.dtype != "float32"
@@ -59,13 +56,11 @@ class Formula:
         self.is_llama, self.layers, self.norms = kind == LLAMA, len(layers), len(norms)
         self.linear = [(each.in_features, each.out_features) for each in linear.values()]
         self.hidden, self.inner, self.heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
-        self.width = linear["self_attn.q_proj"].out_features  # of all heads
+        self.width, self.vocabulary = linear["self_attn.q_proj"].out_features, model.lm_head.out_features
         self.rotary = int(self.width / self.heads * text.rope_parameters.get("partial_rotary_factor", 1.0))
-        self.vocabulary = model.lm_head.out_features
         self.patches = (self.vision.image_size // self.vision.patch_size) ** 2
         self.tower_tokens = self.patches + (config.vision_feature_select_strategy == "default")
-        projector = [each for each in model.model.projector.modules() if isinstance(each, torch.nn.Linear)]
-        self.projector_sizes = [each.weight.numel() for each in projector]
+        self.projector_sizes = weights(model.model.projector, torch.nn.Linear)
         stage2 = arguments if isinstance(arguments, Stage2Arguments) else None
         self.full = stage2 is not None and stage2.tune_decoder == "full"
         self.rank = stage2.lora_r if stage2 is not None and not self.full else 0
@@ -79,8 +74,8 @@ class Formula:
 
     def bill(self, conversation_ids: Sequence[Sequence[int]], supervised: int, copies: int = 1) -> dict[str, int]:
         """The memory in bytes, by item, of a run whose largest pack is this; see step."""
-        items = self.fixed_bytes() | self.step(conversation_ids, supervised, copies)[0]
-        bill = {name: int(size) for name, size in items.items()}
+        step = self.step(conversation_ids, supervised, copies)[0]
+        bill = self.fixed_bytes() | {name: int(size) for name, size in step.items()}
         return bill | {"allocator": int(RESERVE[self.is_cuda] * (sum(bill.values()) - bill["context"]))}
 
     def fixed_bytes(self) -> dict[str, int]:
@@ -97,8 +92,8 @@ class Formula:
         optimizer = sum(2 * each + 8 * -(-each // 256) if each >= 4096 else 8 * each for each in self.trained)
         if optim == "adamw_torch_fused" or (optim == "auto" and not self.is_cuda):
             optimizer = 8 * trained
-        names = ("frozen weights", "trained weights", "gradients", "optimizer", "context")
-        return dict(zip(names, (frozen, 4 * trained, 4 * trained, optimizer, CONTEXT[self.is_cuda]), strict=True))
+        items = {"frozen weights": frozen, "trained weights": 4 * trained, "gradients": 4 * trained}
+        return items | {"optimizer": optimizer, "context": CONTEXT[self.is_cuda]}
 
     def step(
         self, conversation_ids: Sequence[Sequence[int]], supervised: int, copies: int = 1
@@ -115,88 +110,88 @@ class Formula:
         product = 2 if cuda else 4
         output = product if self.is_llama or self.quantization == "none" else 4
         embedding, stream = (4 if self.full else product), (4 if self.full else output)
-        rotated = max(output, stream)  # queries and keys
-
         # Kept for the backward pass, in bytes for each token: of a norm the input in float32 and statistics, and of a
         # trained RMSNorm the normalized input; the inputs of linear layers, one that several share counted once.
         norm = 4 * hidden + 8 if not self.is_llama else 4 * hidden * (2 if self.full else 1) + 4
         inputs = inner * output + self.norms * hidden * (output if self.is_llama else 4)
-        inputs += 0 if self.is_llama and self.card.has_varlen else self.width * output
-        kept = inputs if self.quantization == "int8" else 0  # by bitsandbytes itself, with checkpointing too
-        copied = 0  # weights, to half precision under autocast
-        if self.arguments.gradient_checkpointing:
-            layer = tokens * (hidden * stream + kept)
+        if not (self.is_llama and self.card.has_varlen):
+            inputs += self.width * (output if self.card.has_varlen else product)
+        int8 = inputs if self.quantization == "int8" else 0  # kept by bitsandbytes itself, with checkpointing too
+        kept, copied = int8 + self.norms * norm + (3 if self.is_llama else 1) * inner * output, 0
+        if self.rank:  # inputs of A after dropout, masks of dropout, inputs of B; copies in half precision of A and B
+            kept += (
+                sum(pair[0] for pair in self.linear) * (product + self.masks) + len(self.linear) * self.rank * product
+            )
+            copied = 2 * cuda * self.rank * sum(map(sum, self.linear))
+        if self.full:
+            kept += sum(pair[0] for pair in self.linear) * product if cuda else inputs
+            copied = 2 * cuda * sum(inputs * outputs for inputs, outputs in self.linear)
+        if self.card.has_varlen:  # query, output and sums of the softmax; key and value of each piece
+            products = (len(layout.query_starts) - 1) * layout.longest[0] * layout.longest[1]  # of queries and keys
+            attention = tokens * (2 * self.width * max(output, stream) + 4 * self.heads)
+            attention += copies * len(layout.key_places) * self.width * (max(output, stream) + output)
         else:
-            kept += self.norms * norm + (3 if self.is_llama else 1) * inner * output
-            if self.rank:  # inputs of A after dropout, masks of dropout, inputs of B
-                kept += sum(pair[0] for pair in self.linear) * (product + self.masks)
-                kept += len(self.linear) * self.rank * product
-                copied = 2 * cuda * self.rank * sum(map(sum, self.linear))
-            if self.full:
-                kept += sum(pair[0] for pair in self.linear) * product if cuda else inputs
-                copied = 2 * cuda * sum(inputs * outputs for inputs, outputs in self.linear)
-            if self.card.has_varlen:  # query, output and sums of the softmax; key and value of each piece
-                attention = tokens * (2 * self.width * rotated + 4 * self.heads)
-                attention += copies * len(layout.key_places) * self.width * (rotated + output)
-            else:
-                padded = copies * sum(places.numel() for places, _ in layout.buckets)
-                attention = padded * (4 * self.width * product + 4 * self.heads)
-                attention += product * copies * sum(sees.numel() for _, sees in layout.buckets if sees is not None)
-            layer = tokens * kept + attention + copied
+            products = sum(places.numel() * places.shape[1] for places, _ in layout.buckets)
+            masks = sum(sees.numel() for _, sees in layout.buckets if sees is not None)
+            padded = sum(places.numel() for places, _ in layout.buckets)
+            attention = copies * (padded * 4 * (self.width * product + self.heads) + product * masks)
+        layer, width = tokens * kept + attention + copied, tokens * (hidden + inner)
+        peak = width * PEAKS[self.kind][2 * self.is_llama + (not cuda)]
+        if self.arguments.gradient_checkpointing:
+            again = 1.5 * layer + peak if self.is_llama else width * CHECKPOINTED_PEAKS[self.kind][not cuda]
+            peak = min(again, self.layers * layer + peak)
+            layer = tokens * (hidden * stream + int8)
         features = vision.hidden_size * (2 * self.patches if cuda else 4 * self.tower_tokens)
-        if len(self.projector_sizes) > 1:
-            features += 2 * self.patches * hidden * product
+        features += (len(self.projector_sizes) - 1) * 2 * self.patches * hidden * product
         activations = self.layers * layer + images * features + tokens * (norm + 2 * self.rotary * embedding)
         if self.arguments.gradient_checkpointing:
             activations -= tokens * hidden * (stream - embedding)  # the first layer's input
 
         # At the peak, beside the activations: three times the logits of a chunk in float32, the gradients of hidden
-        # states in other chunks, and a trained head's gradient and copy; or what a layer makes and drops again.
+        # states in other chunks, and a trained head's gradient and copy; or the peak of the layers.
         head = self.vocabulary * hidden
+        pixels = images * 3 * vision.image_size**2
         chunk = min(supervised, max(1, ClipPhiForCausalLM.max_logits // self.vocabulary))
         loss, states = 12 * chunk * self.vocabulary, hidden * (stream if self.is_llama else 4)
         if supervised > chunk:
-            loss += states * (tokens + supervised - chunk) + self.full * head * (8 if cuda else 4)
+            bias = 0 if self.is_llama else 2 * head if cuda else 4 * chunk * self.vocabulary
+            gradient = head * (6 if cuda else 4) + bias
+            loss += states * (tokens + supervised - chunk) + self.full * gradient
         elif self.full:
             gradient = 6 * head if cuda else 4 * (head + chunk * self.vocabulary) + states * (tokens + supervised)
             loss = max(loss + 2 * head * cuda, gradient)
-        peaks = CHECKPOINTED_PEAKS if self.arguments.gradient_checkpointing else PEAKS
-        peak = max(loss, tokens * (hidden + inner) * peaks[self.kind][2 * self.is_llama + (not cuda)])
-        pixels = images * 3 * vision.image_size**2
+        peak = max(loss, peak)
         # The tower has finished before the decoder begins: all its hidden states, and one layer's activations.
         tower = (vision.num_hidden_layers + 1) * vision.hidden_size * product
         tower = images * self.tower_tokens * (tower + 13.5 * vision.intermediate_size) + 2 * pixels * cuda
         tower = max(0.0, tower + tokens * hidden * embedding - activations - peak - 4 * pixels)
         items = {"activations": activations, "loss or a layer, at its peak": peak, "pixels": 4 * pixels, "tower": tower}
-
-        products = sum(places.numel() * places.shape[1] for places, _ in layout.buckets)  # of queries and keys
-        if self.card.has_varlen:
-            products = (len(layout.query_starts) - 1) * layout.longest[0] * layout.longest[1]
-        products *= copies
-        modules = list(self.model.model.vision_tower.modules())
-        linear = sum(each.weight.numel() for each in modules if isinstance(each, torch.nn.Linear))
-        patches = sum(each.weight.numel() for each in modules if isinstance(each, torch.nn.Conv2d))
-        tower_flops = 2 * self.tower_tokens * linear + 2 * self.patches * (patches + sum(self.projector_sizes))
+        linear, patches = (weights(self.model.model.vision_tower, kind) for kind in (torch.nn.Linear, torch.nn.Conv2d))
+        tower_flops = 2 * self.tower_tokens * sum(linear) + 2 * self.patches * sum([*patches, *self.projector_sizes])
         tower_flops += 4 * vision.num_hidden_layers * self.tower_tokens**2 * vision.hidden_size
-        # A weight's product in the forward pass, for the input's gradient, and if it is trained for its own. The
-        # backward pass of attention is 2.5 times its forward pass.
+        # A product in the forward pass, one for the input's gradient, one for a trained weight's. The backward pass of
+        # attention is 2.5 times its forward pass.
         frozen, lora = (sum(f(*pair) for pair in self.linear) for f in (int.__mul__, int.__add__))
         lora *= self.rank
-        layer_flops = tokens * ((6 if self.full else 4) * frozen + 6 * lora) + 14 * products * self.width
+        layer_flops = tokens * ((6 if self.full else 4) * frozen + 6 * lora) + 14 * copies * products * self.width
         if self.arguments.gradient_checkpointing:  # all is computed again but the last product
-            inputs, outputs = self.linear[-1]
-            layer_flops += 2 * tokens * (frozen + lora - (self.rank or inputs) * outputs) + 4 * products * self.width
-        again = 2 * (supervised > chunk)  # the logits of a chunk
-        decoder = self.layers * layer_flops + supervised * head * ((6 if self.full else 4) + again)
+            last = (self.rank or self.linear[-1][0]) * self.linear[-1][1]
+            layer_flops += 2 * tokens * (frozen + lora - last) + 4 * copies * products * self.width
+        times = (6 if self.full else 4) + 2 * (supervised > chunk)  # chunks of logits are computed twice
+        decoder = self.layers * layer_flops + supervised * head * times
         projector = 2 * images * self.patches * (2 * sum(self.projector_sizes) - self.projector_sizes[0])
         return items, images * tower_flops, decoder + projector
+
+
+def weights(part: Any, kind: type) -> list[int]:
+    return [each.weight.numel() for each in part.modules() if isinstance(each, kind)]
 
 
 def make_plan(arguments: TrainingArguments, card: Gpu, mfu: float, config: ClipPhiConfig) -> dict[str, Any]:
     """For json: parameters, FLOPs per sample (a caption or a conversation), memory by item, largest batch, hours.
 
-    The bill is that of the largest batch that fits, or of one image if none does. mfu: assumed share of the peak. The
-    states of a paged optimizer are in the bill, but may leave the card while a step needs the room."""
+    The bill is that of the largest batch that fits, or of one image. mfu: assumed share of the peak. The states of a
+    paged optimizer are in the bill, but may leave the card while a step needs the room."""
     formula = Formula(config, arguments, card)
     lengths: tuple[int, ...] = (165, 165)  # assumed: two conversations of an image in LLaVA-Instruct-150K,
     supervised, epoch = 250, CONVERSATIONS  # of which 125 tokens each are answers
@@ -207,8 +202,8 @@ def make_plan(arguments: TrainingArguments, card: Gpu, mfu: float, config: ClipP
     pageable = formula.fixed_bytes()["optimizer"] if arguments.optim.startswith("paged") else 0
     room, copies = card.memory * GIB + pageable, range(1, 2**24)
     low = bisect.bisect(copies, room, key=lambda number: sum(formula.bill([ids], supervised, number).values()))
-    (less, *flops), (more, *_) = (formula.step([ids], supervised, number) for number in (MANY, 2 * MANY))
-    tower, rest = (each / MANY / len(lengths) for each in flops)
+    (less, *flops), (more, *_) = (formula.step([ids], supervised, number) for number in (1000, 2000))
+    tower, rest = (each / 1000 / len(lengths) for each in flops)
     samples_per_second = mfu * card.tflops * 1e12 / (tower + rest)
     return {
         "gpu": card.title,
@@ -217,7 +212,7 @@ def make_plan(arguments: TrainingArguments, card: Gpu, mfu: float, config: ClipP
         "trainable_parameters": sum(formula.trained),
         "flops_per_sample": tower + rest,
         "tower_flops_per_sample": tower,
-        "activation_bytes_per_token": (more["activations"] - less["activations"]) / MANY / len(ids),
+        "activation_bytes_per_token": (more["activations"] - less["activations"]) / 1000 / len(ids),
         "memory_bytes": int(card.memory * GIB),
         "bill_bytes": formula.bill([ids], supervised, max(low, 1)),
         "pageable_bytes": pageable,
