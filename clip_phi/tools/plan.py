@@ -183,7 +183,7 @@ class Formula:
         return items, images * tower_flops, decoder + projector
 
 
-def weights(part: Any, kind: type) -> list[int]:
+def weights(part: Any, kind: Any) -> list[int]:
     return [each.weight.numel() for each in part.modules() if isinstance(each, kind)]
 
 
