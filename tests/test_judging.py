@@ -163,7 +163,9 @@ def test_a_spoken_question_is_asked_with_its_transcript_and_one_that_was_not_hea
     ]
     eval_set = make_eval_set("vqa", samples, Report())
     assert [(item.question, item.transcript) for item in eval_set.items] == [(SPOKEN_INSTRUCTION, "what is it")] * 2
-    assert dict(eval_set.left_out)["speech without a transcript: run 'clip-phi transcribe DATA' first"] == 2
+    assert (
+        dict(eval_set.left_out)["speech without a transcript: run 'clip-phi speech transcribe --data DATA' first"] == 2
+    )
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from clip_phi.batching.encode import IGNORE_INDEX
 from clip_phi.batching.index import Index
 from clip_phi.data.report import Report
 from clip_phi.data.sample import File
 from clip_phi.data.schema import read_rows
 from modeling_clip_phi import ClipPhiProcessor
+from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
 
 SPACE = "\u2581"  # how SentencePiece writes one
 SPECIAL = ("<|endoftext|>", "<image>", "<pad>", "<unk>", "<s>", "</s>")

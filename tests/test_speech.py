@@ -351,7 +351,7 @@ def test_transcribing_goes_on_where_it_was_stopped(spoken, monkeypatch):
 def test_training_skips_and_counts_until_the_recordings_are_transcribed(spoken, processor, monkeypatch, capsys):
     index = load_index(parse_source(spoken), processor, 200)
     assert len(index) == 1 and index.report.skipped == {"speech without a transcript": 2, "<image> without an image": 1}
-    assert "run 'clip-phi transcribe DATA' first" in index.report.table()
+    assert "run 'clip-phi speech transcribe --data DATA' first" in index.report.table()
     monkeypatch.setattr(speech_data, "make_transcriber", lambda *options: ToyEar())
     assert main(["transcribe", spoken, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -47,12 +47,12 @@ def test_tree_holds_the_image_once_and_predicts_each_branch_from_its_end(sample,
     assert tree.input_ids == [processor.image_token_id] * prefix + sum(inputs, [])
     assert tree.position_ids == list(range(prefix)) + [prefix + place for part in inputs for place in range(len(part))]
     assert tree.conversation_ids == [0] * prefix + [number for number, part in enumerate(inputs, 1) for _ in part]
-    assert tree.targets == sum(answers, [])
+    assert tree.shift_labels == sum(answers, [])
     expected, offset = [], prefix
     for part in inputs:
         expected += [prefix - 1, *range(offset, offset + len(part))]
         offset += len(part)
-    assert tree.kept == expected
+    assert tree.logits_to_keep == expected
     assert tree.origin == "file:3"
 
 
@@ -63,7 +63,7 @@ def test_tree_supervises_answers_and_end_tokens_only(dialogue, processor):
     expected = [
         tokenizer.encode(" " + answer, add_special_tokens=False) + [tokenizer.eos_token_id] for answer in answers
     ]
-    assert tree.targets == sum(expected, [])
+    assert tree.shift_labels == sum(expected, [])
 
 
 def test_text_only_sample_has_no_prefix(processor):
@@ -108,7 +108,7 @@ def test_a_long_conversation_is_cut_behind_the_last_answer_that_fits(image, proc
         report = Report()
         index = Index.from_samples([Sample(image, (whole,), ("f:1",))], processor, int(max_length), report)
         alone = Index.from_samples([Sample(image, (whole[:count],), ("f:1",))], processor, 500)
-        assert index.sample(0) == alone.sample(0) and index.tree(0) == alone.tree(0)
+        assert index.sample(0) == alone.sample(0) and index.shared_prefix_sample(0) == alone.tree(0)
         assert sum(report.repaired.values()) == (count < 8) and not report.skipped
 
 
@@ -142,9 +142,9 @@ def one_by_one(model, sample, processor, num_items):
     pixel_values = processor.image_processor(load_image(sample.image), return_tensors="pt")["pixel_values"]
     for conversation in sample.conversations:
         tree = build_shared_prefix(Sample(sample.image, (conversation,), ("x",)), processor)
-        ids = torch.tensor([tree.input_ids + [tree.targets[-1]]])
+        ids = torch.tensor([tree.input_ids + [tree.shift_labels[-1]]])
         labels = torch.full_like(ids, -100)
-        labels[0, torch.tensor(tree.kept) + 1] = torch.tensor(tree.targets)
+        labels[0, torch.tensor(tree.logits_to_keep) + 1] = torch.tensor(tree.shift_labels)
         yield model(input_ids=ids, pixel_values=pixel_values, labels=labels, num_items_in_batch=num_items).loss
 
 

@@ -81,13 +81,13 @@ class SampleDataset(Dataset):
         conversations = None
         if taken is not None and taken < available:
             conversations = [(source_pass * taken + step) % available for step in range(taken)]
-        return _item(source.tree(index, conversations), source.image(index), available, self.read)
+        return _item(source.shared_prefix_sample(index, conversations), source.image(index), available, self.read)
 
     def origin(self, index: int) -> str:
         """Where a sample comes from, and its image."""
         source, index = self._find(index)
         image = source.image(index)
-        return source.tree(index).origin + (f" ({image})" if isinstance(image, File) else "")
+        return source.shared_prefix_sample(index).origin + (f" ({image})" if isinstance(image, File) else "")
 
     def _find(self, index: int) -> tuple[Index, int]:
         number = int(np.searchsorted(self.stops, index, side="right"))
@@ -109,11 +109,11 @@ class SampleStream(IterableDataset):
         self.max_length = max_length
 
     def __iter__(self) -> Iterator[Item]:
-        prefix = [self.processor.image_token_id] * self.processor.num_image_tokens
         report = _Messenger()
         for sample in self.samples(report):
             for whole, encoded in encode_samples([sample], self.processor, self.max_length, report):
-                tree = build_shared_prefix(encoded, prefix if whole.image is not None else (), whole.origins[0])
+                prefix = self.processor.prefix_ids(whole.image is not None)
+                tree = build_shared_prefix(encoded, prefix, whole.origins[0])
                 yield _item(tree, whole.image, len(encoded), self.read)
             yield from report.messages
             report.messages.clear()

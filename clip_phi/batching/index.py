@@ -26,7 +26,7 @@ from ..data.source import DataSource
 from .encode import Encoded, encode_samples
 from .packing import SharedPrefixSample, build_shared_prefix
 
-FORMAT = 2  # of the files; also raised when a reader or the encoding changes what it gives
+FORMAT = 3  # of the files; also raised when a reader or the encoding changes what it gives
 CHUNK = 1000  # samples that are tokenised together
 SCHEMA = pa.schema(
     {
@@ -34,33 +34,34 @@ SCHEMA = pa.schema(
         "member": pa.string(),
         "bytes": pa.large_binary(),
         "origins": pa.list_(pa.string()),
-        "branches": pa.string(),  # json
-        "ids": pa.list_(pa.int32()),  # of all branches, one behind the other
+        "conversations": pa.string(),  # json
+        "ids": pa.list_(pa.int32()),  # of all conversations, concatenated, without BOS and image
         "labels": pa.list_(pa.int32()),
-        "lengths": pa.list_(pa.int32()),  # of the branches
+        "lengths": pa.list_(pa.int32()),  # tokens of each conversation
     }
 )
 
 
 class Index:
-    """Samples and their token ids, by number. prefix: the image tokens before the branches of a sample with an image.
+    """Samples and their token ids, by number. Pickles as the name of its file.
 
-    Pickles as the name of its file. report: what was skipped and mended when it was made. rows: those of the table
-    that it consists of, in this order; None for all."""
+    prefixes: the token ids before the conversations of a sample without and with an image.
+    report: what was skipped and repaired when the index was made.
+    selected: which entries of the table it has, in this order; None for all."""
 
     def __init__(
         self,
         table: pa.Table,
-        prefix: Sequence[int],
+        prefixes: tuple[list[int], list[int]],
         report: Report,
         path: Path | None = None,
-        rows: np.ndarray | None = None,
+        selected: np.ndarray | None = None,
     ):
         self.table = table
-        self.prefix = list(prefix)
+        self.prefixes = prefixes
         self.report = report
         self.path = path
-        self.rows = rows
+        self.selected = selected
 
     @classmethod
     def from_samples(
@@ -72,18 +73,19 @@ class Index:
         if report is None:
             found.records = max(found.records, found.num_skipped)
             found.refuse_bad(0)
-        return cls(table, _prefix(processor), found)
+        return cls(table, _prefixes(processor), found)
 
     @classmethod
     def concatenate(cls, parts: Sequence["Index"]) -> "Index":
         """In memory, for small parts."""
         tables = [
-            part.table if part.rows is None else part.table.take(pa.array(part.rows, pa.int64())) for part in parts
+            part.table if part.selected is None else part.table.take(pa.array(part.selected, pa.int64()))
+            for part in parts
         ]
         report = Report()
         for part in parts:
             report.add(part.report)
-        return cls(pa.concat_tables(tables), parts[0].prefix, report)
+        return cls(pa.concat_tables(tables), parts[0].prefixes, report)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | ({"table": None} if self.path else {})
@@ -94,10 +96,10 @@ class Index:
             self.table = _map(self.path)
 
     def __len__(self) -> int:
-        return self.table.num_rows if self.rows is None else len(self.rows)
+        return self.table.num_rows if self.selected is None else len(self.selected)
 
     def _cell(self, name: str, number: int) -> Any:
-        return self.table[name][number if self.rows is None else int(self.rows[number])]
+        return self.table[name][number if self.selected is None else int(self.selected[number])]
 
     def image(self, number: int) -> File | bytes | None:
         path, member, data = (self._cell(name, number).as_py() for name in ("path", "member", "bytes"))
@@ -105,12 +107,13 @@ class Index:
 
     def sample(self, number: int) -> Sample:
         conversations = tuple(
-            tuple(_turn(*values) for values in turns) for turns in json.loads(self._cell("branches", number).as_py())
+            tuple(_turn(*values) for values in turns)
+            for turns in json.loads(self._cell("conversations", number).as_py())
         )
         return Sample(self.image(number), conversations, tuple(self._cell("origins", number).as_py()))
 
     def encoded(self, number: int) -> list[Encoded]:
-        """The branches behind the image."""
+        """The conversations of a sample, without what precedes them."""
         ids, labels, lengths = (self._cell(name, number).as_py() for name in ("ids", "labels", "lengths"))
         stops = np.cumsum(lengths).tolist()
         return [
@@ -124,18 +127,20 @@ class Index:
     def num_conversations(self, number: int) -> int:
         return len(self._cell("lengths", number))
 
-    def tree(self, number: int, conversations: Sequence[int] | None = None) -> SharedPrefixSample:
-        """The sample as one tree, of all its branches or of these."""
+    def prefix(self, number: int) -> list[int]:
+        """Token ids before each conversation of a sample: BOS, if the decoder has one, and the image's."""
+        return self.prefixes[self.has_image(number)]
+
+    def shared_prefix_sample(self, number: int, conversations: Sequence[int] | None = None) -> SharedPrefixSample:
+        """A sample with all its conversations, or with these."""
         encoded = self.encoded(number)
         chosen = encoded if conversations is None else [encoded[conversation] for conversation in conversations]
-        return build_shared_prefix(
-            chosen, self.prefix if self.has_image(number) else (), self._cell("origins", number)[0].as_py()
-        )
+        return build_shared_prefix(chosen, self.prefix(number), self._cell("origins", number)[0].as_py())
 
     def take(self, numbers: np.ndarray) -> "Index":
         """A view of these samples."""
-        rows = numbers if self.rows is None else self.rows[numbers]
-        return Index(self.table, self.prefix, self.report, self.path, rows)
+        selected = numbers if self.selected is None else self.selected[numbers]
+        return Index(self.table, self.prefixes, self.report, self.path, selected)
 
     def fingerprint(self) -> str:
         """Hex digest of the token ids and the order of the samples."""
@@ -143,31 +148,32 @@ class Index:
         for name in ("ids", "lengths"):
             for chunk in self.table[name].chunks:
                 digest.update(chunk.flatten().to_numpy().tobytes())
-        if self.rows is not None:
-            digest.update(np.ascontiguousarray(self.rows).tobytes())
+        if self.selected is not None:
+            digest.update(np.ascontiguousarray(self.selected).tobytes())
         return digest.hexdigest()
 
     def image_names(self) -> list[str | None]:
         """The image file of each sample; None for text-only samples and for images that are bytes."""
         columns = [self.table[name].to_pylist() for name in ("path", "member")]
         names = [str(File(path, member)) if path is not None else None for path, member in zip(*columns, strict=True)]
-        return names if self.rows is None else [names[row] for row in self.rows]
+        return names if self.selected is None else [names[place] for place in self.selected]
 
     def num_tokens(self) -> np.ndarray:
         """int64 (samples,): tokens of each sample, its image once and all end tokens included."""
         return self._with_prefix(pc.list_value_length(self.table["ids"]).to_numpy())
 
     def packed_lengths(self, num_conversations: int | None = None) -> np.ndarray:
-        """int64 (samples,): tokens that go into the model for each tree; the most that so many branches can be."""
+        """int64 (samples,): tokens of each sample that go into the model; the most that so many conversations have."""
         lengths = [
             sorted(lengths)[-(num_conversations or len(lengths)) :] for lengths in self.table["lengths"].to_pylist()
         ]
         return self._with_prefix(np.array([sum(each) - len(each) for each in lengths], dtype=np.int64))
 
-    def _with_prefix(self, behind: np.ndarray) -> np.ndarray:
-        pictured = pc.or_(self.table["path"].is_valid(), self.table["bytes"].is_valid()).to_numpy()
-        lengths = behind + len(self.prefix) * pictured
-        return (lengths if self.rows is None else lengths[self.rows]).astype(np.int64)
+    def _with_prefix(self, lengths: np.ndarray) -> np.ndarray:
+        has_image = pc.or_(self.table["path"].is_valid(), self.table["bytes"].is_valid()).to_numpy()
+        without, with_image = map(len, self.prefixes)
+        lengths = lengths + np.where(has_image, with_image, without)
+        return (lengths if self.selected is None else lengths[self.selected]).astype(np.int64)
 
 
 def load_index(source: DataSource, processor: Any, max_length: int, num_workers: int = 0) -> Index:
@@ -197,7 +203,7 @@ def load_index(source: DataSource, processor: Any, max_length: int, num_workers:
             "file_stamps": media.file_stamps() | transcripts.file_stamps(),
         }
         (aside / "about.json").write_text(json.dumps(about), encoding="utf-8")
-        made = Index(_map(aside / "index.arrow"), _prefix(processor), report, folder / "index.arrow")
+        made = Index(_map(aside / "index.arrow"), _prefixes(processor), report, folder / "index.arrow")
         if _open(folder, state, processor) is None:  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -215,15 +221,15 @@ def _open(folder: Path, state: list[Any], processor: Any) -> Index | None:
         return None
     if about["state"] != state or any(file_stamp(path) != then for path, then in about["file_stamps"].items()):
         return None
-    return Index(table, _prefix(processor), Report.from_dict(about["report"]), folder / "index.arrow")
+    return Index(table, _prefixes(processor), Report.from_dict(about["report"]), folder / "index.arrow")
 
 
 def _map(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def _prefix(processor: Any) -> list[int]:
-    return [processor.image_token_id] * processor.num_image_tokens
+def _prefixes(processor: Any) -> tuple[list[int], list[int]]:
+    return processor.prefix_ids(False), processor.prefix_ids(True)
 
 
 def _fingerprint(source: DataSource, processor: Any, max_length: int) -> str:
@@ -260,7 +266,7 @@ def _tokenise_chunk(processor: Any, max_length: int, chunk: list[Sample]) -> tup
         columns["member"].append(image.member if isinstance(image, File) else None)
         columns["bytes"].append(image if isinstance(image, bytes) else None)
         columns["origins"].append(sample.origins)
-        columns["branches"].append(json.dumps(sample.conversations, default=_speech_bytes))
+        columns["conversations"].append(json.dumps(sample.conversations, default=_speech_bytes))
         columns["ids"].append([token for conversation in encoded for token in conversation.ids])
         columns["labels"].append([label for conversation in encoded for label in conversation.labels])
         columns["lengths"].append([len(conversation.ids) for conversation in encoded])

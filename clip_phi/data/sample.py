@@ -75,18 +75,26 @@ class Sample:
     origins: tuple[str, ...]
 
 
+def user_message(text: str | None, images: int = 0, *transcripts: str | None) -> dict[str, Any]:
+    """A user's turn in the chat format of transformers: images as placeholders, transcripts of speech, text.
+
+    Args:
+        text: The question or instruction; None or empty for none.
+        images: How many images the turn has.
+        transcripts: What is said in the turn's recordings; None is left out.
+    """
+    content = [{"type": "image"}] * images
+    content += [{"type": "transcript", "text": each} for each in transcripts if each is not None]
+    return {"role": "user", "content": content + ([{"type": "text", "text": text}] if text else [])}
+
+
 def as_messages(conversation: Conversation, has_image: bool) -> list[dict[str, Any]]:
-    """A branch in the chat format of transformers, its image (as a placeholder) before everything that is said."""
-    messages: list[dict[str, Any]] = []
+    """A conversation in the chat format of transformers, its image (as a placeholder) first."""
+    image_apart = has_image and (not conversation or conversation[0].role != "user")
+    messages = [user_message(None, 1)] if image_apart else []
     for turn in conversation:
-        content = [{"type": "text", "text": turn.text}]
-        if turn.transcript is not None:
-            content.insert(0, {"type": "transcript", "text": turn.transcript})
-        messages.append({"role": turn.role, "content": content})
-    if has_image:
-        image = {"type": "image"}
-        if messages and messages[0]["role"] == "user":
-            messages[0]["content"].insert(0, image)
+        if turn.role == "user":
+            messages.append(user_message(turn.text, int(has_image and not messages), turn.transcript))
         else:
-            messages.insert(0, {"role": "user", "content": [image]})
+            messages.append({"role": turn.role, "content": [{"type": "text", "text": turn.text}]})
     return messages

@@ -158,7 +158,7 @@ def _items(
                 continue
             references = said.references or (said.text,)
             if asked.speech is not None and asked.transcript is None:
-                left_out["speech without a transcript: run 'clip-phi transcribe DATA' first"] += 1
+                left_out["speech without a transcript: run 'clip-phi speech transcribe --data DATA' first"] += 1
             elif task == "pope" and not {reference.lower().strip(" .") for reference in references} <= {"yes", "no"}:
                 left_out["answer is not yes or no"] += 1
             elif not said.references and len(said.text.split()) > MAX_ANSWER_WORDS:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..batching.images import load_image
+from ..data.sample import user_message
 from ..data.synthetic import draw_scene, sample_scene
 from .batch_captions import find_pictures
 from .engine import Answer, Busy, Engine
@@ -228,22 +229,19 @@ def _conversation(
     images: list[Image.Image] = []
     heard = ""
     for files, question, answer in turns:
-        content: list[dict[str, str]] = []
+        transcripts, seen = [], len(images)
         heard = ""
         for path in files:
             if (mimetypes.guess_type(path)[0] or "").startswith(("audio/", "video/")):
                 if hear is None:
                     raise ValueError("this page has no way to hear")
                 heard = hear(path)
-                content.append({"type": "transcript", "text": heard})
+                transcripts.append(heard)
             else:
                 images.append(load_image(path))
-                content.append({"type": "image"})
-        if question:
-            content.append({"type": "text", "text": question})
-        if not content:
+        if not (files or question):
             raise ValueError("there is no question: write one, or attach a picture")
-        messages.append({"role": "user", "content": content})
+        messages.append(user_message(question, len(images) - seen, *transcripts))
         if answer:
             messages.append({"role": "assistant", "content": answer})
     return messages, images, heard

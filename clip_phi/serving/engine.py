@@ -5,7 +5,6 @@ transformers' own continuous batching takes token ids alone (5.23), so no image 
 """
 
 import atexit
-import itertools
 import logging
 import random
 import threading
@@ -17,15 +16,14 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 from ..batching.images import Preprocessor, pixel_hash
-from ..data.sample import SPOKEN_INSTRUCTION
-from ..evaluation.generate import refuse_too_long
+from ..data.sample import SPOKEN_INSTRUCTION, user_message
+from ..evaluation.generate import end_tokens, refuse_too_long
 from .detokenizer import TextStream
 from .int8 import fold_lora, quantize_decoder
 from .kv_cache import RowCache, TensorCache
@@ -196,7 +194,7 @@ class Engine:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.token_bytes = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
         self.cache_bytes = limits.cache_bytes or _default_cache_bytes(model.device)
-        self.ends = _end_tokens(model)
+        self.ends = end_tokens(model, processor)
         self.preprocess = Preprocessor(processor.image_processor)
         self.images = TensorCache(limits.image_bytes)
         self.counts: Counter[str] = Counter()  # of requests by how they ended, of tokens, steps and images
@@ -331,25 +329,12 @@ class Engine:
             raise Busy(waiting, max(1, round(rounds * self.seconds_per_answer)))
 
     def _encode(self, messages: Sequence[dict[str, Any]], num_images: int) -> list[int]:
-        tokenizer, token = self.processor.tokenizer, self.processor.image_token
-        special = (token, tokenizer.eos_token, tokenizer.pad_token)
-        for message in messages:
-            content = message["content"]
-            items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            texts = [item.get("text", "") for item in items]
-            if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-                raise ValueError("a text contains half a character, a surrogate without its other half")
-            for text, each in itertools.product(texts, special):
-                if each in text:
-                    raise ValueError(f"a text contains {each}, which the model knows as a token of its own")
         with self._encoding:  # a tokenizer is not made for several threads at once
-            try:
-                text = self.processor.apply_chat_template(list(messages), add_generation_prompt=True)
-            except TemplateError as error:
-                raise ValueError(f"the chat template refuses the conversation: {error}") from error
-            if (places := text.count(token)) != num_images:
-                raise ValueError(f"{num_images} images, but {places} places for them in the conversation")
-            return tokenizer(text.replace(token, token * self.processor.num_image_tokens))["input_ids"]
+            ids, _ = self.processor.encode(messages, add_generation_prompt=True)
+        if (places := ids.count(self.processor.image_token_id)) != num_images * self.processor.num_image_tokens:
+            places //= self.processor.num_image_tokens
+            raise ValueError(f"{num_images} images, but {places} places for them in the conversation")
+        return ids
 
     def _prepare(self, image: Image.Image) -> tuple[str, torch.Tensor | None, torch.Tensor | None]:
         key = pixel_hash(image)
@@ -562,11 +547,8 @@ def as_prompt(
     text: str | None, image: Image.Image | None, transcript: str | None = None
 ) -> tuple[list[dict[str, Any]], list[Image.Image]]:
     """One user's turn about an image, or none, and the images of it; text: None to ask for a bare caption."""
-    content: list[dict[str, Any]] = [{"type": "image"}] if image is not None else []
-    for kind, words in (("transcript", transcript), ("text", text)):
-        if words is not None:
-            content.append({"type": kind, "text": words})
-    return [{"role": "user", "content": content}], [image] if image is not None else []
+    images = [] if image is None else [image]
+    return [user_message(text, len(images), transcript)], images
 
 
 def _choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int | None]:
@@ -632,9 +614,3 @@ def _default_device() -> str:
 
 def _default_cache_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2 * GB
-
-
-def _end_tokens(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    ends = model.config.get_text_config().eos_token_id if ends is None else ends
-    return {ends} if isinstance(ends, int) else set(ends or ())

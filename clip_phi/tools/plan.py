@@ -83,7 +83,7 @@ class Row(NamedTuple):
     @classmethod
     def of(cls, tree: SharedPrefixSample) -> "Row":
         counts = Counter(tree.conversation_ids)
-        return cls(counts.pop(0, 0), tuple(counts[number] for number in sorted(counts)), len(tree.targets))
+        return cls(counts.pop(0, 0), tuple(counts[number] for number in sorted(counts)), len(tree.shift_labels))
 
     @property
     def length(self) -> int:
