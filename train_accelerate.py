@@ -93,7 +93,7 @@ def train(arguments: TrainingArguments) -> None:
     if arguments.push_to_hub and accelerator.is_main_process:  # better now than after a night of training
         check_push(arguments.push_to_hub, model.config.to_dict(), arguments.merged, output_dir)
     cache = open_cache(arguments, model, processor)
-    read = ImageReader(processor, arguments.pixels, cache)
+    read = ImageReader(processor, arguments.image_processing, cache)
     with accelerator.local_main_process_first():  # which writes the index that the others find
         rank, world_size = accelerator.process_index, accelerator.num_processes
         data = read_data(arguments, processor, read, rank, world_size, accelerator.print)
@@ -101,7 +101,7 @@ def train(arguments: TrainingArguments) -> None:
     trainable, total = count_parameters(model)
     accelerator.print(f"training {trainable:,} of {total:,} parameters on {accelerator.num_processes} x {device.type}")
     models = 1 if arguments.metric_for_best_model == "none" else 2
-    room = room_needed(trainable, total, arguments.keep, arguments.merged, model.dtype.itemsize, models)
+    room = room_needed(trainable, total, arguments.save_total_limit, arguments.merged, model.dtype.itemsize, models)
     check_room(output_dir, room)
     costs = FlopsPerToken.of(model)
 
@@ -134,10 +134,14 @@ def train(arguments: TrainingArguments) -> None:
         for name, index in data.held_out.items()
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    checkpoints = Checkpoints(output_dir, arguments.keep, accelerator)
+    checkpoints = Checkpoints(output_dir, arguments.save_total_limit, accelerator)
     this_run = describe_run(arguments, data.fingerprint, num_steps, world_size)
-    first_step, seen, best = 0, StepCounts(), EarlyStopping(arguments.metric_for_best_model, arguments.patience)
-    if not arguments.resume:
+    first_step, seen, best = (
+        0,
+        StepCounts(),
+        EarlyStopping(arguments.metric_for_best_model, arguments.early_stopping_patience),
+    )
+    if not arguments.resume_from_checkpoint:
         checkpoints.begin_anew()
     elif found := checkpoints.newest():
         place, about = found
@@ -182,7 +186,7 @@ def train(arguments: TrainingArguments) -> None:
     frozen = frozen_hashes(plain_model)
     stop = StopSignal()
     pin_memory = device.type == "cuda"
-    packs_in_order = map(ready, make_loader(data.train, order, processor, arguments.num_workers, pin_memory))
+    packs_in_order = map(ready, make_loader(data.train, order, processor, arguments.dataloader_num_workers, pin_memory))
 
     model.train()
     for step in range(first_step + 1, num_steps + 1):
@@ -260,7 +264,7 @@ def train(arguments: TrainingArguments) -> None:
                 checkpoints.save(step, plain_model, optimizer, scheduler, about)
             monitor.pause(time.perf_counter() - started)
         if num_stopping and step < num_steps:
-            accelerator.print(f"stopped after step {step:,} by a signal; --resume goes on from there")
+            accelerator.print(f"stopped after step {step:,} by a signal; --resume_from_checkpoint goes on from there")
             del packs_in_order  # ends the workers
             sys.exit(EXIT_STOPPED)
 

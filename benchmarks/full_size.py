@@ -52,7 +52,7 @@ VISION = {
 }
 VISION_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 9, "num_attention_heads": 8}
 SPLITS = ("train", "val")
-LITTLE = "--logging_steps 1 --num_workers 0 --max_eval_images 1 --num_sample_texts 1 --max_new_tokens 2"
+LITTLE = "--logging_steps 1 --dataloader_num_workers 0 --max_eval_images 1 --num_sample_texts 1 --max_new_tokens 2"
 DTYPES = {torch.float16: "F16", torch.float32: "F32"}
 
 

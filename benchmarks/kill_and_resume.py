@@ -1,4 +1,4 @@
-"""Kill training at random moments, go on with --resume, and see that nothing differs from a run never stopped.
+"""Kill training at random moments, resume it, and see that nothing differs from a run that was never stopped.
 
     python benchmarks/kill_and_resume.py [--kills 20] [--json FILE]
 
@@ -41,7 +41,7 @@ def options(stage: int, data: Path, output: Path, num_workers: int) -> list[str]
         "output_dir": output,
         "data": f"{kind}:{data}/{name.format('train')}.json,images={data}/train2017",
         "eval_data": f"{kind}:{data}/{name.format('val')}.json,images={data}/val2017",
-        "num_workers": num_workers,
+        "dataloader_num_workers": num_workers,
         "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 2,
         "num_train_epochs": 3,
@@ -142,7 +142,7 @@ def torture(
     plain = options(stage, data, folder / "plain", num_workers)
     assert not any(run(plain, log, num_processes=num_processes)), log.read_text()
     seconds = time.perf_counter() - began
-    arguments = [*options(stage, data, folder / "killed", num_workers), "--resume"]
+    arguments = [*options(stage, data, folder / "killed", num_workers), "--resume_from_checkpoint"]
     done = cut = 0
     while done < kills:
         how = draw.choice(("any time", "any time", "in a checkpoint", "SIGTERM"))

@@ -11,7 +11,7 @@ def test_defaults_are_the_real_recipe():
     assert stage1.data == ["coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"]
     assert stage2.data == ["llava:data/llava_instruct_150k.json,images=data/coco/train2017"]
     assert (stage1.learning_rate, stage2.learning_rate, stage2.lora_learning_rate) == (1e-3, 2e-5, 2e-4)
-    assert (stage1.optimizer, stage1.captions_per_image, stage2.init_from) == ("auto", 5, stage1.output_dir)
+    assert (stage1.optim, stage1.captions_per_image, stage2.init_from) == ("auto", 5, stage1.output_dir)
 
 
 def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path):
@@ -31,7 +31,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
         (["--stage", "1", "--lora_r", "4"], "unknown option in stage 1: --lora_r 4"),
         (["--stage", "1", "--learning_rat", "4"], "unknown option in stage 1: --learning_rat 4"),
         (["--stage", "2", "--max_steps", "many"], "--max_steps"),
-        (["--stage", "2", "--optimizer", "sgd"], "invalid choice: 'sgd'"),
+        (["--stage", "2", "--optim", "sgd"], "invalid choice: 'sgd'"),
         (["--config", "none.yaml"], "no such file: --config none.yaml"),
     ],
 )

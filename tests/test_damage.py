@@ -93,7 +93,9 @@ def trained1(coco, stage1, folder) -> Path:
     output = folder / "stage1"
     run(
         folder / "cache",
-        *stage1(coco, output, "--max_bad_fraction", 0.9, "--num_workers", 2, "--per_device_train_batch_size", 4),
+        *stage1(
+            coco, output, "--max_bad_fraction", 0.9, "--dataloader_num_workers", 2, "--per_device_train_batch_size", 4
+        ),
     )
     return output
 
@@ -120,7 +122,7 @@ def test_reports_are_equal_whatever_the_number_of_workers_and_the_size_of_the_ba
     options = (
         "--max_bad_fraction",
         0.9,
-        "--num_workers",
+        "--dataloader_num_workers",
         0,
         "--per_device_train_batch_size",
         1,
@@ -134,13 +136,13 @@ def test_reports_are_equal_whatever_the_number_of_workers_and_the_size_of_the_ba
 
 def test_two_processes_of_which_one_may_meet_no_image_give_the_report_of_one(trained1, coco, stage1, folder):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    options = ("--max_bad_fraction", 0.9, "--num_workers", 0, "--per_device_train_batch_size", 1)
+    options = ("--max_bad_fraction", 0.9, "--dataloader_num_workers", 0, "--per_device_train_batch_size", 1)
     run(folder / "cache", *stage1(coco, folder / "two", *options), launcher=torchrun)
     assert (folder / "two/data_report.json").read_bytes() == (trained1 / "data_report.json").read_bytes()
 
 
 def test_stage2_survives_damaged_conversations_and_counts_every_record_once_in_every_run(llava, stage2, folder):
-    options = ("--max_bad_fraction", 0.9, "--num_workers", 2, "--per_device_train_batch_size", 8)
+    options = ("--max_bad_fraction", 0.9, "--dataloader_num_workers", 2, "--per_device_train_batch_size", 8)
     for name in ("stage2", "stage2_again"):  # the second finds the index in the cache
         run(folder / "cache", *stage2(llava, folder / name, *options))
         found = report_of(folder / name)
@@ -151,7 +153,7 @@ def test_stage2_survives_damaged_conversations_and_counts_every_record_once_in_e
 
 
 def test_a_run_stops_with_one_message_that_counts_if_more_is_bad_than_usual(coco, stage1, folder):
-    done = run(folder / "cache", *stage1(coco, folder / "usual", "--num_workers", 0), expect=2)
+    done = run(folder / "cache", *stage1(coco, folder / "usual", "--dataloader_num_workers", 0), expect=2)
     message = [line for line in done.stderr.splitlines() if "train_accelerate.py: error: " in line]
     bad, share = coco.found_by_reading, coco.found_by_reading / coco.records
     assert message == [
@@ -176,7 +178,11 @@ def test_a_strict_run_stops_at_the_first_bad_record(what, kind, stage1, folder):
     rows = [*(damage.record(number) for number in range(20)), bad]
     (home / "records.json").write_text(json.dumps(rows), encoding="utf-8")
     corpus = damage.Corpus([f"llava:{home}/records.json,images={home}/images"])
-    done = run(folder / "cache", *stage1(corpus, home / "out", "--max_bad_fraction", 0, "--num_workers", 0), expect=2)
+    done = run(
+        folder / "cache",
+        *stage1(corpus, home / "out", "--max_bad_fraction", 0, "--dataloader_num_workers", 0),
+        expect=2,
+    )
     assert "1 of 21 records are bad (4.76%), more than --max_bad_fraction 0 allows:" in done.stderr
     assert f"  skipped 1: {kind} (e.g. {home}/records.json:20" in done.stderr
 

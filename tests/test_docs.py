@@ -22,7 +22,7 @@ TINY = "--hidden 64 --layers 1 --images 2 --repeats 1 --log-mean 3"
 SMALL = "--num_train 24 --num_val 8 --max_steps 2"
 RECIPE = "--data {kind}:outputs/demo/data/{train},images=outputs/demo/data/train2017 "
 RECIPE += "--eval_data {kind}:outputs/demo/data/{val},images=outputs/demo/data/val2017 --max_steps 1 "
-RECIPE += "--num_workers 0 --max_new_tokens 4"
+RECIPE += "--dataloader_num_workers 0 --max_new_tokens 4"
 STAGE1 = RECIPE.format(
     kind="coco", train="annotations/captions_train2017.json", val="annotations/captions_val2017.json"
 )

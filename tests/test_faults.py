@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from helpers import ROOT, metrics, stage1, stage2
 from safetensors.torch import load_file
-from test_training import ROOT, metrics, stage1, stage2
 
 from clip_phi.batching import dataset as loader
 from clip_phi.batching.attention import PACKED_ATTENTION
@@ -63,7 +63,7 @@ def train(monkeypatch):
 @pytest.fixture
 def few(data, backbones, tmp_path):
     """Options of six steps of stage 1, of which each sees four images."""
-    silent = ("--num_train_epochs", 2, "--num_sample_texts", 0, "--num_workers", 0, "--learning_rate", 0.01)
+    silent = ("--num_train_epochs", 2, "--num_sample_texts", 0, "--dataloader_num_workers", 0, "--learning_rate", 0.01)
     return stage1(data, backbones, tmp_path / "run", *silent)
 
 
@@ -127,9 +127,9 @@ def test_a_run_that_only_leaves_steps_out_stops(train, few, monkeypatch):
 
 def test_a_gradient_that_overflows_is_the_scalers_to_handle_but_a_loss_is_not(tmp_path):
     health = watch.NonFiniteGuard(tmp_path, "stop", print)
-    assert health.allows(1, 2.0, math.inf, scaled=True)
-    assert not health.allows(2, 2.0, math.inf, scaled=False)
-    assert not health.allows(3, math.nan, 1.0, scaled=True)
+    assert health.is_finite_step(1, 2.0, math.inf, scaled=True)
+    assert not health.is_finite_step(2, 2.0, math.inf, scaled=False)
+    assert not health.is_finite_step(3, math.nan, 1.0, scaled=True)
 
 
 def test_running_out_of_memory_names_a_number_of_tokens_that_fits(train, few, monkeypatch):
@@ -174,8 +174,8 @@ def test_a_worker_that_dies_is_told_with_what_was_waited_for(train, few, monkeyp
         return read(self, image)
 
     monkeypatch.setattr(loader.ImageReader, "__call__", die_in_a_worker)
-    with pytest.raises(OSError, match="a process that reads data has died: step 1 needs .*--num_workers 0"):
-        train([*few, "--num_workers", 1])
+    with pytest.raises(OSError, match="a process that reads data has died: step 1 needs .*--dataloader_num_workers 0"):
+        train([*few, "--dataloader_num_workers", 1])
 
 
 def test_a_folder_that_cannot_be_written_or_is_full_is_found_before_training(train, few, tmp_path, monkeypatch):
@@ -277,7 +277,7 @@ def test_run_json_and_tensorboard_tell_what_metrics_jsonl_tells_and_a_resumed_ru
     counted = ("loss", "samples_seen", "tokens_seen", "epoch")
     before = {name: metrics(folder, name) for name in counted}
     shutil.rmtree(folder / "checkpoints/step-00000006")
-    train([*few, "--resume", "true"])
+    train([*few, "--resume_from_checkpoint", "true"])
     assert {name: metrics(folder, name) for name in counted} == before
     assert json.loads((folder / "run.json").read_text())["first_step"] == 3
 
@@ -292,7 +292,7 @@ def test_recomputed_activations_give_the_same_training(train, few, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adam8bit", "paged_adam8bit"])
 def test_optimizers_of_bitsandbytes_train_on_the_cpu(optimizer, train, few, tmp_path):
-    train([*few, "--optimizer", optimizer])
+    train([*few, "--optim", optimizer])
     losses = metrics(tmp_path / "run", "loss")
     assert losses[6] < losses[1]
 

@@ -14,10 +14,10 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from helpers import run_clean
 from hub_server import File, HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
-from test_remote_code import run_clean
 
 from clip_phi.cli import main
 from clip_phi.data.synthetic import write_dataset
@@ -64,7 +64,16 @@ def trained(hub, tmp_path_factory):
     """A run of stage 1 on the Hub's backbones, which pushed itself to alice/trained; its folder and what it printed."""
     folder = tmp_path_factory.mktemp("trained")
     write_dataset(folder / "data", num_train=6, num_val=4)
-    options = ["--stage", 1, "--vision_backbone", "acme/tower", "--text_backbone", "acme/decoder", "--num_workers", 0]
+    options = [
+        "--stage",
+        1,
+        "--vision_backbone",
+        "acme/tower",
+        "--text_backbone",
+        "acme/decoder",
+        "--dataloader_num_workers",
+        0,
+    ]
     options += ["--data", f"coco:{folder}/data/annotations/captions_train2017.json,images={folder}/data/train2017"]
     options += ["--eval_data", f"coco:{folder}/data/annotations/captions_val2017.json,images={folder}/data/val2017"]
     options += [

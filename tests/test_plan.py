@@ -93,7 +93,7 @@ def test_more_memory_or_checkpointing_is_a_larger_step_and_adamw_a_smaller():
     usual = plan("l4-24", 2)
     assert usual["max_tokens_per_batch"] < plan("a100-40", 2)["max_tokens_per_batch"]
     assert usual["max_tokens_per_batch"] < plan("l4-24", 2, gradient_checkpointing=True)["max_tokens_per_batch"]
-    optimizer = plan("l4-24", 2, optimizer="adamw")["bill_bytes"]["optimizer"]
+    optimizer = plan("l4-24", 2, optim="adamw_torch_fused")["bill_bytes"]["optimizer"]
     assert optimizer == 8 * usual["trainable_parameters"] > 3.5 * usual["bill_bytes"]["optimizer"]
 
 
@@ -252,7 +252,7 @@ def test_full_tuning_trains_every_weight_of_the_decoder_in_float32():
 
 
 def test_a_paged_optimizer_is_as_large_and_leaves_its_room_to_the_step():
-    usual, paged = (plan("l4-24", 2, tune_decoder="full", optimizer=kind) for kind in ("adam8bit", "paged_adam8bit"))
+    usual, paged = (plan("l4-24", 2, tune_decoder="full", optim=kind) for kind in ("adam8bit", "paged_adam8bit"))
     assert paged["pageable_bytes"] == paged["bill_bytes"]["optimizer"] == usual["bill_bytes"]["optimizer"]
     assert usual["pageable_bytes"] == 0
     assert paged["images_per_step"] > usual["images_per_step"]

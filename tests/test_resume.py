@@ -8,11 +8,11 @@ import sys
 import time
 
 import pytest
-from test_training import ROOT, metrics, run, stage1
+from helpers import ROOT, metrics, run, stage1
 
 from clip_phi.data.synthetic import write_dataset
 
-SHORT = ("--num_train_epochs", 2, "--gradient_accumulation_steps", 1, "--save_steps", 2, "--keep", 2)
+SHORT = ("--num_train_epochs", 2, "--gradient_accumulation_steps", 1, "--save_steps", 2, "--save_total_limit", 2)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_checkpoints_are_small_the_newest_are_kept_and_a_finished_run_stays_fini
     assert [place.name for place in places] == ["step-00000004", "step-00000006"]
     assert sum(file.stat().st_size for file in places[-1].iterdir()) < 100_000
     before = metrics(whole, "loss")
-    done = run(*stage1(data, backbones, whole, *SHORT, "--resume"))
+    done = run(*stage1(data, backbones, whole, *SHORT, "--resume_from_checkpoint"))
     assert "after step 6 of 6" in done.stdout and metrics(whole, "loss") == before
 
 
@@ -55,7 +55,7 @@ def resume_from(whole, tmp_path, step):
 
 def test_more_processes_with_the_same_accumulation_are_another_run(whole, data, backbones, tmp_path):
     copy = resume_from(whole, tmp_path, 4)
-    options = stage1(data, backbones, copy, *SHORT, "--resume")
+    options = stage1(data, backbones, copy, *SHORT, "--resume_from_checkpoint")
     options[options.index("--per_device_train_batch_size") + 1] = 4
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     done = run(*options, launcher=torchrun, ACCELERATE_USE_CPU="true", expect=1)
@@ -73,14 +73,20 @@ def test_more_processes_with_the_same_accumulation_are_another_run(whole, data, 
 )
 def test_another_run_is_not_gone_on_with_and_the_difference_is_named(change, message, whole, data, backbones, tmp_path):
     copy = resume_from(whole, tmp_path, 4)
-    done = run(*stage1(data, backbones, copy, *SHORT, "--resume", "--debug", False, *change), expect=2, launcher=())
-    assert message in done.stderr and "--resume would go on with another run" in done.stderr
+    done = run(
+        *stage1(data, backbones, copy, *SHORT, "--resume_from_checkpoint", "--debug", False, *change),
+        expect=2,
+        launcher=(),
+    )
+    assert message in done.stderr and "--resume_from_checkpoint would go on with another run" in done.stderr
     assert metrics(copy, "loss") == metrics(whole, "loss"), "the log of the other run is still there"
 
 
 def test_what_may_differ_is_said(whole, data, backbones, tmp_path):
     copy = resume_from(whole, tmp_path, 4)
-    done = run(*stage1(data, backbones, copy, *SHORT, "--resume", "--learning_rate", 0.5, "--logging_steps", 2))
+    done = run(
+        *stage1(data, backbones, copy, *SHORT, "--resume_from_checkpoint", "--learning_rate", 0.5, "--logging_steps", 2)
+    )
     assert "another learning_rate: 0.001 then, 0.5 now. It is allowed; compared with a run never stopped" in done.stdout
     assert "logging_steps" not in done.stdout
     assert {step: metrics(copy, "loss")[step] for step in (1, 2, 3, 4)} == {
@@ -89,7 +95,7 @@ def test_what_may_differ_is_said(whole, data, backbones, tmp_path):
 
 
 def test_resume_without_a_checkpoint_begins_at_the_beginning(whole, data, backbones, tmp_path):
-    run(*stage1(data, backbones, tmp_path / "new", *SHORT, "--resume"))
+    run(*stage1(data, backbones, tmp_path / "new", *SHORT, "--resume_from_checkpoint"))
     assert metrics(tmp_path / "new", "loss") == metrics(whole, "loss")
 
 
@@ -106,7 +112,15 @@ def test_a_run_begun_anew_in_the_same_folder_neither_uses_nor_deletes_the_checkp
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_processes_finishes_the_step_and_exits_with_75(number, data, backbones, tmp_path):
     options = stage1(
-        data, backbones, tmp_path / "run", "--num_train_epochs", 2000, "--num_workers", 2, "--save_steps", 10**6
+        data,
+        backbones,
+        tmp_path / "run",
+        "--num_train_epochs",
+        2000,
+        "--dataloader_num_workers",
+        2,
+        "--save_steps",
+        10**6,
     )
     command = [sys.executable, str(ROOT / "train_accelerate.py"), *map(str, options)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
@@ -120,7 +134,10 @@ def test_a_signal_to_all_processes_finishes_the_step_and_exits_with_75(number, d
     (place,) = (tmp_path / "run/checkpoints").iterdir()
     last = max(metrics(tmp_path / "run", "loss"))
     assert json.loads((place / "about.json").read_text())["step"] == last
-    assert f"stopped after step {last:,} by a signal; --resume goes on from there" in (tmp_path / "log").read_text()
+    assert (
+        f"stopped after step {last:,} by a signal; --resume_from_checkpoint goes on from there"
+        in (tmp_path / "log").read_text()
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(data, backbones, tmp_path):

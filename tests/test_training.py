@@ -4,19 +4,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import metrics, run, stage1, stage2
 from safetensors.torch import load_file
 
 from clip_phi.data.synthetic import write_dataset
 from modeling_clip_phi import ClipPhiForCausalLM
-
-ROOT = Path(__file__).parent.parent
-CPU = str(ROOT / "examples/configs/cpu.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -24,62 +19,6 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_dataset(folder, num_train=12, num_val=4)
     return folder
-
-
-def run(*options, launcher=("-m", "accelerate.commands.launch", "--config_file", CPU), expect=0, **environment):
-    command = [sys.executable, *launcher, str(ROOT / "train_accelerate.py"), *map(str, options)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
-
-
-def stage1(data, backbones, output, *options):
-    vision, text = backbones
-    return [
-        *("--stage", 1, "--vision_backbone", vision, "--text_backbone", text, "--output_dir", output),
-        *("--data", f"coco:{data}/annotations/captions_train2017.json,images={data}/train2017"),
-        *("--eval_data", f"coco:{data}/annotations/captions_val2017.json,images={data}/val2017"),
-        *(
-            "--per_device_train_batch_size",
-            4,
-            "--num_workers",
-            0,
-            "--logging_steps",
-            1,
-            "--max_new_tokens",
-            8,
-            "--debug",
-            True,
-        ),
-        *options,
-    ]
-
-
-def stage2(data, start, output, *options):
-    return [
-        *("--stage", 2, "--init_from", start, "--output_dir", output, "--lora_r", 4, "--lora_dropout", 0),
-        *("--max_tokens_per_batch", 0, "--gradient_accumulation_steps", 2),
-        *("--data", f"llava:{data}/llava_instruct_train.json,images={data}/train2017"),
-        *("--eval_data", f"llava:{data}/llava_instruct_val.json,images={data}/val2017"),
-        *(
-            "--per_device_train_batch_size",
-            4,
-            "--num_workers",
-            0,
-            "--logging_steps",
-            1,
-            "--max_new_tokens",
-            8,
-            "--debug",
-            True,
-        ),
-        *options,
-    ]
-
-
-def metrics(folder, key):
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record[key] for record in records if key in record}
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +138,16 @@ def test_two_processes_give_the_losses_of_one(data, backbones, tmp_path):
 
 def test_workers_bf16_adam8bit_checkpointing_mlp_and_hold_out_run_together(data, backbones, tmp_path):
     options = [
-        *("--num_workers", 2, "--optimizer", "adam8bit", "--gradient_checkpointing", True, "--projector_type", "mlp"),
+        *(
+            "--dataloader_num_workers",
+            2,
+            "--optim",
+            "adam8bit",
+            "--gradient_checkpointing",
+            True,
+            "--projector_type",
+            "mlp",
+        ),
         *("--eval_data", "--holdout_images", 3, "--captions_per_image", 2, "--num_train_epochs", 1),
         *("--gradient_accumulation_steps", 1),
     ]
@@ -240,7 +188,7 @@ def test_damaged_images_are_skipped_reported_once_and_alike_by_any_number_of_pro
         0.25,
         "--per_device_train_batch_size",
         2 // processes,
-        "--num_workers",
+        "--dataloader_num_workers",
         1,
     )
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
@@ -304,7 +252,7 @@ def test_a_stream_is_trained_on_for_max_steps_and_its_damage_is_counted_as_it_co
     rows[5]["caption"] = " "
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "rows")
-    options = stage1(data, backbones, tmp_path / "run", "--max_steps", 9, "--num_workers", 1)
+    options = stage1(data, backbones, tmp_path / "run", "--max_steps", 9, "--dataloader_num_workers", 1)
     options[options.index("--data") + 1] = f"dataset:{tmp_path}/rows,streaming=true"
     run(*options)
     assert len(metrics(tmp_path / "run", "loss")) == 9
@@ -336,7 +284,7 @@ def test_a_warm_feature_cache_gives_the_same_run_and_opens_no_image(data, backbo
         0,
         "--num_train_epochs",
         2,
-        "--num_workers",
+        "--dataloader_num_workers",
         1,
     )
     run(*stage1(copy, backbones, tmp_path / "cold", *cache))

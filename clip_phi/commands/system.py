@@ -14,8 +14,8 @@ def add_to(commands: Any) -> None:
     plan.add_argument("--stage", type=int, choices=(1, 2), default=1, help="of training (default: %(default)s)")
     plan.add_argument("--checkpoint", help="plan for this checkpoint's parts instead of TinyCLIP and phi-2")
     plan.add_argument("--mfu", type=float, default=0.4, help="assumed share of the card's peak (default: %(default)s)")
-    optimizers = ("auto", "adam8bit", "paged_adam8bit", "adamw")
-    plan.add_argument("--optimizer", choices=optimizers, default="auto", help="(default: %(default)s, as in training)")
+    optimizers = ("auto", "adam8bit", "paged_adam8bit", "adamw_torch_fused")
+    plan.add_argument("--optim", choices=optimizers, default="auto", help="(default: %(default)s, as in training)")
     plan.add_argument("--captions_per_image", type=positive, help="of stage 1 (default: that of training)")
     plan.add_argument("--lora_r", type=positive, help="of stage 2 (default: that of training)")
     plan.add_argument("--tune_decoder", choices=("lora", "full"), help="of stage 2 (default: lora)")
@@ -34,7 +34,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
 
     if not 0 < arguments.mfu <= 1:
         raise ValueError(f"--mfu must be more than 0 and at most 1, not {arguments.mfu}")
-    options = {"optimizer": arguments.optimizer, "gradient_checkpointing": arguments.gradient_checkpointing}
+    options = {"optim": arguments.optim, "gradient_checkpointing": arguments.gradient_checkpointing}
     own = {"captions_per_image": 1, "lora_r": 2, "tune_decoder": 2, "quantization": 2}
     for name, stage in own.items():
         value = getattr(arguments, name)

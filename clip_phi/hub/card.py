@@ -27,7 +27,7 @@ NUM_PICTURES = 4
 PICTURE_SIZE = 256  # pixels, of the longer side
 # The options of a stage that say what was learnt, in the order of the card.
 HYPERPARAMETERS = (
-    *("optimizer", "learning_rate", "lora_learning_rate", "lr_scheduler", "warmup_ratio", "weight_decay"),
+    *("optim", "learning_rate", "lora_learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay"),
     *("max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_tokens_per_batch"),
     *("gradient_accumulation_steps", "captions_per_image", "max_length", "lora_r", "lora_alpha", "lora_dropout"),
     *("lora_targets", "tune_decoder", "quantization", "seed"),

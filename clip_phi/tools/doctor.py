@@ -160,7 +160,7 @@ def check_bitsandbytes() -> Iterator[Check]:
     from bitsandbytes import cextension
 
     if torch.cuda.is_available() and not cextension.lib.compiled_with_cuda:
-        remedy = "pip install --upgrade bitsandbytes; until then --optimizer adamw without --quantization"
+        remedy = "pip install --upgrade bitsandbytes; until then --optim adamw_torch_fused without --quantization"
         yield Check("problem", "8-bit optimizer", f"bitsandbytes has no library for CUDA {torch.version.cuda}", remedy)
     else:
         yield Check("ok", "8-bit optimizer", "on CUDA" if torch.cuda.is_available() else "on the CPU, for tests")
@@ -194,7 +194,7 @@ def check_memory() -> Iterator[Check]:
         found = f"{size / GB:.2f} GB in {SHARED_MEMORY}"
         if size < GB:
             found += ", through which workers hand over pictures"
-            yield Check("note", "shared memory", found, "docker run --shm-size=8g, or --num_workers 0")
+            yield Check("note", "shared memory", found, "docker run --shm-size=8g, or --dataloader_num_workers 0")
         else:
             yield Check("ok", "shared memory", found)
 

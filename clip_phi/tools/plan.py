@@ -346,7 +346,7 @@ def fixed_bytes(model: ClipPhiForCausalLM, arguments: TrainingArguments, card: C
     sizes = [(each.numel(), each.requires_grad) for each in model.parameters()]
     frozen = sum(size for size, is_trained in sizes if not is_trained) - sum(each.weight.numel() for each in quantized)
     trained = [size for size, is_trained in sizes if is_trained]
-    adamw = arguments.optimizer == "adamw" or (arguments.optimizer == "auto" and not card.is_cuda)
+    adamw = arguments.optim == "adamw_torch_fused" or (arguments.optim == "auto" and not card.is_cuda)
     return {
         "frozen weights": frozen * card.dtype.itemsize + sum(each.weight_bytes for each in quantized),
         "trained weights": sum(trained) * 4,
@@ -395,7 +395,7 @@ def make_plan(
     model = build_model(config, arguments, card.dtype)
     trained, total = count_parameters(model)
     fixed = fixed_bytes(model, arguments, card)
-    pageable = fixed["optimizer"] if arguments.optimizer.startswith("paged") else 0
+    pageable = fixed["optimizer"] if arguments.optim.startswith("paged") else 0
     # Few rows, and so many that the loss is made in chunks: all else grows in proportion.
     chunk = max(1, ClipPhiForCausalLM.max_logits // model.lm_head.out_features)
     many = 2 + 2 * chunk // row.supervised

@@ -16,7 +16,7 @@ from ..data.source import DataSource, parse_source
 VISION_BACKBONE = "wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
 TEXT_BACKBONE = "microsoft/phi-2"
 TRACKERS = ("tensorboard", "wandb", "trackio")
-# What --metric_for_best_model may be with each --judge, beside the loss.
+# What --metric_for_best_model may be with each --eval_task, beside the loss.
 JUDGED = {
     "captions": ("CIDEr-D", "CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"),
     "vqa": ("vqa_accuracy", "exact_match"),
@@ -52,8 +52,8 @@ class TrainingArguments:
     max_length: int = _option(
         2048, "longest conversation in tokens, image included; longer ones are cut after an answer"
     )
-    num_workers: int = _option(4, "processes that read images; 0 reads them in the training process")
-    pixels: Literal["exact", "fast"] = _option(
+    dataloader_num_workers: int = _option(4, "processes that read images; 0 reads them in the training process")
+    image_processing: Literal["exact", "fast"] = _option(
         "exact", "exact: the image processor's; fast: one of 256 levels off in 1 of 100 values (needs simplejpeg)"
     )
     cache_features: str | None = _option(
@@ -69,14 +69,16 @@ class TrainingArguments:
     max_steps: int = _option(0, "stop after so many steps, whatever --num_train_epochs says; 0: no limit")
     seed: int = _option(0, "of the order, the dropout and the new weights")
 
-    optimizer: Literal["auto", "adam8bit", "paged_adam8bit", "adamw"] = _option(
+    optim: Literal["auto", "adam8bit", "paged_adam8bit", "adamw_torch_fused"] = _option(
         "auto",
-        "adam8bit: bitsandbytes; paged_adam8bit: its states may leave a full GPU; adamw: torch, fused; auto: adam8bit "
-        "on CUDA, adamw elsewhere",
+        "adam8bit: bitsandbytes; paged_adam8bit: its states may leave a full GPU; adamw_torch_fused: torch's; auto: "
+        "adam8bit on CUDA, adamw_torch_fused elsewhere",
     )
     learning_rate: float = _option(1e-3, "peak learning rate of the projector, after the warm-up")
     weight_decay: float = _option(0.0, "of all trained weights but the biases")
-    lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = _option("cosine", "shape after the warm-up")
+    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = _option(
+        "cosine", "shape after the warm-up"
+    )
     warmup_ratio: float = _option(0.03, "share of all steps in which the learning rate rises from 0")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0: never")
     nan_policy: Literal["stop", "skip"] = _option(
@@ -86,8 +88,8 @@ class TrainingArguments:
     gradient_checkpointing: bool = _option(False, "recompute the decoder's activations: less memory, half more work")
 
     save_steps: int = _option(500, "steps between checkpoints to go on from; one comes at the end")
-    keep: int = _option(2, "so many of the newest checkpoints stay")
-    resume: bool = _option(
+    save_total_limit: int = _option(2, "number of training checkpoints kept")
+    resume_from_checkpoint: bool = _option(
         False,
         "go on from the newest checkpoint in --output_dir (with none: from the beginning), exactly as if never stopped",
     )
@@ -99,17 +101,17 @@ class TrainingArguments:
     eval_steps: int = _option(
         1000, "steps between evaluations, each of which saves the model too; one comes at the end"
     )
-    judge: Literal["none", "captions", "vqa", "pope", "exact"] = _option(
+    eval_task: Literal["none", "captions", "vqa", "pope", "exact"] = _option(
         "none", "at each evaluation, also score generated answers beside their controls, as clip-phi evaluate does"
     )
     eval_task_images: int = _option(
-        32, "held-out images of each --eval_data that --judge asks about: always the first ones"
+        32, "held-out images of each --eval_data that --eval_task asks about: always the first ones"
     )
     metric_for_best_model: str = _option(
         "none",
-        "keep the best model beside the newest, in best/: by loss, or by a metric of --judge such as CIDEr-D",
+        "keep the best model beside the newest, in best/: by loss, or by a metric of --eval_task such as CIDEr-D",
     )
-    patience: int = _option(
+    early_stopping_patience: int = _option(
         0, "stop after so many evaluations in a row without a better --metric_for_best_model; 0: never"
     )
     num_sample_texts: int = _option(4, "held-out images whose generated text is written at each evaluation")
@@ -134,17 +136,17 @@ class TrainingArguments:
             "logging_steps",
             "eval_steps",
             "save_steps",
-            "keep",
+            "save_total_limit",
         ):
             if getattr(self, name) < 1:
                 found.append(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in (
             "max_steps",
-            "num_workers",
+            "dataloader_num_workers",
             "num_sample_texts",
             "holdout_images",
             "max_tokens_per_batch",
-            "patience",
+            "early_stopping_patience",
         ):
             if getattr(self, name) < 0:
                 found.append(f"--{name} must not be negative, not {getattr(self, name)}")
@@ -162,12 +164,12 @@ class TrainingArguments:
             found.append(f"--report_to: unknown {', '.join(unknown)}; known are {', '.join(TRACKERS)}")
         elif absent := [name for name in self.report_to if not find_spec(name)]:
             found.append(f"--report_to: not installed: pip install {' '.join(absent)}")
-        known = ("none", "loss", *JUDGED.get(self.judge, ()))
+        known = ("none", "loss", *JUDGED.get(self.eval_task, ()))
         if self.metric_for_best_model not in known:
-            hint = "" if self.judge != "none" else "; with --judge, its metrics too"
+            hint = "" if self.eval_task != "none" else "; with --eval_task, its metrics too"
             found.append(f"--metric_for_best_model {self.metric_for_best_model}: choose from {', '.join(known)}{hint}")
-        if self.patience and self.metric_for_best_model == "none":
-            found.append("--patience needs a --metric_for_best_model")
+        if self.early_stopping_patience and self.metric_for_best_model == "none":
+            found.append("--early_stopping_patience needs a --metric_for_best_model")
         return found + self._data_problems()
 
     def _data_problems(self) -> list[str]:
@@ -196,8 +198,8 @@ class TrainingArguments:
             found.append(f"--data: {streams[0]} is streamed, and a stream cannot be mixed: name it alone")
         if streams and not (self.max_steps and held_out):
             found.append(f"--data: {streams[0]} is streamed, and needs --max_steps and --eval_data")
-        if streams and self.resume:
-            found.append(f"--resume: {streams[0]} is streamed, and has no position to go on from")
+        if streams and self.resume_from_checkpoint:
+            found.append(f"--resume_from_checkpoint: {streams[0]} is streamed, and has no position to go on from")
         if streams and self.max_tokens_per_batch:
             found.append(f"--data: {streams[0]} is streamed, and cannot be planned ahead: --max_tokens_per_batch 0")
         if any(source.streaming for source in held_out):

@@ -29,7 +29,7 @@ from ..data.report import Report
 from .arguments import TrainingArguments
 from .fsdp import gather, shard_like, trained_weights
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a signal stopped the run, and --resume goes on with it
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a signal stopped the run, and --resume_from_checkpoint goes on with it
 FILES = ("trained.safetensors", "state.pt")
 # Other values give the samples another order, or the weights another meaning.
 FIXED = {
@@ -40,7 +40,7 @@ FIXED = {
         "per_device_train_batch_size",
         "max_tokens_per_batch",
         "captions_per_image",
-        "optimizer",
+        "optim",
     ),
     *("vision_backbone", "vision_revision", "text_backbone", "text_revision", "init_from", "projector_type"),
     *("lora_r", "lora_alpha", "lora_targets", "holdout_images", "tune_decoder", "quantization"),
@@ -51,16 +51,16 @@ FREE = {
         "config",
         "output_dir",
         "debug",
-        "resume",
-        "keep",
+        "resume_from_checkpoint",
+        "save_total_limit",
         "save_steps",
         "logging_steps",
         "eval_steps",
         "data",
         "eval_data",
     ),
-    *("max_eval_images", "max_bad_fraction", "num_workers", "num_sample_texts", "max_new_tokens", "merged"),
-    *("caption_instruction", "gradient_checkpointing", "report_to", "peak_tflops", "judge", "eval_task_images"),
+    *("max_eval_images", "max_bad_fraction", "dataloader_num_workers", "num_sample_texts", "max_new_tokens", "merged"),
+    *("caption_instruction", "gradient_checkpointing", "report_to", "peak_tflops", "eval_task", "eval_task_images"),
     *("push_to_hub", "hub_private_repo"),
 }
 
@@ -80,7 +80,7 @@ class Checkpoints:
             shutil.rmtree(before, ignore_errors=True)
             os.replace(self.folder, before)
             self.accelerator.print(
-                f"an earlier run's checkpoints are moved to {before}; --resume would go on with them"
+                f"an earlier run's checkpoints are moved to {before}; --resume_from_checkpoint would go on with them"
             )
         self.accelerator.wait_for_everyone()
 
@@ -228,7 +228,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], say: Callable[[s
     fixed = [differences[name] for name in changed if name in FIXED | {"data", "batches_per_step"}]
     if fixed:
         raise ValueError(
-            "--resume would go on with another run:\n  " + "\n  ".join(fixed) + "\n"
+            "--resume_from_checkpoint would go on with another run:\n  " + "\n  ".join(fixed) + "\n"
             "Give the same values (gradient_accumulation_steps x processes must stay the same, data the same records), "
             "or start anew in another --output_dir."
         )

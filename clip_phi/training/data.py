@@ -64,7 +64,7 @@ def read_data(
     nothing is left, and the errors of the readers."""
     sources = [parse_source(text) for text in arguments.data]
     held_out = {
-        source.name: load_index(source, processor, arguments.max_length, arguments.num_workers)
+        source.name: load_index(source, processor, arguments.max_length, arguments.dataloader_num_workers)
         for source in map(parse_source, arguments.eval_data)
     }
     report = Report()
@@ -75,7 +75,9 @@ def read_data(
         fingerprint = "stream"
         say(f"{sources[0].path} is streamed: what is wrong with it is counted as it comes")
     else:
-        indexes = [load_index(source, processor, arguments.max_length, arguments.num_workers) for source in sources]
+        indexes = [
+            load_index(source, processor, arguments.max_length, arguments.dataloader_num_workers) for source in sources
+        ]
         for source, index in zip(sources, indexes, strict=True):
             say(describe(source.name, index))
             report.add(index.report)

@@ -1,4 +1,4 @@
-"""Evaluation during training: held-out loss, sample texts, and the task of --judge."""
+"""Evaluation during training: held-out loss, sample texts, and the task of --eval_task."""
 
 from itertools import islice
 from typing import Any
@@ -47,17 +47,17 @@ def sample_texts(model: Any, processor: Any, held_out: Index, arguments: Trainin
 
 
 def make_eval_task(arguments: TrainingArguments, held_out: dict[str, Index]) -> EvalSet | None:
-    """What --judge asks at each evaluation: about the first --eval_task_images of each validation set.
+    """What --eval_task asks at each evaluation: about the first --eval_task_images of each validation set.
 
     Raises ValueError if they hold nothing for it."""
-    if arguments.judge == "none":
+    if arguments.eval_task == "none":
         return None
     samples = [
         index.sample(number)
         for index in held_out.values()
         for number in range(min(len(index), arguments.eval_task_images))
     ]
-    return make_eval_set(arguments.judge, samples, Report())
+    return make_eval_set(arguments.eval_task, samples, Report())
 
 
 def run_eval_task(
@@ -68,7 +68,7 @@ def run_eval_task(
     accelerator: Accelerator,
     alone: bool,
 ) -> dict[str, dict[str, float]]:
-    """{metric: {score, blind, shuffled}} of --judge, the task's own metric first; all ranks call it, and get the same.
+    """{metric: {score, blind, shuffled}} of --eval_task, the task's own metric first; the same on all ranks.
 
     alone: every rank asks everything, since a forward pass of sharded weights waits for the others."""
     if eval_set is None:

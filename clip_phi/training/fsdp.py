@@ -67,16 +67,16 @@ def check_fsdp_config(accelerator: Accelerator, arguments: TrainingArguments, sa
         problems.append("fsdp_offload_params: false: it is not supported")
     if accelerator.mixed_precision == "fp16":
         problems.append("mixed_precision: bf16 or 'no': fp16 is not supported under FSDP")
-    if arguments.optimizer not in ("auto", "adamw"):
-        problems.append(f"--optimizer adamw: {arguments.optimizer} (bitsandbytes) cannot step sharded weights")
+    if arguments.optim not in ("auto", "adamw_torch_fused"):
+        problems.append(f"--optim adamw_torch_fused: {arguments.optim} (bitsandbytes) cannot step sharded weights")
     if isinstance(arguments, Stage2Arguments) and arguments.quantization != "none":
         problems.append("--quantization none: quantised weights are not sharded; with them a GPU holds the whole model")
     if problems:
         raise ValueError("FSDP needs " + "\n       ".join(problems) + f"\n       Or {INSTEAD}")
-    if arguments.optimizer == "auto":
+    if arguments.optim == "auto":
         if accelerator.device.type == "cuda":
-            say("--optimizer auto is adamw: bitsandbytes cannot step sharded weights")
-        arguments.optimizer = "adamw"
+            say("--optim auto is adamw_torch_fused: bitsandbytes cannot step sharded weights")
+        arguments.optim = "adamw_torch_fused"
 
 
 def prepare(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[Any, Any]:

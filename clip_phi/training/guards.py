@@ -118,8 +118,8 @@ def stalled_data_warning(describe: Callable[[], str]) -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         raise OSError(
-            f"a process that reads data has died: {describe()}. If memory ran out, lower --num_workers; "
-            f"--num_workers 0 shows its error ({str(error).splitlines()[0]})"
+            f"a process that reads data has died: {describe()}. If memory ran out, lower --dataloader_num_workers; "
+            f"--dataloader_num_workers 0 shows its error ({str(error).splitlines()[0]})"
         ) from error
     finally:
         timer.cancel()
@@ -167,13 +167,13 @@ def check_room(folder: Path, needed: int = 0) -> None:
     if free < needed:
         raise OSError(
             f"{folder} has room for {free / 1e9:.2f} GB, and checkpoints and model need {needed / 1e9:.2f}: make room, "
-            "lower --keep, or choose another --output_dir"
+            "lower --save_total_limit, or choose another --output_dir"
         )
 
 
 def room_needed(trained: int, total: int, keep: int, merged: bool, bytes_per_weight: int, models: int = 1) -> int:
-    """Bytes of --keep checkpoints and one in the making (weight and two Adam states), and of the model, or of the
-    newest and the best one."""
+    """Bytes of --save_total_limit training checkpoints and one in the making (weight and two Adam states), and of the
+    model, or of the newest and the best one."""
     return 12 * trained * (keep + 1) + models * (bytes_per_weight * total if merged else 4 * trained)
 
 

@@ -68,7 +68,7 @@ def open_cache(
     """The cache of --cache_features for this tower and these pixels, or None without that option."""
     if arguments.cache_features is None:
         return None
-    fingerprint = fingerprint_of(model, processor, arguments.pixels)
+    fingerprint = fingerprint_of(model, processor, arguments.image_processing)
     vision_hidden = next(model.model.projector.parameters()).shape[1]
     shape = (processor.num_image_tokens, vision_hidden)
     return FeatureCache(arguments.cache_features, fingerprint, shape)

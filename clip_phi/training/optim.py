@@ -28,15 +28,15 @@ def make_optimizer(model: torch.nn.Module, arguments: TrainingArguments, device:
         }
         for (part, is_matrix), group in groups.items()
     ]
-    kind = arguments.optimizer
+    kind = arguments.optim
     if kind == "auto":
-        kind = "adam8bit" if device.type == "cuda" else "adamw"
-    if kind == "adamw":
+        kind = "adam8bit" if device.type == "cuda" else "adamw_torch_fused"
+    if kind == "adamw_torch_fused":
         return torch.optim.AdamW(parameters, fused=True)
     try:
         from bitsandbytes import optim
     except ImportError as error:
-        raise ImportError(f"--optimizer {kind} needs bitsandbytes: pip install 'clip-phi[cuda]'") from error
+        raise ImportError(f"--optim {kind} needs bitsandbytes: pip install 'clip-phi[cuda]'") from error
     return (optim.PagedAdam8bit if kind == "paged_adam8bit" else optim.Adam8bit)(parameters)
 
 
@@ -49,4 +49,4 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 def make_scheduler(optimizer: torch.optim.Optimizer, arguments: TrainingArguments, num_steps: int) -> Any:
     """Warm-up over the first warmup_ratio of num_steps, then the chosen shape."""
     num_warmup_steps = int(arguments.warmup_ratio * num_steps)
-    return get_scheduler(arguments.lr_scheduler, optimizer, num_warmup_steps, num_steps)
+    return get_scheduler(arguments.lr_scheduler_type, optimizer, num_warmup_steps, num_steps)

@@ -103,7 +103,7 @@ def test_projector_and_lora_have_learning_rates_of_their_own_and_biases_no_decay
 )
 def test_learning_rates_rise_and_fall_as_asked(shape, expected):
     model = make_model(DECODERS["phi"][0])
-    arguments = Stage1Arguments(stage=1, learning_rate=2.0, lr_scheduler=shape, warmup_ratio=0.34)
+    arguments = Stage1Arguments(stage=1, learning_rate=2.0, lr_scheduler_type=shape, warmup_ratio=0.34)
     optimizer = make_optimizer(model, arguments, torch.device("cpu"))
     scheduler = make_scheduler(optimizer, arguments, 6)
     rates = []

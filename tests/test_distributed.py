@@ -17,8 +17,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from helpers import ROOT, metrics, run, stage1, stage2
 from safetensors.torch import load_file
-from test_training import ROOT, metrics, run, stage1, stage2
 
 from clip_phi.batching.packing import pack_samples
 from clip_phi.data.synthetic import write_dataset
@@ -58,7 +58,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 BROKEN = """
 import os, runpy, sys, time
-from clip_phi.batching.loader import Collator
+from clip_phi.batching.dataset import Collator
 
 def collate(self, items, collate=Collator.__call__, calls=[]):
     calls.append(1)
@@ -115,7 +115,7 @@ def sharded(scripts, precision="no"):
 
 WAIT = {"CLIP_PHI_TIMEOUT_SECONDS": "60", "PYTHONPATH": str(ROOT)}
 SHORT = ("--max_steps", 3, "--gradient_accumulation_steps", 1, "--num_sample_texts", 2)
-JUDGED = (*SHORT, "--judge", "captions", "--eval_task_images", 3)
+JUDGED = (*SHORT, "--eval_task", "captions", "--eval_task_images", 3)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,17 @@ def talk(data, start, output, *options):
     """Stage 2 with LoRA, on conversations of which each process has some without an image, at different steps."""
     common = ("--lora_targets", LINEARS, "--lora_learning_rate", 1e-3, "--max_steps", 5, "--eval_steps", 2)
     return stage2(
-        data, start, output, *common, "--save_steps", 2, "--keep", 3, "--per_device_train_batch_size", 1, *options
+        data,
+        start,
+        output,
+        *common,
+        "--save_steps",
+        2,
+        "--save_total_limit",
+        3,
+        "--per_device_train_batch_size",
+        1,
+        *options,
     )
 
 
@@ -185,9 +195,9 @@ def without_checkpoints(run_of, copy, *steps):
 def test_fsdp_goes_on_with_a_run_of_one_process_in_spite_of_text_only_samples_and_uneven_chunks(
     data, one, scripts, tmp_path
 ):
-    run(*talk(data, one, tmp_path / "one", "--optimizer", "adamw", "--gradient_accumulation_steps", 4))
+    run(*talk(data, one, tmp_path / "one", "--optim", "adamw_torch_fused", "--gradient_accumulation_steps", 4))
     without_checkpoints(tmp_path / "one", tmp_path / "two", 4, 5)
-    options = talk(data, one, tmp_path / "two", "--gradient_accumulation_steps", 2, "--resume")
+    options = talk(data, one, tmp_path / "two", "--gradient_accumulation_steps", 2, "--resume_from_checkpoint")
     done = run(*options, launcher=sharded(scripts), **WAIT)
     assert "after step 2 of 5" in done.stdout
     assert_same_run(tmp_path / "two", tmp_path / "one", weights=1e-5)
@@ -199,7 +209,9 @@ def test_fsdp_in_bf16_is_resumed_bit_equally_and_saves_a_merged_model(data, one,
     run(*talk(data, one, tmp_path / "whole", *options), launcher=launcher, **WAIT)
     without_checkpoints(tmp_path / "whole", tmp_path / "resumed", 5)
     done = run(
-        *talk(data, one, tmp_path / "resumed", *options, "--resume", "--merged", True), launcher=launcher, **WAIT
+        *talk(data, one, tmp_path / "resumed", *options, "--resume_from_checkpoint", "--merged", True),
+        launcher=launcher,
+        **WAIT,
     )
     assert "after step 4 of 5" in done.stdout
     for key in ("loss", "grad_norm", "eval_loss"):
@@ -289,8 +301,8 @@ def test_fsdp2_yaml_asks_for_nothing_that_is_refused(monkeypatch):
     said = []
     arguments = Stage1Arguments(stage=1)
     check_fsdp_config(engine(FullyShardedDataParallelPlugin(), config.mixed_precision), arguments, said.append)
-    assert said == ["--optimizer auto is adamw: bitsandbytes cannot step sharded weights"]
-    assert arguments.optimizer == "adamw"
+    assert said == ["--optim auto is adamw_torch_fused: bitsandbytes cannot step sharded weights"]
+    assert arguments.optim == "adamw_torch_fused"
 
 
 def engine(plugin, mixed_precision):
@@ -309,7 +321,7 @@ def test_what_fsdp_cannot_do_is_refused_all_at_once(monkeypatch):
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, cpu_ram_efficient_loading=True, activation_checkpointing=True, cpu_offload=True
     )
-    arguments = Stage2Arguments(stage=2, optimizer="adam8bit", quantization="nf4")
+    arguments = Stage2Arguments(stage=2, optim="adam8bit", quantization="nf4")
     with pytest.raises(ValueError, match="FSDP needs") as raised:
         check_fsdp_config(engine(plugin, "fp16"), arguments, print)
     for expected in (
@@ -317,7 +329,7 @@ def test_what_fsdp_cannot_do_is_refused_all_at_once(monkeypatch):
         "fsdp_activation_checkpointing: false",
         "fsdp_offload_params: false",
         "mixed_precision: bf16 or 'no'",
-        "--optimizer adamw: adam8bit (bitsandbytes) cannot step sharded weights",
+        "--optim adamw_torch_fused: adam8bit (bitsandbytes) cannot step sharded weights",
         "--quantization none",
     ):
         assert expected in str(raised.value)

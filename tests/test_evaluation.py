@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import metrics, run, stage1
 from PIL import Image
-from test_training import metrics, run, stage1
 
 from clip_phi.cli import main
 from clip_phi.data.report import Report
@@ -477,7 +477,7 @@ def backbones(vision_backbone, text_backbone):
 def test_training_judges_stops_when_nothing_gets_better_and_a_resumed_run_knows_all_that(data, backbones, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = (
-        "--judge",
+        "--eval_task",
         "captions",
         "--eval_task_images",
         4,
@@ -495,9 +495,9 @@ def test_training_judges_stops_when_nothing_gets_better_and_a_resumed_run_knows_
         9,
         "--metric_for_best_model",
         "CIDEr-D",
-        "--patience",
+        "--early_stopping_patience",
         2,
-        "--keep",
+        "--save_total_limit",
         9,
     )
     options += ("--learning_rate", 1e-12)  # so that nothing can get better after the first evaluation
@@ -512,7 +512,9 @@ def test_training_judges_stops_when_nothing_gets_better_and_a_resumed_run_knows_
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoints/step-00000003")
     for folder in (cut, whole):  # from step 2, and from the end
-        assert run(*stage1(data, backbones, folder, *options, "--resume", "true")).stdout.count(line) == 1
+        assert (
+            run(*stage1(data, backbones, folder, *options, "--resume_from_checkpoint", "true")).stdout.count(line) == 1
+        )
         assert list(metrics(folder, "loss")) == [1, 2, 3]
         assert metrics(folder, "eval/CIDEr-D") == scores
         assert json.loads((folder / "run.json").read_text())["best"] == state
@@ -522,9 +524,11 @@ def test_an_unknown_metric_and_patience_alone_are_named(data, backbones, tmp_pat
     done = run(
         *stage1(data, backbones, tmp_path, "--metric_for_best_model", "f1", "--debug", False), launcher=(), expect=2
     )
-    assert "--metric_for_best_model f1: choose from none, loss; with --judge, its metrics too" in done.stderr
-    done = run(*stage1(data, backbones, tmp_path, "--patience", 2, "--debug", False), launcher=(), expect=2)
-    assert "--patience needs a --metric_for_best_model" in done.stderr
+    assert "--metric_for_best_model f1: choose from none, loss; with --eval_task, its metrics too" in done.stderr
+    done = run(
+        *stage1(data, backbones, tmp_path, "--early_stopping_patience", 2, "--debug", False), launcher=(), expect=2
+    )
+    assert "--early_stopping_patience needs a --metric_for_best_model" in done.stderr
 
 
 def test_each_best_metric_is_one_that_its_task_gives(model, processor, data):
