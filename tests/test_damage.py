@@ -299,7 +299,7 @@ def check(samples, processor, report: Report) -> Index:
     assert report.records == kept + report.num_skipped, report.table()
     assert index.num_tokens().max(initial=0) <= MAX_LENGTH
     for number in range(len(index)):
-        assert index.shared_prefix_sample(number).targets, "a sample that teaches nothing"
+        assert index.shared_prefix_sample(number).shift_labels, "a sample that teaches nothing"
         assert len(index.sample(number).conversations) == index.num_conversations(number)
     json.dumps(report.as_dict())
     return index

@@ -11,7 +11,7 @@ from ..data.sample import Conversation, Sample, as_messages
 
 
 class Encoded(NamedTuple):
-    """A conversation without what precedes it (BOS and image): token ids, and labels, -100 where nothing is supervised."""
+    """A conversation without BOS and image: token ids, and labels, -100 where nothing is supervised."""
 
     ids: list[int]
     labels: list[int]
