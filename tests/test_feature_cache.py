@@ -175,7 +175,7 @@ def test_a_closed_cache_opens_its_files_again(tmp_path):
 # Crashes
 
 
-@pytest.mark.parametrize(("ending", "unit"), [("index", RECORD.itemsize), ("bin", ROW_BYTES)])
+@pytest.mark.parametrize(("ending", "unit"), [("index", RECORD.size), ("bin", ROW_BYTES)])
 def test_a_last_record_cut_at_any_byte_costs_that_image_alone(tmp_path, ending, unit):
     put(open_cache(tmp_path / "whole"), 0, 1, 2)
     for lost in range(unit + 1):
@@ -264,7 +264,7 @@ def test_a_full_disk_names_the_option_and_leaves_a_cache_that_is_right(tmp_path,
         room[0] -= count
         return write(file, bytes(data[:count]))
 
-    one_more = 3 * ROW_BYTES + 3 * RECORD.itemsize
+    one_more = 3 * ROW_BYTES + 3 * RECORD.size
     for left in range(0, one_more, 7):
         room[0] = left
         monkeypatch.setattr(features.os, "write", short_write)

@@ -44,18 +44,19 @@ def encode_samples(
                 report.skip(Skip(error.kind, origin, error.detail))
             else:
                 fitting.append((conversation, origin, tokens))
-        part = 0
-        while fitting:
-            part += 1
-            length, count = prefix, 0
-            while count < len(fitting) and (count == 0 or length + len(fitting[count][2].ids) <= max_length):
-                length += len(fitting[count][2].ids)
-                count += 1
-            conversations, origins, tokens_of_all = zip(*fitting[:count], strict=True)
-            if part > 1:  # captions of one record share its origin, but an image is counted once an origin in training
-                origins = tuple(f"{origin}#{part}" for origin in origins)
-            yield replace(sample, conversations=conversations, origins=origins), list(tokens_of_all)
-            del fitting[:count]
+        parts: list[list[tuple[Conversation, str, Encoded]]] = []
+        room = 0
+        for each in fitting:
+            if not parts or len(each[2].ids) > room:
+                parts.append([])
+                room = max_length - prefix
+            parts[-1].append(each)
+            room -= len(each[2].ids)
+        for number, part in enumerate(parts, start=1):
+            conversations, origins, all_tokens = zip(*part, strict=True)
+            if number > 1:  # captions of one record share its origin, but an image counts once an origin in training
+                origins = tuple(f"{origin}#{number}" for origin in origins)
+            yield replace(sample, conversations=conversations, origins=origins), list(all_tokens)
 
 
 def _encode(conversations: list[list[dict[str, Any]]], processor: Any) -> list[Encoded | RecordError]:

@@ -1,6 +1,6 @@
 """The tokenised index of a source: read and tokenised once, then mapped from disk by every process that trains.
 
-An Arrow file, so that workers share its pages and hold no copy, and a second start reads nothing but its header."""
+It is an Arrow file: workers share its pages, and a second start reads nothing but its header."""
 
 import contextlib
 import hashlib
@@ -26,7 +26,7 @@ from ..data.source import DataSource
 from .encode import Encoded, encode_samples
 from .packing import SharedPrefixSample, build_shared_prefix
 
-FORMAT = 3  # of the files; also raised when a reader or the encoding changes what it gives
+FORMAT = 3  # of the files; raised too when a reader or the encoding comes to give something else
 CHUNK = 1000  # samples that are tokenised together
 SCHEMA = pa.schema(
     {
@@ -43,7 +43,7 @@ SCHEMA = pa.schema(
 
 
 class Index:
-    """Samples and their token ids, by number. Pickles as the name of its file.
+    """Samples and their token ids, by number. It pickles as the name of its file.
 
     prefixes: the token ids before the conversations of a sample without and with an image.
     report: what was skipped and repaired when the index was made.
@@ -78,12 +78,10 @@ class Index:
     @classmethod
     def concatenate(cls, parts: Sequence["Index"]) -> "Index":
         """In memory, for small parts."""
-        tables = [
-            part.table if part.selected is None else part.table.take(pa.array(part.selected, pa.int64()))
-            for part in parts
-        ]
-        report = Report()
+        tables, report = [], Report()
         for part in parts:
+            places = range(part.table.num_rows) if part.selected is None else part.selected
+            tables.append(part.table.take(pa.array(places, pa.int64())))
             report.add(part.report)
         return cls(pa.concat_tables(tables), parts[0].prefixes, report)
 
@@ -105,12 +103,21 @@ class Index:
         path, member, data = (self._cell(name, number).as_py() for name in ("path", "member", "bytes"))
         return File(path, member) if path is not None else data
 
+    def has_image(self, number: int) -> bool:
+        return self._cell("path", number).is_valid or self._cell("bytes", number).is_valid
+
+    def origins(self, number: int) -> list[str]:
+        return self._cell("origins", number).as_py()
+
+    def num_conversations(self, number: int) -> int:
+        return len(self._cell("lengths", number))
+
     def sample(self, number: int) -> Sample:
         conversations = tuple(
             tuple(_turn(*values) for values in turns)
             for turns in json.loads(self._cell("conversations", number).as_py())
         )
-        return Sample(self.image(number), conversations, tuple(self._cell("origins", number).as_py()))
+        return Sample(self.image(number), conversations, tuple(self.origins(number)))
 
     def encoded(self, number: int) -> list[Encoded]:
         """The conversations of a sample, without what precedes them."""
@@ -121,12 +128,6 @@ class Index:
             for stop, length in zip(stops, lengths, strict=True)
         ]
 
-    def has_image(self, number: int) -> bool:
-        return self._cell("path", number).is_valid or self._cell("bytes", number).is_valid
-
-    def num_conversations(self, number: int) -> int:
-        return len(self._cell("lengths", number))
-
     def prefix(self, number: int) -> list[int]:
         """Token ids before each conversation of a sample: BOS, if the decoder has one, and the image's."""
         return self.prefixes[self.has_image(number)]
@@ -135,7 +136,7 @@ class Index:
         """A sample with all its conversations, or with these."""
         encoded = self.encoded(number)
         chosen = encoded if conversations is None else [encoded[conversation] for conversation in conversations]
-        return build_shared_prefix(chosen, self.prefix(number), self._cell("origins", number)[0].as_py())
+        return build_shared_prefix(chosen, self.prefix(number), self.origins(number)[0])
 
     def take(self, numbers: np.ndarray) -> "Index":
         """A view of these samples."""
@@ -185,31 +186,27 @@ def load_index(source: DataSource, processor: Any, max_length: int, num_workers:
 
     folder = Path(HF_HOME) / "clip_phi" / f"index-{_fingerprint(source, processor, max_length)}"
     state = source.state()
-    index = _open(folder, state, processor)
-    if index is not None:
+    if (index := _open(folder, state, processor)) is not None:
         return index
     folder.parent.mkdir(parents=True, exist_ok=True)
     media, transcripts, report = source.media(), source.transcripts(), Report()
     samples = transcripts.fill(source.read(media, report), report)
-    aside = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
     try:
-        path = str(aside / "index.arrow")
+        path = str(temporary / "index.arrow")
         with no_collector(), pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             for batch in _tokenise(samples, processor, max_length, report, num_workers):
                 writer.write_batch(batch)
-        about = {
-            "state": state,
-            "report": report.as_dict(),
-            "file_stamps": media.file_stamps() | transcripts.file_stamps(),
-        }
-        (aside / "about.json").write_text(json.dumps(about), encoding="utf-8")
-        made = Index(_map(aside / "index.arrow"), _prefixes(processor), report, folder / "index.arrow")
+        stamps = media.file_stamps() | transcripts.file_stamps()
+        about = {"state": state, "report": report.as_dict(), "file_stamps": stamps}
+        (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        made = Index(_map(temporary / "index.arrow"), _prefixes(processor), report, folder / "index.arrow")
         if _open(folder, state, processor) is None:  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
-                os.replace(aside, folder)
+                os.replace(temporary, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return made
 
 
@@ -217,7 +214,7 @@ def _open(folder: Path, state: list[Any], processor: Any) -> Index | None:
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         table = _map(folder / "index.arrow")
-    except (OSError, ValueError):  # not there, or damaged: it will be made
+    except (OSError, ValueError):  # absent or damaged: it is made anew
         return None
     if about["state"] != state or any(file_stamp(path) != then for path, then in about["file_stamps"].items()):
         return None
@@ -259,22 +256,16 @@ def _tokenise(
 
 def _tokenise_chunk(processor: Any, max_length: int, chunk: list[Sample]) -> tuple[pa.RecordBatch, Report]:
     report = Report()
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    rows = []
     for sample, encoded in encode_samples(chunk, processor, max_length, report):
-        image = sample.image
-        columns["path"].append(image.path if isinstance(image, File) else None)
-        columns["member"].append(image.member if isinstance(image, File) else None)
-        columns["bytes"].append(image if isinstance(image, bytes) else None)
-        columns["origins"].append(sample.origins)
-        columns["conversations"].append(json.dumps(sample.conversations, default=_speech_bytes))
-        columns["ids"].append([token for conversation in encoded for token in conversation.ids])
-        columns["labels"].append([label for conversation in encoded for label in conversation.labels])
-        columns["lengths"].append([len(conversation.ids) for conversation in encoded])
-    return pa.RecordBatch.from_pydict(columns, SCHEMA), report
-
-
-def _speech_bytes(value: bytes) -> str:
-    return value.hex()
+        path, member = sample.image if isinstance(sample.image, File) else (None, None)
+        data = sample.image if isinstance(sample.image, bytes) else None
+        conversations = json.dumps(sample.conversations, default=bytes.hex)  # of speech that is bytes
+        ids, labels = ([token for each in encoded for token in each[part]] for part in (0, 1))
+        lengths = [len(each.ids) for each in encoded]
+        rows.append((path, member, data, sample.origins, conversations, ids, labels, lengths))
+    columns = zip(*rows, strict=True) if rows else [()] * len(SCHEMA)
+    return pa.RecordBatch.from_pydict(dict(zip(SCHEMA.names, columns, strict=True)), SCHEMA), report
 
 
 def _turn(role: Any, text: str, transcript: str | None, speech: Any, references: list[str]) -> Turn:

@@ -131,7 +131,7 @@ def run_transcribe(arguments: argparse.Namespace) -> None:
             raise ValueError(f"no such file: {', '.join(problems)}")
         found, report = transcribe_source(source, arguments.speech_device, arguments.compute_type)
         if arguments.json:
-            told = asdict(found) | source.hearing._asdict() | {"data": source.path, "report": report.as_dict()}
+            told = asdict(found) | source.asr_settings._asdict() | {"data": source.path, "report": report.as_dict()}
             print(json.dumps(told), flush=True)
         else:
             print(f"{source.path}: {as_text(found)}", *filter(None, [report.table()]), sep="\n", flush=True)

@@ -62,7 +62,7 @@ def transcribe_source(source: DataSource, device: str = "cpu", compute_type: str
     found.recordings = len(keys)
     if not pending:
         return found, report
-    engine, model, language, max_seconds = transcripts.hearing
+    engine, model, language, max_seconds = transcripts.settings
     with closing(make_transcriber(engine, model, device, language, compute_type)) as transcriber:  # type: ignore[arg-type]
         for recording in tqdm(pending.values(), unit="recording", disable=not sys.stderr.isatty(), dynamic_ncols=True):
             try:
