@@ -175,7 +175,7 @@ def test_index_goes_to_workers_as_the_name_of_its_file(source, processor):
 SCRIPT = """
 import sys
 from clip_phi.batching.index import load_index
-from clip_phi.sources.data import parse_source
+from clip_phi.data.source import parse_source
 from modeling_clip_phi import ClipPhiProcessor
 print(len(load_index(parse_source(sys.argv[1]), ClipPhiProcessor.from_pretrained(sys.argv[2]), 400)))
 """
