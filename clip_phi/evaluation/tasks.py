@@ -91,7 +91,7 @@ def read_exam(
 
 
 def read_samples(sources: Sequence[DataSource], report: Report) -> list[Sample]:
-    """All that the sources hold, with the transcripts of recordings that were written down (clip-phi transcribe)."""
+    """All samples of the sources, with the transcripts that 'clip-phi speech transcribe' stored."""
     return [
         sample
         for source in sources
