@@ -12,6 +12,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .configuration_clip_phi import IGNORE_INDEX
 
+Messages = Sequence[dict[str, Any]]
+
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 
@@ -19,36 +21,26 @@ PAD_TOKEN = "<pad>"
 # are made from the generation blocks, which hold the answers. An image without text is a request for its caption.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-    {%- if message['content'] is string -%}
-        {%- set items = [{'type': 'text', 'text': message['content']}] -%}
-    {%- else -%}
-        {%- set items = message['content'] -%}
-    {%- endif -%}
+    {%- set text = message['content'] is string -%}
+    {%- set items = [{'type': 'text', 'text': message['content']}] if text else message['content'] -%}
     {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}
-        {{- ' ' + items | map(attribute='text') | join('') | trim + eos_token -}}
-        {%- endgeneration -%}
+        {%- generation -%}{{- ' ' + items | map(attribute='text') | join('') | trim + eos_token -}}{%- endgeneration -%}
     {%- elif message['role'] == 'system' -%}
         {{- items | map(attribute='text') | join('') | trim -}}{{- '\\n' if items -}}
     {%- elif message['role'] == 'user' -%}
-        {%- set state = namespace(text=false) -%}
-        {%- for item in items -%}
-            {%- if item['type'] == 'text' -%}{%- set state.text = true -%}
-            {%- elif item['type'] == 'image' and not state.text -%}{{- '<image>' -}}
-            {%- endif -%}
-        {%- endfor -%}
-        {%- for item in items if item['type'] == 'transcript' -%}{{- 'Speech: ' + item['text'] | trim + '\\n' -}}
-        {%- endfor -%}
-        {%- set state.text = false -%}
+        {%- set user = namespace(images='', speech='', text='') -%}
         {%- for item in items -%}
             {%- if item['type'] == 'text' -%}
-                {{- 'Instruct: ' if not state.text -}}{{- item['text'] | trim -}}{%- set state.text = true -%}
-            {%- elif item['type'] == 'image' and state.text -%}{{- '<image>' -}}
-            {%- elif item['type'] not in ('image', 'transcript') -%}
+                {%- set user.text = (user.text or 'Instruct: ') + item['text'] | trim -%}
+            {%- elif item['type'] == 'transcript' -%}
+                {%- set user.speech = user.speech + 'Speech: ' + item['text'] | trim + '\\n' -%}
+            {%- elif item['type'] != 'image' -%}
                 {{- raise_exception("content of type '" + item['type'] + "' is not text, image or transcript") -}}
+            {%- elif user.text -%}{%- set user.text = user.text + '<image>' -%}
+            {%- else -%}{%- set user.images = user.images + '<image>' -%}
             {%- endif -%}
         {%- endfor -%}
-        {{- '\\nOutput:' if state.text -}}
+        {{- user.images + user.speech + user.text -}}{{- '\\nOutput:' if user.text -}}
     {%- else -%}
         {{- raise_exception("role '" + message['role'] + "' is not system, user or assistant") -}}
     {%- endif -%}
@@ -59,8 +51,8 @@ CHAT_TEMPLATE = """\
 class ClipPhiProcessor(ProcessorMixin):
     """Image processor, tokenizer and chat template of Clip-Phi.
 
-    Training, evaluation, serving and transformers' pipeline get their token ids here. An answer is learnt after exactly
-    the tokens that generation reads before it. BOS is at the very front, once, if the decoder's tokenizer adds it.
+    Training, evaluation, serving and transformers' pipeline get their token ids here. An answer is trained after the
+    same tokens that generation reads before it. BOS is at the front, once, if the decoder's tokenizer adds it.
 
     Args:
         image_processor: The vision tower's.
@@ -130,11 +122,8 @@ class ClipPhiProcessor(ProcessorMixin):
         vision_config = getattr(vision_config, "vision_config", vision_config)
         # The PIL backend gives the same pixels everywhere, whether torchvision is installed or not.
         image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **at_vision)
-        return cls(
-            image_processor,
-            tokenizer,
-            num_image_tokens=count_image_features(vision_config, vision_feature_select_strategy),
-        )
+        count = count_image_features(vision_config, vision_feature_select_strategy)
+        return cls(image_processor, tokenizer, num_image_tokens=count)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """ProcessorMixin's, but for a text that begins with BOS: it gets no second one."""
@@ -149,34 +138,31 @@ class ClipPhiProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
         if image_sizes is None:
             return MultiModalData()
-        return MultiModalData(
-            num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
-        )
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
 
-    def encode(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False
-    ) -> tuple[list[int], list[int]]:
-        """Token ids of one conversation, and its labels.
-
-        Args:
-            messages: [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}, ...]. Images
-                are counted, not opened.
-            add_generation_prompt: Passed to the chat template; CHAT_TEMPLATE does not use it.
-
-        Returns:
-            (ids, labels) of equal length: labels are the ids of the answers and their end tokens, -100 elsewhere.
-
-        Raises:
-            ValueError: If a text contains a special token such as <image> or an unpaired surrogate, if the template
-                refuses the messages, or if the tokenizer joins the end of a prompt with its answer.
-        """
-        ids, labels = self.encode_batch([messages], add_generation_prompt)[0]
-        return self.expand_image_tokens(ids), self.expand_image_tokens(labels, ids)
+    def encode(self, messages: Messages, add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
+        """encode_batch() of one conversation."""
+        return self.encode_batch([messages], add_generation_prompt)[0]
 
     def encode_batch(
-        self, conversations: Sequence[Sequence[dict[str, Any]]], add_generation_prompt: bool = False
+        self, conversations: Sequence[Messages], add_generation_prompt: bool = False, expand_images: bool = True
     ) -> list[tuple[list[int], list[int]]]:
-        """encode() of many conversations, several times as fast, with a single <image> token for each image."""
+        """Token ids and labels of conversations.
+
+        Args:
+            conversations: [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}, ...] each.
+                Images are counted, not opened.
+            add_generation_prompt: Passed to the chat template; CHAT_TEMPLATE does not use it.
+            expand_images: Whether an image is num_image_tokens <image> tokens, or a single one.
+
+        Returns:
+            (ids, labels), of equal length, for each. Labels are the ids of answers and their end tokens, else -100.
+
+        Raises:
+            ValueError: If a text contains a special token or half a character, the template refuses the messages, or
+                the tokenizer joins the end of a prompt with its answer.
+        """
         try:
             texts, spans = render_jinja_template(
                 conversations=[list(messages) for messages in conversations],
@@ -188,7 +174,7 @@ class ClipPhiProcessor(ProcessorMixin):
         except TemplateError as error:
             raise ValueError(f"the chat template refuses a conversation: {error}") from error
         end, end_id = self.tokenizer.eos_token, self.tokenizer.eos_token_id
-        prompts: list[list[str]] = []  # before each answer, from the end token of the previous answer on
+        prompts: list[list[str]] = []  # before each answer, from the previous end token on
         for messages, text, answers in zip(conversations, texts, spans, strict=True):
             self._check_special_tokens(messages, text)
             if not all(text[:stop].endswith(end) for _, stop in answers):
@@ -209,24 +195,25 @@ class ClipPhiProcessor(ProcessorMixin):
                     raise ValueError(f"the tokenizer joins the end of a prompt with its answer: {prompt[-20:]!r}")
                 start = ids.index(end_id, first)
                 labels[first : start + 1] = ids[first : start + 1]
-            encoded.append((bos + ids, [IGNORE_INDEX] * len(bos) + labels))
+            ids, labels = bos + ids, [IGNORE_INDEX] * len(bos) + labels
+            if expand_images:
+                counts = [self.num_image_tokens if token == self.image_token_id else 1 for token in ids]
+                labels = [label for label, count in zip(labels, counts, strict=True) for _ in range(count)]
+                ids = [token for token, count in zip(ids, counts, strict=True) for _ in range(count)]
+            encoded.append((ids, labels))
         return encoded
-
-    def expand_image_tokens(self, values: list[int], ids: list[int] | None = None) -> list[int]:
-        """Values of token ids (default: the ids), that of <image> repeated num_image_tokens times."""
-        counts = [self.num_image_tokens if token == self.image_token_id else 1 for token in ids or values]
-        return [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
 
     def prefix_ids(self, has_image: bool) -> list[int]:
         """Token ids before a conversation: BOS if the decoder has one, and the image's tokens if there is an image."""
         return self.bos_ids + [self.image_token_id] * self.num_image_tokens * has_image
 
-    def _check_special_tokens(self, messages: Sequence[dict[str, Any]], text: str) -> None:
+    def _check_special_tokens(self, messages: Messages, text: str) -> None:
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError("a text contains half a character, a surrogate without its other half")
-        contents = [message["content"] for message in messages if isinstance(message["content"], list)]
-        wanted = Counter({self.tokenizer.pad_token: 0})
-        wanted[self.image_token] += sum(item["type"] == "image" for content in contents for item in content)
+        items = (item for message in messages if isinstance(message["content"], list) for item in message["content"])
+        wanted = Counter(
+            {self.tokenizer.pad_token: 0, self.image_token: sum(item["type"] == "image" for item in items)}
+        )
         wanted[self.tokenizer.eos_token] += sum(message["role"] == "assistant" for message in messages)
         wanted[self.bos] += bool(self.bos) and text.startswith(self.bos)
         for token, count in wanted.items():

@@ -62,7 +62,7 @@ def encode_samples(
 def _encode(conversations: list[list[dict[str, Any]]], processor: Any) -> list[Encoded | RecordError]:
     """All at once; one that cannot be encoded is found by halving."""
     try:
-        return [Encoded(*both) for both in processor.encode_batch(conversations)]
+        return [Encoded(*both) for both in processor.encode_batch(conversations, expand_images=False)]
     except ValueError as error:
         if len(conversations) == 1:
             return [RecordError("text cannot be encoded", str(error))]

@@ -52,7 +52,7 @@ SPOKEN_INSTRUCTION = "Answer the spoken question."
 class Turn(NamedTuple):
     """One turn of a conversation.
 
-    text: of an answer, what is learnt.
+    text: the question, or the answer to train on.
     transcript: of the recording.
     speech: a recording that precedes the text of a user's turn.
     references: all accepted answers to a question, where a data set has several."""

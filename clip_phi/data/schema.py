@@ -41,7 +41,7 @@ def read_records(
     """Samples of (origin, record), or of (one origin for each caption, record).
 
     group: make one Sample of all records about one image, in order of first appearance, and skip a record that is
-    there twice. Otherwise every record is a Sample of its own, given as it comes."""
+    there twice. Otherwise every record is a Sample of its own."""
     groups: dict[Any, tuple[File | bytes | None, list[Conversation], list[str]]] = {}
     seen: set[tuple[Any, Conversation]] = set()
     for origin, record in records:

@@ -72,8 +72,7 @@ def encode_prompts(processor: Any, prompts: Sequence[Prompt]) -> Any:
     to begin from."""
     encoded = processor.encode_batch([messages for messages, _ in prompts], add_generation_prompt=True)
     end = processor.tokenizer.eos_token_id
-    ids = [processor.expand_image_tokens(ids) or [end] for ids, _ in encoded]
-    inputs = processor.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+    inputs = processor.tokenizer.pad({"input_ids": [ids or [end] for ids, _ in encoded]}, return_tensors="pt")
     if images := [image for _, image in prompts if image is not None]:
         inputs["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     return inputs
