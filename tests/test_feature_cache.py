@@ -379,14 +379,14 @@ def test_another_fingerprint_is_another_cache(tmp_path):
     other = FeatureCache(tmp_path, "f" * 32, SHAPE)
     assert found(other, [0]) == [] and found(open_cache(tmp_path), [0]) == [0]
     about = json.loads((tmp_path / FINGERPRINT[:16] / "about.json").read_text())
-    assert about == {"format": 1, "fingerprint": FINGERPRINT, "shape": [3, 5]}
+    assert about == {"format": 2, "fingerprint": FINGERPRINT, "shape": [3, 5]}
 
 
 def test_a_folder_of_other_features_is_refused(tmp_path):
     open_cache(tmp_path)
-    with pytest.raises(ValueError, match="--cache_features: .*about.json says"):
+    with pytest.raises(ValueError, match="--cache_features: .*about.json has"):
         FeatureCache(tmp_path, FINGERPRINT, (3, 6))
-    with pytest.raises(ValueError, match="--cache_features: .*about.json says"):
+    with pytest.raises(ValueError, match="--cache_features: .*about.json has"):
         FeatureCache(tmp_path, FINGERPRINT[:16] + "0" * 16, SHAPE)
 
 
