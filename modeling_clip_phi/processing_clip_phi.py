@@ -218,7 +218,7 @@ class ClipPhiProcessor(ProcessorMixin):
         wanted[self.bos] += bool(self.bos) and text.startswith(self.bos)
         for token, count in wanted.items():
             if token and (found := text.count(token)) != count:
-                raise ValueError(f"{found} {token} in the rendered text, not {count}: a text contains the token itself")
+                raise ValueError(f"a text contains {token}: {found} {token} in the rendered text, not {count}")
 
 
 def count_image_features(vision_config: Any, select_strategy: str = "default") -> int:
