@@ -163,7 +163,7 @@ def test_training_evaluation_engine_and_pipeline_have_the_same_tokens_before_eac
     ids, labels = any_processor.encode(messages)
     answers = [place for place in range(1, len(ids)) if labels[place] != -100 == labels[place - 1]]
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    with Engine.of(model, any_processor) as engine:
+    with Engine(model, any_processor) as engine:
         for start, turn in zip(answers, turns, strict=True):
             before, trained = messages[:turn], ids[:start]
             has_image = IMAGE in before[0]["content"]
