@@ -568,7 +568,7 @@ def test_an_installation_that_is_not_whole_says_how_to_mend_it(environment, tmp_
         whisperx.find_installation(tmp_path)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").symlink_to(sys.executable)
-    with pytest.raises(ValueError, match="the light form of WhisperX has no word timestamps"):
+    with pytest.raises(ValueError, match="WhisperX's light form has no word timestamps"):
         make_worker(tmp_path, words=True)
 
 

@@ -114,11 +114,6 @@ class Completion:
 
     # -------------------------------------------------------------- called by the engine
 
-    def _count_token(self) -> None:
-        self._last = time.perf_counter()
-        self._first = self._first or self._last
-        self.num_tokens += 1
-
     def _add(self, piece: str) -> None:
         if piece:
             self.text += piece
@@ -203,7 +198,8 @@ class Engine:
             less exact), "nf4" for 4-bit ones (bitsandbytes).
         Raises ValueError or OSError if the model cannot be loaded, ImportError without bitsandbytes."""
         transformers_logging.disable_progress_bar()
-        model = _load(path, torch.device(device or _default_device()), quantization)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = _load(path, torch.device(device), quantization)
         processor = load_with_retries(ClipPhiProcessor.from_pretrained, path)
         return cls(model, processor, compiled, limits)
 
@@ -493,10 +489,12 @@ class Engine:
             raise ValueError("the model's logits are not finite")
         completion, stream = request.completion, request.stream
         request.last = token
-        completion._count_token()
+        completion.num_tokens += 1
         self.counts["tokens"] += 1
+        completion._last = time.perf_counter()
         if completion.num_tokens == 1:
-            self.first_token_seconds.append(completion.first_token_seconds or 0.0)
+            completion._first = completion._last
+            self.first_token_seconds.append(completion._first - completion._submitted)
         if token not in self.ends:
             completion._add(stream.add(token))
         stopped = token in self.ends or stream.stopped
@@ -602,10 +600,6 @@ def _with_compiled_steps(model: Any) -> Callable[..., Any]:
     """Compile steps, which differ in batch size and longest length only; prompts have too many shapes."""
     step = torch.compile(model, dynamic=True)
     return lambda **inputs: (step if "input_ids" in inputs else model)(**inputs)
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _default_cache_bytes(device: torch.device) -> int:
