@@ -122,7 +122,7 @@ def test_a_torchvision_of_another_torch_is_a_problem(tmp_path, monkeypatch):
     check = by_name(doctor.check_torch_companions())["torchvision"]
     assert check.status == "problem" and check.remedy.startswith("pip uninstall torchvision")
     assert check.found == (
-        f"0.23.0 is made for torch==2.8.0, and here is {torch.__version__}: "
+        f"0.23.0 is built for torch==2.8.0, and torch {torch.__version__} is installed: "
         "RuntimeError: operator torchvision::nms does not exist"
     )
 

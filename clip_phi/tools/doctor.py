@@ -309,7 +309,8 @@ def check_speech() -> Iterator[Check]:
 
 def check_whisperx() -> Iterator[Check]:
     """The optional Python environment of WhisperX."""
-    from ..speech.whisperx import ABOUT, REQUIREMENT, check, default_folder, find_installation
+    from ..speech.whisperx import ABOUT, REQUIREMENT, default_folder, find_installation
+    from ..speech.whisperx import check as check_version
 
     folder = default_folder()
     if not folder.exists():
@@ -318,7 +319,7 @@ def check_whisperx() -> Iterator[Check]:
     again = "clip-phi speech install"
     try:
         found = find_installation()
-        version = check(found)
+        version = check_version(found)
     except OSError as error:
         what = _one_line(error) if (folder / ABOUT).exists() else f"{folder} is incomplete"
         yield Check("problem", "WhisperX", what, again)
