@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {"data", "environment"},
     "evaluation": {"batching", "data", "environment"},
     "training": {"batching", "data", "environment", "evaluation", "hub"},
-    "serving": {"batching", "data", "evaluation", "speech"},
+    "serving": {"batching", "data", "environment", "evaluation", "speech"},
 }
 ALLOWED["tools"] = set(ALLOWED)
 ALLOWED["commands"] = set(ALLOWED)

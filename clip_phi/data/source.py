@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,12 @@ class DataSource:
 
     def table_options(self) -> dict[str, Any]:
         return {key: self.options[key] for key in ("split", "config", "revision") if key in self.options}
+
+
+def not_found(sources: Iterable[DataSource]) -> str:
+    """A line that names what the sources need and the disk does not have, or nothing."""
+    missing = [path for source in sources for path in source.problems()]
+    return f"not found (looked in {Path.cwd()}): {', '.join(missing)}" if missing else ""
 
 
 def parse_source(text: str) -> DataSource:

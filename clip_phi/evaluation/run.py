@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.report import Report
-from ..data.source import DataSource, parse_source
+from ..data.source import DataSource, not_found, parse_source
 from .evaluate import Decoding, EvalResult, Processes, judge, judge_loss
 from .report import as_text, checkpoint_sha256, environment, portable, write
 from .tasks import EvalSet, make_eval_set, read_samples
@@ -137,6 +137,6 @@ def _parse(texts: list[str]) -> list[DataSource]:
     sources = [parse_source(text) for text in texts]
     if any(source.streaming for source in sources):
         raise ValueError("a stream cannot be judged on: drop streaming=true")
-    if missing := [path for source in sources for path in source.problems()]:
-        raise ValueError(f"not found (looked in {Path.cwd()}): {', '.join(missing)}")
+    if missing := not_found(sources):
+        raise ValueError(missing)
     return sources

@@ -27,7 +27,7 @@ from ..batching.encode import IGNORE_INDEX
 from ..batching.images import load_image, pixel_hash
 from ..data.report import NUM_EXAMPLES, RecordError, Report, Skip
 from ..data.sample import File
-from ..data.source import DataSource, parse_source
+from ..data.source import DataSource, not_found, parse_source
 
 if TYPE_CHECKING:
     from ..batching.index import Index
@@ -102,8 +102,8 @@ def _parse(texts: list[str]) -> list[DataSource]:
     for text, source in zip(texts, sources, strict=True):
         if source.streaming:
             raise ValueError(f"a stream cannot be inspected: drop streaming=true from {text}")
-    if missing := [path for source in sources for path in source.problems()]:
-        raise ValueError(f"not found (looked in {Path.cwd()}): {', '.join(missing)}")
+    if missing := not_found(sources):
+        raise ValueError(missing)
     return sources
 
 
