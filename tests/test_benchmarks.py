@@ -82,8 +82,7 @@ def test_serving_gives_the_texts_of_generate_and_answers_every_client(tmp_path):
 
 def test_every_benchmark_is_run_by_a_test():
     scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
-    tests = [*(ROOT / "tests").glob("test_benchmarks*.py"), ROOT / "tests/test_full_size.py"]
-    tests.append(ROOT / "tests/test_speech_real.py")
+    tests = [ROOT / "tests" / f"test_{name}.py" for name in ("benchmarks", "full_size", "speech_real")]
     run_by_tests = "".join(path.read_text() for path in tests)
     assert [name for name in sorted(scripts) if name not in run_by_tests] == []
 
@@ -91,3 +90,23 @@ def test_every_benchmark_is_run_by_a_test():
 def test_metrics_give_the_reference_figures_and_their_seconds(tmp_path):
     found = run("metrics.py", "--images", "200", tmp_path=tmp_path)
     assert found["largest_difference"] < 1e-6 and 0 < found["seconds"] < 10
+
+
+def test_the_data_index_holds_all_captions_and_every_figure_is_plausible(tmp_path):
+    found = run("data_index.py", "--images", "200", tmp_path=tmp_path)
+    assert set(found) == {
+        *("images", "captions", "annotations_mb", "seconds", "read_peak_mb", "index_seconds", "peak_mb", "imports_mb"),
+        *("index_mb", "warm_seconds", "samples_per_second", "worker_mb"),
+    }
+    assert found["images"] == 200 and found["captions"] == 1001  # as many captions an image as COCO has
+    assert all(value >= 0 for value in found.values())
+    assert 50 < found["imports_mb"] <= found["peak_mb"] < 1500
+    assert found["read_peak_mb"] < found["peak_mb"]
+    assert 0 < found["index_mb"] < 5 and found["worker_mb"] < 100
+
+
+def test_the_data_index_refuses_a_number_of_images_that_coco_cannot_have():
+    command = [sys.executable, str(ROOT / "benchmarks/data_index.py"), "--images", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--images must be between 1 and 581929, not 0" in done.stderr

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 from conftest import TEXT, VISION, save_tokenizer
+from helpers import run_clean
 from PIL import Image
-from test_remote_code import run_clean
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,

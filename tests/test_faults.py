@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from helpers import ROOT, metrics, stage1, stage2
 from safetensors.torch import load_file
-from test_training import ROOT, metrics, stage1, stage2
 
 from clip_phi.batching import dataset as loader
 from clip_phi.batching.attention import PACKED_ATTENTION

@@ -14,10 +14,10 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from helpers import run_clean
 from hub_server import File, HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
-from test_remote_code import run_clean
 
 from clip_phi.cli import main
 from clip_phi.data.synthetic import write_dataset

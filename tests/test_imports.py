@@ -1,24 +1,25 @@
 """The import walls: which part of the project may know which other."""
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
+
+from helpers import ROOT
+from house import imported_modules
 
 from clip_phi.cli import make_parser
 from clip_phi.data.synthetic import write_dataset
 
-ROOT = Path(__file__).parent.parent
 # Each part of clip_phi and what it may import from clip_phi: a part knows only those below it.
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "environment": set(),
+    "templates": set(),
     "data": set(),
     "batching": {"data"},
     "speech": {"data"},
     "export": set(),
-    "hub": {"data", "environment"},
-    "evaluation": {"batching", "data", "environment"},
+    "hub": {"data", "environment", "templates"},
+    "evaluation": {"batching", "data", "environment", "templates"},
     "training": {"batching", "data", "environment", "evaluation", "hub"},
     "serving": {"batching", "data", "environment", "evaluation", "speech"},
 }
@@ -31,19 +32,6 @@ SHIPPED = {
     "backbones": {"configuration_clip_phi"},
     "modeling_clip_phi": {"configuration_clip_phi", "backbones"},
 }
-
-
-def imported_modules(path: Path) -> set[str]:
-    """Absolute dotted names of all that a file imports, inside functions too."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            found.add(".".join((*base, *filter(None, [node.module]))))
-    return found
 
 
 def test_parts_of_clip_phi_import_one_way():

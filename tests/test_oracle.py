@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_captions import CAPTIONS, EXPECTED, REFERENCES
+from helpers import CAPTIONS, EXPECTED, REFERENCES
 
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.evaluation.caption_metrics import CaptionScorer, meteor, tokenise

@@ -1,269 +1,208 @@
-"""Packs: full rows, in an order that is a function of the position, in which no sample sees another."""
-
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import GPT2Config, LlamaConfig, Qwen2Config
+from PIL import Image
 
-from clip_phi.batching import attention as packing
-from clip_phi.batching.attention import (
-    attend_by_bucket,
-    attend_by_piece,
-    has_varlen_kernel,
-    make_pack_layout,
-)
-from clip_phi.batching.encode import Encoded
-from clip_phi.batching.packing import build_shared_prefix, pack_samples
-from clip_phi.batching.sampler import EndlessSampler, FixedBatches, PackedBatches, plan_packs
-from clip_phi.data.mixture import Mixture
-from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
+from clip_phi.batching.dataset import Collator, ImageReader, SampleDataset
+from clip_phi.batching.images import load_image
+from clip_phi.batching.index import Index
+from clip_phi.batching.packing import pack_samples
+from clip_phi.data.report import Report, Skip
+from clip_phi.data.sample import File, Sample, Turn
 
-# Trees of all shapes: captions, one conversation, text alone (also in two branches), one token, an empty prefix's end.
-TREES = [
-    [0] * 4 + [1] * 3 + [2] * 5 + [3] * 1,
-    [0] * 4 + [1] * 40,
-    [1] * 7,
-    [1] * 2 + [2] * 2,
-    [1],
-    [0] * 4 + [1] * 2 + [2] * 9,
-]
+CAPTIONS = ("a red circle", "one blue square and a star", "yes")
 
 
-def visible(conversation_ids):
-    """By definition: bool (tokens, tokens)."""
-    tree = [number for number, ids in enumerate(conversation_ids) for _ in ids]
-    conversation = [each for ids in conversation_ids for each in ids]
-    count = len(tree)
-    return torch.tensor(
-        [
-            [tree[q] == tree[k] and conversation[k] in (0, conversation[q]) and k <= q for k in range(count)]
-            for q in range(count)
-        ]
-    )
+@pytest.fixture
+def image(tmp_path):
+    Image.new("RGB", (40, 30), "blue").save(tmp_path / "image.png")
+    return File(str(tmp_path / "image.png"))
 
 
-def dense(query, key, value, sees, scaling):
-    return scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=sees, scale=scaling)[0]
+@pytest.fixture
+def sample(image):
+    return Sample(image, tuple((Turn("assistant", caption),) for caption in CAPTIONS), ("file:3",) * 3)
 
 
-def reference_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
-    """What torch's varlen kernel does, piece by piece: causal, aligned at the ends of queries and keys."""
-    assert window_size == (-1, 0) and query.shape[0] == cu_seq_q[-1] and key.shape[0] == cu_seq_k[-1]
-    assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max()
-    outputs = []
-    for piece in range(len(cu_seq_q) - 1):
-        q, k, v = (
-            each[starts[piece] : starts[piece + 1]].transpose(0, 1)
-            for each, starts in ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k))
-        )
-        sees = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
-        outputs.append(dense(q, k, v, sees, scale).transpose(0, 1))
-    return torch.cat(outputs)
+@pytest.fixture
+def dialogue(image):
+    turns = (Turn("user", "a circle?"), Turn("assistant", "yes"), Turn("user", "a star?"), Turn("assistant", "no no"))
+    return Sample(image, (turns, (Turn("user", "what"), Turn("assistant", "a red circle"))), ("file:4",) * 2)
 
 
-@pytest.mark.parametrize("count", range(1, len(TREES) + 1))
-def test_both_forms_of_packed_attention_equal_attention_with_the_whole_mask(count):
-    torch.manual_seed(count)
-    pack_layout, sees = make_pack_layout(TREES[:count]), visible(TREES[:count])
-    query, key, value = (torch.randn(2, len(sees), 8) for _ in range(3))
-    expected = dense(query, key, value, sees, 0.3).transpose(0, 1)
-    for output in (
-        attend_by_bucket(query, key, value, pack_layout, 0.3),
-        attend_by_piece(query, key, value, pack_layout, 0.3, reference_kernel),
-    ):
-        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+def build_shared_prefix(sample, processor, max_length=200):
+    return Index.from_samples([sample], processor, max_length).tree(0)
 
 
-def encode(length, seed):
-    """A branch of so many random tokens, whose second half is supervised."""
-    ids = np.random.default_rng(seed).integers(1, 250, length).tolist()
-    return Encoded(ids, [-100] * (length // 2) + ids[length // 2 :])
+def make_pack(dataset, places, processor):
+    return Collator(processor.tokenizer.pad_token_id)([dataset[place] for place in places])
 
 
-# (image tokens, branches) of each tree
-CONTENT = [
-    (4, [encode(5, 0), encode(9, 1), encode(3, 2)]),
-    (4, [encode(30, 3)]),
-    (0, [encode(12, 4)]),
-    (4, [encode(6, 5), encode(21, 6)]),
-]
-
-
-TEXT_CONFIG = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-TEXT_CONFIG |= {"num_attention_heads": 4, "max_position_embeddings": 256}
-DECODERS = {
-    "phi": None,
-    "llama with grouped heads": LlamaConfig(**TEXT_CONFIG, num_key_value_heads=2),
-    "qwen2": Qwen2Config(**TEXT_CONFIG, num_key_value_heads=1),
-    "gpt2": GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=256),
-}
-
-
-@pytest.fixture(params=DECODERS)
-def any_model(request, packed_model):
-    text_config = DECODERS[request.param]
-    if text_config is None:
-        return packed_model
-    config = packed_model.config
-    torch.manual_seed(0)
-    model = ClipPhiForCausalLM(
-        ClipPhiConfig(vision_config=config.vision_config, text_config=text_config, image_token_id=config.image_token_id)
-    ).eval()
-    model.set_attn_implementation({"text_config": packing.PACKED_ATTENTION})
-    return model
-
-
-def check_that_no_tree_sees_another(model, processor):
-    """A pack of trees against the plain form: each branch alone behind its image, without any of our packing."""
-    image = processor.image_token_id
-    pixels = torch.randn(len(CONTENT), 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    weight = model.model.projector.weight
-    plain = torch.zeros(())
-    for (prefix, conversations), pixel_values in zip(CONTENT, pixels.unsqueeze(1), strict=True):
-        for ids, labels in conversations:
-            plain = (
-                plain
-                + model(
-                    input_ids=torch.tensor([[image] * prefix + ids]),
-                    labels=torch.tensor([[-100] * prefix + labels]),
-                    pixel_values=pixel_values if prefix else None,
-                    num_items_in_batch=50,
-                ).loss
-            )
-    trees = [build_shared_prefix(conversations, [image] * prefix, "x") for prefix, conversations in CONTENT]
-    pictured = pixels[[index for index, (prefix, _) in enumerate(CONTENT) if prefix]]
-    pack = pack_samples(trees, pictured, processor.tokenizer.pad_token_id)
-    loss = model(**pack.inputs, use_cache=False, num_items_in_batch=50).loss
-    assert abs(loss / plain - 1) < 1e-6, "loss"
-    expected, gradient = (torch.autograd.grad(each, [weight])[0] for each in (plain, loss))
-    assert (gradient - expected).norm() / expected.norm() < 1e-5, "gradient"
-
-
-def test_no_tree_of_a_pack_sees_another_with_any_decoder(any_model, processor):
-    check_that_no_tree_sees_another(any_model, processor)
-
-
-def everything_causal(conversation_ids):
-    return make_pack_layout([[1] * sum(map(len, conversation_ids))])
-
-
-def branches_see_each_other(conversation_ids):
-    return make_pack_layout([[0 if each == 0 else 1 for each in ids] for ids in conversation_ids])
-
-
-def one_token_from_the_neighbour(conversation_ids):
-    good = make_pack_layout(conversation_ids)
-    places = good.buckets[0].places.clone()  # of the longest tree
-    places[0, 1] = 0
-    return good._replace(buckets=[good.buckets[0]._replace(places=places), *good.buckets[1:]])
-
-
-@pytest.mark.parametrize("mutant", [everything_causal, branches_see_each_other, one_token_from_the_neighbour])
-def test_a_wrong_mask_would_be_noticed(mutant, packed_model, processor, monkeypatch):
-    monkeypatch.setattr("clip_phi.batching.packing.make_pack_layout", mutant)
-    with pytest.raises(AssertionError, match="loss|gradient"):
-        check_that_no_tree_sees_another(packed_model, processor)
-
-
-def test_positions_that_do_not_restart_would_be_noticed(packed_model, processor, monkeypatch):
-    original = build_shared_prefix
-
-    def counted_through(*arguments):
-        tree = original(*arguments)
-        return replace(tree, position_ids=list(range(len(tree.input_ids))))
-
-    monkeypatch.setitem(globals(), "build_shared_prefix", counted_through)
-    with pytest.raises(AssertionError, match="loss|gradient"):
-        check_that_no_tree_sees_another(packed_model, processor)
-
-
-def test_other_attention_is_refused_and_generation_with_padding_is_not_harmed(model, packed_model):
-    tree = build_shared_prefix([encode(12, 4)], [], "x")
-    with pytest.raises(ValueError, match=r"'sdpa' attention knows no segments: set_attn_implementation"):
-        model(**pack_samples([tree], None, 0).inputs)
-    ids = torch.tensor([[294, 294, 5, 6, 7], [8, 9, 10, 11, 12]])
-    inputs = {"input_ids": ids, "attention_mask": (ids != 294).long()}
-    options = {"max_new_tokens": 6, "do_sample": False}
-    assert torch.equal(packed_model.generate(**inputs, **options), model.generate(**inputs, **options))
-
-
-def llava_lengths(count, seed=0):
-    """Tokens of LLaVA-Instruct-like samples: an image of 49 features, and conversations of a long-tailed length."""
-    return (49 + np.random.default_rng(seed).lognormal(5.3, 0.7, count).clip(8, 1999)).astype(int)
-
-
-@pytest.mark.parametrize("budget", [2048, 4096, 8192])
-def test_packs_hold_every_sample_once_keep_the_budget_and_are_full(budget):
-    lengths = llava_lengths(20_000)
-    packs = plan_packs(lengths, budget)
-    assert sorted(sample for pack in packs for sample in pack) == list(range(20_000))
-    assert max(lengths[pack].sum() for pack in packs) <= budget
-    assert lengths.sum() / (len(packs) * budget) >= 0.95
-    assert plan_packs(lengths, budget) == packs
-
-
-def test_a_sample_longer_than_the_budget_is_a_pack_alone():
-    assert plan_packs([3, 12, 7, 3], 10) == [[1], [2, 0], [3]]
-
-
-def packed(weights=None, window=50):
-    sizes = (300, 100)
-    return PackedBatches(Mixture(sizes, weights, seed=4), llava_lengths(400), budget=2100, window=window)
-
-
-@pytest.mark.parametrize("weights", [None, (1, 2)])
-def test_packed_epochs_follow_the_mixture_and_any_position_can_be_asked_for(weights):
-    batches, fresh = packed(weights), packed(weights)
-    first, both = batches.count(1), batches.count(2)
-    stream = [batches.batch(number) for number in range(both)]
-    for epoch, part in ((0, stream[:first]), (1, stream[first:])):
-        places = [batches.mixture.place(epoch * 400 + position) for position in range(400)]
-        assert sorted(place for pack in part for place in pack) == sorted(places)
-    assert [fresh.batch(number) for number in (both - 1, 3, first, 0)] == [
-        stream[number] for number in (both - 1, 3, first, 0)
+def test_tree_holds_the_image_once_and_predicts_each_branch_from_its_end(sample, processor):
+    tree = build_shared_prefix(sample, processor)
+    tokenizer, prefix = processor.tokenizer, processor.num_image_tokens
+    answers = [
+        [*tokenizer.encode(" " + caption, add_special_tokens=False), tokenizer.eos_token_id] for caption in CAPTIONS
     ]
-    assert batches.fill > 0.9 and batches.count(0.5) == -(-first // 2)
+    inputs = [answer[:-1] for answer in answers]
+    assert tree.input_ids == [processor.image_token_id] * prefix + sum(inputs, [])
+    assert tree.position_ids == list(range(prefix)) + [prefix + place for part in inputs for place in range(len(part))]
+    assert tree.conversation_ids == [0] * prefix + [number for number, part in enumerate(inputs, 1) for _ in part]
+    assert tree.targets == sum(answers, [])
+    expected, offset = [], prefix
+    for part in inputs:
+        expected += [prefix - 1, *range(offset, offset + len(part))]
+        offset += len(part)
+    assert tree.kept == expected
+    assert tree.origin == "file:3"
 
 
-def places(batches, **options):
-    defaults = {"gradient_accumulation_steps": 2, "num_steps": 5}
-    return [place for batch in EndlessSampler(batches, **(defaults | options)) for place in batch]
+def test_tree_supervises_answers_and_end_tokens_only(dialogue, processor):
+    tree = build_shared_prefix(dialogue, processor)
+    tokenizer = processor.tokenizer
+    answers = ["yes", "no no", "a red circle"]
+    expected = [
+        tokenizer.encode(" " + answer, add_special_tokens=False) + [tokenizer.eos_token_id] for answer in answers
+    ]
+    assert tree.targets == sum(expected, [])
 
 
-def fixed(sizes=(10,), weights=None, seed=0, size=2):
-    return FixedBatches(Mixture(sizes, weights, seed), size)
-
-
-def test_every_epoch_sees_every_sample_once_and_steps_are_always_full():
-    stream = places(fixed())
-    assert len(stream) == 20
-    assert sorted(stream) == [(epoch, index) for epoch in range(2) for index in range(10)]
-    assert [index for _, index in stream[:10]] != [index for _, index in stream[10:]], "epochs have orders of their own"
-    assert places(fixed(seed=1)) != stream
-    assert [fixed(size=3).count(epochs) for epochs in (0.5, 1, 2)] == [2, 4, 7]
-
-
-@pytest.mark.parametrize("batches", [fixed(), fixed((7, 3), (1, 3)), packed()], ids=["one", "mixed", "packed"])
-def test_order_is_the_same_for_any_number_of_ranks_and_from_any_step(batches):
-    one = list(EndlessSampler(batches, 2, 5))
-    ranks = [list(EndlessSampler(batches, 1, 5, rank=rank, world_size=2)) for rank in range(2)]
-    assert [batch for step in zip(*ranks, strict=True) for batch in step] == one
-    assert list(EndlessSampler(batches, 2, 5, first_step=3)) == one[6:]
+def test_text_only_sample_has_no_prefix(processor):
+    sample = Sample(None, ((Turn("user", "a?"), Turn("assistant", "yes")),), ("file:9",))
+    tree = build_shared_prefix(sample, processor)
+    assert processor.image_token_id not in tree.input_ids
+    assert set(tree.conversation_ids) == {1} and tree.position_ids == list(range(len(tree.input_ids)))
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "capability", "has"),
+    ("conversation", "max_length", "message"),
     [
-        ("cuda", torch.bfloat16, (8, 0), True),
-        ("cuda", torch.float16, (9, 0), True),
-        ("cuda", torch.float16, (7, 5), False),  # a T4
-        ("cuda", torch.float32, (9, 0), False),
-        ("cpu", torch.bfloat16, (9, 0), False),
+        (
+            (Turn("assistant", "a red circle and a star"),),
+            7,
+            "longer than max_length .e.g. file:5: .* tokens up to the end of the first",
+        ),
+        ((Turn("user", "a?"),), 100, "no supervised token .e.g. file:5"),
+        ((Turn("user", "a <image>?"), Turn("assistant", "yes")), 100, "2 <image> in the rendered text, not 1"),
+        ((Turn("user", "a"), Turn("assistant", "<|endoftext|>")), 100, "2 <.endoftext.> in the rendered text, not 1"),
+        ((Turn("user", "a", speech=b"x"), Turn("assistant", "b")), 100, "speech without a transcript"),
     ],
 )
-def test_the_varlen_kernel_is_used_only_where_it_is(device, dtype, capability, has, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert has_varlen_kernel(torch.device(device), dtype) is has
+def test_a_sample_that_cannot_be_learnt_from_is_an_error_or_a_counted_skip(
+    image, processor, conversation, max_length, message
+):
+    samples = [Sample(image, (conversation,), ("file:5",)), Sample(image, ((Turn("assistant", "!"),),), ("file:6",))]
+    with pytest.raises(ValueError, match=message):
+        Index.from_samples(samples, processor, max_length=max_length)
+    report = Report()
+    index = Index.from_samples(samples, processor, max_length, report)
+    assert [index.sample(0)] == samples[1:] and report.num_skipped == 1
+
+
+def test_a_long_conversation_is_cut_behind_the_last_answer_that_fits(image, processor):
+    whole = tuple(Turn(("user", "assistant")[number % 2], f"turn {number} of many") for number in range(8))
+    lengths = [
+        Index.from_samples([Sample(image, (whole[:count],), ("x",))], processor, 500).num_tokens()[0]
+        for count in (2, 4, 6, 8)
+    ]
+    for max_length, count in ((lengths[3], 8), (lengths[3] - 1, 6), (lengths[1], 4), (lengths[1] - 1, 2)):
+        report = Report()
+        index = Index.from_samples([Sample(image, (whole,), ("f:1",))], processor, int(max_length), report)
+        alone = Index.from_samples([Sample(image, (whole[:count],), ("f:1",))], processor, 500)
+        assert index.sample(0) == alone.sample(0) and index.tree(0) == alone.tree(0)
+        assert sum(report.repaired.values()) == (count < 8) and not report.skipped
+
+
+def test_a_tree_longer_than_max_length_is_split_and_loses_no_branch(sample, processor):
+    lengths = [len(conversation.ids) for conversation in Index.from_samples([sample], processor, 200).encoded(0)]
+    index = Index.from_samples([sample], processor, processor.num_image_tokens + lengths[0] + lengths[1])
+    assert [index.sample(number).conversations for number in range(len(index))] == [
+        sample.conversations[:2],
+        sample.conversations[2:],
+    ]
+    assert index.num_tokens().tolist() == [4 + lengths[0] + lengths[1], 4 + lengths[2]]
+
+
+def test_pack_is_one_row_of_trees_without_padding_between_them(sample, dialogue, processor):
+    trees = [build_shared_prefix(each, processor) for each in (sample, dialogue)]
+    pack = pack_samples(trees, None, processor.tokenizer.pad_token_id)
+    ids, positions = pack.inputs["input_ids"][0].tolist(), pack.inputs["position_ids"][0].tolist()
+    length = len(trees[0].input_ids) + len(trees[1].input_ids)
+    assert ids[:length] == trees[0].input_ids + trees[1].input_ids
+    assert set(ids[length:]) <= {processor.tokenizer.pad_token_id} and len(ids) == -(-length // 8) * 8
+    assert positions == trees[0].position_ids + trees[1].position_ids + list(range(len(ids) - length))
+    kept = trees[0].kept + [len(trees[0].input_ids) + place for place in trees[1].kept]
+    assert pack.inputs["logits_to_keep"].tolist() == [kept]
+    assert pack.inputs["shift_labels"].tolist() == [trees[0].targets + trees[1].targets]
+    assert pack.num_conversations == 5 and pack.num_supervised == len(trees[0].targets) + len(trees[1].targets)
+    assert pack.origins == ["file:3", "file:4"]
+
+
+def one_by_one(model, sample, processor, num_items):
+    """The plain form: each branch alone, with labels, unpadded."""
+    pixel_values = processor.image_processor(load_image(sample.image), return_tensors="pt")["pixel_values"]
+    for conversation in sample.conversations:
+        tree = build_shared_prefix(Sample(sample.image, (conversation,), ("x",)), processor)
+        ids = torch.tensor([tree.input_ids + [tree.targets[-1]]])
+        labels = torch.full_like(ids, -100)
+        labels[0, torch.tensor(tree.kept) + 1] = torch.tensor(tree.targets)
+        yield model(input_ids=ids, pixel_values=pixel_values, labels=labels, num_items_in_batch=num_items).loss
+
+
+def test_tree_loss_and_projector_gradient_equal_one_by_one(packed_model, processor, sample, dialogue):
+    model = packed_model
+    dataset = SampleDataset(
+        [Index.from_samples([each], processor, 200) for each in (sample, dialogue)], ImageReader(processor)
+    )
+    pack = make_pack(dataset, [(0, 0), (0, 1)], processor)
+    projector = model.model.projector
+
+    plain = sum(loss for each in (sample, dialogue) for loss in one_by_one(model, each, processor, pack.num_supervised))
+    (plain_gradient,) = torch.autograd.grad(plain, [projector.weight])
+    loss = model(**pack.inputs, use_cache=False, num_items_in_batch=pack.num_supervised).loss
+    (gradient,) = torch.autograd.grad(loss, [projector.weight])
+
+    assert abs(loss.item() / plain.item() - 1) < 1e-6
+    assert (gradient - plain_gradient).norm() / plain_gradient.norm() < 1e-5
+
+
+def test_captions_take_turns_over_the_epochs(sample, processor):
+    dataset = SampleDataset(
+        [Index.from_samples([sample], processor, 100)], ImageReader(processor), conversations_per_image=2
+    )
+    one = [
+        build_shared_prefix(Sample(sample.image, (conversation,), ("",)), processor).targets
+        for conversation in sample.conversations
+    ]
+    taken = [dataset[epoch, 0][0].targets for epoch in range(3)]
+    assert taken == [one[0] + one[1], one[2] + one[0], one[1] + one[2]]
+
+
+@pytest.fixture
+def unreadable(tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"not an image")
+    conversations = ((Turn("assistant", "yes"),), (Turn("assistant", "no"),))
+    return Sample(File(str(tmp_path / "bad.jpg")), conversations, ("file:8", "file:9"))
+
+
+def test_an_unreadable_image_takes_its_sample_out_of_the_pack_and_is_told(sample, unreadable, processor):
+    dataset = SampleDataset([Index.from_samples([unreadable, sample], processor, 100)], ImageReader(processor))
+    pack, whole = (
+        make_pack(dataset, [(0, 0), (0, 1)], processor),
+        make_pack(dataset, [(0, 1)], processor),
+    )
+    assert pack.skipped == [Skip("not an image", "file:8", pack.skipped[0].detail, records=2)]
+    assert "bad.jpg" in pack.skipped[0].detail
+    for name in set(whole.inputs) - {"pack_layout"}:
+        assert torch.equal(pack.inputs[name], whole.inputs[name])
+
+
+def test_a_batch_of_nothing_or_of_text_alone_still_reaches_every_trained_weight(packed_model, unreadable, processor):
+    text_only = Sample(None, ((Turn("user", "a?"), Turn("assistant", "yes")),), ("file:1",))
+    dataset = SampleDataset([Index.from_samples([unreadable, text_only], processor, 100)], ImageReader(processor))
+    packed_model.train()
+    for index, supervised in ((0, 0), (1, 2)):
+        pack = make_pack(dataset, [(0, index)], processor)
+        loss = packed_model(**pack.inputs, use_cache=False, num_items_in_batch=1).loss
+        (gradient,) = torch.autograd.grad(loss, [packed_model.model.projector.weight])
+        assert pack.num_supervised == supervised and (loss.item() > 0) == (supervised > 0)
+        assert not gradient.any()

@@ -1,38 +1,9 @@
 """A checkpoint in a clean process: no package of ours to import, a fresh cache, another working directory."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
+from helpers import run_clean
 from PIL import Image
-
-CLEAN = """
-import importlib.util, sys
-assert importlib.util.find_spec("modeling_clip_phi") is None, "the package must not be importable here"
-"""
-
-
-def run_clean(script: str, tmp_path, *arguments: str) -> str:
-    """Run the script where nothing of ours can be imported."""
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir(exist_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    # An editable install of this package would be found through site-packages: take its finder away.
-    hide = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-    hide += "sys.path = [p for p in sys.path if not __import__('os').path.isdir(p + '/modeling_clip_phi')]\n"
-    done = subprocess.run(
-        [sys.executable, "-c", hide + CLEAN + textwrap.dedent(script), *map(str, arguments)],
-        cwd=elsewhere,
-        env=environment | {"HF_HOME": str(tmp_path / "hf_home")},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from test_training import ROOT, metrics, run, stage1
+from helpers import ROOT, metrics, run, stage1
 
 from clip_phi.data.synthetic import write_dataset
 

@@ -4,19 +4,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import metrics, run, stage1, stage2
 from safetensors.torch import load_file
 
 from clip_phi.data.synthetic import write_dataset
 from modeling_clip_phi import ClipPhiForCausalLM
-
-ROOT = Path(__file__).parent.parent
-CPU = str(ROOT / "examples/configs/cpu.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -24,62 +19,6 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_dataset(folder, num_train=12, num_val=4)
     return folder
-
-
-def run(*options, launcher=("-m", "accelerate.commands.launch", "--config_file", CPU), expect=0, **environment):
-    command = [sys.executable, *launcher, str(ROOT / "train_accelerate.py"), *map(str, options)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
-
-
-def stage1(data, backbones, output, *options):
-    vision, text = backbones
-    return [
-        *("--stage", 1, "--vision_backbone", vision, "--text_backbone", text, "--output_dir", output),
-        *("--data", f"coco:{data}/annotations/captions_train2017.json,images={data}/train2017"),
-        *("--eval_data", f"coco:{data}/annotations/captions_val2017.json,images={data}/val2017"),
-        *(
-            "--per_device_train_batch_size",
-            4,
-            "--dataloader_num_workers",
-            0,
-            "--logging_steps",
-            1,
-            "--max_new_tokens",
-            8,
-            "--debug",
-            True,
-        ),
-        *options,
-    ]
-
-
-def stage2(data, start, output, *options):
-    return [
-        *("--stage", 2, "--init_from", start, "--output_dir", output, "--lora_r", 4, "--lora_dropout", 0),
-        *("--max_tokens_per_batch", 0, "--gradient_accumulation_steps", 2),
-        *("--data", f"llava:{data}/llava_instruct_train.json,images={data}/train2017"),
-        *("--eval_data", f"llava:{data}/llava_instruct_val.json,images={data}/val2017"),
-        *(
-            "--per_device_train_batch_size",
-            4,
-            "--dataloader_num_workers",
-            0,
-            "--logging_steps",
-            1,
-            "--max_new_tokens",
-            8,
-            "--debug",
-            True,
-        ),
-        *options,
-    ]
-
-
-def metrics(folder, key):
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record[key] for record in records if key in record}
 
 
 @pytest.fixture(scope="module")

@@ -75,10 +75,10 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def run_compare(arguments: argparse.Namespace) -> None:
-    from ..evaluation.report import compare, compared_as_text, find_result
+    from ..evaluation.report import compare, find_result, format_comparison
 
     first, second = (find_result(place, arguments.task) for place in (arguments.A, arguments.B))
     found = compare(first, second, arguments.seed)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(compared_as_text(found))
+    print(format_comparison(found))

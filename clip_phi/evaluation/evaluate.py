@@ -205,7 +205,7 @@ def _score(eval_set: EvalSet, said: dict[str, list[Answer]], prompt: str, decodi
     }
     samples = []
     for number, item in enumerate(eval_set.items):
-        row: dict[str, Any] = {"image": eval_set.image_name(item.image), "picture": eval_set.digests[item.image]}
+        row: dict[str, Any] = {"image": eval_set.image_name(item.image), "image_digest": eval_set.digests[item.image]}
         if item.question is not None:
             row |= {"question": item.question, "type": question_kind(item.asked)}
             row |= {"transcript": item.transcript} if item.transcript is not None else {}
@@ -324,7 +324,7 @@ def judge_loss(
     }
     names = [eval_set.image_name(int(place)) for place in rows[:, 1]]
     samples_rows = [
-        {"image": name, "picture": eval_set.digests[int(row[1])], "tokens": int(row[5])}
+        {"image": name, "image_digest": eval_set.digests[int(row[1])], "tokens": int(row[5])}
         | {key: round(float(value / row[5]), 6) for key, value in zip(("score", *CONTROLS), row[2:5], strict=True)}
         for name, row in zip(names, rows, strict=True)
     ]

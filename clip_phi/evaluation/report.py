@@ -1,16 +1,10 @@
-"""What an evaluation leaves behind: its result, every sample, a page, a picture sheet; and two of them compared."""
+"""What an evaluation writes: its result, every sample, a page and a sheet of images. And two results compared."""
 
-import base64
 import hashlib
-import html
-import io
 import json
 import os
 import random
 import re
-import textwrap
-import warnings
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +13,15 @@ from PIL import Image
 
 from ..batching.images import load_image
 from ..environment import describe_environment
+from ..templates import render
+from ..templates.sheet import draw_images, save_png
 from .bootstrap import by_group, margin_interval
 from .evaluate import EvalResult
 from .tasks import EvalSet
 
 SHOWN = 8  # samples of each kind: best, worst, random
 THUMBNAIL = 224  # pixels
-COLUMNS = 4  # pictures side by side in the sheet
 NAMES = {"score": "model", "blind": "blind (no image)", "shuffled": "shuffled images"}
-STYLE = """\
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; margin: 1em 0; }
-td, th { text-align: left; padding: .15em 1.2em .15em 0; border-bottom: 1px solid #ddd; }
-section { border-top: 1px solid #bbb; padding: .8em 0; overflow: auto; }
-img { float: left; margin-right: 1em; width: 160px; image-rendering: pixelated; }
-b { background: #e8f2e8; }
-small { color: #666; overflow-wrap: anywhere; }
-"""
 # What decides what a checkpoint says; its card, its logs and its results do not.
 WEIGHTS = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*.json", "*processor*.json", "*.jinja")
 
@@ -65,9 +51,17 @@ def environment() -> dict[str, Any]:
 
 
 def write(outcome: EvalResult, eval_set: EvalSet, folder: Path, result_only: Path | None = None) -> list[Path]:
-    """TASK.json, TASK.samples.jsonl, TASK.html and TASK.png into the folder, and TASK.json to result_only as well.
+    """Write TASK.json, TASK.samples.jsonl, TASK.html and TASK.png into the folder.
 
-    Returns what was written."""
+    Args:
+        outcome: the result and its samples.
+        eval_set: has the images.
+        folder: created if it is missing.
+        result_only: a file for a second copy of TASK.json.
+
+    Returns:
+        The files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     task = outcome.result["task"]
     files = [folder / f"{task}{ending}" for ending in (".json", ".samples.jsonl", ".html", ".png")]
@@ -75,11 +69,11 @@ def write(outcome: EvalResult, eval_set: EvalSet, folder: Path, result_only: Pat
     _write(files[0], text)
     _write(files[1], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in outcome.samples))
     chosen = choose(outcome)
-    images = dict(zip(eval_set.digests, eval_set.images, strict=True))
-    shown = {row["picture"] for rows in chosen.values() for row in rows}
-    pictures = {picture: _thumbnail(images[picture]) for picture in shown}
-    _write(files[2], "".join(page(outcome.result, chosen, pictures)))
-    draw_sheet(files[3], outcome.result, chosen, pictures)
+    sources = dict(zip(eval_set.digests, eval_set.images, strict=True))
+    shown = {row["image_digest"] for rows in chosen.values() for row in rows}
+    images = {digest: _thumbnail(sources[digest]) for digest in shown}
+    _write(files[2], page(outcome.result, chosen, images))
+    draw_sheet(files[3], outcome.result, chosen, images)
     if result_only is not None:
         result_only.parent.mkdir(parents=True, exist_ok=True)
         _write(result_only, text)
@@ -88,9 +82,9 @@ def write(outcome: EvalResult, eval_set: EvalSet, folder: Path, result_only: Pat
 
 
 def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def choose(outcome: EvalResult) -> dict[str, list[dict[str, Any]]]:
@@ -104,10 +98,10 @@ def choose(outcome: EvalResult) -> dict[str, list[dict[str, Any]]]:
     return {"random": rows[:SHOWN], "best": best, "worst": worst}
 
 
-def _thumbnail(image: Any) -> Image.Image:
-    picture = load_image(image)
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return picture
+def _thumbnail(source: Any) -> Image.Image:
+    image = load_image(source)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image
 
 
 def summary(result: dict[str, Any]) -> list[list[str]]:
@@ -126,7 +120,7 @@ def summary(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def as_text(result: dict[str, Any]) -> str:
+def format_result(result: dict[str, Any]) -> str:
     """For the terminal."""
     data = result["data"]
     head = f"{result['task']} on {data['images']:,} images, {data['samples']:,} samples"
@@ -138,84 +132,55 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def no_margin(result: dict[str, Any]) -> str:
-    return f"NO MARGIN: this {result['metric']} is had without looking, or by looking at another image"
+    """The warning for a result whose margin may be 0."""
+    return (
+        f"NO MARGIN: the model reaches this {result['metric']} without the image, or with the image of another sample"
+    )
 
 
-def page(
-    result: dict[str, Any], chosen: dict[str, list[dict[str, Any]]], pictures: dict[str, Image.Image]
-) -> Iterator[str]:
-    """One html file that needs no other, piece by piece."""
-    text = html.escape
-    title = f"{result['task']}: {result.get('checkpoint', {}).get('name', 'a model')}"
-    yield f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{text(title)}</title>\n'
-    yield f"<style>\n{STYLE}</style>\n</head>\n<body>\n<h1>{text(title)}</h1>\n"
-    if result["margin_ci95"][0] <= 0:
-        yield f"<p><strong>{text(no_margin(result))}</strong></p>\n"
-    yield _table(summary(result))
+def page(result: dict[str, Any], chosen: dict[str, list[dict[str, Any]]], images: dict[str, Image.Image]) -> str:
+    """One HTML page that needs no other file. chosen: samples by kind. images: small ones, by digest."""
+    tables = {}
     for name, rows in result.get("tables", {}).items():
         cells = [[key, f"{row['samples']:,}", f"{row['score']:.4f}"] for key, row in rows.items()]
-        yield f"<h2>{text(name.replace('_', ' '))}</h2>\n"
-        yield _table([[name.removeprefix("by_").replace("_", " "), "samples", result["metric"]], *cells])
-    for kind, rows in chosen.items():
-        yield f"<h2>{kind} samples</h2>\n"
-        for row in rows:
-            yield f'<section>\n<img src="{_data_uri(pictures[row["picture"]])}" alt="">\n'
-            if "question" in row:
-                yield f"{text(row['question'])}<br>\n"
-            if "answer" in row:
-                yield f"<b>{text(row['answer']) or '(empty)'}</b><br>\n"
-                yield f"<small>blind: {text(row['blind_answer'])}<br>shuffled: {text(row['shuffled_answer'])}<br>\n"
-                yield f"written: {text(' | '.join(dict.fromkeys(row['references'])))}<br>\n"
-            else:
-                yield "<small>"
-            scores = ", ".join(f"{NAMES[key]} {row[key]:.3f}" for key in NAMES)
-            yield f"{scores}<br>{text(row['image'])}</small>\n</section>\n"
-    about = {key: value for key, value in result.items() if key not in ("metrics", "tables", "answers")}
-    yield f"<h2>how</h2>\n<pre>{text(json.dumps(about, indent=2, ensure_ascii=False))}</pre>\n</body>\n</html>\n"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    first, *others = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    body = "".join(f"<tr>{row}</tr>\n" for row in others)
-    return f"<table>\n<tr>{first.replace('td>', 'th>')}</tr>\n{body}</table>\n"
-
-
-def _data_uri(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        title = name.replace("_", " ")
+        tables[title] = [[title.removeprefix("by "), "samples", result["metric"]], *cells]
+    settings = {key: value for key, value in result.items() if key not in ("metrics", "tables", "answers")}
+    values = {
+        "title": f"{result['task']}: {result.get('checkpoint', {}).get('name', 'a model')}",
+        "warning": no_margin(result) if result["margin_ci95"][0] <= 0 else None,
+        "summary": summary(result),
+        "tables": tables,
+        "chosen": chosen,
+        "images": images,
+        "columns": NAMES,
+        "settings": json.dumps(settings, indent=2, ensure_ascii=False),
+    }
+    return "".join(render("evaluation.html", **values))
 
 
 def draw_sheet(
-    path: Path,
-    result: dict[str, Any],
-    chosen: dict[str, list[dict[str, Any]]],
-    pictures: dict[str, Image.Image],
+    path: Path, result: dict[str, Any], chosen: dict[str, list[dict[str, Any]]], images: dict[str, Image.Image]
 ) -> None:
-    """The chosen samples as one picture, a band for each kind."""
+    """The chosen samples as one PNG, a band for each kind."""
     from matplotlib.figure import Figure
 
     bands = {kind: rows for kind, rows in chosen.items() if rows}
-    heights = [-(-len(rows) // COLUMNS) for rows in bands.values()]
-    figure = Figure(figsize=(3.2 * COLUMNS, 3.4 * sum(heights) + 0.6), layout="constrained")
+    heights = [-(-len(rows) // 4) for rows in bands.values()]
+    figure = Figure(figsize=(12.8, 3.4 * sum(heights) + 0.6), layout="constrained")
     figure.suptitle(
         f"{result['task']}: {result['metric']} {result['score']:.3f}, blind {result['blind']:.3f}, "
         f"shuffled {result['shuffled']:.3f}"
     )
-    parts: Any = np.atleast_1d(np.asarray(figure.subfigures(len(bands), 1, height_ratios=heights), dtype=object))
-    for part, (kind, rows), height in zip(parts, bands.items(), heights, strict=True):
-        part.suptitle(kind, x=0.01, ha="left", fontsize=10, weight="bold")
-        for axes in part.subplots(height, COLUMNS, squeeze=False).ravel():
-            axes.set_axis_off()
-        for axes, row in zip(part.axes, rows, strict=False):
-            axes.imshow(pictures[row["picture"]])
-            lines = [row[key] for key in ("question", "answer") if key in row]
-            lines += [f"(score {row['score']:.2f})"]
-            under = "\n".join(textwrap.fill(textwrap.shorten(line, 110), 34) for line in lines)
-            axes.set_title(under, y=-0.02, va="top", fontsize=7, parse_math=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a box stands where the font lacks a letter
-        figure.savefig(path, dpi=80, format="png")
+    panels: Any = np.atleast_1d(np.asarray(figure.subfigures(len(bands), 1, height_ratios=heights), dtype=object))
+    for panel, (kind, rows) in zip(panels, bands.items(), strict=True):
+        panel.suptitle(kind, x=0.01, ha="left", fontsize=10, weight="bold")
+        texts = [
+            "\n".join([*(row[key] for key in ("question", "answer") if key in row), f"(score {row['score']:.2f})"])
+            for row in rows
+        ]
+        draw_images(panel, [images[row["image_digest"]] for row in rows], texts)
+    save_png(figure, path, dpi=80)
 
 
 # Comparing two
@@ -266,8 +231,8 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
     ):
         if one != other:
             raise ValueError(f"{first} and {second} are of different {what} ({one} and {other}): nothing to compare")
-    pictures: dict[str, int] = {}
-    groups = np.array([pictures.setdefault(row["picture"], len(pictures)) for row in a_rows])
+    places: dict[str, int] = {}
+    groups = np.array([places.setdefault(row["image_digest"], len(places)) for row in a_rows])
     scores = np.array([[one["score"], other["score"]] for one, other in zip(a_rows, b_rows, strict=True)])
     weights = np.array([row.get("tokens", 1) for row in a_rows], dtype=np.float64)
     upside = -1 if a.get("lower_is_better") else 1
@@ -298,7 +263,7 @@ def _name(result: dict[str, Any], path: Path) -> str:
     return result.get("checkpoint", {}).get("name") or portable(str(path))
 
 
-def compared_as_text(found: dict[str, Any]) -> str:
+def format_comparison(found: dict[str, Any]) -> str:
     low, high = found["difference_ci95"]
     counts = found["samples"]
     lines = [

@@ -9,7 +9,7 @@ from typing import Any
 from ..data.report import Report
 from ..data.source import DataSource, not_found, parse_source
 from .evaluate import Decoding, EvalResult, Processes, judge, judge_loss
-from .report import as_text, checkpoint_sha256, environment, portable, write
+from .report import checkpoint_sha256, environment, format_result, portable, write
 from .tasks import EvalSet, make_eval_set, read_samples
 
 DEMO_DATA = "outputs/demo/data"
@@ -82,7 +82,7 @@ def evaluate(options: argparse.Namespace, demo_checkpoint: str) -> None:
             "environment": environment(),
         }
         files = write(outcome, eval_set, output, Path(options.json) if options.json else None)
-        print(as_text(outcome.result))
+        print(format_result(outcome.result))
         print(f"written: {', '.join(map(str, files))}")
     state.wait_for_everyone()
 

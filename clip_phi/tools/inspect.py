@@ -1,16 +1,11 @@
 """A window to look through: what the model really sees of a data set, and what is wrong with it."""
 
 import argparse
-import base64
-import html
-import io
 import json
 import os
 import re
 import sys
-import textwrap
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -28,6 +23,8 @@ from ..batching.images import load_image, pixel_hash
 from ..data.report import NUM_EXAMPLES, RecordError, Report, Skip
 from ..data.sample import File
 from ..data.source import DataSource, not_found, parse_source
+from ..templates import render
+from ..templates.sheet import draw_images, save_png
 
 if TYPE_CHECKING:
     from ..batching.index import Index
@@ -38,16 +35,7 @@ WINDOW = 256  # images for each process that are under way, which may be bytes
 ALIKE = 7  # of 64 bits, by which two copies of a picture may differ; two drawn scenes differ in 12 at least
 NUM_BINS = 10  # of the histogram, at most
 THUMBNAIL = 256  # pixels
-COLUMNS, SHEET = 4, 24  # pictures side by side in a png, and in all of it, at most
-STYLE = """\
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
-section { border-top: 1px solid #bbb; padding: 1em 0; overflow: auto; }
-img { float: right; margin-left: 1em; image-rendering: pixelated; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f4f4; color: #222; padding: .5em; }
-mark { background: #b6ecb6; font-weight: bold; }
-td { vertical-align: top; white-space: pre-wrap; padding-right: 1em; overflow-wrap: anywhere; }
-small { color: #666; overflow-wrap: anywhere; }
-"""
+SHEET = 24  # images in a png, at most
 
 
 def inspect(options: argparse.Namespace, demo_checkpoint: str) -> None:
@@ -147,12 +135,12 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Shown:
-    """One sample as the model sees it. picture: its image's name and size, or what is wrong with it.
+    """One sample as the model sees it. image_line: its image's name and size, or what is wrong with it.
     image: a small one."""
 
     title: str
     counts: str
-    picture: str
+    image_line: str
     image: Image.Image | None
     origins: tuple[str, ...]
     conversations: list[list[Piece]]
@@ -205,7 +193,7 @@ def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[Piece]:
 def as_text(sample: Shown, colored: bool) -> str:
     """For the terminal: what is supervised in bold green, or between brackets."""
     start, end = ("\033[1;32m", "\033[0m") if colored else ("⟦", "⟧")
-    lines = [sample.title, f"image: {_line(sample.picture)}", sample.counts]
+    lines = [sample.title, f"image: {_line(sample.image_line)}", sample.counts]
     for origin, pieces in zip(sample.origins, sample.conversations, strict=True):
         text = "".join(f"{start}{piece.text}{end}" if piece.supervised else piece.text for piece in pieces)
         lines += [f"- {_line(origin)}", text]
@@ -481,30 +469,8 @@ def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def page(title: str, rows: Sequence[tuple[str, str]], samples: Iterable[Shown]) -> Iterator[str]:
-    """One html file that needs no other, piece by piece."""
-    text: Callable[[str], str] = lambda value: html.escape(_line(value))  # noqa: E731
-    yield f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{text(title)}</title>\n'
-    yield f"<style>\n{STYLE}</style>\n</head>\n<body>\n<h1>{text(title)}</h1>\n"
-    if rows:
-        cells = "".join(f"<tr><td>{text(label)}</td><td>{text(value)}</td></tr>\n" for label, value in rows)
-        yield f"<table>\n{cells}</table>\n"
-    for sample in samples:
-        yield f"<section>\n<h2>{sample.title}</h2>\n"
-        if sample.image is not None:
-            yield f'<img src="{_data_uri(sample.image)}" alt="">\n'
-        yield f"<p>{text(sample.picture)}<br>{sample.counts}</p>\n"
-        for origin, pieces in zip(sample.origins, sample.conversations, strict=True):
-            texts = [(html.escape(piece.text), piece.supervised) for piece in pieces]
-            body = "".join(f"<mark>{each}</mark>" if supervised else each for each, supervised in texts)
-            yield f"<small>{text(origin)}</small>\n<pre>{body}</pre>\n"
-        yield "</section>\n"
-    yield "</body>\n</html>\n"
-
-
-def _data_uri(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    """One HTML page that needs no other file, piece by piece. rows: of a table before the samples."""
+    return render("inspection.html", title=_line(title), rows=rows, samples=samples, line=_line, zip=zip)
 
 
 def draw(path: str, indexes: Sequence["Index"], samples: Iterable[Shown]) -> None:
@@ -512,23 +478,14 @@ def draw(path: str, indexes: Sequence["Index"], samples: Iterable[Shown]) -> Non
     from matplotlib.figure import Figure
 
     samples = list(samples)
-    rows = max(1, -(-len(samples) // COLUMNS))
-    figure = Figure(figsize=(10, 3 + 3 * rows), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[1, rows])
-    top, sheet = parts
+    height = max(1, -(-len(samples) // 4))
+    figure = Figure(figsize=(10, 3 + 3 * height), layout="constrained")
+    panels: Any = figure.subfigures(2, 1, height_ratios=[1, height])
     counts = np.concatenate([measure(index) for index in indexes])
-    for axes, column, label in zip(top.subplots(1, 2), (2, 3), ("tokens", "supervised tokens"), strict=True):
+    for axes, column, label in zip(panels[0].subplots(1, 2), (2, 3), ("tokens", "supervised tokens"), strict=True):
         axes.hist(counts[:, column], bins=40, color="tab:blue")
         axes.set(xlabel=f"{label} per sample", ylabel="samples")
-    grid = sheet.subplots(rows, COLUMNS, squeeze=False).ravel()
-    for axes in grid:
-        axes.set_axis_off()
-    for axes, sample in zip(grid, samples, strict=False):
-        if sample.image is not None:
-            axes.imshow(sample.image)
-        answer = next((piece.text for piece in sample.conversations[0] if piece.supervised), "")
-        under = f"{sample.title}\n{textwrap.fill(textwrap.shorten(answer, 100), 30)}"
-        axes.set_title(under, y=-0.02, va="top", fontsize=8, parse_math=False)  # a caption may hold two $
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a box stands where the font lacks a letter
-        figure.savefig(path, dpi=110, format="png")
+    answers = [next((each.text for each in sample.conversations[0] if each.supervised), "") for sample in samples]
+    texts = [f"{sample.title}\n{' '.join(answer.split())}" for sample, answer in zip(samples, answers, strict=True)]
+    draw_images(panels[1], [sample.image for sample in samples], texts)
+    save_png(figure, path, dpi=110)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import metrics, run, stage1
 from PIL import Image
-from test_training import metrics, run, stage1
 
 from clip_phi.cli import main
 from clip_phi.data.report import Report

@@ -16,9 +16,9 @@ import time
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from cached_features import FINGERPRINT, SHAPE, features_of, key_of, put
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
@@ -29,28 +29,11 @@ from clip_phi.data.sample import File
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 ROOT = Path(__file__).parent.parent
-FINGERPRINT = "0123456789abcdef" * 2
-SHAPE = (3, 5)
 ROW_BYTES = 2 * 3 * 5
-
-
-def key_of(number: int) -> bytes:
-    return image_key(str(number).encode())
-
-
-def features_of(numbers, shape=SHAPE) -> torch.Tensor:
-    """bfloat16 (numbers, *shape), of any bits, NaN and infinity among them, that tell the number."""
-    size = shape[0] * shape[1]
-    bits = [np.random.default_rng(number).integers(-(2**15), 2**15, size, dtype=np.int16) for number in numbers]
-    return torch.from_numpy(np.stack(bits)).view(torch.bfloat16).view(len(bits), *shape)
 
 
 def open_cache(folder, **options) -> FeatureCache:
     return FeatureCache(folder, FINGERPRINT, SHAPE, **options)
-
-
-def put(cache: FeatureCache, *numbers: int) -> None:
-    cache.put([key_of(number) for number in numbers], features_of(numbers, cache.shape))
 
 
 def found(cache: FeatureCache, numbers) -> list[int]:
@@ -235,7 +218,7 @@ WRITE_FOREVER = """
 import sys
 import time
 sys.path[:0] = [{root!r}, {tests!r}]
-from test_features import FINGERPRINT, FeatureCache, put
+from cached_features import FINGERPRINT, FeatureCache, put
 
 cache = FeatureCache({folder!r}, FINGERPRINT, (49, 64), rows_per_shard=50)
 print("ready", flush=True)

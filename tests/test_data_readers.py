@@ -236,7 +236,7 @@ def messages(*contents):
 
 
 @pytest.mark.parametrize(
-    ("row", "branches"),
+    ("row", "conversations"),
     [
         ({"messages": messages("Hi?", "Yes.")}, (turns("Hi?", "Yes."),)),
         (
@@ -340,7 +340,7 @@ def test_a_bad_record_is_skipped_and_counted_by_kind_with_its_file_and_number(im
 
 
 @pytest.mark.parametrize(
-    ("row", "kind", "branch"),
+    ("row", "kind", "conversation"),
     [
         (
             record("no image token", "x"),

@@ -1,3 +1,5 @@
+import base64
+import io
 import json
 import re
 import shutil
@@ -301,7 +303,7 @@ def test_a_large_picture_becomes_a_small_one_in_the_page(run, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "large.png, 900 x 600 pixels" in page
     uri = re.search('data:image/jpeg;base64,([^"]+)"', page)[1]
-    picture = Image.open(inspection.io.BytesIO(inspection.base64.b64decode(uri)))
+    picture = Image.open(io.BytesIO(base64.b64decode(uri)))
     assert picture.size == (256, 171)
 
 

@@ -17,8 +17,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from helpers import ROOT, metrics, run, stage1, stage2
 from safetensors.torch import load_file
-from test_training import ROOT, metrics, run, stage1, stage2
 
 from clip_phi.batching.packing import pack_samples
 from clip_phi.data.synthetic import write_dataset
