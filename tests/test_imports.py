@@ -76,13 +76,13 @@ def test_help_imports_no_torch():
 
 FIRST_STEP = """
 import os, resource, runpy, sys
-from clip_phi.training.logger import Monitor
+from clip_phi.training.logger import TrainingLogger
 
 def tell_and_leave(*arguments):
     print("SECONDS", resource.getrusage(resource.RUSAGE_SELF).ru_utime, flush=True)
     os._exit(0)
 
-Monitor.count = tell_and_leave  # what comes behind the first step
+TrainingLogger.count = tell_and_leave  # what comes behind the first step
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -159,7 +159,7 @@ class Collator:
         return pack
 
 
-def complete(pack: PackedBatch, model: Any, cache: FeatureCache | None) -> PackedBatch:
+def add_image_features(pack: PackedBatch, model: Any, cache: FeatureCache | None) -> PackedBatch:
     """A pack with the features of all its images: those that the cache had, and those that the tower makes now, which
     the cache takes. All are rounded to bfloat16, so that a run does not depend on what the cache had.
 

@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import math
 import sys
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -32,15 +31,15 @@ GROUPS = {
     "run": "stage config output_dir resume_from_checkpoint seed debug",
     "data": "data eval_data holdout_images max_eval_images max_length max_bad_fraction dataloader_num_workers "
     "image_processing cache_features",
-    "model": "vision_backbone text_backbone vision_revision text_revision projector_type init_from tune_decoder lora_r "
-    "lora_alpha lora_dropout lora_targets quantization merged caption_instruction",
-    "batches": "per_device_train_batch_size max_tokens_per_batch gradient_accumulation_steps num_train_epochs max_steps "
-    "captions_per_image per_device_eval_batch_size",
+    "model": "vision_backbone text_backbone vision_revision text_revision projector_type init_from tune_decoder "
+    "lora_r lora_alpha lora_dropout lora_targets quantization merged caption_instruction",
+    "batches": "per_device_train_batch_size max_tokens_per_batch gradient_accumulation_steps num_train_epochs "
+    "max_steps captions_per_image per_device_eval_batch_size",
     "optimisation": "learning_rate lora_learning_rate optim lr_scheduler_type warmup_ratio weight_decay max_grad_norm "
     "gradient_checkpointing tf32 nan_policy",
     "checkpoints": "save_steps save_total_limit",
-    "evaluation": "eval_steps eval_task eval_task_images metric_for_best_model early_stopping_patience num_sample_texts "
-    "max_new_tokens",
+    "evaluation": "eval_steps eval_task eval_task_images metric_for_best_model early_stopping_patience "
+    "num_sample_texts max_new_tokens",
     "logging": "logging_steps report_to peak_tflops",
     "Hub": "push_to_hub hub_private_repo",
 }
@@ -60,6 +59,12 @@ def _option(default: Any, help: str, bound: Bound | None = None) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def _default(name: str, default: Any) -> Any:
+    """The field of TrainingArguments with another default."""
+    metadata = TrainingArguments.__dataclass_fields__[name].metadata
+    return _option(default, metadata["help"], metadata["bound"])
+
+
 @dataclass
 class TrainingArguments:
     """What both stages share. WHERE it runs (devices, precision) is Accelerate's yaml; see accelerate_config.yaml.
@@ -68,9 +73,7 @@ class TrainingArguments:
 
     stage: int = field(metadata={"help": "1: projector alone, on captions; 2: projector and LoRA, on conversations"})
     config: str | None = _option(None, "yaml file of these options; the command line overrides it")
-    output_dir: str = _option(
-        "outputs/stage1", "folder of the model, metrics.jsonl, curve.png and training checkpoints"
-    )
+    output_dir: str = _option("outputs/stage1", "folder of the model, training checkpoints, metrics.jsonl, curve.png")
     resume_from_checkpoint: str | None = _option(
         None, "training checkpoint to go on from exactly; bare: the newest whole one of --output_dir, if there is one"
     )
@@ -79,31 +82,27 @@ class TrainingArguments:
 
     data: list[str] = _option([], "training data, KIND:PATH[,option=value...]; several are mixed. See docs/data.md")
     eval_data: list[str] = _option([], "held-out data in the same form; without a value: --holdout_images of --data")
-    holdout_images: int = _option(500, "number of images held out of --data if there is no --eval_data", NOT_NEGATIVE)
-    max_eval_images: int = _option(500, "number of images evaluated on, the first ones of each --eval_data", AT_LEAST_1)
-    max_length: int = _option(
-        2048, "longest conversation in tokens, image included; a longer one is cut after an answer", AT_LEAST_1
-    )
+    holdout_images: int = _option(500, "images held out of --data if there is no --eval_data", NOT_NEGATIVE)
+    max_eval_images: int = _option(500, "images evaluated on, the first of each --eval_data", AT_LEAST_1)
+    max_length: int = _option(2048, "longest conversation in tokens, image included; longer ones are cut", AT_LEAST_1)
     max_bad_fraction: float = _option(0.01, "largest share of damaged records before the run stops; 0: none", BELOW_1)
     dataloader_num_workers: int = _option(4, "processes that read images; 0: the training process", NOT_NEGATIVE)
     image_processing: Literal["exact", "fast"] = _option(
         "exact", "exact: the image processor's; fast: one of 256 levels off in 1 of 100 values (needs simplejpeg)"
     )
-    cache_features: str | None = _option(
-        None, "folder for the frozen tower's features, with which later epochs and runs open no image"
-    )
+    cache_features: str | None = _option(None, "folder for the vision tower's features; later epochs open no image")
 
-    per_device_train_batch_size: int = _option(16, "images in a forward pass on one device", AT_LEAST_1)
+    per_device_train_batch_size: int = _option(
+        16, "images in a forward pass on one device, without --max_tokens_per_batch", AT_LEAST_1
+    )
     max_tokens_per_batch: int = _option(
-        0,
-        "tokens in a forward pass on one device, filled with as many images as fit, instead of a fixed number; 0: off",
-        NOT_NEGATIVE,
+        0, "tokens in a forward pass on one device: as many images as fit, not a fixed number; 0: off", NOT_NEGATIVE
     )
     gradient_accumulation_steps: int = _option(1, "forward passes in one step", AT_LEAST_1)
     num_train_epochs: float = _option(1.0, "passes over the training images", POSITIVE)
     max_steps: int = _option(0, "number of steps, instead of --num_train_epochs; 0: off", NOT_NEGATIVE)
     per_device_eval_batch_size: int = _option(
-        0, "images in a forward pass on one device in evaluation; 0: --per_device_train_batch_size", NOT_NEGATIVE
+        0, "images in a forward pass in evaluation; 0: --per_device_train_batch_size", NOT_NEGATIVE
     )
 
     learning_rate: float = _option(1e-3, "peak learning rate of the projector, after the warm-up", POSITIVE)
@@ -125,34 +124,28 @@ class TrainingArguments:
     )
 
     save_steps: int = _option(500, "steps between training checkpoints; one is written at the end", AT_LEAST_1)
-    save_total_limit: int = _option(2, "number of training checkpoints kept, the newest ones", AT_LEAST_1)
+    save_total_limit: int = _option(2, "training checkpoints kept, the newest ones", AT_LEAST_1)
     merged: bool = _option(False, "one whole model with LoRA folded in, instead of the trained weights only")
 
-    eval_steps: int = _option(
-        1000, "steps between evaluations, each of which saves the model; one at the end", AT_LEAST_1
-    )
+    eval_steps: int = _option(1000, "steps between evaluations that save the model; one is at the end", AT_LEAST_1)
     eval_task: Literal["none", "captions", "vqa", "pope", "exact"] = _option(
         "none", "task whose metrics each evaluation measures, with and without the image, as clip-phi evaluate does"
     )
-    eval_task_images: int = _option(32, "number of images for --eval_task, the first of each --eval_data", AT_LEAST_1)
+    eval_task_images: int = _option(32, "images for --eval_task, the first of each --eval_data", AT_LEAST_1)
     metric_for_best_model: str = _option(
         "none", "loss or a metric of --eval_task, such as CIDEr-D, by which best/ keeps the best model; none: no best/"
     )
     early_stopping_patience: int = _option(
         0, "evaluations without a better --metric_for_best_model until the run stops; 0: never", NOT_NEGATIVE
     )
-    num_sample_texts: int = _option(4, "number of held-out images with a sample text at each evaluation", NOT_NEGATIVE)
+    num_sample_texts: int = _option(4, "held-out images with a sample text at each evaluation", NOT_NEGATIVE)
     max_new_tokens: int = _option(64, "longest generated text in tokens", AT_LEAST_1)
 
     logging_steps: int = _option(10, "steps between lines of the log", AT_LEAST_1)
-    report_to: list[str] = _option(
-        [], f"trackers beside metrics.jsonl: {', '.join(TRACKERS)} (WANDB_MODE=offline needs no network)"
-    )
+    report_to: list[str] = _option([], f"trackers beside metrics.jsonl: {', '.join(TRACKERS)}")
     peak_tflops: float = _option(0.0, "peak of one device for the MFU, in TFLOP/s; 0: by the GPU's name", NOT_NEGATIVE)
 
-    push_to_hub: str | None = _option(
-        None, "Hub repository (user/name) that gets the model at the end; see docs/hub.md"
-    )
+    push_to_hub: str | None = _option(None, "Hub repository user/name for the model at the end; see docs/hub.md")
     hub_private_repo: bool = _option(False, "private repository, if --push_to_hub makes a new one")
 
     # The names of the options that the command line or --config gives, and do not come from the defaults.
@@ -245,16 +238,12 @@ class Stage1Arguments(TrainingArguments):
     vision_revision: str | None = _option(None, "branch, tag or commit of --vision_backbone; its commit is pinned")
     text_backbone: str = _option(TEXT_BACKBONE, "Hub id or folder of the decoder")
     text_revision: str | None = _option(None, "branch, tag or commit of --text_backbone; its commit is pinned")
-    projector_type: Literal["linear", "mlp"] = _option(
-        "linear", "projector of one linear layer, or two with GELU between"
+    projector_type: Literal["linear", "mlp"] = _option("linear", "projector of one layer, or two with GELU between")
+    data: list[str] = _default(
+        "data", ["coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"]
     )
-    data: list[str] = _option(
-        ["coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"],
-        "training data, KIND:PATH[,option=value...]; several are mixed. See docs/data.md",
-    )
-    eval_data: list[str] = _option(
-        ["coco:data/coco/annotations/captions_val2017.json,images=data/coco/val2017"],
-        "held-out data in the same form; without a value: --holdout_images of --data",
+    eval_data: list[str] = _default(
+        "eval_data", ["coco:data/coco/annotations/captions_val2017.json,images=data/coco/val2017"]
     )
     captions_per_image: int = _option(5, "captions of an image in one step; the others take turns", AT_LEAST_1)
 
@@ -272,31 +261,19 @@ class Stage2Arguments(TrainingArguments):
     """Stage 2: train the projector and LoRA on the decoder, or all of it, on conversations, from stage 1's result."""
 
     init_from: str = _option("outputs/stage1", "model of stage 1, folder or Hub id")
-    output_dir: str = _option(
-        "outputs/stage2", "folder of the model, metrics.jsonl, curve.png and training checkpoints"
-    )
-    data: list[str] = _option(
-        ["llava:data/llava_instruct_150k.json,images=data/coco/train2017"],
-        "training data, KIND:PATH[,option=value...]; several are mixed. See docs/data.md",
-    )
-    learning_rate: float = _option(2e-5, "peak learning rate of the projector, after the warm-up", POSITIVE)
-    per_device_train_batch_size: int = _option(
-        8, "images in a forward pass on one device, with --max_tokens_per_batch 0", AT_LEAST_1
-    )
-    max_tokens_per_batch: int = _option(
-        4096,
-        "tokens in a forward pass on one device, filled with as many images as fit; 0: a fixed number of images",
-        NOT_NEGATIVE,
-    )
-    gradient_accumulation_steps: int = _option(4, "forward passes in one step", AT_LEAST_1)
+    output_dir: str = _default("output_dir", "outputs/stage2")
+    data: list[str] = _default("data", ["llava:data/llava_instruct_150k.json,images=data/coco/train2017"])
+    learning_rate: float = _default("learning_rate", 2e-5)
+    per_device_train_batch_size: int = _default("per_device_train_batch_size", 8)
+    max_tokens_per_batch: int = _default("max_tokens_per_batch", 4096)
+    gradient_accumulation_steps: int = _default("gradient_accumulation_steps", 4)
     lora_learning_rate: float = _option(2e-4, "peak learning rate of LoRA, after the warm-up", POSITIVE)
     lora_r: int = _option(64, "rank of the LoRA matrices", AT_LEAST_1)
     lora_alpha: int = _option(128, "scale of LoRA's output: lora_alpha / lora_r")
     lora_dropout: float = _option(0.05, "dropout before the LoRA matrices", BELOW_1)
     lora_targets: str = _option(
         "auto",
-        "linear layers of the decoder with LoRA, by the end of their names; auto: all in its blocks, which are "
-        "q_proj,k_proj,v_proj,dense,fc1,fc2 in phi-2",
+        "linear layers with LoRA by the end of their names, such as q_proj,fc1; auto: all in the decoder's blocks",
     )
     tune_decoder: Literal["lora", "full"] = _option(
         "lora", "trained weights of the decoder; full: all of them, at --learning_rate, instead of LoRA"
@@ -366,17 +343,18 @@ def _make_parser(kind: type[TrainingArguments]) -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for name in filter(options.__contains__, names.split()):
             each, hint = options[name], hints[name]
-            if isinstance(hint, types.UnionType):  # with None, which is the default
-                hint = get_args(hint)[0]
-            how: dict[str, Any] = {"type": hint, "metavar": {int: "N", float: "X", bool: "BOOL"}.get(hint, "TEXT")}
-            if hint is bool:
-                how |= {"type": _boolean, "nargs": "?", "const": True}
-            elif get_origin(hint) is Literal:
-                how = {"choices": get_args(hint)}
+            if get_origin(hint) is Literal:
+                how: dict[str, Any] = {"choices": get_args(hint)}
             elif get_origin(hint) is list:
-                how |= {"type": str, "nargs": "*"}
+                how = {"nargs": "*", "metavar": "TEXT"}
+            elif hint is bool:
+                how = {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
             elif name == "resume_from_checkpoint":
-                how |= {"nargs": "?", "const": NEWEST, "metavar": "FOLDER"}
+                how = {"nargs": "?", "const": NEWEST, "metavar": "FOLDER"}
+            else:
+                how = {int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "X"}}.get(
+                    hint, {"metavar": "TEXT"}
+                )
             usual = each.default_factory() if callable(each.default_factory) else each.default
             usual = " ".join(usual) if isinstance(usual, list) else usual
             shown = "" if usual in (None, "", dataclasses.MISSING) else f" (default: {usual})"

@@ -82,11 +82,12 @@ def resolve(arguments: TrainingArguments, accelerator: Accelerator, config: Clip
         arguments.per_device_eval_batch_size or arguments.per_device_train_batch_size
     )
     found = dataclasses.replace(arguments, **changes)
-    size = f"{found.max_tokens_per_batch:,} tokens" if found.max_tokens_per_batch else None
+    images, tokens = found.per_device_train_batch_size, found.max_tokens_per_batch
     accelerator.print(
-        f"optimizer {found.optim}, precision {accelerator.mixed_precision}, "
-        f"{size or f'{found.per_device_train_batch_size} images'} in a forward pass, "
-        f"{found.gradient_accumulation_steps * accelerator.num_processes} forward passes in a step"
+        f"optimizer {found.optim}; mixed precision {accelerator.mixed_precision}; in a forward pass "
+        f"{f'up to {tokens:,} tokens' if tokens else f'{images:,} images'} (evaluation: "
+        f"{found.per_device_eval_batch_size:,} images); forward passes in a step: "
+        f"{found.gradient_accumulation_steps * accelerator.num_processes:,}"
     )
     return found
 
@@ -111,8 +112,8 @@ def _named_weights(arguments: TrainingArguments) -> Iterator[None]:
     except (OSError, HFValidationError) as error:
         names = [getattr(arguments, name, None) for name in ("vision_backbone", "text_backbone", "init_from")]
         raise OSError(
-            f"cannot load {' and '.join(filter(None, names))}: {error}\nA Hub id (user/name) needs a network the first time, and a "
-            "folder must hold config.json. 'make demo' needs no download: its small backbones come with the project."
+            f"cannot load {' and '.join(filter(None, names))}: {error}\nA Hub id (user/name) needs a network the first "
+            "time, and a folder must hold config.json. 'make demo' needs no download: it has its own backbones."
         ) from error
 
 
