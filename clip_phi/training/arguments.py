@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ..data.source import DataSource, not_found, parse_source
+from ..data.source import DataSource, missing_files, parse_source
 
 VISION_BACKBONE = "wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
 TEXT_BACKBONE = "microsoft/phi-2"
@@ -197,7 +197,7 @@ class TrainingArguments:
                     parsed.append(parse_source(text))
                 except (ValueError, OSError) as error:
                     found.append(f"--{option}: {error}")
-        if missing := not_found(sources + held_out):
+        if missing := missing_files(sources + held_out):
             found.append(f"{missing}. {self.how_to_get_data} 'make demo' needs no data: it draws its own.")
         if not self.data:
             found.append("--data is required")

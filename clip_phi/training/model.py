@@ -15,6 +15,7 @@ from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiProcesso
 from ..batching.attention import PACKED_ATTENTION
 from ..batching.feature_cache import FeatureCache, fingerprint_of
 from ..environment import quantization_config
+from ..hub.retry import load_with_retries
 from .arguments import Stage1Arguments, Stage2Arguments, TrainingArguments
 from .fsdp import is_sharded
 from .optim import choose_optimizer
@@ -23,14 +24,15 @@ from .optim import choose_optimizer
 def load_processor(arguments: TrainingArguments) -> ClipPhiProcessor:
     with _named_weights(arguments):
         if isinstance(arguments, Stage1Arguments):
-            return ClipPhiProcessor.from_backbones(
+            return load_with_retries(
+                ClipPhiProcessor.from_backbones,
                 arguments.vision_backbone,
                 arguments.text_backbone,
                 vision_revision=arguments.vision_revision,
                 text_revision=arguments.text_revision,
             )
         assert isinstance(arguments, Stage2Arguments)
-        return ClipPhiProcessor.from_pretrained(arguments.init_from)
+        return load_with_retries(ClipPhiProcessor.from_pretrained, arguments.init_from)
 
 
 def load_model(
@@ -42,7 +44,8 @@ def load_model(
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     with _named_weights(arguments):
         if isinstance(arguments, Stage1Arguments):
-            model = ClipPhiForCausalLM.from_backbones(
+            model = load_with_retries(
+                ClipPhiForCausalLM.from_backbones,
                 arguments.vision_backbone,
                 arguments.text_backbone,
                 vision_revision=arguments.vision_revision,
@@ -122,7 +125,7 @@ def _load_stage1(arguments: Stage2Arguments, dtype: torch.dtype, accelerator: Ac
     if arguments.quantization != "none":
         options["quantization_config"] = quantization_config(arguments.quantization, dtype)
         options["device_map"] = {"": accelerator.device}
-    model = ClipPhiForCausalLM.from_pretrained(arguments.init_from, dtype=dtype, **options)
+    model = load_with_retries(ClipPhiForCausalLM.from_pretrained, arguments.init_from, dtype=dtype, **options)
     if arguments.quantization != "none" and not model.config.delta:
         raise ValueError(
             f"--quantization {arguments.quantization}: {arguments.init_from} is a merged model, and only a delta "
