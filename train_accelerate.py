@@ -94,12 +94,9 @@ class Run:
     guard: NonFiniteGuard
     logger: TrainingLogger
     checkpoints: Checkpoints
+    output_dir: Path
     first_step: int
     record: dict[str, Any]
-
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.arguments.output_dir)
 
 
 def build(arguments: TrainingArguments) -> Run:
@@ -163,7 +160,7 @@ def build(arguments: TrainingArguments) -> Run:
     accelerator.init_trackers("clip-phi", {name: str(value) for name, value in record["options"].items()})
     return Run(
         *(arguments, accelerator, processor, model, plain_model, optimizer, scheduler, data, to_device, evaluator),
-        *(early_stopping, guard, logger, checkpoints, first_step, record),
+        *(early_stopping, guard, logger, checkpoints, output_dir, first_step, record),
     )
 
 
@@ -268,7 +265,7 @@ def evaluate_and_save(run: Run, step: int, is_last: bool) -> None:
 
 
 def finish(run: Run) -> None:
-    """Write what is known at the end, and push the model."""
+    """Write data_report.json and the results in run.json, and push the model."""
     run.logger.close(run.data.report)
     if run.accelerator.is_main_process:
         results = {

@@ -241,7 +241,7 @@ def test_a_frozen_weight_that_changes_is_named_at_the_end(train, few, tmp_path, 
 def test_a_loss_that_jumps_is_logged_with_its_samples(tmp_path):
     health = watch.NonFiniteGuard(tmp_path, "stop", print)
     quiet = [health.spikes_at(3.0 + 0.1 * math.sin(step)) for step in range(100)]
-    assert not any(quiet) and not health.spikes_at(3.4) and health.spikes_at(9.0) and health.spikes == 1
+    assert not any(quiet) and not health.spikes_at(3.4) and health.spikes_at(9.0) and health.state["spikes"] == 1
     log = monitor.TrainingLogger(tmp_path, 1, True, torch.device("cpu"))
     log.log_spike(101, 9.0, ["a.json:3", "a.json:7"])
     line = json.loads((tmp_path / "metrics.jsonl").read_text())

@@ -1,1 +1,1 @@
-"""What is learnt and how: arguments, optimizer, progress. The loop itself is train_accelerate.py."""
+"""The parts of training: options, data, model, checkpoints, log. The loop is train_accelerate.py."""

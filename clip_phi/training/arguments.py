@@ -75,7 +75,7 @@ class TrainingArguments:
     config: str | None = _option(None, "yaml file of these options; the command line overrides it")
     output_dir: str = _option("outputs/stage1", "folder of the model, training checkpoints, metrics.jsonl, curve.png")
     resume_from_checkpoint: str | None = _option(
-        None, "training checkpoint to go on from exactly; bare: the newest whole one of --output_dir, if there is one"
+        None, "training checkpoint to resume from; bare: the newest whole one in --output_dir, if there is one"
     )
     seed: int = _option(0, "seed of the order, the dropout and the new weights")
     debug: bool = _option(False, "traceback of an error instead of one line")

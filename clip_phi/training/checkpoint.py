@@ -1,9 +1,9 @@
 """Training checkpoints, from which a run is resumed: all that changes in training, some MB, whole or absent.
 
-A folder step-00001200 holds trained.safetensors (the trained weights), state.pt (optimizer, schedule, random numbers of
-every rank) and about.json (step, options, data, the states of the run's other objects, and the size and hash of the
-other two files). It is written under another name, flushed to the disk and renamed, so that a run may be killed at any
-moment.
+A folder step-00001200 holds three files: trained.safetensors has the trained weights. state.pt has optimizer, schedule
+and the random numbers of every rank. about.json has the step, the options, the states of the run's other objects, and
+the size and hash of the other two files. The folder is written under another name, flushed to the disk and renamed, so
+that a run may be killed at any moment.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,27 +49,19 @@ FREE = (
 )
 
 
-class Stateful(Protocol):
-    """An object whose state belongs into a training checkpoint, for json."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 @dataclass
 class Checkpoints:
     """The training checkpoints of one run, in output_dir/checkpoints.
 
     limit: how many of the newest are kept. run: what one must agree with to be resumed from; see describe_run.
-    weights: model, optimizer and scheduler. tracked: all else that is saved and restored, by name."""
+    weights: model, optimizer and scheduler. tracked: by name, all other objects whose state_dict (for json) is saved."""
 
     output_dir: Path
     limit: int
     accelerator: Accelerator
     run: dict[str, Any]
     weights: tuple[Any, Any, Any]
-    tracked: dict[str, Stateful]
+    tracked: dict[str, Any]
 
     def __post_init__(self) -> None:
         self.folder = self.output_dir / "checkpoints"

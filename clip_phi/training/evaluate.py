@@ -33,49 +33,37 @@ class Evaluation:
     scores: dict[str, dict[str, float]]
 
 
+@dataclass
 class Evaluator:
-    """Evaluates on the validation sets of a run.
+    """Evaluates on the validation sets of a run, held_out. Raises ValueError if they hold nothing for --eval_task."""
 
-    Raises ValueError if they hold nothing for --eval_task."""
+    arguments: TrainingArguments
+    held_out: dict[str, Index]
+    read: ImageReader
+    processor: Any
+    accelerator: Accelerator
 
-    def __init__(
-        self,
-        arguments: TrainingArguments,
-        held_out: dict[str, Index],
-        read: ImageReader,
-        processor: Any,
-        accelerator: Accelerator,
-    ):
-        self.arguments, self.held_out, self.processor, self.accelerator = arguments, held_out, processor, accelerator
-        ranks = accelerator.process_index, accelerator.num_processes
-        self.loaders = {
-            name: make_loader(
-                SampleDataset([index], read),
-                eval_batches(len(index), arguments.per_device_eval_batch_size, *ranks),
-                processor,
-                0,
-            )
-            for name, index in held_out.items()
-        }
+    def __post_init__(self) -> None:
         self.eval_set: EvalSet | None = None
-        if arguments.eval_task != "none":
+        if self.arguments.eval_task != "none":
             samples = [
                 index.sample(number)
-                for index in held_out.values()
-                for number in range(min(len(index), arguments.eval_task_images))
+                for index in self.held_out.values()
+                for number in range(min(len(index), self.arguments.eval_task_images))
             ]
-            self.eval_set = make_eval_set(arguments.eval_task, samples, Report())
+            self.eval_set = make_eval_set(self.arguments.eval_task, samples, Report())
 
     def evaluate(self, model: Any, plain_model: Any, to_device: Callable[[PackedBatch], PackedBatch]) -> Evaluation:
         """Evaluate a model in eval mode; all ranks call it.
 
         model, plain_model: as prepared by Accelerate, and unwrapped. to_device: makes a batch ready for the model."""
-        accelerator = self.accelerator
-        losses = {
-            name: accelerator.reduce(held_out_loss(model, map(to_device, loader), accelerator.device), "sum").tolist()
-            for name, loader in self.loaders.items()
-        }
-        texts = []
+        accelerator, batch_size = self.accelerator, self.arguments.per_device_eval_batch_size
+        losses, texts = {}, []
+        for name, index in self.held_out.items():
+            batches = eval_batches(len(index), batch_size, accelerator.process_index, accelerator.num_processes)
+            loader = make_loader(SampleDataset([index], self.read), batches, self.processor, 0)
+            loss = held_out_loss(model, map(to_device, loader), accelerator.device)
+            losses[name] = accelerator.reduce(loss, "sum").tolist()
         if accelerator.is_main_process or is_sharded(accelerator):
             for held_out in self.held_out.values():
                 texts += sample_texts(plain_model, self.processor, held_out, self.arguments)

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,20 @@ TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # torch.save and safetensors have their own for a full disk
 
 
+GUARD_STATE = {"skipped": 0, "in_a_row": 0, "spikes": 0, "seen": 0, "mean": 0.0, "square": 0.0}
+
+
+@dataclass
 class NonFiniteGuard:
     """Finds steps whose loss or gradient is not finite, and losses that jump.
 
-    folder: of the run. nan_policy: stop or skip. log: prints a line."""
+    folder: of the run. nan_policy: stop or skip. log: prints a line. state: steps left out in all and in a row, loss
+    spikes, steps seen, mean of the loss and of its square."""
 
-    def __init__(self, folder: Path, nan_policy: str, log: Callable[[str], Any]):
-        self.folder = folder / "not_finite"
-        self.nan_policy = nan_policy
-        self.log = log
-        # Steps left out in all and in a row, loss spikes, steps seen, mean of the loss and of its square.
-        self.state: dict[str, Any] = {"skipped": 0, "in_a_row": 0, "spikes": 0, "seen": 0, "mean": 0.0, "square": 0.0}
+    folder: Path
+    nan_policy: str
+    log: Callable[[str], Any]
+    state: dict[str, Any] = field(default_factory=GUARD_STATE.copy)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.state)
@@ -65,7 +69,7 @@ class NonFiniteGuard:
         numbers: loss and gradient norm. ranks: the Accelerator. Raises ValueError with --nan_policy stop."""
         loss, grad_norm = numbers
         self.state["skipped"] += 1
-        place = self.folder / f"step-{step:08}"
+        place = self.folder / "not_finite" / f"step-{step:08}"
         weights = {name: gather(value, ranks.is_main_process) for name, value in trained_weights(model).items()}
         if self.state["skipped"] <= MAX_SAVED:
             place.mkdir(parents=True, exist_ok=True)
@@ -74,7 +78,8 @@ class NonFiniteGuard:
             if ranks.is_main_process:
                 save_file({name: value.contiguous() for name, value in weights.items()}, place / "trained.safetensors")
         origins = ", ".join(origin for pack in packs for origin in pack.origins)
-        message = f"step {step}: loss {loss}, gradient norm {grad_norm}; its samples: {origins}; saved in {place}"
+        saved = f"saved in {place}" if place.exists() else f"not saved, after {MAX_SAVED} others"
+        message = f"step {step}: loss {loss}, gradient norm {grad_norm}; its samples: {origins}; {saved}"
         ranks.wait_for_everyone()
         if self.nan_policy == "stop":
             raise ValueError(message + ". --nan_policy skip leaves such steps out")
