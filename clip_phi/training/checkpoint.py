@@ -54,7 +54,7 @@ class Checkpoints:
     """The training checkpoints of one run, in output_dir/checkpoints.
 
     limit: how many of the newest are kept. run: what one must agree with to be resumed from; see describe_run.
-    weights: model, optimizer and scheduler. tracked: by name, all other objects whose state_dict (for json) is saved."""
+    weights: model, optimizer, scheduler. tracked: by name, all other objects whose state_dict (for json) is saved."""
 
     output_dir: Path
     limit: int
