@@ -14,7 +14,8 @@ from ..batching.index import Index
 from ..batching.packing import PackedBatch
 from ..data.report import Report
 from ..data.sample import File, as_messages
-from ..evaluation.evaluate import Decoding, Processes, judge
+from ..evaluation.answers import Decoding, Processes
+from ..evaluation.evaluate import evaluate_answers
 from ..evaluation.generate import generate_texts, held_out_loss
 from ..evaluation.tasks import EvalSet, make_eval_set
 from .arguments import TrainingArguments
@@ -78,7 +79,9 @@ class Evaluator:
             processes = Processes(self.accelerator.process_index, self.accelerator.num_processes, gather_object)
         batch_size = max(self.arguments.per_device_eval_batch_size, 32)
         decoding = Decoding(max_new_tokens=self.arguments.max_new_tokens, batch_size=batch_size)
-        metrics = judge(model, self.processor, self.eval_set, decoding, processes=processes).result["metrics"]
+        metrics = evaluate_answers(model, self.processor, self.eval_set, decoding, processes=processes).result[
+            "metrics"
+        ]
         own = self.eval_set.metric
         return {name: metrics[name] for name in sorted(metrics, key=lambda name: name != own)}
 
