@@ -182,7 +182,7 @@ def test_a_folder_that_cannot_be_written_or_is_full_is_found_before_training(tra
     with pytest.raises(OSError, match="cannot write in .*choose another --output_dir"):
         train([*few, "--output_dir", tmp_path / "file/run"])
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match="has room for 0.00 GB, and checkpoints and model need"):
+    with pytest.raises(OSError, match="has room for 0.00 GB, and training checkpoints and model need"):
         train(few)
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
