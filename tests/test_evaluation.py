@@ -28,7 +28,7 @@ from clip_phi.evaluation.tasks import make_eval_set, read_samples
 from clip_phi.training.checkpoint import EarlyStopping
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
-# What LLaVA-1.5 (arXiv 2310.03744, section 3.3) adds, and docs/judging.md names.
+# What LLaVA-1.5 (arXiv 2310.03744, section 3.3) adds, and docs/evaluation.md names.
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 
 ROOT = Path(__file__).parent.parent

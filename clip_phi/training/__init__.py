@@ -1,1 +1,1 @@
-"""The parts of training: options, data, model, checkpoints, log. The loop is train_accelerate.py."""
+"""Parts of the training loop: options, model, data, checkpoints, logs. The loop is in train_accelerate.py."""
