@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from plan_counting import build_model, count_step
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -46,7 +47,6 @@ from clip_phi.batching.attention import PACKED_ATTENTION, PackLayout
 from clip_phi.batching.encode import IGNORE_INDEX, Encoded
 from clip_phi.batching.packing import SharedPrefixSample, build_shared_prefix, pack_samples
 from clip_phi.batching.sampler import plan_packs
-from clip_phi.tools.plan import Row, build_model, count_step
 from clip_phi.training.arguments import Stage1Arguments
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
@@ -553,9 +553,12 @@ def to_device(batch: Inputs, device: str) -> Inputs:
 def activation_megabytes() -> float:
     """Count the activations per token of a stage 1 pack at true size, in bfloat16."""
     model = build_model(ClipPhiConfig(), Stage1Arguments(stage=1), torch.bfloat16)
-    row = Row(PATCHES, CAPTION_LENGTHS, sum(CAPTION_LENGTHS) + len(CAPTION_LENGTHS))
-    few, more = (count_step(model, [row] * rows, torch.bfloat16).activations for rows in (1, 2))
-    return (more - few) / row.length / 1e6
+    ids = [0] * PATCHES + [number for number, size in enumerate(CAPTION_LENGTHS, 1) for _ in range(size)]
+    supervised = sum(CAPTION_LENGTHS) + len(CAPTION_LENGTHS)
+    few, more = (
+        count_step(model, [ids] * images, supervised * images, torch.bfloat16).activations for images in (1, 2)
+    )
+    return (more - few) / len(ids) / 1e6
 
 
 def pack_fill(budget: int = 4096, count: int = 20_000) -> float:
