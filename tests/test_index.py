@@ -62,7 +62,7 @@ def test_index_holds_every_sample_and_its_encoding(source, processor):
     assert [index.sample(number) for number in range(len(index))] == samples
     for number in range(len(index)):
         assert index.encoded(number) == in_memory.encoded(number)
-        assert index.tree(number) == in_memory.tree(number)
+        assert index.shared_prefix_sample(number) == in_memory.shared_prefix_sample(number)
         assert index.num_tokens()[number] == 4 + sum(len(conversation.ids) for conversation in index.encoded(number))
     assert index.report.records == report.records == sum(len(sample.conversations) for sample in samples)
 
@@ -169,13 +169,13 @@ def test_index_goes_to_workers_as_the_name_of_its_file(source, processor):
     assert len(sent) < 3000
     arrived = pickle.loads(sent)
     assert [arrived.sample(number) for number in range(2)] == [index.sample(number) for number in range(2)]
-    assert arrived.tree(1) == index.tree(1)
+    assert arrived.shared_prefix_sample(1) == index.shared_prefix_sample(1)
 
 
 SCRIPT = """
 import sys
 from clip_phi.batching.index import load_index
-from clip_phi.sources.data import parse_source
+from clip_phi.data.source import parse_source
 from modeling_clip_phi import ClipPhiProcessor
 print(len(load_index(parse_source(sys.argv[1]), ClipPhiProcessor.from_pretrained(sys.argv[2]), 400)))
 """
