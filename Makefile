@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install demo test test-demo test-full-size test-export test-oldest test-main test-oracle test-speech test-browser \
-	test-load lint format bench clean
+	test-benchmarks test-load lint format bench clean
 
 install: .venv/installed
 
@@ -80,6 +80,10 @@ test-browser: install outputs/demo/model/config.json
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,chat]' playwright
 	$(BIN)/python -m pytest -m browser $(ARGS)
+
+# The benchmarks on little work, with their bounds on time: also a run that is killed 20 times and resumed.
+test-benchmarks: install
+	$(BIN)/python -m pytest -m benchmarks $(ARGS)
 
 test-load: install
 	$(BIN)/python -m pytest -m load $(ARGS)

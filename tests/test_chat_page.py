@@ -27,7 +27,7 @@ from clip_phi.serving.modalities import Modalities, load_modalities
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "outputs" / "demo" / "model"
-SECONDS = 20_000  # milliseconds that anything on the page may take
+SECONDS = 120_000  # milliseconds that anything on the page may take
 
 
 class FakeModels:
@@ -241,7 +241,7 @@ def test_an_answer_streams_and_stops(open_page, engine, files):
         )
         assert engine.num_running == 1
         page.get_by_role("button", name="Stop", exact=True).click()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 300
         while engine.num_running and time.monotonic() < deadline:
             time.sleep(0.05)
         assert engine.num_running == 0 and len(steps) < 60
@@ -311,7 +311,7 @@ def test_answers_are_made_again_and_missing_modalities_are_named(open_page, engi
     first = wait_for_answers(page, 1)
     tokens = engine.counts["tokens"]
     page.get_by_title("Retry").click()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while engine.counts["tokens"] == tokens and time.monotonic() < deadline:
         page.wait_for_timeout(50)
     assert engine.counts["tokens"] > tokens and wait_for_answers(page, 1) == first
@@ -371,7 +371,7 @@ def test_a_space_runs_by_itself(tmp_path, browser):
     process = subprocess.Popen([sys.executable, "app.py"], cwd=app.parent, env=os.environ | {"PYTHONPATH": ""})
     try:
         page = browser.new_page()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while True:
             try:
                 page.goto(f"http://127.0.0.1:{port}")

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fork_server import free_port, run_forked
 from huggingface_hub import ModelCard
 
 from clip_phi.hub.card import Run, make_card, make_pictures
@@ -40,15 +41,16 @@ def commands(name):
 
 
 POLL = """
-import time, urllib.request
-for _ in range(200):
+import os, sys, time, urllib.request
+for _ in range(2000):
     try:
-        print(urllib.request.urlopen("http://127.0.0.1:18733/health").read())
+        print(urllib.request.urlopen("http://127.0.0.1:PORT/health").read())
         break
     except OSError:
+        os.kill(int(sys.argv[1]), 0)  # raises if the server has ended
         time.sleep(0.3)
 else:
-    raise SystemExit("nobody answers")
+    raise SystemExit("the server does not answer")
 """
 
 
@@ -56,7 +58,9 @@ def shrink(command):
     """The same command on little work: fewer steps, the CPU, the demo's data in place of COCO and LLaVA-Instruct."""
     command = command.replace("000000004001.jpg", "000000000025.jpg").replace("000000004002.jpg", "000000000026.jpg")
     if command.startswith(".venv/bin/clip-phi serve"):  # until it answers
-        return f"{command} --port 18733 & python -c {shlex.quote(POLL)}; status=$?; kill %1; wait; exit $status"
+        port = free_port()
+        poll = shlex.quote(POLL.replace("PORT", port))
+        return f"{command} --port {port} & python -c {poll} $!; status=$?; kill %1; wait; exit $status"
     if command.startswith("accelerate launch"):
         command = command.replace("accelerate_config.yaml", "examples/configs/cpu.yaml")
         return f"{command} {STAGE1 if '--stage 1' in command else STAGE2}"
@@ -82,7 +86,11 @@ def clone(tmp_path_factory):
 def run(command, clone):
     path = f"{clone / '.venv/bin'}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(clone), "MAKEFLAGS": ""}
-    done = subprocess.run(["bash", "-c", command], cwd=clone, capture_output=True, text=True, env=environment)
+    program, *words = shlex.split(command)
+    if program == ".venv/bin/clip-phi" and "&" not in words:
+        done = run_forked("clip_phi.cli", words, clone, environment)
+    else:
+        done = subprocess.run(["bash", "-c", command], cwd=clone, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -138,8 +146,10 @@ def test_readme_command_runs(command, demo, clone):
 
 @pytest.mark.parametrize("number", range(len(blocks("README.md", "python"))))
 def test_readme_python_runs(number, demo, clone):
-    code = shrink(blocks("README.md", "python")[number])
-    run(f"python -c {shlex.quote(code)}", clone)
+    script = clone / f"readme_{number}.py"
+    script.write_text(shrink(blocks("README.md", "python")[number]))
+    done = run_forked(script, [], clone, dict(os.environ))
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_contributing_names_the_targets_of_the_makefile(clone, demo):

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 
@@ -85,3 +86,19 @@ def test_no_assertion_passes_because_a_file_is_absent(path):
                 if isinstance(choice, ast.IfExp) or isinstance(choice.op, ast.Or):
                     names = {each.attr for each in ast.walk(choice) if isinstance(each, ast.Attribute)}
                     assert not names & asks, f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def test_every_benchmark_is_run_by_a_test():
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    tests = [ROOT / "tests" / f"test_{name}.py" for name in ("benchmarks", "full_size", "speech_real")]
+    run_by_tests = "".join(path.read_text() for path in tests)
+    assert [name for name in sorted(scripts) if name not in run_by_tests] == []
+
+
+def test_every_target_of_tests_is_run_before_a_change_lands():
+    """All but those that need gigabytes or a network."""
+    targets = set(re.findall(r"^(test[a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
+    run_by_ci = set(re.findall(r"^make (\S+)", (ROOT / ".ci/run").read_text(), re.M))
+    assert targets - run_by_ci == {"test-full-size", "test-main"}
+    markers = set(re.findall(r"pytest -m (\w+)", (ROOT / "Makefile").read_text()))
+    assert markers == set(re.findall(r"not (\w+)", (ROOT / "setup.cfg").read_text()))

@@ -8,7 +8,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import wave
 import zipfile
 from contextlib import closing
@@ -22,6 +21,7 @@ from clip_phi.cli import main
 from clip_phi.data.sample import SPOKEN_INSTRUCTION, File
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
+from clip_phi.speech import audio
 from clip_phi.speech.asr import make_transcriber
 from clip_phi.speech.audio import SAMPLING_RATE, AudioClip, audio_from_array, load_audio
 from clip_phi.speech.tts import Speech, join, make_tts, write_wav
@@ -130,20 +130,34 @@ def test_the_first_seconds_are_taken_and_the_cut_is_told():
             assert (clip.seconds, clip.truncated) == (length, truncated), (seconds, limit)
 
 
-def test_no_more_is_decoded_than_is_taken(tmp_path):
+def test_no_more_is_decoded_than_is_taken(tmp_path, monkeypatch):
     minute = encoded(tmp_path / "minute.mp3", tone(60, 44_100), 44_100).read_bytes()
     (tmp_path / "hour.mp3").write_bytes(minute * 60)
     data = bytearray(wav(tone(11), SAMPLING_RATE))
     data[40:44] = b"\xf0\xff\xff\xff"  # 4 GB of samples
     (tmp_path / "huge.wav").write_bytes(data)
     os.truncate(tmp_path / "huge.wav", 2**32)  # without taking room on the disk
+    frames, read = audio._frames, audio._Reader.read
+    decoded, bytes_read = [], []
+
+    def count_frames(*arguments):
+        for frame in frames(*arguments):
+            decoded.append(frame.samples / frame.sample_rate)
+            yield frame
+
+    def count_bytes(*arguments):
+        found = read(*arguments)
+        bytes_read.append(len(found))
+        return found
+
+    monkeypatch.setattr(audio, "_frames", count_frames)
+    monkeypatch.setattr(audio._Reader, "read", count_bytes)
     for name in ("hour.mp3", "huge.wav"):
-        seconds = []
-        for _ in range(3):
-            began = time.perf_counter()
-            clip = load_audio(tmp_path / name)
-            seconds.append(time.perf_counter() - began)
-        assert clip.seconds == 10 and clip.truncated and min(seconds) < 0.3, (name, seconds)
+        decoded.clear()
+        bytes_read.clear()
+        clip = load_audio(tmp_path / name)
+        assert clip.seconds == 10 and clip.truncated
+        assert 10 < sum(decoded) < 11 and sum(bytes_read) < 5e6, (name, sum(decoded), sum(bytes_read))
 
 
 def test_odd_recordings_are_decoded_right(tmp_path):
@@ -410,9 +424,7 @@ def test_the_commands_of_the_docs_do_what_they_say(
 
 
 def test_a_real_whisperx_is_installed_and_hears_the_same(transcriber, question, whisper, tmp_path, monkeypatch, capsys):
-    began = time.monotonic()
     assert main(["speech", "install", "--form", "light", "--folder", str(tmp_path / "env")]) == 0
-    assert time.monotonic() - began < 300
     monkeypatch.setenv("CLIP_PHI_WHISPERX", str(tmp_path / "env"))
     with closing(make_transcriber("whisperx", whisper)) as worker:
         found = worker.transcribe(load_audio(question))
