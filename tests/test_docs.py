@@ -16,7 +16,7 @@ import pytest
 from fork_server import free_port, run_forked
 from huggingface_hub import ModelCard
 
-from clip_phi.hub.card import Run, make_card, make_pictures
+from clip_phi.hub.card import Run, card_images, make_card
 
 ROOT = Path(__file__).parent.parent
 TINY = "--hidden 64 --layers 1 --images 2 --repeats 1 --log-mean 3"
@@ -120,7 +120,7 @@ def test_demo_writes_what_it_promises(demo, clone):
 
 def test_the_card_of_the_demos_model_shows_what_it_was_judged_by(demo, clone):
     run_of_demo = Run.read(clone / "outputs/demo/model")
-    card = make_card(run_of_demo, "me/demo", "weights-1", True, make_pictures(run_of_demo), {})
+    card = make_card(run_of_demo, "me/demo", "weights-1", True, card_images(run_of_demo), {})
     judged = {
         path.stem: json.loads(path.read_text()) for path in (clone / "outputs/demo/model/evaluation").glob("*.json")
     }

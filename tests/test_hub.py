@@ -1,5 +1,6 @@
 """Pushed once, loaded anywhere: against a hub over HTTP on this machine."""
 
+import configparser
 import json
 import os
 import re
@@ -139,7 +140,7 @@ def test_training_pushes_its_checkpoint_in_one_commit_that_a_tag_names(trained, 
 
 def test_unchanged_push_makes_no_commit(trained, hub):
     before = history(hub, "alice/trained")
-    pushed = push(trained[0], Target("alice/trained"), say=quietly)
+    pushed = push(trained[0], Target("alice/trained"), log=quietly)
     assert history(hub, "alice/trained") == before
     assert (pushed.changed, pushed.commit) == (False, before[-1])
 
@@ -154,7 +155,7 @@ def test_nothing_of_this_machine_is_pushed(trained, hub, vision_backbone, text_b
     ClipPhiProcessor.from_backbones(vision_backbone, text_backbone).save_pretrained(whole)
     for name in ("run.json", "samples.jsonl", "data_report.json"):
         shutil.copy(folder / name, whole / name)
-    push(whole, Target("alice/whole"), merged=True, say=quietly)
+    push(whole, Target("alice/whole"), merged=True, log=quietly)
     private = [str(folder.parent), vision_backbone, text_backbone, str(ROOT), str(Path.home()) + "/", "hf_alice"]
     files = hub.repo("alice/trained").files() | hub.repo("alice/whole").files()
     for name, file in files.items():
@@ -177,6 +178,11 @@ def test_card_tells_what_the_run_left(trained, hub):
         assert sample["written"] in text
     assert "![](samples/1.jpg)" in text and "![training and held-out loss](curve.png)" in text
     assert "Not evaluated yet." in text
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    bounds = re.search(r"^transformers (.*)$", setup["options"]["install_requires"], re.M)[1].replace(" ", "")
+    (command,) = re.findall(r"^pip install .*$", text, re.M)
+    assert f'"transformers{bounds}"' in command and '"torch>=' in command and '"pillow>=' in command
 
 
 EVALUATION = {
@@ -199,7 +205,7 @@ EVALUATION = {
 def test_evaluations_stand_in_the_model_index_with_set_size_and_command(run, hub):
     (run / "evaluation").mkdir()
     (run / "evaluation/vqa.json").write_text(json.dumps(EVALUATION))
-    push(run, Target("alice/judged"), say=quietly)
+    push(run, Target("alice/judged"), log=quietly)
     text = card_of(hub, "alice/judged")
     (result,) = ModelCard(text).data.to_dict()["model-index"][0]["results"]
     values = {metric["name"]: metric["value"] for metric in result["metrics"]}
@@ -210,7 +216,7 @@ def test_evaluations_stand_in_the_model_index_with_set_size_and_command(run, hub
 
 
 def test_what_a_person_wrote_into_the_card_stays(run, hub):
-    push(run, Target("alice/edited"), say=quietly)
+    push(run, Target("alice/edited"), log=quietly)
     repo = hub.repo("alice/edited")
     text = card_of(hub, "alice/edited")
     edited = text.replace("license: other", "license: cc-by-nc-4.0\nthumbnail: me.png")
@@ -220,12 +226,12 @@ def test_what_a_person_wrote_into_the_card_stays(run, hub):
     edited = re.sub(r"<!-- clip-phi:limits.*?clip-phi:end -->", "", edited, flags=re.S)
     repo.commit("main", "by hand", repo.files() | {"README.md": File(edited.encode(), False)})
     by_hand = history(hub, "alice/edited")
-    push(run, Target("alice/edited"), say=quietly)
+    push(run, Target("alice/edited"), log=quietly)
     assert history(hub, "alice/edited") == by_hand, "an edited card alone is no reason for a commit"
 
     (run / "evaluation").mkdir()
     (run / "evaluation/vqa.json").write_text(json.dumps(EVALUATION))
-    push(run, Target("alice/edited"), say=quietly)
+    push(run, Target("alice/edited"), log=quietly)
     text = card_of(hub, "alice/edited")
     assert len(history(hub, "alice/edited")) == len(by_hand) + 1
     assert "My own words." in text and text.endswith("And my last ones.\n") and "0.8125" in text
@@ -268,19 +274,19 @@ def test_run_json_holds_no_token(tmp_path):
 def test_merged_push_over_a_delta_leaves_none_of_its_files(run, hub, model):
     (run / "adapter").mkdir()
     (run / "adapter/adapter_config.json").write_text("{}")
-    push(run, Target("alice/both"), say=quietly)
+    push(run, Target("alice/both"), log=quietly)
     repo = hub.repo("alice/both")
     repo.commit("main", "by hand", repo.files() | {"notes.txt": File(b"mine", False)})
     shutil.rmtree(run / "adapter")
-    push(run, Target("alice/both"), merged=True, say=quietly)
+    push(run, Target("alice/both"), merged=True, log=quietly)
     files = repo.files()
     assert "adapter/adapter_config.json" not in files and files["notes.txt"].data == b"mine"
     assert not json.loads(files["config.json"].data)["delta"]
     assert len(files["model.safetensors"].data) > hub.multipart, "the multipart way was taken"
-    assert "This repository is whole" in files["README.md"].data.decode()
+    assert "This repository contains all weights" in files["README.md"].data.decode()
     ClipPhiForCausalLM.from_pretrained(run).save_pretrained(run, merged=True)
     for merged in (True, False):  # a whole one is pushed as it is
-        push(run, Target("alice/both"), merged=merged, say=quietly)
+        push(run, Target("alice/both"), merged=merged, log=quietly)
         assert repo.files()["model.safetensors"] == files["model.safetensors"]
         assert set(repo.files()) == set(files)
 
@@ -304,13 +310,13 @@ def test_branch_tag_private_and_command_line(run, hub, capsys):
 def test_pull_request_is_opened_once_and_gone_on_with(run, hub):
     hub.create("other/model")
     target = Target("other/model", create_pr=True)
-    first = push(run, target, say=quietly)
+    first = push(run, target, log=quietly)
     assert first.pull_request == f"{hub.url}/other/model/discussions/1"
     assert list(hub.repo("other/model").files()) == [".gitattributes"], "main is theirs"
     assert set(hub.repo("other/model").files("refs/pr/1")) >= WEIGHTS | CODE | PROCESSOR
-    assert push(run, target, say=quietly).changed is False
+    assert push(run, target, log=quietly).changed is False
     (run / "curve.png").unlink()
-    assert push(run, target, say=quietly).pull_request == first.pull_request
+    assert push(run, target, log=quietly).pull_request == first.pull_request
     assert len(hub.repo("other/model").pulls) == 1 and len(history(hub, "other/model", "refs/pr/1")) == 2
 
 
@@ -329,8 +335,8 @@ def test_pull_request_is_opened_once_and_gone_on_with(run, hub):
             "bob is not a namespace of this token (it has alice, readers, team): push to alice/new",
         ),
         ("readers/new", "hf_alice", "alice may read in readers and not write"),
-        ("alice/a/b", "hf_alice", "is no repository of the Hub"),
-        ("alice/--x", "hf_alice", "is no repository of the Hub"),
+        ("alice/a/b", "hf_alice", "is no repository id"),
+        ("alice/--x", "hf_alice", "is no repository id"),
     ],
 )
 def test_who_may_not_push_is_told_in_one_line(repo_id, token, words, trained, hub, monkeypatch, capsys):
@@ -346,7 +352,7 @@ def test_who_may_not_push_is_told_in_one_line(repo_id, token, words, trained, hu
 
 
 def test_org_with_the_right_to_write_is_pushed_to(trained, hub):
-    assert push(trained[0], Target("team/model"), say=quietly).changed
+    assert push(trained[0], Target("team/model"), log=quietly).changed
 
 
 def test_what_cannot_be_pushed_is_told_in_one_line(
@@ -354,18 +360,18 @@ def test_what_cannot_be_pushed_is_told_in_one_line(
 ):
     def refused(words: str, folder: Path) -> None:
         with pytest.raises(ValueError, match=words):
-            push(folder, Target("alice/refused"), say=quietly)
+            push(folder, Target("alice/refused"), log=quietly)
 
     refused("holds no model", tmp_path / "nothing")
     ClipPhiForCausalLM.from_backbones(vision_backbone, text_backbone).save_pretrained(tmp_path / "local")
-    refused("a folder of this machine that nobody else has: push it whole with --merged", tmp_path / "local")
+    refused("a local folder that nobody else has: push all weights with --merged", tmp_path / "local")
     config = json.loads((tmp_path / "local/config.json").read_text())
-    with pytest.raises(ValueError, match="push it whole with --merged"):  # before training
+    with pytest.raises(ValueError, match="push all weights with --merged"):  # before training
         check_push("alice/refused", config, False, tmp_path / "local")
     with pytest.raises(ValueError, match="bob is not a namespace"):
         check_push("bob/refused", config, True, tmp_path / "local")
     (run / "chat_template.jinja").write_text(f"{Path.cwd()}/secret")
-    refused("does not belong on the Hub", run)
+    refused("must not be pushed", run)
     (run / "chat_template.jinja").write_text("hf_abcdefghijklmnopqrstuvwx")
     refused("holds an access token", run)
     (run / "model.safetensors").rename(run / "pytorch_model.bin")
@@ -413,8 +419,8 @@ assert "modeling_clip_phi" not in sys.modules
 def test_both_forms_load_in_a_clean_process_with_equal_logits_and_offline_afterwards(
     trained, hub, tmp_path, monkeypatch
 ):
-    pushed = [push(trained[0], Target("alice/delta"), say=quietly)]
-    pushed.append(push(trained[0], Target("alice/merged", private=True), merged=True, say=quietly))
+    pushed = [push(trained[0], Target("alice/delta"), log=quietly)]
+    pushed.append(push(trained[0], Target("alice/merged", private=True), merged=True, log=quietly))
     model = ClipPhiForCausalLM.from_pretrained(trained[0])
     processor = ClipPhiProcessor.from_pretrained(trained[0])
     Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "image.png")
@@ -551,7 +557,7 @@ def test_push_to_hub_of_the_model_writes_a_card_where_there_is_none(merged, save
     assert ModelCard(text).data.base_model == ["acme/tower", "acme/decoder"]
     assert json.loads(hub.repo(repo_id).files()["config.json"].data)["delta"] is not merged
     assert same(ClipPhiForCausalLM.from_pretrained(repo_id), saved)
-    push(run, Target(repo_id), merged=merged, say=quietly)
+    push(run, Target(repo_id), merged=merged, log=quietly)
     whole = card_of(hub, repo_id)
     assert whole.count("## How to use it") == 1 and "was not written down here" not in whole
     model.push_to_hub(repo_id, merged=merged)
@@ -614,7 +620,7 @@ def test_every_failure_of_a_push_passes_or_is_told_and_leaves_nothing_half_chang
     repo_id = f"alice/fails-at-{route}"
     complete = {".gitattributes"} | WEIGHTS | CODE | PROCESSOR | CARD
     target = Target(repo_id, branch="draft", tag="v1")
-    options = {"say": quietly}
+    options = {"log": quietly}
     hub.create(repo_id)
     ref = "draft"
     if route == "discussions":
@@ -659,7 +665,7 @@ def test_every_failure_of_a_push_passes_or_is_told_and_leaves_nothing_half_chang
 
 def test_two_who_push_at_once_lose_nothing(run, hub, monkeypatch):
     """Between our look at the repository and our commit another one comes: 412, and a second look."""
-    push(run, Target("alice/raced"), say=quietly)
+    push(run, Target("alice/raced"), log=quietly)
     repo = hub.repo("alice/raced")
     (run / "curve.png").unlink()
     merge, edits = pushing.merge_cards, iter([b"---\ntags: [x]\n---\nedited meanwhile\n"])
@@ -670,7 +676,7 @@ def test_two_who_push_at_once_lose_nothing(run, hub, monkeypatch):
         return merge(old, new)
 
     monkeypatch.setattr(pushing, "merge_cards", meanwhile)
-    push(run, Target("alice/raced"), say=quietly)
+    push(run, Target("alice/raced"), log=quietly)
     assert "edited meanwhile" in card_of(hub, "alice/raced") and "curve.png" not in repo.files()
     assert [repo.commits[sha][0] for sha in history(hub, "alice/raced")[-2:]] == ["by hand", "Delta checkpoint"]
 
@@ -691,5 +697,5 @@ def test_killed_push_goes_on_with_what_was_uploaded(run, hub):
     process.wait()
     assert len(history(hub, "alice/killed")) == 1, "the first commit, which the hub itself makes"
     uploads = hub.requests["lfs-put"] + hub.requests["lfs-part"]
-    assert push(run, Target("alice/killed"), say=quietly).changed
+    assert push(run, Target("alice/killed"), log=quietly).changed
     assert hub.requests["lfs-put"] + hub.requests["lfs-part"] == uploads, "nothing was uploaded twice"

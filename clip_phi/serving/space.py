@@ -2,10 +2,10 @@
 
 import json
 import shutil
-from importlib.metadata import requires, version
+from importlib.metadata import version
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from ..environment import requirements
 
 PACKAGES = ("clip_phi", "modeling_clip_phi")
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -60,7 +60,9 @@ def write_space(repo_id: str, model: str, folder: Path) -> Path:
     about = {"title": title, "model": title if local else model, "models": models, "gradio": _gradio_version()}
     (folder / "app.py").write_text(APP.format(model=name), encoding="utf-8")
     (folder / "README.md").write_text(README.format(**about), encoding="utf-8")
-    (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in _requirements()), encoding="utf-8")
+    (folder / "requirements.txt").write_text(
+        "".join(f"{line}\n" for line in sorted(requirements().values())), encoding="utf-8"
+    )
     return folder
 
 
@@ -72,12 +74,6 @@ def push_space(repo_id: str, folder: Path, private: bool) -> str:
     url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
     api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=folder)
     return str(url)
-
-
-def _requirements() -> list[str]:
-    """The project's requirements without extras; the Space has gradio."""
-    needed = [Requirement(text) for text in requires("clip-phi") or []]
-    return sorted(f"{each.name}{each.specifier}" for each in needed if each.marker is None)
 
 
 def _gradio_version() -> str:
