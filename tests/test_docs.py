@@ -28,6 +28,7 @@ STAGE1 = RECIPE.format(
     kind="coco", train="annotations/captions_train2017.json", val="annotations/captions_val2017.json"
 )
 STAGE1 += " --vision_backbone examples/demo_backbones/vision --text_backbone examples/demo_backbones/text"
+FORKED = {".venv/bin/clip-phi": "clip_phi.cli", "accelerate": "accelerate.commands.accelerate_cli"}
 STAGE2 = RECIPE.format(kind="llava", train="llava_instruct_train.json", val="llava_instruct_val.json")
 
 
@@ -87,8 +88,8 @@ def run(command, clone):
     path = f"{clone / '.venv/bin'}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(clone), "MAKEFLAGS": ""}
     program, *words = shlex.split(command)
-    if program == ".venv/bin/clip-phi" and "&" not in words:
-        done = run_forked("clip_phi.cli", words, clone, environment)
+    if program in FORKED and "&" not in words:
+        done = run_forked(FORKED[program], words, clone, environment)
     else:
         done = subprocess.run(["bash", "-c", command], cwd=clone, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -152,10 +153,14 @@ def test_readme_python_runs(number, demo, clone):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_contributing_names_the_targets_of_the_makefile(clone, demo):
+def test_contributing_names_the_targets_of_the_makefile():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = {command.split()[1] for command in commands("CONTRIBUTING.md")}
     assert named == targets - {"clean", "format", "demo"}
+
+
+@pytest.mark.benchmarks
+def test_make_bench_prints_its_figures(clone):
     assert "flops_ratio_true_size" in run(shrink("make bench"), clone)
 
 

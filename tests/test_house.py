@@ -102,3 +102,20 @@ def test_every_target_of_tests_is_run_before_a_change_lands():
     assert targets - run_by_ci == {"test-full-size", "test-main"}
     markers = set(re.findall(r"pytest -m (\w+)", (ROOT / "Makefile").read_text()))
     assert markers == set(re.findall(r"not (\w+)", (ROOT / "setup.cfg").read_text()))
+
+
+def called(node: ast.AST) -> str:
+    """The name of the function that is called, or an empty text."""
+    return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+
+
+@pytest.mark.parametrize("path", [*TEST_FILES, ROOT / "tests/helpers.py"], ids=lambda path: path.stem)
+def test_every_return_code_is_checked(path):
+    """Where a process ends, the function that started it looks at its return code."""
+    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(function, ast.FunctionDef):
+            nodes = list(ast.walk(function))
+            starts = [node for node in nodes if called(node) in ("subprocess.run", "run_forked")]
+            if any(not any(each.arg == "check" for each in node.keywords) for node in starts):
+                looks = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+                assert "returncode" in looks, f"line {function.lineno}: {function.name}"
