@@ -19,12 +19,12 @@ from clip_phi.data.sample import SPOKEN_INSTRUCTION, File, Sample, Turn
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.evaluation import answers as answers_module
-from clip_phi.evaluation.answers import Request, as_prompt
+from clip_phi.evaluation.answers import Decoding, Question, as_prompt
 from clip_phi.evaluation.bootstrap import by_group, margin_interval
-from clip_phi.evaluation.evaluate import Decoding, derange, goes_in_circles, judge
+from clip_phi.evaluation.evaluate import derange, evaluate_answers, repeats_itself
 from clip_phi.evaluation.generate import encode_prompts, generate_answers
 from clip_phi.evaluation.report import portable
-from clip_phi.evaluation.tasks import make_eval_set, read_exam
+from clip_phi.evaluation.tasks import make_eval_set, read_samples
 from clip_phi.training.checkpoint import EarlyStopping
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
@@ -65,6 +65,11 @@ def evaluate(checkpoint, task, source, *options, expect=0):
     return None if expect else json.loads((checkpoint / "evaluation" / f"{task}.json").read_text())
 
 
+def read_eval_set(task, sources, **options):
+    report = Report()
+    return make_eval_set(task, read_samples(sources, report), report, **options)
+
+
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -92,27 +97,27 @@ def read_lines(path):
 def test_the_prompt_of_each_task_is_fixed(text, with_image, blind, processor, data):
     image = next((data / "val2017").glob("*.jpg")).read_bytes()
     for picture, expected in ((image, with_image), (None, blind)):
-        ids = encode_prompts(processor, [as_prompt(Request("", picture, text))])["input_ids"][0]
+        ids = encode_prompts(processor, [as_prompt(Question("", picture, text))])["input_ids"][0]
         written = processor.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
         assert re.sub(r"(<image>)+", "<image>", written) == expected
 
 
 def test_a_task_asks_what_the_data_hold_for_it_and_counts_the_rest(data, sources):
-    captions = read_exam("captions", [parse_source(sources["captions"])])
+    captions = read_eval_set("captions", [parse_source(sources["captions"])])
     assert len(captions.items) == len(captions.images) == 6
     assert {len(item.references) for item in captions.items} == {5} and captions.items[0].question is None
     records = json.loads((data / "llava_instruct_val.json").read_text())
     said = [turn["value"] for record in records for turn in record["conversations"][1::2]]
     short = [answer for answer in said if len(answer.split()) <= 3]
-    vqa = read_exam("vqa", [parse_source(sources["vqa"])])
+    vqa = read_eval_set("vqa", [parse_source(sources["vqa"])])
     assert sorted(item.references[0] for item in vqa.items) == sorted(short)
     assert vqa.left_out["answer is longer than 3 words"] == len(said) - len(short) > 0
     yes_no = [answer for answer in said if answer in ("yes", "no")]
-    pope = read_exam("pope", [parse_source(sources["vqa"])])
+    pope = read_eval_set("pope", [parse_source(sources["vqa"])])
     assert sorted(item.references[0] for item in pope.items) == sorted(yes_no)
     assert pope.left_out["answer is not yes or no"] == len(said) - len(yes_no)
-    with pytest.raises(ValueError, match="captions: nothing to ask in these data"):
-        read_exam("captions", [parse_source(sources["vqa"])])
+    with pytest.raises(ValueError, match="captions: these data have no item for this task"):
+        read_eval_set("captions", [parse_source(sources["vqa"])])
 
 
 def test_the_file_of_pope_is_read_as_it_is(data, tmp_path):
@@ -122,7 +127,7 @@ def test_the_file_of_pope_is_read_as_it_is(data, tmp_path):
         for n, name in enumerate(names)
     ]
     (tmp_path / "coco_pope.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    eval_set = read_exam("pope", [parse_source(f"llava:{tmp_path}/coco_pope.json,images={data}/val2017")])
+    eval_set = read_eval_set("pope", [parse_source(f"llava:{tmp_path}/coco_pope.json,images={data}/val2017")])
     assert [(item.question, item.references) for item in eval_set.items] == [
         ("Is there a dog in the image?", (row["label"],)) for row in rows
     ]
@@ -137,7 +142,7 @@ def test_ten_answers_of_vqav2_are_all_references(data, tmp_path):
         json.dumps({"annotations": [{"question_id": n, "answers": people} for n in range(len(ids))]})
     )
     source = f"vqa:{tmp_path}/q.json,annotations={tmp_path}/a.json,images={data}/val2017"
-    eval_set = read_exam("vqa", [parse_source(source)])
+    eval_set = read_eval_set("vqa", [parse_source(source)])
     assert len(eval_set.items) == 6 and eval_set.items[0].references == ("red",) * 7 + ("blue",) * 3
 
 
@@ -146,10 +151,10 @@ def test_a_damaged_image_is_left_out_and_counted(data, tmp_path):
     bad = min((tmp_path / "val2017").iterdir())
     bad.write_bytes(bad.read_bytes()[:200])
     source = parse_source(f"coco:{data}/annotations/captions_val2017.json,images={tmp_path}/val2017")
-    eval_set = read_exam("captions", [source], max_bad_fraction=0.5)
+    eval_set = read_eval_set("captions", [source], max_bad_fraction=0.5)
     assert len(eval_set.items) == 5 and dict(eval_set.report.skipped) == {"damaged image": 5}
     with pytest.raises(ValueError, match="more than --max_bad_fraction 0.01 allows"):
-        read_exam("captions", [source])
+        read_eval_set("captions", [source])
 
 
 def test_a_spoken_question_is_asked_with_its_transcript_and_one_that_was_not_heard_is_counted(data, model, processor):
@@ -177,7 +182,7 @@ def test_a_spoken_question_is_asked_with_its_transcript_and_one_that_was_not_hea
                 or generate_answers(model, processor, prompts, *options)
             ),
         )
-        rows = judge(model, processor, eval_set, Decoding(max_new_tokens=2)).samples
+        rows = evaluate_answers(model, processor, eval_set, Decoding(max_new_tokens=2)).samples
     text = f"Speech: what is it\nInstruct: {SPOKEN_INSTRUCTION}\nOutput:"
     assert sorted(set(asked)) == sorted({f"<image>{text}", text})
     assert [row["transcript"] for row in rows] == ["what is it"] * 2 and rows[0]["type"] == "what is"
@@ -190,7 +195,7 @@ def test_every_picture_gets_another_one_and_no_two_get_the_same():
     assert all(a != b for a, b in zip(partners[0], partners[1], strict=True))
     copies = ["a", "b", "a", "a"]  # three files of one picture
     assert all(copies[other] != copies[n] for n, other in enumerate(derange(copies)))
-    with pytest.raises(ValueError, match="all pictures are the same"):
+    with pytest.raises(ValueError, match="all images are the same"):
         derange(["a", "a"])
 
 
@@ -260,15 +265,15 @@ def test_cut_empty_and_circling_answers_are_told_apart(model, processor, data, f
         fresh_model.lm_head.bias[end] = -1e4
     (answer,) = generate_answers(fresh_model, processor, [prompt], 5)
     assert (answer.tokens, answer.ended) == (5, False)
-    assert goes_in_circles("a vase and a. and a. and a.") and goes_in_circles("so so so")
-    assert not goes_in_circles("so so") and not goes_in_circles("a dog and a cat and a bird")
+    assert repeats_itself("a vase and a. and a. and a.") and repeats_itself("so so so")
+    assert not repeats_itself("so so") and not repeats_itself("a dog and a cat and a bird")
 
 
 def test_bad_options_are_one_line(checkpoint, sources, capsys):
     evaluate(checkpoint, "vqa", sources["vqa"], "--prompt", "what?", expect=2)
-    assert "has no place for the question: write {question} into it" in capsys.readouterr().err
+    assert "must contain {question}, which is replaced by the question" in capsys.readouterr().err
     evaluate(checkpoint, "pope", sources["captions"], expect=2)
-    assert "pope: nothing to ask in these data" in capsys.readouterr().err
+    assert "pope: these data have no item for this task" in capsys.readouterr().err
     evaluate(checkpoint, "captions", "coco:/nowhere.json", expect=2)
     assert "not found" in capsys.readouterr().err
     assert main(["evaluate", str(checkpoint), "--task", "vqa"]) == 2
@@ -330,7 +335,7 @@ def test_answers_of_anything_else_are_never_used_again(change, checkpoint, sourc
     capsys.readouterr()
     evaluate(checkpoint, "vqa", source, *options)
     printed = capsys.readouterr().err
-    assert "are of another checkpoint, data, prompt or decoding, and are not used" in printed
+    assert "are of another model, data, prompt or decoding, and are not used" in printed
     assert "are there already" not in printed
 
 
@@ -396,7 +401,7 @@ def test_compare_pairs_sample_by_sample_and_refuses_other_data(checkpoint, sourc
     assert (found["difference"], found["difference_ci95"]) == (0.75, [0.75, 0.75])
     assert found["samples"] == {"a_better": len(rows), "equal": 0, "b_better": 0}
     assert main(["compare", str(first), str(first / "evaluation/vqa.json")]) == 0
-    assert "the interval holds 0" in capsys.readouterr().out
+    assert "the interval contains 0" in capsys.readouterr().out
     shutil.copytree(checkpoint, third)
     evaluate(third, "vqa", sources["vqa"], "--num_images", 3)
     assert main(["compare", str(first), str(third)]) == 2
@@ -542,5 +547,5 @@ def test_each_best_metric_is_one_that_its_task_gives(model, processor, data):
     for task, names in BY_TASK.items():
         conversation = turns["captions" if task == "captions" else "vqa"]
         eval_set = make_eval_set(task, [Sample(image, (conversation,), ("x:0",)) for image in images], Report())
-        outcome = judge(model, processor, eval_set, Decoding(max_new_tokens=2))
+        outcome = evaluate_answers(model, processor, eval_set, Decoding(max_new_tokens=2))
         assert set(names) <= outcome.result["metrics"].keys(), task

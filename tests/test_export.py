@@ -82,7 +82,7 @@ def test_a_decoder_whose_head_has_a_bias_is_refused_where_it_has_no_place(to, wh
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), str(tmp_path / to), "--to", to]) == 2
-    assert f"{who} has no place for the bias of this decoder's head (phi)" in capsys.readouterr().err
+    assert f"{who} has no bias in its head, and this decoder's head (phi) has one" in capsys.readouterr().err
     assert not (tmp_path / to).exists()
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "model"), "--to", "vllm"]) == 2
     assert "is not empty" in capsys.readouterr().err

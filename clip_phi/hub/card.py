@@ -35,7 +35,7 @@ HYPERPARAMETERS = (
 )
 PROJECTORS = {"linear": "one linear layer", "mlp": "two linear layers with GELU between"}
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
-# What is known of data sets by the names of their official files.
+# Data sets on the Hub, by the names of their official files.
 HUB_DATASETS = {"llava_instruct_150k.json": "liuhaotian/LLaVA-Instruct-150K"}
 DATA_LICENSES = {
     "coco": "COCO's own annotations are CC BY 4.0, its images have the licenses that their photographers chose",
@@ -48,21 +48,21 @@ DATA_LICENSES = {
 
 @dataclass
 class Run:
-    """What a run left in its folder. stages: the run.json of each stage, the first one first, as far as they are
-    there. evaluations: what `clip-phi evaluate` wrote. Raises ValueError if a file is not what it should be."""
+    """The files of a run, as far as they exist."""
 
     folder: Path
     config: dict[str, Any]
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    report: dict[str, Any] | None = None
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)  # run.json of each stage, in order
+    report: dict[str, Any] | None = None  # data_report.json
+    samples: list[dict[str, Any]] = field(default_factory=list)  # of the last evaluation during training
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # by clip-phi evaluate
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
+        """Raises ValueError if a file is not a json object."""
         run = cls(folder, _read_json(folder / "config.json"))
         at, seen = folder, set()
-        while (at / "run.json").is_file() and at not in seen:  # stage 2 began from the folder of stage 1
+        while (at / "run.json").is_file() and at not in seen:  # stage 2 started from the folder of stage 1
             seen.add(at)
             stage = _read_json(at / "run.json")
             run.stages.insert(0, stage)
@@ -86,7 +86,7 @@ class Run:
 
 
 def scrub(text: str) -> str:
-    """The text with the last part alone of each absolute path, and without access tokens."""
+    """The text with only the last part of each absolute path, and without access tokens."""
     return PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], without_secrets(text))
 
 
@@ -165,12 +165,11 @@ def make_card(
 
 
 def merge_cards(old: str | None, new: str) -> str:
-    """Our new card put into the one that is there: its marked blocks are replaced, all other text stays as it is.
+    """Update the card of a repository with a new one.
 
-    A block that a person took out stays out. A card without any mark gets our blocks behind its text; the one block
-    that model.push_to_hub writes (ClipPhiForCausalLM) is replaced by all of ours. In the front
-    matter ours are the facts of the weights (library, pipeline, backbones, results of our tasks); lists are united;
-    everything else a person wrote there stays."""
+    The marked blocks are replaced, and all other text stays. A removed block stays removed. A card without marks gets
+    all blocks at its end; so does one with the single block that earlier versions of push_to_hub wrote. In the front
+    matter, library, pipeline, backbones and results are set, lists are united, and all other values stay."""
     if old is None or EMPTY_CARD in old:
         return new
     ours = {found[1]: found[0] for found in BLOCK.finditer(new)}
@@ -193,7 +192,7 @@ def merge_cards(old: str | None, new: str) -> str:
             both[name] = before + [item for item in value if item not in before]
         else:
             both.setdefault(name, value)
-    if both != theirs:  # else their own spelling and comments stay
+    if both != theirs:  # otherwise its spelling and comments stay
         head = yaml.safe_dump(both, sort_keys=False, allow_unicode=True).rstrip("\n")
     return f"---\n{head}\n---\n{body}"
 
@@ -205,7 +204,7 @@ def _split(card: str) -> tuple[str, str]:
 
 
 def _merge_results(old: list[dict] | None, new: list[dict]) -> list[dict]:
-    """Results of data sets that we did not judge now stay."""
+    """Results on other data sets stay."""
     results = new[0]["results"]
     mine = [result["dataset"] for result in results]
     kept = [result for model in old or [] for result in model.get("results", []) if result.get("dataset") not in mine]
@@ -213,25 +212,21 @@ def _merge_results(old: list[dict] | None, new: list[dict]) -> list[dict]:
 
 
 def _metadata(run: Run, repo_id: str, licenses: dict[str, str | None]) -> ModelCardData:
-    known = set(licenses.values())
-    license_of_all = known.pop() if len(known) == 1 and None not in known else None
-    datasets = []
+    license = next(iter(licenses.values())) if len(set(licenses.values())) == 1 else None
+    datasets: dict[str, None] = {}
     for _, kind, path in run.sources():
-        found = HUB_DATASETS.get(Path(path).name)
-        found = (
-            path if kind == "dataset" and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() else found
-        )
-        datasets += [found] if found and found not in datasets else []
-    more: dict[str, Any] = {}
-    if license_of_all is None:
-        more = {"license_name": "see-card", "license_link": "README.md"}
+        if kind == "dataset" and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists():
+            datasets[path] = None
+        elif on_hub := HUB_DATASETS.get(Path(path).name):
+            datasets[on_hub] = None
+    more = {} if license else {"license_name": "see-card", "license_link": "README.md"}
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        license=license_of_all or "other",
+        license=license or "other",
         language="en",
         base_model=list(licenses) or None,
-        datasets=datasets or None,
+        datasets=list(datasets) or None,
         tags=["clip-phi", "custom_code", "vision-language", "llava"],
         model_name=repo_id.split("/")[-1],
         eval_results=[result for each in run.evaluations for result in _eval_results(each)] or None,
@@ -303,10 +298,9 @@ def _kind_and_path(text: str) -> tuple[str, str]:
 
 
 def _hardware(stage: dict[str, Any]) -> str:
-    environment = stage["environment"]
-    devices = [device["name"] for device in environment["devices"]]
-    device = devices[0] if devices else f"CPU ({environment['cpu']}, {environment['cores']} cores)"
-    return f"{stage['processes']} x {device}"
+    machine = stage["environment"]
+    cpu = {"name": f"CPU ({machine['cpu']}, {machine['cores']} cores)"}
+    return f"{stage['processes']} x {(machine['devices'] or [cpu])[0]['name']}"
 
 
 def _duration(stage: dict[str, Any]) -> str:
@@ -320,9 +314,7 @@ def _duration(stage: dict[str, Any]) -> str:
 
 
 def _show(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -331,10 +323,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not json: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a json object")
+        raise ValueError(f"{path} must be a json object")
     return found
 
 
 def weights_name(hashes: list[str]) -> str:
-    """The tag of weights that have these hashes, so that a card can name them before their commit is there."""
+    """The tag of weights with these hashes. The card names it before the commit exists."""
     return f"weights-{hashlib.sha256(''.join(sorted(hashes)).encode()).hexdigest()[:12]}"

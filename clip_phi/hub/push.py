@@ -23,7 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..environment import SECRET
 from .card import Run, card_images, make_card, merge_cards, weights_name
-from .retry import Result, with_retries
+from .retry import Result, load_with_retries, with_retries
 
 # The files of a model. Logs, training checkpoints and whatever else a run's folder holds are not pushed.
 SHIPPED = re.compile(
@@ -183,12 +183,12 @@ def check_push(repo_id: str, config: dict[str, Any], merged: bool, folder: str |
 
 
 def read_run(folder: Path) -> Run:
-    """Raises ValueError if the folder holds no Clip-Phi model in safetensors."""
+    """Raises ValueError if the folder has no Clip-Phi model in safetensors."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model (no config.json): give the --output_dir of a training run")
+        raise ValueError(f"{folder} contains no model (no config.json): give the --output_dir of a training run")
     run = Run.read(folder)
     if run.config.get("model_type") != "clip_phi":
-        raise ValueError(f"{folder} holds a {run.config.get('model_type')!r} model, not a 'clip_phi' one")
+        raise ValueError(f"{folder} contains a {run.config.get('model_type')!r} model, not a 'clip_phi' one")
     run.config.setdefault("delta", False)
     if not list(folder.glob("model*.safetensors")):
         pickles = [path.name for path in folder.iterdir() if path.suffix in PICKLES]
@@ -197,7 +197,7 @@ def read_run(folder: Path) -> Run:
                 f"{folder / pickles[0]} is a pickle, which can run any code when it is opened, and is never pushed: "
                 "save the model with save_pretrained, which writes safetensors"
             )
-        raise ValueError(f"{folder} holds no weights (no model.safetensors)")
+        raise ValueError(f"{folder} contains no weights (no model.safetensors)")
     return run
 
 
@@ -224,8 +224,7 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
         from modeling_clip_phi import ClipPhiForCausalLM
 
         logging.disable_progress_bar()
-        model = ClipPhiForCausalLM.from_pretrained(folder)
-        model.save_pretrained(place, merged=True)
+        load_with_retries(ClipPhiForCausalLM.from_pretrained, folder).save_pretrained(place, merged=True)
     for name in _relative(folder):
         if SHIPPED.fullmatch(name) and not (place / name).exists():
             if merge and name.startswith(("model.", "model-", "adapter/")):  # the delta's
@@ -248,7 +247,7 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
             if found := [each for each in private if f"{each}/" in text] or SECRET.findall(text):
                 what = found[0] if found[0].startswith("/") else "an access token"
                 raise ValueError(
-                    f"{folder / path.relative_to(place)} holds {what}, which must not be pushed: remove it"
+                    f"{folder / path.relative_to(place)} contains {what}, which must not be pushed: remove it"
                 )
 
 
