@@ -129,4 +129,6 @@ def packed_model(fresh_model) -> ClipPhiForCausalLM:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--screenshots", metavar="DIR", help="write pictures of the chat page there (make test-browser)")
+    parser.addoption(
+        "--screenshots", metavar="DIR", help="write screenshots of the chat page there (make test-browser)"
+    )

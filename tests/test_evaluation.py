@@ -1,4 +1,4 @@
-"""clip-phi evaluate and compare: what is asked, what is kept, what the controls catch."""
+"""clip-phi evaluate and compare: items and prompts, saved answers, controls, and evaluation during training."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from clip_phi.evaluation.tasks import make_eval_set, read_samples
 from clip_phi.training.checkpoint import EarlyStopping
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
-# What LLaVA-1.5 (arXiv 2310.03744, section 3.3) adds, and docs/judging.md names.
+# What LLaVA-1.5 (arXiv 2310.03744, section 3.3) adds, and docs/evaluation.md names.
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +74,7 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# What is asked
+# Items and prompts
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_prompt_of_each_task_is_fixed(text, with_image, blind, processor, da
         assert re.sub(r"(<image>)+", "<image>", written) == expected
 
 
-def test_a_task_asks_what_the_data_hold_for_it_and_counts_the_rest(data, sources):
+def test_a_task_takes_its_items_from_the_data_and_counts_the_rest(data, sources):
     captions = read_eval_set("captions", [parse_source(sources["captions"])])
     assert len(captions.items) == len(captions.images) == 6
     assert {len(item.references) for item in captions.items} == {5} and captions.items[0].question is None
@@ -157,7 +157,7 @@ def test_a_damaged_image_is_left_out_and_counted(data, tmp_path):
         read_eval_set("captions", [source])
 
 
-def test_a_spoken_question_is_asked_with_its_transcript_and_one_that_was_not_heard_is_counted(data, model, processor):
+def test_a_spoken_question_has_its_transcript_in_the_prompt_and_one_without_is_counted(data, model, processor):
     pictures = sorted((data / "val2017").glob("*.jpg"))[:2]
     said = [Turn("user", SPOKEN_INSTRUCTION, transcript="what is it"), Turn("assistant", "a star")]
     unheard = [Turn("user", SPOKEN_INSTRUCTION, speech=b"a recording"), Turn("assistant", "a ring")]
@@ -188,7 +188,7 @@ def test_a_spoken_question_is_asked_with_its_transcript_and_one_that_was_not_hea
     assert [row["transcript"] for row in rows] == ["what is it"] * 2 and rows[0]["type"] == "what is"
 
 
-def test_every_picture_gets_another_one_and_no_two_get_the_same():
+def test_every_image_is_replaced_by_another_and_no_two_by_the_same():
     partners = [derange([str(n) for n in range(9)], seed=1, number=number) for number in range(3)]
     assert all(sorted(each) == list(range(9)) for each in partners)
     assert all(each[n] != n for each in partners for n in range(9))
@@ -199,10 +199,10 @@ def test_every_picture_gets_another_one_and_no_two_get_the_same():
         derange(["a", "a"])
 
 
-# What comes out
+# Results
 
 
-def test_a_result_holds_what_is_agreed_and_no_folder_of_this_machine(checkpoint, sources, tmp_path):
+def test_a_result_has_all_keys_and_no_local_folder(checkpoint, sources, tmp_path):
     found = evaluate(checkpoint, "vqa", sources["vqa"], "--output", tmp_path / "out.json")
     assert found.keys() >= AGREED
     assert json.loads((tmp_path / "out.json").read_text()) == found
@@ -231,7 +231,7 @@ def test_paths_lose_their_folders(monkeypatch, tmp_path):
     assert portable("user/name") == "user/name" and portable("https://x.org/a/b") == "https://x.org/a/b"
 
 
-def test_captions_are_asked_for_once_blind_and_shuffled_ones_are_those_of_the_other_images(checkpoint, sources):
+def test_captions_are_generated_once_and_shuffled_ones_are_those_of_other_images(checkpoint, sources):
     found = evaluate(checkpoint, "captions", sources["captions"])
     rows = read_lines(checkpoint / "evaluation/captions.samples.jsonl")
     lines = (checkpoint / "evaluation/captions.answers/rank-0.jsonl").read_text().splitlines()
@@ -254,7 +254,7 @@ def test_beams_and_greedy_answers_are_those_of_generate(checkpoint, model, proce
         assert row["answer"] == text
 
 
-def test_cut_empty_and_circling_answers_are_told_apart(model, processor, data, fresh_model):
+def test_cut_empty_and_repetitive_answers_are_distinguished(model, processor, data, fresh_model):
     image = Image.open(next((data / "val2017").glob("*.jpg"))).convert("RGB")
     prompt = ([{"role": "user", "content": [{"type": "image"}]}], image)
     end = processor.tokenizer.eos_token_id
@@ -280,10 +280,10 @@ def test_bad_options_are_one_line(checkpoint, sources, capsys):
     assert "--data is required" in capsys.readouterr().err
 
 
-# What is kept
+# Saved answers
 
 
-def test_a_killed_evaluation_goes_on_and_gives_the_result_of_one_that_was_not(
+def test_a_killed_evaluation_continues_to_the_result_of_an_uninterrupted_one(
     checkpoint, sources, tmp_path, monkeypatch
 ):
     whole = tmp_path / "whole"
@@ -315,7 +315,9 @@ def test_a_killed_evaluation_goes_on_and_gives_the_result_of_one_that_was_not(
 
 
 @pytest.mark.parametrize("change", ["weights", "prompt", "decoding", "data"])
-def test_answers_of_anything_else_are_never_used_again(change, checkpoint, sources, data, tmp_path, capsys):
+def test_answers_of_another_model_data_prompt_or_decoding_are_never_used(
+    change, checkpoint, sources, data, tmp_path, capsys
+):
     evaluate(checkpoint, "vqa", sources["vqa"])
     source, options = sources["vqa"], []
     if change == "weights":
@@ -339,7 +341,7 @@ def test_answers_of_anything_else_are_never_used_again(change, checkpoint, sourc
     assert "are there already" not in printed
 
 
-def test_two_processes_share_the_work_and_find_what_one_finds(checkpoint, sources, tmp_path):
+def test_two_processes_share_the_work_and_give_the_result_of_one(checkpoint, sources, tmp_path):
     alone = tmp_path / "alone"
     shutil.copytree(checkpoint, alone)
     expected = evaluate(alone, "vqa", sources["vqa"])
@@ -365,7 +367,7 @@ def test_two_processes_share_the_work_and_find_what_one_finds(checkpoint, source
     assert done.stdout.count("vqa on 6 images") == 1
 
 
-# Which is better
+# Comparison
 
 
 def test_the_interval_of_a_margin_is_that_of_a_plain_bootstrap_over_images():
@@ -413,7 +415,7 @@ def test_compare_pairs_sample_by_sample_and_refuses_other_data(checkpoint, sourc
     assert "run clip-phi evaluate first" in capsys.readouterr().err
 
 
-# What the controls catch
+# Controls
 
 
 def broken(folder, name):
@@ -459,7 +461,7 @@ def test_the_controls_catch_a_zeroed_projector_and_training_on_shuffled_images(t
             low, high = found[name, task]["margin_ci95"]
             assert low <= 0 and found[name, task]["margin"] < 0.2 * found["true", task]["margin"], (name, task)
     assert found["zeroed", "captions"]["score"] == found["zeroed", "captions"]["shuffled"]
-    clip = found["true", "captions"]["metrics"]["CLIPScore"]  # the tower's own text half judges as well
+    clip = found["true", "captions"]["metrics"]["CLIPScore"]  # by the text half of the vision tower's CLIP
     assert clip["score"] > clip["shuffled"] + 0.2 and clip["score"] > clip["blind"] + 0.2
 
 
@@ -486,7 +488,7 @@ def backbones(vision_backbone, text_backbone):
     return vision_backbone, text_backbone
 
 
-def test_training_judges_stops_when_nothing_gets_better_and_a_resumed_run_knows_all_that(data, backbones, tmp_path):
+def test_training_evaluates_and_stops_early_and_so_does_a_resumed_run(data, backbones, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = (
         "--eval_task",

@@ -1,4 +1,4 @@
-"""Pushed once, loaded anywhere: against a hub over HTTP on this machine."""
+"""Pushing to a Hub and loading from it: against a server on this machine."""
 
 import configparser
 import json
@@ -126,7 +126,7 @@ PROCESSOR = {"chat_template.jinja", "processor_config.json", "tokenizer.json", "
 CARD = {"README.md", "curve.png", *(f"samples/{number}.jpg" for number in range(1, 5))}
 
 
-# ------------------------------------------------------------------ what a push leaves on the hub
+# ------------------------------------------------------------------ the repository after a push
 
 
 def test_training_pushes_its_checkpoint_in_one_commit_that_a_tag_names(trained, hub):
@@ -163,7 +163,7 @@ def test_nothing_of_this_machine_is_pushed(trained, hub, vision_backbone, text_b
             assert secret.encode() not in file.data, f"{name} holds {secret}"
 
 
-def test_card_tells_what_the_run_left(trained, hub):
+def test_card_reports_the_run(trained, hub):
     text = card_of(hub, "alice/trained")
     data = ModelCard(text).data.to_dict()
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "image-text-to-text"
@@ -202,7 +202,7 @@ EVALUATION = {
 }  # fmt: skip
 
 
-def test_evaluations_stand_in_the_model_index_with_set_size_and_command(run, hub):
+def test_evaluations_are_in_the_model_index_with_set_size_and_command(run, hub):
     (run / "evaluation").mkdir()
     (run / "evaluation/vqa.json").write_text(json.dumps(EVALUATION))
     push(run, Target("alice/judged"), log=quietly)
@@ -266,7 +266,7 @@ def test_scrub_leaves_no_absolute_path_and_no_token(text, clean):
     assert scrub(text) == clean
 
 
-def test_run_json_holds_no_token(tmp_path):
+def test_run_json_contains_no_token(tmp_path):
     write_run(tmp_path / "run.json", {"command": ["--data", "https://me:hf_abcdefghijklmnopqrst@a.org/x.json"]})
     assert json.loads((tmp_path / "run.json").read_text())["command"][1] == "https://me:(a token)@a.org/x.json"
 
@@ -307,7 +307,7 @@ def test_branch_tag_private_and_command_line(run, hub, capsys):
     assert "already has a tag v1" in capsys.readouterr().err
 
 
-def test_pull_request_is_opened_once_and_gone_on_with(run, hub):
+def test_pull_request_is_opened_once_and_continued(run, hub):
     hub.create("other/model")
     target = Target("other/model", create_pr=True)
     first = push(run, target, log=quietly)
@@ -339,7 +339,7 @@ def test_pull_request_is_opened_once_and_gone_on_with(run, hub):
         ("alice/--x", "hf_alice", "is no repository id"),
     ],
 )
-def test_who_may_not_push_is_told_in_one_line(repo_id, token, words, trained, hub, monkeypatch, capsys):
+def test_missing_rights_are_reported_in_one_line(repo_id, token, words, trained, hub, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN")
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
@@ -355,7 +355,7 @@ def test_org_with_the_right_to_write_is_pushed_to(trained, hub):
     assert push(trained[0], Target("team/model"), log=quietly).changed
 
 
-def test_what_cannot_be_pushed_is_told_in_one_line(
+def test_what_cannot_be_pushed_is_refused_in_one_line(
     run, trained, hub, vision_backbone, text_backbone, tmp_path, monkeypatch
 ):
     def refused(words: str, folder: Path) -> None:
@@ -387,7 +387,7 @@ def test_what_cannot_be_pushed_is_told_in_one_line(
     assert ("model", "alice/refused") not in hub.repos
 
 
-# ------------------------------------------------------------------ loading, where nothing of ours is installed
+# ------------------------------------------------------------------ loading, where the package is not installed
 
 LOAD = """
 import sys, torch
@@ -512,7 +512,7 @@ def test_every_failure_of_loading_passes(route, what, places, saved, hub, tmp_pa
 
 
 @pytest.mark.parametrize(("route", "what"), [("head", 403), ("head", "cut"), ("download", 500), ("cdn", "half")])
-def test_failures_of_loading_that_stay_are_told_and_spoil_no_cache(route, what, saved, hub, tmp_path):
+def test_lasting_failures_of_loading_are_reported_and_damage_no_cache(route, what, saved, hub, tmp_path):
     cache = {"cache_dir": str(tmp_path / "cache")}
     hub.fail(route, what, times=1000)
     with pytest.raises(OSError, match="alice/saved|acme/tower|connect to"):
@@ -615,7 +615,7 @@ PUSH_ROUTES += ["lfs-put", "lfs-part", "lfs-complete", "lfs-verify", "commit", "
 
 
 @pytest.mark.parametrize("route", PUSH_ROUTES)
-def test_every_failure_of_a_push_passes_or_is_told_and_leaves_nothing_half_changed(route, run, hub):
+def test_every_failure_of_a_push_passes_or_is_reported_and_leaves_nothing_half_changed(route, run, hub):
     """Once: the push goes through. Always: one line, and the branch is what it was, or all of what it should be."""
     repo_id = f"alice/fails-at-{route}"
     complete = {".gitattributes"} | WEIGHTS | CODE | PROCESSOR | CARD
@@ -663,7 +663,7 @@ def test_every_failure_of_a_push_passes_or_is_told_and_leaves_nothing_half_chang
         hub.repo(repo_id).tags.clear()
 
 
-def test_two_who_push_at_once_lose_nothing(run, hub, monkeypatch):
+def test_two_pushes_at_once_lose_nothing(run, hub, monkeypatch):
     """Between our look at the repository and our commit another one comes: 412, and a second look."""
     push(run, Target("alice/raced"), log=quietly)
     repo = hub.repo("alice/raced")
@@ -681,7 +681,7 @@ def test_two_who_push_at_once_lose_nothing(run, hub, monkeypatch):
     assert [repo.commits[sha][0] for sha in history(hub, "alice/raced")[-2:]] == ["by hand", "Delta checkpoint"]
 
 
-def test_killed_push_goes_on_with_what_was_uploaded(run, hub):
+def test_killed_push_continues_with_what_was_uploaded(run, hub):
     """SIGKILL while the commit is on its way: the files are on the hub, the branch is as it was."""
     (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:-8] + os.urandom(8))
     hub.fail("commit", "hang")

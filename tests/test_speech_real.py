@@ -92,7 +92,7 @@ def encoded(path, samples, rate, codec="mp3", layout="mono"):
 
 
 def test_ten_sentences_are_transcribed_in_every_format(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks/speech.py", "--parts", "hear", "--json", tmp_path / "out.json"]
+    command = [sys.executable, ROOT / "benchmarks/speech.py", "--parts", "transcribe", "--json", tmp_path / "out.json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
@@ -131,34 +131,19 @@ def test_the_first_seconds_are_taken_and_the_cut_is_told():
             assert (clip.seconds, clip.truncated) == (length, truncated), (seconds, limit)
 
 
-def test_no_more_is_decoded_than_is_taken(tmp_path, monkeypatch):
+def test_no_more_is_read_and_decoded_than_is_taken(tmp_path, monkeypatch):
+    sizes, read = [], audio._Reader.read
+    monkeypatch.setattr(audio._Reader, "read", lambda self, size: sizes.append(size) or read(self, size))
     minute = encoded(tmp_path / "minute.mp3", tone(60, 44_100), 44_100).read_bytes()
     (tmp_path / "hour.mp3").write_bytes(minute * 60)
     data = bytearray(wav(tone(11), SAMPLING_RATE))
     data[40:44] = b"\xf0\xff\xff\xff"  # 4 GB of samples
     (tmp_path / "huge.wav").write_bytes(data)
     os.truncate(tmp_path / "huge.wav", 2**32)  # without taking room on the disk
-    frames, read = audio._frames, audio._Reader.read
-    decoded, bytes_read = [], []
-
-    def count_frames(*arguments):
-        for frame in frames(*arguments):
-            decoded.append(frame.samples / frame.sample_rate)
-            yield frame
-
-    def count_bytes(*arguments):
-        found = read(*arguments)
-        bytes_read.append(len(found))
-        return found
-
-    monkeypatch.setattr(audio, "_frames", count_frames)
-    monkeypatch.setattr(audio._Reader, "read", count_bytes)
     for name in ("hour.mp3", "huge.wav"):
-        decoded.clear()
-        bytes_read.clear()
+        sizes.clear()
         clip = load_audio(tmp_path / name)
-        assert clip.seconds == 10 and clip.truncated
-        assert 10 < sum(decoded) < 11 and sum(bytes_read) < 5e6, (name, sum(decoded), sum(bytes_read))
+        assert clip.seconds == 10 and clip.truncated and sum(sizes) < 2**20, (name, sum(sizes))
 
 
 def test_odd_recordings_are_decoded_right(tmp_path):
@@ -376,7 +361,7 @@ def test_the_example_answers_a_recording_with_one(checkpoint, question, whisper,
     command = [sys.executable, ROOT / "examples/ask_by_voice.py", picture, question, answer, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert f"heard: {QUESTION}" in done.stdout
+    assert f"question: {QUESTION}" in done.stdout
     with wave.open(str(answer)) as sound:
         assert sound.getnframes() > 8_000
     # The command says the same, in the same voice.
@@ -397,7 +382,7 @@ def test_the_commands_of_the_docs_do_what_they_say(
 ):
     write_dataset(tmp_path, num_train=2, num_val=1)
     (tmp_path / "llava_instruct_train.json").rename(tmp_path / "llava_instruct_150k.json")
-    next((tmp_path / "val2017").iterdir()).rename(tmp_path / "picture.jpg")
+    next((tmp_path / "val2017").iterdir()).rename(tmp_path / "image.jpg")
     (tmp_path / "question.wav").write_bytes(question.read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLIP_PHI_WHISPERX", str(tmp_path / "whisperx"))

@@ -48,18 +48,15 @@ def run_plan(arguments: argparse.Namespace) -> None:
             options[name] = value
     if arguments.tune_decoder == "full" and arguments.quantization in ("nf4", "int8"):
         raise ValueError(f"--quantization {arguments.quantization}: quantized weights cannot be trained")
+    from modeling_clip_phi import ClipPhiConfig
+
     from ..tools.plan import CARDS, as_text, make_plan
 
     if arguments.gpu not in CARDS:
         raise ValueError(f"unknown --gpu {arguments.gpu}: it is one of {', '.join(CARDS)}")
-    config = None
-    if arguments.model is not None:
-        from modeling_clip_phi import ClipPhiConfig
-
-        config = ClipPhiConfig.from_pretrained(arguments.model)
-    plan = make_plan(
-        STAGES[arguments.stage](stage=arguments.stage, **options), CARDS[arguments.gpu], arguments.mfu, config
-    )
+    config = ClipPhiConfig() if arguments.model is None else ClipPhiConfig.from_pretrained(arguments.model)
+    training = STAGES[arguments.stage](stage=arguments.stage, **options)
+    plan = make_plan(training, CARDS[arguments.gpu], arguments.mfu, config)
     print(json.dumps(plan) if arguments.json else as_text(plan))
 
 

@@ -25,15 +25,9 @@ def margin_interval(
 ) -> tuple[float, float]:
     """The 95 % interval of a mean's margin over the best of other means, by the percentile bootstrap (Efron 1979).
 
+    sums: float (groups, 1 + others), of the score and of what it is compared with; counts: (groups,), their samples.
     Whole groups are resampled, since questions about one image are not independent. The best of the others is chosen
-    in each resample. The same seed gives the same interval.
-
-    Args:
-        sums: float (groups, 1 + others), of the score and of what it is compared with.
-        counts: (groups,), the samples in each.
-        seed: of the resampling.
-        resamples: their number.
-    """
+    in each resample. The same seed gives the same interval."""
     rng = np.random.default_rng(seed)
     number = len(counts)
     found = []

@@ -24,14 +24,7 @@ from ..data.sample import Sample
 from .answers import AnswerFile, Decoding, Processes, Question, answer_all
 from .bootstrap import by_group, margin, margin_interval
 from .generate import GeneratedAnswer, held_out_loss
-from .tasks import (
-    QUESTION,
-    EvalSet,
-    guess_from_questions,
-    make_scorer,
-    question_kind,
-    tables,
-)
+from .tasks import QUESTION, EvalSet, guess_from_questions, make_scorer, question_kind, tables
 
 CONTROLS = ("blind", "shuffled")
 
@@ -72,7 +65,7 @@ def evaluate_answers(
     processes: Processes | None = None,
     progress: Callable[[Any], Any] = lambda batches: batches,
 ) -> EvalResult:
-    """Generate the answers of the model and of its controls, and score them. All processes call it.
+    """Generate the answers of the model and of its controls, and score them. All processes call it, and get the result.
 
     Args:
         model: a ClipPhiForCausalLM in eval mode.
@@ -83,9 +76,6 @@ def evaluate_answers(
         model_hash: saved answers of another model are not used.
         processes: that share the work.
         progress: wraps the batches, for a progress bar.
-
-    Returns:
-        The result, in all processes.
     """
     processes = processes or Processes()
     prompt = prompt_of(eval_set, model, decoding.prompt)
@@ -135,19 +125,9 @@ def _questions(eval_set: EvalSet, prompt: str | None, decoding: Decoding) -> dic
 
 
 def derange(digests: Sequence[str], seed: int = 0, number: int = 0) -> list[int]:
-    """A shuffle in which no image is replaced by an equal one, and each is used about once.
+    """For each image the index of its replacement: of an image with another digest, each used about once.
 
-    Args:
-        digests: of the images, equal for equal ones.
-        seed: of the random order.
-        number: each number gives another shuffle.
-
-    Returns:
-        For each image the index of its replacement.
-
-    Raises:
-        ValueError: if all images are equal.
-    """
+    number: each gives another shuffle. Raises ValueError if all images are equal."""
     count = len(digests)
     order = list(range(count))
     random.Random(seed).shuffle(order)
@@ -214,16 +194,8 @@ def _score(
 def _result(
     eval_set: EvalSet, means: dict[str, float], sums: np.ndarray, counts: np.ndarray, seed: int, upside: int = 1
 ) -> dict[str, Any]:
-    """The part that all tasks share.
-
-    Args:
-        eval_set: the data.
-        means: score, blind and shuffled.
-        sums: float (groups, 3) of the same over each image.
-        counts: (groups,) of what the means are over.
-        seed: of the bootstrap.
-        upside: 1 if higher is better, -1 if lower is.
-    """
+    """The part that all tasks share. means: score, blind and shuffled. sums, counts: float (groups, 3) and (groups,),
+    of the same over each image. upside: 1 if higher is better, -1 if lower is."""
     return {
         "task": eval_set.task,
         "metric": eval_set.metric,
@@ -275,7 +247,7 @@ def evaluate_loss(
     """The held-out loss in nats per supervised token, with the image, without it, and with another image.
 
     A bare caption without its image begins after the end token. The margin is the better control minus the loss, so a
-    positive one is good, as for all tasks. One sample is one forward pass.
+    positive one is good, as for all tasks. One sample is one forward pass. All processes call it, and get the result.
 
     Args:
         model: a ClipPhiForCausalLM in eval mode.
@@ -286,9 +258,6 @@ def evaluate_loss(
         max_length: longest conversation in tokens.
         processes: that share the work.
         progress: wraps the samples, for a progress bar.
-
-    Returns:
-        The result, in all processes.
     """
     processes = processes or Processes()
     model.set_attn_implementation({"text_config": PACKED_ATTENTION})

@@ -24,21 +24,13 @@ WORD_RANGES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 12), (13, 20), (21, None))
 
 
 class EvalItem(NamedTuple):
-    """What is to be generated about an image.
-
-    Attributes:
-        image: its index in EvalSet.images.
-        question: None for a caption.
-        references: the accepted answers or captions.
-        origin: "file:record".
-        transcript: of the speech before the question, which may be all of the question.
-    """
+    """A question or caption about an image. The image is an index in EvalSet.images; the origin is "file:record"."""
 
     image: int
-    question: str | None
-    references: tuple[str, ...]
+    question: str | None  # None for a caption
+    references: tuple[str, ...]  # accepted answers or captions
     origin: str
-    transcript: str | None = None
+    transcript: str | None = None  # of speech before the question, which may be all of it
 
     @property
     def full_question(self) -> str:

@@ -22,22 +22,11 @@ CLIP_BLOCK = BLOCK | {"layer_norm1": "ln1", "layer_norm2": "ln2", "self_attn.out
 
 
 def export_gguf(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path, dtype: str) -> dict[str, Any]:
-    """Write text.gguf and mmproj.gguf, and compare what their graphs compute with the model.
+    """Write text.gguf and mmproj.gguf. dtype: of matrices, float16 or float32; vectors are float32.
 
-    Args:
-        model: in float32, without LoRA.
-        processor: has the tokenizer, and mean and standard deviation of pixels.
-        folder: created if it is missing.
-        dtype: of matrices, float16 or float32; vectors are float32.
-
-    Returns:
-        {"files", "tensors", "largest_difference"}: of the features of a random image, computed in numpy by llama.cpp's
-        graph from the file, relative to the model's largest feature.
-
-    Raises:
-        ValueError: if llama.cpp's graphs cannot represent the model.
-        ImportError: without the package gguf.
-    """
+    Returns {"files", "tensors", "largest_difference"}: of the features of a random image, computed in numpy by
+    llama.cpp's graph from the file, relative to the model's largest. Raises ValueError if llama.cpp's graphs cannot
+    represent the model, ImportError without the package gguf."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -238,25 +227,17 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def run_mmproj(path: Path, pixels: np.ndarray) -> np.ndarray:
-    """Image features by llama.cpp's llava graph, computed in numpy from the file alone.
+    """Image features, float (patches, text hidden), by llama.cpp's llava graph in numpy, from an mmproj file alone.
 
-    Args:
-        path: an mmproj file.
-        pixels: float (1, 3, height, width), normalised.
-
-    Returns:
-        float (patches, text hidden). Source of the graph: llama.cpp, tools/mtmd/models/llava.cpp.
-    """
+    pixels: float (1, 3, height, width), normalised. Source of the graph: llama.cpp, tools/mtmd/models/llava.cpp."""
     import gguf
 
     fields = gguf.GGUFReader(path).fields
 
-    def read(key: str) -> Any:
-        return fields[f"clip.{key}"].contents()
-
     tensors = {name: value.astype(np.float32) for name, value in read_tensors(path).items()}
-    width, patch, heads = (read(f"vision.{key}") for key in ("embedding_length", "patch_size", "attention.head_count"))
-    epsilon, gelu = read("vision.attention.layer_norm_epsilon"), read("use_gelu")
+    keys = ("embedding_length", "patch_size", "attention.head_count", "attention.layer_norm_epsilon", "feature_layer")
+    width, patch, heads, epsilon, layers = (fields[f"clip.vision.{key}"].contents() for key in keys)
+    gelu = fields["clip.use_gelu"].contents()
     side = pixels.shape[-1] // patch
 
     def linear(x: np.ndarray, name: str) -> np.ndarray:
@@ -282,7 +263,7 @@ def run_mmproj(path: Path, pixels: np.ndarray) -> np.ndarray:
     x = squares @ tensors["v.patch_embd.weight"].reshape(width, -1).T
     x = np.concatenate([tensors["v.class_embd"][None], x]) + tensors["v.position_embd.weight"]
     x = norm(x, "v.pre_ln")
-    for number in range(read("vision.feature_layer")[0]):
+    for number in range(layers[0]):
         block = f"v.blk.{number}"
         x = x + attend(norm(x, f"{block}.ln1"), block)
         inner = linear(norm(x, f"{block}.ln2"), f"{block}.ffn_up")

@@ -11,19 +11,9 @@ from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 def import_projector(path: str, vision: str, text: str, vision_feature_layer: int, folder: Path) -> dict[str, Any]:
     """Write a delta of two backbones with the linear layer of a .pth file (clipphi_proj.pth: 640 -> 2560).
 
-    Args:
-        path: a state dict. Only tensors are read; a pickled module, which could run any code, is refused.
-        vision: folder or Hub id of the vision tower.
-        text: folder or Hub id of the decoder.
-        vision_feature_layer: -1, the last hidden state, in those notebooks; the default of training is -2.
-        folder: where the model is written.
-
-    Returns:
-        {"files", "parameters"}.
-
-    Raises:
-        ValueError: if the file has no such layer, or one of other widths.
-    """
+    vision_feature_layer: -1, the last hidden state, in those notebooks; the default of training is -2. Only tensors are
+    read from the file; a pickled module, which could run any code, is refused. Returns {"files", "parameters"}. Raises
+    ValueError if the file has no such layer, or one of other widths."""
     state = _read(path)
     weights = [name for name, value in state.items() if name.endswith("weight") and value.dim() == 2]
     if len(weights) != 1:

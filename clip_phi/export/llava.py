@@ -14,14 +14,9 @@ from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiModel, ClipPhiProcessor
 def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path) -> dict[str, Any]:
     """Write the weights as a stock LlavaForConditionalGeneration, with its processor: no remote code.
 
-    A single linear layer W becomes linear_1 = W and linear_2 = identity, without an activation.
-
-    Returns:
-        {"files", "largest_difference"}: of the logits for a random image, after reading back.
-
-    Raises:
-        ValueError: if the decoder's head has a bias, as in phi-2; Llava's head has none.
-    """
+    A single linear layer W becomes linear_1 = W and linear_2 = identity, without an activation. Returns
+    {"files", "largest_difference"}: of the logits for a random image, after reading back. Raises ValueError if the
+    decoder's head has a bias, as in phi-2; Llava's head has none."""
     config: Any = model.config
     _refuse_head_bias(model, "Llava")
     linear = config.projector_type == "linear"
@@ -75,16 +70,11 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
 
 
 def export_vllm(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path) -> dict[str, Any]:
-    """Write a merged model whose AutoModel has no head, as vLLM's transformers backend needs it.
+    """Write a merged model whose AutoModel has no head, as vLLM's backend needs it; elsewhere it is the class with
+    generate.
 
-    Elsewhere AutoModel is the class with generate.
-
-    Returns:
-        {"files", "largest_difference"}: of the hidden states for a random image, after reading back.
-
-    Raises:
-        ValueError: if the decoder's head has a bias, as in phi-2; that backend creates a head without one.
-    """
+    Returns {"files", "largest_difference"}: of the hidden states for a random image, after reading back. Raises
+    ValueError if the decoder's head has a bias, as in phi-2; that backend creates a head without one."""
     _refuse_head_bias(model, "vLLM's backend")
     model.save_pretrained(folder, merged=True)
     processor.save_pretrained(folder)

@@ -22,19 +22,11 @@ class _Features(nn.Module):
 
 
 def export_onnx(model: ClipPhiForCausalLM, folder: Path) -> dict[str, Any]:
-    """Write vision.onnx, from pixel_values to image_features, both float32.
+    """Write vision.onnx, from pixel_values to image_features, both float32. The decoder is not exported.
 
-    pixel_values are (images, 3, height, width), normalised; image_features are (images, patches, text hidden). The
-    decoder is not exported: there are better exporters of decoders.
-
-    Returns:
-        {"files", "largest_difference"}: of onnxruntime's features for two random images and for one, relative to the
-        model's largest.
-
-    Raises:
-        ImportError: without the packages.
-        ValueError: if the features differ.
-    """
+    pixel_values are (images, 3, height, width), normalised; image_features are (images, patches, text hidden). Returns
+    {"files", "largest_difference"}: of onnxruntime's features for two random images and for one, relative to the
+    model's largest. Raises ImportError without the packages, ValueError if the features differ."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  # torch's exporter needs it

@@ -1,1 +1,1 @@
-"""The Hub: the model card, and pushing a model, and trying again when the Hub fails."""
+"""The Hub: the model card, pushing a model, and retries."""

@@ -182,20 +182,19 @@ class WhisperXTranscriber:
         with self._lock:
             if self._closed:
                 raise ValueError("this transcriber is closed")
-            if self._process is None:
-                self._start()
-            try:
-                result = self._request(samples)
-            except _WorkerExited:
-                self._start()  # the machine may be the cause, not this clip
+            for last_try in (False, True):  # the machine may be the cause of an exit, not this clip
+                if self._process is None:
+                    self._start()
                 try:
                     result = self._request(samples)
+                    break
                 except _WorkerExited as error:
-                    raise WorkerError(f"WhisperX exited twice during one clip: {error}") from error
-        segments = []
-        for each in result["segments"]:
-            words = tuple(Word(word["word"], word["start"], word["end"]) for word in each["words"])
-            segments.append(Segment(each["text"].strip(), each["start"], each["end"], words))
+                    if last_try:
+                        raise WorkerError(f"WhisperX exited twice during one clip: {error}") from error
+        segments = [
+            Segment(each["text"].strip(), each["start"], each["end"], tuple(Word(*word) for word in each["words"]))
+            for each in result["segments"]
+        ]
         return make_transcript(segments, result["language"], self.engine, clip)
 
     def close(self) -> None:
