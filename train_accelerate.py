@@ -34,7 +34,7 @@ def train(arguments: TrainingArguments) -> None:
     from accelerate.utils import gather_object, set_seed
     from transformers.utils import logging
 
-    from clip_phi.batching.dataset import ImageReader, SampleDataset, complete, make_loader
+    from clip_phi.batching.dataset import ImageReader, SampleDataset, add_image_features, make_loader
     from clip_phi.batching.packing import PackedBatch
     from clip_phi.batching.sampler import EndlessSampler
     from clip_phi.environment import describe_environment, peak_flops
@@ -125,7 +125,7 @@ def train(arguments: TrainingArguments) -> None:
     plain_model = accelerator.unwrap_model(model)
 
     def ready(pack: PackedBatch) -> PackedBatch:
-        return complete(pack.to(device), plain_model, cache)
+        return add_image_features(pack.to(device), plain_model, cache)
 
     eval_loaders = {
         name: make_loader(

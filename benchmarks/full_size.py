@@ -240,7 +240,10 @@ def run_stage(stage: int, folder: Path, arguments: argparse.Namespace) -> dict[s
     largest = max(packs, key=lambda pack: sum(len(sample.input_ids) for sample in pack))
     config = ClipPhiConfig.from_pretrained(output)
     config.adapter = None
-    ids, supervised = [sample.conversation_ids for sample in largest], sum(len(sample.targets) for sample in largest)
+    ids, supervised = (
+        [sample.conversation_ids for sample in largest],
+        sum(len(sample.shift_labels) for sample in largest),
+    )
     bill = Formula(config, asked, CARDS["cpu-16"]).bill(ids, supervised)
     logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return found | {

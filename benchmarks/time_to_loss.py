@@ -29,13 +29,13 @@ from torch.nn.functional import cross_entropy
 from transformers import PhiForCausalLM
 
 from clip_phi.batching.attention import PACKED_ATTENTION
-from clip_phi.batching.encode import IGNORE_INDEX
 from clip_phi.batching.images import load_image
 from clip_phi.batching.index import Index, load_index
 from clip_phi.batching.packing import PackedBatch, pack_samples
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONES = tuple(str(ROOT / "examples" / "demo_backbones" / part) for part in ("vision", "text"))
@@ -71,7 +71,9 @@ def read_scenes(folder: Path, split: str, processor: Any) -> Scenes:
 
 
 def pack(scenes: Scenes, numbers: list[int], pad_token_id: int) -> PackedBatch:
-    return pack_samples([scenes.index.tree(each) for each in numbers], scenes.pixels[numbers], pad_token_id)
+    return pack_samples(
+        [scenes.index.shared_prefix_sample(each) for each in numbers], scenes.pixels[numbers], pad_token_id
+    )
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from clip_phi.training.checkpoint import Checkpoints
 from modeling_clip_phi import ClipPhiForCausalLM as Causal
 
 ORIGIN = "annotations/captions_train2017.json:annotations["
-complete = loader.complete
+add_image_features = loader.add_image_features
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +71,14 @@ def before_step(monkeypatch, fault):
     """Call fault(step, pack, model) when the data of a training step has come."""
     steps = []
 
-    def complete_with_fault(pack, model, cache):
-        pack = complete(pack, model, cache)
+    def add_with_fault(pack, model, cache):
+        pack = add_image_features(pack, model, cache)
         if model.training:
             steps.append(1)
             fault(len(steps), pack, model)
         return pack
 
-    monkeypatch.setattr(loader, "complete", complete_with_fault)
+    monkeypatch.setattr(loader, "add_image_features", add_with_fault)
 
 
 def poison_from(first, last=99):

@@ -173,7 +173,7 @@ def test_a_closed_cache_opens_its_files_again(tmp_path):
 # Crashes
 
 
-@pytest.mark.parametrize(("ending", "unit"), [("index", RECORD.itemsize), ("bin", ROW_BYTES)])
+@pytest.mark.parametrize(("ending", "unit"), [("index", RECORD.size), ("bin", ROW_BYTES)])
 def test_a_last_record_cut_at_any_byte_costs_that_image_alone(tmp_path, ending, unit):
     put(open_cache(tmp_path / "whole"), 0, 1, 2)
     for lost in range(unit + 1):
@@ -259,7 +259,7 @@ def test_a_full_disk_names_the_option_and_leaves_a_cache_that_is_right(tmp_path,
         room[0] -= count
         return write(file, bytes(data[:count]))
 
-    one_more = 3 * ROW_BYTES + 3 * RECORD.itemsize
+    one_more = 3 * ROW_BYTES + 3 * RECORD.size
     for left in range(0, one_more, 7):
         room[0] = left
         monkeypatch.setattr(features.os, "write", short_write)
@@ -374,14 +374,14 @@ def test_another_fingerprint_is_another_cache(tmp_path):
     other = FeatureCache(tmp_path, "f" * 32, SHAPE)
     assert found(other, [0]) == [] and found(open_cache(tmp_path), [0]) == [0]
     about = json.loads((tmp_path / FINGERPRINT[:16] / "about.json").read_text())
-    assert about == {"format": 1, "fingerprint": FINGERPRINT, "shape": [3, 5]}
+    assert about == {"format": 2, "fingerprint": FINGERPRINT, "shape": [3, 5]}
 
 
 def test_a_folder_of_other_features_is_refused(tmp_path):
     open_cache(tmp_path)
-    with pytest.raises(ValueError, match="--cache_features: .*about.json says"):
+    with pytest.raises(ValueError, match="--cache_features: .*about.json has"):
         FeatureCache(tmp_path, FINGERPRINT, (3, 6))
-    with pytest.raises(ValueError, match="--cache_features: .*about.json says"):
+    with pytest.raises(ValueError, match="--cache_features: .*about.json has"):
         FeatureCache(tmp_path, FINGERPRINT[:16] + "0" * 16, SHAPE)
 
 

@@ -410,7 +410,7 @@ for repo, revision in zip(repos[::2], repos[1::2]):
     answer = pipe(text=messages, max_new_tokens=4, do_sample=False, return_full_text=False)[0]["generated_text"]
     assert answer == processor.decode(ids, skip_special_tokens=True)
     card = open(hf_hub_download(repo, "README.md", revision=revision)).read()
-    picture.save("picture.jpg")
+    picture.save("image.jpg")
     exec(card.split("```python\\n")[1].split("```")[0])  # the snippet, as it stands there
 assert "modeling_clip_phi" not in sys.modules
 """

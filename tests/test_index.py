@@ -61,7 +61,7 @@ def test_index_holds_every_sample_and_its_encoding(source, processor):
     assert [index.sample(number) for number in range(len(index))] == samples
     for number in range(len(index)):
         assert index.encoded(number) == in_memory.encoded(number)
-        assert index.tree(number) == in_memory.tree(number)
+        assert index.shared_prefix_sample(number) == in_memory.shared_prefix_sample(number)
         assert index.num_tokens()[number] == 4 + sum(len(conversation.ids) for conversation in index.encoded(number))
     assert index.report.records == report.records == sum(len(sample.conversations) for sample in samples)
 
@@ -168,7 +168,7 @@ def test_index_goes_to_workers_as_the_name_of_its_file(source, processor):
     assert len(sent) < 3000
     arrived = pickle.loads(sent)
     assert [arrived.sample(number) for number in range(2)] == [index.sample(number) for number in range(2)]
-    assert arrived.tree(1) == index.tree(1)
+    assert arrived.shared_prefix_sample(1) == index.shared_prefix_sample(1)
 
 
 SCRIPT = """

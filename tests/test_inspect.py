@@ -173,7 +173,7 @@ def test_json_counts_what_is_used_skipped_mended_equal_and_leaked(run, mixed, da
             "missing image": 1,
             "two answers in a row": 1,
         },
-        "repaired": {"longer than max_length, and was cut behind an answer": 1},
+        "repaired": {"longer than max_length, and was cut after an answer": 1},
         "duplicates": {"images": 1, "samples": 1, "examples": [f"{train}/copy.png = {train}/000000000002.jpg"]},
         "leakage": {
             "images": 1,
@@ -211,7 +211,7 @@ def test_the_numbers_are_those_that_training_meets(run, mixed, data, processor):
     lengths = sorted(len(tree.input_ids) + count for tree, count in zip(trees, conversations, strict=True))
     assert summary["branches"] == sum(conversations)
     assert (summary["samples"], summary["tokens"]) == (len(trees), sum(lengths))
-    assert summary["supervised_tokens"] == sum(len(tree.targets) for tree in trees)
+    assert summary["supervised_tokens"] == sum(len(tree.shift_labels) for tree in trees)
     assert (summary["lengths"]["min"], summary["lengths"]["max"]) == (lengths[0], lengths[-1])
     assert summary["lengths"]["mean"] == round(sum(lengths) / len(lengths), 2)
     assert summary["images"] == 5 and summary["duplicates"]["images"] == 1

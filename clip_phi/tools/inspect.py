@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..batching.encode import IGNORE_INDEX
+from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
+
 from ..batching.images import load_image, pixel_hash
 from ..data.report import NUM_EXAMPLES, RecordError, Report, Skip
 from ..data.sample import File
@@ -151,7 +152,7 @@ def show(indexes: Sequence["Index"], processor: Any, first: int, number: int) ->
 def _show(index: "Index", row: int, title: str, processor: Any) -> Shown:
     source, encoded = index.image(row), index.encoded(row)
     image, picture = None, "no image"
-    prefix = index.prefix if source is not None else []
+    prefix = index.prefix(row)
     if source is not None:
         name = str(source) if isinstance(source, File) else f"{len(source):,} bytes"
         try:
@@ -331,7 +332,7 @@ def measure(index: "Index") -> np.ndarray:
         stops = np.concatenate([[0], np.cumsum(labels.flatten().to_numpy() != IGNORE_INDEX)])
         ends = np.cumsum(labels.value_lengths().to_numpy())
         conversations = batch.column("lengths").value_lengths().to_numpy()
-        turns = [sum(map(len, json.loads(text))) for text in batch.column("branches").to_pylist()]
+        turns = [sum(map(len, json.loads(text))) for text in batch.column("conversations").to_pylist()]
         rows.append(np.stack([conversations, np.array(turns, np.int64), np.diff(stops[ends], prepend=0)], axis=1))
     counts = np.concatenate(rows)
     return np.insert(counts, 2, index.num_tokens(), axis=1)

@@ -50,7 +50,7 @@ class TrainingArguments:
         0.01, "stop if a larger share of the records is damaged; 0: stop at any (a strict run)"
     )
     max_length: int = _option(
-        2048, "longest conversation in tokens, image included; longer ones are cut behind an answer"
+        2048, "longest conversation in tokens, image included; longer ones are cut after an answer"
     )
     dataloader_num_workers: int = _option(4, "processes that read images; 0 reads them in the training process")
     image_processing: Literal["exact", "fast"] = _option(
