@@ -159,8 +159,9 @@ def test_data_that_does_not_come_is_named_and_waited_for(train, few, tmp_path, m
     monkeypatch.setattr(watch, "STALL_SECONDS", 0.2)
     before_step(monkeypatch, lambda step, pack, model: time.sleep(0.6 * (step == 2)))
     train(few)
-    told = [line for line in capsys.readouterr().err.splitlines() if "no data for" in line]
-    assert len(told) == 1 and "no data for 0.2 s: step 2 needs " in told[0] and told[0].count(ORIGIN) == 4
+    printed = capsys.readouterr().err.splitlines()
+    lines = [line for line in printed if "no data for 0.2 s: step 2 needs " in line]  # a slow machine adds other steps
+    assert len(lines) == 1 and lines[0].count(ORIGIN) == 4
     assert list(metrics(tmp_path / "run", "loss")) == [1, 2, 3, 4, 5, 6]
 
 
