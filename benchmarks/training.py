@@ -44,11 +44,12 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from clip_phi.batching.attention import PACKED_ATTENTION, PackLayout
-from clip_phi.batching.encode import IGNORE_INDEX, Encoded
+from clip_phi.batching.encode import Encoded
 from clip_phi.batching.packing import SharedPrefixSample, build_shared_prefix, pack_samples
 from clip_phi.batching.sampler import plan_packs
 from clip_phi.training.arguments import Stage1Arguments
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
+from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
 
 PATCHES = 49
 VOCABULARY, END, IMAGE, PAD = 51200, 50256, 50295, 50296
@@ -373,8 +374,8 @@ def pad_trees(trees: Sequence[SharedPrefixSample], pixel_values: torch.Tensor, s
     """One tree a row. Rows of one branch are causal, and need no mask as their padding is at the right."""
     batch = {
         "input_ids": _pad([tree.input_ids for tree in trees], PAD),
-        "logits_to_keep": _pad([tree.kept for tree in trees], 0),
-        "shift_labels": _pad([tree.targets for tree in trees], IGNORE_INDEX),
+        "logits_to_keep": _pad([tree.logits_to_keep for tree in trees], 0),
+        "shift_labels": _pad([tree.shift_labels for tree in trees], IGNORE_INDEX),
         "pixel_values": pixel_values,
     }
     if sharing:

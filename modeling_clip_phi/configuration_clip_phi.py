@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPVisionConfig, PhiConfig, PreTrainedConfig
 
+IGNORE_INDEX = -100  # the label of a token that is not supervised
+
 # The shapes of wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M (its vision half) and of microsoft/phi-2.
 TINY_CLIP_VISION = {
     "hidden_size": 640,

@@ -42,9 +42,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.hub import cached_file
 
-from .configuration_clip_phi import ClipPhiConfig
+from .configuration_clip_phi import IGNORE_INDEX, ClipPhiConfig
 
-IGNORE_INDEX = -100
 # transformers 5.24 calls the cache "cache" where releases before call it "past_key_values".
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 ADAPTER_FOLDER = "adapter"

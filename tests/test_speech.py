@@ -209,7 +209,7 @@ def test_recordings_have_a_folder_of_their_own(tmp_path):
     (tmp_path / "sound").mkdir()
     (tmp_path / "sound/a.wav").write_bytes(b"sound")
     media = parse_source(f"llava:{tmp_path}/x.json,images={tmp_path},recordings={tmp_path}/sound").media()
-    assert media.find("a.wav", "speech") == File(f"{tmp_path}/sound/a.wav")
+    assert media.find("a.wav", what="speech") == File(f"{tmp_path}/sound/a.wav")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_asr_settings_have_transcripts_of_their_own(tmp_path):
     ]
     assert len({Transcripts(way, tmp_path).path for way in ways}) == len(ways)
     source = parse_source("llava:x.json,engine=whisperx,speech_model=small,language=en,max_speech_seconds=5")
-    assert source.hearing == AsrSettings("whisperx", "small", "en", 5.0)
+    assert source.asr_settings == AsrSettings("whisperx", "small", "en", 5.0)
 
 
 def spoken_sample(*recordings, text=SPOKEN_INSTRUCTION):
@@ -249,10 +249,10 @@ def test_known_transcripts_are_filled_in_and_the_rest_is_counted(tmp_path):
     (sample,) = again.fill([spoken_sample(b"one", b"silent", b"broken", b"unheard", File("/nowhere"))], report)
     assert [conversation[0].transcript for conversation in sample.conversations] == ["is it red", None]
     assert sample.origins == ("d:0", "d:3")
-    assert report.skipped == {"nobody speaks in the recording": 1, "recording cannot be heard": 1, "missing speech": 1}
+    assert report.skipped == {"no speech in the recording": 1, "recording cannot be decoded": 1, "missing speech": 1}
     (sample,) = again.fill([spoken_sample(b"silent", text="Is it red?")], report)  # it has a text of its own
     assert sample.conversations[0][0] == Turn("user", "Is it red?")
-    assert report.repaired == {"nobody speaks in the recording, which was left out": 1}
+    assert report.repaired == {"no speech in the recording, which was left out": 1}
 
 
 def test_a_line_torn_by_a_kill_costs_only_itself(tmp_path):

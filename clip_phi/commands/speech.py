@@ -130,7 +130,7 @@ def _transcribe_data(arguments: argparse.Namespace) -> None:
     for source in parse_files(arguments.data):
         found, report = transcribe_source(source, arguments.speech_device, arguments.compute_type)
         if arguments.json:
-            record = asdict(found) | source.hearing._asdict() | {"data": source.path, "report": report.as_dict()}
+            record = asdict(found) | source.asr_settings._asdict() | {"data": source.path, "report": report.as_dict()}
             print(json.dumps(record), flush=True)
         else:
             print(f"{source.path}: {found}", *filter(None, [report.table()]), sep="\n", flush=True)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from ..batching.images import load_image
-from ..data.sample import File
+from ..data.sample import File, user_message
 from .generate import GeneratedAnswer, Prompt, generate_answers
 
 
@@ -132,10 +130,5 @@ def answer_all(
 
 
 def as_prompt(request: Question) -> Prompt:
-    content: list[dict[str, Any]] = [{"type": "image"}] if request.image is not None else []
-    if request.transcript is not None:
-        content.append({"type": "transcript", "text": request.transcript})
-    if request.text is not None:
-        content.append({"type": "text", "text": request.text})
-    image: Image.Image | None = load_image(request.image) if request.image is not None else None
-    return [{"role": "user", "content": content}], image
+    image = load_image(request.image) if request.image is not None else None
+    return [user_message(request.text, int(image is not None), request.transcript)], image

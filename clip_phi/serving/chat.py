@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..batching.images import load_image
+from ..data.sample import user_message
 from ..data.synthetic import draw_scene, sample_scene
 from ..speech.tts import join
 from ..templates import render
@@ -215,25 +216,20 @@ def _conversation(
     messages: list[dict[str, Any]] = []
     images: list[Image.Image] = []
     for files, text, answer in turns:
-        content: list[dict[str, str]] = []
-        transcript = ""
+        transcripts, before = [], len(images)
         for path in files:
             if (mimetypes.guess_type(path)[0] or "").startswith(("audio/", "video/")):
                 if transcribe is None:
                     raise ValueError("this page has no speech input")
-                transcript = transcribe(path)
-                content.append({"type": "transcript", "text": transcript})
+                transcripts.append(transcribe(path))
             else:
                 images.append(load_image(path))
-                content.append({"type": "image"})
-        if text:
-            content.append({"type": "text", "text": text})
-        if not content:
+        if not (files or text):
             raise ValueError("there is no question: write one, or attach an image")
-        messages.append({"role": "user", "content": content})
+        messages.append(user_message(text, len(images) - before, *transcripts))
         if answer:
             messages.append({"role": "assistant", "content": answer})
-    return messages, images, transcript
+    return messages, images, transcripts[-1] if transcripts else ""
 
 
 def _content(entry: dict[str, Any]) -> tuple[list[str], str]:

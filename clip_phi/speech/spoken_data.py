@@ -72,7 +72,7 @@ def transcribe_source(
     stats.recordings = len(keys)
     if not pending:
         return stats, report
-    engine, model, language, max_seconds = transcripts.hearing
+    engine, model, language, max_seconds = transcripts.settings
     with closing(make_transcriber(engine, model, device, language, compute_type)) as transcriber:
         for recording in tqdm(pending.values(), unit="recording", disable=None, dynamic_ncols=True):
             try:
