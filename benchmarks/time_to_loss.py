@@ -42,6 +42,7 @@ BACKBONES = tuple(str(ROOT / "examples" / "demo_backbones" / part) for part in (
 IMAGES_PER_STEP, CAPTIONS_PER_STEP = 8, 2  # ours, the recipe's
 TEACHER_FORCED, LABEL_SMOOTHING, DROPOUT = 5, 0.1, 0.1
 WARM_UP = 20  # steps
+MIN_STEPS = 8  # of the recipe, so that the loss falls on a slow machine too
 
 
 @dataclass
@@ -191,7 +192,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         options.recipe_learning_rate,
         CAPTIONS_PER_STEP,
         options.seconds / 40,
-        lambda point: point.seconds >= options.seconds,
+        lambda point: point.seconds >= options.seconds and point.steps >= MIN_STEPS,
     )
     best = min(recipe_points, key=lambda point: point.loss)
     projector.load_state_dict(start)
@@ -202,7 +203,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         options.learning_rate,
         IMAGES_PER_STEP * 5,
         options.seconds / 4000,
-        lambda point: point.loss <= best.loss or point.seconds >= options.seconds,
+        lambda point: point.loss <= best.loss or point.seconds >= max(options.seconds, recipe_points[-1].seconds),
     )
     reached = our_points[-1]
     return {

@@ -186,10 +186,11 @@ def test_stop_strings_and_lengths_end_an_answer_and_are_told(make_engine):
     text = whole.result()
     assert whole.finish_reason == "length" and whole.num_tokens == 24
     stop = text[5:8]
+    began = time.monotonic()
     short = engine.submit(*conversation(1), max_new_tokens=24, stop=["never there", stop])
     assert short.result() == text[: text.find(stop)].rstrip()
     assert short.finish_reason == "stop" and short.num_tokens < 24
-    assert 0 < short.first_token_seconds < 60 and whole.tokens_per_second > 0
+    assert 0 < short.first_token_seconds < time.monotonic() - began and whole.tokens_per_second > 0
     assert short.num_prompt_tokens == whole.num_prompt_tokens > 4
 
 

@@ -596,6 +596,7 @@ def test_data_set_is_pushed_and_read_whole_and_as_a_stream(hub, tmp_path):
         capture_output=True,
         text=True,
     )
+    assert done.returncode == 0, done.stderr
     assert done.stdout == "[['a cat'], ['a dog', 'dogs']]\n" * 2, done.stderr
 
 
@@ -603,6 +604,7 @@ def test_example_pushes_and_reloads_without_a_difference(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "examples/push_and_reload.py"], cwd=tmp_path, capture_output=True, text=True
     )
+    assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"(?:\w+: [\d.]+ MB on the hub, largest logit difference 0\n){2}", done.stdout), done.stderr
 
 

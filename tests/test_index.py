@@ -5,12 +5,11 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+from fork_server import run_forked
 from PIL import Image
 
 from clip_phi.batching import index as index_module
@@ -184,10 +183,11 @@ print(len(load_index(parse_source(sys.argv[1]), ClipPhiProcessor.from_pretrained
 def test_processes_that_make_the_same_index_at_once_do_not_harm_each_other(source, processor, tmp_path):
     processor.save_pretrained(tmp_path / "processor")
     spec = f"llava:{source.path},images={source.images}"
-    command = [sys.executable, "-c", SCRIPT, spec, str(tmp_path / "processor")]
+    (tmp_path / "script.py").write_text(SCRIPT)
     environment = os.environ | {"HF_HOME": str(tmp_path / "shared")}
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
-    assert [process.communicate()[0] for process in running] == ["6\n"] * 3
+    words = [spec, tmp_path / "processor"]
+    done = run_forked(tmp_path / "script.py", words, tmp_path, environment, processes=3)
+    assert (done.returncode, done.stdout) == (0, "6\n" * 3), done.stderr
     assert len(list((tmp_path / "shared/clip_phi").iterdir())) == 1
 
 
