@@ -411,13 +411,13 @@ def test_ask_puts_the_transcript_before_the_instruction(image_file, checkpoint, 
 def test_a_spoken_question_is_asked_as_it_was_trained(checkpoint, image_file, monkeypatch):
     trained = as_messages((Turn("user", SPOKEN_INSTRUCTION, transcript="is it red"), Turn("assistant", "yes")), True)
     engine, asked = Engine.from_pretrained(checkpoint), []
-    template = engine.processor.apply_chat_template
+    encode = engine.processor.encode
 
     def noted(messages, **options):
         asked.append(messages)
-        return template(messages, **options)
+        return encode(messages, **options)
 
-    monkeypatch.setattr(engine.processor, "apply_chat_template", noted)
+    monkeypatch.setattr(engine.processor, "encode", noted)
     assert "".join(engine.stream(SPOKEN_INSTRUCTION, Image.open(image_file), 6, transcript="is it red"))
     assert asked == [trained[:1]]
 
