@@ -196,14 +196,16 @@ def run_measured(command: Sequence[str], log: Path, environment: dict[str, str])
 
 def packs_of(arguments: TrainingArguments, processor: Any) -> list[list[SharedPrefixSample]]:
     """Read the packs that the run trains on, from the same plan of the same data."""
+    from accelerate import Accelerator
+
     from clip_phi.batching.dataset import ImageReader
     from clip_phi.training.data import read_data
 
-    data = read_data(arguments, processor, ImageReader(processor), 0, 1, lambda text: None)
-    assert data.batches is not None
+    data = read_data(arguments, processor, ImageReader(processor), Accelerator(cpu=True))
+    assert data.sampler is not None
     packs = []
     for number in range(arguments.max_steps * arguments.gradient_accumulation_steps):
-        items: list[Any] = [data.train[place] for place in data.batches.batch(number)]  # type: ignore[index]
+        items: list[Any] = [data.train[place] for place in data.sampler.batches.batch(number)]  # type: ignore[index]
         packs.append([sample for sample, _ in items])
     return packs
 

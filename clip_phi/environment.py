@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +74,25 @@ def describe_environment() -> dict[str, Any]:
         "git_commit": git_commit(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+def quantization_config(kind: str, compute_dtype: Any) -> Any:
+    """transformers' configuration of bitsandbytes weights. Source of nf4, quantised twice: QLoRA, arXiv 2305.14314.
+
+    kind: nf4 (4 bits) or int8. compute_dtype: torch dtype in which 4-bit weights are multiplied. Raises ImportError if
+    bitsandbytes is not installed."""
+    from transformers import BitsAndBytesConfig
+
+    if not find_spec("bitsandbytes"):
+        raise ImportError(f"--quantization {kind} needs bitsandbytes: pip install 'clip-phi[cuda]'")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
 
 
 def without_secrets(text: str) -> str:

@@ -19,7 +19,7 @@ from clip_phi.data.json_files import read_instruct
 from clip_phi.data.report import Report
 from clip_phi.data.schema import find_by_name, read_records
 from clip_phi.data.source import parse_source
-from clip_phi.training.logger import Monitor
+from clip_phi.training.logger import TrainingLogger
 
 MAX_LENGTH = 256
 
@@ -214,7 +214,7 @@ def test_half_a_character_outside_the_texts_can_be_reported(name, tmp_path):
         list(read_coco_captions(tmp_path / "captions.json", media, report))
     assert report.num_skipped >= 1
     report.table().encode()  # what is printed
-    Monitor(tmp_path / "out", 1, True, torch.device("cpu")).close(report)
+    TrainingLogger(tmp_path / "out", 1, True, torch.device("cpu")).close(report)
     assert report_of(tmp_path / "out")["skipped"] == dict(report.skipped)
 
 

@@ -104,7 +104,7 @@ def test_merged_checkpoint_holds_everything(trained1, data, tmp_path):
 
     # Trained on, it stays merged: a delta over the original backbones would lose what was folded in.
     done = run(*stage2(data, tmp_path / "merged", tmp_path / "again", "--max_steps", 1))
-    assert "so will be what is saved" in done.stdout
+    assert "training starts from a merged model, so a merged model is saved" in done.stdout
     again = load_file(tmp_path / "again/model.safetensors")
     name = "model.vision_tower.encoder.layers.0.mlp.fc1.weight"
     assert again.keys() == names and torch.equal(again[name], merged.state_dict()[name])

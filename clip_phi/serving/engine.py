@@ -23,6 +23,7 @@ from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 from ..batching.images import Preprocessor, pixel_hash
 from ..data.sample import SPOKEN_INSTRUCTION, user_message
+from ..environment import quantization_config
 from ..evaluation.generate import end_tokens, refuse_too_long
 from ..hub.retry import load_with_retries
 from .detokenizer import TextStream
@@ -574,19 +575,7 @@ def _load(path: str, device: torch.device, quantization: str | None) -> Any:
         if quantization is not None:
             quantize_decoder(model)
         return model
-    try:
-        import bitsandbytes  # noqa: F401
-        from transformers import BitsAndBytesConfig
-    except ImportError as error:
-        raise ImportError(f"{quantization} on {device} needs bitsandbytes: pip install 'clip-phi[cuda]'") from error
-    compute = torch.float32 if device.type == "cpu" else torch.bfloat16
-    config = BitsAndBytesConfig(
-        load_in_8bit=quantization == "int8",
-        load_in_4bit=quantization == "nf4",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-    )
+    config = quantization_config(quantization, torch.float32 if device.type == "cpu" else torch.bfloat16)
     return load_with_retries(
         ClipPhiForCausalLM.from_pretrained,
         path,
