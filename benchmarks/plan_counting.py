@@ -40,7 +40,7 @@ class Counts(NamedTuple):
 
 
 class LikeCuda(TorchFunctionMode):
-    """Makes meta tensors keep the activations that CUDA keeps: autocast to dtype (or None), fused attention and dropout.
+    """Makes meta tensors keep what CUDA keeps: autocast to dtype (or None), fused attention and dropout.
 
     The lists are those of ATen/autocast_mode.h, as far as decoders and towers of transformers use them.
     """
