@@ -281,7 +281,7 @@ def train(arguments: TrainingArguments) -> None:
             "frozen_weights": "unchanged",
         }
         write_run(output_dir / "run.json", run | results)
-    accelerator.print(f"saved in {output_dir}; try: clip-phi caption --checkpoint {output_dir} IMAGE")
+    accelerator.print(f"saved in {output_dir}; try: clip-phi caption --model {output_dir} IMAGE")
     if arguments.push_to_hub and accelerator.is_main_process:
         print(push(output_dir, Target(arguments.push_to_hub, private=arguments.hub_private_repo or None)))
     accelerator.end_training()

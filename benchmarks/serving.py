@@ -94,7 +94,7 @@ def pictures(count: int, seed: int = 0) -> list[Image.Image]:
 
 def race(checkpoint: str, requests: int, concurrent: int, new_tokens: int, repeats: int) -> dict[str, Any]:
     """The engine and generate, on equal weights and pictures that neither has met."""
-    with Engine(checkpoint, "cpu") as engine:
+    with Engine.from_pretrained(checkpoint, "cpu") as engine:
         instruction = engine.model.config.caption_instruction
         if instruction is None and checkpoint == str(DEMO):
             instruction = INSTRUCTION

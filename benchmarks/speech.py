@@ -23,9 +23,9 @@ from clip_phi.data.sample import SPOKEN_INSTRUCTION, File
 from clip_phi.data.source import parse_source
 from clip_phi.data.transcripts import ENGINES
 from clip_phi.speech.asr import make_transcriber
-from clip_phi.speech.audio import import_av, load_clip
-from clip_phi.speech.spoken_data import as_text, speak_questions, transcribe_source
-from clip_phi.speech.tts import Speech, make_speaker
+from clip_phi.speech.audio import import_av, load_audio
+from clip_phi.speech.spoken_data import synthesize_questions, transcribe_source
+from clip_phi.speech.tts import Speech, make_tts
 
 ROOT = Path(__file__).resolve().parent.parent
 SENTENCES = (
@@ -83,8 +83,8 @@ def word_errors(said: list[str], heard: list[str]) -> int:
 
 
 def hear(model: str, engine: Any) -> dict[str, Any]:
-    speaker, transcriber = make_speaker(), make_transcriber(engine, model)
-    spoken = [speaker.speak(sentence) for sentence in SENTENCES]
+    tts, transcriber = make_tts(), make_transcriber(engine, model)
+    spoken = [tts.synthesize(sentence) for sentence in SENTENCES]
     rates, seconds, length = {}, 0.0, 0.0
     print(f"{'format':22}{'word errors':>12}{'words':>8}{'WER':>8}")
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +94,7 @@ def hear(model: str, engine: Any) -> dict[str, Any]:
                 path = Path(folder) / f"{number}.{options[0]}"
                 encode_sound(path, speech, *options)
                 began = time.perf_counter()
-                heard = transcriber.transcribe(load_clip(path))
+                heard = transcriber.transcribe(load_audio(path))
                 seconds += time.perf_counter() - began
                 length += speech.seconds
                 errors += word_errors(words_of(sentence), words_of(heard.text))
@@ -108,14 +108,14 @@ def hear(model: str, engine: Any) -> dict[str, Any]:
 
 def answer(model: str, demo: Path, output: Path) -> dict[str, Any]:
     data, sources = demo / "data", {}
-    speaker = make_speaker()
+    tts = make_tts()
     for split, share in (("train", 0.5), ("val", 1.0)):
         spoken = output / f"spoken_{split}.json"
-        found = speak_questions(data / f"llava_instruct_{split}.json", spoken, speaker, share)
-        print(f"{split}: {as_text(found)}", flush=True)
+        found = synthesize_questions(data / f"llava_instruct_{split}.json", spoken, tts, share)
+        print(f"{split}: {found}", flush=True)
         folders = f"images={data / f'{split}2017'},recordings={spoken.with_suffix('')}"
         sources[split] = f"llava:{spoken},{folders},speech_model={model}"
-        print(f"{split}: {as_text(transcribe_source(parse_source(sources[split]))[0])}", flush=True)
+        print(f"{split}: {transcribe_source(parse_source(sources[split]))[0]}", flush=True)
     command = [
         sys.executable,
         "-m",

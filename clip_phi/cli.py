@@ -1,41 +1,27 @@
 """The command clip-phi."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
-from .commands import (
-    data,
-    hub,
-    serving,
-    speech,
-)
-from .commands import (
-    evaluate as judging,
-)
-from .commands import (
-    generate as answers,
-)
-from .commands import (
-    system as machine,
-)
+from .commands import data, evaluate, generate, hub, serving, speech, system
+from .commands.common import Parser
+
+# The order in which a newcomer needs the commands: try a model, serve it, look at data, train, evaluate, share.
+TOPICS = (generate, serving, data, speech, system, evaluate, hub)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0; 1 if the doctor found a problem; 2 after one line on stderr about bad input."""
-    parser = make_parser()
-    arguments, rest = parser.parse_known_args(argv)
-    # argparse takes "IMAGE --option QUESTION" for an image without a question, and a question too many (bpo-15112).
-    if len(rest) == 1 and not rest[0].startswith("-") and getattr(arguments, "question", "") is None:
-        arguments.question = rest.pop()
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    """Run the command line.
+
+    Returns 0; 1 if the doctor found a problem or an image was bad; 2 after one line on stderr about bad input.
+    Exits with status 2 and one such line if the options themselves are wrong."""
+    arguments = make_parser().parse_args(argv)
     try:
-        status = arguments.run(arguments) or 0
+        status: int = arguments.run(arguments) or 0
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # `| head` has read enough
+    except BrokenPipeError:  # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ImportError) as error:
@@ -45,13 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("clip-phi", description="Use a Clip-Phi model: caption images, ask about them.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for topic in (answers, data, hub, judging, machine, serving, speech):
+def make_parser() -> Parser:
+    parser = Parser(
+        "clip-phi",
+        description="Use a Clip-Phi model: caption images, answer questions about them, serve, evaluate and share it.",
+        epilog="Each command explains its options: clip-phi COMMAND --help. Training: train_accelerate.py --help.",
+    )
+    commands = parser.add_commands("COMMAND")
+    for topic in TOPICS:
         topic.add_to(commands)
-    for command in commands.choices.values():
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

@@ -42,7 +42,7 @@ def serving(engine, **options):
 
 @pytest.fixture(scope="module")
 def engine(model, processor):
-    with Engine.of(model, processor, limits=Limits(max_batch=8, max_waiting=300)) as engine:
+    with Engine(model, processor, limits=Limits(max_batch=8, max_waiting=300)) as engine:
         yield engine
 
 
@@ -150,10 +150,10 @@ def test_an_image_alone_asks_for_a_caption_as_the_checkpoint_was_trained_to(clie
     found = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8).choices[0].message.content
     assert found == greedy(model, processor, picture(), None)
     fresh_model.config.caption_instruction = "a red circle"
-    with Engine.of(fresh_model, processor) as engine:
-        asked = engine.completed([{"role": "user", "content": [{"type": "image"}]}])
+    with Engine(fresh_model, processor) as engine:
+        asked = engine.add_default_instructions([{"role": "user", "content": [{"type": "image"}]}])
         assert asked[0]["content"][1] == {"type": "text", "text": "a red circle"}
-        assert engine.completed(asked) == asked
+        assert engine.add_default_instructions(asked) == asked
 
 
 def test_models_are_listed_and_others_are_not_found(client):
@@ -164,13 +164,13 @@ def test_models_are_listed_and_others_are_not_found(client):
         client.models.retrieve("none/other")
 
 
-def test_speech_is_heard_before_the_instruction(model, processor, engine):
-    heard = []
+def test_the_transcript_of_speech_is_before_the_instruction(model, processor, engine):
+    recordings = []
 
-    def hear(data):
-        heard.append(data)
+    def transcribe(data):
+        recordings.append(data)
         if data == b"noise":
-            raise ValueError("nobody speaks in the recording")
+            raise ValueError("no speech in the recording")
         return "is it red"
 
     def ask(data, *more):
@@ -181,14 +181,16 @@ def test_speech_is_heard_before_the_instruction(model, processor, engine):
         )
 
     with (
-        serving(engine, hear=hear, close_engine=False) as address,
+        serving(engine, transcribe=transcribe, close_engine=False) as address,
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
     ):
         found = ask(b"sound", {"type": "text", "text": "a star?"}).choices[0].message.content
-        assert found == greedy(model, processor, picture(), "a star?", transcript="is it red") and heard == [b"sound"]
+        assert found == greedy(model, processor, picture(), "a star?", transcript="is it red") and recordings == [
+            b"sound"
+        ]
         spoken = ask(b"sound").choices[0].message.content
         assert spoken == greedy(model, processor, picture(), SPOKEN_INSTRUCTION, transcript="is it red")
-        with pytest.raises(openai.BadRequestError, match="nobody speaks"):
+        with pytest.raises(openai.BadRequestError, match="no speech"):
             ask(b"noise")
 
 
@@ -261,7 +263,7 @@ def test_a_bad_body_is_a_400_that_names_what_is_wrong(body, message, address):
     assert message.lower() in error["message"].lower() and error["type"] == "invalid_request_error"
 
 
-def test_a_sound_without_a_part_that_hears_says_how_to_get_it(address):
+def test_a_recording_without_speech_recognition_names_the_option(address):
     sound = {"type": "input_audio", "input_audio": {"data": "YQ==", "format": "wav"}}
     found = post(address, user(sound))
     assert found.status_code == 501 and "--speech_model" in found.json()["error"]["message"]
@@ -355,7 +357,7 @@ def test_a_key_is_asked_for_where_one_is_set(engine):
 
 
 def test_a_full_queue_answers_429_with_a_time_to_come_back(model, processor):
-    with Engine.of(model, processor, limits=Limits(max_batch=1, max_waiting=1)) as engine, serving(engine) as address:
+    with Engine(model, processor, limits=Limits(max_batch=1, max_waiting=1)) as engine, serving(engine) as address:
         running = iter(engine.submit(as_prompt("a star?", None)[0], max_new_tokens=200))
         assert next(running)
         with engine._changed:  # the engine takes nobody in while we look
@@ -397,7 +399,7 @@ def test_fifty_clients_at_once_each_get_their_own_answer(address, engine, model,
 
 
 def test_an_answer_that_fails_is_a_500_and_the_next_one_is_answered(fresh_model, processor):
-    with Engine.of(fresh_model, processor) as engine, serving(engine) as address:
+    with Engine(fresh_model, processor) as engine, serving(engine) as address:
         forward, engine.forward = engine.forward, None
         engine.forward = lambda **inputs: 1 / 0
         found = post(address, request())

@@ -1,5 +1,5 @@
-"""The chat page in a real headless Chromium: pictures, microphone, several turns, stop, reload; nothing leaves the
-machine. `make test-browser`; with ARGS='--screenshots docs/chat' it also takes the pictures of the documentation."""
+"""The chat page in a real headless Chromium: images, microphone, several turns, stop, reload; nothing leaves the
+machine. `make test-browser`; with ARGS='--screenshots docs/chat' it also takes the screenshots of the documentation."""
 
 import io
 import math
@@ -22,7 +22,7 @@ from PIL import Image
 from clip_phi.cli import main
 from clip_phi.data.synthetic import draw_scene, sample_scene
 from clip_phi.serving.engine import Engine, Limits, as_prompt
-from clip_phi.serving.modalities import Parts, find_parts
+from clip_phi.serving.modalities import Modalities, load_modalities
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parent.parent
@@ -30,19 +30,19 @@ DEMO = ROOT / "outputs" / "demo" / "model"
 SECONDS = 20_000  # milliseconds that anything on the page may take
 
 
-class Senses:
-    """Parts that need no other package: they note what they are given."""
+class FakeModels:
+    """Modalities without another package, which record their inputs."""
 
     def __init__(self):
-        self.heard: list[bytes] = []
+        self.recordings: list[bytes] = []
         self.drawn: list[str] = []
         self.fails = False
 
-    def hear(self, path):
-        self.heard.append(Path(path).read_bytes())
+    def transcribe(self, path):
+        self.recordings.append(Path(path).read_bytes())
         return "is it red"
 
-    def speak(self, text):
+    def synthesize(self, text):
         if self.fails:
             raise ValueError("the voice cannot say this")
         yield 16_000, np.sin(np.arange(8_000) / 20).astype(np.float32)
@@ -56,21 +56,21 @@ class Senses:
 def engine():
     """With the demo's model, which make test-browser makes first."""
     assert DEMO.is_dir(), f"no model in {DEMO}: run make demo"
-    with Engine(str(DEMO), "cpu", limits=Limits(gather_seconds=0)) as engine:
+    with Engine.from_pretrained(str(DEMO), "cpu", limits=Limits(gather_seconds=0)) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
-def senses():
-    return Senses()
+def fakes():
+    return FakeModels()
 
 
 @pytest.fixture(scope="module")
-def address(engine, senses):
+def address(engine, fakes):
     from clip_phi.serving.chat import CSS, _theme, make_page
 
-    parts = Parts(senses.hear, senses.speak, senses.draw, ["no way to sing: pip install 'clip-phi[song]'"])
-    page = make_page(engine, parts)
+    missing = ["no singing: pip install 'clip-phi[song]'"]
+    page = make_page(engine, Modalities(fakes.transcribe, fakes.synthesize, fakes.draw, missing))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -84,7 +84,7 @@ def address(engine, senses):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Pictures, a sound for the fake microphone, and what is no picture."""
+    """Images, a recording for the fake microphone, and a file that is no image."""
     folder = tmp_path_factory.mktemp("files")
     choose = random.Random(16)  # the demo's model describes the first one right
     for name in ("one.png", "two.png"):
@@ -92,7 +92,7 @@ def files(tmp_path_factory):
         while len(scene.objects) < 3:
             scene = sample_scene(choose, "val")
         draw_scene(scene).resize((120, 120), Image.Resampling.LANCZOS).save(folder / name)
-    (folder / "bad.png").write_text("no picture")
+    (folder / "bad.png").write_text("no image")
     with wave.open(str(folder / "voice.wav"), "wb") as file:
         file.setparams((1, 2, 44_100, 0, "NONE", ""))
         file.writeframes(b"".join(struct.pack("<h", int(9000 * math.sin(i / 15))) for i in range(44_100 * 3)))
@@ -174,7 +174,7 @@ def wait_for_answers(page, count):
 
 
 def expected(engine, *turns):
-    """What the engine answers to (question, picture path) turns, one after the other."""
+    """What the engine answers to (question, image path) turns, one after the other."""
     messages, images, found = [], [], ""
     for question, path in turns:
         if found:
@@ -201,7 +201,7 @@ def shoot(request):
     return shoot
 
 
-def test_a_picture_is_asked_about_over_several_turns(open_page, size, engine, files, shoot):
+def test_an_image_is_asked_about_over_several_turns(open_page, size, engine, files, shoot):
     page = open_page(size)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
         "the page is wider than the screen"
@@ -219,7 +219,7 @@ def test_a_picture_is_asked_about_over_several_turns(open_page, size, engine, fi
     third = wait_for_answers(page, 3)[2]
     assert third == expected(engine, *turns, ("What can you see?", files / "two.png"))
     status = page.locator("#status").inner_text()
-    assert re.fullmatch(r"\d+ tokens · \d+ a second · the first after \d+\.\d\d s", status), status
+    assert re.fullmatch(r"\d+ tokens · \d+ tokens/s · first token after \d+\.\d\d s", status), status
 
 
 def test_an_answer_streams_and_stops(open_page, engine, files):
@@ -254,7 +254,7 @@ def test_an_answer_streams_and_stops(open_page, engine, files):
     assert len(wait_for_answers(page, 2)) == 2
 
 
-def test_the_microphone_is_heard_and_what_was_heard_is_shown(open_page, senses, engine, files):
+def test_the_microphone_is_transcribed_and_the_transcript_is_shown(open_page, fakes, engine, files):
     page = open_page()
     page.locator("input[data-testid=file-upload]").first.set_input_files(str(files / "one.png"))
     page.locator(".thumbnails .thumbnail-item").first.wait_for()
@@ -265,14 +265,14 @@ def test_the_microphone_is_heard_and_what_was_heard_is_shown(open_page, senses, 
     page.get_by_role("button", name="Attach audio").click()
     page.get_by_test_id("submit-button").click()
     wait_for_answers(page, 1)
-    assert "heard: “is it red”" in page.locator("#status").inner_text()
-    assert len(senses.heard) == 1 and len(senses.heard[0]) > 20_000
+    assert "speech: “is it red”" in page.locator("#status").inner_text()
+    assert len(fakes.recordings) == 1 and len(fakes.recordings[0]) > 20_000
     ask(page, "How many shapes are there?")
     wait_for_answers(page, 2)
-    assert len(senses.heard) == 1, "the recording of an earlier turn is heard once"
+    assert len(fakes.recordings) == 1, "the recording of an earlier turn is transcribed once"
 
 
-def test_answers_are_spoken_and_drawn_on_request(open_page, senses, files):
+def test_answers_are_spoken_and_drawn_on_request(open_page, fakes, files):
     page = open_page()
     page.get_by_role("button", name="Settings").click()
     for label in ("Speak the answer", "Draw the answer"):
@@ -282,15 +282,15 @@ def test_answers_are_spoken_and_drawn_on_request(open_page, senses, files):
         "#conversation audio, #conversation [data-testid*=waveform], #conversation .audio-container"
     ).first.wait_for(state="attached")
     page.wait_for_function("document.querySelectorAll('#conversation .bot img').length > 0")
-    assert senses.drawn and senses.drawn[0] in answers(page)[0]
+    assert fakes.drawn and fakes.drawn[0] in answers(page)[0]
     wait_for_answers(page, 1)
-    senses.fails = True
+    fakes.fails = True
     try:
         ask(page, "How many shapes are there?")
         page.get_by_text("⚠️ the voice cannot say this").wait_for()
         assert wait_for_answers(page, 2)[-1] and "⚠️" not in answers(page)[-1]  # the answer itself stays
     finally:
-        senses.fails = False
+        fakes.fails = False
 
 
 def test_errors_are_one_line_and_the_conversation_goes_on(open_page, files, engine):
@@ -305,7 +305,7 @@ def test_errors_are_one_line_and_the_conversation_goes_on(open_page, files, engi
     assert third == expected(engine, ("Describe the image.", files / "two.png"))
 
 
-def test_answers_are_made_again_and_missing_parts_are_named(open_page, engine, files):
+def test_answers_are_made_again_and_missing_modalities_are_named(open_page, engine, files):
     page = open_page()
     ask(page, "Describe the image.", files / "one.png")
     first = wait_for_answers(page, 1)
@@ -315,8 +315,8 @@ def test_answers_are_made_again_and_missing_parts_are_named(open_page, engine, f
     while engine.counts["tokens"] == tokens and time.monotonic() < deadline:
         page.wait_for_timeout(50)
     assert engine.counts["tokens"] > tokens and wait_for_answers(page, 1) == first
-    page.get_by_role("button", name="What this page cannot do").click()
-    page.get_by_text("no way to sing: pip install 'clip-phi[song]'").wait_for()
+    page.get_by_role("button", name="Not available").click()
+    page.get_by_text("no singing: pip install 'clip-phi[song]'").wait_for()
 
 
 def test_an_example_is_asked_by_a_click_and_a_reloaded_page_begins_anew(open_page, files):
@@ -324,13 +324,13 @@ def test_an_example_is_asked_by_a_click_and_a_reloaded_page_begins_anew(open_pag
     page.get_by_text("How many shapes are there?").first.click()
     assert wait_for_answers(page, 1)[0]
     page.reload()
-    page.get_by_text("What is in the picture?").wait_for()
+    page.get_by_text("What is in the image?").wait_for()
     assert answers(page) == []
     ask(page, "Describe the image.", files / "one.png")
     assert wait_for_answers(page, 1)[0]
 
 
-def test_the_webcam_gives_a_picture_to_ask_about(open_page, engine):
+def test_the_webcam_gives_an_image_to_ask_about(open_page, engine):
     page = open_page()
     page.get_by_role("button", name="Webcam").click()
     page.get_by_text("Click to Access Webcam").click()
@@ -352,12 +352,11 @@ def test_two_people_have_conversations_of_their_own(open_page, engine, files):
         assert found == [expected(engine, ("Describe the image.", files / name))]
 
 
-def test_parts_that_are_not_installed_or_not_asked_for_are_named():
-    parts = find_parts(None, None, None, None)
-    assert parts.missing == [
-        "no way to hear: start with --speech_model",
-        "no way to speak: start with --voice",
-        "no way to draw: start with --drawing_model",
+def test_modalities_that_are_not_installed_or_not_asked_for_are_named():
+    assert load_modalities(None, None, None, None).missing == [
+        "no speech input: start with --speech_model",
+        "no speech output: start with --voice",
+        "no image output: start with --drawing_model",
     ]
 
 

@@ -1,4 +1,6 @@
+import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import pytest
 from PIL import Image
 
 from clip_phi.cli import main
+from clip_phi.commands.common import choose_model
 from clip_phi.evaluation.generate import generate_texts
 
 
@@ -24,7 +27,7 @@ def expected(model, processor, path, text=None, max_new_tokens=6):
 
 
 def test_caption_and_ask_print_the_greedy_text_of_the_model(model, processor, checkpoint, image, capsys):
-    options = ["--checkpoint", checkpoint, "--max_new_tokens", "6"]
+    options = ["--model", checkpoint, "--max_new_tokens", "6"]
     assert main(["caption", image, *options]) == 0
     assert capsys.readouterr().out.strip() == expected(model, processor, image)
     assert main(["ask", image, "a circle?", *options]) == 0
@@ -32,7 +35,7 @@ def test_caption_and_ask_print_the_greedy_text_of_the_model(model, processor, ch
 
 
 def test_json_is_one_object_an_image(model, processor, checkpoint, image, capsys):
-    options = ["--checkpoint", checkpoint, "--max_new_tokens", "6", "--json"]
+    options = ["--model", checkpoint, "--max_new_tokens", "6", "--json"]
     assert main(["caption", image, image, *options]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [{"image": image, "caption": expected(model, processor, image)}] * 2
@@ -46,7 +49,7 @@ def test_caption_asks_as_the_checkpoint_was_trained_to_be_asked(checkpoint, mode
     shutil.copytree(checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"caption_instruction": "a red circle"}))
-    assert main(["caption", image, "--checkpoint", str(folder), "--max_new_tokens", "6"]) == 0
+    assert main(["caption", image, "--model", str(folder), "--max_new_tokens", "6"]) == 0
     assert capsys.readouterr().out.strip() == expected(model, processor, image, "a red circle")
 
 
@@ -67,13 +70,13 @@ def test_draw_data_writes_the_same_files_for_the_same_seed(tmp_path, capsys):
     [
         (["caption", "none.png"], "missing image: none.png"),
         (["caption", "README.md"], "not an image: README.md"),
-        (["caption", "{image}", "--checkpoint", "/nowhere/model"], "no checkpoint /nowhere/model"),
-        (["caption", "{image}", "--checkpoint", "{text}"], "holds a 'phi' model, not a 'clip_phi' one"),
+        (["caption", "{image}", "--model", "/nowhere/model"], "no model /nowhere/model"),
+        (["caption", "{image}", "--model", "{text}"], "holds a 'phi' model, not a 'clip_phi' one"),
         (
-            ["ask", "{image}", "why?", "--checkpoint", "{checkpoint}", "--max_new_tokens", "5000"],
+            ["ask", "{image}", "why?", "--model", "{checkpoint}", "--max_new_tokens", "5000"],
             "do not fit the context",
         ),
-        (["ask", "{image}", "an <image>?", "--checkpoint", "{checkpoint}"], "<image>"),
+        (["ask", "{image}", "an <image>?", "--model", "{checkpoint}"], "<image>"),
     ],
 )
 def test_bad_input_is_one_line_with_status_2(argv, message, image, checkpoint, text_backbone, capsys):
@@ -98,4 +101,64 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path):
 def test_without_the_demo_the_default_checkpoint_says_how_to_get_it(image, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["caption", image]) == 2
-    assert "run 'make demo' first, or give --checkpoint" in capsys.readouterr().err
+    assert "run 'make demo' first, or give --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["captoin", "a.png"], "clip-phi: error: unknown command captoin; the nearest known one is caption"),
+        (
+            ["caption", "a.png", "--modle", "x"],
+            "clip-phi caption: error: unknown option --modle; the nearest known one is --model",
+        ),
+        (
+            ["speech", "transcibe", "a.wav"],
+            "clip-phi speech: error: unknown command transcibe; the nearest known one is transcribe",
+        ),
+        (["speech", "dataset", "a.json", "--out=b.json"], "unknown option --out; the nearest known one is --output"),
+        (["plan"], "clip-phi plan: error: the following arguments are required: --gpu"),
+        (["--version"], "clip-phi: error: unknown option --version"),
+    ],
+)
+def test_an_unknown_name_is_one_line_with_the_nearest_known_one(argv, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_arguments_and_options_come_in_any_order(image, checkpoint, model, processor, capsys):
+    answer = expected(model, processor, image, "a star?")
+    words = [["--model", checkpoint], [image], ["--max_new_tokens", "6"], ["a star?"]]
+    for order in ((0, 1, 2, 3), (1, 0, 3, 2), (1, 3, 0, 2)):
+        assert main(["ask", *(word for place in order for word in words[place])]) == 0
+        assert capsys.readouterr().out.strip() == answer
+    assert main(["ask", image, "--model", checkpoint, "--max_new_tokens", "6", "--", "--why?"]) == 0
+    assert capsys.readouterr().out.strip() == expected(model, processor, image, "--why?")
+
+
+def test_the_default_model_is_the_newest_and_is_named(checkpoint, image, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(("outputs/demo/model", "outputs/stage1")):
+        shutil.copytree(checkpoint, name)
+        os.utime(f"{name}/config.json", (1000 - age, 1000 - age))
+    assert main(["caption", image, "--max_new_tokens", "1"]) == 0
+    assert capsys.readouterr().err.splitlines()[0] == "clip-phi: model: outputs/demo/model (--model chooses another)"
+    os.utime("outputs/stage1/config.json")
+    assert choose_model(argparse.Namespace(model=None, model_argument=None)) == "outputs/stage1"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["export", "{model}", "out", "--to", "onnx"],
+        ["serve", "{model}"],
+        ["chat", "{model}"],
+        ["evaluate", "{model}", "--task", "vqa"],
+        ["push", "{model}", "user/name"],
+    ],
+)
+def test_a_model_given_twice_is_refused(command, capsys):
+    assert main([*(word.format(model="a/b") for word in command), "--model", "c/d"]) == 2
+    assert capsys.readouterr().err == "clip-phi: error: two models: a/b and --model c/d. Give one of them\n"

@@ -1,14 +1,13 @@
 """Damaged data: every kind of damage is survived and counted exactly, and nothing at all makes a reader fail."""
 
 import json
-import os
 import random
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import damage
+import helpers
 import pytest
 import torch
 
@@ -22,17 +21,13 @@ from clip_phi.data.schema import find_by_name, read_rows
 from clip_phi.data.source import parse_source
 from clip_phi.training.logger import Monitor
 
-ROOT = Path(__file__).parent.parent
 MAX_LENGTH = 256
 
 # The real script on damaged corpora
 
 
-def run(cache: Path, *options, expect: int = 0, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    command = [sys.executable, *launcher, str(ROOT / "train_accelerate.py"), *map(str, options)]
-    environment = os.environ | {"HF_HOME": str(cache), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == expect, done.stdout + done.stderr
+def run(cache: Path, *options, **how) -> subprocess.CompletedProcess:
+    done = helpers.run(*options, HF_HOME=str(cache), **how)
     assert "Traceback" not in done.stderr
     return done
 
@@ -135,9 +130,8 @@ def test_reports_are_equal_whatever_the_number_of_workers_and_the_size_of_the_ba
 
 
 def test_two_processes_of_which_one_may_meet_no_image_give_the_report_of_one(trained1, coco, stage1, folder):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     options = ("--max_bad_fraction", 0.9, "--dataloader_num_workers", 0, "--per_device_train_batch_size", 1)
-    run(folder / "cache", *stage1(coco, folder / "two", *options), launcher=torchrun)
+    run(folder / "cache", *stage1(coco, folder / "two", *options), processes=2)
     assert (folder / "two/data_report.json").read_bytes() == (trained1 / "data_report.json").read_bytes()
 
 

@@ -15,8 +15,10 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from fork_server import free_port
 from helpers import ROOT, metrics, run, stage1, stage2
 from safetensors.torch import load_file
 
@@ -108,9 +110,18 @@ def launch(config, *options):
     return ("-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0", *options)
 
 
-def sharded(scripts, precision="no"):
-    script = str(scripts / "fsdp_on_cpu.py")
-    return launch("fsdp2_8gpu.yaml", "--num_processes", "2", "--mixed_precision", precision, script)
+def environment_of(config, *options) -> dict[str, str]:
+    """What `accelerate launch` adds to the environment of each process; it has no public function for that."""
+    arguments = launch_command_parser().parse_args([*launch(config, *options)[2:], "train_accelerate.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    return {name: value for name, value in prepare_multi_gpu_env(arguments).items() if os.environ.get(name) != value}
+
+
+def sharded(scripts, precision="no") -> dict:
+    """Options of `run` for two processes that share the weights, without the seconds that the launcher takes."""
+    found = environment_of("fsdp2_8gpu.yaml", "--num_processes", "2", "--mixed_precision", precision)
+    found = {name: value for name, value in found.items() if not name.startswith("MASTER")}
+    return {"script": scripts / "fsdp_on_cpu.py", "processes": 2} | found | WAIT | {"ACCELERATE_USE_CPU": "false"}
 
 
 WAIT = {"CLIP_PHI_TIMEOUT_SECONDS": "60", "PYTHONPATH": str(ROOT)}
@@ -139,8 +150,8 @@ def assert_same_run(folder, expected, weights=1e-6, tolerance=1e-5):
 
 def test_fsdp_asked_for_on_cpus_says_that_it_is_ddp_and_gives_the_run_of_one_process(data, backbones, one, tmp_path):
     options = stage1(data, backbones, tmp_path / "two", *JUDGED, "--per_device_train_batch_size", 2)
-    launcher = launch("fsdp2_8gpu.yaml", "--num_processes", "2", "--mixed_precision", "no")
-    done = run(*options, launcher=launcher, ACCELERATE_USE_CPU="true", **WAIT)
+    environment = environment_of("fsdp2_8gpu.yaml", "--num_processes", "2", "--mixed_precision", "no")
+    done = run(*options, processes=2, **environment | WAIT | {"ACCELERATE_USE_CPU": "true"})
     line = "FSDP was asked for, but Accelerate has it on several GPUs only: this run is DDP, with all weights in each"
     assert done.stdout.count(line) == 1 and "parameters on 2 x cpu" in done.stdout
     assert_same_run(tmp_path / "two", one)
@@ -151,7 +162,8 @@ def test_fsdp_asked_for_on_cpus_says_that_it_is_ddp_and_gives_the_run_of_one_pro
 
 def test_fsdp_shards_all_but_the_tower_and_gives_the_run_of_one_process(data, backbones, one, scripts, tmp_path):
     options = stage1(data, backbones, tmp_path / "two", *JUDGED, "--per_device_train_batch_size", 2)
-    done = run(*options, launcher=sharded(scripts), **WAIT)
+    launcher = launch("fsdp2_8gpu.yaml", "--num_processes", "2", "--mixed_precision", "no")
+    done = run(*options, launcher=launcher, script=scripts / "fsdp_on_cpu.py", **WAIT)
     assert "FSDP was asked for" not in done.stdout
     sizes = json.loads(re.search("HELD (.*)", done.stdout)[1])
     assert {name: round(held / size, 2) for name, (held, size) in sizes.items()} == {
@@ -198,20 +210,19 @@ def test_fsdp_goes_on_with_a_run_of_one_process_in_spite_of_text_only_samples_an
     run(*talk(data, one, tmp_path / "one", "--optim", "adamw_torch_fused", "--gradient_accumulation_steps", 4))
     without_checkpoints(tmp_path / "one", tmp_path / "two", 4, 5)
     options = talk(data, one, tmp_path / "two", "--gradient_accumulation_steps", 2, "--resume_from_checkpoint")
-    done = run(*options, launcher=sharded(scripts), **WAIT)
+    done = run(*options, **sharded(scripts))
     assert "after step 2 of 5" in done.stdout
     assert_same_run(tmp_path / "two", tmp_path / "one", weights=1e-5)
 
 
 def test_fsdp_in_bf16_is_resumed_bit_equally_and_saves_a_merged_model(data, one, scripts, tmp_path):
-    launcher = sharded(scripts, "bf16")
+    two = sharded(scripts, "bf16")
     options = ("--lora_dropout", 0.1, "--gradient_checkpointing", True, "--cache_features", tmp_path / "cache")
-    run(*talk(data, one, tmp_path / "whole", *options), launcher=launcher, **WAIT)
+    run(*talk(data, one, tmp_path / "whole", *options), **two)
     without_checkpoints(tmp_path / "whole", tmp_path / "resumed", 5)
     done = run(
         *talk(data, one, tmp_path / "resumed", *options, "--resume_from_checkpoint", "--merged", True),
-        launcher=launcher,
-        **WAIT,
+        **two,
     )
     assert "after step 4 of 5" in done.stdout
     for key in ("loss", "grad_norm", "eval_loss"):
@@ -239,7 +250,7 @@ def test_two_machines_find_each_other_by_the_address_in_the_yaml(data, backbones
     options = map(str, stage1(data, backbones, tmp_path / "two", *SHORT, "--per_device_train_batch_size", 2))
     command = [sys.executable, *launch("two_nodes.yaml", "--num_processes", "2", "--mixed_precision", "no")]
     command += ["--main_process_ip", "127.0.0.1"]
-    command[command.index("--main_process_port") + 1] = "29533"
+    command[command.index("--main_process_port") + 1] = free_port()
     script = [str(ROOT / "train_accelerate.py"), *options]
     environment = os.environ | WAIT | {"ACCELERATE_USE_CPU": "true"}
     machines = [
@@ -248,14 +259,22 @@ def test_two_machines_find_each_other_by_the_address_in_the_yaml(data, backbones
         )
         for rank in "10"
     ]
-    assert [machine.wait(100) for machine in machines] == [0, 0]
+    assert [machine.wait(600) for machine in machines] == [0, 0]
     assert_same_run(tmp_path / "two", one)
 
 
 def test_an_error_in_one_process_ends_all_and_is_named_at_the_end(data, backbones, scripts, tmp_path):
     options = stage1(data, backbones, tmp_path / "run", "--num_train_epochs", 9, "--debug", False)
-    launcher = (*launch("cpu_2_processes.yaml"), str(scripts / "broken.py"))
-    done = run(*options, launcher=launcher, expect=1, ACCELERATE_USE_CPU="true", SLEEP="0", **WAIT)
+    launcher = launch("cpu_2_processes.yaml")
+    done = run(
+        *options,
+        launcher=launcher,
+        script=scripts / "broken.py",
+        expect=1,
+        ACCELERATE_USE_CPU="true",
+        SLEEP="0",
+        **WAIT,
+    )
     assert "parameters on 2 x cpu" in done.stdout
     assert "train_accelerate.py: error: the disk of process 1 is gone" in done.stderr
     last_words = done.stderr[done.stderr.index("Root Cause") :]
@@ -264,23 +283,12 @@ def test_an_error_in_one_process_ends_all_and_is_named_at_the_end(data, backbone
 
 
 def test_a_process_does_not_wait_for_ever_for_one_that_hangs(data, backbones, scripts, tmp_path):
-    options = map(str, stage1(data, backbones, tmp_path / "run", "--num_train_epochs", 9))
-    command = [sys.executable, str(scripts / "broken.py"), str(ROOT / "train_accelerate.py"), *options]
-    environment = os.environ | WAIT | {"ACCELERATE_USE_CPU": "true", "SLEEP": "600", "CLIP_PHI_TIMEOUT_SECONDS": "9"}
-    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29534"}
-    waiting, hanging = (
-        subprocess.Popen(
-            command, cwd=ROOT, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in "01"
-    )
-    try:
-        _, said = waiting.communicate(timeout=60)
-        assert waiting.returncode == 1 and "Timed out waiting 9000ms" in said
-        assert len(metrics(tmp_path / "run", "loss")) == 2 and hanging.poll() is None
-    finally:
-        hanging.kill()
-        hanging.communicate()
+    """Process 1 sleeps for an hour. Process 0 ends by itself, and says why; then `run` ends process 1."""
+    options = stage1(data, backbones, tmp_path / "run", "--num_train_epochs", 9)
+    hanging = WAIT | {"SLEEP": "3600", "CLIP_PHI_TIMEOUT_SECONDS": "9"}
+    done = run(*options, script=scripts / "broken.py", processes=2, expect=1, **hanging)
+    assert "Timed out waiting 9000ms" in done.stderr
+    assert len(metrics(tmp_path / "run", "loss")) == 2
 
 
 @pytest.mark.parametrize("path", [ROOT / "accelerate_config.yaml", *CONFIGS], ids=lambda path: path.name)
@@ -340,7 +348,7 @@ def test_what_fsdp_cannot_do_is_refused_all_at_once(monkeypatch):
 
 def test_deepspeed_is_refused_in_one_line_that_names_the_way_out(data, backbones, tmp_path):
     options = stage1(data, backbones, tmp_path / "run", "--debug", False)
-    done = run(*options, launcher=(), expect=2, ACCELERATE_USE_DEEPSPEED="true")
+    done = run(*options, expect=2, ACCELERATE_USE_DEEPSPEED="true")
     last = done.stderr.splitlines()[-1]
     assert last.startswith("train_accelerate.py: error: DeepSpeed steps inside backward()")
     assert "fsdp2_8gpu.yaml" in last and "Traceback" not in done.stderr

@@ -9,10 +9,11 @@ from queue import SimpleQueue
 import pytest
 import torch
 from PIL import Image
+from transformers import LlamaConfig
 
 from clip_phi.evaluation.generate import generate_texts
-from clip_phi.serving.engine import Busy, Closed, Engine, Limits, _choose, as_prompt
-from clip_phi.serving.kv_cache import RowCache, TensorCache
+from clip_phi.serving.engine import Engine, EngineClosedError, Limits, QueueFullError, _choose, as_prompt
+from clip_phi.serving.kv_cache import BatchCache, TensorCache
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 
@@ -22,7 +23,7 @@ def make_engine(model, processor):
     engines = []
 
     def make(own=None, **limits):
-        engines.append(Engine.of(own or model, processor, limits=Limits(**limits)))
+        engines.append(Engine(own or model, processor, limits=Limits(**limits)))
         return engines[-1]
 
     yield make
@@ -102,10 +103,10 @@ def test_a_request_in_a_crowd_has_the_logits_it_has_alone(make_engine, monkeypat
     engine = make_engine()
     logits = {}
 
-    def noted(found, rows):
-        for row, of_row in zip(rows, found, strict=True):
-            logits.setdefault(row.answer, []).append(of_row)
-        return _choose(found, rows)
+    def noted(found, requests):
+        for request, of_request in zip(requests, found, strict=True):
+            logits.setdefault(request.completion, []).append(of_request)
+        return _choose(found, requests)
 
     monkeypatch.setattr("clip_phi.serving.engine._choose", noted)
     alone = engine.submit(*conversation(3), max_new_tokens=12)
@@ -219,7 +220,7 @@ def test_a_full_queue_is_busy_and_says_for_how_long(make_engine, expected):
     reader = iter(engine.submit(*conversation(0), max_new_tokens=100))
     assert next(reader)
     answers = [engine.submit(*conversation(number), max_new_tokens=3) for number in (1, 2)]
-    with engine._changed, pytest.raises(Busy, match="2 requests are waiting already") as busy:
+    with engine._changed, pytest.raises(QueueFullError, match="2 requests are in the queue already") as busy:
         while True:
             answers.append(engine.submit(*conversation(1), max_new_tokens=3))
     assert busy.value.retry_after >= 1
@@ -227,15 +228,15 @@ def test_a_full_queue_is_busy_and_says_for_how_long(make_engine, expected):
 
 
 def test_closing_fails_what_is_not_complete_and_refuses_what_comes(model, processor):
-    engine = Engine.of(model, processor, limits=Limits(max_batch=1))
+    engine = Engine(model, processor, limits=Limits(max_batch=1))
     running, waiting = (engine.submit(*conversation(0), max_new_tokens=150) for _ in range(2))
     reader = iter(running)
     assert next(reader)
     engine.close()
     for pieces in (reader, waiting):
-        with pytest.raises(Closed):
+        with pytest.raises(EngineClosedError):
             list(pieces)
-    with pytest.raises(Closed):
+    with pytest.raises(EngineClosedError):
         engine.submit(*conversation(0))
     assert not engine.alive and not engine._thread.is_alive()
 
@@ -272,7 +273,7 @@ def test_a_reader_that_fails_and_a_step_that_fails_leave_the_engine_working(make
         ended.put(piece)
         raise RuntimeError("the connection is gone")
 
-    engine.submit(*conversation(1), max_new_tokens=9, deliver=broken)
+    engine.submit(*conversation(1), max_new_tokens=9, callback=broken)
     good = engine.submit(*conversation(2), max_new_tokens=9)
     assert good.result() == expected(2, 9) and ended.get() is not None
     forward, engine.forward = engine.forward, None
@@ -331,7 +332,7 @@ def test_a_decoder_with_a_sliding_window_is_served_as_far_as_its_window_sees_eve
     with pytest.raises(ValueError, match="do not fit a sliding window of 100"):
         engine.submit(*conversation(1), max_new_tokens=99)
     fresh_model.config.text_config.layer_types = ["sliding_attention", "full_attention"]
-    with pytest.raises(ValueError, match="serves decoders of full attention, not of sliding_attention"):
+    with pytest.raises(ValueError, match="serves decoders with full attention, not sliding_attention"):
         make_engine(fresh_model)
 
 
@@ -358,7 +359,7 @@ def test_a_loaded_checkpoint_with_lora_answers_as_it_does_with_lora_folded_in(fr
             torch.nn.init.normal_(parameter, std=0.3)
     fresh_model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with Engine(str(tmp_path), "cpu") as engine:
+    with Engine.from_pretrained(str(tmp_path), "cpu") as engine:
         assert not any("lora" in name for name, _ in engine.model.named_modules())
         loaded = ClipPhiForCausalLM.from_pretrained(tmp_path)
         assert any("lora" in name for name, _ in loaded.named_modules())
@@ -373,17 +374,18 @@ def test_four_bits_are_held_by_bitsandbytes(tmp_path):
     ]
     ClipPhiForCausalLM.from_backbones(*backbones).save_pretrained(tmp_path)
     ClipPhiProcessor.from_backbones(*backbones).save_pretrained(tmp_path)
-    with Engine(str(tmp_path), "cpu", "nf4") as engine:
+    with Engine.from_pretrained(str(tmp_path), "cpu", "nf4") as engine:
         kinds = {type(module).__name__ for module in engine.model.model.language_model.modules()}
         assert "Linear4bit" in kinds
         assert engine.submit(*conversation(1), max_new_tokens=4).result() is not None
     with pytest.raises(ValueError, match="unknown quantization 'int3'"):
-        Engine(str(tmp_path), "cpu", "int3")
+        Engine.from_pretrained(str(tmp_path), "cpu", "int3")
 
 
-def test_rows_move_grow_and_are_copied_without_touching_each_other():
-    cache = RowCache(2, 1, 4, torch.float32, torch.device("cpu"))
-    states = torch.arange(2 * 1 * 3 * 4, dtype=torch.float32).reshape(2, 1, 3, 4)  # rows, heads, tokens, width
+def test_sequences_move_grow_and_are_copied_without_touching_each_other():
+    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=1, hidden_size=4)
+    cache = BatchCache(config, torch.float32, torch.device("cpu"))
+    states = torch.arange(2 * 1 * 3 * 4, dtype=torch.float32).reshape(2, 1, 3, 4)  # sequences, heads, tokens, width
     cache.reserve(2, 3)
     mask = cache.at(0, torch.tensor([[0, 1, 2], [0, 1, 2]]), 3)
     assert mask.tolist() == [[[[True, False, False], [True, True, False], [True, True, True]]]] * 2

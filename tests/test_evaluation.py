@@ -4,13 +4,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fork_server import run_forked
 from helpers import metrics, run, stage1
 from PIL import Image
 
@@ -163,7 +162,9 @@ def test_a_spoken_question_is_asked_with_its_transcript_and_one_that_was_not_hea
     ]
     eval_set = make_eval_set("vqa", samples, Report())
     assert [(item.question, item.transcript) for item in eval_set.items] == [(SPOKEN_INSTRUCTION, "what is it")] * 2
-    assert dict(eval_set.left_out)["speech without a transcript: run 'clip-phi transcribe DATA' first"] == 2
+    assert (
+        dict(eval_set.left_out)["speech without a transcript: run 'clip-phi speech transcribe --data DATA' first"] == 2
+    )
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -197,7 +198,7 @@ def test_every_picture_gets_another_one_and_no_two_get_the_same():
 
 
 def test_a_result_holds_what_is_agreed_and_no_folder_of_this_machine(checkpoint, sources, tmp_path):
-    found = evaluate(checkpoint, "vqa", sources["vqa"], "--json", tmp_path / "out.json")
+    found = evaluate(checkpoint, "vqa", sources["vqa"], "--output", tmp_path / "out.json")
     assert found.keys() >= AGREED
     assert json.loads((tmp_path / "out.json").read_text()) == found
     assert found["margin"] == pytest.approx(found["score"] - max(found["blind"], found["shuffled"]))
@@ -271,7 +272,7 @@ def test_bad_options_are_one_line(checkpoint, sources, capsys):
     evaluate(checkpoint, "captions", "coco:/nowhere.json", expect=2)
     assert "not found" in capsys.readouterr().err
     assert main(["evaluate", str(checkpoint), "--task", "vqa"]) == 2
-    assert "Give --data KIND:PATH" in capsys.readouterr().err
+    assert "--data is required" in capsys.readouterr().err
 
 
 # What is kept
@@ -337,11 +338,19 @@ def test_two_processes_share_the_work_and_find_what_one_finds(checkpoint, source
     alone = tmp_path / "alone"
     shutil.copytree(checkpoint, alone)
     expected = evaluate(alone, "vqa", sources["vqa"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    command += ["clip_phi.cli", "evaluate", checkpoint, "--task", "vqa", "--data", sources["vqa"]]
-    command += ["--max_new_tokens", "6", "--batch_size", "4"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, env=environment)
+    words = [
+        "evaluate",
+        checkpoint,
+        "--task",
+        "vqa",
+        "--data",
+        sources["vqa"],
+        "--max_new_tokens",
+        6,
+        "--batch_size",
+        4,
+    ]
+    done = run_forked("clip_phi.cli", words, ROOT, os.environ | {"ACCELERATE_USE_CPU": "true"}, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((checkpoint / "evaluation/vqa.json").read_text())
     same = AGREED - {"checkpoint", "command", "environment"}
@@ -382,7 +391,7 @@ def test_compare_pairs_sample_by_sample_and_refuses_other_data(checkpoint, sourc
         (folder / "evaluation/vqa.samples.jsonl").write_text("".join(changed))
         result = json.loads((folder / "evaluation/vqa.json").read_text())
         (folder / "evaluation/vqa.json").write_text(json.dumps(result | {"score": score}))
-    assert main(["compare", str(first), str(second), "--json", str(tmp_path / "c.json")]) == 0
+    assert main(["compare", str(first), str(second), "--output", str(tmp_path / "c.json")]) == 0
     found = json.loads((tmp_path / "c.json").read_text())
     assert (found["difference"], found["difference_ci95"]) == (0.75, [0.75, 0.75])
     assert found["samples"] == {"a_better": len(rows), "equal": 0, "b_better": 0}
@@ -519,13 +528,9 @@ def test_training_judges_stops_when_nothing_gets_better_and_a_resumed_run_knows_
 
 
 def test_an_unknown_metric_and_patience_alone_are_named(data, backbones, tmp_path):
-    done = run(
-        *stage1(data, backbones, tmp_path, "--metric_for_best_model", "f1", "--debug", False), launcher=(), expect=2
-    )
+    done = run(*stage1(data, backbones, tmp_path, "--metric_for_best_model", "f1", "--debug", False), expect=2)
     assert "--metric_for_best_model f1: choose from none, loss; with --eval_task, its metrics too" in done.stderr
-    done = run(
-        *stage1(data, backbones, tmp_path, "--early_stopping_patience", 2, "--debug", False), launcher=(), expect=2
-    )
+    done = run(*stage1(data, backbones, tmp_path, "--early_stopping_patience", 2, "--debug", False), expect=2)
     assert "--early_stopping_patience needs a --metric_for_best_model" in done.stderr
 
 

@@ -22,8 +22,10 @@ from PIL import Image
 from clip_phi.cli import main
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.hub import push as pushing
+from clip_phi.hub import retry
 from clip_phi.hub.card import merge_cards, scrub
 from clip_phi.hub.push import Target, check_push, push
+from clip_phi.hub.retry import load_with_retries
 from clip_phi.training.guards import write_run
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor, modeling_clip_phi
 
@@ -44,8 +46,9 @@ def hub(vision_backbone, text_backbone):
         hurried = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
         for module in (huggingface_hub.utils._http, huggingface_hub.file_download):
             patch.setattr(module, "time", hurried)
-        patch.setattr(pushing, "WAITS", (0.0, 0.0, 0.0))
-        patch.setattr(modeling_clip_phi, "WAITS", (0.0, 0.0))
+        patch.setattr(retry, "WAITS", (0.0, 0.0, 0.0))
+        patch.setattr(retry, "LOAD_WAITS", (0.0, 0.0))
+        patch.setattr(modeling_clip_phi, "WAITS", (), raising=False)
         patch.setenv("HF_TOKEN", "hf_alice")
         patch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         server.put("acme/tower", Path(vision_backbone))
@@ -496,7 +499,8 @@ def test_every_failure_of_loading_passes(route, what, places, saved, hub, tmp_pa
     """Wherever it comes: never a model without some of its files."""
     for place in range(places):
         hub.fail(route, what, after=place)
-        model = ClipPhiForCausalLM.from_pretrained("alice/saved", cache_dir=str(tmp_path / f"cache{place}"))
+        options = {"cache_dir": str(tmp_path / f"cache{place}")}
+        model = load_with_retries(ClipPhiForCausalLM.from_pretrained, "alice/saved", **options)
         assert same(model, saved), f"after {what} at request {place} of {route}"
         hub.faults.clear()
 
@@ -506,7 +510,7 @@ def test_failures_of_loading_that_stay_are_told_and_spoil_no_cache(route, what, 
     cache = {"cache_dir": str(tmp_path / "cache")}
     hub.fail(route, what, times=1000)
     with pytest.raises(OSError, match="alice/saved|acme/tower|connect to"):
-        ClipPhiForCausalLM.from_pretrained("alice/saved", **cache)
+        load_with_retries(ClipPhiForCausalLM.from_pretrained, "alice/saved", **cache)
     hub.faults.clear()
     assert same(ClipPhiForCausalLM.from_pretrained("alice/saved", **cache), saved)
 
@@ -564,15 +568,15 @@ DATASET = """
 import sys
 from itertools import islice
 from datasets import Dataset, Image
-from clip_phi.sources.records import MediaFolder
-from clip_phi.sources.report import Report
-from clip_phi.sources.tables import open_table, read_table, stream_table
+from clip_phi.data.files import MediaFolder
+from clip_phi.data.report import Report
+from clip_phi.data.hf_dataset import open_table, read_table, stream_table
 rows = {"image": sys.argv[1:], "captions": [["a cat"], ["a dog", "dogs"]]}
 Dataset.from_dict(rows).cast_column("image", Image()).push_to_hub("alice/pictures")
 whole = read_table(open_table("alice/pictures"), MediaFolder("."), Report())
 stream = islice(stream_table("alice/pictures", MediaFolder("."), Report()), 2)
 for samples in (whole, stream):
-    print(sorted([branch[-1].text for branch in sample.branches] for sample in samples))
+    print(sorted([turns[-1].text for turns in sample.conversations] for sample in samples))
 """
 
 

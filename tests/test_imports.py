@@ -17,11 +17,11 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "batching": {"data"},
     "speech": {"data"},
-    "export": set(),
+    "export": {"hub"},
     "hub": {"data", "environment", "templates"},
-    "evaluation": {"batching", "data", "environment", "templates"},
+    "evaluation": {"batching", "data", "environment", "hub", "templates"},
     "training": {"batching", "data", "environment", "evaluation", "hub"},
-    "serving": {"batching", "data", "evaluation", "speech"},
+    "serving": {"batching", "data", "evaluation", "hub", "speech"},
 }
 ALLOWED["tools"] = set(ALLOWED)
 ALLOWED["commands"] = set(ALLOWED)

@@ -17,6 +17,7 @@ from clip_phi.data.report import Skip
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.tools import inspect as inspection
+from modeling_clip_phi import ClipPhiConfig
 
 ROOT = Path(__file__).parent.parent
 LONG = "a red circle and a blue square " * 40
@@ -88,10 +89,10 @@ def run(checkpoint, tmp_path, capsys):
     """Returns what was printed; with json=True, the bytes of the json file."""
 
     def call(*options, json=False, expect=0):
-        options = [*map(str, options), "--checkpoint", checkpoint, "--max_length", "100", "--num_workers", "0"]
+        options = [*map(str, options), "--model", checkpoint, "--max_length", "100", "--num_workers", "0"]
         file = tmp_path / "summary.json"
         capsys.readouterr()
-        assert main(["inspect", *options, *(["--json", str(file)] if json else [])]) == expect
+        assert main(["inspect", *options, *(["--output", str(file)] if json else [])]) == expect
         printed = capsys.readouterr()
         return file.read_bytes() if json else printed.err if expect else printed.out
 
@@ -149,7 +150,7 @@ def test_a_text_cannot_command_the_terminal(run, mixed):
 
 def test_json_counts_what_is_used_skipped_mended_equal_and_leaked(run, mixed, data, checkpoint):
     val = f"llava:{data}/val.json,images={data}/val2017"
-    summary = json.loads(run(mixed, "--val", val, json=True))
+    summary = json.loads(run(mixed, "--eval_data", val, json=True))
     tokens = {key: summary.pop(key) for key in ("tokens", "supervised_tokens", "share_supervised", "lengths")}
     examples = summary.pop("examples")
     train = f"{data}/train2017"
@@ -232,7 +233,7 @@ def test_lengths_are_described_exactly():
 def test_two_runs_and_any_number_of_workers_write_equal_bytes(run, mixed, data, monkeypatch):
     monkeypatch.setattr(inspection, "CHUNK", 2)
     monkeypatch.setattr(inspection, "WINDOW", 2)
-    options = (mixed, data, "--val", f"llava:{data}/val.json,images={data}/val2017")
+    options = (mixed, data, "--eval_data", f"llava:{data}/val.json,images={data}/val2017")
     first = run(*options, json=True)
     assert run(*options, json=True) == first
     monkeypatch.setattr(
@@ -243,7 +244,7 @@ def test_two_runs_and_any_number_of_workers_write_equal_bytes(run, mixed, data, 
 
 def test_the_summary_is_a_table_with_the_first_examples_of_each_kind(run, mixed, data):
     val = f"llava:{data}/val.json,images={data}/val2017"
-    rows = [" ".join(line.split()) for line in run(mixed, "--summary", "--val", val).splitlines()]
+    rows = [" ".join(line.split()) for line in run(mixed, "--summary", "--eval_data", val).splitlines()]
     assert rows[:6] == [
         f"data {mixed}: 5 samples of 13 records, 7 skipped",
         "records 13",
@@ -255,7 +256,7 @@ def test_the_summary_is_a_table_with_the_first_examples_of_each_kind(run, mixed,
     place = rows.index("skipped 7")
     assert rows[place + 1] == "2 damaged image" and rows[place + 2].startswith(f"{data}/mixed.json:5: ")
     assert rows[place + 3 : place + 5] == ["1 duplicate record", f"{data}/mixed.json:12"]
-    assert "mended 1" in rows
+    assert "repaired 1" in rows
     assert rows[-3:] == [
         "leakage 1 of 2 validation images are trained on",
         f"{data}/val2017/leaked.jpg = {data}/train2017/000000000001.jpg",
@@ -275,31 +276,31 @@ def test_recompressed_copies_and_equal_numbers_of_coco_are_found_among_the_valid
     names += [path.name for path in sorted(val.glob("0*.jpg"))]
     (tmp_path / "val.json").write_text(json.dumps([record(name, "a ring?", "no") for name in names]))
     held_out = f"llava:{tmp_path}/val.json,images={val}"
-    found = json.loads(run(drawn, "--val", held_out, json=True))["leakage"]
+    found = json.loads(run(drawn, "--eval_data", held_out, json=True))["leakage"]
     assert (found["val_images"], found["images"], found["look_alikes"], found["same_ids"]) == (16, 0, 3, 1)
     assert found["look_alike_examples"] == [f"{val}/copy{n}.jpg = {train}/{n:012d}.jpg" for n in (1, 2, 3)]
     assert found["same_id_examples"] == [f"{val}/COCO_val2014_000000000004.jpg = {train}/000000000004.jpg"]
-    rows = [" ".join(line.split()) for line in run(drawn, "--val", held_out).splitlines()]
+    rows = [" ".join(line.split()) for line in run(drawn, "--eval_data", held_out).splitlines()]
     assert "3 more look like an image that is" in rows and "1 more have the number of an image that is" in rows
 
 
 def test_html_is_one_escaped_page_with_pictures_and_highlighted_answers(run, mixed, data, tmp_path):
     file = tmp_path / "page.html"
-    assert run(mixed, "--html", file, "--num", 6) == ""
+    assert run(mixed, "--output", file, "--num", 6) == ""
     page = file.read_text(encoding="utf-8")
     assert "<mark> yes&lt;|endoftext|&gt;</mark>" in page and "<mark> café 猫&lt;|endoftext|&gt;</mark>" in page
     assert "&lt;image&gt;×4Instruct: a red circle?⏎\nOutput:" in page
     assert "\\x1b[31m&lt;script&gt;alert(1)&lt;/script&gt; &amp; $a$?" in page and "<script" not in page
     assert len(re.findall('<img src="data:image/jpeg;base64,/9j/', page)) == 3  # two are damaged, one is text
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and "<table>" not in page
-    run(mixed, "--html", file, "--summary")
+    run(mixed, "--output", file, "--summary")
     assert "<tr><td>skipped</td><td>7</td></tr>" in file.read_text(encoding="utf-8")
 
 
 def test_a_large_picture_becomes_a_small_one_in_the_page(run, tmp_path):
     Image.new("RGB", (900, 600), "red").save(tmp_path / "large.png")
     (tmp_path / "data.json").write_text(json.dumps([record("large.png", "a ring?", "no")]))
-    run(tmp_path / "data.json", "--html", tmp_path / "page.html")
+    run(tmp_path / "data.json", "--output", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "large.png, 900 x 600 pixels" in page
     uri = re.search('data:image/jpeg;base64,([^"]+)"', page)[1]
@@ -308,7 +309,7 @@ def test_a_large_picture_becomes_a_small_one_in_the_page(run, tmp_path):
 
 
 def test_png_is_drawn_though_images_are_damaged_and_texts_hold_dollars(run, mixed, tmp_path):
-    assert run(mixed, "--png", tmp_path / "sheet.png", "--num", 50) == ""
+    assert run(mixed, "--output", tmp_path / "sheet.png", "--num", 50) == ""
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
@@ -316,8 +317,8 @@ def test_data_of_which_nothing_can_be_used_are_still_summarised_and_drawn(run, t
     (tmp_path / "bad.json").write_text(json.dumps([record("none.jpg", "a ring?", "no")]))
     bad = tmp_path / "bad.json"
     assert run(bad) == "no sample can be used, of 1 records: see --summary\n"
-    files = [f"--{kind}={tmp_path}/out.{kind}" for kind in ("html", "png")]
-    summary = json.loads(run(bad, "--val", bad, *files, json=True))
+    files = [f"--output={tmp_path}/out.{kind}" for kind in ("html", "png")]
+    summary = json.loads(run(bad, "--eval_data", bad, *files, json=True))
     assert (summary["records"], summary["skipped"]) == (1, {"missing image": 1})
     assert summary["lengths"] is None and summary["share_supervised"] == 0 and summary["images"] == 0
     assert (tmp_path / "out.html").stat().st_size and (tmp_path / "out.png").stat().st_size
@@ -328,10 +329,10 @@ def test_data_of_which_nothing_can_be_used_are_still_summarised_and_drawn(run, t
     [
         (["/nowhere/x.json"], "no such file: /nowhere/x.json"),
         (["coco:/nowhere/x.json"], "not found (looked in"),
-        (["dataset:user/name,streaming=true"], "drop streaming=true from dataset:user/name,streaming=true"),
+        (["dataset:user/name,streaming=true"], "remove streaming=true from dataset:user/name,streaming=true"),
         (["{mixed}", "--sample", "7"], "--sample 7: there are 7 samples, from 0 on"),
-        (["{mixed}", "--json", "/nowhere/summary.json"], "no folder for /nowhere/summary.json"),
-        (["{mixed}", "--val", "dataset:user/name,streaming=true"], "drop streaming=true"),
+        (["{mixed}", "--output", "/nowhere/summary.json"], "no folder for /nowhere/summary.json"),
+        (["{mixed}", "--eval_data", "dataset:user/name,streaming=true"], "remove streaming=true"),
     ],
 )
 def test_bad_input_is_one_line_with_status_2(options, message, mixed, run):
@@ -340,8 +341,8 @@ def test_bad_input_is_one_line_with_status_2(options, message, mixed, run):
 
 
 def test_a_checkpoint_that_holds_no_processor_is_named(mixed, text_backbone, capsys):
-    assert main(["inspect", mixed, "--checkpoint", text_backbone]) == 2
-    assert f"error: --checkpoint {text_backbone} is no Clip-Phi processor" in capsys.readouterr().err
+    assert main(["inspect", mixed, "--model", text_backbone]) == 2
+    assert f"error: --model {text_backbone} is no Clip-Phi processor" in capsys.readouterr().err
 
 
 def test_the_tokenizer_is_the_demos_or_else_the_shipped_one_and_is_told(
@@ -351,16 +352,17 @@ def test_the_tokenizer_is_the_demos_or_else_the_shipped_one_and_is_told(
     assert main(["inspect", mixed]) == 0
     shipped = ROOT / "examples/demo_backbones/text"
     assert capsys.readouterr().err.splitlines() == [
-        f"tokenizer: {shipped} (there is no outputs/demo/model; --checkpoint chooses another)",
+        f"tokenizer: {shipped} (--model chooses another)",
         "--max_length is cut to the decoder's context, 512, as it is in training",
     ]
     shutil.copytree(checkpoint, "outputs/demo/model")
+    ClipPhiConfig().save_pretrained("outputs/demo/model")
     assert main(["inspect", mixed]) == 0
-    assert capsys.readouterr().err == "tokenizer: outputs/demo/model (--checkpoint chooses another)\n"
+    assert capsys.readouterr().err == "tokenizer: outputs/demo/model (--model chooses another)\n"
     shutil.rmtree("outputs")
     monkeypatch.setattr(inspection, "DEMO_BACKBONES", tmp_path / "none")
     assert main(["inspect", mixed]) == 2
-    assert "name a tokenizer with --checkpoint" in capsys.readouterr().err
+    assert "name a tokenizer with --model" in capsys.readouterr().err
 
 
 def test_help_imports_no_torch():

@@ -51,7 +51,7 @@ def test_the_command_line_answers_in_8_bits(checkpoint, tmp_path, capsys, monkey
         asked.append(type(self.model.lm_head))
 
     monkeypatch.setattr(Engine, "__init__", noted)
-    options = [str(tmp_path / "red.png"), "--checkpoint", checkpoint, "--max_new_tokens", "4"]
+    options = [str(tmp_path / "red.png"), "--model", checkpoint, "--max_new_tokens", "4"]
     for extra in ([], ["--quantization", "int8"]):
         assert main(["caption", *options, "--json", *extra]) == 0
         assert json.loads(capsys.readouterr().out)["caption"] is not None

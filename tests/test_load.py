@@ -29,7 +29,7 @@ def test_200_clients_that_go_away_and_send_nonsense_are_all_answered_and_leave_n
 
 def test_compiled_steps_give_the_same_texts_whoever_joins_and_leaves(model, processor):
     """Half a minute of the C++ compiler, which is why it stands here."""
-    with Engine.of(model, processor) as plain, Engine.of(model, processor, compiled=True) as compiled:
+    with Engine(model, processor) as plain, Engine(model, processor, compiled=True) as compiled:
         for count in (1, 5, 3, 12):
             asked = [as_prompt(f"star {number}", None)[0] for number in range(count)]
             answers = [

@@ -155,10 +155,10 @@ def test_what_is_counted_without_tensors_is_what_tensors_take():
     [
         (["--gpu", "a200"], "unknown --gpu a200: it is one of a100-40, a100-80, h100-80"),
         (["--gpu", "l4-24", "--mfu", "2"], "--mfu must be more than 0 and at most 1"),
-        (["--gpu", "l4-24", "--lora_r", "8"], "--lora_r is of stage 2, not of stage 1"),
+        (["--gpu", "l4-24", "--lora_r", "8"], "--lora_r requires --stage 2, not --stage 1"),
         (
             ["--gpu", "l4-24", "--stage", "2", "--tune_decoder", "full", "--quantization", "nf4"],
-            "--quantization nf4: quantised weights cannot be trained",
+            "--quantization nf4: quantized weights cannot be trained",
         ),
     ],
 )
@@ -183,7 +183,7 @@ def test_stage_2_trains_lora_of_the_rank_asked_for():
 
 def test_the_command_prints_json_for_a_checkpoint(tmp_path, capsys):
     small_config().save_pretrained(tmp_path)
-    assert main(["plan", "--gpu", "rtx-8", "--checkpoint", str(tmp_path), "--json"]) == 0
+    assert main(["plan", "--gpu", "rtx-8", "--model", str(tmp_path), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(json.dumps(plan("rtx-8")))
 

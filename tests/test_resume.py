@@ -57,8 +57,7 @@ def test_more_processes_with_the_same_accumulation_are_another_run(whole, data, 
     copy = resume_from(whole, tmp_path, 4)
     options = stage1(data, backbones, copy, *SHORT, "--resume_from_checkpoint")
     options[options.index("--per_device_train_batch_size") + 1] = 4
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = run(*options, launcher=torchrun, ACCELERATE_USE_CPU="true", expect=1)
+    done = run(*options, processes=2, expect=1)
     assert "batches_per_step: 1 then, 2 now" in done.stderr
 
 
@@ -76,7 +75,6 @@ def test_another_run_is_not_gone_on_with_and_the_difference_is_named(change, mes
     done = run(
         *stage1(data, backbones, copy, *SHORT, "--resume_from_checkpoint", "--debug", False, *change),
         expect=2,
-        launcher=(),
     )
     assert message in done.stderr and "--resume_from_checkpoint would go on with another run" in done.stderr
     assert metrics(copy, "loss") == metrics(whole, "loss"), "the log of the other run is still there"
@@ -143,5 +141,5 @@ def test_a_signal_to_all_processes_finishes_the_step_and_exits_with_75(number, d
 def test_a_folder_that_cannot_be_written_is_one_line(data, backbones, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoints").write_text("a file")
-    done = run(*stage1(data, backbones, tmp_path / "run", *SHORT, "--debug", False), expect=2, launcher=())
+    done = run(*stage1(data, backbones, tmp_path / "run", *SHORT, "--debug", False), expect=2)
     assert f"cannot write a checkpoint in {tmp_path}/run/checkpoints" in done.stderr and "Traceback" not in done.stderr

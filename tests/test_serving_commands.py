@@ -56,14 +56,14 @@ def test_serve_answers_under_its_key_and_name_and_ends_on_sigterm(checkpoint):
 
 def test_space_writes_what_a_space_needs(checkpoint, tmp_path, capsys):
     folder = tmp_path / "talk"
-    assert main(["space", "user/talk", "--model", "user/model", "--output", str(folder)]) == 0
+    assert main(["space", "user/talk", "--model", "user/model", "--output_dir", str(folder)]) == 0
     assert str(folder) in capsys.readouterr().out
     matter = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
     assert (matter["sdk"], matter["app_file"], matter["models"]) == ("gradio", "app.py", ["user/model"])
     assert len(matter["short_description"]) <= 60
     app = (folder / "app.py").read_text()
     compile(app, "app.py", "exec")
-    assert "Engine('user/model')" in app
+    assert "Engine.from_pretrained('user/model')" in app
     requirements = (folder / "requirements.txt").read_text().split()
     assert any(line.startswith("torch>=") for line in requirements) and not any(
         "pytest" in line for line in requirements
@@ -75,11 +75,11 @@ def test_space_writes_what_a_space_needs(checkpoint, tmp_path, capsys):
 
 
 def test_space_copies_a_merged_checkpoint_and_refuses_a_delta(checkpoint, model, tmp_path, capsys):
-    assert main(["space", "user/talk", "--model", checkpoint, "--output", str(tmp_path / "talk")]) == 0
-    assert "Engine('model')" in (tmp_path / "talk/app.py").read_text()
+    assert main(["space", "user/talk", "--model", checkpoint, "--output_dir", str(tmp_path / "talk")]) == 0
+    assert "Engine.from_pretrained('model')" in (tmp_path / "talk/app.py").read_text()
     assert (tmp_path / "talk/model/model.safetensors").is_file()
     model.save_pretrained(tmp_path / "delta", merged=False)
-    assert main(["space", "user/talk", "--model", str(tmp_path / "delta"), "--output", str(tmp_path / "two")]) == 2
+    assert main(["space", "user/talk", "--model", str(tmp_path / "delta"), "--output_dir", str(tmp_path / "two")]) == 2
     assert "save it with merged=True" in capsys.readouterr().err and not (tmp_path / "two").exists()
 
 
@@ -95,7 +95,7 @@ def test_space_pushes_its_folder(tmp_path, monkeypatch, capsys):
             calls.append((options["repo_id"], sorted(path.name for path in options["folder_path"].iterdir())))
 
     monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
-    options = ["--model", "user/model", "--output", str(tmp_path / "talk"), "--push", "--private"]
+    options = ["--model", "user/model", "--output_dir", str(tmp_path / "talk"), "--push", "--private"]
     assert main(["space", "user/talk", *options]) == 0
     created = {"repo_type": "space", "space_sdk": "gradio", "private": True, "exist_ok": True}
     names = ["README.md", "app.py", "clip_phi", "modeling_clip_phi", "requirements.txt"]
@@ -106,12 +106,12 @@ def test_space_pushes_its_folder(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["space", "talk", "--model", "user/model"], "a Space is called user/name, not 'talk'"),
-        (["space", "user/talk", "--model", "user/model", "--private"], "--private is of --push"),
-        (["space", "user/talk", "--model", "user/model", "--output", "."], "is there already"),
-        (["serve", "/nowhere/model"], "no checkpoint /nowhere/model"),
+        (["space", "talk", "--model", "user/model"], "a Space id is user/name, not 'talk'"),
+        (["space", "user/talk", "--model", "user/model", "--private"], "--private requires --push"),
+        (["space", "user/talk", "--model", "user/model", "--output_dir", "."], "exists already"),
+        (["serve", "/nowhere/model"], "no model /nowhere/model"),
         (["serve", "{checkpoint}", "--port", "{port}"], "try another --port"),
-        (["chat", "/nowhere/model"], "no checkpoint /nowhere/model"),
+        (["chat", "/nowhere/model"], "no model /nowhere/model"),
     ],
 )
 def test_bad_requests_are_one_line(arguments, message, checkpoint, capsys):

@@ -1,4 +1,4 @@
-"""Speech without its extra: interfaces, caches, counted skips, and a worker whose WhisperX is played by a stand-in."""
+"""Speech without its extra: interfaces, caches, counted skips, and a worker with a fake WhisperX."""
 
 import json
 import os
@@ -19,15 +19,16 @@ from clip_phi.data.sample import SPOKEN_INSTRUCTION, File, Sample, Turn, as_mess
 from clip_phi.data.source import parse_source
 from clip_phi.data.transcripts import AsrSettings, Transcripts
 from clip_phi.serving.engine import Engine
+from clip_phi.serving.text_to_image import TextToImage
 from clip_phi.speech import spoken_data as speech_data
-from clip_phi.speech import whisperx as worker
+from clip_phi.speech import whisperx
 from clip_phi.speech.asr import make_transcriber
-from clip_phi.speech.audio import Clip, clip_from_array, load_clip
+from clip_phi.speech.audio import AudioClip, audio_from_array, load_audio
 from clip_phi.speech.transcript import Segment, Transcript
 from clip_phi.speech.tts import (
-    SentenceSpeaker,
     Speech,
-    make_speaker,
+    TextToSpeech,
+    make_tts,
     split_sentences,
     write_wav,
 )
@@ -47,11 +48,11 @@ def image_file(tmp_path_factory):
 @pytest.mark.parametrize(
     ("module", "call", "extra"),
     [
-        ("av", lambda: load_clip(b"RIFF"), "speech"),
-        ("av", lambda: clip_from_array(np.ones(100, np.float32), 16_000), "speech"),
+        ("av", lambda: load_audio(b"RIFF"), "speech"),
+        ("av", lambda: audio_from_array(np.ones(100, np.float32), 16_000), "speech"),
         ("faster_whisper", lambda: make_transcriber(), "speech"),
-        ("hibari", lambda: make_speaker(), "speech"),
-        ("diffusers", lambda: __import__("clip_phi.serving.text_to_image").picture.Drawer("user/name"), "draw"),
+        ("hibari", lambda: make_tts(), "speech"),
+        ("diffusers", lambda: TextToImage("user/name"), "draw"),
     ],
 )
 def test_a_missing_package_names_its_extra(module, call, extra, monkeypatch):
@@ -63,8 +64,8 @@ def test_a_missing_package_names_its_extra(module, call, extra, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "kaldi"}, "no speech engine 'kaldi': there are faster-whisper and whisperx"),
-        ({"device": "tpu"}, "heard on cpu or cuda, not on 'tpu'"),
+        ({"engine": "kaldi"}, "no speech recognition engine 'kaldi': choose faster-whisper or whisperx"),
+        ({"device": "tpu"}, "runs on cpu or cuda, not on 'tpu'"),
         ({"model": "./nowhere"}, "no Whisper model in ./nowhere"),
     ],
 )
@@ -75,7 +76,7 @@ def test_a_transcriber_that_cannot_be_is_one_line(options, message):
 
 def test_whisperx_that_is_not_installed_is_an_error_and_no_other_engine(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CLIP_PHI_WHISPERX", str(tmp_path))
-    with pytest.raises(worker.WorkerError, match="run 'clip-phi speech install'"):
+    with pytest.raises(whisperx.WorkerError, match="run 'clip-phi speech install'"):
         make_transcriber("whisperx", "tiny.en")
 
 
@@ -96,13 +97,13 @@ def test_whisperx_that_is_not_installed_is_an_error_and_no_other_engine(tmp_path
 )
 def test_an_array_that_is_no_sound_is_one_line(samples, rate, message):
     with pytest.raises(ValueError, match=message):
-        clip_from_array(samples, rate)
+        audio_from_array(samples, rate)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
 def test_a_clip_of_no_length_is_refused(seconds):
     with pytest.raises(ValueError, match="max_seconds must be a number above 0"):
-        clip_from_array(np.zeros(10), 16_000, seconds)
+        audio_from_array(np.zeros(10), 16_000, seconds)
 
 
 # --- Speaking ---
@@ -122,16 +123,16 @@ def test_sentences_come_as_soon_as_they_are_complete():
     assert list(sentences) == ['"I am 3.5 m. tall." e.g. this!', "A line"]
 
 
-class Toy(SentenceSpeaker):
-    """Says every letter as one sample; knows no z, and whispers y to silence."""
+class Toy(TextToSpeech):
+    """One sample for each letter; none for z, and silence for y."""
 
     voice, sampling_rate = "toy", 8_000
 
     def __init__(self):
-        self.said = []
+        self.sentences = []
 
     def _synthesize(self, sentence):
-        self.said.append(sentence)
+        self.sentences.append(sentence)
         kept = [letter for letter in sentence if letter != "z"]
         return Speech(np.array([0.0 if "y" in sentence else 0.5 for _ in kept], np.float32), self.sampling_rate)
 
@@ -139,15 +140,15 @@ class Toy(SentenceSpeaker):
 def test_speech_streams_by_sentences_and_silence_is_an_error():
     toy = Toy()
     stream = toy.stream(iter(["One. Tw", "o. ", "Three"]))
-    assert len(next(stream).samples) == 4 and toy.said == ["One."]
+    assert len(next(stream).samples) == 4 and toy.sentences == ["One."]
     assert [len(speech.samples) for speech in stream] == [4, 5]
-    assert toy.speak("One!\n?\nTwo").samples.shape == (7,)  # the mark alone says nothing
+    assert toy.synthesize("One!\n?\nTwo").samples.shape == (7,)  # the mark alone says nothing
     for text in ("zzz", "yes"):
-        with pytest.raises(ValueError, match=f"the voice toy cannot say '{text}'"):
-            toy.speak(text)
+        with pytest.raises(ValueError, match=f"the voice toy produces no sound for '{text}'"):
+            toy.synthesize(text)
     for text in ("", "  ", "?!", "\N{GRINNING FACE}"):
-        with pytest.raises(ValueError, match="there is nothing to say"):
-            toy.speak(text)
+        with pytest.raises(ValueError, match="there are no words in"):
+            toy.synthesize(text)
 
 
 def test_wav_holds_what_was_spoken(tmp_path):
@@ -176,9 +177,9 @@ def vits(tmp_path_factory):
 
 
 def test_a_model_of_the_pipeline_speaks_the_same_twice(vits):
-    speaker = make_speaker(vits)
-    first, second = speaker.speak("abc de"), speaker.speak("abc de")
-    assert first.sampling_rate == speaker.sampling_rate == 8_000
+    tts = make_tts(vits)
+    first, second = tts.synthesize("abc de"), tts.synthesize("abc de")
+    assert first.sampling_rate == tts.sampling_rate == 8_000
     assert first.samples.ndim == 1 and first.samples.dtype == np.float32 and len(first.samples) > 10
     assert np.array_equal(first.samples, second.samples)
 
@@ -280,7 +281,7 @@ def llava(tmp_path, monkeypatch):
 
 def test_each_distinct_question_is_spoken_once_and_what_cannot_be_said_stays_typed(llava):
     toy, output = Toy(), llava.with_name("spoken.json")
-    found = speech_data.speak_questions(llava, output, toy)
+    found = speech_data.synthesize_questions(llava, output, toy)
     assert (found.questions, found.spoken, found.recordings, found.new, found.unspeakable) == (4, 3, 2, 2, 1)
     turns = [record["conversations"][0] for record in json.loads(output.read_text())]
     assert [turn["value"] for turn in turns] == [
@@ -291,25 +292,25 @@ def test_each_distinct_question_is_spoken_once_and_what_cannot_be_said_stays_typ
     ]
     assert turns[0]["speech"] == turns[1]["speech"] != turns[2]["speech"] and "speech" not in turns[3]
     assert {path.name for path in (llava.parent / "spoken").iterdir()} == {turn["speech"] for turn in turns[:3]}
-    toy.said.clear()
-    assert speech_data.speak_questions(llava, output, toy).new == 0 and toy.said == ["zzz"]
+    toy.sentences.clear()
+    assert speech_data.synthesize_questions(llava, output, toy).new == 0 and toy.sentences == ["zzz"]
 
 
 def test_a_share_is_chosen_by_the_seed(llava):
     def spoken(share, seed):
         output = llava.with_name("part.json")
-        speech_data.speak_questions(llava, output, Toy(), share, seed)
+        speech_data.synthesize_questions(llava, output, Toy(), share, seed)
         return ["speech" in record["conversations"][0] for record in json.loads(output.read_text())]
 
     assert spoken(0.5, 1) == spoken(0.5, 1) and not any(spoken(0, 0))
     assert len({tuple(spoken(0.5, seed)) for seed in range(8)}) > 1
-    for share, output, message in ((2, "x.json", "between 0 and 1"), (1, "data.json", "must go to another file")):
+    for share, output, message in ((2, "x.json", "between 0 and 1"), (1, "data.json", "must be another file")):
         with pytest.raises(ValueError, match=message):
-            speech_data.speak_questions(llava, llava.with_name(output), Toy(), share)
+            speech_data.synthesize_questions(llava, llava.with_name(output), Toy(), share)
 
 
-class ToyEar:
-    """Hears what a recording is named."""
+class ToyTranscriber:
+    """The text of a recording is its length."""
 
     engine, model = "faster-whisper", "base.en"
 
@@ -330,13 +331,13 @@ class ToyEar:
 @pytest.fixture
 def spoken(llava, monkeypatch):
     output = llava.with_name("spoken.json")
-    speech_data.speak_questions(llava, output, Toy())
-    monkeypatch.setattr(speech_data, "load_clip", lambda file, seconds: Clip(np.zeros(len(file.read())), False))
+    speech_data.synthesize_questions(llava, output, Toy())
+    monkeypatch.setattr(speech_data, "load_audio", lambda file, seconds: AudioClip(np.zeros(len(file.read())), False))
     return f"llava:{output},recordings={output.with_suffix('')}"
 
 
 def test_transcribing_goes_on_where_it_was_stopped(spoken, monkeypatch):
-    first, second = ToyEar(stop_after=1), ToyEar()
+    first, second = ToyTranscriber(stop_after=1), ToyTranscriber()
     monkeypatch.setattr(speech_data, "make_transcriber", lambda *options: first)
     with pytest.raises(KeyboardInterrupt):
         speech_data.transcribe_source(parse_source(spoken))
@@ -351,9 +352,9 @@ def test_transcribing_goes_on_where_it_was_stopped(spoken, monkeypatch):
 def test_training_skips_and_counts_until_the_recordings_are_transcribed(spoken, processor, monkeypatch, capsys):
     index = load_index(parse_source(spoken), processor, 200)
     assert len(index) == 1 and index.report.skipped == {"speech without a transcript": 2, "<image> without an image": 1}
-    assert "run 'clip-phi transcribe DATA' first" in index.report.table()
-    monkeypatch.setattr(speech_data, "make_transcriber", lambda *options: ToyEar())
-    assert main(["transcribe", spoken, "--json"]) == 0
+    assert "run 'clip-phi speech transcribe --data DATA' first" in index.report.table()
+    monkeypatch.setattr(speech_data, "make_transcriber", lambda *options: ToyTranscriber())
+    assert main(["speech", "transcribe", "--data", spoken, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["new"] == 2 and told["model"] == "base.en" and told["engine"] == "faster-whisper"
     index = load_index(parse_source(spoken), processor, 200)  # made anew, since there are transcripts now
@@ -387,10 +388,10 @@ def test_ask_puts_what_is_heard_before_the_instruction(image_file, checkpoint, m
     heard = {"text": "what color"}
 
     def hear(file, arguments):
-        return Transcript(heard["text"], (), "en", arguments.engine, 1.5, True)
+        return Transcript(heard["text"], (), "en", "faster-whisper", 1.5, True)
 
-    monkeypatch.setattr("clip_phi.commands.speech.hear", hear)
-    ask = ["ask", image_file, "--speech", "q.wav", "--checkpoint", checkpoint, "--max_new_tokens", "6", "--json"]
+    monkeypatch.setattr("clip_phi.commands.speech.transcribe", hear)
+    ask = ["ask", image_file, "--speech", "q.wav", "--model", checkpoint, "--max_new_tokens", "6", "--json"]
     asked = []
     monkeypatch.setattr(
         "clip_phi.serving.engine.Engine.stream",
@@ -403,13 +404,13 @@ def test_ask_puts_what_is_heard_before_the_instruction(image_file, checkpoint, m
     assert main([*ask, "Is it red?"]) == 0
     heard["text"] = ""
     assert main([*ask, "Is it red?"]) == 0
-    assert main(ask) == 2 and "nobody speaks in q.wav" in capsys.readouterr().err
+    assert main(ask) == 2 and "no speech in q.wav" in capsys.readouterr().err
     assert asked == [(SPOKEN_INSTRUCTION, "what color"), ("Is it red?", "what color"), ("Is it red?", None)]
 
 
 def test_a_spoken_question_is_asked_as_it_was_trained(checkpoint, image_file, monkeypatch):
     trained = as_messages((Turn("user", SPOKEN_INSTRUCTION, transcript="is it red"), Turn("assistant", "yes")), True)
-    engine, asked = Engine(checkpoint), []
+    engine, asked = Engine.from_pretrained(checkpoint), []
     template = engine.processor.apply_chat_template
 
     def noted(messages, **options):
@@ -424,8 +425,8 @@ def test_a_spoken_question_is_asked_as_it_was_trained(checkpoint, image_file, mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "there is no question"),
-        (["Why?", "--draw", "a.png"], "--draw needs --drawing_model"),
+        ([], "no question"),
+        (["Why?", "--draw", "a.png"], "--draw requires --drawing_model"),
         (["Why?", "--speak", "/nowhere/a.wav"], "cannot write /nowhere/a.wav"),
     ],
 )
@@ -488,68 +489,68 @@ def environment(tmp_path_factory):
     (site / "whisperx.py").write_text(WHISPERX.replace("\\\\", "\\"))
     (site / "whisperx-9.9.dist-info").mkdir()
     (site / "whisperx-9.9.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: whisperx\nVersion: 9.9\n")
-    (folder / worker.ABOUT).write_text(json.dumps({"form": "full", "version": "9.9"}))
+    (folder / whisperx.ABOUT).write_text(json.dumps({"form": "full", "version": "9.9"}))
     return folder
 
 
 def make_worker(environment, model="tiny", language=None, words=False, **seconds):
-    return worker.WhisperXTranscriber(model, "cuda:1", language, "int8", words, environment, **seconds)
+    return whisperx.WhisperXTranscriber(model, "cuda:1", language, "int8", words, environment, **seconds)
 
 
 def sound(kind=0, length=160):
-    return Clip(np.full(length, kind / 100, np.float32), False)
+    return AudioClip(np.full(length, kind / 100, np.float32), False)
 
 
 def test_the_worker_hears_whatever_whisperx_prints_and_sends_no_telemetry(environment):
-    with closing(make_worker(environment)) as ear:
-        heard = ear.transcribe(sound(1))
+    with closing(make_worker(environment)) as transcriber:
+        heard = transcriber.transcribe(sound(1))
         assert heard == Transcript(
             "160 samples, false", (Segment("160 samples, false", 0.0, 1.5),), "en", "whisperx", 0.01, False
         )
-        assert ear.transcribe(sound(1, 170_000)).text == "170000 samples, false"  # longer than a pipe holds
-        assert ear.transcribe(sound(0)).text == "" and ear.healthy() and ear.starts == 1
-        process = ear._process
-    assert process.poll() == 0 and not ear.healthy()
+        assert transcriber.transcribe(sound(1, 170_000)).text == "170000 samples, false"  # longer than a pipe holds
+        assert transcriber.transcribe(sound(0)).text == "" and transcriber.healthy() and transcriber.starts == 1
+        process = transcriber._process
+    assert process.poll() == 0 and not transcriber.healthy()
     with pytest.raises(ValueError, match="this transcriber is closed"):
-        ear.transcribe(sound(1))
+        transcriber.transcribe(sound(1))
 
 
 def test_words_have_places_and_languages_are_told(environment):
-    with closing(make_worker(environment, "multi", words=True)) as ear:
-        heard = ear.transcribe(sound(1))
+    with closing(make_worker(environment, "multi", words=True)) as transcriber:
+        heard = transcriber.transcribe(sound(1))
     assert heard.language == "fr" and heard.segments[0].words == (("12", 0.5, 1.0), ("?", None, None))
-    with pytest.raises(ValueError, match="WhisperX cannot load tiny: .*hears English only, not 'de'"):
+    with pytest.raises(ValueError, match="WhisperX cannot load tiny: .*supports English only, not 'de'"):
         make_worker(environment, language="de")
 
 
 def test_a_worker_that_dies_is_started_again_once_a_clip(environment, tmp_path):
-    with closing(make_worker(environment, str(tmp_path / "model"))) as ear:
-        assert ear.transcribe(sound(14)).text == "160 samples, false" and ear.starts == 2
-        os.kill(ear._process.pid, signal.SIGKILL)
-        assert ear.transcribe(sound(1)).text == "160 samples, false" and ear.starts == 3
-        with pytest.raises(worker.WorkerError, match="died twice over one clip: exit status 9: no more memory"):
-            ear.transcribe(sound(13))
-        assert ear.transcribe(sound(1)).text == "160 samples, false"
+    with closing(make_worker(environment, str(tmp_path / "model"))) as transcriber:
+        assert transcriber.transcribe(sound(14)).text == "160 samples, false" and transcriber.starts == 2
+        os.kill(transcriber._process.pid, signal.SIGKILL)
+        assert transcriber.transcribe(sound(1)).text == "160 samples, false" and transcriber.starts == 3
+        with pytest.raises(whisperx.WorkerError, match="exited twice during one clip: exit status 9: no more memory"):
+            transcriber.transcribe(sound(13))
+        assert transcriber.transcribe(sound(1)).text == "160 samples, false"
 
 
 def test_a_worker_that_does_not_answer_is_stopped(environment):
-    with closing(make_worker(environment, hear_seconds=0.5)) as ear:
-        with pytest.raises(worker.WorkerError, match="does not answer within 0.5 seconds, and was stopped"):
-            ear.transcribe(sound(15))
-        ear.hear_seconds = 60
-        assert ear.transcribe(sound(1)).text == "160 samples, false" and ear.starts == 2
-        os.kill(ear._process.pid, signal.SIGSTOP)
-        process = ear._process
-        assert not ear.healthy(0.2) and process.poll() == -signal.SIGKILL
-    with pytest.raises(worker.WorkerError, match="does not start within 0.2 seconds"):
+    with closing(make_worker(environment, transcribe_seconds=0.5)) as transcriber:
+        with pytest.raises(whisperx.WorkerError, match="did not answer within 0.5 seconds, and was stopped"):
+            transcriber.transcribe(sound(15))
+        transcriber.transcribe_seconds = 60
+        assert transcriber.transcribe(sound(1)).text == "160 samples, false" and transcriber.starts == 2
+        os.kill(transcriber._process.pid, signal.SIGSTOP)
+        process = transcriber._process
+        assert not transcriber.healthy(0.2) and process.poll() == -signal.SIGKILL
+    with pytest.raises(whisperx.WorkerError, match="did not start within 0.2 seconds"):
         make_worker(environment, "slow", start_seconds=0.2)
 
 
 def test_what_whisperx_refuses_is_one_line_and_it_goes_on(environment):
-    with closing(make_worker(environment)) as ear:
-        with pytest.raises(ValueError, match="cannot hear this clip: RuntimeError: odd sound"):
-            ear.transcribe(sound(16))
-        assert ear.transcribe(sound(1)).text == "160 samples, false" and ear.starts == 1
+    with closing(make_worker(environment)) as transcriber:
+        with pytest.raises(ValueError, match="cannot transcribe this clip: RuntimeError: odd sound"):
+            transcriber.transcribe(sound(16))
+        assert transcriber.transcribe(sound(1)).text == "160 samples, false" and transcriber.starts == 1
     with pytest.raises(ValueError, match="WhisperX cannot load bad: ValueError: no such model"):
         make_worker(environment, "bad")
 
@@ -557,24 +558,24 @@ def test_what_whisperx_refuses_is_one_line_and_it_goes_on(environment):
 def test_an_installation_that_is_not_whole_says_how_to_mend_it(environment, tmp_path):
     for content, message in ((None, "is not installed"), ("{", "is damaged"), ('{"form": "full"}', "is damaged")):
         if content is not None:
-            (tmp_path / worker.ABOUT).write_text(content)
-        with pytest.raises(worker.WorkerError, match=f"{message}.*run 'clip-phi speech install'"):
-            worker.find_installation(tmp_path)
-    (tmp_path / worker.ABOUT).write_text('{"form": "light", "version": "9.9"}')
-    with pytest.raises(worker.WorkerError, match="has lost its .*run 'clip-phi speech install'"):
-        worker.find_installation(tmp_path)
+            (tmp_path / whisperx.ABOUT).write_text(content)
+        with pytest.raises(whisperx.WorkerError, match=f"{message}.*run 'clip-phi speech install'"):
+            whisperx.find_installation(tmp_path)
+    (tmp_path / whisperx.ABOUT).write_text('{"form": "light", "version": "9.9"}')
+    with pytest.raises(whisperx.WorkerError, match="has no .*run 'clip-phi speech install'"):
+        whisperx.find_installation(tmp_path)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").symlink_to(sys.executable)
-    with pytest.raises(ValueError, match="the light form of WhisperX places no words"):
+    with pytest.raises(ValueError, match="the light form of WhisperX has no word timestamps"):
         make_worker(tmp_path, words=True)
 
 
 def test_installing_never_takes_the_place_of_something_else(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(worker.WorkerError, match="holds no Python environment"):
-        worker.install("light", tmp_path)
+    with pytest.raises(whisperx.WorkerError, match="is no Python environment"):
+        whisperx.install("light", tmp_path)
     with pytest.raises(ValueError, match="no form 'huge'"):
-        worker.install("huge", tmp_path / "new")
+        whisperx.install("huge", tmp_path / "new")
     assert (tmp_path / "thesis.txt").exists()
 
 
@@ -588,7 +589,7 @@ def test_the_doctor_looks_into_the_environment_of_whisperx(tmp_path, monkeypatch
     (folder / "bin").mkdir(parents=True)
     [check] = check_whisperx()
     assert (check.status, check.found) == ("problem", f"{folder} is not whole")
-    (folder / worker.ABOUT).write_text('{"form": "light", "version": "3.8.6"}')
+    (folder / whisperx.ABOUT).write_text('{"form": "light", "version": "3.8.6"}')
     (folder / "bin/python").write_text("#!/bin/sh\necho 'No module named torch' >&2\nexit 1\n")
     (folder / "bin/python").chmod(0o755)
     [check] = check_whisperx()

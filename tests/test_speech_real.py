@@ -1,4 +1,4 @@
-"""With real parts: a neural voice speaks, Whisper and WhisperX hear it, diffusers draws."""
+"""With real models: a neural voice, Whisper and WhisperX, and diffusers."""
 
 import json
 import os
@@ -23,8 +23,8 @@ from clip_phi.data.sample import SPOKEN_INSTRUCTION, File
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.speech.asr import make_transcriber
-from clip_phi.speech.audio import SAMPLING_RATE, Clip, clip_from_array, load_clip
-from clip_phi.speech.tts import Speech, join, make_speaker, write_wav
+from clip_phi.speech.audio import SAMPLING_RATE, AudioClip, audio_from_array, load_audio
+from clip_phi.speech.tts import Speech, join, make_tts, write_wav
 from clip_phi.tools.doctor import examine
 
 pytestmark = pytest.mark.speech
@@ -40,20 +40,20 @@ def whisper():
 
 
 @pytest.fixture(scope="module")
-def speaker():
-    return make_speaker()
+def tts():
+    return make_tts()
 
 
 @pytest.fixture(scope="module")
-def ear(whisper):
-    with closing(make_transcriber(model=whisper, word_timestamps=True)) as transcriber:
-        yield transcriber
+def transcriber(whisper):
+    with closing(make_transcriber(model=whisper, word_timestamps=True)) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
-def question(speaker, tmp_path_factory):
+def question(tts, tmp_path_factory):
     path = tmp_path_factory.mktemp("question") / "question.wav"
-    write_wav(path, speaker.speak(QUESTION))
+    write_wav(path, tts.synthesize(QUESTION))
     return path
 
 
@@ -90,7 +90,7 @@ def encoded(path, samples, rate, codec="mp3", layout="mono"):
 # --- Clips ---
 
 
-def test_ten_sentences_are_heard_in_every_format(tmp_path):
+def test_ten_sentences_are_transcribed_in_every_format(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/speech.py", "--parts", "hear", "--json", tmp_path / "out.json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -106,16 +106,16 @@ def test_files_bytes_members_and_arrays_give_the_same_samples(tmp_path):
     (tmp_path / "a.wav").write_bytes(data)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("in/a.wav", data)
-    clip = load_clip(tmp_path / "a.wav")
+    clip = load_audio(tmp_path / "a.wav")
     assert clip.samples.dtype == np.float32 and clip.samples.shape == (8000,) and not clip.truncated
     assert clip.seconds == 0.5 and 0.28 < clip.samples.max() < 0.32  # the mean of both channels
     for source in (str(tmp_path / "a.wav"), data, File(str(tmp_path / "a.wav")), File(f"{tmp_path}/a.zip", "in/a.wav")):
-        assert np.array_equal(load_clip(source).samples, clip.samples)
+        assert np.array_equal(load_audio(source).samples, clip.samples)
     for array in (samples, samples.astype(np.float32) / 32768, samples.astype(np.int32) * 65536):
-        found = clip_from_array(array, 44_100)
+        found = audio_from_array(array, 44_100)
         assert found.samples.shape == (8000,) and np.abs(found.samples - clip.samples).max() < 2e-3
     unsigned = (samples[:, 0] // 256 + 128).astype(np.uint8)
-    assert np.abs(clip_from_array(unsigned, 44_100).samples).max() < 0.2
+    assert np.abs(audio_from_array(unsigned, 44_100).samples).max() < 0.2
 
 
 def test_the_first_seconds_are_taken_and_the_cut_is_told():
@@ -126,7 +126,7 @@ def test_the_first_seconds_are_taken_and_the_cut_is_told():
         (3, 0.5, 0.5, True),
     ):
         data = wav(tone(seconds), SAMPLING_RATE)
-        for clip in (load_clip(data, limit), clip_from_array(tone(seconds), SAMPLING_RATE, limit)):
+        for clip in (load_audio(data, limit), audio_from_array(tone(seconds), SAMPLING_RATE, limit)):
             assert (clip.seconds, clip.truncated) == (length, truncated), (seconds, limit)
 
 
@@ -141,21 +141,21 @@ def test_no_more_is_decoded_than_is_taken(tmp_path):
         seconds = []
         for _ in range(3):
             began = time.perf_counter()
-            clip = load_clip(tmp_path / name)
+            clip = load_audio(tmp_path / name)
             seconds.append(time.perf_counter() - began)
         assert clip.seconds == 10 and clip.truncated and min(seconds) < 0.3, (name, seconds)
 
 
-def test_odd_sounds_are_heard_right(tmp_path):
+def test_odd_recordings_are_decoded_right(tmp_path):
     eight = tone(0.5, 48_000, 8)  # 7.1
-    assert load_clip(wav(eight, 48_000)).seconds == 0.5
-    assert load_clip(wav(tone(0.5, 8_000), 8_000)).samples.shape == (8000,)
-    assert load_clip(wav(tone(0.5, 192_000), 192_000)).samples.shape == (8000,)
-    assert not load_clip(wav(np.zeros((8000, 1), np.int16), SAMPLING_RATE)).samples.any()
+    assert load_audio(wav(eight, 48_000)).seconds == 0.5
+    assert load_audio(wav(tone(0.5, 8_000), 8_000)).samples.shape == (8000,)
+    assert load_audio(wav(tone(0.5, 192_000), 192_000)).samples.shape == (8000,)
+    assert not load_audio(wav(np.zeros((8000, 1), np.int16), SAMPLING_RATE)).samples.any()
     whole = encoded(tmp_path / "a.mp3", tone(2, 44_100), 44_100).read_bytes()
-    half = load_clip(whole[: len(whole) // 2])
+    half = load_audio(whole[: len(whole) // 2])
     assert 0.5 < half.seconds < 1.2
-    half = load_clip(wav(tone(2), SAMPLING_RATE)[:32_044])
+    half = load_audio(wav(tone(2), SAMPLING_RATE)[:32_044])
     assert half.seconds == 1
 
 
@@ -183,41 +183,41 @@ def test_what_is_no_sound_is_one_line_that_names_it(silent_video, tmp_path):
     )
     (tmp_path / "list.ffconcat").write_text("ffconcat version 1.0\nfile other.wav\n")
     bad = {
-        b"": "empty sound file",
-        b"\0" * 4096: "not a sound",
-        np.random.default_rng(0).bytes(50_000): "not a sound",
-        b"Just some text.\n" * 50: "not a sound",
-        picture: "not a sound|no sound",
-        whole[: len(whole) // 2]: "not a sound",
-        wav(tone(1), SAMPLING_RATE)[:44]: "no sound",
-        wav(tone(1), 3): "damaged sound",
-        wav(tone(1), SAMPLING_RATE)[:30]: "not a sound",
-        (tmp_path / "list.m3u8").read_bytes(): "not a sound",
-        (tmp_path / "list.ffconcat").read_bytes(): "not a sound",
+        b"": "empty audio file",
+        b"\0" * 4096: "not an audio file",
+        np.random.default_rng(0).bytes(50_000): "not an audio file",
+        b"Just some text.\n" * 50: "not an audio file",
+        picture: "not an audio file|no audio",
+        whole[: len(whole) // 2]: "not an audio file",
+        wav(tone(1), SAMPLING_RATE)[:44]: "no audio",
+        wav(tone(1), 3): "damaged audio",
+        wav(tone(1), SAMPLING_RATE)[:30]: "not an audio file",
+        (tmp_path / "list.m3u8").read_bytes(): "not an audio file",
+        (tmp_path / "list.ffconcat").read_bytes(): "not an audio file",
     }
     for source, message in bad.items():
         with pytest.raises(ValueError, match=rf"({message})(: | in )\d+ bytes") as caught:
-            load_clip(source)
+            load_audio(source)
         assert "\n" not in str(caught.value)
     for path, message in (
-        (silent_video, f"no sound in {silent_video}: it has video only"),
-        (tmp_path, "missing sound: .*Is a directory"),
-        (tmp_path / "none.wav", "missing sound: .*No such file"),
-        (tmp_path / "list.m3u8", "not a sound"),
-        (tmp_path / "list.ffconcat", "not a sound"),
-        (f"concat:{tmp_path}/other.wav", "missing sound"),
-        ("http://localhost/a.wav", "missing sound"),
-        (File(f"{tmp_path}/none.zip", "a.wav"), "missing sound"),
-        (File(str(tmp_path / "none.wav")), "missing sound"),
+        (silent_video, f"no audio in {silent_video}: it has video only"),
+        (tmp_path, "missing recording: .*Is a directory"),
+        (tmp_path / "none.wav", "missing recording: .*No such file"),
+        (tmp_path / "list.m3u8", "not an audio file"),
+        (tmp_path / "list.ffconcat", "not an audio file"),
+        (f"concat:{tmp_path}/other.wav", "missing recording"),
+        ("http://localhost/a.wav", "missing recording"),
+        (File(f"{tmp_path}/none.zip", "a.wav"), "missing recording"),
+        (File(str(tmp_path / "none.wav")), "missing recording"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_clip(path)
+            load_audio(path)
 
 
 def test_damage_behind_the_beginning_ends_the_clip_and_is_told(tmp_path):
     data = bytearray(encoded(tmp_path / "a.flac", tone(4, 44_100), 44_100, "flac").read_bytes())
     data[len(data) // 2 :] = np.random.default_rng(0).bytes(len(data) - len(data) // 2)
-    clip = load_clip(bytes(data))
+    clip = load_audio(bytes(data))
     assert 1 < clip.seconds < 4.1
     rng = np.random.default_rng(1)
     source = encoded(tmp_path / "b.mp3", tone(1, 44_100), 44_100).read_bytes()
@@ -226,7 +226,7 @@ def test_damage_behind_the_beginning_ends_the_clip_and_is_told(tmp_path):
         for place in rng.integers(0, len(damaged), 30):
             damaged[place] = rng.integers(256)
         try:
-            assert len(load_clip(bytes(damaged)).samples)
+            assert len(load_audio(bytes(damaged)).samples)
         except ValueError as error:
             assert "\n" not in str(error) and f"{len(source)} bytes" in str(error)
 
@@ -234,29 +234,29 @@ def test_damage_behind_the_beginning_ends_the_clip_and_is_told(tmp_path):
 def test_a_search_for_sound_comes_to_an_end(tmp_path, monkeypatch):
     (tmp_path / "zeros.wav").write_bytes(wav(tone(1), SAMPLING_RATE))
     os.truncate(tmp_path / "zeros.wav", 2**34)  # FFmpeg would look for one more chunk of the file to its end
-    monkeypatch.setattr("clip_phi.speech.audio.PATIENCE_SECONDS", 0.5)
-    with pytest.raises(ValueError, match="not a sound: .*zeros.wav: no sound was found within 0.5 seconds"):
-        load_clip(tmp_path / "zeros.wav")
+    monkeypatch.setattr("clip_phi.speech.audio.MAX_DECODE_SECONDS", 0.5)
+    with pytest.raises(ValueError, match="not an audio file: .*zeros.wav: no audio was found within 0.5 seconds"):
+        load_audio(tmp_path / "zeros.wav")
 
 
 # --- AsrSettings and speaking ---
 
 
-def test_words_have_places_and_silence_and_noise_are_no_speech(ear, question):
-    heard = ear.transcribe(load_clip(question))
-    assert (heard.text, heard.language, heard.engine, heard.truncated) == (QUESTION, "en", "faster-whisper", False)
-    words = [word for segment in heard.segments for word in segment.words]
+def test_words_have_places_and_silence_and_noise_are_no_speech(transcriber, question):
+    found = transcriber.transcribe(load_audio(question))
+    assert (found.text, found.language, found.engine, found.truncated) == (QUESTION, "en", "faster-whisper", False)
+    words = [word for segment in found.segments for word in segment.words]
     assert [word.word for word in words] == QUESTION.split()
-    assert all(0 <= word.start <= word.end <= heard.seconds + 0.1 for word in words)
+    assert all(0 <= word.start <= word.end <= found.seconds + 0.1 for word in words)
     noise = np.random.default_rng(0).normal(0, 0.05, 3 * SAMPLING_RATE).astype(np.float32)
     for samples in (np.zeros(3 * SAMPLING_RATE, np.float32), noise, np.zeros(1, np.float32)):
-        assert ear.transcribe(Clip(samples, False)).text == ""
-    assert ear.transcribe(load_clip(question)) == heard
+        assert transcriber.transcribe(AudioClip(samples, False)).text == ""
+    assert transcriber.transcribe(load_audio(question)) == found
 
 
-def test_a_language_or_model_that_cannot_be_heard_is_one_line(whisper, tmp_path):
+def test_a_language_or_model_that_cannot_be_used_is_one_line(whisper, tmp_path):
     for options, message in (
-        ({"language": "de"}, "does not hear 'de': it knows en"),
+        ({"language": "de"}, "does not support 'de': it supports en"),
         ({"model": str(tmp_path)}, "cannot load"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -264,10 +264,10 @@ def test_a_language_or_model_that_cannot_be_heard_is_one_line(whisper, tmp_path)
     closed = make_transcriber(model=whisper)
     closed.close()
     with pytest.raises(ValueError, match="closed"):
-        closed.transcribe(Clip(np.zeros(100, np.float32), False))
+        closed.transcribe(AudioClip(np.zeros(100, np.float32), False))
 
 
-def test_long_answers_are_spoken_by_sentences_as_they_come(speaker, ear):
+def test_long_answers_are_spoken_by_sentences_as_they_come(tts, transcriber):
     taken = []
 
     def pieces():
@@ -275,33 +275,35 @@ def test_long_answers_are_spoken_by_sentences_as_they_come(speaker, ear):
             taken.append(piece)
             yield piece
 
-    stream = speaker.stream(pieces())
+    stream = tts.stream(pieces())
     first = next(stream)
-    assert len(taken) == 2 and first.sampling_rate == speaker.sampling_rate == 24_000
+    assert len(taken) == 2 and first.sampling_rate == tts.sampling_rate == 24_000
     whole = join([first, *stream])
     assert (
-        ear.transcribe(clip_from_array(whole.samples, whole.sampling_rate)).text.lower().startswith("i can see a red")
+        transcriber.transcribe(audio_from_array(whole.samples, whole.sampling_rate))
+        .text.lower()
+        .startswith("i can see a red")
     )
-    assert np.array_equal(whole.samples, speaker.speak("".join(taken)).samples)
+    assert np.array_equal(whole.samples, tts.synthesize("".join(taken)).samples)
 
 
-def test_what_the_voice_cannot_say_is_an_error(speaker):
+def test_what_the_voice_cannot_say_is_an_error(tts):
     for text, named in (
         ("\u4f60\u597d", "\u4f60\u597d"),
         ("Hello \u4f60\u597d there.", "\u4f60\u597d"),
         ("...", "..."),
     ):
         with pytest.raises(ValueError, match=named):
-            speaker.speak(text)
-    with pytest.raises(ValueError, match="no voice 'nobody': there are heart"):
-        make_speaker("nobody")
+            tts.synthesize(text)
+    with pytest.raises(ValueError, match="no voice 'nobody': choose heart"):
+        make_tts("nobody")
 
 
 # --- Commands ---
 
 
 def test_transcribe_clip_tells_all_of_it(question, whisper, silent_video, tmp_path, capsys):
-    assert main(["transcribe-clip", str(question), "--speech_model", whisper, "--json", "--word_timestamps"]) == 0
+    assert main(["speech", "transcribe", str(question), "--speech_model", whisper, "--json", "--word_timestamps"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["text"], told["engine"], told["truncated"], told["model"]) == (
         QUESTION,
@@ -310,10 +312,10 @@ def test_transcribe_clip_tells_all_of_it(question, whisper, silent_video, tmp_pa
         whisper,
     )
     assert told["seconds"] == pytest.approx(1.9, abs=0.1) and told["segments"][0]["words"][0]["word"] == "How"
-    assert main(["transcribe-clip", str(question), "--speech_model", whisper, "--max_speech_seconds", "0.2"]) == 0
+    assert main(["speech", "transcribe", str(question), "--speech_model", whisper, "--max_speech_seconds", "0.2"]) == 0
     told = capsys.readouterr().err
-    assert "faster-whisper heard: " in told and "only the first 0.2 s" in told
-    assert main(["transcribe-clip", str(silent_video), "--speech_model", whisper]) == 2
+    assert "faster-whisper: " in told and "only the first 0.2 s" in told
+    assert main(["speech", "transcribe", str(silent_video), "--speech_model", whisper]) == 2
     assert "it has video only" in capsys.readouterr().err
 
 
@@ -321,26 +323,26 @@ def test_a_data_set_is_spoken_transcribed_and_trained_on(whisper, tmp_path, proc
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     write_dataset(tmp_path, num_train=2, num_val=1)
     typed, spoken = tmp_path / "llava_instruct_train.json", tmp_path / "spoken.json"
-    assert main(["speak-data", str(typed), str(spoken), "--json"]) == 0
+    assert main(["speech", "dataset", str(typed), "--output", str(spoken), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["spoken"] == found["questions"] > 4 and found["unspeakable"] == 0
     data = f"llava:{spoken},images={tmp_path}/train2017,recordings={tmp_path}/spoken,speech_model={whisper}"
     (next((tmp_path / "spoken").iterdir())).write_bytes(b"no sound")
-    assert main(["transcribe", data, "--json"]) == 0
+    assert main(["speech", "transcribe", "--data", data, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["bad"] == 1 and told["new"] == told["recordings"] - 1 == found["recordings"] - 1
-    assert "not a sound" in told["examples"][0]
+    assert "not an audio file" in told["examples"][0]
     index = load_index(parse_source(data), processor, 250)
     assert set(index.report.skipped) == {"recording cannot be heard"} and len(index)
     text = processor.decode(index.encoded(0)[0].ids)
     assert "Speech: " in text and f"\nInstruct: {SPOKEN_INSTRUCTION}\nOutput: " in text
-    assert main(["transcribe", data, "--json"]) == 0
+    assert main(["speech", "transcribe", "--data", data, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["new"] == 0
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Untrained, between the small backbones that come with the project: it speaks of scenes, whatever it sees."""
+    """Untrained, between the small backbones that come with the project: it describes scenes, whatever the image."""
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -351,10 +353,10 @@ def checkpoint(tmp_path_factory):
     return str(folder)
 
 
-def test_the_example_hears_a_question_and_speaks_the_answer(checkpoint, question, whisper, ear, tmp_path, capsys):
+def test_the_example_answers_a_recording_with_one(checkpoint, question, whisper, transcriber, tmp_path, capsys):
     write_dataset(tmp_path, num_train=1, num_val=1)
     picture, answer = next((tmp_path / "val2017").iterdir()), tmp_path / "answer.wav"
-    options = ["--checkpoint", checkpoint, "--speech_model", whisper]
+    options = ["--model", checkpoint, "--speech_model", whisper]
     command = [sys.executable, ROOT / "examples/ask_by_voice.py", picture, question, answer, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
@@ -368,9 +370,9 @@ def test_the_example_hears_a_question_and_speaks_the_answer(checkpoint, question
     told = json.loads(capsys.readouterr().out)
     assert again.read_bytes() == answer.read_bytes()
     assert told["transcript"] == QUESTION and told["question"] is None and told["speak"] == str(again)
-    heard = ear.transcribe(load_clip(again)).text.lower().strip(".").split()
+    found = transcriber.transcribe(load_audio(again)).text.lower().strip(".").split()
     written = told["answer"].lower().strip(".").split()
-    assert set(heard[:5]) & set(written), (heard, written)
+    assert set(found[:5]) & set(written), (found, written)
 
 
 def test_the_commands_of_the_docs_do_what_they_say(
@@ -386,44 +388,48 @@ def test_the_commands_of_the_docs_do_what_they_say(
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/speech.md").read_text(encoding="utf-8"), re.M | re.S)
     commands = [shlex.split(line) for line in "".join(blocks).splitlines()]
     more = {
-        "transcribe-clip": ["--speech_model", whisper],
-        "ask": ["--speech_model", whisper, "--checkpoint", checkpoint],
+        "transcribe": ["--speech_model", whisper],
+        "ask": ["--speech_model", whisper, "--model", checkpoint],
     }
     ran = []
-    for program, name, *options in commands:
+    for program, *words in commands:
         if program == "clip-phi":
-            options = [f"{each},speech_model={whisper}" if each.startswith("llava:") else each for each in options]
-            options = [painter if each.startswith("stable-diffusion") else each for each in options]
-            options += ["--size", "16", "--device", "cpu"] if "--draw" in options else []
-            assert main([name, *options, *more.get(name, [])]) == 0, capsys.readouterr().err
+            name = words[1] if words[0] == "speech" else words[0]
+            words = [f"{each},speech_model={whisper}" if each.startswith("llava:") else each for each in words]
+            words = [painter if each.startswith("stable-diffusion") else each for each in words]
+            words += ["--size", "16", "--device", "cpu"] if "--draw" in words else []
+            words += more.get(name, []) if "--data" not in words else []
+            assert main(words) == 0, capsys.readouterr().err
             ran.append(name)
-            assert capsys.readouterr().out or "--draw" in options
-    assert set(ran) == {"transcribe-clip", "ask", "speak-data", "transcribe", "speech"}
+            assert capsys.readouterr().out or "--draw" in words
+    assert set(ran) == {"transcribe", "ask", "dataset", "install"}
     assert (tmp_path / "answer.wav").exists() and (tmp_path / "drawn.png").exists()
 
 
 # --- WhisperX ---
 
 
-def test_a_real_whisperx_is_installed_and_hears_the_same(ear, question, whisper, tmp_path, monkeypatch, capsys):
+def test_a_real_whisperx_is_installed_and_hears_the_same(transcriber, question, whisper, tmp_path, monkeypatch, capsys):
     began = time.monotonic()
     assert main(["speech", "install", "--form", "light", "--folder", str(tmp_path / "env")]) == 0
     assert time.monotonic() - began < 300
     monkeypatch.setenv("CLIP_PHI_WHISPERX", str(tmp_path / "env"))
     with closing(make_transcriber("whisperx", whisper)) as worker:
-        heard = worker.transcribe(load_clip(question))
-        assert (heard.text, heard.language, heard.engine) == (QUESTION, "en", "whisperx")
-        assert worker.transcribe(Clip(np.zeros(SAMPLING_RATE, np.float32), False)).text == ""
-        assert worker.transcribe(Clip(np.zeros(1, np.float32), False)).text == ""
+        found = worker.transcribe(load_audio(question))
+        assert (found.text, found.language, found.engine) == (QUESTION, "en", "whisperx")
+        assert worker.transcribe(AudioClip(np.zeros(SAMPLING_RATE, np.float32), False)).text == ""
+        assert worker.transcribe(AudioClip(np.zeros(1, np.float32), False)).text == ""
         os.kill(worker._process.pid, signal.SIGKILL)
-        assert worker.transcribe(load_clip(question)).text == QUESTION and worker.starts == 2
+        assert worker.transcribe(load_audio(question)).text == QUESTION and worker.starts == 2
         assert worker.healthy()
     checks = {check.name: check for check in examine()}
     assert {checks[name].status for name in ("speech in", "speech out", "WhisperX")} == {"ok"}
-    with pytest.raises(ValueError, match="hears English only, not 'de'"):
+    with pytest.raises(ValueError, match="supports English only, not 'de'"):
         make_transcriber("whisperx", whisper, language="de")
     capsys.readouterr()
-    assert main(["transcribe-clip", str(question), "--engine", "whisperx", "--speech_model", whisper, "--json"]) == 0
+    assert (
+        main(["speech", "transcribe", str(question), "--engine", "whisperx", "--speech_model", whisper, "--json"]) == 0
+    )
     assert json.loads(capsys.readouterr().out)["engine"] == "whisperx"
 
 
@@ -459,23 +465,23 @@ def painter(tmp_path_factory):
 
 
 def test_the_same_seed_draws_the_same_picture_in_the_size_asked_for(painter):
-    from clip_phi.serving.text_to_image import Drawer
+    from clip_phi.serving.text_to_image import TextToImage
 
-    drawer = Drawer(painter, "cpu")
-    pictures = [drawer.draw("a red circle", seed, 16).tobytes() for seed in (0, 0, 1)]
+    drawer = TextToImage(painter, "cpu")
+    pictures = [drawer.generate("a red circle", seed, 16).tobytes() for seed in (0, 0, 1)]
     assert pictures[0] == pictures[1] != pictures[2]
-    assert drawer.draw("a red circle", size=16).size == (16, 16)
-    for text, size, message in ((" ", 16, "nothing to draw"), ("a", 13, "13")):
+    assert drawer.generate("a red circle", size=16).size == (16, 16)
+    for text, size, message in ((" ", 16, "no image of an empty text"), ("a", 13, "13")):
         with pytest.raises(ValueError, match=message):
-            drawer.draw(text, size=size)
-    with pytest.raises(ValueError, match="no drawing model ./nowhere"):
-        Drawer("./nowhere")
+            drawer.generate(text, size=size)
+    with pytest.raises(ValueError, match="no text-to-image model ./nowhere"):
+        TextToImage("./nowhere")
 
 
 def test_an_answer_is_drawn(painter, checkpoint, tmp_path, capsys):
     write_dataset(tmp_path, num_train=1, num_val=1)
     picture, drawn = str(next((tmp_path / "val2017").iterdir())), tmp_path / "drawn.png"
     draw = ["--draw", str(drawn), "--drawing_model", painter, "--size", "16", "--device", "cpu"]
-    assert main(["ask", picture, "Describe the image.", "--checkpoint", checkpoint, *draw]) == 0
+    assert main(["ask", picture, "Describe the image.", "--model", checkpoint, *draw]) == 0
     assert drawn.read_bytes()[:4] == b"\x89PNG"
     assert Speech(np.zeros(8), 8).seconds == 1

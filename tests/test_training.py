@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import metrics, run, stage1, stage2
+from helpers import ACCELERATE, TORCHRUN, metrics, run, stage1, stage2
 from safetensors.torch import load_file
 
 from clip_phi.data.synthetic import write_dataset
@@ -30,14 +30,17 @@ def backbones(vision_backbone, text_backbone):
 def trained1(data, backbones, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "stage1"
     options = ("--num_train_epochs", 2, "--gradient_accumulation_steps", 1, "--eval_steps", 4, "--learning_rate", 0.01)
-    done = run(*stage1(data, backbones, output, *options))
+    done = run(*stage1(data, backbones, output, *options), launcher=ACCELERATE)
     return output, done.stdout
 
 
 @pytest.fixture(scope="module")
 def trained2(data, trained1, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "stage2"
-    done = run(*stage2(data, trained1[0], output, "--gradient_accumulation_steps", 3, "--lora_learning_rate", 0.01))
+    done = run(
+        *stage2(data, trained1[0], output, "--gradient_accumulation_steps", 3, "--lora_learning_rate", 0.01),
+        launcher=(),
+    )
     return output, done.stdout
 
 
@@ -124,9 +127,8 @@ def test_accumulation_equals_one_big_batch_though_answers_differ_in_length(data,
 def test_two_processes_give_the_losses_of_one(data, backbones, tmp_path):
     common = ("--max_steps", 2, "--gradient_accumulation_steps", 1)
     run(*stage1(data, backbones, tmp_path / "one", *common, "--per_device_train_batch_size", 4))
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     two = stage1(data, backbones, tmp_path / "two", *common, "--per_device_train_batch_size", 2)
-    done = run(*two, launcher=torchrun, ACCELERATE_USE_CPU="true")
+    done = run(*two, launcher=TORCHRUN, ACCELERATE_USE_CPU="true")
     assert "parameters on 2 x cpu" in done.stdout
     for key in ("loss", "eval_loss"):
         one = metrics(tmp_path / "one", key)
@@ -151,7 +153,7 @@ def test_workers_bf16_adam8bit_checkpointing_mlp_and_hold_out_run_together(data,
         *("--eval_data", "--holdout_images", 3, "--captions_per_image", 2, "--num_train_epochs", 1),
         *("--gradient_accumulation_steps", 1),
     ]
-    run(*stage1(data, backbones, tmp_path / "run", *options), ACCELERATE_MIXED_PRECISION="bf16", launcher=())
+    run(*stage1(data, backbones, tmp_path / "run", *options), ACCELERATE_MIXED_PRECISION="bf16")
     assert list(metrics(tmp_path / "run", "loss")) == [1, 2, 3]  # 9 images are left to train on
     model = ClipPhiForCausalLM.from_pretrained(tmp_path / "run")
     assert model.dtype == torch.bfloat16
@@ -191,8 +193,7 @@ def test_damaged_images_are_skipped_reported_once_and_alike_by_any_number_of_pro
         "--dataloader_num_workers",
         1,
     )
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
-    done = run(*stage1(damaged, backbones, tmp_path / "run", *options), launcher=launcher, ACCELERATE_USE_CPU="true")
+    done = run(*stage1(damaged, backbones, tmp_path / "run", *options), processes=processes)
     report = json.loads((tmp_path / "run/data_report.json").read_text())
     assert {name: report[name] for name in REPORT} == REPORT
     assert report["examples"]["missing image"] == [
@@ -205,7 +206,7 @@ def test_damaged_images_are_skipped_reported_once_and_alike_by_any_number_of_pro
 def test_a_run_stops_when_too_many_images_turn_out_damaged(data, backbones, tmp_path):
     damaged = damage(data, tmp_path / "data")
     options = ("--max_bad_fraction", 0.1, "--per_device_train_batch_size", 12, "--debug", False)
-    done = run(*stage1(damaged, backbones, tmp_path / "run", *options), launcher=(), expect=2)
+    done = run(*stage1(damaged, backbones, tmp_path / "run", *options), expect=2)
     assert "15 of 60 records are bad (25.00%), more than --max_bad_fraction 0.1 allows" in done.stderr
     assert "not an image (e.g. " in done.stderr and "Traceback" not in done.stderr
 
@@ -219,8 +220,7 @@ def test_text_only_records_train_as_text_in_two_processes_that_lack_images_at_di
     mixed.write_text(json.dumps(records))
     options = stage2(data, trained1[0], tmp_path / "two", "--per_device_train_batch_size", 1, "--num_train_epochs", 1)
     options[options.index("--data") + 1] = f"llava:{mixed},images={data}/train2017"
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    run(*options, launcher=torchrun, ACCELERATE_USE_CPU="true")
+    run(*options, processes=2)
     options[options.index(tmp_path / "two")] = tmp_path / "one"
     options[-3] = 2
     run(*options)
@@ -267,8 +267,7 @@ def test_packs_of_tokens_give_the_same_training_with_one_and_two_processes(data,
     one, two = (stage2(data, trained1[0], tmp_path / name, *common) for name in ("one", "two"))
     done = run(*one)
     packs, fill = re.search(r"(\d+) packs of 900 tokens an epoch, ([\d.]+)% full", done.stdout).groups()
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    run(*two, "--gradient_accumulation_steps", 1, launcher=torchrun, ACCELERATE_USE_CPU="true")
+    run(*two, "--gradient_accumulation_steps", 1, processes=2)
     expected = metrics(tmp_path / "one", "loss")
     assert len(expected) == int(packs) and float(fill) > 60  # two packs in a step, two epochs
     assert metrics(tmp_path / "two", "loss") == pytest.approx(expected, rel=1e-5)
@@ -319,13 +318,13 @@ def test_a_warm_feature_cache_gives_the_same_run_and_opens_no_image(data, backbo
     ],
 )
 def test_bad_input_is_one_line_with_status_2_and_no_traceback(options, message):
-    done = run(*options, launcher=(), expect=2)
+    done = run(*options, expect=2)
     assert message in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("train_accelerate.py: error: ")
 
 
 def test_missing_weights_say_where_they_were_looked_for_and_name_the_demo(data, tmp_path):
     options = stage1(data, (tmp_path / "nothing", "microsoft/phi-2"), tmp_path / "run", "--debug", False)
-    done = run(*options, launcher=(), expect=2)
+    done = run(*options, expect=2)
     assert str(tmp_path / "nothing") in done.stderr and "make demo" in done.stderr
     assert "Traceback" not in done.stderr

@@ -70,7 +70,7 @@ def _fit(
     if isinstance(tokens, RecordError):
         raise tokens
     if any(turn.speech is not None and turn.transcript is None for turn in conversation):
-        raise RecordError("speech without a transcript", "run 'clip-phi transcribe DATA' first")
+        raise RecordError("speech without a transcript", "run 'clip-phi speech transcribe --data DATA' first")
     labels = tokens.labels
     ends = [place + 1 for place in range(len(labels)) if labels[place] != IGNORE_INDEX]
     if not ends:

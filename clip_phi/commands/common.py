@@ -1,17 +1,84 @@
-"""What several commands share: which model is meant, and kinds of numbers."""
+"""What several commands share: the parser, the options for model and data, and types of numbers."""
 
 import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
-DEMO_CHECKPOINT = "outputs/demo/model"
+DEMO_MODEL = "outputs/demo/model"
+MODELS = ("outputs/stage2", "outputs/stage1", DEMO_MODEL)  # where training and 'make demo' write by default
+DATA = "[KIND:]PATH[,option=value...], as --data in train_accelerate.py"
 
 
-def add_checkpoint(command: argparse.ArgumentParser) -> None:
+class Parser(argparse.ArgumentParser):
+    """A parser that reports an error in one line and names the nearest known option or command.
+
+    Arguments and options may come in any order: argparse alone misplaces optional arguments (bpo-15112)."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **(options | {"allow_abbrev": False}))
+        self.commands: Any = None
+        self._is_parsing = False
+
+    def add_commands(self, metavar: str) -> Any:
+        self.commands = self.add_subparsers(dest=metavar.lower(), required=True, metavar=metavar)
+        return self.commands
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._is_parsing:  # called by parse_known_intermixed_args
+            return super().parse_known_args(args, namespace)
+        args = list(sys.argv[1:] if args is None else args)
+        self._check_names(args)
+        if self.commands is not None:
+            return super().parse_known_args(args, namespace)
+        self._is_parsing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_parsing = False
+
+    def _check_names(self, args: Sequence[str]) -> None:
+        for word in args:
+            name = word.partition("=")[0]
+            if word == "--":
+                return
+            if name.startswith("--") and " " not in name:
+                self._check_name("option", name, self._option_string_actions)
+            elif self.commands is not None:
+                return self._check_name("command", word, self.commands.choices)
+
+    def _check_name(self, what: str, name: str, known: Any) -> None:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            self.error(f"unknown {what} {name}; the nearest known one is {nearest} (see {self.prog} --help)")
+
+
+def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], Any], help: str) -> Parser:
+    """A parser for one command, which `run` carries out."""
+    command: Parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    command.set_defaults(run=run)
+    command.add_argument("--debug", action="store_true", help="the traceback of an error instead of one line")
+    return command
+
+
+def add_model(command: argparse.ArgumentParser, *, argument: bool = False) -> None:
+    """--model; argument: the model may also be given as the command's (first) argument."""
+    command.set_defaults(model_argument=None)
+    if argument:
+        command.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
     command.add_argument(
-        "--checkpoint",
-        default=DEMO_CHECKPOINT,
-        help="folder or Hub id of a trained model (default: %(default)s, which 'make demo' writes)",
+        "--model",
+        metavar="PATH_OR_ID",
+        help=f"folder or Hub id of a trained model (default: the newest of {', '.join(MODELS)})",
     )
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="for example cuda:1 or cpu (default: CUDA if there is one)")
 
 
@@ -19,17 +86,40 @@ def add_quantization(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--quantization",
         choices=("nf4", "int8"),
-        help="hold the decoder in 8 or 4 bits: smaller, a little rougher, and with int8 on a CPU faster "
+        help="decoder in 4 or 8 bits: less memory, slightly less accurate, and with int8 on a CPU faster "
         "(nf4, and int8 on a GPU: pip install 'clip-phi[cuda]')",
     )
 
 
-def need_checkpoint(checkpoint: str) -> None:
-    """Raises ValueError if it is the demo's, which was not made, or a folder that is not there."""
-    if checkpoint == DEMO_CHECKPOINT and not Path(DEMO_CHECKPOINT).is_dir():
-        raise ValueError(f"no model at {DEMO_CHECKPOINT}: run 'make demo' first, or give --checkpoint")
-    if not Path(checkpoint).is_dir() and (checkpoint.count("/") > 1 or checkpoint.startswith((".", "/", "~"))):
-        raise ValueError(f"no checkpoint {checkpoint}: there is no such folder, and a Hub id is user/name")
+def add_json(command: argparse.ArgumentParser, what: str = "one json object instead of the text") -> None:
+    command.add_argument("--json", action="store_true", help=f"{what}, on standard output")
+
+
+def add_data(command: argparse.ArgumentParser, help: str) -> None:
+    command.add_argument("--data", nargs="+", action="extend", default=[], metavar="DATA", help=help)
+
+
+def newest_model() -> str | None:
+    """The folder of MODELS whose config.json was written last; None if there is no model in any."""
+    configs = [config for folder in MODELS if (config := Path(folder, "config.json")).is_file()]
+    return str(max(configs, key=lambda config: config.stat().st_mtime).parent) if configs else None
+
+
+def choose_model(arguments: argparse.Namespace) -> str:
+    """The model given by --model or as an argument, or else the newest, which is then named on stderr.
+
+    Raises ValueError if it is given twice, or is a folder that does not exist, or if there is none."""
+    if arguments.model is not None and arguments.model_argument is not None:
+        raise ValueError(f"two models: {arguments.model_argument} and --model {arguments.model}. Give one of them")
+    model: str | None = arguments.model or arguments.model_argument
+    if model is None:
+        model = newest_model()
+        if model is None:
+            raise ValueError(f"no model in {', '.join(MODELS)}: run 'make demo' first, or give --model PATH_OR_ID")
+        print(f"clip-phi: model: {model} (--model chooses another)", file=sys.stderr)
+    if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+        raise ValueError(f"no model {model}: there is no such folder, and a Hub id is user/name")
+    return model
 
 
 def positive(text: str) -> int:

@@ -1,69 +1,73 @@
-"""clip-phi inspect and draw-data: what is trained on."""
+"""clip-phi inspect and draw-data: training data."""
 
 import argparse
 import json
 import os
 from typing import Any
 
-from .common import DEMO_CHECKPOINT, natural, positive
+from .common import DATA, MODELS, add_command, add_data, add_json, natural, newest_model, positive
 
 
 def add_to(commands: Any) -> None:
-    look = commands.add_parser("inspect", help="show what the model sees of a data set, and what is wrong with it")
-    look.add_argument(
-        "data", nargs="+", metavar="DATA", help="as --data of train_accelerate.py: [KIND:]PATH[,option=value...]"
+    inspect = add_command(commands, "inspect", run_inspect, "the model's view of a data set, and the errors in it")
+    inspect.add_argument("data_argument", nargs="*", metavar="DATA", help="the same as --data")
+    add_data(inspect, f"data to inspect: {DATA}")
+    inspect.add_argument("--sample", type=natural, default=0, metavar="N", help="first sample to show (default: 0)")
+    inspect.add_argument("--num", type=positive, default=1, metavar="N", help="number of samples to show (default: 1)")
+    inspect.add_argument(
+        "--summary", action="store_true", help="counts of what training would use and skip; opens every image"
     )
-    look.add_argument(
-        "--sample", type=natural, default=0, metavar="N", help="the first sample to show (default: %(default)s)"
-    )
-    look.add_argument(
-        "--num", type=positive, default=1, metavar="N", help="how many samples to show (default: %(default)s)"
-    )
-    look.add_argument(
-        "--summary", action="store_true", help="open every image, and count what training would use and skip"
-    )
-    look.add_argument(
-        "--val",
-        action="append",
+    inspect.add_argument(
+        "--eval_data",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="DATA",
-        help="validation data: look for its images in DATA (with --summary; may be given several times)",
+        help="validation data, whose images are searched for in the data (with the summary)",
     )
-    look.add_argument("--json", metavar="FILE", help="write the summary as json (with --summary)")
-    look.add_argument("--html", metavar="FILE", help="write one page: the samples, and the summary with --summary")
-    look.add_argument("--png", metavar="FILE", help="draw how long samples are, and the pictures of those shown")
-    look.add_argument(
-        "--checkpoint",
-        help=f"folder or Hub id of the model whose tokenizer is used (default: {DEMO_CHECKPOINT}, or else the small "
-        "backbones that come with the project)",
+    add_json(inspect, "the summary as one json object")
+    inspect.add_argument(
+        "--output",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="file to write; .json: the summary, .html: a page with the samples (and the summary, with --summary), "
+        ".png: histograms of lengths and the samples' images; may be given several times",
     )
-    look.add_argument(
-        "--max_length",
-        type=positive,
-        default=2048,
-        help="longest sample in tokens, as in training (default: %(default)s)",
+    inspect.add_argument(
+        "--model",
+        metavar="PATH_OR_ID",
+        help=f"folder or Hub id of the model whose tokenizer is used (default: the newest of {', '.join(MODELS)}, or "
+        "else the small backbones of the project)",
     )
-    look.add_argument(
+    inspect.add_argument(
+        "--max_length", type=positive, default=2048, help="longest sample in tokens, as in training (default: 2048)"
+    )
+    inspect.add_argument(
         "--num_workers",
         type=natural,
         default=os.cpu_count(),
-        help="processes that open images; 0: this one alone (default: %(default)s, the number of cores)",
+        help="processes that open images; 0: this process alone (default: %(default)s, the number of cores)",
     )
-    look.set_defaults(run=run_inspect)
 
-    draw = commands.add_parser("draw-data", help="draw a small data set in the layouts of COCO and LLaVA-Instruct")
-    draw.add_argument("folder", metavar="DIR", help="where it goes")
+    draw = add_command(
+        commands, "draw-data", run_draw_data, "a small synthetic data set in the layouts of COCO and LLaVA-Instruct"
+    )
+    draw.add_argument("folder", metavar="DIR", help="folder to write")
     draw.add_argument("--num_train", type=positive, default=4000, help="training images (default: %(default)s)")
-    draw.add_argument("--num_val", type=positive, default=400, help="held-out images (default: %(default)s)")
-    draw.add_argument("--seed", type=int, default=0, help="the same seed draws the same files (default: %(default)s)")
-    draw.add_argument("--json", action="store_true", help="print what was written as a json object")
-    draw.set_defaults(run=run_draw_data)
+    draw.add_argument("--num_val", type=positive, default=400, help="validation images (default: %(default)s)")
+    draw.add_argument("--seed", type=int, default=0, help="random seed; equal seeds give equal files (default: 0)")
+    add_json(draw)
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
+    if bool(arguments.data) == bool(arguments.data_argument):
+        raise ValueError("give DATA either as an argument or with --data" if arguments.data else "--data is required")
+    arguments.data = arguments.data or arguments.data_argument
+    arguments.model = arguments.model or newest_model()
     from ..tools.inspect import inspect
 
-    inspect(arguments, DEMO_CHECKPOINT)
+    inspect(arguments)
 
 
 def run_draw_data(arguments: argparse.Namespace) -> None:
@@ -71,8 +75,5 @@ def run_draw_data(arguments: argparse.Namespace) -> None:
 
     write_dataset(arguments.folder, arguments.num_train, arguments.num_val, arguments.seed)
     written = {"folder": arguments.folder, "num_train": arguments.num_train, "num_val": arguments.num_val}
-    print(
-        json.dumps(written | {"seed": arguments.seed})
-        if arguments.json
-        else f"{arguments.num_train} training and {arguments.num_val} held-out images are in {arguments.folder}"
-    )
+    text = f"{arguments.num_train} training and {arguments.num_val} validation images are in {arguments.folder}"
+    print(json.dumps(written | {"seed": arguments.seed}) if arguments.json else text)

@@ -1,84 +1,86 @@
-"""clip-phi evaluate and compare: how good a model is, and whether it looks at the image."""
+"""clip-phi evaluate and compare: how good a model is, and whether it uses the image."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from .common import DEMO_CHECKPOINT, need_checkpoint, positive
+from .common import DATA, DEMO_MODEL, add_command, add_data, add_json, add_model, choose_model, positive
 
 TASKS = ("captions", "vqa", "pope", "exact", "loss")
 
 
 def add_to(commands: Any) -> None:
-    judge = commands.add_parser("evaluate", help="score a model, beside what it scores without the image and by others")
-    judge.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id of a trained model")
-    judge.add_argument(
+    evaluate = add_command(
+        commands, "evaluate", run_evaluate, "scores of a model, beside its scores without the image and with others"
+    )
+    add_model(evaluate, argument=True)
+    evaluate.add_argument(
         "--task",
         required=True,
         choices=TASKS,
-        help="captions: CIDEr-D and others; vqa: short answers by VQAv2's rules; pope: yes or no; exact: equal to the "
-        "answer, as GQA has it; loss: of all that the data say",
+        help="captions: CIDEr-D and others; vqa: short answers by VQAv2's rules; pope: yes or no; exact: exact match, "
+        "as in GQA; loss: cross-entropy of all answers in the data",
     )
-    judge.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="DATA",
-        help="as --data of train_accelerate.py: KIND:PATH[,option=value...]; may be given several times (default: what "
-        f"'make demo' drew, if CHECKPOINT is {DEMO_CHECKPOINT})",
+    add_data(evaluate, f"data to evaluate on: {DATA} (default, for {DEMO_MODEL} alone: the demo's validation data)")
+    evaluate.add_argument("--num_images", type=positive, metavar="N", help="only the first N images (default: all)")
+    evaluate.add_argument(
+        "--max_bad_fraction", type=float, default=0.01, help="largest share of bad records (default: %(default)s)"
     )
-    judge.add_argument("--num_images", type=positive, metavar="N", help="judge on the first N images (default: all)")
-    judge.add_argument(
-        "--max_bad_fraction", type=float, default=0.01, help="stop if more records are bad (default: %(default)s)"
-    )
-    judge.add_argument(
+    evaluate.add_argument(
         "--prompt",
-        help="what is asked; of a question, with {question} in it (default: the question itself, and for a caption "
-        "what the checkpoint was trained to be asked)",
+        help="prompt instead of the usual one; for questions with {question} in it (default: the question itself; for "
+        "captions the instruction that the model was trained with)",
     )
-    judge.add_argument("--num_beams", type=positive, default=1, help="beam search (default: %(default)s, greedy)")
-    judge.add_argument("--max_new_tokens", type=positive, default=64, help="longest answer (default: %(default)s)")
-    judge.add_argument("--batch_size", type=positive, default=32, help="prompts at once (default: %(default)s)")
-    judge.add_argument("--shuffles", type=positive, default=1, help="shufflings to take the mean of (default: 1)")
-    judge.add_argument("--seed", type=int, default=0, help="of shuffling and bootstrap (default: %(default)s)")
-    judge.add_argument(
+    evaluate.add_argument("--num_beams", type=positive, default=1, help="beams of beam search (default: 1, greedy)")
+    evaluate.add_argument("--max_new_tokens", type=positive, default=64, help="longest answer in tokens (default: 64)")
+    evaluate.add_argument("--batch_size", type=positive, default=32, help="prompts in a batch (default: %(default)s)")
+    evaluate.add_argument("--shuffles", type=positive, default=1, help="shuffles of the images to average (default: 1)")
+    evaluate.add_argument("--seed", type=int, default=0, help="random seed of shuffles and bootstrap (default: 0)")
+    evaluate.add_argument(
         "--clip",
         metavar="CLIP",
-        help="folder or Hub id of a CLIP for CLIPScore (default: the one that the tower is from, if it is at hand)",
+        help="folder or Hub id of a CLIP model for CLIPScore (default: the vision tower's own, if it is stored here)",
     )
-    judge.add_argument("--meteor", action="store_true", help="METEOR as well (needs Java and clip-phi[metrics])")
-    judge.add_argument("--device", help="for example cuda:1 or cpu (default: what Accelerate finds)")
-    judge.add_argument(
+    evaluate.add_argument("--meteor", action="store_true", help="METEOR as well (needs Java and clip-phi[metrics])")
+    evaluate.add_argument("--device", help="for example cuda:1 or cpu (default: what Accelerate finds)")
+    evaluate.add_argument(
         "--output_dir",
         metavar="DIR",
-        help="where result, samples, page and pictures go (default: CHECKPOINT/evaluation, or outputs/evaluation for "
-        "one on the Hub)",
+        help="folder for result, samples, page and images (default: MODEL/evaluation, or outputs/evaluation for one "
+        "on the Hub)",
     )
-    judge.add_argument("--json", metavar="FILE", help="write the result there, too")
-    judge.set_defaults(run=run_evaluate)
+    evaluate.add_argument("--output", metavar="FILE", help="one more copy of the result as json")
+    add_json(evaluate, "the result as one json object")
 
-    compare = commands.add_parser("compare", help="which of two evaluated models is better, and how sure that is")
-    for name in ("A", "B"):
-        compare.add_argument(name, help="an evaluated checkpoint's folder, or TASK.json in its evaluation folder")
-    compare.add_argument("--task", choices=TASKS, help="which result, if a folder has several")
-    compare.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
-    compare.add_argument("--json", metavar="FILE", help="write it as json, too")
-    compare.set_defaults(run=run_compare)
+    compare = add_command(
+        commands, "compare", run_compare, "the better one of two evaluated models, with a confidence interval"
+    )
+    compare.add_argument(
+        "models", nargs="*", metavar="MODEL", help="two folders of evaluated models, or TASK.json files in them"
+    )
+    compare.add_argument("--model", action="append", default=[], metavar="PATH", help="the same as MODEL, twice")
+    compare.add_argument("--task", choices=TASKS, help="result to compare, if a folder has several")
+    compare.add_argument("--seed", type=int, default=0, help="random seed of the bootstrap (default: %(default)s)")
+    compare.add_argument("--output", metavar="FILE", help="one more copy of the result as json")
+    add_json(compare, "the result as one json object")
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
-    need_checkpoint(arguments.checkpoint)
+    arguments.model = choose_model(arguments)
     from ..evaluation.run import evaluate
 
-    evaluate(arguments, DEMO_CHECKPOINT)
+    evaluate(arguments, DEMO_MODEL)
 
 
 def run_compare(arguments: argparse.Namespace) -> None:
     from ..evaluation.report import compare, find_result, format_comparison
 
-    first, second = (find_result(place, arguments.task) for place in (arguments.A, arguments.B))
+    places = [*arguments.models, *arguments.model]
+    if len(places) != 2:
+        raise ValueError(f"compare needs two models, not {len(places)}: clip-phi compare MODEL MODEL")
+    first, second = (find_result(place, arguments.task) for place in places)
     found = compare(first, second, arguments.seed)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(format_comparison(found))
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(found) if arguments.json else format_comparison(found))

@@ -3,66 +3,65 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .common import need_checkpoint
+from .common import add_command, add_json, add_model, choose_model
 
 
 def add_to(commands: Any) -> None:
-    push = commands.add_parser("push", help="push a trained model to the Hub, with its model card")
-    push.add_argument("folder", metavar="RUN", help="folder of a training run, or of a saved model")
-    push.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; it is made if it is not there")
+    push = add_command(commands, "push", run_push, "upload of a trained model to the Hub, with its model card")
+    add_model(push, argument=True)
+    push.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub, created if it does not exist")
     push.add_argument(
-        "--merged", action="store_true", help="one whole checkpoint, LoRA folded in, instead of the trained weights"
+        "--merged", action="store_true", help="the whole model, LoRA folded in, instead of the trained weights alone"
     )
-    push.add_argument("--private", action="store_true", help="if the repository is made: only you can see it")
-    push.add_argument("--revision", metavar="BRANCH", help="push to this branch, made if need be (default: main)")
-    push.add_argument("--tag", help="name the pushed commit (default: a name made from the weights' hash)")
-    push.add_argument("--create_pr", action="store_true", help="offer it as a pull request")
-    push.add_argument("--message", help="of the commit")
-    push.add_argument("--no_pictures", action="store_true", help="leave the sample pictures out of the card")
-    push.add_argument("--json", action="store_true", help="print a json object instead of the line")
-    push.set_defaults(run=run_push)
+    push.add_argument("--private", action="store_true", help="private repository, if it is created")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to push to, created if needed (default: main)")
+    push.add_argument("--tag", help="tag of the pushed commit (default: made from the weights' hash)")
+    push.add_argument("--create_pr", action="store_true", help="a pull request instead of a commit")
+    push.add_argument("--message", help="commit message")
+    push.add_argument("--no_pictures", action="store_true", help="a card without sample images")
+    add_json(push)
 
-    export = commands.add_parser("export", help="write a trained model for llama.cpp, vLLM, Llava or ONNX")
-    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id of a trained model")
-    export.add_argument("folder", metavar="DIR", help="where it goes")
+    export = add_command(commands, "export", run_export, "a trained model's files for llama.cpp, vLLM, Llava or ONNX")
+    add_model(export, argument=True)
+    export.add_argument("folder", metavar="DIR", help="folder to write")
     export.add_argument(
         "--to",
         required=True,
         choices=("gguf", "llava", "onnx", "vllm"),
         help="gguf: text model and mmproj for llama.cpp; llava: stock LlavaForConditionalGeneration; onnx: tower and "
-        "projector; vllm: merged, with the class that vLLM's transformers backend asks for",
+        "projector; vllm: merged, with the class that vLLM's transformers backend needs",
     )
     export.add_argument(
-        "--dtype", choices=("float16", "float32"), default="float16", help="of gguf's matrices (default: %(default)s)"
+        "--dtype", choices=("float16", "float32"), default="float16", help="gguf: matrices (default: %(default)s)"
     )
-    export.add_argument("--json", action="store_true", help="print a json object instead of the line")
-    export.set_defaults(run=run_export)
+    add_json(export)
 
-    take = commands.add_parser("import-projector", help="make a checkpoint of a linear layer saved by a notebook")
-    take.add_argument("file", metavar="FILE", help="a .pth of its state dict, for example clipphi_proj.pth")
-    take.add_argument("folder", metavar="DIR", help="where the checkpoint goes")
-    take.add_argument("--vision_backbone", help="Hub id or folder of the vision tower (default: that of training)")
-    take.add_argument("--text_backbone", help="Hub id or folder of the decoder (default: that of training)")
-    take.add_argument(
+    projector = add_command(
+        commands, "import-projector", run_import_projector, "a model from a linear layer that a notebook saved"
+    )
+    projector.add_argument("file", metavar="FILE", help="a .pth of its state dict, for example clipphi_proj.pth")
+    projector.add_argument("folder", metavar="DIR", help="folder to write the model to")
+    projector.add_argument("--vision_backbone", help="folder or Hub id of the vision tower (default: as in training)")
+    projector.add_argument("--text_backbone", help="folder or Hub id of the decoder (default: as in training)")
+    projector.add_argument(
         "--vision_feature_layer",
         type=int,
         default=-1,
         help="hidden state that it was trained on (default: %(default)s, the last, as in the notebooks)",
     )
-    take.add_argument("--json", action="store_true", help="print a json object instead of the line")
-    take.set_defaults(run=run_import_projector)
+    add_json(projector)
 
 
 def run_push(arguments: argparse.Namespace) -> None:
-    from dataclasses import asdict
-
+    model = choose_model(arguments)
     from ..hub.push import Target, push
 
     pushed = push(
-        arguments.folder,
+        model,
         Target(
             arguments.repo_id,
             private=arguments.private or None,
@@ -79,10 +78,10 @@ def run_push(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    need_checkpoint(arguments.checkpoint)
+    model = choose_model(arguments)
     from ..export import export
 
-    done = export(arguments.checkpoint, Path(arguments.folder), arguments.to, arguments.dtype)
+    done = export(model, Path(arguments.folder), arguments.to, arguments.dtype)
     if arguments.json:
         print(json.dumps(done))
     else:
@@ -103,5 +102,5 @@ def run_import_projector(arguments: argparse.Namespace) -> None:
     print(
         json.dumps(done)
         if arguments.json
-        else f"wrote {arguments.folder}; try: clip-phi caption --checkpoint {arguments.folder} IMAGE"
+        else f"wrote {arguments.folder}; try: clip-phi caption --model {arguments.folder} IMAGE"
     )

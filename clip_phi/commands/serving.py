@@ -1,4 +1,4 @@
-"""clip-phi chat, serve and space: a model to talk to, in a browser and over HTTP."""
+"""clip-phi chat, serve and space: a model in the browser and over HTTP."""
 
 import argparse
 import os
@@ -6,102 +6,82 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import DEMO_CHECKPOINT, add_quantization, need_checkpoint, positive
+from .common import add_command, add_device, add_model, add_quantization, choose_model, positive
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def add_to(commands: Any) -> None:
-    chat = commands.add_parser("chat", help="a page to talk to a model in: pictures, speech, text")
-    _add_engine(chat)
-    _add_address(chat, 7860)
+    chat = add_command(commands, "chat", run_chat, "a chat page in the browser, with images, speech and text")
+    _add_server(chat, port=7860)
     chat.add_argument(
-        "--speech_model", default="base.en", help="Whisper model that hears: a name or a folder (default: %(default)s)"
+        "--speech_model", default="base.en", help="Whisper model for speech: a name or a folder (default: %(default)s)"
     )
     chat.add_argument(
-        "--voice", default="", help="of spoken answers: a name or a folder (default: a small English one)"
+        "--voice", default="", help="voice of spoken answers: a name or a folder (default: a small English one)"
     )
-    chat.add_argument("--drawing_model", help="Hub id or folder of a text-to-image model of diffusers, to draw answers")
-    chat.add_argument("--examples", type=Path, metavar="DIR", help="pictures to begin with (default: drawn scenes)")
-    chat.set_defaults(run=run_chat)
+    chat.add_argument("--drawing_model", help="folder or Hub id of a text-to-image model of diffusers, for answers")
+    chat.add_argument("--examples", type=Path, metavar="DIR", help="folder of example images (default: drawn scenes)")
 
-    serve = commands.add_parser("serve", help="an HTTP API in the shape of OpenAI's chat completions")
-    _add_engine(serve)
-    _add_address(serve, 8000)
-    serve.add_argument("--name", help="of the model, as clients give it (default: the last part of CHECKPOINT)")
-    serve.add_argument(
-        "--api_key", help="what clients must bring (default: the environment's CLIP_PHI_API_KEY, or nothing)"
-    )
-    serve.add_argument("--speech_model", help="Whisper model that hears input_audio: a name or a folder")
-    serve.add_argument("--max_audio_seconds", type=positive, default=30, help="of a recording (default: %(default)s)")
-    serve.add_argument(
-        "--max_batch", type=positive, default=32, help="requests answered at once (default: %(default)s)"
-    )
-    serve.add_argument("--max_waiting", type=positive, default=256, help="requests in the queue (default: %(default)s)")
-    serve.add_argument("--max_body_mb", type=positive, default=32, help="of a request (default: %(default)s)")
-    serve.add_argument("--max_megapixels", type=positive, default=25, help="of an image (default: %(default)s)")
-    serve.add_argument("--max_images", type=positive, default=8, help="of a request (default: %(default)s)")
-    serve.add_argument("--max_tokens", type=positive, default=1024, help="of an answer (default: %(default)s)")
-    levels = ("critical", "error", "warning", "info", "debug")
-    serve.add_argument("--log_level", choices=levels, default="info", help="(default: %(default)s)")
-    serve.set_defaults(run=run_serve)
+    serve = add_command(commands, "serve", run_serve, "an HTTP API in the form of OpenAI's chat completions")
+    _add_server(serve, port=8000)
+    serve.add_argument("--name", help="model name in requests (default: the last part of MODEL)")
+    serve.add_argument("--api_key", help="key that clients must send (default: CLIP_PHI_API_KEY, or no key)")
+    serve.add_argument("--speech_model", help="Whisper model for input_audio: a name or a folder (default: no speech)")
+    serve.add_argument("--log_level", choices=("critical", "error", "warning", "info", "debug"), default="info")
+    for name, default, help in (
+        ("max_audio_seconds", 30, "longest recording in seconds"),
+        ("max_batch", 32, "requests answered at once"),
+        ("max_waiting", 256, "requests in the queue"),
+        ("max_body_mb", 32, "size of a request in MiB"),
+        ("max_megapixels", 25, "size of an image in megapixels"),
+        ("max_images", 8, "images in a request"),
+        ("max_tokens", 1024, "tokens in an answer"),
+    ):
+        serve.add_argument(f"--{name}", type=positive, default=default, help=f"limit: {help} (default: {default})")
 
-    space = commands.add_parser("space", help="the chat page as a Hugging Face Space: app.py, requirements, README")
-    space.add_argument("repo_id", metavar="USER/NAME", help="of the Space")
-    space.add_argument(
-        "--model",
-        default=DEMO_CHECKPOINT,
-        help="id on the Hub, or the folder of a merged checkpoint, which is copied (default: %(default)s)",
+    space = add_command(
+        commands, "space", run_space, "the chat page as a Hugging Face Space: app.py, requirements, README"
     )
-    space.add_argument("--output", type=Path, metavar="DIR", help="a new folder (default: outputs/space/NAME)")
-    space.add_argument("--push", action="store_true", help="upload it, too ('hf auth login' first)")
-    space.add_argument("--private", action="store_true", help="with --push: for yourself alone")
-    space.set_defaults(run=run_space)
+    space.add_argument("repo_id", metavar="USER/NAME", help="name of the Space")
+    add_model(space)
+    space.add_argument("--output_dir", type=Path, metavar="DIR", help="a new folder (default: outputs/space/NAME)")
+    space.add_argument("--push", action="store_true", help="upload to the Hub (run 'hf auth login' first)")
+    space.add_argument("--private", action="store_true", help="private Space (requires --push)")
 
 
-def _add_engine(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "checkpoint",
-        nargs="?",
-        default=DEMO_CHECKPOINT,
-        metavar="CHECKPOINT",
-        help="folder or Hub id of a trained model (default: %(default)s, which 'make demo' writes)",
-    )
-    command.add_argument("--device", help="for example cuda:1 or cpu (default: CUDA if there is one)")
+def _add_server(command: argparse.ArgumentParser, port: int) -> None:
+    add_model(command, argument=True)
+    add_device(command)
     add_quantization(command)
+    command.add_argument("--compile", action="store_true", help="torch.compile: slow first answers, then faster ones")
     command.add_argument(
-        "--compile", action="store_true", help="torch.compile the model: slow first answers, then fast"
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all networks (default: this machine alone)"
     )
-
-
-def _add_address(command: argparse.ArgumentParser, port: int) -> None:
-    command.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s, this one alone)"
-    )
-    command.add_argument("--port", type=positive, default=port, help="(default: %(default)s)")
+    command.add_argument("--port", type=positive, default=port, help="port to listen on (default: %(default)s)")
 
 
 def run_chat(arguments: argparse.Namespace) -> None:
-    need_checkpoint(arguments.checkpoint)
+    model = choose_model(arguments)
     from ..serving.chat import launch
-    from ..serving.modalities import find_parts
+    from ..serving.modalities import load_modalities
 
-    parts = find_parts(arguments.speech_model, arguments.voice, arguments.drawing_model, arguments.device)
-    with _load_engine(arguments) as engine:
-        launch(engine, parts, arguments.host, arguments.port, arguments.examples)
+    modalities = load_modalities(arguments.speech_model, arguments.voice, arguments.drawing_model, arguments.device)
+    with _load_engine(model, arguments) as engine:
+        launch(engine, modalities, arguments.host, arguments.port, arguments.examples)
 
 
 def run_serve(arguments: argparse.Namespace) -> None:
-    need_checkpoint(arguments.checkpoint)
+    model = choose_model(arguments)
     from ..serving.api import ApiLimits, create_app, serve
     from ..serving.engine import Limits
-    from ..serving.modalities import find_parts
+    from ..serving.modalities import load_modalities
 
-    hear = None
+    transcribe = None
     if arguments.speech_model is not None:
-        parts = find_parts(arguments.speech_model, None, None, None, arguments.max_audio_seconds)
-        if (hear := parts.hear) is None:
-            raise ImportError(parts.missing[0])
+        modalities = load_modalities(arguments.speech_model, None, None, None, arguments.max_audio_seconds)
+        if (transcribe := modalities.transcribe) is None:
+            raise ImportError(modalities.missing[0])
     limits = ApiLimits(
         max_body=arguments.max_body_mb * 2**20,
         max_pixels=arguments.max_megapixels * 10**6,
@@ -110,30 +90,30 @@ def run_serve(arguments: argparse.Namespace) -> None:
     )
     api_key = arguments.api_key or os.environ.get("CLIP_PHI_API_KEY")
     if arguments.host not in LOOPBACK and api_key is None:
-        print(f"clip-phi: note: whoever reaches {arguments.host} can use it: give --api_key", file=sys.stderr)
-    name = arguments.name or Path(arguments.checkpoint).resolve().name
-    engine = _load_engine(arguments, Limits(max_batch=arguments.max_batch, max_waiting=arguments.max_waiting))
-    with engine:
-        app = create_app(engine, name, api_key=api_key, limits=limits, hear=hear)
+        print(f"clip-phi: note: no --api_key: everybody on {arguments.host}'s network may use it", file=sys.stderr)
+    name = arguments.name or Path(model).resolve().name
+    with _load_engine(model, arguments, Limits(arguments.max_batch, arguments.max_waiting)) as engine:
+        app = create_app(engine, name, api_key=api_key, limits=limits, transcribe=transcribe)
         print(f"model {name!r} at http://{arguments.host}:{arguments.port}/v1", file=sys.stderr, flush=True)
         serve(app, arguments.host, arguments.port, arguments.log_level)
 
 
 def run_space(arguments: argparse.Namespace) -> None:
-    need_checkpoint(arguments.model)
+    model = choose_model(arguments)
     if arguments.private and not arguments.push:
-        raise ValueError("--private is of --push")
+        raise ValueError("--private requires --push")
     from ..serving.space import push_space, write_space
 
-    folder = arguments.output or Path("outputs/space") / arguments.repo_id.rpartition("/")[2]
-    write_space(arguments.repo_id, arguments.model, folder)
-    print(f"the Space is in {folder}: 'python app.py' there tries it")
+    folder = arguments.output_dir or Path("outputs/space") / arguments.repo_id.rpartition("/")[2]
+    write_space(arguments.repo_id, model, folder)
+    print(f"the Space is in {folder}: run 'python app.py' there to try it")
     if arguments.push:
         print(push_space(arguments.repo_id, folder, arguments.private))
 
 
-def _load_engine(arguments: argparse.Namespace, limits: Any = None) -> Any:
+def _load_engine(model: str, arguments: argparse.Namespace, limits: Any = None) -> Any:
     from ..serving.engine import Engine, Limits
 
-    options = (arguments.device, arguments.quantization, arguments.compile, limits or Limits())
-    return Engine(arguments.checkpoint, *options)
+    return Engine.from_pretrained(
+        model, arguments.device, arguments.quantization, arguments.compile, limits or Limits()
+    )

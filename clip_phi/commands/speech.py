@@ -1,119 +1,115 @@
-"""clip-phi transcribe-clip, transcribe, speak-data and speech install: recordings, and data sets with speech."""
+"""clip-phi speech transcribe, dataset and install: recordings, and data sets with speech."""
 
 import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ..data.transcripts import ENGINES, AsrSettings
-from .common import natural, positive_number
+from .common import DATA, Parser, add_command, add_data, add_json, natural, positive_number
 
 DEFAULT = AsrSettings()
-FORMS = ("full", "cpu", "light")
+# Options for a recording, which a data set has in its own text: --data KIND:PATH,engine=whisperx.
+ASR_OPTIONS = ("engine", "speech_model", "language", "max_speech_seconds")
 
 
 def add_to(commands: Any) -> None:
-    clip = commands.add_parser("transcribe-clip", help="write down what is said in a recording")
-    clip.add_argument("file", metavar="FILE", help="any sound or video file")
-    add_hearing(clip)
-    clip.add_argument("--word_timestamps", action="store_true", help="the place of each word, in the json object")
-    clip.add_argument("--json", action="store_true", help="print a json object: text, seconds, truncated, engine, ...")
-    clip.set_defaults(run=run_transcribe_clip)
+    speech: Parser = commands.add_parser("speech", help="transcripts of recordings, data sets with speech, WhisperX")
+    actions = speech.add_commands("ACTION")
 
-    data = commands.add_parser("transcribe", help="write down ahead what is said in a data set's recordings")
-    data.add_argument(
-        "data",
-        nargs="+",
-        metavar="DATA",
-        help="as --data of train_accelerate.py: [KIND:]PATH[,option=value...]; engine=, speech_model=, language= and "
-        "max_speech_seconds= say how it is heard",
+    transcribe = add_command(
+        actions, "transcribe", run_transcribe, "transcript of a recording, or of all recordings in a data set"
     )
-    data.add_argument("--speech_device", default="cpu", help="cpu, cuda or cuda:1 (default: %(default)s)")
-    data.add_argument("--compute_type", help="of CTranslate2 (default: int8 on the CPU, float16 on CUDA)")
-    data.add_argument("--json", action="store_true", help="print one json object a source instead of the text")
-    data.set_defaults(run=run_transcribe)
+    transcribe.add_argument("recording", nargs="?", metavar="RECORDING", help="any sound or video file")
+    add_data(
+        transcribe,
+        f"data sets whose transcripts are stored for training: {DATA}; the options engine=, speech_model=, language= "
+        "and max_speech_seconds= in DATA choose how they are transcribed",
+    )
+    add_asr_options(transcribe)
+    transcribe.add_argument("--word_timestamps", action="store_true", help="times of words (with --json)")
+    add_json(transcribe, "one json object for the recording or each data set")
 
-    speak = commands.add_parser("speak-data", help="make the spoken form of a LLaVA json: its questions as recordings")
-    speak.add_argument("annotations", metavar="JSON", help="a list of records with conversations")
-    speak.add_argument("output", metavar="OUT.json", help="the spoken form; the recordings go to the folder OUT")
-    speak.add_argument("--share", type=float, default=1.0, help="of the questions is spoken (default: all)")
-    speak.add_argument("--seed", type=natural, default=0, help="another one chooses other questions")
-    speak.add_argument("--voice", help="a name, or Hub id or folder of a text-to-speech model")
-    speak.add_argument("--json", action="store_true", help="print a json object instead of the text")
-    speak.set_defaults(run=run_speak_data)
+    dataset = add_command(actions, "dataset", run_dataset, "a LLaVA json with its questions as spoken recordings")
+    dataset.add_argument("annotations", metavar="JSON", help="a list of records with conversations")
+    dataset.add_argument(
+        "--output", type=Path, required=True, metavar="OUT.json", help="the new json; recordings go to the folder OUT"
+    )
+    dataset.add_argument("--share", type=float, default=1.0, help="share of questions that are spoken (default: 1.0)")
+    dataset.add_argument("--seed", type=natural, default=0, help="random seed of that choice (default: 0)")
+    dataset.add_argument("--voice", help="a name, or folder or Hub id of a text-to-speech model")
+    add_json(dataset)
 
-    speech = commands.add_parser("speech", help="speech install: WhisperX, in a Python environment of its own")
-    actions = speech.add_subparsers(dest="action", required=True, metavar="ACTION")
-    install = actions.add_parser("install", help="make the environment of --engine whisperx")
+    install = add_command(actions, "install", run_install, "a Python environment for --engine whisperx")
     install.add_argument(
         "--form",
-        choices=FORMS,
+        choices=("full", "cpu", "light"),
         default="full",
-        help="full: 7.7 GB with CUDA; cpu: the same without; light: 40 MB beside this environment's torch, with "
-        "another voice detection and no word timestamps (default: %(default)s)",
+        help="full: 7.7 GB with CUDA; cpu: the same without CUDA; light: 40 MB that share this environment's torch, "
+        "with another voice detection and no word timestamps (default: %(default)s)",
     )
-    install.add_argument("--folder", help="where it goes (default: CLIP_PHI_WHISPERX, or Hugging Face's cache)")
-    install.set_defaults(run=run_install)
+    install.add_argument(
+        "--folder", type=Path, help="folder of the environment (default: CLIP_PHI_WHISPERX, or Hugging Face's cache)"
+    )
 
 
-def add_hearing(command: argparse.ArgumentParser) -> None:
-    """What hears speech."""
-    command.add_argument(
-        "--engine", choices=ENGINES, default=DEFAULT.engine, help="what hears speech (default: %(default)s)"
-    )
+def add_asr_options(command: argparse.ArgumentParser) -> None:
+    """Which model transcribes speech, and how."""
+    command.add_argument("--engine", choices=ENGINES, help=f"speech recognition (default: {DEFAULT.engine})")
     command.add_argument(
         "--speech_model",
-        default=DEFAULT.model,
-        help="Whisper model: a name, a Hub id or a folder in CTranslate2's form (default: %(default)s)",
+        help=f"Whisper model: a name, a Hub id or a folder in CTranslate2's form (default: {DEFAULT.model})",
     )
     command.add_argument("--speech_device", default="cpu", help="cpu, cuda or cuda:1 (default: %(default)s)")
-    command.add_argument("--compute_type", help="of CTranslate2 (default: int8 on the CPU, float16 on CUDA)")
-    command.add_argument("--language", help="that is spoken, for example en (default: found out by listening)")
+    command.add_argument(
+        "--compute_type", help="number type of CTranslate2 (default: int8 on the CPU, float16 on CUDA)"
+    )
+    command.add_argument("--language", help="language of the speech, for example en (default: detected)")
     command.add_argument(
         "--max_speech_seconds",
         type=positive_number,
-        default=DEFAULT.max_seconds,
-        help="so much of the beginning of a recording is heard (default: %(default)s)",
+        help=f"longest recording; the rest is cut off (default: {DEFAULT.max_seconds:g})",
     )
 
 
-def make_ear(arguments: argparse.Namespace) -> Any:
-    """The Transcriber of these options."""
-    from ..speech.asr import make_transcriber
+def transcribe(file: str, arguments: argparse.Namespace) -> Any:
+    """The Transcript of a recording. Notes on stderr name the engine, a cut recording and a silent one."""
+    from contextlib import closing
 
-    return make_transcriber(
-        arguments.engine,
-        arguments.speech_model,
+    from ..speech.asr import make_transcriber
+    from ..speech.audio import load_audio
+
+    clip = load_audio(file, arguments.max_speech_seconds or DEFAULT.max_seconds)
+    transcriber = make_transcriber(
+        arguments.engine or DEFAULT.engine,
+        arguments.speech_model or DEFAULT.model,
         arguments.speech_device,
         arguments.language,
         arguments.compute_type,
         getattr(arguments, "word_timestamps", False),
     )
-
-
-def hear(file: str, arguments: argparse.Namespace) -> Any:
-    """The Transcript of a recording. What heard it, and what is cut off or not there, is told on stderr."""
-    from contextlib import closing
-
-    from ..speech.audio import load_clip
-
-    clip = load_clip(file, arguments.max_speech_seconds)
-    with closing(make_ear(arguments)) as transcriber:
+    with closing(transcriber):
         transcript = transcriber.transcribe(clip)
     if not arguments.json:
-        print(f"clip-phi: {transcript.engine} heard: {transcript.text or '(nothing)'}", file=sys.stderr)
+        print(f"clip-phi: {transcript.engine}: {transcript.text or '(no speech)'}", file=sys.stderr)
     if transcript.truncated:
-        print(f"clip-phi: note: only the first {clip.seconds:.1f} s of {file} are heard", file=sys.stderr)
+        print(f"clip-phi: note: only the first {clip.seconds:.1f} s of {file} are transcribed", file=sys.stderr)
     if not transcript.text:
-        print(f"clip-phi: note: nobody speaks in {file}", file=sys.stderr)
+        print(f"clip-phi: note: no speech in {file}", file=sys.stderr)
     return transcript
 
 
-def run_transcribe_clip(arguments: argparse.Namespace) -> None:
-    transcript = hear(arguments.file, arguments)
+def run_transcribe(arguments: argparse.Namespace) -> None:
+    if (arguments.recording is None) == (not arguments.data):
+        raise ValueError("transcribe needs either a RECORDING or --data DATA")
+    if arguments.data:
+        _transcribe_data(arguments)
+        return
+    transcript = transcribe(arguments.recording, arguments)
     if arguments.json:
-        found = asdict(transcript) | {"model": arguments.speech_model}
+        found = asdict(transcript) | {"model": arguments.speech_model or DEFAULT.model}
         found["segments"] = [
             segment._asdict() | {"words": [word._asdict() for word in segment.words]} for segment in transcript.segments
         ]
@@ -122,43 +118,41 @@ def run_transcribe_clip(arguments: argparse.Namespace) -> None:
         print(transcript.text)
 
 
-def run_transcribe(arguments: argparse.Namespace) -> None:
-    from ..data.source import parse_source
-    from ..speech.spoken_data import as_text, transcribe_source
+def _transcribe_data(arguments: argparse.Namespace) -> None:
+    for name in ASR_OPTIONS:
+        if (value := getattr(arguments, name)) is not None:
+            raise ValueError(f"--{name} is for a RECORDING; for a data set write --data ...,{name}={value}")
+    if arguments.word_timestamps:
+        raise ValueError("--word_timestamps is for a RECORDING; transcripts of a data set have none")
+    from ..data.source import parse_files
+    from ..speech.spoken_data import transcribe_source
 
-    for source in [parse_source(text) for text in arguments.data]:
-        if problems := source.problems():
-            raise ValueError(f"no such file: {', '.join(problems)}")
+    for source in parse_files(arguments.data):
         found, report = transcribe_source(source, arguments.speech_device, arguments.compute_type)
         if arguments.json:
-            told = asdict(found) | source.hearing._asdict() | {"data": source.path, "report": report.as_dict()}
-            print(json.dumps(told), flush=True)
+            record = asdict(found) | source.hearing._asdict() | {"data": source.path, "report": report.as_dict()}
+            print(json.dumps(record), flush=True)
         else:
-            print(f"{source.path}: {as_text(found)}", *filter(None, [report.table()]), sep="\n", flush=True)
+            print(f"{source.path}: {found}", *filter(None, [report.table()]), sep="\n", flush=True)
 
 
-def run_speak_data(arguments: argparse.Namespace) -> None:
-    from pathlib import Path
+def run_dataset(arguments: argparse.Namespace) -> None:
+    from ..speech.spoken_data import synthesize_questions
+    from ..speech.tts import make_tts
 
-    from ..speech.spoken_data import as_text, speak_questions
-    from ..speech.tts import make_speaker
-
-    output = Path(arguments.output)
-    found = speak_questions(
-        Path(arguments.annotations), output, make_speaker(arguments.voice), arguments.share, arguments.seed
-    )
-    print(json.dumps(asdict(found)) if arguments.json else as_text(found))
+    output = arguments.output
+    speaker = make_tts(arguments.voice)
+    found = synthesize_questions(Path(arguments.annotations), output, speaker, arguments.share, arguments.seed)
+    print(json.dumps(asdict(found)) if arguments.json else found)
     if not arguments.json:
         data = f"llava:{output},images=IMAGES,recordings={output.with_suffix('')}"
-        print(f"next: clip-phi transcribe {data}, and train on it with --data {data}")
+        print(f"next: clip-phi speech transcribe --data {data}, and train on it with --data {data}")
 
 
 def run_install(arguments: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from ..speech.whisperx import folder_bytes, install
 
-    found = install(arguments.form, Path(arguments.folder) if arguments.folder else None)
+    found = install(arguments.form, arguments.folder)
     size = folder_bytes(found.folder) / 1e9
     print(f"WhisperX {found.version} ({found.form} form) is in {found.folder}, {size:.2f} GB; try: --engine whisperx")
     if arguments.folder:

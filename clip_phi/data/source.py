@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,25 @@ def parse_source(text: str) -> DataSource:
     if options.get("streaming", "true") not in ("true", "false"):
         raise ValueError(f"data source {text!r}: streaming is true or false")
     return DataSource(kind, path, options)
+
+
+def parse_files(texts: Sequence[str]) -> list[DataSource]:
+    """Parse sources that are read as a whole.
+
+    Raises ValueError if one cannot be parsed, is a stream, or names files that do not exist."""
+    sources = [parse_source(text) for text in texts]
+    for text, source in zip(texts, sources, strict=True):
+        if source.streaming:
+            raise ValueError(f"a stream cannot be read as a whole: remove streaming=true from {text}")
+    if problem := missing_files(sources):
+        raise ValueError(problem)
+    return sources
+
+
+def missing_files(sources: Iterable[DataSource]) -> str | None:
+    """The error that names all files of the sources that do not exist; None if they all do."""
+    missing = [path for source in sources for path in source.problems()]
+    return f"not found (looked in {Path.cwd()}): {', '.join(missing)}" if missing else None
 
 
 def _guess(text: str, path: str, options: dict[str, str]) -> tuple[str, str]:

@@ -1,13 +1,15 @@
 """clip-phi evaluate: from the command line to the files, in one process or in several."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..data.report import Report
-from ..data.source import DataSource, parse_source
+from ..data.source import parse_files
+from ..hub.retry import load_with_retries
 from .evaluate import Decoding, EvalResult, Processes, judge, judge_loss
 from .report import checkpoint_sha256, environment, format_result, portable, write
 from .tasks import EvalSet, make_eval_set, read_samples
@@ -26,10 +28,10 @@ def evaluate(options: argparse.Namespace, demo_checkpoint: str) -> None:
     Raises ValueError or OSError if checkpoint or data cannot be used."""
     texts = list(options.data)
     if not texts:
-        if Path(options.checkpoint) != Path(demo_checkpoint):
-            raise ValueError("what shall it be judged on? Give --data KIND:PATH, as in training")
+        if Path(options.model) != Path(demo_checkpoint):
+            raise ValueError("--data is required: [KIND:]PATH, as in training")
         texts = [DEMO_SOURCES.get(options.task, DEMO_SOURCES["vqa"])]
-    sources = _parse(texts)
+    sources = parse_files(texts)
     from accelerate import PartialState
     from accelerate.utils import gather_object, parse_flag_from_env
     from tqdm import tqdm
@@ -48,9 +50,9 @@ def evaluate(options: argparse.Namespace, demo_checkpoint: str) -> None:
     eval_set = make_eval_set(options.task, samples, report, options.num_images, options.max_bad_fraction)
     if report.num_skipped:
         say(f"{report.num_skipped:,} of {report.records:,} records are skipped:\n{report.table()}")
-    model, processor, folder = load(options.checkpoint, options.device or state.device)
+    model, processor, folder = load(options.model, options.device or state.device)
     sha256 = checkpoint_sha256(folder)
-    output = Path(options.output_dir) if options.output_dir else place_for(options.checkpoint)
+    output = Path(options.output_dir) if options.output_dir else place_for(options.model)
     decoding = Decoding(
         options.prompt, options.max_new_tokens, options.num_beams, options.batch_size, options.seed, options.shuffles
     )
@@ -76,14 +78,14 @@ def evaluate(options: argparse.Namespace, demo_checkpoint: str) -> None:
             add_caption_metrics(outcome, eval_set, model, options.clip, options.meteor, say)
         outcome.result["data"] = {"source": portable(" + ".join(texts))} | outcome.result["data"]
         outcome.result |= {
-            "checkpoint": {"name": portable(options.checkpoint), "sha256": sha256},
+            "checkpoint": {"name": portable(options.model), "sha256": sha256},
             "command": [portable(word) for word in sys.argv],
             "processes": state.num_processes,
             "environment": environment(),
         }
-        files = write(outcome, eval_set, output, Path(options.json) if options.json else None)
-        print(format_result(outcome.result))
-        print(f"written: {', '.join(map(str, files))}")
+        files = write(outcome, eval_set, output, Path(options.output) if options.output else None)
+        print(json.dumps(outcome.result) if options.json else format_result(outcome.result))
+        say(f"written: {', '.join(map(str, files))}")
     state.wait_for_everyone()
 
 
@@ -96,8 +98,8 @@ def load(checkpoint: str, device: Any) -> tuple[Any, Any, Path]:
 
     device = torch.device(device)
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    model = ClipPhiForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
-    processor = ClipPhiProcessor.from_pretrained(checkpoint)
+    model = load_with_retries(ClipPhiForCausalLM.from_pretrained, checkpoint, dtype=dtype).to(device).eval()
+    processor = load_with_retries(ClipPhiProcessor.from_pretrained, checkpoint)
     found = cached_file(checkpoint, "config.json")
     assert found is not None
     return model, processor, Path(found).parent
@@ -131,12 +133,3 @@ def add_caption_metrics(
     if meteor:
         references = [item.references for item in eval_set.items]
         metrics["METEOR"] = {name: run_meteor(said, references) for name, said in texts.items()}
-
-
-def _parse(texts: list[str]) -> list[DataSource]:
-    sources = [parse_source(text) for text in texts]
-    if any(source.streaming for source in sources):
-        raise ValueError("a stream cannot be judged on: drop streaming=true")
-    if missing := [path for source in sources for path in source.problems()]:
-        raise ValueError(f"not found (looked in {Path.cwd()}): {', '.join(missing)}")
-    return sources

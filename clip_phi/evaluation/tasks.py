@@ -91,7 +91,7 @@ def read_exam(
 
 
 def read_samples(sources: Sequence[DataSource], report: Report) -> list[Sample]:
-    """All that the sources hold, with the transcripts of recordings that were written down (clip-phi transcribe)."""
+    """All samples of the sources, with the transcripts that 'clip-phi speech transcribe' stored."""
     return [
         sample
         for source in sources
@@ -158,7 +158,7 @@ def _items(
                 continue
             references = said.references or (said.text,)
             if asked.speech is not None and asked.transcript is None:
-                left_out["speech without a transcript: run 'clip-phi transcribe DATA' first"] += 1
+                left_out["speech without a transcript: run 'clip-phi speech transcribe --data DATA' first"] += 1
             elif task == "pope" and not {reference.lower().strip(" .") for reference in references} <= {"yes", "no"}:
                 left_out["answer is not yes or no"] += 1
             elif not said.references and len(said.text.split()) > MAX_ANSWER_WORDS:

@@ -4,6 +4,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..hub.retry import load_with_retries
+
 
 def export(checkpoint: str, folder: Path, to: str, dtype: str = "float16") -> dict[str, Any]:
     """Write a checkpoint (folder or Hub id, delta or merged) as "gguf", "llava", "onnx" or "vllm" into a new folder.
@@ -18,8 +20,8 @@ def export(checkpoint: str, folder: Path, to: str, dtype: str = "float16") -> di
         raise ValueError(f"{folder} is not empty: choose another folder")
     # in full precision where outputs are compared, and as it is where the checkpoint itself is passed on
     options: dict[str, Any] = {"dtype": "float32" if to in ("gguf", "onnx") else "auto"}
-    model = ClipPhiForCausalLM.from_pretrained(checkpoint, **options)
-    processor = ClipPhiProcessor.from_pretrained(checkpoint)
+    model = load_with_retries(ClipPhiForCausalLM.from_pretrained, checkpoint, **options)
+    processor = load_with_retries(ClipPhiProcessor.from_pretrained, checkpoint)
     if model.config.adapter is not None:
         with tempfile.TemporaryDirectory() as whole:  # LoRA folded in
             model.save_pretrained(whole, merged=True)

@@ -4,11 +4,10 @@ import json
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -18,11 +17,12 @@ from huggingface_hub import (
     hf_hub_download,
     is_offline_mode,
 )
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..environment import SECRET
 from .card import Run, make_card, make_pictures, merge_cards, weights_name
+from .retry import Result, with_retries
 
 # What a checkpoint consists of; all else in a run's folder (logs, checkpoints to go on from) stays there.
 SHIPPED = re.compile(
@@ -32,13 +32,6 @@ SHIPPED = re.compile(
 )
 PICTURES = re.compile(r"curve\.png|samples/\d+\.jpg")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-# Waits between tries, in seconds. huggingface_hub itself does it for uploads, and not for creating a repository, for
-# commits and their lost answers, and for much of reading.
-WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-TRANSIENT = (408, 409, 412, 429, 500, 502, 503, 504)
-# The base of all errors of the HTTP library, whichever one huggingface_hub uses (httpx, later httpx2).
-HTTPError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -86,21 +79,7 @@ class Hub:
         self.api = HfApi(token=token, library_name="clip-phi")
 
     def retry(self, what: str, action: Callable[[], Result]) -> Result:
-        """The action's result; it is done again, after growing waits, while what goes wrong may pass."""
-        for wait in (*WAITS, None):
-            try:
-                return action()
-            except (HTTPError, OSError, RuntimeError) as error:
-                cause = _http_cause(error)
-                if cause is None:
-                    raise
-                status = getattr(getattr(cause, "response", None), "status_code", None)
-                if wait is None or (status is not None and status not in TRANSIENT):
-                    raise _explain(what, cause, status) from error
-                wait = max(wait, _retry_after(cause))
-                self.say(f"{what}: {_reason(cause, status)}; trying again in {wait:g} s")
-                time.sleep(wait)
-        raise AssertionError("not reached")
+        return with_retries(what, action, self.say)
 
     def check_access(self, repo_id: str, create_pr: bool = False) -> tuple[str, str]:
         """(user, full repo id). Raises ValueError or OSError in one line if the token may not write there."""
@@ -368,47 +347,3 @@ def _license(hub: Hub, backbone: str) -> str | None:
 
 def _relative(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-
-
-# ------------------------------------------------------------------ what went wrong
-
-
-def _http_cause(error: BaseException | None) -> BaseException | None:
-    """The HTTP or connection error behind an error; uploads wrap it in a RuntimeError."""
-    while error is not None:
-        if isinstance(error, HTTPError | ConnectionError | TimeoutError | EntryNotFoundError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _retry_after(error: BaseException) -> float:
-    """Seconds that the Hub asks to wait, at most a minute."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    try:
-        return min(60.0, float(headers.get("Retry-After", 0)))
-    except ValueError:
-        return 0.0
-
-
-def _reason(error: BaseException, status: int | None) -> str:
-    if status:
-        return f"the Hub answered {status}"
-    said = str(error).strip().split("\n")[0]
-    return f"the connection failed ({said or type(error).__name__})"
-
-
-def _explain(what: str, error: BaseException, status: int | None) -> OSError | ValueError:
-    said = getattr(getattr(error, "response", None), "headers", {}).get("X-Error-Message", "")
-    said = f" ({said})" if said else ""
-    if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return ValueError(f"{what}: the Hub does not accept this token{said}: 'hf auth login', or set HF_TOKEN")
-    if status == 403:
-        return ValueError(f"{what}: this token has no right to do that{said}: use one that may write")
-    if status in (401, 404):
-        return ValueError(f"{what}: no such repository or revision, or not for this token{said}")
-    if status is not None and status not in TRANSIENT:
-        return OSError(f"{what}: the Hub answered {status}{said}")
-    return OSError(
-        f"{what}: {_reason(error, status)}{said} {len(WAITS) + 1} times: push again later; what is uploaded stays"
-    )

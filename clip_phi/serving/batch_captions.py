@@ -1,4 +1,4 @@
-"""Captions of many pictures, into a file that a stopped run goes on with."""
+"""Captions of many images, in a file that a stopped run continues."""
 
 import json
 import os
@@ -7,54 +7,53 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TextIO
 
 from PIL import Image
 from tqdm import tqdm
 
 from ..batching.images import FORMATS, load_image
 from ..data.report import RecordError
-from .engine import Answer, Engine, as_prompt
+from .engine import Completion, Engine, as_prompt
 
-SHOWN = 5  # bad pictures named on the screen; all are in the output
+SHOWN = 5  # errors printed on the terminal; all are in the output
 
 
-def find_pictures(paths: Iterable[str]) -> list[str]:
-    """Files as they are given, folders as the files in them that are named like pictures, sorted.
+def find_images(paths: Iterable[str]) -> list[str]:
+    """Files as given, and the image files of folders and their subfolders, sorted.
 
-    Raises ValueError for a folder without any, and for a path that is not there."""
+    Raises ValueError for a folder without images, and for a path that does not exist."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-    found = []
-    for path in paths:
-        if not Path(path).is_dir():
-            if not Path(path).exists():
-                raise ValueError(f"missing image: {path}: there is no such file or folder")
-            found.append(path)
-            continue
-        inside = [str(each) for each in sorted(Path(path).rglob("*")) if each.suffix.lower() in suffixes]
+    found: list[str] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"missing image: {path}: there is no such file or folder")
+        inside = (
+            [each for each in sorted(path.rglob("*")) if each.suffix.lower() in suffixes] if path.is_dir() else [path]
+        )
         if not inside:
-            raise ValueError(f"no picture in {path} or the folders in it")
-        found += inside
+            raise ValueError(f"no image in {path} or its subfolders")
+        found += map(str, inside)
     return list(dict.fromkeys(found))
 
 
 def caption_files(engine: Engine, names: Sequence[str], output: Path | None, max_new_tokens: int) -> Counter[str]:
-    """Write {"image": ..., "caption": ...} for each picture, in order, as one line of `output` (None: stdout).
+    """Write a line {"image": ..., "caption": ...} for each image, in order.
 
-    A picture that cannot be read, or answered, gives {"image": ..., "error": ...}. A file that is there is gone on
-    with: what has a caption in it is done, errors are tried again. Returns how many were "captioned", "done before",
-    and of each kind of error."""
+    An image that cannot be read or captioned gives {"image": ..., "error": ...}.
+
+    output: None for stdout. An existing file is continued: images with a caption are skipped, errors are tried again.
+    Returns the number of images "captioned", "done before", and of each kind of error."""
     counts: Counter[str] = Counter()
-    done = _keep_whole_lines(output) if output is not None and output.exists() else set()
+    done = _keep_captions(output) if output is not None and output.exists() else set()
     left = [name for name in names if name not in done]
     counts["done before"] = len(names) - len(left)
     start, tokens, shown = time.perf_counter(), engine.counts["tokens"], 0
-    with open(output, "a", encoding="utf-8") if output is not None else _Standard() as file:
+    with open(output, "a", encoding="utf-8") if output is not None else nullcontext(sys.stdout) as file:
         captions = _captions(engine, left, max_new_tokens)
-        for name, result in tqdm(
-            captions, total=len(names), initial=counts["done before"], unit="picture", disable=None
-        ):
+        progress = tqdm(captions, total=len(names), initial=counts["done before"], unit="image", disable=None)
+        for name, result in progress:
             if isinstance(result, str):
                 counts["captioned"] += 1
                 record = {"image": name, "caption": result}
@@ -64,68 +63,53 @@ def caption_files(engine: Engine, names: Sequence[str], output: Path | None, max
                 if (shown := shown + 1) <= SHOWN:
                     tqdm.write(f"clip-phi: {record['error']}", file=sys.stderr)
             print(json.dumps(record), file=file, flush=True)
-    seconds = time.perf_counter() - start
-    tokens = engine.counts["tokens"] - tokens
-    print(_summary(counts, seconds, tokens), file=sys.stderr)
+    print(_summary(counts, time.perf_counter() - start, engine.counts["tokens"] - tokens), file=sys.stderr)
     return counts
 
 
 def _captions(engine: Engine, names: Sequence[str], max_new_tokens: int) -> Iterator[tuple[str, str | Exception]]:
-    """The caption of each picture, or what was wrong with it; threads open pictures ahead of the engine."""
+    """The caption of each image, or its error; threads decode images ahead of the engine."""
     messages, _ = as_prompt(engine.model.config.caption_instruction, Image.new("RGB", (1, 1)))
     ahead = min(2 * engine.limits.max_batch, engine.limits.max_waiting)
 
-    def ask(name: str) -> Answer:
+    def submit(name: str) -> Completion:
         return engine.submit(messages, [load_image(name)], max_new_tokens=max_new_tokens)
 
-    def result(asked: Future[Answer]) -> str | Exception:
-        try:
-            return asked.result().result()
-        except Exception as error:  # of this picture: the others have nothing to do with it
-            return error
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
-        asked: deque[tuple[str, Future[Answer]]] = deque()
-        for name in names:
-            asked.append((name, readers.submit(ask, name)))
-            if len(asked) >= ahead:
-                first, answer = asked.popleft()
-                yield first, result(answer)
-        for name, answer in asked:
-            yield name, result(answer)
+    submitted: deque[tuple[str, Future[Completion]]] = deque()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for place in range(len(names) + ahead):
+            if place < len(names):
+                submitted.append((names[place], pool.submit(submit, names[place])))
+            if submitted and (len(submitted) >= ahead or place >= len(names)):
+                name, future = submitted.popleft()
+                try:
+                    yield name, future.result().result()
+                except Exception as error:  # of this image alone
+                    yield name, error
 
 
-def _keep_whole_lines(output: Path) -> set[str]:
-    """The pictures that have a caption in the file, which keeps their lines alone: a kill may have torn the last."""
-    kept: dict[str, str] = {}
+def _keep_captions(output: Path) -> set[str]:
+    """The images with a caption in the file. Removes all other lines: errors, and the part of a line after a kill."""
+    captions: dict[str, str] = {}
     for line in output.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
             if isinstance(record["caption"], str):
-                kept[record["image"]] = line
+                captions[record["image"]] = line
         except (ValueError, KeyError, TypeError):
             continue
-    whole = output.with_name(f".{output.name}.whole")
-    whole.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
-    whole.replace(output)
-    return set(kept)
+    rewritten = output.with_name(f".{output.name}.whole")
+    rewritten.write_text("".join(f"{line}\n" for line in captions.values()), encoding="utf-8")
+    rewritten.replace(output)
+    return set(captions)
 
 
 def _summary(counts: Counter[str], seconds: float, tokens: int) -> str:
-    text = f"captioned {counts['captioned']:,} pictures in {seconds:.1f} s"
-    text += f" ({counts['captioned'] / seconds:.1f} pictures and {tokens / seconds:.0f} tokens a second)"
+    text = f"captioned {counts['captioned']:,} images in {seconds:.1f} s"
+    text += f" ({counts['captioned'] / seconds:.1f} images and {tokens / seconds:.0f} tokens per second)"
     if counts["done before"]:
         text += f"; {counts['done before']:,} were done before"
     bad = {kind: count for kind, count in counts.items() if kind not in ("captioned", "done before")}
     if bad:
         text += f"; {sum(bad.values()):,} bad: " + ", ".join(f"{count:,} {kind}" for kind, count in bad.items())
     return text
-
-
-class _Standard:
-    """stdout, which a `with` leaves open."""
-
-    def __enter__(self) -> TextIO:
-        return sys.stdout
-
-    def __exit__(self, *error: Any) -> None: ...

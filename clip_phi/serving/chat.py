@@ -1,6 +1,6 @@
-"""A page to talk to a model in, by gradio: pictures, speech and text in; text, speech and pictures out.
+"""The chat page, made with gradio: images, speech and text in; text, speech and images out.
 
-The page needs nothing but this machine: fonts and scripts come from the gradio package, and nothing is reported.
+The page needs no network: fonts and scripts are in the gradio package, and analytics are off.
 """
 
 import functools
@@ -19,9 +19,9 @@ from PIL import Image
 
 from ..batching.images import load_image
 from ..data.synthetic import draw_scene, sample_scene
-from .batch_captions import find_pictures
-from .engine import Answer, Busy, Engine
-from .modalities import Parts
+from .batch_captions import find_images
+from .engine import Completion, Engine, QueueFullError
+from .modalities import Modalities
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 try:
@@ -29,10 +29,10 @@ try:
 except ImportError as error:
     raise ImportError("the chat page needs gradio: pip install 'clip-phi[chat]'") from error
 
-FAULTS = (ValueError, OSError, ImportError, RuntimeError)
-ERROR = "⚠️ "  # how an answer begins that is none
+ERRORS = (ValueError, OSError, ImportError, RuntimeError)
+ERROR = "⚠️ "  # prefix of an error in place of an answer
 QUESTIONS = ("Describe the image.", "How many shapes are there?", "What can you see?")
-SHOWN_SIZE = 256  # pixels; drawn scenes are smaller than a thumb
+SHOWN_SIZE = 256  # pixels; drawn scenes are very small
 CSS = """
 .gradio-container {width: 100% !important; max-width: 880px !important; margin: 0 auto !important}
 .gradio-container > main, .gradio-container main.contain {width: 100%}
@@ -48,9 +48,9 @@ CSS = """
 """
 
 
-def launch(engine: Engine, parts: Parts, host: str, port: int, examples: Path | None) -> None:
-    """Serve the page until Ctrl-C. Raises OSError if the port cannot be had."""
-    page = make_page(engine, parts, examples)
+def launch(engine: Engine, modalities: Modalities, host: str, port: int, examples: Path | None) -> None:
+    """Serve the page until Ctrl-C. Raises OSError if the port is not available."""
+    page = make_page(engine, modalities, examples)
     page.queue(default_concurrency_limit=None)  # the engine's queue is the only one
     print(f"the page is at http://{host}:{port}", file=sys.stderr, flush=True)
     page.launch(
@@ -63,9 +63,9 @@ def _theme() -> Any:
     return gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg")
 
 
-def make_page(engine: Engine, parts: Parts, examples: Path | None = None) -> gr.Blocks:
-    """examples: a folder of pictures to begin with; None for drawn scenes."""
-    hear = None if parts.hear is None else functools.lru_cache(maxsize=256)(parts.hear)
+def make_page(engine: Engine, modalities: Modalities, examples: Path | None = None) -> gr.Blocks:
+    """The page. examples: a folder of example images; None for drawn scenes."""
+    transcribe = modalities.transcribe and functools.lru_cache(maxsize=256)(modalities.transcribe)
 
     def respond(
         message: dict[str, Any],
@@ -76,30 +76,32 @@ def make_page(engine: Engine, parts: Parts, examples: Path | None = None) -> gr.
         draw: bool,
     ) -> Iterator[tuple[Any, str]]:
         try:
-            yield from _respond(engine, parts, hear, message, history, temperature, int(max_new_tokens), speak, draw)
-        except FAULTS as error:  # in one line, and the page goes on
-            yield ERROR + _literal(" ".join(str(error).split())), ""
+            yield from _respond(
+                engine, modalities, transcribe, message, history, temperature, int(max_new_tokens), speak, draw
+            )
+        except ERRORS as error:  # one line, and the page stays usable
+            yield _error(error), ""
 
     with gr.Blocks(title="Clip-Phi", delete_cache=(3600, 24 * 3600)) as page:
         status = gr.Markdown("", elem_id="status", render=False)
-        sources = ["upload", "microphone"] if hear is not None else ["upload"]
+        sources = ["upload", "microphone"] if transcribe else ["upload"]
         textbox = gr.MultimodalTextbox(
             sources=sources,  # type: ignore[arg-type]
-            file_types=["image", "audio"] if hear is not None else ["image"],
+            file_types=["image", "audio"] if transcribe else ["image"],
             file_count="multiple",
-            placeholder="Attach, paste or drop a picture, and ask about it",
+            placeholder="Attach, paste or drop an image, and ask about it",
             show_label=False,
             stop_btn=True,
             max_plain_text_length=4000,
             render=False,
         )
-        placeholder = "### What is in the picture?\nTake a picture, ask, and ask again. Or begin with one of these."
+        placeholder = "### What is in the image?\nAttach an image, ask, and ask again. Or start with an example."
         chatbot = gr.Chatbot(
             show_label=False, elem_id="conversation", height="56dvh", placeholder=placeholder, buttons=["copy"],
             render_markdown=False, render=False,
         )  # fmt: skip
         settings = gr.Accordion("Settings", open=False, render=False)
-        options = _options(engine, parts)
+        options = _options(engine, modalities)
         gr.Markdown("# Clip-Phi")
         gr.ChatInterface(
             respond,
@@ -119,31 +121,31 @@ def make_page(engine: Engine, parts: Parts, examples: Path | None = None) -> gr.
         with gr.Accordion("Webcam", open=False):
             camera = gr.Image(sources=["webcam"], type="filepath", show_label=False, height=280)
             camera.input(_attach, [camera, textbox], textbox, api_visibility="private", show_progress="hidden")
-        if parts.missing:
-            with gr.Accordion("What this page cannot do", open=False):
-                gr.Markdown("\n".join(f"- {line}" for line in parts.missing), elem_id="missing")
+        if modalities.missing:
+            with gr.Accordion("Not available", open=False):
+                gr.Markdown("\n".join(f"- {line}" for line in modalities.missing), elem_id="missing")
     return page
 
 
-def _options(engine: Engine, parts: Parts) -> list[Any]:
+def _options(engine: Engine, modalities: Modalities) -> list[Any]:
     most = min(1024, engine.context // 2)
     return [
-        gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature", info="0: always the likeliest word", render=False),
-        gr.Slider(8, most, value=min(128, most), step=8, label="Longest answer, in tokens", render=False),
-        gr.Checkbox(label="Speak the answer", visible=parts.speak is not None, render=False),
-        gr.Checkbox(label="Draw the answer", visible=parts.draw is not None, render=False),
+        gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature", info="0: always the likeliest token", render=False),
+        gr.Slider(8, most, value=min(128, most), step=8, label="Maximum answer length, in tokens", render=False),
+        gr.Checkbox(label="Speak the answer", visible=modalities.synthesize is not None, render=False),
+        gr.Checkbox(label="Draw the answer", visible=modalities.draw is not None, render=False),
     ]
 
 
-def _attach(picture: str | None, message: dict[str, Any] | None) -> dict[str, Any]:
-    """A picture of the webcam, among the files of the next question."""
+def _attach(image: str | None, message: dict[str, Any] | None) -> dict[str, Any]:
+    """The next message, with the webcam's image among its files."""
     message = message or {"text": "", "files": []}
-    return {"text": message["text"], "files": [*message["files"], *([picture] if picture else [])]}
+    return {"text": message["text"], "files": [*message["files"], *([image] if image else [])]}
 
 
 def _examples(folder: Path | None) -> list[dict[str, Any]]:
     if folder is not None:
-        return [{"text": QUESTIONS[0], "files": [path]} for path in find_pictures([str(folder)])[:6]]
+        return [{"text": QUESTIONS[0], "files": [path]} for path in find_images([str(folder)])[:6]]
     choose, examples = random.Random(1), []
     where = Path(tempfile.mkdtemp(prefix="clip-phi-examples-"))
     for number, question in enumerate(QUESTIONS):
@@ -157,100 +159,101 @@ def _examples(folder: Path | None) -> list[dict[str, Any]]:
 
 
 def _respond(
-    engine: Engine, parts: Parts, hear: Any, message: dict[str, Any], history: list[dict[str, Any]],
+    engine: Engine, modalities: Modalities, transcribe: Any, message: dict[str, Any], history: list[dict[str, Any]],
     temperature: float, max_new_tokens: int, speak: bool, draw: bool,
 ) -> Iterator[tuple[Any, str]]:  # fmt: skip
-    """The answer so far, and the line below it."""
-    messages, images, heard = _conversation(message, history, hear)
-    heard = f"heard: “{heard}”" if heard else ""
-    yield "", heard
+    """The answer so far, and the status line."""
+    messages, images, transcript = _conversation(message, history, transcribe)
+    status = f"speech: “{transcript}”" if transcript else ""
+    yield "", status
     try:
-        answer = engine.submit(
-            engine.completed(messages), images, max_new_tokens=max_new_tokens, temperature=temperature
+        completion = engine.submit(
+            engine.add_default_instructions(messages), images, max_new_tokens=max_new_tokens, temperature=temperature
         )
-    except Busy as error:
-        raise ValueError(f"many are talking to this model at once: try again in {error.retry_after} s") from error
-    text = ""
-    for piece in answer:
-        text += piece
-        yield _literal(text), _line(heard, answer)
-    shown: list[Any] = [_literal(text) or "(no words)"]
-    yield shown[0], _line(heard, answer)
-    told = _line(heard, answer)
+    except QueueFullError as error:
+        raise ValueError(f"too many people use this model now: try again in {error.retry_after} s") from error
+    for _ in completion:
+        yield _escape(completion.text), _status(status, completion)
+    text, status = completion.text, _status(status, completion)
+    shown: list[Any] = [_escape(text) or "(no words)"]
+    yield shown[0], status
     try:
-        if speak and parts.speak is not None and text:
-            sentences = list(parts.speak(text))
+        if speak and modalities.synthesize is not None and text:
+            sentences = list(modalities.synthesize(text))
             samples = np.concatenate([each for _, each in sentences])
-            spoken = (np.clip(samples, -1, 1) * 32767).astype(np.int16)
-            shown.append(gr.Audio((sentences[0][0], spoken), autoplay=True, show_label=False))
-            yield shown, told
-        if draw and parts.draw is not None and text:
-            shown.append(gr.Image(parts.draw(text, random.randrange(2**31)), show_label=False))
-            yield shown, told
-    except FAULTS as error:  # the answer itself stays
-        yield shown, f"{told} · {ERROR}{_literal(' '.join(str(error).split()))}"
+            samples = (np.clip(samples, -1, 1) * 32767).astype(np.int16)
+            shown.append(gr.Audio((sentences[0][0], samples), autoplay=True, show_label=False))
+            yield shown, status
+        if draw and modalities.draw is not None and text:
+            shown.append(gr.Image(modalities.draw(text, random.randrange(2**31)), show_label=False))
+            yield shown, status
+    except ERRORS as error:  # the answer itself stays
+        yield shown, f"{status} · {_error(error)}"
 
 
-def _literal(text: str) -> str:
-    """For gradio, which takes what looks like a tag for one, in plain text too."""
+def _error(error: BaseException) -> str:
+    return ERROR + _escape(" ".join(str(error).split()))
+
+
+def _escape(text: str) -> str:
+    """Escape tags, which gradio interprets in plain text too."""
     return html.escape(text, quote=False)
 
 
-def _line(heard: str, answer: Answer) -> str:
-    parts = [heard] if heard else []
-    parts.append(f"{answer.num_tokens} tokens")
-    if answer.tokens_per_second is not None:
-        parts.append(f"{answer.tokens_per_second:.0f} a second")
-    if answer.first_token_seconds is not None:
-        parts.append(f"the first after {answer.first_token_seconds:.2f} s")
+def _status(start: str, completion: Completion) -> str:
+    parts = [start] if start else []
+    parts.append(f"{completion.num_tokens} tokens")
+    if completion.tokens_per_second is not None:
+        parts.append(f"{completion.tokens_per_second:.0f} tokens/s")
+    if completion.first_token_seconds is not None:
+        parts.append(f"first token after {completion.first_token_seconds:.2f} s")
     return " · ".join(parts)
 
 
 def _conversation(
-    message: dict[str, Any], history: Sequence[dict[str, Any]], hear: Any
+    message: dict[str, Any], history: Sequence[dict[str, Any]], transcribe: Any
 ) -> tuple[list[dict[str, Any]], list[Image.Image], str]:
-    """Messages and images for the engine, and what was heard in the newest message.
+    """Messages and images for the engine, and the transcript of the newest message.
 
-    Turns without an answer (stopped before its first word, or failed) are left out: they would be part of the next."""
+    Turns without an answer (stopped before the first word, or failed) are left out."""
     turns: list[tuple[list[str], str, str]] = []  # files, text, answer
-    asked: tuple[list[str], str] | None = None
+    question: tuple[list[str], str] | None = None
     for entry in history:
         files, text = _content(entry)
         if entry["role"] == "user":
-            asked = (files, text)
-        elif asked is not None and text:  # a spoken or drawn answer has no text of its own
+            question = (files, text)
+        elif question is not None and text:  # the speech or image of an answer has no text
             if not text.startswith(ERROR):
-                turns.append((*asked, html.unescape(text)))
-            asked = None
+                turns.append((*question, html.unescape(text)))
+            question = None
     newest = [each if isinstance(each, str) else each["path"] for each in message.get("files") or []]
     turns.append((newest, (message.get("text") or "").strip(), ""))
     messages: list[dict[str, Any]] = []
     images: list[Image.Image] = []
-    heard = ""
-    for files, question, answer in turns:
+    for files, text, answer in turns:
         content: list[dict[str, str]] = []
-        heard = ""
+        transcript = ""
         for path in files:
             if (mimetypes.guess_type(path)[0] or "").startswith(("audio/", "video/")):
-                if hear is None:
-                    raise ValueError("this page has no way to hear")
-                heard = hear(path)
-                content.append({"type": "transcript", "text": heard})
+                if transcribe is None:
+                    raise ValueError("this page has no speech input")
+                transcript = transcribe(path)
+                content.append({"type": "transcript", "text": transcript})
             else:
                 images.append(load_image(path))
                 content.append({"type": "image"})
-        if question:
-            content.append({"type": "text", "text": question})
+        if text:
+            content.append({"type": "text", "text": text})
         if not content:
-            raise ValueError("there is no question: write one, or attach a picture")
+            raise ValueError("there is no question: write one, or attach an image")
         messages.append({"role": "user", "content": content})
         if answer:
             messages.append({"role": "assistant", "content": answer})
-    return messages, images, heard
+    return messages, images, transcript
 
 
 def _content(entry: dict[str, Any]) -> tuple[list[str], str]:
-    """Paths of the files and the text of one message of gradio's history."""
+    """File paths and text of one message of gradio's history."""
     content = entry["content"] if isinstance(entry["content"], list) else [entry["content"]]
     paths, texts = [], []
     for part in content:

@@ -1,4 +1,4 @@
-"""Tokens to text, as they come: whole characters only, up to a stop string, without spaces around."""
+"""Streaming detokenizer: whole characters, up to a stop string, without surrounding spaces."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,28 +7,27 @@ from tokenizers.decoders import DecodeStream
 
 
 class TextStream:
-    """The text of one answer. All pieces together are tokenizer.decode(tokens, skip_special_tokens=True).strip(), cut
-    before the first stop string.
+    """The text of one completion, token by token.
 
-    A piece is held back while it may yet be the end of the text (spaces), a part of a character, or the beginning of a
-    stop string."""
+    All pieces together are tokenizer.decode(tokens, skip_special_tokens=True).strip(), cut before the first stop
+    string. Text is held back while it may be trailing spaces, part of a character, or the start of a stop string."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.tokens: list[int] = []
         self.text = ""  # of all pieces so far
-        self.stopped = False  # a stop string was met: nothing comes after it
+        self.stopped = False  # a stop string has ended the text
         self._stream = DecodeStream(skip_special_tokens=True)
         self._decoded = ""
         self._held = ""
 
     def add(self, token: int) -> str:
-        """The piece that this token lets out; often empty."""
+        """The text that this token completes; often empty."""
         self.tokens.append(token)
         return self._take(self._stream.step(self.tokenizer.backend_tokenizer, token) or "")
 
     def end(self) -> str:
-        """The last piece: what was held back, and an unfinished character as U+FFFD."""
+        """The last piece: held-back text, with an unfinished character as U+FFFD."""
         if self.stopped:
             return ""
         whole = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
@@ -36,7 +35,7 @@ class TextStream:
         if self.stopped:
             return piece
         rest, self._held = self._held.rstrip(), ""
-        return piece + self._let_out(rest)
+        return piece + self._release(rest)
 
     def _take(self, decoded: str) -> str:
         self._decoded += decoded
@@ -50,9 +49,9 @@ class TextStream:
                 keep = min(keep, len(text) - next(begun, 0))
         keep = len(text[:keep].rstrip())
         self._held = text[keep:]
-        return self._let_out(text[:keep])
+        return self._release(text[:keep])
 
-    def _let_out(self, piece: str) -> str:
+    def _release(self, piece: str) -> str:
         piece = piece if self.text else piece.lstrip()
         self.text += piece
         return piece

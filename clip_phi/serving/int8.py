@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits for answering on a CPU: weights by output channel, inputs as they come."""
+"""8-bit linear layers for inference on a CPU: one scale for each output channel of the weights and each input token."""
 
 from typing import Any
 
@@ -7,10 +7,9 @@ from peft.tuners.lora import LoraLayer
 
 
 class Int8Linear(torch.nn.Module):
-    """An nn.Linear for answering alone, its weight in int8 with one scale for each output; float (..., in_features).
+    """An nn.Linear for inference with int8 weights, one scale for each output channel; input float (..., in_features).
 
-    Each token of the input is quantised as it comes, with a scale of its own (as in LLM.int8(), arXiv 2208.07339, but
-    for its outliers)."""
+    Each input token is quantized with its own scale (LLM.int8(), arXiv 2208.07339, without its outliers)."""
 
     def __init__(self, linear: torch.nn.Linear):
         super().__init__()
@@ -26,14 +25,14 @@ class Int8Linear(torch.nn.Module):
         return output.unflatten(0, states.shape[:-1]).to(states.dtype)
 
 
-def _quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 (rows, width) and float32 (rows, 1) whose product is about the rows."""
-    scale = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-    return torch.round(rows / scale).to(torch.int8), scale
+def _quantize(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 (vectors, width) and float32 (vectors, 1) whose product approximates the vectors."""
+    scale = vectors.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
+    return torch.round(vectors / scale).to(torch.int8), scale
 
 
 def quantize_decoder(model: Any) -> None:
-    """In place: decoder blocks and head of a ClipPhiForCausalLM on the CPU, which can only answer afterwards."""
+    """Quantize decoder blocks and head of a ClipPhiForCausalLM on the CPU in place, LoRA merged in, for inference."""
     fold_lora(model)
     _quantize_linears(model.model.language_model)
     model.lm_head = Int8Linear(model.lm_head)
@@ -50,7 +49,7 @@ def fold_lora(model: Any) -> None:
 
 
 def _quantize_linears(module: torch.nn.Module) -> None:
-    """An Int8Linear in the place of every nn.Linear inside."""
+    """Replace every nn.Linear inside by an Int8Linear."""
     for name, child in list(module.named_children()):
         if isinstance(child, torch.nn.Linear):
             setattr(module, name, Int8Linear(child))

@@ -1,4 +1,4 @@
-"""What the engine keeps between steps: keys and values of the running requests, and what images gave."""
+"""Caches of the engine: keys and values of the running requests, and image features."""
 
 import threading
 from collections import OrderedDict
@@ -8,86 +8,95 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-ROUND = 64  # tokens; storage grows by this, so that it does not grow at every request
+ROUND = 64  # tokens; storage grows in such steps, so that it does not grow at every request
 
 
-class RowCache(Cache):
-    """Keys and values of a batch in which each row, a request, has a length of its own.
+class BatchCache(Cache):
+    """Keys and values of a batch of sequences, each with its own length.
 
-    Rows are written where `at` says and read up to the longest of them; what lies behind a row's end is never seen, by
-    the mask. So a row joins by being written, and leaves by another being moved over it: nothing is padded, and
-    nothing else is copied. The tensors of a layer are (rows, tokens, heads, head width)."""
+    `at` sets where the next forward pass writes, and how many tokens it reads; the mask hides what lies behind the end
+    of a sequence. A sequence joins by being written and leaves by another being moved over it: no padding, no other
+    copies. The tensors of a layer are (sequences, tokens, heads, head width).
 
-    def __init__(self, num_layers: int, num_heads: int, width: int, dtype: torch.dtype, device: torch.device):
-        self.shape = (num_heads, width)
+    config: of the decoder.
+    dtype, device: of the tensors."""
+
+    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device):
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.shape = (heads, width)
+        self.token_bytes = 2 * config.num_hidden_layers * heads * width * dtype.itemsize
         self.options: dict[str, Any] = {"dtype": dtype, "device": device}
         self.first, self.length = 0, 0
-        self.rows: torch.Tensor | None = None  # int (rows, 1)
-        self.positions: torch.Tensor | None = None  # int (rows, tokens)
-        self.num_rows, self.capacity = 0, 0
-        super().__init__(layers=[_RowLayer(self) for _ in range(num_layers)])
+        self.sequences: torch.Tensor | None = None  # int (sequences, 1)
+        self.positions: torch.Tensor | None = None  # int (sequences, tokens)
+        self.num_sequences, self.capacity = 0, 0
+        super().__init__(layers=[_BatchLayer(self) for _ in range(config.num_hidden_layers)])
 
-    def reserve(self, num_rows: int, num_tokens: int) -> None:
-        """Make room for so many rows of so many tokens; what is there stays."""
-        if num_rows > self.num_rows or num_tokens > self.capacity:
-            self.num_rows = max(self.num_rows, num_rows)
+    def reserve(self, num_sequences: int, num_tokens: int) -> None:
+        """Make room for so many sequences of so many tokens; the content stays."""
+        if num_sequences > self.num_sequences or num_tokens > self.capacity:
+            self.num_sequences = max(self.num_sequences, num_sequences)
             self.capacity = max(self.capacity, -(-num_tokens // ROUND) * ROUND)
             for layer in self.layers:
                 layer.keys, layer.values = self._grown(layer.keys), self._grown(layer.values)
 
     def _grown(self, old: torch.Tensor | None) -> torch.Tensor:
-        # zeros, not what lies in memory: a NaN that the mask hides still makes the attention's sum NaN
-        new = torch.zeros(self.num_rows, self.capacity, *self.shape, **self.options)
+        # zeros, not uninitialized memory: a NaN that the mask hides still makes the attention's sum NaN
+        new = torch.zeros(self.num_sequences, self.capacity, *self.shape, **self.options)
         if old is not None:
             new[: old.shape[0], : old.shape[1]] = old
         return new
 
     def release(self) -> None:
-        """Give the memory back. No row may be in use."""
-        self.num_rows = self.capacity = 0
+        """Free the memory. No sequence may be in use."""
+        self.num_sequences = self.capacity = 0
         for layer in self.layers:
             layer.keys = layer.values = None
 
     def at(self, first: int, positions: torch.Tensor, length: int) -> torch.Tensor:
-        """The next forward writes rows first, first + 1, ... at positions, int (rows, tokens), and reads `length`
-        tokens of them. Returns its mask, bool (rows, 1, tokens, length)."""
+        """Set what the next forward pass writes and reads.
+
+        first: number of its first sequence.
+        positions: int (sequences, tokens), where it writes.
+        length: tokens of each sequence that it reads.
+        Returns its mask, bool (sequences, 1, tokens, length)."""
         self.first, self.positions, self.length = first, positions, length
-        self.rows = torch.arange(first, first + len(positions), device=positions.device).unsqueeze(1)
+        self.sequences = torch.arange(first, first + len(positions), device=positions.device).unsqueeze(1)
         return (torch.arange(length, device=positions.device) <= positions.unsqueeze(-1)).unsqueeze(1)
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of a row over another row."""
+        """Copy the first `length` tokens of a sequence over another one."""
         for layer in self.layers:
             layer.keys[target, :length] = layer.keys[source, :length]
             layer.values[target, :length] = layer.values[source, :length]
 
-    def read(self, row: int, length: int) -> torch.Tensor:
-        """A copy of a row's first tokens: (layers, 2, tokens, heads, head width)."""
-        return torch.stack(
-            [torch.stack((layer.keys[row, :length], layer.values[row, :length])) for layer in self.layers]
-        )
+    def read(self, sequence: int, length: int) -> torch.Tensor:
+        """A copy of a sequence's first tokens: (layers, 2, tokens, heads, head width)."""
+        pairs = [(layer.keys[sequence, :length], layer.values[sequence, :length]) for layer in self.layers]
+        return torch.stack([torch.stack(pair) for pair in pairs])
 
-    def write(self, row: int, prefix: torch.Tensor) -> None:
-        """What `read` gave, as a row's first tokens."""
+    def write(self, sequence: int, prefix: torch.Tensor) -> None:
+        """Write the result of `read` as a sequence's first tokens."""
         for layer, (keys, values) in zip(self.layers, prefix, strict=True):
-            layer.keys[row, : len(keys)] = keys
-            layer.values[row, : len(values)] = values
+            layer.keys[sequence, : len(keys)] = keys
+            layer.values[sequence, : len(values)] = values
 
 
-class _RowLayer(CacheLayerMixin):
-    def __init__(self, cache: RowCache):
+class _BatchLayer(CacheLayerMixin):
+    def __init__(self, cache: BatchCache):
         super().__init__()
         self.cache = cache
-        self.keys: Any = None  # (rows, tokens, heads, head width), and so are the values
+        self.keys: Any = None  # (sequences, tokens, heads, head width), as the values
         self.values: Any = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """key_states, value_states: (rows, heads, tokens, head width), and so is what is returned."""
+        """Write and read keys and values, both (sequences, heads, tokens, head width)."""
         keys, values, cache = key_states.transpose(1, 2), value_states.transpose(1, 2), self.cache
-        self.keys[cache.rows, cache.positions] = keys
-        self.values[cache.rows, cache.positions] = values
-        rows = slice(cache.first, cache.first + keys.shape[0])  # len() would fix it for torch.compile
-        return self.keys[rows, : cache.length].transpose(1, 2), self.values[rows, : cache.length].transpose(1, 2)
+        self.keys[cache.sequences, cache.positions] = keys
+        self.values[cache.sequences, cache.positions] = values
+        batch = slice(cache.first, cache.first + keys.shape[0])  # len() would fix it for torch.compile
+        return self.keys[batch, : cache.length].transpose(1, 2), self.values[batch, : cache.length].transpose(1, 2)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None: ...
 
@@ -102,7 +111,7 @@ class _RowLayer(CacheLayerMixin):
 
 
 class TensorCache:
-    """Tensors by key, the least recently used ones dropped when they hold more than max_bytes."""
+    """Least-recently-used cache of tensors, at most max_bytes."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes, self.num_bytes = max_bytes, 0

@@ -1,4 +1,4 @@
-"""The chat page as a Hugging Face Space: a folder that needs nothing but what its requirements.txt names."""
+"""The chat page as a Hugging Face Space: a folder with the page, its requirements and the project's code."""
 
 import json
 import shutil
@@ -9,14 +9,14 @@ from packaging.requirements import Requirement
 
 PACKAGES = ("clip_phi", "modeling_clip_phi")
 ROOT = Path(__file__).resolve().parent.parent.parent
-GRADIO = "6.31.0"  # where none is installed
-APP = '''"""A page to talk to {model}."""
+GRADIO = "6.31.0"  # version where gradio is not installed
+APP = '''"""Chat with {model}."""
 
 from clip_phi.serving.chat import launch
 from clip_phi.serving.engine import Engine
-from clip_phi.serving.parts import find_parts
+from clip_phi.serving.modalities import load_modalities
 
-launch(Engine({model!r}), find_parts("base.en", "", None, None), "0.0.0.0", 7860, None)
+launch(Engine.from_pretrained({model!r}), load_modalities("base.en", "", None, None), "0.0.0.0", 7860, None)
 '''
 README = """---
 title: {title}
@@ -28,29 +28,27 @@ sdk_version: {gradio}
 python_version: "3.12"
 app_file: app.py
 license: apache-2.0
-short_description: Talk about pictures with a Clip-Phi model
+short_description: Chat about images with a Clip-Phi model
 {models}---
 
-A page to talk about pictures with {model}, a small vision-language model that one person can train on one GPU. The page
-is `app.py`; `clip_phi` and `modeling_clip_phi` are the project's own code. It runs on a CPU, and on a GPU if the Space
-has one.
+Chat about images with {model}, a small vision-language model that one person can train on one GPU. The page is
+`app.py`; `clip_phi` and `modeling_clip_phi` are the project's code. It runs on a CPU, or on the Space's GPU.
 """
 
 
 def write_space(repo_id: str, model: str, folder: Path) -> Path:
-    """Write app.py, requirements.txt, README.md and the project's code into a folder, which must not be there yet.
+    """Write app.py, requirements.txt, README.md and the project's code into a new folder.
 
-    repo_id: of the Space, user/name. model: an id on the Hub, or a merged checkpoint's folder, which is copied.
-    Raises ValueError for a delta checkpoint in a folder: what completes it is not there where the Space runs."""
+    repo_id: the Space's id, user/name.
+    model: a Hub id, or the folder of a merged model, which is copied.
+    Raises ValueError for the folder of a delta model: a Space cannot load its backbones from local folders."""
     if repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise ValueError(f"a Space is called user/name, not {repo_id!r}")
+        raise ValueError(f"a Space id is user/name, not {repo_id!r}")
     if folder.exists():
-        raise ValueError(f"{folder} is there already: remove it, or give another --output")
+        raise ValueError(f"{folder} exists already: remove it, or choose another --output_dir")
     local = Path(model).is_dir()
     if local and json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get("delta"):
-        raise ValueError(
-            f"{model} is completed from other folders: save it with merged=True, or give its id on the Hub"
-        )
+        raise ValueError(f"{model} is a delta of other models: save it with merged=True, or use its Hub id")
     folder.mkdir(parents=True)
     if local:
         shutil.copytree(model, folder / "model")
@@ -67,7 +65,7 @@ def write_space(repo_id: str, model: str, folder: Path) -> Path:
 
 
 def push_space(repo_id: str, folder: Path, private: bool) -> str:
-    """Upload the folder. Returns the Space's address."""
+    """Upload the folder. Returns the Space's URL."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -77,7 +75,7 @@ def push_space(repo_id: str, folder: Path, private: bool) -> str:
 
 
 def _requirements() -> list[str]:
-    """What the project needs without extras. gradio comes with the Space."""
+    """The project's requirements without extras; the Space has gradio."""
     needed = [Requirement(text) for text in requires("clip-phi") or []]
     return sorted(f"{each.name}{each.specifier}" for each in needed if each.marker is None)
 

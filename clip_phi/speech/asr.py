@@ -1,26 +1,26 @@
-"""Speech to text: one interface, and the engines behind it."""
+"""Speech to text: one interface for all speech recognition engines."""
 
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..data.transcripts import ENGINES, AsrSettings, Engine
-from .audio import Clip
-from .transcript import Segment, Transcript, Word, one_line
+from .audio import AudioClip
+from .transcript import Segment, Transcript, Word, make_transcript
 
 DEFAULT = AsrSettings()
 
 
 class Transcriber(Protocol):
-    """engine, model: what hears, as make_transcriber was told."""
+    """engine, model: as in make_transcriber."""
 
     engine: Engine
     model: str
 
-    def transcribe(self, clip: Clip) -> Transcript:
-        """What is said in a clip; one in which nobody speaks gives the text ""."""
+    def transcribe(self, clip: AudioClip) -> Transcript:
+        """The speech in a clip; the text is empty where there is none."""
 
     def close(self) -> None:
-        """Give memory and processes back. May be called twice."""
+        """Free memory and processes. May be called twice."""
 
 
 def make_transcriber(
@@ -31,17 +31,19 @@ def make_transcriber(
     compute_type: str | None = None,
     word_timestamps: bool = False,
 ) -> Transcriber:
-    """Load a model for hearing; never another engine than the one asked for.
+    """Load a speech recognition model. There is no fallback to another engine.
 
-    model: a name of Whisper ("tiny.en", "base.en", "small", "large-v3"), an id on the Hub or a local folder, in
-    CTranslate2's form. device: cpu or cuda, or cuda:1. language: for example "en"; None to find it out by listening.
-    compute_type: of CTranslate2; None for int8 on the CPU and float16 on CUDA. word_timestamps: tell the place of each
-    word. Raises ValueError or OSError for what cannot be had, and ImportError if the engine is not installed."""
+    model: a Whisper model in CTranslate2's format: a name ("tiny.en", "small", "large-v3"), Hub id or folder.
+    device: cpu, cuda or cuda:1.
+    language: for example "en"; None to detect it.
+    compute_type: of CTranslate2; None for int8 on the CPU and float16 on CUDA.
+    word_timestamps: whether segments have words.
+    Raises ValueError or OSError if the model cannot be loaded, ImportError if the engine is not installed."""
     if engine not in ENGINES:
-        raise ValueError(f"no speech engine {engine!r}: there are {' and '.join(ENGINES)}")
+        raise ValueError(f"no speech recognition engine {engine!r}: choose {' or '.join(ENGINES)}")
     kind = device.partition(":")[0]
     if kind not in ("cpu", "cuda"):
-        raise ValueError(f"speech is heard on cpu or cuda, not on {device!r}")
+        raise ValueError(f"speech recognition runs on cpu or cuda, not on {device!r}")
     if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
         raise ValueError(f"no Whisper model in {model}: there is no such folder")
     compute_type = compute_type or ("int8" if kind == "cpu" else "float16")
@@ -53,8 +55,10 @@ def make_transcriber(
 
 
 class FasterWhisperTranscriber:
-    """faster-whisper, WhisperX's own engine, in this process. Greedy at temperature 0 with 5 beams, so that the same
-    clip gives the same text; its voice detection is always on, or silence would become words."""
+    """faster-whisper, which WhisperX uses too, in this process.
+
+    Temperature 0 and 5 beams: the same clip gives the same text. Voice activity detection is always on, since Whisper
+    invents words in silence."""
 
     engine: Engine = "faster-whisper"
 
@@ -62,21 +66,19 @@ class FasterWhisperTranscriber:
         try:
             from faster_whisper import WhisperModel
         except ImportError as error:
-            raise ImportError("hearing speech needs faster-whisper: pip install 'clip-phi[speech]'") from error
-        self.model = model
-        self.language = language
-        self.word_timestamps = word_timestamps
+            raise ImportError("speech input needs faster-whisper: pip install 'clip-phi[speech]'") from error
+        self.model, self.language, self.word_timestamps = model, language, word_timestamps
         name, _, number = device.partition(":")
         try:
-            self._whisper: Any = WhisperModel(
-                model, device=name, device_index=int(number or 0), compute_type=compute_type
-            )
+            whisper = WhisperModel(model, device=name, device_index=int(number or 0), compute_type=compute_type)
         except (RuntimeError, OSError, ValueError) as error:  # CTranslate2 has only RuntimeError
             raise ValueError(f"cannot load the Whisper model {model}: {' '.join(str(error).split())}") from error
-        if language is not None and language not in self._whisper.supported_languages:
-            raise ValueError(f"the Whisper model {model} does not hear {language!r}: {self._languages()}")
+        if language is not None and language not in (known := whisper.supported_languages):
+            names = ", ".join(known) if len(known) < 10 else f"{len(known)} languages, by their codes"
+            raise ValueError(f"the Whisper model {model} does not support {language!r}: it supports {names}")
+        self._whisper: Any = whisper
 
-    def transcribe(self, clip: Clip) -> Transcript:
+    def transcribe(self, clip: AudioClip) -> Transcript:
         if self._whisper is None:
             raise ValueError("this transcriber is closed")
         found, about = self._whisper.transcribe(
@@ -87,20 +89,11 @@ class FasterWhisperTranscriber:
             condition_on_previous_text=False,
             word_timestamps=self.word_timestamps,
         )
-        segments = tuple(
-            Segment(
-                segment.text.strip(),
-                float(segment.start),
-                float(segment.end),
-                tuple(Word(word.word.strip(), float(word.start), float(word.end)) for word in segment.words or ()),
-            )
-            for segment in found
-        )
-        return Transcript(one_line(segments), segments, about.language, self.engine, clip.seconds, clip.truncated)
+        segments = []
+        for each in found:
+            words = tuple(Word(word.word.strip(), float(word.start), float(word.end)) for word in each.words or ())
+            segments.append(Segment(each.text.strip(), float(each.start), float(each.end), words))
+        return make_transcript(segments, about.language, self.engine, clip)
 
     def close(self) -> None:
         self._whisper = None
-
-    def _languages(self) -> str:
-        known = self._whisper.supported_languages
-        return f"it knows {', '.join(known)}" if len(known) < 10 else f"it knows {len(known)} languages, by their codes"

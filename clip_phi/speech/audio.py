@@ -1,6 +1,7 @@
-"""Any recording to 16 kHz mono: the one place where sound is decoded."""
+"""Any recording to 16 kHz mono: the only place where audio is decoded."""
 
 import io
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -13,16 +14,16 @@ import numpy as np
 from ..data.sample import File
 from ..data.transcripts import AsrSettings
 
-SAMPLING_RATE = 16_000  # Hz, what Whisper hears
+SAMPLING_RATE = 16_000  # Hz, of Whisper's input
 MAX_SECONDS = AsrSettings().max_seconds
-RATES = (1_000, 1_000_000)  # Hz, of sound; other rates stand in damaged headers, and would take minutes to resample
+RATES = (1_000, 1_000_000)  # Hz; other rates are in damaged headers only, and would take minutes to resample
 MAX_CHANNELS = 32
-PATIENCE_SECONDS = 30.0  # decoding takes a fraction of one; FFmpeg would look for sound to the end of any file
+MAX_DECODE_SECONDS = 30.0  # decoding takes under 1 s; FFmpeg would search any file to its end for audio
 
 
-class Clip(NamedTuple):
-    """samples: float32 mono in [-1, 1], shape (n,), n > 0, at 16 000 Hz. truncated: there was more, which was cut off
-    or could not be decoded."""
+class AudioClip(NamedTuple):
+    """samples: float32 mono in [-1, 1], shape (samples,), at least one, at 16 000 Hz.
+    truncated: whether a rest was cut off or could not be decoded."""
 
     samples: np.ndarray
     truncated: bool
@@ -32,18 +33,18 @@ class Clip(NamedTuple):
         return len(self.samples) / SAMPLING_RATE
 
 
-def load_clip(source: str | Path | bytes | File, max_seconds: float = MAX_SECONDS) -> Clip:
-    """The first max_seconds of the first audio track of any file that FFmpeg reads; no more than that is decoded.
+def load_audio(source: str | Path | bytes | File, max_seconds: float = MAX_SECONDS) -> AudioClip:
+    """Decode the first max_seconds of the first audio track of any file that FFmpeg reads, and no more.
 
-    source: a file on disk, what one holds, or a File; never a URL, nor a playlist that names other files. Where a
-    recording is damaged behind its beginning, the clip ends there and is truncated. Raises ValueError with the name of
-    the source if there is no sound in it, and ImportError without PyAV."""
+    source: a file's path, its bytes, or a File; no URLs and no playlists. A recording with damage after its beginning
+        gives a truncated clip that ends there.
+    Raises ValueError with the name of the source if it has no audio, ImportError without PyAV."""
     limit = _num_samples(max_seconds)
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     with ExitStack() as stack:
         file = _open(source, name, stack)
         pieces, whole = [], True
-        missing = limit + 1  # one more tells whether there is more
+        missing = limit + 1  # one more shows whether there is a rest
         try:
             for piece in _decode(file, name):
                 pieces.append(piece[:missing])
@@ -52,61 +53,65 @@ def load_clip(source: str | Path | bytes | File, max_seconds: float = MAX_SECOND
                     break
         except _Damaged as error:
             if not pieces:
-                raise ValueError(f"damaged sound: {name}: {error}") from error
+                raise ValueError(f"damaged audio: {name}: {error}") from error
             whole = False
     samples = np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
     if not len(samples):
-        raise ValueError(f"no sound in {name}: it has an audio track of no length")
-    return Clip(_as_float(samples[:limit]), truncated=len(samples) > limit or not whole)
+        raise ValueError(f"no audio in {name}: its audio track is empty")
+    return AudioClip(_as_float(samples[:limit]), truncated=len(samples) > limit or not whole)
 
 
-def clip_from_array(samples: Any, sampling_rate: int, max_seconds: float = MAX_SECONDS) -> Clip:
-    """The first max_seconds of an array, shape (n,) or (n, channels): floats in [-1, 1], or integers of full scale.
+def audio_from_array(samples: Any, sampling_rate: int, max_seconds: float = MAX_SECONDS) -> AudioClip:
+    """The first max_seconds of an array.
 
-    Raises ValueError if it is empty, not finite, or of no such shape or scale, and ImportError without PyAV."""
+    samples: (samples,) or (samples, channels), floats in [-1, 1] or full-scale integers.
+    sampling_rate: in Hz.
+    Raises ValueError if it is empty, not finite, or of another shape or scale; ImportError without PyAV."""
     limit = _num_samples(max_seconds)
     array = np.asarray(samples)
     if array.ndim not in (1, 2) or (array.ndim == 2 and not 1 <= array.shape[1] <= MAX_CHANNELS):
-        raise ValueError(f"sound of shape {array.shape} is neither (samples,) nor (samples, channels)")
+        raise ValueError(f"audio of shape {array.shape} is neither (samples,) nor (samples, channels)")
     if not array.size:
-        raise ValueError("no sound: the array is empty")
+        raise ValueError("no audio: the array is empty")
     if not RATES[0] <= sampling_rate <= RATES[1]:
-        raise ValueError(f"a sampling rate of {sampling_rate} Hz is none of sound")
+        raise ValueError(f"{sampling_rate} Hz is no sampling rate of audio")
     array = array[: math.ceil((limit + 1) * sampling_rate / SAMPLING_RATE)]
     if array.dtype.kind == "u" and array.dtype.itemsize == 1:
-        array = (array.astype(np.float32) - 128) / 128  # unsigned bytes have their zero in the middle, as in wav files
+        array = (array.astype(np.float32) - 128) / 128  # the zero of unsigned bytes is 128, as in wav files
     elif array.dtype.kind == "i":
         array = array.astype(np.float64) / -float(np.iinfo(array.dtype).min)
     elif array.dtype.kind != "f":
-        raise ValueError(f"sound of dtype {array.dtype}: it must be float or signed integers")
+        raise ValueError(f"audio of dtype {array.dtype}: it must be float or signed integers")
     if not np.isfinite(array).all():
-        raise ValueError("sound holds values that are not finite")
-    if (peak := float(np.abs(array).max())) > 2:  # a little over 1 is clipped, as a sound card would
-        raise ValueError(f"float sound must lie in [-1, 1], and this goes up to {peak:g}: divide it by its full scale")
+        raise ValueError("audio contains values that are not finite")
+    if (peak := float(np.abs(array).max())) > 2:  # values a little over 1 are clipped, as by a sound card
+        raise ValueError(f"float audio must be within [-1, 1], but goes up to {peak:g}: divide it by its full scale")
     mono = array if array.ndim == 1 else array.mean(axis=1)
     whole = (mono.clip(-1, 1) * 32767).round().astype(np.int16)
-    resampled = np.concatenate([*_resample([_frame(whole, int(sampling_rate))])])
+    frame = import_av().AudioFrame.from_ndarray(whole[None], format="s16", layout="mono")
+    frame.sample_rate = int(sampling_rate)
+    resampled = np.concatenate([*_resample([frame])])
     if not len(resampled):
-        raise ValueError(f"no sound: {len(array)} samples at {sampling_rate} Hz are too few")
-    return Clip(_as_float(resampled[:limit]), truncated=len(resampled) > limit)
+        raise ValueError(f"no audio: {len(array)} samples at {sampling_rate} Hz are too few")
+    return AudioClip(_as_float(resampled[:limit]), truncated=len(resampled) > limit)
 
 
 class _Reader:
-    """A file that is read for PATIENCE_SECONDS at most."""
+    """A file that can be read for MAX_DECODE_SECONDS."""
 
     def __init__(self, file: Any):
         self.seek, self.tell = file.seek, file.tell
         self._file = file
-        self._end = time.monotonic() + PATIENCE_SECONDS
+        self._end = time.monotonic() + MAX_DECODE_SECONDS
 
     def read(self, size: int) -> bytes:
         if time.monotonic() > self._end:
-            raise OSError(f"no sound was found within {PATIENCE_SECONDS:g} seconds")
+            raise OSError(f"no audio was found within {MAX_DECODE_SECONDS:g} seconds")
         return self._file.read(size)
 
 
 class _Damaged(Exception):
-    """What FFmpeg says about a recording that it cannot go on with."""
+    """FFmpeg's error on a recording that it cannot decode to the end."""
 
 
 def _num_samples(max_seconds: float) -> int:
@@ -120,7 +125,7 @@ def _as_float(samples: np.ndarray) -> np.ndarray:
 
 
 def _open(source: str | Path | bytes | File, name: str, stack: ExitStack) -> Any:
-    """An open file. FFmpeg is never given a name: it would take URLs and other protocols."""
+    """An open file. FFmpeg never gets a name: it would accept URLs and other protocols."""
     if isinstance(source, File):
         if source.member is None:
             source = source.path
@@ -128,32 +133,32 @@ def _open(source: str | Path | bytes | File, name: str, stack: ExitStack) -> Any
             try:
                 source = source.read()
             except Exception as error:  # zipfile, zlib and pyarrow each have errors of their own
-                raise ValueError(f"missing sound: {name}: {' '.join(str(error).split())}") from error
+                raise ValueError(f"missing recording: {name}: {' '.join(str(error).split())}") from error
     if isinstance(source, bytes):
         if not source:
-            raise ValueError(f"empty sound file: {name}")
+            raise ValueError(f"empty audio file: {name}")
         return io.BytesIO(source)
     try:
         file = stack.enter_context(open(source, "rb"))  # noqa: SIM115
     except (OSError, ValueError) as error:
-        raise ValueError(f"missing sound: {name}: {getattr(error, 'strerror', None) or error}") from error
+        raise ValueError(f"missing recording: {name}: {getattr(error, 'strerror', None) or error}") from error
     if not file.peek(1):
-        raise ValueError(f"empty sound file: {name}")
+        raise ValueError(f"empty audio file: {name}")
     return file
 
 
 def _decode(file: Any, name: str) -> Iterator[np.ndarray]:
-    """int16 pieces at 16 kHz. Raises ValueError if it cannot begin, and _Damaged if it cannot go on."""
+    """int16 pieces at 16 kHz. Raises ValueError if there is no audio, _Damaged if it is damaged."""
     av = import_av()
     try:
-        # Playlists would open what they name: no protocol is allowed but the open file itself.
+        # Playlists would open other files: no protocol is allowed but the open file itself.
         container = av.open(_Reader(file), metadata_errors="ignore", options={"protocol_whitelist": "none"})
     except (av.FFmpegError, ValueError, OverflowError, OSError) as error:
-        raise ValueError(f"not a sound: {name}: {_reason(error)}") from error
+        raise ValueError(f"not an audio file: {name}: {_reason(error)}") from error
     with container:
         if not container.streams.audio:
             kinds = sorted({stream.type for stream in container.streams})
-            raise ValueError(f"no sound in {name}: it has {' and '.join(kinds) or 'nothing'} only")
+            raise ValueError(f"no audio in {name}: it has {' and '.join(kinds) or 'nothing'} only")
         yield from _resample(_frames(container, av))
 
 
@@ -161,8 +166,8 @@ def _frames(container: Any, av: Any) -> Iterator[Any]:
     try:
         for frame in container.decode(container.streams.audio[0]):
             if not RATES[0] <= frame.sample_rate <= RATES[1]:
-                raise _Damaged(f"a sampling rate of {frame.sample_rate} Hz is none of sound")
-            frame.pts = None  # times may be missing or leap, and the resampler would refuse or fill them
+                raise _Damaged(f"{frame.sample_rate} Hz is no sampling rate of audio")
+            frame.pts = None  # timestamps may be missing or jump, which the resampler would refuse or fill
             yield frame
     except (av.FFmpegError, ValueError, MemoryError, OSError) as error:
         raise _Damaged(_reason(error)) from error
@@ -171,39 +176,21 @@ def _frames(container: Any, av: Any) -> Iterator[Any]:
 def _resample(frames: Any) -> Iterator[np.ndarray]:
     """int16 pieces at 16 kHz, all channels mixed into one."""
     av = import_av()
-    resampler: Any = None
-    kind = None
+    kinds = itertools.groupby(frames, lambda frame: (frame.format.name, frame.layout.name, frame.sample_rate))
     try:
-        for frame in frames:
-            if (frame.format.name, frame.layout.name, frame.sample_rate) != kind:  # some streams change midway
-                yield from _drain(resampler)
-                kind = (frame.format.name, frame.layout.name, frame.sample_rate)
-                resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLING_RATE)
-            for piece in resampler.resample(frame):
-                yield piece.to_ndarray()[0]
-        yield from _drain(resampler)
+        for _, alike in kinds:  # some streams change the format midway
+            resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLING_RATE)
+            for frame in itertools.chain(alike, [None]):  # None drains it
+                yield from (piece.to_ndarray()[0] for piece in resampler.resample(frame))
     except (av.FFmpegError, ValueError, MemoryError, OSError) as error:
         raise _Damaged(_reason(error)) from error
-
-
-def _drain(resampler: Any) -> Iterator[np.ndarray]:
-    if resampler is not None:
-        for piece in resampler.resample(None):
-            yield piece.to_ndarray()[0]
-
-
-def _frame(samples: np.ndarray, sampling_rate: int) -> Any:
-    av = import_av()
-    frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
-    frame.sample_rate = sampling_rate
-    return frame
 
 
 def import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ImportError("reading sound needs PyAV: pip install 'clip-phi[speech]'") from error
+        raise ImportError("reading audio needs PyAV: pip install 'clip-phi[speech]'") from error
     return av
 
 

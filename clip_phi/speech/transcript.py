@@ -1,11 +1,14 @@
-"""What a speech recognizer returns."""
+"""The result of speech recognition."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .audio import AudioClip
+
 
 class Word(NamedTuple):
-    """start, end: seconds from the beginning of the clip; None where a word could not be placed."""
+    """start, end: seconds from the beginning of the clip; None where the word could not be aligned."""
 
     word: str
     start: float | None
@@ -13,7 +16,7 @@ class Word(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """start, end: seconds from the beginning of the clip. words: if word timestamps were asked for."""
+    """start, end: seconds from the beginning of the clip. words: with word timestamps only."""
 
     text: str
     start: float
@@ -23,7 +26,11 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Transcript:
-    """text: what is said, on one line; empty if nobody speaks. language: its code ("en"). engine: which one heard it.
+    """The recognized speech of a clip.
+
+    text: on one line; empty without speech.
+    language: its code, for example "en".
+    engine: name of the speech recognition engine.
     seconds, truncated: of the clip."""
 
     text: str
@@ -34,5 +41,7 @@ class Transcript:
     truncated: bool
 
 
-def one_line(segments: tuple[Segment, ...]) -> str:
-    return " ".join(" ".join(segment.text for segment in segments).split())
+def make_transcript(segments: Iterable[Segment], language: str | None, engine: str, clip: AudioClip) -> Transcript:
+    segments = tuple(segments)
+    text = " ".join(" ".join(segment.text for segment in segments).split())
+    return Transcript(text, segments, language, engine, clip.seconds, clip.truncated)

@@ -1,4 +1,4 @@
-"""WhisperX in a process and a Python environment of its own, since its pins cannot live beside transformers 5."""
+"""WhisperX in a process and a Python environment of its own: its pins are incompatible with transformers 5."""
 
 import base64
 import contextlib
@@ -17,22 +17,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data.transcripts import Engine
-from .audio import Clip
-from .transcript import Segment, Transcript, Word, one_line
+from .audio import AudioClip
+from .transcript import Segment, Transcript, Word, make_transcript
 
 REQUIREMENT = "whisperx==3.8.6"
 FORMS = ("full", "cpu", "light")
 TORCH_CPU = "https://download.pytorch.org/whl/cpu"  # PyTorch's own index of builds without CUDA
 SCRIPT = str(Path(__file__).with_name("whisperx_worker.py"))
-ABOUT = "clip_phi.json"  # written last: an environment without it is not whole
+ABOUT = "clip_phi.json"  # written last: an environment without it is incomplete
 START_SECONDS = 600.0  # loading takes seconds, and downloading a model minutes
-HEAR_SECONDS = 120.0  # for a clip of ten seconds, which takes two
+TRANSCRIBE_SECONDS = 120.0  # for a clip of ten seconds, which takes two
 CLOSE_SECONDS = 5.0
 NO_TELEMETRY = {"PYANNOTE_METRICS_ENABLED": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+INSTALL_HINT = "run 'clip-phi speech install'"
 
 
 class WorkerError(OSError):
-    """The worker cannot be started, has died or does not answer."""
+    """The worker cannot start, has exited or does not answer."""
 
 
 class Installation(NamedTuple):
@@ -45,7 +46,7 @@ class Installation(NamedTuple):
 
     @property
     def vad(self) -> str:
-        """What detects voices: WhisperX's pyannote, or where it was left out the Silero of faster-whisper."""
+        """Voice activity detection: WhisperX's pyannote, or in the light form the Silero of faster-whisper."""
         return "silero" if self.form == "light" else "pyannote"
 
 
@@ -57,58 +58,57 @@ def default_folder() -> Path:
 
 
 def find_installation(folder: Path | None = None) -> Installation:
-    """Raises WorkerError, which says how to install it, if it is not there or not whole."""
+    """Raises WorkerError, with the command that installs it, if it is missing or incomplete."""
     folder = folder or default_folder()
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         found = Installation(folder, about["form"], _python(folder), about["version"])
     except FileNotFoundError:
-        raise WorkerError(f"WhisperX is not installed in {folder}: run 'clip-phi speech install'") from None
+        raise WorkerError(f"WhisperX is not installed in {folder}: {INSTALL_HINT}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WorkerError(f"{folder / ABOUT} is damaged ({error}): run 'clip-phi speech install'") from error
+        raise WorkerError(f"{folder / ABOUT} is damaged ({error}): {INSTALL_HINT}") from error
     if not found.python.exists():
-        raise WorkerError(f"the environment of WhisperX has lost its {found.python}: run 'clip-phi speech install'")
+        raise WorkerError(f"WhisperX's environment has no {found.python}: {INSTALL_HINT}")
     return found
 
 
-def install(form: str = "full", folder: Path | None = None, say: Callable[[str], Any] = print) -> Installation:
-    """Make WhisperX's environment, anew if there is one.
+def install(form: str = "full", folder: Path | None = None, log: Callable[[str], Any] = print) -> Installation:
+    """Create WhisperX's environment; an existing one is replaced.
 
-    form: "full", with pyannote's voice detection, word timestamps and the torch that it pins (7.7 GB on Linux with
-    CUDA); "cpu", the same with PyTorch's builds without CUDA; "light", which borrows torch and faster-whisper from this
-    environment and adds WhisperX alone (40 MB; Silero's voice detection, no word timestamps). Raises WorkerError with
-    the last lines of pip."""
+    form: "full", with pyannote's voice activity detection, word timestamps and the torch that WhisperX pins (7.7 GB on
+        Linux with CUDA); "cpu", the same with PyTorch's builds without CUDA; "light", WhisperX alone (40 MB; Silero's
+        voice activity detection, no word timestamps), with torch and faster-whisper of this environment.
+    folder: None for default_folder().
+    log: called with a line for each step.
+    Raises WorkerError with the last lines of pip."""
     if form not in FORMS:
-        raise ValueError(f"no form {form!r} of WhisperX: there are {', '.join(FORMS)}")
+        raise ValueError(f"no form {form!r} of WhisperX: choose {', '.join(FORMS)}")
     folder = (folder or default_folder()).absolute()
     if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
-        raise WorkerError(f"{folder} is there and holds no Python environment: choose another folder")
+        raise WorkerError(f"{folder} exists and is no Python environment: choose another folder")
     shutil.rmtree(folder, ignore_errors=True)
-    say(f"making a Python environment in {folder}")
+    log(f"creating a Python environment in {folder}")
     _run([sys.executable, "-m", "venv", str(folder)], "venv")
     python = _python(folder)
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    options = {"full": [], "cpu": ["--extra-index-url", TORCH_CPU], "light": ["--no-deps"]}[form]
     if form == "light":
         try:
             import faster_whisper  # noqa: F401
         except ImportError as error:
-            raise ImportError("the light form borrows faster-whisper: pip install 'clip-phi[speech]'") from error
-        _borrow(python, folder)
-        command = [*pip, "--no-deps", REQUIREMENT]
-    elif form == "cpu":
-        command = [*pip, "--extra-index-url", TORCH_CPU, REQUIREMENT]
-    else:
-        command = [*pip, REQUIREMENT]
-    say(f"installing {REQUIREMENT}, {form} form")
-    _run(command, "pip")
-    code = "import importlib.metadata; print(importlib.metadata.version('whisperx'))"
-    version = _run([str(python), "-I", "-c", code], "python").strip()
+            raise ImportError("the light form uses faster-whisper: pip install 'clip-phi[speech]'") from error
+        _share_packages(python)
+    log(f"installing {REQUIREMENT}, {form} form")
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    _run([*pip, *options, REQUIREMENT], "pip")
+    version = _evaluate(python, "importlib.metadata", "version('whisperx')")
     (folder / ABOUT).write_text(json.dumps({"form": form, "version": version}), encoding="utf-8")
     return find_installation(folder)
 
 
 def check(installation: Installation) -> str:
-    """Import, in its environment, all that hearing needs. Returns WhisperX's version; raises WorkerError."""
+    """Import everything for speech recognition in its environment.
+
+    Returns WhisperX's version. Raises WorkerError."""
     return _run([str(installation.python), "-I", SCRIPT, "--check", installation.vad], "import").splitlines()[-1]
 
 
@@ -120,10 +120,13 @@ def _python(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def _borrow(python: Path, folder: Path) -> None:
-    """Let an environment see the packages of this one, behind its own."""
-    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = Path(_run([str(python), "-I", "-c", code], "python").strip())
+def _evaluate(python: Path, module: str, expression: str) -> str:
+    return _run([str(python), "-I", "-c", f"import {module}; print({module}.{expression})"], "python").strip()
+
+
+def _share_packages(python: Path) -> None:
+    """Let an environment import the packages of this one, after its own."""
+    site = Path(_evaluate(python, "sysconfig", "get_path('purelib')"))
     mine = [path for path in sys.path if path and Path(path).name in ("site-packages", "dist-packages")]
     (site / "borrowed.pth").write_text("\n".join(mine) + "\n", encoding="utf-8")
 
@@ -137,10 +140,11 @@ def _run(command: list[str], what: str) -> str:
 
 
 class WhisperXTranscriber:
-    """A running worker. One that dies while it hears is started again, once a clip; one that does not answer in time is
-    stopped, and the next clip starts another. May be called from several threads, which wait for each other.
+    """A worker process with WhisperX. Thread-safe: one clip at a time.
 
-    Raises ValueError for what it refuses, and WorkerError if it cannot run."""
+    A worker that exits during a clip is restarted once for this clip. One that does not answer in time is stopped; the
+    next clip starts another.
+    Raises ValueError for input that WhisperX refuses, WorkerError if the worker cannot run."""
 
     engine: Engine = "whisperx"
 
@@ -153,16 +157,17 @@ class WhisperXTranscriber:
         word_timestamps: bool,
         folder: Path | None = None,
         start_seconds: float = START_SECONDS,
-        hear_seconds: float = HEAR_SECONDS,
+        transcribe_seconds: float = TRANSCRIBE_SECONDS,
     ):
         self.installation = find_installation(folder)
         if word_timestamps and self.installation.form == "light":
-            raise ValueError("the light form of WhisperX places no words: run 'clip-phi speech install --form full'")
+            raise ValueError(
+                "the light form of WhisperX has no word timestamps: run 'clip-phi speech install --form full'"
+            )
         self.model = model
-        self.start_seconds = start_seconds
-        self.hear_seconds = hear_seconds
+        self.start_seconds, self.transcribe_seconds = start_seconds, transcribe_seconds
         self.starts = 0
-        # Isolated: neither this folder nor PYTHONPATH may put other modules before those of its environment.
+        # Isolated: neither this folder nor PYTHONPATH may shadow modules of its environment.
         self._command = [str(self.installation.python), "-I", SCRIPT, model, device, compute_type]
         self._command += [language or "", "1" if word_timestamps else "0", self.installation.vad]
         self._lock = threading.Lock()
@@ -174,7 +179,7 @@ class WhisperXTranscriber:
         with self._lock:
             self._start()
 
-    def transcribe(self, clip: Clip) -> Transcript:
+    def transcribe(self, clip: AudioClip) -> Transcript:
         samples = base64.b64encode(np.ascontiguousarray(clip.samples, dtype=np.float32).tobytes()).decode()
         with self._lock:
             if self._closed:
@@ -182,33 +187,27 @@ class WhisperXTranscriber:
             if self._process is None:
                 self._start()
             try:
-                answer = self._ask({"samples": samples}, self.hear_seconds)
-            except _Died:
-                self._start()  # what killed it may have been the machine, and not this clip
+                result = self._request({"samples": samples}, self.transcribe_seconds)
+            except _WorkerExited:
+                self._start()  # the machine may be the cause, not this clip
                 try:
-                    answer = self._ask({"samples": samples}, self.hear_seconds)
-                except _Died as error:
-                    raise WorkerError(f"WhisperX died twice over one clip: {error}") from error
-        segments = tuple(
-            Segment(
-                segment["text"].strip(),
-                segment["start"],
-                segment["end"],
-                tuple(Word(word["word"], word["start"], word["end"]) for word in segment["words"]),
-            )
-            for segment in answer["segments"]
-        )
-        language = answer["language"]
-        return Transcript(one_line(segments), segments, language, self.engine, clip.seconds, clip.truncated)
+                    result = self._request({"samples": samples}, self.transcribe_seconds)
+                except _WorkerExited as error:
+                    raise WorkerError(f"WhisperX exited twice during one clip: {error}") from error
+        segments = []
+        for each in result["segments"]:
+            words = tuple(Word(word["word"], word["start"], word["end"]) for word in each["words"])
+            segments.append(Segment(each["text"].strip(), each["start"], each["end"], words))
+        return make_transcript(segments, result["language"], self.engine, clip)
 
     def healthy(self, seconds: float = 10.0) -> bool:
-        """Whether the worker runs and answers within so many seconds; one that does not is stopped."""
+        """Whether the worker runs and answers in time; one that does not is stopped."""
         with self._lock:
             if self._process is None:
                 return False
             try:
-                return bool(self._ask({"ping": True}, seconds).get("ok"))
-            except (WorkerError, _Died):
+                return bool(self._request({"ping": True}, seconds).get("ok"))
+            except (WorkerError, _WorkerExited):
                 return False
 
     def close(self) -> None:
@@ -235,65 +234,61 @@ class WhisperXTranscriber:
             raise WorkerError(f"WhisperX's {self.installation.python} does not start: {error.strerror}") from error
         threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
         try:
-            answer = self._answer(self.start_seconds, "start")
-        except _Died as error:
+            response = self._response(self.start_seconds, "start")
+        except _WorkerExited as error:
             raise WorkerError(f"WhisperX does not start: {error}") from error
-        if "error" in answer:
+        if "error" in response:
             self._stop()
-            raise ValueError(f"WhisperX cannot load {self.model}: {' '.join(str(answer['error']).split())}")
+            raise ValueError(f"WhisperX cannot load {self.model}: {' '.join(str(response['error']).split())}")
 
-    def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def _request(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         assert self._process is not None
         self._number += 1
         line = json.dumps({"id": self._number} | request) + "\n"
-        # In a thread: a worker that hangs does not read, and writing would wait for ever.
+        # In a thread: a worker that hangs does not read, and writing would block for ever.
         threading.Thread(target=_write, args=(self._process.stdin, line), daemon=True).start()
-        answer = self._answer(seconds, "answer")
-        if "error" in answer:
-            raise ValueError(f"WhisperX cannot hear this clip: {' '.join(str(answer['error']).split())}")
-        if answer.get("id") != self._number:
+        response = self._response(seconds, "answer")
+        if "error" in response:
+            raise ValueError(f"WhisperX cannot transcribe this clip: {' '.join(str(response['error']).split())}")
+        if response.get("id") != self._number:
             self._stop()
-            raise WorkerError(f"WhisperX answers {answer.get('id')} where {self._number} was asked")
-        return answer
+            raise WorkerError(f"WhisperX answers request {response.get('id')} instead of {self._number}")
+        return response
 
-    def _answer(self, seconds: float, what: str) -> dict[str, Any]:
-        """The worker's next line. Raises _Died, or WorkerError after so many seconds, and stops it."""
+    def _response(self, seconds: float, what: str) -> dict[str, Any]:
+        """The worker's next line. Raises _WorkerExited; WorkerError after so many seconds, and stops the worker."""
         try:
             line = self._lines.get(timeout=seconds)
         except queue.Empty:
             self._stop()
-            raise WorkerError(f"WhisperX does not {what} within {seconds:g} seconds, and was stopped") from None
-        try:
-            answer = json.loads(line) if line is not None else None
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise _Died(self._last_words())
-        return answer
+            raise WorkerError(f"WhisperX did not {what} within {seconds:g} seconds, and was stopped") from None
+        with contextlib.suppress(ValueError, TypeError):
+            if isinstance(response := json.loads(line or ""), dict):
+                return response
+        raise _WorkerExited(self._exit_reason())
 
-    def _last_words(self) -> str:
-        """How the worker ended, and the last line that it wrote on stderr; it is gone afterwards."""
+    def _exit_reason(self) -> str:
+        """The worker's exit status and its last line on stderr; stops it."""
         assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(CLOSE_SECONDS)
-        status, lines = self._process.poll(), []
-        if self._errors is not None:
-            self._errors.seek(0)
-            lines = self._errors.read().strip().splitlines()
+        status = self._process.poll()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
         self._stop()
         how = f"killed by signal {-status}" if status is not None and status < 0 else f"exit status {status}"
-        return f"{how}{': ' + lines[-1] if lines else ''}"
+        return ": ".join([how, *lines[-1:]])
 
     def _stop(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             assert process.stdin is not None
-            if self._closed:  # it ends when there is nothing more to read
+            if self._closed:  # the worker exits at the end of its stdin
                 with contextlib.suppress(OSError):
                     process.stdin.close()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(CLOSE_SECONDS)
-            process.kill()  # before its stdin is closed, on which a thread may still wait that writes
+            process.kill()  # before its stdin is closed: a thread may still write to it
             process.wait()
             with contextlib.suppress(OSError):
                 process.stdin.close()
@@ -306,8 +301,8 @@ class WhisperXTranscriber:
             self._stop()
 
 
-class _Died(Exception):
-    """How the worker ended."""
+class _WorkerExited(Exception):
+    """The worker has exited; the message says how."""
 
 
 def _read(stream: Any, lines: "queue.Queue[str | None]") -> None:
@@ -318,6 +313,6 @@ def _read(stream: Any, lines: "queue.Queue[str | None]") -> None:
 
 
 def _write(stream: Any, line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # it has died or was stopped, which who waits for the answer sees
+    with contextlib.suppress(OSError, ValueError):  # the worker has exited or was stopped: _response notices
         stream.write(line)
         stream.flush()

@@ -1,14 +1,14 @@
-"""Runs inside WhisperX's own Python environment, as a script: nothing of this project can be imported here.
+"""The worker process: a script in WhisperX's own Python environment. It cannot import this project.
 
     python whisperx_worker.py MODEL DEVICE COMPUTE_TYPE LANGUAGE WORD_TIMESTAMPS VAD
 
-Json lines. At the start, on stdout: {"ready": true, "whisperx": version} or {"error"}. Then for each line of stdin,
-{"id", "samples": base64 of float32 at 16 kHz} or {"id", "ping": true}, one on stdout, {"id", "segments": [{"text",
-"start", "end", "words"}], "language"}, {"id", "ok": true} or {"id", "error"}. It ends when stdin does.
+The protocol is JSON lines. First on stdout: {"ready": true, "whisperx": version} or {"error"}. Then for each line of
+stdin, {"id", "samples": base64 of float32 at 16 kHz} or {"id", "ping": true}, one line on stdout: {"id", "segments":
+[{"text", "start", "end", "words"}], "language"}, {"id", "ok": true} or {"id", "error"}. It exits at the end of stdin.
 
     python whisperx_worker.py --check VAD
 
-imports all that hearing needs, and prints the version of WhisperX.
+imports everything for speech recognition and prints WhisperX's version.
 """
 
 import base64
@@ -30,38 +30,38 @@ PYANNOTE = (
 
 
 def main(model: str, device: str, compute_type: str, language: str, word_timestamps: str, vad: str) -> None:
-    # WhisperX and its parts print: what they print must not come between the lines of the protocol.
+    # WhisperX and its dependencies print: keep their output off the stdout of the protocol.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
 
-    def say(**message: Any) -> None:
+    def send(**message: Any) -> None:
         out.write(json.dumps(message) + "\n")
 
-    try:
-        hear = make_ear(model, device, compute_type, language or None, word_timestamps == "1", vad)
-        say(ready=True, whisperx=importlib.metadata.version("whisperx"))
-    except BaseException as error:
+    def send_error(error: BaseException, **request: Any) -> None:
         traceback.print_exc()
-        say(error=f"{type(error).__name__}: {error}")
+        send(**request, error=f"{type(error).__name__}: {error}")
+
+    try:
+        transcribe = make_asr(model, device, compute_type, language or None, word_timestamps == "1", vad)
+        send(ready=True, whisperx=importlib.metadata.version("whisperx"))
+    except BaseException as error:
+        send_error(error)
         return
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            if request.get("ping"):
-                say(id=request["id"], ok=True)
-            else:
-                say(id=request["id"], **hear(base64.b64decode(request["samples"])))
+            found = {"ok": True} if request.get("ping") else transcribe(base64.b64decode(request["samples"]))
+            send(id=request["id"], **found)
         except Exception as error:
-            traceback.print_exc()
-            say(id=request["id"], error=f"{type(error).__name__}: {error}")
+            send_error(error, id=request["id"])
 
 
-def make_ear(model: str, device: str, compute_type: str, language: str | None, word_timestamps: bool, vad: str) -> Any:
+def make_asr(model: str, device: str, compute_type: str, language: str | None, word_timestamps: bool, vad: str) -> Any:
     """A function from the bytes of float32 samples to {"segments", "language"}."""
     import numpy as np
 
     if vad == "silero":
-        stand_in_for_pyannote()
+        stub_pyannote()
     import whisperx
 
     name, _, number = device.partition(":")
@@ -71,24 +71,24 @@ def make_ear(model: str, device: str, compute_type: str, language: str | None, w
     pipeline = whisperx.load_model(model, name, **options)
     if not pipeline.model.model.is_multilingual:
         if language not in (None, "en"):
-            raise ValueError(f"the Whisper model {model} hears English only, not {language!r}")
-        language = "en"  # or it would try to find the language out, which such a model cannot
+            raise ValueError(f"the Whisper model {model} supports English only, not {language!r}")
+        language = "en"  # such a model cannot detect a language
     aligners: dict[Any, Any] = {}
 
-    def hear(data: bytes) -> dict[str, Any]:
+    def transcribe(data: bytes) -> dict[str, Any]:
         audio = np.frombuffer(data, dtype=np.float32).copy()
         if vad != "silero" and not np.any(audio):
             return {"segments": [], "language": language}
         found = pipeline.transcribe(audio, batch_size=8, language=language)
-        segments, spoken = found["segments"], found.get("language") or language
+        segments, detected = found["segments"], found.get("language") or language
         if word_timestamps and segments:
-            if spoken not in aligners:
-                aligners[spoken] = whisperx.load_align_model(spoken, device)
-            aligner, about = aligners[spoken]
+            if detected not in aligners:
+                aligners[detected] = whisperx.load_align_model(detected, device)
+            aligner, about = aligners[detected]
             segments = whisperx.align(segments, aligner, about, audio, device)["segments"]
-        return {"segments": [as_plain(segment) for segment in segments], "language": spoken}
+        return {"segments": [as_plain(segment) for segment in segments], "language": detected}
 
-    return hear
+    return transcribe
 
 
 def as_plain(segment: dict[str, Any]) -> dict[str, Any]:
@@ -100,11 +100,11 @@ def as_plain(segment: dict[str, Any]) -> dict[str, Any]:
 
 
 def _seconds(value: Any) -> float | None:
-    return None if value is None or value != value else float(value)  # a word that could not be placed has none, or NaN
+    return None if value is None or value != value else float(value)  # none, or NaN, where a word could not be aligned
 
 
-def stand_in_for_pyannote() -> None:
-    """WhisperX imports pyannote whether it is used or not. In the light form it is not there, and is not used."""
+def stub_pyannote() -> None:
+    """Let WhisperX import pyannote in the light form, which neither has nor uses it."""
 
     class Missing(types.ModuleType):
         __path__: list[str] = []
@@ -119,7 +119,7 @@ def stand_in_for_pyannote() -> None:
 
 
 def make_silero() -> Any:
-    """Voice detection with the Silero model that faster-whisper brings along."""
+    """Voice activity detection with the Silero model of faster-whisper."""
     from faster_whisper.vad import VadOptions, get_speech_timestamps
     from whisperx.diarize import Segment
     from whisperx.vads import Vad
@@ -142,7 +142,7 @@ def make_silero() -> Any:
 
 def check(vad: str) -> None:
     if vad == "silero":
-        stand_in_for_pyannote()
+        stub_pyannote()
         make_silero()
     importlib.import_module("whisperx.asr")
     print(importlib.metadata.version("whisperx"))

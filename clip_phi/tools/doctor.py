@@ -321,9 +321,9 @@ def check_speech() -> Iterator[Check]:
         else:
             yield Check("ok", "speech in", "files are decoded, and voices told from silence")
     if installed_version("hibari-tts"):
-        from ..speech.tts import make_speaker
+        from ..speech.tts import make_tts
 
-        yield Check("ok", "speech out", f"{make_speaker().speak('Hello.').seconds:.1f} s of 'Hello.'")
+        yield Check("ok", "speech out", f"{make_tts().synthesize('Hello.').seconds:.1f} s of 'Hello.'")
 
 
 def check_whisperx() -> Iterator[Check]:

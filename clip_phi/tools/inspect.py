@@ -22,7 +22,7 @@ from ..batching.encode import IGNORE_INDEX
 from ..batching.images import load_image, pixel_hash
 from ..data.report import NUM_EXAMPLES, RecordError, Report, Skip
 from ..data.sample import File
-from ..data.source import DataSource, parse_source
+from ..data.source import parse_files
 from ..templates import render
 from ..templates.sheet import draw_images, save_png
 
@@ -33,20 +33,24 @@ DEMO_BACKBONES = Path(__file__).resolve().parents[2] / "examples" / "demo_backbo
 CHUNK = 16  # images that a process is given at once
 WINDOW = 256  # images for each process that are under way, which may be bytes
 ALIKE = 7  # of 64 bits, by which two copies of a picture may differ; two drawn scenes differ in 12 at least
+SUFFIXES = (".json", ".html", ".png")  # of --output
 NUM_BINS = 10  # of the histogram, at most
 THUMBNAIL = 256  # pixels
 SHEET = 24  # images in a png, at most
 
 
-def inspect(options: argparse.Namespace, demo_checkpoint: str) -> None:
-    """Run clip-phi inspect; options are those of its command line. demo_checkpoint: the first choice of a tokenizer.
+def inspect(options: argparse.Namespace) -> None:
+    """Run clip-phi inspect.
 
-    Raises ValueError or OSError if the data cannot be read at all; what is wrong with a record is shown."""
-    files = [path for path in (options.json, options.html, options.png) if path]
-    if missing := [path for path in files if not Path(path).absolute().parent.is_dir()]:
+    options: those of its command line; model: folder or Hub id of the tokenizer's model, or None for the backbones of
+    the project. Raises ValueError or OSError if the data cannot be read at all; errors in a record are shown."""
+    files = {suffix: [path for path in options.output if path.endswith(suffix)] for suffix in SUFFIXES}
+    if unknown := [path for path in options.output if not path.endswith(SUFFIXES)]:
+        raise ValueError(f"--output {unknown[0]}: a file's name ends in {', '.join(SUFFIXES)}")
+    if missing := [path for path in options.output if not Path(path).absolute().parent.is_dir()]:
         raise ValueError(f"no folder for {', '.join(missing)}")
-    sources, held_out = _parse(options.data), _parse(options.val)
-    processor, name, context = load_processor(options.checkpoint, demo_checkpoint)
+    sources, held_out = parse_files(options.data), parse_files(options.eval_data)
+    processor, name, context = load_processor(options.model)
     max_length = min(options.max_length, context or options.max_length)
     if max_length < options.max_length:
         print(f"--max_length is cut to the decoder's context, {max_length}, as it is in training", file=sys.stderr)
@@ -58,67 +62,57 @@ def inspect(options: argparse.Namespace, demo_checkpoint: str) -> None:
         raise ValueError(f"--sample {options.sample}: there are {total:,} samples, from 0 on")
     summary = None
     rows: list[tuple[str, str]] = []
-    if options.summary or options.json or options.val:
+    if options.summary or options.json or files[".json"] or held_out:
         others = [load_index(source, processor, max_length) for source in held_out]
-        about = {"data": options.data, "val": options.val, "processor": name, "max_length": max_length}
+        about = {"data": options.data, "val": options.eval_data, "processor": name, "max_length": max_length}
         summary = about | summarise(options.data, indexes, others, options.num_workers)
         rows = list(table(summary))
-        print("\n".join(_line(f"{label:<20} {value}").rstrip() for label, value in rows))
-    if options.json:
-        Path(options.json).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        lines = [_line(f"{label:<20} {value}").rstrip() for label, value in rows]
+        print(json.dumps(summary) if options.json else "\n".join(lines))
+    for path in files[".json"]:
+        Path(path).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
     def shown() -> Iterator[Shown]:
         return show(indexes, processor, options.sample, options.num)
 
-    if options.html:
-        with open(options.html, "w", encoding="utf-8") as file:
+    for path in files[".html"]:
+        with open(path, "w", encoding="utf-8") as file:
             file.writelines(page(" ".join(options.data), rows, shown()))
-    if options.png:
-        draw(options.png, indexes, islice(shown(), SHEET))
-    if summary is None and not (options.html or options.png):
+    for path in files[".png"]:
+        draw(path, indexes, islice(shown(), SHEET))
+    if summary is None and not options.output:
         colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         for sample in shown():
             print(as_text(sample, colored))
         if total == 0:
-            print(
-                f"no sample can be used, of {sum(index.report.records for index in indexes):,} records: see --summary"
-            )
+            records = sum(index.report.records for index in indexes)
+            print(f"no sample can be used, of {records:,} records: see --summary")
 
 
-def _parse(texts: list[str]) -> list[DataSource]:
-    sources = [parse_source(text) for text in texts]
-    for text, source in zip(texts, sources, strict=True):
-        if source.streaming:
-            raise ValueError(f"a stream cannot be inspected: drop streaming=true from {text}")
-    if missing := [path for source in sources for path in source.problems()]:
-        raise ValueError(f"not found (looked in {Path.cwd()}): {', '.join(missing)}")
-    return sources
+def load_processor(model: str | None) -> tuple[Any, str, int | None]:
+    """The processor, its name, and the decoder's context length if it is known. Prints the name on stderr.
 
-
-def load_processor(checkpoint: str | None, demo_checkpoint: str) -> tuple[Any, str, int | None]:
-    """The processor, what it is called, and the decoder's context, if the checkpoint tells it. Says which it is.
-
-    checkpoint: a folder or Hub id; None for the demo's, or else for the backbones that come with the project. Raises
-    ValueError or OSError if it cannot be loaded."""
-    if checkpoint is None and not Path(demo_checkpoint).is_dir() and not DEMO_BACKBONES.is_dir():
-        raise ValueError(f"neither {demo_checkpoint} nor {DEMO_BACKBONES} is there: name a tokenizer with --checkpoint")
+    model: a folder or Hub id, or None for the backbones of the project.
+    Raises ValueError or OSError if it cannot be loaded."""
+    if model is None and not DEMO_BACKBONES.is_dir():
+        raise ValueError(f"there is no model here, and no {DEMO_BACKBONES}: name a tokenizer with --model")
     from transformers import AutoConfig
 
     from modeling_clip_phi import ClipPhiConfig, ClipPhiProcessor
 
-    if checkpoint is None and not Path(demo_checkpoint).is_dir():
+    if model is None:
         vision, text = str(DEMO_BACKBONES / "vision"), str(DEMO_BACKBONES / "text")
         processor, config = ClipPhiProcessor.from_backbones(vision, text), AutoConfig.from_pretrained(text)
-        name, why = text, f" (there is no {demo_checkpoint}; --checkpoint chooses another)"
+        name = text
     else:
-        name, why = checkpoint or demo_checkpoint, "" if checkpoint else " (--checkpoint chooses another)"
+        name = model
         try:
             processor = ClipPhiProcessor.from_pretrained(name)
         except (ValueError, OSError) as error:
-            raise OSError(f"--checkpoint {name} is no Clip-Phi processor: {error}") from error
+            raise OSError(f"--model {name} is no Clip-Phi processor: {error}") from error
         alone = Path(name).is_dir() and not (Path(name) / "config.json").exists()  # a processor without a model
         config = None if alone else ClipPhiConfig.from_pretrained(name)
-    print(f"tokenizer: {name}{why}", file=sys.stderr)
+    print(f"tokenizer: {name} (--model chooses another)", file=sys.stderr)
     context = config.get_text_config(decoder=True).max_position_embeddings if config is not None else None
     return processor, name, context
 

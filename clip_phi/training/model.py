@@ -14,20 +14,22 @@ from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 from ..batching.attention import PACKED_ATTENTION
 from ..batching.feature_cache import FeatureCache, fingerprint_of
+from ..hub.retry import load_with_retries
 from .arguments import Stage1Arguments, Stage2Arguments, TrainingArguments
 
 
 def load_processor(arguments: TrainingArguments) -> ClipPhiProcessor:
     with _naming_the_weights(arguments):
         if isinstance(arguments, Stage1Arguments):
-            return ClipPhiProcessor.from_backbones(
+            return load_with_retries(
+                ClipPhiProcessor.from_backbones,
                 arguments.vision_backbone,
                 arguments.text_backbone,
                 vision_revision=arguments.vision_revision,
                 text_revision=arguments.text_revision,
             )
         assert isinstance(arguments, Stage2Arguments)
-        return ClipPhiProcessor.from_pretrained(arguments.init_from)
+        return load_with_retries(ClipPhiProcessor.from_pretrained, arguments.init_from)
 
 
 def load_model(
@@ -92,7 +94,8 @@ def _weights(arguments: TrainingArguments) -> str:
 
 
 def _from_backbones(arguments: Stage1Arguments, processor: ClipPhiProcessor, dtype: torch.dtype) -> ClipPhiForCausalLM:
-    return ClipPhiForCausalLM.from_backbones(
+    return load_with_retries(
+        ClipPhiForCausalLM.from_backbones,
         arguments.vision_backbone,
         arguments.text_backbone,
         vision_revision=arguments.vision_revision,
@@ -108,7 +111,7 @@ def _from_checkpoint(arguments: Stage2Arguments, dtype: torch.dtype, accelerator
     if arguments.quantization != "none":
         options["quantization_config"] = _quantization(arguments.quantization, dtype)
         options["device_map"] = {"": accelerator.device}
-    model = ClipPhiForCausalLM.from_pretrained(arguments.init_from, dtype=dtype, **options)
+    model = load_with_retries(ClipPhiForCausalLM.from_pretrained, arguments.init_from, dtype=dtype, **options)
     if arguments.quantization != "none" and not model.config.delta:
         raise ValueError(
             f"--quantization {arguments.quantization}: {arguments.init_from} is a merged checkpoint, and only a delta "
