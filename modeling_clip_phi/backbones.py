@@ -9,22 +9,15 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
@@ -37,6 +30,7 @@ PLACEMENT = ["dtype", "device_map", "max_memory", "offload_folder", "quantizatio
 # Arguments that transformers' own classes and pipelines pass along, and that change nothing for a delta.
 PASSIVE = {"trust_remote_code", "code_revision", "adapter_kwargs", "use_safetensors", "weights_only"}
 PASSIVE |= {"low_cpu_mem_usage", "_from_auto", "_from_pipeline", "_commit_hash"}
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TEXT_HALF = ("text_model.", "text_projection", "visual_projection", "logit_")  # of a CLIP-like checkpoint
 
 
@@ -84,10 +78,9 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             known = ClipPhiConfig.from_pretrained(config or path, **hub)
         wants_info = kwargs.pop("output_loading_info", False)
         if known.delta:
-            is_whole = issubclass(cls, cls.whole_class)
-            model = load_delta(cls if is_whole else cls.whole_class, path, known, kwargs)
-            model = model if is_whole else model.model
-            info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+            model = load_delta(cls.whole_class, path, known, kwargs)
+            model = model if issubclass(cls, cls.whole_class) else model.model
+            info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
         else:
             kwargs["quantization_config"] = spare_small_parts(kwargs.get("quantization_config"))
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
@@ -120,26 +113,23 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             path, revision = resolve_revision(str(path), revision, hub)
             options |= {f"{part}_backbone": path, f"{part}_backbone_revision": revision}
             options[f"{part}_config"] = read_config(part, path, revision, hub)
+        end_token = None
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", **hub)
+            vocabulary, end_token = tokenizer.get_vocab(), tokenizer.eos_token_id
+            options["text_tokenizer_sha256"] = hash_vocabulary(vocabulary)
+            image_token_id = vocabulary.get("<image>", len(vocabulary)) if image_token_id is None else image_token_id
         except (OSError, ValueError):
             if image_token_id is None:
                 raise
-            tokenizer = None
-        if tokenizer is not None:
-            vocabulary = tokenizer.get_vocab()
-            options["text_tokenizer_sha256"] = hash_vocabulary(vocabulary)
-            image_token_id = vocabulary.get("<image>", len(vocabulary)) if image_token_id is None else image_token_id
         config = ClipPhiConfig(image_token_id=image_token_id, delta=True, **options)
         # Training learns the tokenizer's end token, which the decoder's config may not name.
-        model = load_backbones(cls, config, hub, placement, getattr(tokenizer, "eos_token_id", None))
-        return dispatch(model, placement)
+        return dispatch(load_backbones(cls, config, hub, placement, end_token), placement)
 
     def freeze_backbones(self) -> None:
-        """Freeze the tower, the decoder and its head: no gradients and no dropout; the projector stays trainable.
+        """Freeze tower, decoder and head: no gradients, and no dropout in train mode either (phi-2's config has 0.1).
 
-        phi-2's config has resid_pdrop 0.1: model.train() would switch it on inside the frozen decoder, and .eval()
-        would switch gradient checkpointing off. So the probabilities themselves are set to 0."""
+        eval() instead would switch gradient checkpointing off."""
         for part in (self.model.vision_tower, self.model.language_model, self.lm_head):
             part.requires_grad_(False)
             for module in part.modules():
@@ -150,12 +140,9 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
                         setattr(module, name, 0.0)
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
-        """Add a PEFT adapter, as transformers does, whose own method from 5.24 on refuses peft 0.21.
+        """Add a PEFT adapter; transformers' own method refuses peft 0.21 from 5.24 on.
 
-        Raises:
-            ImportError: peft is not installed.
-            ValueError: the model has an adapter.
-        """
+        Raises ImportError without peft, ValueError if the model has an adapter."""
         try:
             from peft import inject_adapter_in_model
         except ImportError as error:
@@ -216,9 +203,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
     def push_to_hub(self, repo_id: str, *, merged: bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Push as transformers does; merged as in save_pretrained. `clip-phi push` also writes a model card.
 
-        Raises:
-            ValueError: a delta of local folders, which nobody else can load.
-        """
+        Raises ValueError for a delta of local folders, which nobody else can load."""
         delta = self.config.delta and not merged
         if delta and (parts := local_parts(self.config)):
             raise ValueError(
@@ -232,7 +217,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
 # -------------------------------------------------------------------------------------------------------- backbones
 
 
-def load_backbones(model_class: Any, config: ClipPhiConfig, hub: dict, placement: dict, end_token: int | None) -> Any:
+def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, end_token: int | None) -> Any:
     """A model of config's two backbones, frozen, with a new projector; dispatch() must follow.
 
     Raises ValueError if a backbone lacks weights, or the vocabulary has no row for <image>."""
@@ -244,11 +229,10 @@ def load_backbones(model_class: Any, config: ClipPhiConfig, hub: dict, placement
     dtype = placement.get("dtype")
     dtype = config.dtype or torch.float32 if dtype in (None, "auto") else dtype
     config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    device_map, quantization = placement.get("device_map"), placement.get("quantization_config")
-    if has_several_places(device_map):
-        one_place = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-        device_map = None if quantization is None else one_place
-    attention = placement.get("attn_implementation")
+    quantization, attention = placement.get("quantization_config"), placement.get("attn_implementation")
+    if quantization is not None and has_several_places(placement):  # bitsandbytes' layers are not dispatched
+        placement["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    device_map = None if has_several_places(placement) else placement.get("device_map")
 
     def load(part: str, auto_class: Any, **options: Any) -> tuple[Any, set[str]]:
         path, revision = getattr(config, f"{part}_backbone"), getattr(config, f"{part}_backbone_revision")
@@ -259,12 +243,10 @@ def load_backbones(model_class: Any, config: ClipPhiConfig, hub: dict, placement
         refuse_missing(path, info["missing_keys"])
         return loaded, info["unexpected_keys"]
 
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # transformers reports each weight of a CLIP's unused text half
-    try:
+    with ExitStack() as stack:  # transformers would report each weight of a CLIP's unused text half
+        stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+        transformers_logging.set_verbosity_error()
         vision_tower, unknown = load("vision", AutoModel)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     if unused := sorted(name for name in unknown if not name.startswith(TEXT_HALF)):
         logging.getLogger(__name__).warning("%s: weights that are not used: %s", config.vision_backbone, unused)
     decoder, _ = load("text", AutoModelForCausalLM, quantization_config=quantization)
@@ -304,21 +286,21 @@ def make_projector(config: ClipPhiConfig) -> nn.Module:
     return nn.Sequential(linear, nn.GELU(), nn.Linear(text_width, text_width, bias=config.projector_bias))
 
 
-def has_several_places(device_map: Any) -> bool:
-    named = ("auto", "balanced", "balanced_low_0", "sequential")
-    return set(device_map) != {""} if isinstance(device_map, dict) else device_map in named
+def has_several_places(placement: dict) -> bool:
+    device_map = placement.get("device_map")
+    return set(device_map) != {""} if isinstance(device_map, dict) else device_map in DEVICE_MAPS
 
 
 def dispatch(model: Any, placement: dict) -> Any:
     """Place a model that is loaded completely: copying into a weight that was moved to the disk has no effect."""
-    device_map, max_memory = placement.get("device_map"), placement.get("max_memory")
-    if not has_several_places(device_map) or placement.get("quantization_config") is not None:
+    if not has_several_places(placement):
         return model
     try:
         from accelerate import dispatch_model, infer_auto_device_map
         from accelerate.utils import get_balanced_memory
     except ImportError as error:
         raise ImportError("device_map needs accelerate: pip install accelerate") from error
+    device_map, max_memory = placement["device_map"], placement.get("max_memory")
     if isinstance(device_map, str):
         options = {"no_split_module_classes": list(model._no_split_modules or [])}
         if device_map != "sequential":
@@ -448,23 +430,25 @@ def copy_weights(path: Any, found: dict[str, torch.Tensor], own: dict[str, torch
 
 
 def sample_backbones(model: nn.Module) -> dict[str, tuple]:
-    """Of each backbone weight: is it trained, its shape, and one number of each row (None if sharded or offloaded).
+    """Of each backbone weight: is it trained; its shape and one number of each row, or None.
 
-    The comparison of two finds a merged adapter, a resized embedding, a tuned layer and an edited row. It may miss an
-    edit of single numbers, and rows after 2**18."""
+    None are weights that are sharded, offloaded or quantised: their changes are not found. Otherwise a comparison finds
+    a merged adapter, a resized embedding, a tuned layer and an edited row; it may miss an edit of single numbers, and
+    of rows after 2**18."""
     samples = {}
     for name, weight in model.named_parameters():
         if not name.startswith("model.projector.") and "lora_" not in name:
-            rows = weight.detach().reshape(len(weight) if weight.dim() else 1, -1)
-            here = not (weight.is_meta or hasattr(weight, "device_mesh"))
-            column = rows[: 2**18, rows.shape[1] // 2].to("cpu", copy=True) if here else None
-            samples[name.replace(".base_layer.", ".")] = (weight.requires_grad, weight.shape, column)
+            shape = column = None
+            if weight.is_floating_point() and not (weight.is_meta or hasattr(weight, "device_mesh")):
+                rows = weight.detach().reshape(len(weight) if weight.dim() else 1, -1)
+                shape, column = weight.shape, rows[: 2**18, rows.shape[1] // 2].to("cpu", copy=True)
+            samples[name.replace(".base_layer.", ".")] = (weight.requires_grad, shape, column)
     return samples
 
 
 def is_same(before: tuple | None, now: tuple | None) -> bool:
     """Whether two samples of a weight are equal; a cast to another floating-point type is not a change."""
-    if before is None or now is None or before[:2] != now[:2]:
+    if before is None or now is None or before[0] != now[0] or (now[1] is not None and before[1] != now[1]):
         return False
     (old, new), casts = (before[2], now[2]), (torch.bfloat16, torch.float16)
     return new is None or any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in (old.dtype, *casts))
@@ -509,6 +493,7 @@ def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> No
     adapter_config.save_pretrained(folder)
 
 
+@torch.no_grad()
 def fold_adapter(model: nn.Module, state: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
     """A state dict with LoRA folded in: W + scaling * B @ A, in float32, for each adapted W; the model stays as it is.
 

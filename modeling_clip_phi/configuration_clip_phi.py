@@ -11,38 +11,18 @@ from transformers import AutoConfig, CLIPVisionConfig, PhiConfig, PreTrainedConf
 # The label of a token that is not learnt; also torch's default of ignore_index.
 IGNORE_INDEX = -100
 
-# The shapes of wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M (its vision half) and of microsoft/phi-2.
-TINY_CLIP_VISION = {
-    "hidden_size": 640,
-    "intermediate_size": 2560,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 10,
-    "image_size": 224,
-    "patch_size": 32,
-    "projection_dim": 512,
-}
-PHI_2 = {
-    "vocab_size": 51200,
-    "hidden_size": 2560,
-    "intermediate_size": 10240,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "partial_rotary_factor": 0.4,
-    "resid_pdrop": 0.1,
-    "bos_token_id": 50256,
-    "eos_token_id": 50256,
-}
+# The shapes of wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M (its vision half) and of microsoft/phi-2, where they differ
+# from the defaults of transformers.
+TINY_CLIP = {"hidden_size": 640, "intermediate_size": 2560, "num_attention_heads": 10}
+PHI_2 = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "partial_rotary_factor": 0.4}
+PHI_2 |= {"resid_pdrop": 0.1, "bos_token_id": 50256, "eos_token_id": 50256}
 
 # `register_for_auto_class` writes one key only, so the map is here. AutoModel gives the class that has `generate`;
 # pipeline("image-text-to-text") uses AutoModelForImageTextToText.
-AUTO_MAP = {
-    "AutoConfig": "configuration_clip_phi.ClipPhiConfig",
-    "AutoModel": "modeling_clip_phi.ClipPhiForCausalLM",
-    "AutoModelForCausalLM": "modeling_clip_phi.ClipPhiForCausalLM",
-    "AutoModelForImageTextToText": "modeling_clip_phi.ClipPhiForCausalLM",
-    "AutoModelForMultimodalLM": "modeling_clip_phi.ClipPhiForCausalLM",
-    "AutoProcessor": "processing_clip_phi.ClipPhiProcessor",
-}
+AUTO_CLASSES = ["AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
+AUTO_MAP = dict.fromkeys(AUTO_CLASSES, "modeling_clip_phi.ClipPhiForCausalLM")
+AUTO_MAP |= {"AutoConfig": "configuration_clip_phi.ClipPhiConfig"}
+AUTO_MAP |= {"AutoProcessor": "processing_clip_phi.ClipPhiProcessor"}
 
 
 @strict
@@ -101,7 +81,7 @@ class ClipPhiConfig(PreTrainedConfig):
         for key in kwargs.keys() - known:
             if match := difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.85):
                 raise ValueError(f"ClipPhiConfig has no field {key!r}: did you mean {match[0]!r}?")
-        self.vision_config = _sub_config(self.vision_config, CLIPVisionConfig, TINY_CLIP_VISION)
+        self.vision_config = _sub_config(self.vision_config, CLIPVisionConfig, TINY_CLIP)
         self.text_config = _sub_config(self.text_config, PhiConfig, PHI_2)
         # gelu_new is the same function with eight passes over the activations instead of one: four times the time.
         for name in ("hidden_act", "activation_function"):

@@ -68,11 +68,9 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
 
     @torch.no_grad()
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The projector's input, float (images, patches, vision hidden), to be stored: forward takes it, too.
+        """The projector's input, float (images, patches, vision hidden), of pixels as in get_image_features.
 
-        Args:
-            pixel_values: float (images, 3, height, width).
-        """
+        forward takes it as vision_features, so that it can be computed once and stored."""
         pixel_values = pixel_values.to(self.vision_tower.dtype)
         return self._select(self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states)
 
@@ -87,16 +85,10 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
-        """The places of the image features: bool (batch, sequence, 1).
+        """Where image_features, float (images * patches, text hidden), go: bool (batch, sequence, 1).
 
-        Args:
-            input_ids: int (batch, sequence); None: inputs_embeds is compared with the embedding of the image token.
-            inputs_embeds: float (batch, sequence, text hidden).
-            image_features: float (images * patches, text hidden).
-
-        Raises:
-            ValueError: the numbers of places and features differ.
-        """
+        Without input_ids, inputs_embeds is compared with the embedding of the image token.
+        Raises ValueError if the numbers of places and features differ."""
         if input_ids is None:
             image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
@@ -173,11 +165,9 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
 
 
 class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
-    """Clip-Phi with its language modelling head: what is trained, generated with and shipped.
+    """Clip-Phi with its language modelling head: what is trained, generated with and shipped."""
 
-    max_logits: the most logits that a loss makes at once; 2**26 are 1310 tokens of phi-2, 256 MB in float32."""
-
-    max_logits = 2**26
+    max_logits = 2**26  # of a loss at once: 1310 tokens of phi-2, 256 MB in float32
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: ClipPhiConfig):
@@ -249,11 +239,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         return as_output(ClipPhiCausalLMOutputWithPast, outputs, loss=loss, logits=logits)
 
     def _loss(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.Tensor,
-        num_items_in_batch: int | torch.Tensor | None = None,
-        **kwargs: Any,
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any = None, **kwargs: Any
     ) -> torch.Tensor:
         """Cross-entropy of (supervised, text hidden) with int (supervised,), in chunks of at most max_logits logits.
 

@@ -497,7 +497,7 @@ def test_adapter_with_missing_unknown_or_other_weights_is_refused(adapted, tmp_p
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     save_file(whole, file, metadata={"format": "pt"})
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"r": 8}))
-    with pytest.raises(ValueError, match=r"has shape \(4, 32\), not \(8, 32\)|has shape \(\d+, 4\), not \(\d+, 8\)"):
+    with pytest.raises(ValueError, match=r"lora_A.weight has shape \(4, 16\), not \(8, 16\)"):
         ClipPhiForCausalLM.from_pretrained(tmp_path)
 
 
@@ -505,7 +505,7 @@ def test_loaded_adapter_is_frozen_and_in_the_models_precision(adapted, tmp_path)
     adapted.save_pretrained(tmp_path)
     loaded = ClipPhiForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")
     lora = {name: weight for name, weight in loaded.named_parameters() if "lora_" in name}
-    assert len(lora) == 2 * len(LINEARS) * TEXT["num_hidden_layers"]
+    assert lora.keys() == {name for name, _ in adapted.named_parameters() if "lora_" in name}
     assert {weight.dtype for weight in lora.values()} == {torch.bfloat16}
     assert not any(weight.requires_grad for weight in lora.values())
 
@@ -521,7 +521,7 @@ def test_adapter_that_cannot_be_folded_in_is_refused(fresh_model, tmp_path, inpu
     from peft import LoraConfig
 
     fresh_model.add_adapter(LoraConfig(r=4, target_modules=LINEARS, use_dora=True))
-    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj cannot be folded in: it must be plain LoRA"):
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.k_proj cannot be folded in: it must be plain LoRA"):
         fresh_model.save_pretrained(tmp_path / "merged", merged=True)
     for name, weight in fresh_model.named_parameters():
         if "lora_B" in name:
@@ -544,16 +544,17 @@ def tune_and_freeze(model):
     model.lm_head.requires_grad_(False)
 
 
-def merge_by_hand(model):
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            module.merge()
+def merge_by_hand(model) -> int:
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer.merge()
+    return len(layers)
 
 
 def merge_and_unload(model):
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=1, target_modules=["q_proj"], init_lora_weights=False)
+    config = LoraConfig(r=1, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
     assert get_peft_model(model, config).merge_and_unload() is model
 
 
@@ -584,8 +585,8 @@ def test_delta_that_would_lose_changed_backbone_weights_is_refused(change, lost,
 
 def test_adapter_merged_by_hand_is_refused_in_a_delta_and_folded_in_once(adapted, inputs, tmp_path):
     expected = logits(adapted, inputs)
-    merge_by_hand(adapted)
-    with pytest.raises(ValueError, match=f"would lose {len(LINEARS) * TEXT['num_hidden_layers']} trainable or changed"):
+    num_layers = merge_by_hand(adapted)
+    with pytest.raises(ValueError, match=f"would lose {num_layers} trainable or changed backbone weights"):
         adapted.save_pretrained(tmp_path / "delta")
     adapted.save_pretrained(tmp_path / "merged", merged=True)
     merged = ClipPhiForCausalLM.from_pretrained(tmp_path / "merged")

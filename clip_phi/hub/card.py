@@ -127,8 +127,7 @@ def make_card(
 def merge_cards(old: str | None, new: str) -> str:
     """Our new card put into the one that is there: its marked blocks are replaced, all other text stays as it is.
 
-    A block that a person took out stays out. A card without any mark gets our blocks behind its text; the one block
-    that model.push_to_hub writes (ClipPhiForCausalLM) is replaced by all of ours. In the front
+    A block that a person took out stays out. A card without any mark gets our blocks behind its text. In the front
     matter ours are the facts of the weights (library, pipeline, backbones, results of our tasks); lists are united;
     everything else a person wrote there stays."""
     if old is None or EMPTY_CARD in old:
@@ -136,7 +135,6 @@ def merge_cards(old: str | None, new: str) -> str:
     ours = {found[1]: found[0] for found in BLOCK.finditer(new)}
     head, body = _split(old)
     if BLOCK.search(body):
-        ours["brief"] = "\n\n".join(ours.values())
         body = BLOCK.sub(lambda found: ours.get(found[1], found[0]), body)
     else:
         body = body.rstrip("\n") + "\n\n" + "\n\n".join(ours.values()) + "\n"

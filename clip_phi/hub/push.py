@@ -27,7 +27,7 @@ from .retry import Result, with_retries
 # What a checkpoint consists of; all else in a run's folder (logs, checkpoints to go on from) stays there.
 SHIPPED = re.compile(
     r"(config|generation_config|processor_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|"
-    r"added_tokens|vocab|model\.safetensors\.index)\.json|merges\.txt|chat_template\.jinja|\w+_clip_phi\.py|"
+    r"added_tokens|vocab|model\.safetensors\.index)\.json|merges\.txt|chat_template\.jinja|(\w+_clip_phi|backbones)\.py|"
     r"model(-\d+-of-\d+)?\.safetensors|adapter/adapter_(config\.json|model\.safetensors)"
 )
 PICTURES = re.compile(r"curve\.png|samples/\d+\.jpg")
