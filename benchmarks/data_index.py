@@ -1,17 +1,17 @@
-"""What it takes to read COCO's captions at their true size: seconds and memory until training could begin.
+"""Time and memory to read COCO's captions at their true size.
 
     python benchmarks/data_index.py [--json FILE] [--images N]
 
-A made-up captions_train2017.json with all fields of the official one, 118,287 images and 591,753 captions, is written
-into a temporary folder beside a folder of as many (empty) images: that they exist is all that the reader asks. Each
-figure is measured in a process of its own, on one thread:
+The script writes an artificial captions_train2017.json into a temporary folder. It has all fields of the official
+file, 118,287 images and 591,753 captions. The image files are empty, since the reader only checks that they exist.
+Each figure is measured in a process of its own, on one thread:
 
-    seconds             annotations on disk to the last Sample; imports excluded
-    index_seconds       load_index() with an empty cache: the same, tokenised and written; imports excluded
-    peak_mb             most resident memory of the process of index_seconds, imports and tokenizer included
-    read_peak_mb        most resident memory of the process of seconds, imports included
-    imports_mb          of these two, what was resident before the reader was called
-    warm_seconds        load_index() in another process, which finds it in the cache; imports excluded
+    seconds             from the annotations on disk to the last Sample; without imports
+    index_seconds       load_index() with an empty cache: read, tokenise and write; without imports
+    peak_mb             peak resident memory of the process of index_seconds, with imports and tokenizer
+    read_peak_mb        peak resident memory of the process of seconds, with imports
+    imports_mb          resident memory of both before the reader is called
+    warm_seconds        load_index() in another process, from the cache; without imports
     samples_per_second  Index.tree() at random places of the mapped index
     worker_mb           private memory (Private_Clean + Private_Dirty) that a forked worker adds while it makes the
                         trees of 5,000 random samples; pages of the mapped index are not its own
@@ -40,7 +40,7 @@ BACKBONES = Path(__file__).resolve().parent.parent / "examples/demo_backbones"
 
 
 def make_words(chance: np.random.Generator) -> list[str]:
-    """Pronounceable, and the more frequent ones (which come first) are shorter."""
+    """Make pronounceable words, the most frequent (and shortest) first."""
     onsets, vowels = list("bcdfghjklmnprstvwz") + ["st", "tr", "ch", "pl"], ["a", "e", "i", "o", "u", "ea", "oo"]
     syllables = [onset + vowel for onset in onsets for vowel in vowels]
     words: dict[str, None] = {}
@@ -53,7 +53,7 @@ def make_words(chance: np.random.Generator) -> list[str]:
 
 
 def write_coco(folder: Path, num_images: int) -> list[str]:
-    """annotations/captions_train2017.json and train2017/ in folder. Returns the captions."""
+    """Write annotations/captions_train2017.json and train2017/ into folder. Returns the captions."""
     chance = np.random.default_rng(0)
     words = make_words(chance)
     num_captions = round(num_images * TRUE_CAPTIONS / TRUE_IMAGES)
@@ -96,7 +96,7 @@ def write_coco(folder: Path, num_images: int) -> list[str]:
 
 
 def save_processor(folder: Path, captions: list[str]) -> None:
-    """A byte-level BPE of 10,000 entries, with whole words among them as phi-2's has, learnt from the captions."""
+    """Save a processor with a byte-level BPE of 10,000 entries, trained on the captions, with whole words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoImageProcessor, PreTrainedTokenizerFast
 
@@ -117,19 +117,19 @@ def save_processor(folder: Path, captions: list[str]) -> None:
 
 
 def peak_mb() -> float:
-    """Most resident memory of this process: ru_maxrss, less what that inherits from the process that started it."""
+    """Read the peak resident memory of this process; ru_maxrss would include the parent process's."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 1024
 
 
 def memory_mb(*names: str) -> float:
-    """Of this process, the sum of these lines of the kernel's summary."""
+    """Sum these lines of the kernel's memory summary of this process."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.split(":")[0] in names) / 1024
 
 
 def measure_read(folder: Path) -> dict[str, float]:
-    from clip_phi.data.coco import read_coco_captions  # noqa: F401  # what read() imports is not to be timed
+    from clip_phi.data.coco import read_coco_captions  # noqa: F401  # imported here, so that it is not timed
     from clip_phi.data.files import MediaFolder
     from clip_phi.data.report import Report
     from clip_phi.data.source import parse_source
@@ -178,14 +178,14 @@ def measure_warm(folder: Path) -> dict[str, float]:
 
 
 def memory_added_by_a_worker(index: Any) -> float:
-    for column in index.table.columns:  # else a page of the file that only one process has used yet counts as its own
+    for column in index.table.columns:  # a page of the file that only one process has read counts as private
         for chunk in column.chunks:
             for buffer in chunk.buffers():
                 if buffer is not None:
                     np.frombuffer(buffer, np.uint8).max(initial=0)
     places = np.random.default_rng(2).integers(0, len(index), NUM_WORKER_SAMPLES).tolist()
     reader, writer = os.pipe()
-    if os.fork() == 0:  # as a worker of torch's DataLoader begins
+    if os.fork() == 0:  # like a worker of torch's DataLoader
         before = memory_mb("Private_Clean", "Private_Dirty")
         for place in places:
             index.tree(place)
@@ -210,7 +210,7 @@ def _source(folder: Path) -> str:
 
 
 def _loader(folder: Path) -> tuple[Callable[[], Any], float]:
-    """load_index(), ready to be called, and what is resident by then, in MB."""
+    """Prepare a call of load_index(). Returns it, and the resident memory before it in MB."""
     from clip_phi.batching.index import load_index
     from clip_phi.data.coco import read_coco_captions  # noqa: F401
     from clip_phi.data.source import parse_source
@@ -224,8 +224,8 @@ def _loader(folder: Path) -> tuple[Callable[[], Any], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--images", type=int, default=TRUE_IMAGES, help="size of the corpus (default: %(default)s)")
-    parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)  # in this process, of --folder
+    parser.add_argument("--images", type=int, default=TRUE_IMAGES, help="number of images (default: %(default)s)")
+    parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)  # internal: a measure of --folder
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not 1 <= options.images <= TRUE_MAX_ID:
@@ -246,7 +246,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--measure", measure, "--folder", name]
             done = subprocess.run(command, env=os.environ | alone, stdout=subprocess.PIPE, text=True)
             if done.returncode:
-                raise SystemExit(f"measuring '{measure}' failed, see above")
+                raise SystemExit(f"measuring '{measure}' failed; see the error above")
             result |= json.loads(done.stdout.splitlines()[-1])
     for figure, value in result.items():
         print(f"{figure:20} {value:10,.4g}" if value < 1000 else f"{figure:20} {value:10,.0f}")

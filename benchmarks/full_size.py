@@ -1,13 +1,13 @@
-"""Both stages of training at true size on a CPU: the real script, 2.84 B parameters in float32, its memory, the plan.
+"""Both training stages at true size on a CPU, with 2.84 B parameters in float32: measured memory and planned memory.
 
     python benchmarks/full_size.py [--json FILE] [--folder DIR]     16 GB of memory, 6 GB of disk, a quarter of an hour
     python benchmarks/full_size.py --layers 2                       phi-2's width, two of its layers: 3 GB, a minute
 
-Writes two folders as the Hub has them, with random weights: wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M (a whole CLIP)
-and microsoft/phi-2 (fp16 shards with an index, 50,295 tokens), tensor by tensor, so that this takes little memory.
-Draws a small data set in COCO's and LLaVA-Instruct's layouts, then runs train_accelerate.py, stage 1 and from its
-result stage 2, each in a process of its own, and compares the most memory that it held (VmHWM: mapped files included)
-with what clip_phi.tools.plan counts for the same packs.
+The script writes two folders in the Hub's format, with random weights: wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M (a
+complete CLIP) and microsoft/phi-2 (fp16 shards with an index, 50,295 tokens). It writes them tensor by tensor, which
+takes little memory. Then it draws a small data set in the formats of COCO and LLaVA-Instruct. It runs
+train_accelerate.py for stage 1, and for stage 2 with the result, each in a process of its own. It compares the peak
+memory (VmHWM, with mapped files) with the count of clip_phi.tools.plan for the same packs.
 """
 
 import argparse
@@ -56,13 +56,17 @@ LITTLE = "--logging_steps 1 --dataloader_num_workers 0 --max_eval_images 1 --num
 DTYPES = {torch.float16: "F16", torch.float32: "F32"}
 
 
-# ------------------------------------------------------------------ checkpoints as the Hub has them
+# ------------------------------------------------------------------ checkpoints in the format of the Hub
 
 
 def write_backbones(folder: Path, layers: int, texts: Iterable[str]) -> tuple[Path, Path]:
-    """TinyCLIP's and phi-2's formats and shapes, with random weights, in folder/vision and folder/text.
+    """Write random weights in the formats and shapes of TinyCLIP and phi-2 into folder/vision and folder/text.
 
-    layers: of the decoder; 32 are phi-2's. texts: the tokenizer knows their words."""
+    Args:
+        folder: where to write.
+        layers: layers of the decoder; phi-2 has 32.
+        texts: the training texts of the tokenizer.
+    """
     vision, text = folder / "vision", folder / "text"
     clip = CLIPConfig(text_config=VISION_TEXT, vision_config=VISION, projection_dim=512)
     with torch.device("meta"):
@@ -90,7 +94,7 @@ def write_backbones(folder: Path, layers: int, texts: Iterable[str]) -> tuple[Pa
 
 
 def write_checkpoint(folder: Path, model: Any, dtype: torch.dtype, shard_bytes: int) -> None:
-    """config.json and random weights of the model's names and shapes, in shards of at most shard_bytes."""
+    """Write config.json and random weights with the model's names and shapes, in shards of at most shard_bytes."""
     folder.mkdir(parents=True)
     config = model.config
     config.architectures, config.dtype = [type(model).__name__], dtype
@@ -127,7 +131,7 @@ def write_checkpoint(folder: Path, model: Any, dtype: torch.dtype, shard_bytes: 
 def write_safetensors(
     path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, make: Callable[[str, torch.Size], torch.Tensor]
 ) -> None:
-    """A safetensors file, a tensor at a time: the library's own writer wants all of them at once."""
+    """Write a safetensors file tensor by tensor; the library's own writer needs all of them at once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -142,8 +146,10 @@ def write_safetensors(
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str]) -> None:
-    """A byte-level BPE with phi-2's ids: 50,256 tokens, the end token, 38 runs of blanks. Most tokens are fillers that
-    no text has; the others are the words of texts."""
+    """Write a byte-level BPE with phi-2's ids: 50,256 tokens, the end token, 38 runs of blanks.
+
+    Most tokens are fillers that occur in no text; the others are trained on texts.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -166,9 +172,11 @@ def write_tokenizer(folder: Path, texts: Iterable[str]) -> None:
 
 
 def run_measured(command: Sequence[str], log: Path, environment: dict[str, str]) -> dict[str, float]:
-    """Run to its end. Bytes: the most that it held (peak), and of that the most that no file can give back (anonymous).
+    """Run a command. Returns its seconds, peak memory and peak anonymous memory (without mapped files), in bytes.
 
-    Raises SystemExit with the end of its output if it fails."""
+    Raises:
+        SystemExit: with the end of its output, if the command fails.
+    """
     started, most = time.perf_counter(), {"VmHWM": 0, "RssAnon": 0, "RssFile": 0}
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
@@ -186,7 +194,7 @@ def run_measured(command: Sequence[str], log: Path, environment: dict[str, str])
 
 
 def packs_of(arguments: TrainingArguments, processor: Any) -> list[list[Row]]:
-    """The packs that the run trains on, from the same plan of the same data."""
+    """Read the packs that the run trains on, from the same plan of the same data."""
     from clip_phi.batching.dataset import ImageReader
     from clip_phi.training.data import read_data
 
@@ -200,7 +208,7 @@ def packs_of(arguments: TrainingArguments, processor: Any) -> list[list[Row]]:
 
 
 def stage_options(stage: int, folder: Path, arguments: argparse.Namespace) -> list[str]:
-    """Those of train_accelerate.py."""
+    """Make the options of train_accelerate.py."""
     data = folder / "data"
     if stage == 1:
         sources = [f"coco:{data}/annotations/captions_{split}2017.json,images={data}/{split}2017" for split in SPLITS]
@@ -213,14 +221,14 @@ def stage_options(stage: int, folder: Path, arguments: argparse.Namespace) -> li
 
 
 def run_stage(stage: int, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train, and compare with the plan. Raises SystemExit if training fails."""
+    """Train and compare the memory with the plan. Raises SystemExit if training fails."""
     from clip_phi.training.model import load_processor
     from modeling_clip_phi import ClipPhiConfig
 
     options = stage_options(stage, folder, arguments)
     environment = os.environ | {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     environment |= {"OMP_NUM_THREADS": str(arguments.threads), "TOKENIZERS_PARALLELISM": "false"}
-    environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # or glibc keeps tensors that are freed, and 1.4 GB more is held
+    environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # without it glibc keeps freed tensors: 1.4 GB more
     print(f"train_accelerate.py {' '.join(options)}".replace(str(folder), "DIR"), flush=True)
     log = folder / f"stage{stage}.log"
     found: dict[str, Any] = dict(run_measured([sys.executable, "train_accelerate.py", *options], log, environment))
@@ -245,7 +253,7 @@ def run_stage(stage: int, folder: Path, arguments: argparse.Namespace) -> dict[s
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The weights that a run saved to be used, as opposed to what it goes on from."""
+    """List the files of the model's weights, without training checkpoints."""
     return sorted({*folder.glob("*.safetensors"), *folder.glob("adapter/*.safetensors")})
 
 
@@ -256,11 +264,13 @@ def count_weights(path: Path) -> int:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--layers", type=int, default=32, help="of the decoder (default: %(default)s, phi-2's)")
-    parser.add_argument("--steps", type=int, default=2, help="of each stage (default: %(default)s)")
+    parser.add_argument(
+        "--layers", type=int, default=32, help="layers of the decoder; phi-2 has 32 (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=2, help="steps of each stage (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="--max_tokens_per_batch (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="keep everything here (default: a temporary folder)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="folder for all files (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     return parser.parse_args()
 

@@ -1,11 +1,11 @@
-"""Batched captions: this project against transformers' own generate, and against itself in 8 bits.
+"""Batched captions: this project compared with transformers' generate and with its own 8-bit decoder.
 
     python benchmarks/generation.py [--json FILE]
 
-The same random weights (a CLIP tower, a phi decoder with phi-2's vocabulary) as ClipPhiForCausalLM and as Hugging
-Face's LlavaForConditionalGeneration; greedy, with a cache, and no end token, so that both write equally much. The
-tokens are compared before anything is timed. Least CPU time of several, in turn, on one thread. FLOPs leave 8-bit
-products out.
+ClipPhiForCausalLM and Hugging Face's LlavaForConditionalGeneration get the same random weights: a CLIP tower, and a
+phi decoder with phi-2's vocabulary. Both generate greedily with a cache and without an end token, so both write the
+same number of tokens. The tokens are compared before anything is timed. The figures are the least CPU time of several
+alternating runs on one thread. FLOPs do not include 8-bit products.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def compare(size: Size, batch: int, new_tokens: int, repeats: int) -> dict[str, 
             written[name] = write(model)
         flops[name] = counter.get_total_flops()
     if not torch.equal(written["ours"], written["transformers"]):
-        raise SystemExit("not the same work: the tokens differ")
+        raise SystemExit("the generated tokens differ")
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, model in contenders.items():
@@ -67,8 +67,8 @@ def compare(size: Size, batch: int, new_tokens: int, repeats: int) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--batch", type=int, default=8, help="captions at once (default: %(default)s)")
-    parser.add_argument("--new_tokens", type=int, default=32, help="of each caption (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="captions in a batch (default: %(default)s)")
+    parser.add_argument("--new_tokens", type=int, default=32, help="tokens of each caption (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (default: %(default)s)")
     parser.add_argument("--hidden", type=int, help=f"width of the decoder (default: {QUICK_SIZE.hidden})")
     parser.add_argument("--layers", type=int, help=f"layers of the decoder (default: {QUICK_SIZE.layers})")

@@ -1,13 +1,13 @@
-"""What training.py compares, on one CUDA device at true size: samples per second, MFU and peak memory, in 8 minutes.
+"""The comparison of training.py on one CUDA device at true size: samples per second, MFU and peak memory.
 
-    python benchmarks/gpu.py [--json FILE]
-    python benchmarks/gpu.py --device cpu --tiny     the same script with tiny backbones, to see that it runs
+    python benchmarks/gpu.py [--json FILE]           about 8 minutes
+    python benchmarks/gpu.py --device cpu --tiny     the same script with tiny backbones, as a check
 
-Random weights in bfloat16 of TinyCLIP's and phi-2's shapes, projector and LoRA in float32, under autocast as Accelerate
-has it. A step is one pack of ours, of 4096 and of 8192 tokens, and for the others the same samples in padded batches:
-of 2 captions or 8 conversations in the recipe, of 16 in Hugging Face's Llava. Losses are compared (bfloat16: to 2 %).
-MFU: the FLOPs that each needs, recomputed ones and padding included and attention in packs not, over the card's dense
-bfloat16 peak. Memory: what torch allocated at most, the weights included.
+The weights are random, in bfloat16 and the shapes of TinyCLIP and phi-2. Projector and LoRA are in float32, under
+autocast as in Accelerate. A step of ours is one pack of 4096 or 8192 tokens. The others process the same samples in
+padded batches: of 2 captions or 8 conversations in the recipe, of 16 in Hugging Face's Llava. The losses must agree
+to 2 % (bfloat16). MFU is the FLOPs of each, divided by the device's dense bfloat16 peak. It includes recomputation
+and padding, but not the attention in packs. Memory is the most that torch allocated, with the weights.
 """
 
 import argparse
@@ -41,27 +41,27 @@ from training import (
 
 TINY_SIZE = Size(32, 2, 1, 32, 2, 1)
 LOSS_TOLERANCE = 0.02  # relative, in bfloat16
-# Dense bfloat16 TFLOP/s by a part of the device's name: NVIDIA's data sheets.
+# Dense bfloat16 TFLOP/s by a part of the device's name, from NVIDIA's data sheets.
 PEAKS = {"A100": 312.0, "H100": 989.4, "H200": 989.4, "L40S": 362.0, "L4": 121.0, "4090": 165.2}
 
 
 @dataclass
 class Row:
-    """mfu: None without a known peak. peak_gb: None on the CPU. error: why there are no figures."""
+    """The figures of one contender."""
 
     samples_per_second: float = 0.0
     tokens_per_sample: float = 0.0
     tflops_per_sample: float = 0.0
-    mfu: float | None = None
-    peak_gb: float | None = None
+    mfu: float | None = None  # None without a known peak
+    peak_gb: float | None = None  # None on a CPU
     loss: float = 0.0
     varlen_calls: int = 0
-    error: str = ""
+    error: str = ""  # why there are no figures
 
 
 @contextmanager
 def counting_varlen() -> Iterator[list[int]]:
-    """How often torch's kernel for packs is called, as a list of one number."""
+    """Count the calls of torch's kernel for packs, in a list of one number."""
     original: Any = varlen.varlen_attn
     calls = [0]
 
@@ -77,7 +77,7 @@ def counting_varlen() -> Iterator[list[int]]:
 
 
 def place(contender: Contender, device: str) -> Contender:
-    """Its batches on the device, its loss under autocast."""
+    """Move the batches to the device, and compute the loss under autocast."""
     autocast = torch.autocast(device, torch.bfloat16)
     return replace(
         contender, batches=[to_device(batch, device) for batch in contender.batches], loss=autocast(contender.loss)
@@ -85,7 +85,7 @@ def place(contender: Contender, device: str) -> Contender:
 
 
 def measure(contender: Contender, models: Models, device: str, peak: float | None, seconds: float) -> Row:
-    """Count FLOPs and memory in one step, then time at least one for so many seconds."""
+    """Count FLOPs and memory in one step, then time steps for at least this many seconds."""
     is_cuda = device == "cuda"
     gc.collect()
     if is_cuda:
@@ -117,10 +117,10 @@ def measure(contender: Contender, models: Models, device: str, peak: float | Non
 
 
 def contenders_of(models: Models, stage: int, tokens: int) -> list[Contender]:
-    """The recipes and the levers; all but token_loop on the same samples, of which ours makes one pack."""
+    """Make the recipes and our variants; all but token_loop process the same samples, in ours as one pack."""
     work = caption_work(max(1, tokens // 107), budget=tokens)
     if stage == 2:
-        # conversations to an image: 2; tokens: twice their mean and the image
+        # 2 conversations per image; its tokens are twice their mean, and the image
         work = conversation_work(max(2, tokens // 480), log_mean=5.0, budget=tokens)
     padded = [make_padded(models, work), make_hugging_face(models, work._replace(rows=16))]
     loop = [make_token_loop(models, caption_work(1))] if stage == 1 else []
@@ -128,13 +128,13 @@ def contenders_of(models: Models, stage: int, tokens: int) -> list[Contender]:
 
 
 def check_rows(rows: dict[str, Row], device: str) -> float:
-    """The worst relative difference of a loss from the padded recipe's. Raises SystemExit for one too large."""
+    """Return the largest relative difference from the padded recipe's loss. Raises SystemExit if it is too large."""
     done = {name: row for name, row in rows.items() if not row.error and name != "token_loop"}
     worst = 0.0
     for name, row in done.items():
         difference = abs(row.loss / next(iter(done.values())).loss - 1)
         if difference > LOSS_TOLERANCE:
-            raise SystemExit(f"{name}: not the same work: loss differs by {difference:.2g}")
+            raise SystemExit(f"{name}: the loss differs by {difference:.2g}")
         worst = max(worst, difference)
     packs = rows.get("all on")
     if device == "cuda" and packs is not None and not packs.error and not packs.varlen_calls:
@@ -160,7 +160,7 @@ def print_rows(title: str, rows: dict[str, Row]) -> None:
 def run_stage(
     stage: int, size: Size, budgets: Sequence[int], options: argparse.Namespace, stop: float
 ) -> dict[str, dict[str, Any]]:
-    """By tokens in a step: rows by contender, and the worst difference of a loss."""
+    """Measure a stage. Returns, by tokens in a step, the figures by contender and the largest difference of a loss."""
     models = make_models(size, lora_r=64 if stage == 2 else 0, device=options.device, dtype=torch.bfloat16)
     results = {}
     for tokens in budgets:
@@ -178,12 +178,18 @@ def run_stage(
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --tiny alone")
-    parser.add_argument("--tiny", action="store_true", help="tiny backbones and steps")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu needs --tiny (default: %(default)s)"
+    )
+    parser.add_argument("--tiny", action="store_true", help="tiny backbones and steps, as a check of the script")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time each contender for so long at least")
-    parser.add_argument("--minutes", type=float, default=8.0, help="begin nothing new after so long")
-    parser.add_argument("--peak-tflops", type=float, help="the card's dense bfloat16 peak; known for common ones")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="least time of each contender (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="time after which nothing new starts (default: %(default)s)"
+    )
+    parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 peak of the device; known for common ones")
     options = parser.parse_args()
     if options.device == "cpu" and not options.tiny:
         parser.error("--device cpu needs --tiny: true size on a CPU is training.py --true-size")

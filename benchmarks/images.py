@@ -1,9 +1,10 @@
-"""What reading an image costs: this project's two ways against Hugging Face's image processor, and the feature cache.
+"""The time to read an image: this project's two methods, Hugging Face's image processor, and the feature cache.
 
     python benchmarks/images.py [--images 24] [--repeats 5] [--json FILE]
 
-JPEGs of 640 x 480 pixels, quality 90, of smooth noise with texture, to the tower's 224 x 224; decoding is included.
-Least time of several, in turn, on one core. Pixels are compared before anything is timed, as 8-bit levels.
+The images are JPEGs of 640 x 480 pixels, quality 90, with smooth noise and texture. They are decoded and resized to
+the tower's 224 x 224. The figures are the least time of several alternating runs on one core. The pixels are compared
+as 8-bit levels before anything is timed.
 """
 
 import argparse
@@ -26,7 +27,7 @@ SHAPE = (49, 640)  # TinyCLIP's
 
 
 def draw_photo(number: int) -> bytes:
-    """A JPEG with the frequencies of a photo: noise at every scale, each half as strong as the next larger."""
+    """Make a JPEG with a photo's frequencies: noise at every scale, each half as strong as the next larger one."""
     chance = np.random.default_rng(number)
     photo = np.zeros((480, 640, 3))
     for scale in (2, 4, 8, 16, 32, 64, 128):
@@ -39,16 +40,16 @@ def draw_photo(number: int) -> bytes:
 
 
 def levels(pixels: torch.Tensor, processor: CLIPImageProcessorPil) -> torch.Tensor:
-    """Pixel values back to int levels, 0 to 255."""
+    """Convert normalised pixel values to integer levels, 0 to 255."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
     return ((pixels * std + mean) * 255).round().int()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--images", type=int, default=24, help="in a round (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=24, help="images per round (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=4000, help="features in the cache (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=4000, help="images in the feature cache (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -65,7 +66,7 @@ def main() -> None:
     for photo in photos:
         expected = ways["hugging_face"](photo)
         if not torch.equal(exact(photo), expected):
-            raise SystemExit("the exact way is not exact")
+            raise SystemExit("the exact method differs from Hugging Face's image processor")
         differences.append((levels(fast(photo), processor) - levels(expected, processor)).abs())
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.repeats):
@@ -91,7 +92,7 @@ def main() -> None:
 
 
 def cache_reads_per_second(num_rows: int, repeats: int) -> float:
-    """Features of one image each, in random order, from a cache that the system holds in memory."""
+    """Measure reads of one image's features in random order, from a cache in the page cache of the system."""
     with tempfile.TemporaryDirectory() as folder:
         cache = FeatureCache(folder, "0" * 40, SHAPE)
         keys = [number.to_bytes(16, "little") for number in np.random.default_rng(0).permutation(num_rows).tolist()]

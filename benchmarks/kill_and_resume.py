@@ -1,11 +1,11 @@
-"""Kill training at random moments, resume it, and see that nothing differs from a run that was never stopped.
+"""Kill training at random moments, resume it, and compare it with an uninterrupted run.
 
     python benchmarks/kill_and_resume.py [--kills 20] [--json FILE]
 
-Both stages on drawn scenes with the demo's backbones, with accumulation, dropout in LoRA, 0 and 2 workers, in one
-process and in two (gloo), of which one is killed or both. A run is killed with SIGKILL: at any time; between two
-flushes of a checkpoint that is being written; or by SIGTERM, which lets it finish its step. Now and then the newest
-checkpoint is cut, as a failing disk would do, and must be passed over. Losses of all steps and the final weights must
+Both stages train on drawn scenes with the demo's backbones, with accumulation, dropout in LoRA, and 0 or 2 workers.
+They run in one process or in two (gloo), of which one or both are killed. SIGKILL ends a run at any time, or between
+two flushes of a training checkpoint; SIGTERM lets it finish its step. Sometimes the newest training checkpoint is
+truncated, as on a failing disk, and the run must use an older one. The losses of all steps and the final weights must
 be bit-equal.
 """
 
@@ -30,11 +30,11 @@ sys.path.insert(0, str(ROOT))
 os.environ["ACCELERATE_USE_CPU"] = "true"
 BACKBONES = ROOT / "examples/demo_backbones"
 NUM_STEPS = 9
-GRACE_SECONDS = 5  # for a process to end by itself after another was killed; a launcher would end it, too
+GRACE_SECONDS = 5  # for a process to exit after another was killed; a launcher would end it, too
 
 
 def options(stage: int, data: Path, output: Path, num_workers: int) -> list[str]:
-    """Of a short run with a checkpoint at every step."""
+    """Make the options of a short run with a training checkpoint at every step."""
     kind, name = ("coco", "annotations/captions_{}2017") if stage == 1 else ("llava", "llava_instruct_{}")
     common: dict[str, Any] = {
         "stage": stage,
@@ -60,7 +60,7 @@ def options(stage: int, data: Path, output: Path, num_workers: int) -> list[str]
 
 
 def train(arguments: list[str], log: Path, flushes: int | None, environment: dict[str, str]) -> None:
-    """In a process of its own. flushes: it kills itself at this flush of a checkpoint to the disk."""
+    """Train in a process of its own, which kills itself at the given flush of a training checkpoint to the disk."""
     import runpy
 
     from clip_phi.training import checkpoint
@@ -90,7 +90,7 @@ def run(
     flushes: int | None = None,
     num_processes: int = 1,
 ) -> list[int]:
-    """Forks of this process, which has imported everything. Returns their exit codes, negative for a signal."""
+    """Train in forks of this process, which has all imports. Returns their exit codes, negative for a signal."""
     fork = get_context("fork").Process
     processes = [
         fork(target=train, args=(arguments, log, None if rank else flushes, environment))
@@ -109,7 +109,7 @@ def run(
 
 
 def environments(num_processes: int) -> list[dict[str, str]]:
-    """What a launcher sets for each process."""
+    """Make the environment variables that a launcher sets for each process."""
     if num_processes == 1:
         return [{}]
     with socket.socket() as free:
@@ -124,7 +124,7 @@ def environments(num_processes: int) -> list[dict[str, str]]:
 
 
 def result(output: Path) -> tuple[dict[tuple[int, str], float], dict[str, bytes]]:
-    """The losses by step, in training and held out, and the files of the final weights."""
+    """Read the training and held-out losses by step, and the files of the final weights."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = {
         (record["step"], key): record[key] for record in records for key in ("loss", "eval_loss") if key in record
@@ -136,7 +136,7 @@ def result(output: Path) -> tuple[dict[tuple[int, str], float], dict[str, bytes]
 def torture(
     stage: int, data: Path, folder: Path, num_workers: int, num_processes: int, kills: int, draw: random.Random
 ) -> dict[str, Any]:
-    """Run to the end under so many kills, and once without any."""
+    """Train to the end with this many kills, and once without any."""
     log = folder / "log.txt"
     began = time.perf_counter()
     plain = options(stage, data, folder / "plain", num_workers)
@@ -146,7 +146,7 @@ def torture(
     done = cut = 0
     while done < kills:
         how = draw.choice(("any time", "any time", "in a checkpoint", "SIGTERM"))
-        if how == "in a checkpoint":  # four flushes and one of the folder above for each
+        if how == "in a checkpoint":  # each has four flushes and one of the parent folder
             codes = run(arguments, log, flushes=draw.randrange(15), num_processes=num_processes)
         else:
             number = signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL
@@ -158,12 +158,14 @@ def torture(
                         os.kill(process.pid, number)
 
             codes = run(arguments, log, stop, num_processes=num_processes)
-        if not any(codes):  # it came to its end before: begin anew, with the kills that are left
+        if not any(codes):  # it ended before the kill: start again, with the remaining kills
             compare(folder)
             shutil.rmtree(folder / "killed")
             continue
         killed = -signal.SIGKILL in codes or -signal.SIGTERM in codes
-        expected = {75, -signal.SIGKILL, -signal.SIGTERM} | ({0, 1} if killed else set())  # 1: it missed the other
+        expected = {75, -signal.SIGKILL, -signal.SIGTERM} | (
+            {0, 1} if killed else set()
+        )  # 1: the other process is gone
         assert expected.issuperset(codes), f"exit codes {codes}\n{log.read_text()[-3000:]}"
         done += 1
         places = sorted(folder.glob("killed/checkpoints/step-*"))
@@ -179,7 +181,7 @@ def torture(
 
 
 def compare(folder: Path) -> None:
-    """Raises SystemExit with the first difference."""
+    """Compare both runs. Raises SystemExit with the first differences."""
     (losses, weights), (expected_losses, expected) = result(folder / "killed"), result(folder / "plain")
     if losses != expected_losses:
         odd = [key for key in expected_losses if losses.get(key) != expected_losses[key]]
@@ -190,8 +192,8 @@ def compare(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=20, help="in all (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=20, help="total number of kills (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
 
@@ -219,7 +221,7 @@ def main() -> None:
             found = torture(stage, folder / "data", place, num_workers, num_processes, kills, draw)
             print(
                 f"stage {stage}, {num_workers} workers, {num_processes} processes: {found['kills']} kills, "
-                f"{found['cut']} checkpoints cut, {found['passed_over']} passed over; bit-equal",
+                f"{found['cut']} checkpoints truncated, {found['passed_over']} skipped; bit-equal",
                 flush=True,
             )
             totals = {name: totals[name] + found[name] for name in totals}

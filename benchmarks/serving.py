@@ -1,13 +1,14 @@
-"""The engine against generate one by one, and the HTTP API under load.
+"""The engine compared with transformers' generate one by one, and the HTTP API under load.
 
-    python benchmarks/serving.py [--checkpoint DIR] [--clients N] [--seconds N] [--hostile] [--json FILE]
+    python benchmarks/serving.py [--model DIR] [--clients N] [--seconds N] [--hostile] [--json FILE]
 
-First, in this process: 16 threads ask for short captions of drawn scenes, each a new picture, one after the other;
-transformers' generate writes the same captions one by one, with the same weights. The texts are compared, both are
-timed in turn: least CPU time of several, on one thread. Then, against a `clip-phi serve` of its own: so many clients,
-for so many seconds, with requests of all sizes. --hostile: one in ten goes away in the middle, one in ten sends what is
-no request. An error is what no design foresees: a status of 5xx, an accepted request without a whole answer, a place
-that is not freed. 429 is counted apart.
+Part 1 runs in this process. 16 threads request short captions of drawn scenes, each of a new image; transformers'
+generate writes the same captions one by one, with the same weights. The texts are compared. The figures are the least
+CPU time of several alternating runs on one thread.
+
+Part 2 starts a `clip-phi serve` and sends requests of many sizes from --clients for --seconds. With --hostile, one
+client in ten disconnects early and one request in ten is malformed. Errors are a status of 5xx, an accepted request
+without a complete answer, and a place in the batch that is not freed. 429 is counted separately.
 """
 
 import argparse
@@ -58,21 +59,25 @@ MALFORMED = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--checkpoint", help=f"(default: {DEMO}, or else untrained weights of the demo's size)")
-    parser.add_argument("--requests", type=int, default=192, help="of each timed run (default: %(default)s)")
-    parser.add_argument("--concurrent", type=int, default=16, help="threads that ask (default: %(default)s)")
-    parser.add_argument("--new_tokens", type=int, default=24, help="most of a caption (default: %(default)s)")
+    parser.add_argument(
+        "--model", help=f"folder or repository (default: {DEMO}; if absent, untrained weights of its size)"
+    )
+    parser.add_argument("--requests", type=int, default=192, help="requests per timed run (default: %(default)s)")
+    parser.add_argument("--concurrent", type=int, default=16, help="threads that send requests (default: %(default)s)")
+    parser.add_argument("--new_tokens", type=int, default=24, help="longest caption in tokens (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: %(default)s)")
-    parser.add_argument("--clients", type=int, default=16, help="of the API (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=20, help="of load on the API (default: %(default)s)")
-    parser.add_argument("--hostile", action="store_true", help="clients that go away, and bodies that are no requests")
+    parser.add_argument("--clients", type=int, default=16, help="clients of the API (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="duration of the load on the API (default: %(default)s)"
+    )
+    parser.add_argument("--hostile", action="store_true", help="also clients that disconnect and malformed requests")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = options.checkpoint or (str(DEMO) if DEMO.is_dir() else _untrained(folder))
-        result = race(checkpoint, options.requests, options.concurrent, options.new_tokens, options.repeats)
-        result |= load(checkpoint, options.clients, options.seconds, options.hostile)
+        model = options.model or (str(DEMO) if DEMO.is_dir() else _untrained(folder))
+        result = race(model, options.requests, options.concurrent, options.new_tokens, options.repeats)
+        result |= load(model, options.clients, options.seconds, options.hostile)
     for name, value in result.items():
         print(f"{name:24} {value:.4g}" if isinstance(value, int | float) else f"{name:24} {value}")
     if options.json:
@@ -87,16 +92,16 @@ def _untrained(folder: str) -> str:
     return folder
 
 
-def pictures(count: int, seed: int = 0) -> list[Image.Image]:
+def draw_images(count: int, seed: int = 0) -> list[Image.Image]:
     choose = random.Random(seed)
     return [draw_scene(sample_scene(choose, "val")) for _ in range(count)]
 
 
-def race(checkpoint: str, requests: int, concurrent: int, new_tokens: int, repeats: int) -> dict[str, Any]:
-    """The engine and generate, on equal weights and pictures that neither has met."""
-    with Engine.from_pretrained(checkpoint, "cpu") as engine:
+def race(model: str, requests: int, concurrent: int, new_tokens: int, repeats: int) -> dict[str, Any]:
+    """Compare the engine with generate, on equal weights and new images."""
+    with Engine.from_pretrained(model, "cpu") as engine:
         instruction = engine.model.config.caption_instruction
-        if instruction is None and checkpoint == str(DEMO):
+        if instruction is None and model == str(DEMO):
             instruction = INSTRUCTION
         first_token: list[float] = []
 
@@ -120,14 +125,14 @@ def race(checkpoint: str, requests: int, concurrent: int, new_tokens: int, repea
                 thread.join()
             return texts
 
-        at_once(pictures(concurrent, seed=99))
-        one_by_one(pictures(2, seed=99))
+        at_once(draw_images(concurrent, seed=99))
+        one_by_one(draw_images(2, seed=99))
         cpu: dict[str, list[float]] = {"one by one": [], "at once": []}
         wall: dict[str, list[float]] = {"one by one": [], "at once": []}
         same = total = 0
         tokens = engine.counts["tokens"]
         for repeat in range(repeats):
-            images = pictures(requests, seed=repeat)
+            images = draw_images(requests, seed=repeat)
             texts = {}
             for name, write in (("one by one", one_by_one), ("at once", at_once)):
                 started, started_cpu = time.perf_counter(), time.process_time()
@@ -137,7 +142,7 @@ def race(checkpoint: str, requests: int, concurrent: int, new_tokens: int, repea
             same += sum(a == b for a, b in zip(texts["one by one"], texts["at once"], strict=True))
             total += requests
         tokens = (engine.counts["tokens"] - tokens) // repeats
-        alone = [_alone(engine, instruction, image, new_tokens) for image in pictures(20, seed=77)]
+        alone = [_alone(engine, instruction, image, new_tokens) for image in draw_images(20, seed=77)]
     least = {name: min(seconds) for name, seconds in cpu.items()}
     print(f"{requests} captions, {tokens / requests:.1f} tokens each\n{'':12}{'CPU seconds':>12}{'captions/s':>12}")
     for name, seconds in least.items():
@@ -158,12 +163,12 @@ def _alone(engine: Engine, instruction: str | None, image: Image.Image, new_toke
     return answer.first_token_seconds or 0.0
 
 
-def load(checkpoint: str, clients: int, seconds: float, hostile: bool) -> dict[str, Any]:
-    """A server of its own under so many clients; what they saw, and what is left in it afterwards."""
+def load(model: str, clients: int, seconds: float, hostile: bool) -> dict[str, Any]:
+    """Start a server and send it requests. Returns the counts of the clients and the server's state afterwards."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "clip_phi.cli", "serve", checkpoint, "--name", "served", "--port", str(port)]
+    command = [sys.executable, "-m", "clip_phi.cli", "serve", model, "--name", "served", "--port", str(port)]
     command += ["--device", "cpu", "--log_level", "error"]
     server = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
@@ -180,7 +185,7 @@ async def _load(address: str, server: Any, clients: int, seconds: float, hostile
     async with httpx.AsyncClient(base_url=address, limits=limits, timeout=120) as client:
         await _until(lambda: server.poll() is None, client)
         seen: Counter[str] = Counter()
-        uris = [_as_uri(image, size) for image in pictures(40, seed=5) for size in (64, 640)]
+        uris = [_as_uri(image, size) for image in draw_images(40, seed=5) for size in (64, 640)]
         end = time.perf_counter() + seconds
         resident: list[float] = []
 
@@ -198,7 +203,7 @@ async def _load(address: str, server: Any, clients: int, seconds: float, hostile
     faults = sum(count for name, count in seen.items() if name.startswith("fault"))
     for name, count in sorted(seen.items()):
         print(f"{name:40} {count}")
-    warm = resident[len(resident) // 4]  # caches and allocators have filled by then
+    warm = resident[len(resident) // 4]  # caches and allocators are full by then
     return {
         "clients": clients,
         "seconds": seconds,
@@ -246,7 +251,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 def _body(choose: random.Random, uris: list[str]) -> dict[str, Any]:
-    """Short and long questions, about no picture or up to three."""
+    """Make a request with a short or long question and up to three images."""
     content: list[dict[str, Any]] = []
     for _ in range(choose.choice((0, 1, 1, 1, 2, 3))):
         content.append({"type": "image_url", "image_url": {"url": choose.choice(uris)}})
@@ -259,7 +264,7 @@ def _body(choose: random.Random, uris: list[str]) -> dict[str, Any]:
 
 
 async def _ask(client: Any, body: dict[str, Any], leaves: bool, choose: random.Random) -> str:
-    """What became of one request."""
+    """Send one request. Returns the kind of its outcome."""
     if leaves:
         try:
             async with asyncio.timeout(choose.random() * 0.3):
@@ -284,7 +289,7 @@ async def _ask(client: Any, body: dict[str, Any], leaves: bool, choose: random.R
 
 
 async def _places_left(client: Any) -> int:
-    """Requests that are still in the server ten seconds after the last client has gone."""
+    """Count the requests in the server ten seconds after the last client has disconnected."""
     for _ in range(100):
         health = (await client.get("/health")).json()
         if (left := health["running"] + health["waiting"]) == 0:

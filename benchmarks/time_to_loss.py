@@ -1,14 +1,16 @@
-"""How long until a held-out loss is reached: the course notebooks' recipe of 2024 against this project's stage 1.
+"""The CPU time to an equal held-out loss: the course notebooks' recipe of 2024, and stage 1 of this project.
 
     python benchmarks/time_to_loss.py [--seconds 600] [--json FILE]
 
-Both train the same projector between the demo's backbones on drawn scenes; images are decoded beforehand, and the tower
-runs in both. The recipe, written anew from its description: two captions a batch in random order, one forward of the
-decoder per caption token with all graphs kept, its own argmax fed back after the fifth token, label smoothing, the end
-token ignored in the loss, the decoder's dropout on. Ours: eight images a step, each with its five captions, in a tree.
+Both train the same projector between the demo's backbones on drawn scenes. Images are decoded beforehand, and the
+tower runs in both. The recipe is rewritten from its description. It takes two captions a batch in random order and
+one forward pass of the decoder per caption token, with all graphs kept. After the fifth token it feeds its own argmax
+back. It uses label smoothing and the decoder's dropout, and its loss ignores the end token. Ours takes eight images a
+step, each with its five captions, which share the image.
 
-It runs for --seconds of CPU time; ours runs until it has the best held-out loss that the recipe had. That loss leaves
-the end token out, which the recipe never learns. CPU time of one thread, without the evaluations.
+The recipe runs for --seconds of CPU time; ours runs until it reaches the recipe's best held-out loss. That loss
+leaves out the end token, since the recipe does not train it. Times are CPU seconds of one thread, without
+evaluations.
 """
 
 import argparse
@@ -44,18 +46,18 @@ WARM_UP = 20  # steps
 
 @dataclass
 class Scenes:
-    """pixels: float (images, 3, height, width)."""
+    """Scenes with their tokenised captions."""
 
     index: Index
-    pixels: torch.Tensor
+    pixels: torch.Tensor  # float (images, 3, height, width)
 
 
 class Point(NamedTuple):
-    """seconds: of CPU time. images: or, in the recipe, captions."""
+    """One evaluation."""
 
-    seconds: float
+    seconds: float  # of CPU time
     steps: int
-    seen: int
+    seen: int  # captions
     loss: float
 
 
@@ -63,8 +65,8 @@ def read_scenes(folder: Path, split: str, processor: Any) -> Scenes:
     source = parse_source(f"coco:{folder}/annotations/captions_{split}2017.json,images={folder}/{split}2017")
     index = load_index(source, processor, 256, 0)
     files = [image for number in range(len(index)) if (image := index.image(number)) is not None]
-    pictures = [processor.image_processor(load_image(file), return_tensors="pt").pixel_values for file in files]
-    return Scenes(index, torch.cat(pictures))
+    pixels = [processor.image_processor(load_image(file), return_tensors="pt").pixel_values for file in files]
+    return Scenes(index, torch.cat(pixels))
 
 
 def pack(scenes: Scenes, numbers: list[int], pad_token_id: int) -> PackedBatch:
@@ -73,7 +75,7 @@ def pack(scenes: Scenes, numbers: list[int], pad_token_id: int) -> PackedBatch:
 
 @torch.no_grad()
 def held_out_loss(model: ClipPhiForCausalLM, scenes: Scenes, end: int, pad: int) -> float:
-    """Nats per caption token, end tokens left out."""
+    """Compute the loss in nats per caption token, without end tokens."""
     total, count = 0.0, 0
     for start in range(0, len(scenes.index), 32):
         batch = pack(scenes, list(range(len(scenes.index)))[start : start + 32], pad)
@@ -124,13 +126,13 @@ def recipe_loss(
     with torch.no_grad():
         patches = parts.vision_tower(scenes.pixels[numbers], output_hidden_states=True).hidden_states[-2][:, 1:]
     embeds = parts.projector(patches)
-    said = []
+    logits = []
     for position in range(length):
-        said.append(decoder(inputs_embeds=embeds, use_cache=False).logits[:, -1])
-        token = targets[:, position] if position < TEACHER_FORCED else said[-1].argmax(-1)
+        logits.append(decoder(inputs_embeds=embeds, use_cache=False).logits[:, -1])
+        token = targets[:, position] if position < TEACHER_FORCED else logits[-1].argmax(-1)
         embeds = torch.cat([embeds, decoder.get_input_embeddings()(token)[:, None]], dim=1)
-    logits = torch.stack(said, dim=1).flatten(0, 1)
-    return cross_entropy(logits, targets.flatten(), ignore_index=end, label_smoothing=LABEL_SMOOTHING)
+    predicted = torch.stack(logits, dim=1).flatten(0, 1)
+    return cross_entropy(predicted, targets.flatten(), ignore_index=end, label_smoothing=LABEL_SMOOTHING)
 
 
 def train(
@@ -142,7 +144,7 @@ def train(
     evaluate_every: float,
     done: Callable[[Point], bool],
 ) -> list[Point]:
-    """evaluate_every: seconds of CPU time."""
+    """Train until done, and evaluate every evaluate_every seconds of CPU time."""
     optimizer = torch.optim.AdamW(projector.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
     points = [Point(0.0, 0, 0, evaluate())]
     seconds, number = 0.0, 0
@@ -220,7 +222,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="CPU time of the recipe (default: %(default)s)")
     parser.add_argument("--num_train", type=int, default=2000, help="training scenes (default: %(default)s)")
     parser.add_argument("--num_val", type=int, default=100, help="held-out scenes (default: %(default)s)")
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="of ours (default: %(default)s)")
+    parser.add_argument(
+        "--learning_rate", type=float, default=2e-3, help="learning rate of ours (default: %(default)s)"
+    )
     parser.add_argument("--recipe_learning_rate", type=float, default=1e-3, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()

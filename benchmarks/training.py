@@ -1,21 +1,22 @@
-"""What this project's training saves against what people do today, on the same work.
+"""The training step of this project compared with common alternatives, on the same work.
 
     python benchmarks/training.py [--quick] [--json FILE]
     python benchmarks/training.py --true-size     2.78 B parameters in float32: needs 16 GB and some minutes
 
-The contenders share every weight (random, between a CLIP tower and a phi decoder with phi-2's vocabulary) and the work
-(random captions and conversations); a step is forward and backward over all of it, and their losses and gradients are
-compared before anything is timed. Least CPU time of several, in turn, on one thread; batches are made beforehand and
-the optimizer is left out, which favours nobody but the recipes with many small steps. The tower runs in all of them.
+The contenders share all weights (random; a CLIP tower, and a phi decoder with phi-2's vocabulary) and all work
+(random captions and conversations). A step is a forward and backward pass over all of the work. The losses and
+gradients are compared before anything is timed. The figures are the least CPU time of several alternating runs on one
+thread. Batches are made beforehand. The optimizer is left out, which favours the recipes with many small steps. The
+tower runs in all.
 
-    token_loop   one forward of the decoder per caption token, all graphs kept: notebooks of 2024. Two captions a batch
-                 (token_loop_last: its head at the last position only, which those notebooks do not do)
-    padded       the same captions in one teacher-forced forward, padded, with logits at every position
+    token_loop   one forward pass of the decoder per caption token, with all graphs kept (notebooks of 2024), two
+                 captions a batch; token_loop_last: its head at the last position only, which those notebooks do not do
+    padded       the same captions in one teacher-forced forward pass, padded, with logits at every position
     llava        Hugging Face's LlavaForConditionalGeneration with its defaults, padded
-    ours         trees in packs, logits at supervised positions, fused GELU; each is a lever that can be turned off
+    ours         shared images, packs, logits at supervised positions and fused GELU; each can be turned off
 
-Every contender but ours encodes an image once for each caption or conversation. FLOPs are counted during the
-comparison; those at true size on meta tensors of phi-2's shape, without the tower.
+Every contender but ours encodes an image once per caption or conversation. FLOPs are counted during the comparison.
+Those at true size are counted on meta tensors of phi-2's shape, without the tower.
 """
 
 import argparse
@@ -51,10 +52,10 @@ from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
 PATCHES = 49
 VOCABULARY, END, IMAGE, PAD = 51200, 50256, 50295, 50296
-# What COCO's captions take with phi-2's tokenizer: 11.6 tokens and the end token; five of them to an image.
+# Tokens of five COCO captions with phi-2's tokenizer, without the end token: 11.6 on average.
 CAPTION_LENGTHS = (11, 12, 12, 11, 12)
 LEVERS = {
-    "sharing": "the image once for all its branches",
+    "sharing": "the image once for all its conversations",
     "packing": "full rows instead of padded batches",
     "kept_logits": "the head at supervised positions only",
     "fused_gelu": "one kernel instead of gelu_new's eight",
@@ -84,17 +85,16 @@ TRUE_SIZE = Size(2560, 32, 32, 640, 12, 10, rotary=0.4)  # phi-2 and TinyCLIP-Vi
 
 
 class Work(NamedTuple):
-    """branches: of each image. pixels: float (images, 3, 224, 224). rows: branches in a padded batch. budget: tokens
-    in a pack."""
+    """The samples of a step, and how they are batched."""
 
-    conversations: list[list[Encoded]]
-    pixels: torch.Tensor
-    rows: int
-    budget: int
+    conversations: list[list[Encoded]]  # of each image
+    pixels: torch.Tensor  # float (images, 3, 224, 224)
+    rows: int  # sequences in a padded batch
+    budget: int  # tokens in a pack
 
     @property
     def flat(self) -> list[tuple[int, Encoded]]:
-        """Each branch with the number of its image."""
+        """All conversations with the number of their image."""
         return [
             (image, conversation)
             for image, conversations in enumerate(self.conversations)
@@ -111,14 +111,14 @@ class Work(NamedTuple):
 
 
 def caption_work(images: int, rows: int = 2, budget: int = 16 * 107) -> Work:
-    """Stage 1. budget: the default of train_accelerate.py, 16 images."""
+    """Make captions of stage 1. The default budget is that of train_accelerate.py, 16 images."""
     chance = np.random.default_rng(1)
     texts = [[[*chance.integers(0, 50_000, n).tolist(), END] for n in CAPTION_LENGTHS] for _ in range(images)]
     return Work([[Encoded(ids, ids) for ids in each] for each in texts], _pixels(images), rows, budget)
 
 
 def conversation_work(images: int, log_mean: float, rows: int = 8, budget: int = 4096) -> Work:
-    """Stage 2: one to three conversations to an image, the last three quarters of each supervised."""
+    """Make one to three conversations of stage 2 per image, with the last three quarters of each supervised."""
     chance = np.random.default_rng(2)
     conversations: list[list[Encoded]] = []
     for _ in range(images):
@@ -141,14 +141,14 @@ def _pixels(images: int) -> torch.Tensor:
 
 
 class PlainModel(nn.Module):
-    """Tower, projector and decoder as transformers has them. decoder: with gelu_new, as phi-2's config asks for."""
+    """Tower, projector and decoder of transformers; the decoder has gelu_new, as in phi-2's config."""
 
     def __init__(self, tower: nn.Module, projector: nn.Module, decoder: PhiForCausalLM):
         super().__init__()
         self.tower, self.projector, self.decoder = tower, projector, decoder
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The projected patches and the words behind them: float (batch, sequence, hidden)."""
+        """Embed the projected patches, followed by the words: float (batch, sequence, hidden)."""
         with torch.no_grad():
             patches = self.tower(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:]
         words = self.decoder.get_input_embeddings()(input_ids[:, PATCHES:])
@@ -156,16 +156,16 @@ class PlainModel(nn.Module):
 
 
 class Models(NamedTuple):
-    """trained: the parameters whose gradients are compared; they are the same objects in all three."""
+    """Three models that share their parameters."""
 
     ours: ClipPhiForCausalLM
     plain: PlainModel
     llava: LlavaForConditionalGeneration
-    trained: list[nn.Parameter]
+    trained: list[nn.Parameter]  # the parameters whose gradients are compared: the same objects in all three
 
 
 def make_models(size: Size, lora_r: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Models:
-    """Frozen backbones in dtype with random weights; projector and LoRA (rank 0: none) in float32."""
+    """Make frozen backbones in dtype with random weights, and projector and LoRA (none for rank 0) in float32."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=size.tower_hidden,
@@ -202,7 +202,7 @@ def make_models(size: Size, lora_r: int, device: str = "cpu", dtype: torch.dtype
         add_lora(decoder, lora_r)
         ours.model.projector.requires_grad_(True)
     for name, parameter in ours.named_parameters():
-        if "lora_B" in name:  # zero in the beginning, where LoRA's other half would have no gradient
+        if "lora_B" in name:  # zero at first, which leaves lora_A without a gradient
             nn.init.normal_(parameter, std=0.02)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -224,7 +224,7 @@ def add_lora(model: Any, rank: int) -> None:
 
 
 def share(target: nn.Module, source: nn.Module) -> None:
-    """Put source's parameters and buffers in the places of target's."""
+    """Replace target's parameters and buffers by source's."""
     for name, tensor in [*source.named_parameters(), *source.named_buffers()]:
         owner, _, attribute = name.rpartition(".")
         setattr(target.get_submodule(owner), attribute, tensor)
@@ -235,7 +235,10 @@ def share(target: nn.Module, source: nn.Module) -> None:
 def make_llava(
     vision: CLIPVisionConfig, text: PhiConfig, ours: ClipPhiForCausalLM, plain: PlainModel
 ) -> LlavaForConditionalGeneration:
-    """Our projector is its linear_1, with the identity behind it; its head has no bias, and ours is still zero."""
+    """Make a Llava with our projector as linear_1 and the identity as linear_2.
+
+    Its head has no bias, and ours is still zero.
+    """
     config = LlavaConfig(vision_config=vision, text_config=text, projector_hidden_act="linear", image_token_index=IMAGE)
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(config).requires_grad_(False)
@@ -257,18 +260,17 @@ def make_llava(
 
 @dataclass(frozen=True)
 class Contender:
-    """loss: of one batch, divided by the supervised tokens of all. samples: captions or conversations in all.
-    tokens: that the decoder computes, padding included."""
+    """One way to compute a step."""
 
     name: str
     batches: list[Inputs]
-    loss: Callable[[Inputs], torch.Tensor]
-    samples: int
-    tokens: int
+    loss: Callable[[Inputs], torch.Tensor]  # of one batch, divided by the supervised tokens of all
+    samples: int  # captions or conversations of all batches
+    tokens: int  # that the decoder computes, with padding
 
 
 def padded_batches(work: Work) -> list[Inputs]:
-    """One branch a row behind an image of its own, padded at the right, with labels: what a Trainer is given."""
+    """Make batches for a Trainer: one conversation per sequence with its own image, right padded, with labels."""
     flat, batches = work.flat, []
     for start in range(0, len(flat), work.rows):
         images, conversations = zip(*flat[start : start + work.rows], strict=True)
@@ -310,17 +312,17 @@ def make_hugging_face(models: Models, work: Work) -> Contender:
 
 
 def make_token_loop(models: Models, work: Work, all_logits: bool = True) -> Contender:
-    """The notebooks' loop, teacher-forced throughout so that the work is the same. For captions alone."""
+    """Make the notebooks' loop, for captions only; always teacher-forced, so that the work is the same."""
     plain, total = models.plain, work.num_supervised
 
     def loss(batch: Inputs) -> torch.Tensor:
         embeds, labels = plain.embed(batch["input_ids"], batch["pixel_values"]), batch["labels"][:, PATCHES:]
         options = {"use_cache": False, "logits_to_keep": 0 if all_logits else 1}
-        said = [
+        last = [
             plain.decoder(inputs_embeds=embeds[:, : PATCHES + position], **options).logits[:, -1]
             for position in range(labels.shape[1])
         ]
-        logits = torch.stack(said, dim=1).float().flatten(0, 1)
+        logits = torch.stack(last, dim=1).float().flatten(0, 1)
         return cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / total
 
     batches = padded_batches(work)
@@ -330,7 +332,7 @@ def make_token_loop(models: Models, work: Work, all_logits: bool = True) -> Cont
 
 
 def make_ours(models: Models, work: Work, on: Iterable[str] = LEVERS, name: str = "ours") -> Contender:
-    """What train_accelerate.py does, or with only some of its levers on."""
+    """Make the step of train_accelerate.py, or with only some of its optimisations on."""
     model, total, levers = models.ours, work.num_supervised, set(on)
     activation = ACT2FN["gelu_pytorch_tanh" if "fused_gelu" in levers else "gelu_new"]
     attention = PACKED_ATTENTION if "packing" in levers else "sdpa"
@@ -384,7 +386,7 @@ def pad_trees(trees: Sequence[SharedPrefixSample], pixel_values: torch.Tensor, s
 
 
 def loss_of_all_logits(model: ClipPhiForCausalLM, batch: Inputs, total: int) -> torch.Tensor:
-    """The head at every position, and of that the positions that are asked for."""
+    """Compute logits at all positions, and the loss from the supervised ones."""
     inputs = {name: batch[name] for name in batch.keys() - {"logits_to_keep", "shift_labels"}}
     logits = model.lm_head(model.model(**inputs, use_cache=False).last_hidden_state).float()
     kept = torch.take_along_dim(logits, batch["logits_to_keep"].unsqueeze(-1), dim=1).flatten(0, 1)
@@ -393,7 +395,7 @@ def loss_of_all_logits(model: ClipPhiForCausalLM, batch: Inputs, total: int) -> 
 
 
 def make_levers(models: Models, work: Work) -> list[Contender]:
-    """All on, each one off, all off."""
+    """Make our step with all optimisations on, with each one off, and with all off."""
     chosen = {"all on": set(LEVERS)} | {f"no {name}": set(LEVERS) - {name} for name in LEVERS} | {"all off": set()}
     return [make_ours(models, work, on, name) for name, on in chosen.items()]
 
@@ -413,7 +415,7 @@ class Figures:
 
 
 class Differences:
-    """The worst so far, relative."""
+    """The largest relative differences so far."""
 
     def __init__(self) -> None:
         self.loss = self.gradient = 0.0
@@ -422,12 +424,12 @@ class Differences:
         loss = abs(ours[0] / theirs[0] - 1)
         gradient = ((ours[1] - theirs[1]).norm() / theirs[1].norm()).item()
         if not (loss <= LOSS_TOLERANCE and gradient <= GRADIENT_TOLERANCE):
-            raise SystemExit(f"{name}: not the same work: loss differs by {loss:.2g}, gradient by {gradient:.2g}")
+            raise SystemExit(f"{name}: the loss differs by {loss:.2g}, the gradient by {gradient:.2g}")
         self.loss, self.gradient = max(self.loss, loss), max(self.gradient, gradient)
 
 
 def step(contender: Contender, trained: Sequence[nn.Parameter]) -> torch.Tensor:
-    """Forward and backward over all batches. Returns the loss; the gradients are in trained."""
+    """Run forward and backward passes over all batches. Returns the loss; the gradients are in trained."""
     for parameter in trained:
         parameter.grad = None
     total = torch.zeros((), device=trained[0].device)
@@ -439,7 +441,7 @@ def step(contender: Contender, trained: Sequence[nn.Parameter]) -> torch.Tensor:
 
 
 def counted_step(contender: Contender, trained: Sequence[nn.Parameter]) -> tuple[int, float, torch.Tensor]:
-    """FLOPs, loss and gradient of a step."""
+    """Run a step. Returns its FLOPs, loss and gradient."""
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         loss = step(contender, trained).item()
     gradients = [parameter.grad for parameter in trained]
@@ -454,7 +456,7 @@ def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-# torch's counter knows the kernels of CUDA alone; like there, what a mask hides is counted.
+# torch's counter has only CUDA's kernels. As there, masked positions are counted.
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
@@ -470,7 +472,7 @@ def cpu_seconds(function: Callable[[], Any]) -> float:
 def race(
     contenders: Sequence[Contender], trained: Sequence[nn.Parameter], repeats: int, differences: Differences
 ) -> dict[str, Figures]:
-    """Compare all with the first, then time them in turn."""
+    """Compare all contenders with the first, then time them in turn."""
     flops = {}
     expected: tuple[float, torch.Tensor] | None = None
     for contender in contenders:
@@ -504,12 +506,14 @@ def speed_ratio(rows: dict[str, Figures], name: str, base: str) -> float:
     return rows[name].samples_per_second / rows[base].samples_per_second
 
 
-# ------------------------------------------------------------------ what can be counted at true size
+# ------------------------------------------------------------------ counts at true size
 
 
 def true_flops() -> dict[str, float]:
-    """FLOPs per caption of phi-2 and its head, forward and backward, on meta tensors: 16 images, the default of
-    stage 1, and a padded batch of two."""
+    """Count the FLOPs per caption of phi-2 and its head, forward and backward, on meta tensors.
+
+    Ours has 16 images, the default of stage 1; the padded batch has two.
+    """
     models = make_models(TRUE_SIZE, lora_r=0, device="meta")
     flops = {}
     for contender in (
@@ -524,7 +528,7 @@ def true_flops() -> dict[str, float]:
 
 
 def _meta_loss(models: Models, batch: Inputs) -> torch.Tensor:
-    """The decoder and the loss of a batch as the contender runs them; meta tensors cannot be searched for images."""
+    """Compute the loss from the decoder on; <image> tokens cannot be located in meta tensors."""
     model = models.ours
     batch = to_device(batch, "meta")
     embeds = torch.empty(*batch["input_ids"].shape, TRUE_SIZE.hidden, device="meta", requires_grad=True)
@@ -547,7 +551,7 @@ def to_device(batch: Inputs, device: str) -> Inputs:
 
 
 def activation_megabytes() -> float:
-    """Kept for the backward pass for each token of a stage 1 pack at true size, in bfloat16."""
+    """Count the activations per token of a stage 1 pack at true size, in bfloat16."""
     model = build_model(ClipPhiConfig(), Stage1Arguments(stage=1), torch.bfloat16)
     row = Row(PATCHES, CAPTION_LENGTHS, sum(CAPTION_LENGTHS) + len(CAPTION_LENGTHS))
     few, more = (count_step(model, [row] * rows, torch.bfloat16).activations for rows in (1, 2))
@@ -555,7 +559,7 @@ def activation_megabytes() -> float:
 
 
 def pack_fill(budget: int = 4096, count: int = 20_000) -> float:
-    """Share of a pack that holds tokens, over samples of LLaVA-Instruct-like lengths."""
+    """Measure how full packs are, with lengths like LLaVA-Instruct's."""
     lengths = PATCHES + _long_tailed(np.random.default_rng(0), 5.3, count)
     return int(lengths.sum()) / (len(plan_packs(lengths.tolist(), budget)) * budget)
 
@@ -564,7 +568,7 @@ def pack_fill(budget: int = 4096, count: int = 20_000) -> float:
 
 
 def tower_shares(models: Models, work: Work, stage: dict[str, Figures], repeats: int) -> dict[str, float]:
-    """Of the time of a caption: what the tower takes where it sees each image once, and once for each caption."""
+    """Measure the tower's share of the time of a caption: once per caption (padded), and once per image (ours)."""
     tower: Any = models.ours.model.vision_tower
 
     @torch.no_grad()
@@ -596,8 +600,8 @@ def run_stage_1(size: Size, images: int, repeats: int, differences: Differences)
     shares = tower_shares(models, work, stage, repeats)
     padded, ours = shares["tower_share_padded"], shares["tower_share_ours"]
     print_table(f"stage 1: {images} images with 5 captions each", stage, "padded")
-    print(f"of which the tower takes {padded:.1%} in padded and {ours:.1%} in ours")
-    print_table("stage 1, levers of ours", levers, "all on")
+    print(f"share of the tower: {padded:.1%} in padded, {ours:.1%} in ours")
+    print_table("stage 1, ours without each optimisation", levers, "all on")
     return {
         "stage1_vs_padded": speed_ratio(stage, "ours", "padded"),
         "stage1_vs_token_loop": speed_ratio(stage, "ours", "token_loop"),
@@ -617,7 +621,7 @@ def run_stage_2(size: Size, images: int, log_mean: float, repeats: int, differen
     levers = {"all on": stage["ours"]} | {name: stage[name] for name in stage if name.startswith(("no ", "all "))}
     stage = {name: stage[name] for name in ("padded", "ours")}
     print_table(f"stage 2, LoRA: {images} images, {work.num_samples} conversations", stage, "padded")
-    print_table("stage 2, levers of ours", levers, "all on")
+    print_table("stage 2, ours without each optimisation", levers, "all on")
     ratio = speed_ratio(stage, "ours", "padded")
     return {"stage2_vs_padded": ratio, "stage2": stage, "levers": {"stage2": levers}}
 
@@ -659,14 +663,16 @@ def run_all(size: Size, images: int, log_mean: float, repeats: int) -> dict[str,
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="smaller sizes: under ten minutes on two cores")
-    parser.add_argument("--true-size", action="store_true", help="padded against ours with 2.78 B parameters, alone")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes; under ten minutes on two cores")
+    parser.add_argument("--true-size", action="store_true", help="only padded and ours, with 2.78 B parameters")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--hidden", type=int, help="width of the decoder, instead of that of the size")
-    parser.add_argument("--layers", type=int, help="layers of the decoder, instead of those of the size")
-    parser.add_argument("--images", type=int, help="images in a step of each stage")
-    parser.add_argument("--repeats", type=int, help="timed steps of each contender")
-    parser.add_argument("--log-mean", type=float, help="mean of the logarithm of a conversation's tokens")
+    parser.add_argument("--hidden", type=int, help="width of the decoder (default: by size)")
+    parser.add_argument("--layers", type=int, help="layers of the decoder (default: by size)")
+    parser.add_argument("--images", type=int, help="images per step (default: by size)")
+    parser.add_argument("--repeats", type=int, help="timed steps of each contender (default: by size)")
+    parser.add_argument(
+        "--log-mean", type=float, help="mean logarithm of the tokens of a conversation (default: by size)"
+    )
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""What trains, judges and serves Clip-Phi; the model itself is the package modeling_clip_phi."""
+"""Training, evaluation and serving of Clip-Phi. The model itself is the package modeling_clip_phi."""
 
 import logging
 

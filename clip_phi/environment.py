@@ -6,9 +6,11 @@ import re
 import resource
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 PACKAGES = (
     *("clip-phi", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "huggingface_hub"),
@@ -60,6 +62,16 @@ def describe_environment() -> dict[str, Any]:
 def without_secrets(text: str) -> str:
     """The text without access tokens that someone may have put into a path or an option."""
     return SECRET.sub("(a token)", text)
+
+
+def requirements() -> dict[str, str]:
+    """What the package needs without extras, as pip writes it, by name: {"peft": "peft>=0.20"}."""
+    needed = [Requirement(text) for text in requires("clip-phi") or []]
+    return {
+        each.name: each.name + ",".join(sorted(map(str, each.specifier), reverse=True))
+        for each in needed
+        if each.marker is None
+    }
 
 
 def installed_version(package: str) -> str | None:

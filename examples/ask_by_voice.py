@@ -1,9 +1,9 @@
-"""Ask about a picture aloud, and hear the answer.
+"""Ask about an image with a recording, and write the spoken answer.
 
-    python examples/ask_by_voice.py PICTURE QUESTION.wav ANSWER.wav [--model outputs/demo/model]
+    python examples/ask_by_voice.py IMAGE QUESTION.wav ANSWER.wav [--model outputs/demo/model]
 
-The same from the command line: clip-phi ask PICTURE --speech QUESTION.wav --speak ANSWER.wav
-It needs pip install 'clip-phi[speech]'; a Whisper model of another name or folder is given with --speech_model.
+The same from the command line: clip-phi ask IMAGE --speech QUESTION.wav --speak ANSWER.wav
+It needs pip install 'clip-phi[speech]'. --speech_model takes the name or folder of a Whisper model.
 """
 
 import argparse
@@ -19,28 +19,28 @@ from clip_phi.speech.tts import join, make_tts, write_wav
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("picture")
-    parser.add_argument("question", help="a recording; its first ten seconds are heard")
-    parser.add_argument("answer", help="the sound file to be written")
-    parser.add_argument("--model", default="outputs/demo/model")
-    parser.add_argument("--speech_model", default="base.en")
+    parser.add_argument("image")
+    parser.add_argument("question", help="a recording; its first ten seconds are transcribed")
+    parser.add_argument("answer", help="the wav file to write")
+    parser.add_argument("--model", default="outputs/demo/model", help="folder or repository (default: %(default)s)")
+    parser.add_argument("--speech_model", default="base.en", help="Whisper model (default: %(default)s)")
     arguments = parser.parse_args()
 
-    picture, clip = load_image(arguments.picture), load_audio(arguments.question)
+    image, audio = load_image(arguments.image), load_audio(arguments.question)
     with closing(make_transcriber(model=arguments.speech_model)) as transcriber:
-        question = transcriber.transcribe(clip).text
+        question = transcriber.transcribe(audio).text
     if not question:
-        raise SystemExit(f"nobody speaks in {arguments.question}")
-    print(f"heard: {question}")
+        raise SystemExit(f"{arguments.question} contains no speech")
+    print(f"question: {question}")
 
     engine, tts = Engine.from_pretrained(arguments.model), make_tts()
-    words = engine.stream(SPOKEN_INSTRUCTION, picture, max_new_tokens=64, transcript=question)
+    words = engine.stream(SPOKEN_INSTRUCTION, image, max_new_tokens=64, transcript=question)
     sentences = []
-    for speech in tts.stream(words):  # the first sentence is spoken while the second is being written
+    for speech in tts.stream(words):  # the first sentence is synthesised while the model generates the second
         sentences.append(speech)
-        print(f"said {speech.seconds:.1f} s")
+        print(f"{speech.seconds:.1f} s of speech")
     write_wav(arguments.answer, join(sentences))
-    print(f"the answer is in {arguments.answer}")
+    print(f"wrote {arguments.answer}")
 
 
 if __name__ == "__main__":

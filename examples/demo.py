@@ -1,8 +1,9 @@
-"""The whole path in minutes on a CPU: draw data, train both stages, judge, save, load again as a stranger would.
+"""The whole path in minutes on a CPU: draw data, train both stages, evaluate, save, and load in a clean process.
 
-    python examples/demo.py            # what 'make demo' runs; everything goes to outputs/demo
+    python examples/demo.py            # 'make demo' runs this; all output is in outputs/demo
 
-The scenes that it is judged on have object combinations that neither the training nor the backbones ever met.
+The object combinations of the evaluated scenes are in neither the training data nor the backbones' pretraining data.
+outputs/demo/example.png is the picture at the top of README.md (docs/demo.png).
 """
 
 import argparse
@@ -24,8 +25,8 @@ OUTPUT = Path("outputs/demo")
 DESCRIBE = "Describe the image."
 BATCH_SIZE = 64
 
-# Run where nothing of this project can be imported: the checkpoint alone must be enough.
-STRANGER = """
+# Runs where nothing of this project can be imported: the saved model alone must be enough.
+CLEAN_PROCESS = """
 import sys
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
@@ -46,9 +47,9 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--num_train", type=int, default=4000, help="training scenes (default: %(default)s)")
-    parser.add_argument("--num_val", type=int, default=1000, help="scenes to be judged on (default: %(default)s)")
+    parser.add_argument("--num_val", type=int, default=1000, help="unseen scenes (default: %(default)s)")
     parser.add_argument(
-        "--max_steps", type=int, default=0, help="stop each stage after so many steps (0: as the recipe says)"
+        "--max_steps", type=int, default=0, help="optimizer steps per stage; 0: as in the recipe (default: %(default)s)"
     )
     arguments = parser.parse_args()
     started = time.perf_counter()
@@ -61,12 +62,13 @@ def main() -> None:
     for stage in (1, 2):
         print(f"{stage + 1}. Training stage {stage}", flush=True)
         result[f"train_seconds_stage{stage}"] = train(stage, arguments.max_steps)
-    print("4. Judging on the unseen scenes", flush=True)
+    print("4. Evaluating on the unseen scenes", flush=True)
     scenes = read_scenes()
-    result |= judge(scenes)
+    result |= evaluate_stages(scenes)
     print("5. Loading the saved model in a clean process", flush=True)
-    reload_as_stranger(scenes[0])
+    reload_in_clean_process(scenes[0])
     draw_sheet(scenes[:12], OUTPUT / "sheet.png")
+    draw_example(scenes, OUTPUT / "example.png")
     draw_curves(OUTPUT / "curve.png")
     result["total_seconds"] = round(time.perf_counter() - started, 1)
     (OUTPUT / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -74,40 +76,36 @@ def main() -> None:
 
 
 def train(stage: int, max_steps: int) -> float:
-    """Run a stage exactly as a user would; returns its seconds."""
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "examples/configs/cpu.yaml"),
-    ]
+    """Run a stage as a user does. Returns its seconds."""
+    config = str(ROOT / "examples/configs/cpu.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
     command += [str(ROOT / "train_accelerate.py"), "--config", str(RECIPES / f"demo_stage{stage}.yaml")]
     started = time.perf_counter()
     if subprocess.run([*command, "--max_steps", str(max_steps)]).returncode != 0:
-        sys.exit(f"stage {stage} of the demo failed: its message is above")
+        sys.exit(f"stage {stage} of the demo failed; see its message above")
     return round(time.perf_counter() - started, 1)
 
 
 def read_scenes() -> list[dict[str, Any]]:
-    """The unseen scenes: image, and true composition as a Counter of (color, shape)."""
+    """Read the unseen scenes: image path, and true objects as a Counter of (color, shape)."""
     data = OUTPUT / "data"
     instances = json.loads((data / "annotations/instances_val2017.json").read_text(encoding="utf-8"))
     names = {category["id"]: tuple(category["name"].split()) for category in instances["categories"]}
     truth: dict[int, Counter] = defaultdict(Counter)
-    for row in instances["annotations"]:
-        truth[row["image_id"]][names[row["category_id"]]] += 1
+    for annotation in instances["annotations"]:
+        truth[annotation["image_id"]][names[annotation["category_id"]]] += 1
     return [
         {"path": data / "val2017" / image["file_name"], "truth": truth[image["id"]], "turns": []}
         for image in instances["images"]
     ]
 
 
-def judge(scenes: list[dict[str, Any]]) -> dict[str, float]:
-    """Caption the scenes after stage 1; save the model of stage 2 whole, as outputs/demo/model, and evaluate it.
+def evaluate_stages(scenes: list[dict[str, Any]]) -> dict[str, float]:
+    """Caption the scenes after stage 1, then save the model of stage 2 as outputs/demo/model, merged, and evaluate it.
 
-    Fills in the scenes. What a caption is worth here is how many objects it names rightly; all other metrics, and the
-    answers, are those of clip-phi evaluate."""
+    Adds the captions and answers to the scenes. A caption's score is the F1 of the objects that it names. The answers
+    and their scores are those of 'clip-phi evaluate'. Returns the figures of result.json.
+    """
     from clip_phi.batching.images import load_image
     from clip_phi.data.synthetic import object_f1
     from clip_phi.evaluation.generate import generate_texts
@@ -127,12 +125,12 @@ def judge(scenes: list[dict[str, Any]]) -> dict[str, float]:
     processor.save_pretrained(OUTPUT / "model")
     by_name = {scene["path"].name: scene for scene in scenes}
     _, described = evaluate("captions")
-    for row in described:
+    for sample in described:
         keys = {"caption": "answer", "caption_blind": "blind_answer", "caption_shuffled": "shuffled_answer"}
-        by_name[row["image"]] |= {key: row[kind] for key, kind in keys.items()}
+        by_name[sample["image"]] |= {key: sample[kind] for key, kind in keys.items()}
     answers, questions = evaluate("vqa")
-    for row in questions:
-        by_name[row["image"]]["turns"].append(row)
+    for sample in questions:
+        by_name[sample["image"]]["turns"].append(sample)
     result = {"scenes": len(scenes), "questions": len(questions), "caption_f1_stage1": f1("caption_stage1")}
     result |= {f"caption_f1{end}": f1(f"caption{end}") for end in ("", "_blind", "_shuffled")}
     result |= {"answer_accuracy": answers["score"], "answer_accuracy_blind": answers["blind"]}
@@ -142,36 +140,31 @@ def judge(scenes: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def evaluate(task: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """clip-phi evaluate: its result, and a row for each sample."""
+    """Run 'clip-phi evaluate'. Returns its result and its samples."""
     from clip_phi.cli import main as clip_phi
 
     if clip_phi(["evaluate", str(OUTPUT / "model"), "--task", task, "--batch_size", str(BATCH_SIZE)]) != 0:
-        sys.exit(f"the evaluation of {task} failed: its message is above")
+        sys.exit(f"the evaluation of {task} failed; see its message above")
     folder = OUTPUT / "model/evaluation"
-    rows = (folder / f"{task}.samples.jsonl").read_text(encoding="utf-8").splitlines()
-    return json.loads((folder / f"{task}.json").read_text(encoding="utf-8")), [json.loads(row) for row in rows]
+    samples = (folder / f"{task}.samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return json.loads((folder / f"{task}.json").read_text(encoding="utf-8")), [json.loads(line) for line in samples]
 
 
-def reload_as_stranger(scene: dict[str, Any]) -> None:
-    with tempfile.TemporaryDirectory() as elsewhere:
-        command = [
-            sys.executable,
-            "-c",
-            STRANGER,
-            str((OUTPUT / "model").resolve()),
-            str(scene["path"].resolve()),
-            DESCRIBE,
-        ]
-        done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
+def reload_in_clean_process(scene: dict[str, Any]) -> None:
+    """Load the saved model where this project is not installed; it must describe the scene in the same words."""
+    files = [str(path.resolve()) for path in (OUTPUT / "model", scene["path"])]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", CLEAN_PROCESS, *files, DESCRIBE]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"the saved model does not load in a clean process:\n{done.stderr}")
     if done.stdout.strip() != scene["caption"]:
-        sys.exit(f"the reloaded model says {done.stdout.strip()!r}, not {scene['caption']!r}")
-    print(f"   it says the same: {done.stdout.strip()!r}")
+        sys.exit(f"the reloaded model answers {done.stdout.strip()!r}, not {scene['caption']!r}")
+    print(f"   the same answer: {done.stdout.strip()!r}")
 
 
 def draw_sheet(scenes: list[dict[str, Any]], path: Path) -> None:
-    """A page of unseen scenes with what the model says about them, green where it is right."""
+    """Draw unseen scenes with the model's captions and answers, green where they are right."""
     from matplotlib.figure import Figure
     from PIL import Image
 
@@ -201,12 +194,47 @@ def draw_sheet(scenes: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def wrap(text: str) -> str:
-    return "\n".join(textwrap.wrap(text, 52))
+def wrap(text: str, width: int = 52) -> str:
+    return "\n".join(textwrap.wrap(text, width))
+
+
+def draw_example(scenes: list[dict[str, Any]], path: Path) -> None:
+    """Draw the first two scenes of at least three kinds of objects whose description and answers are all right.
+
+    If there are fewer, the scenes with the most right answers; a wrong answer is drawn in red.
+    """
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    from clip_phi.data.synthetic import object_f1
+
+    def share_right(scene: dict[str, Any]) -> float:
+        scores = [object_f1(scene["caption"], scene["truth"]) == 1, *(turn["score"] == 1 for turn in scene["turns"])]
+        return sum(scores) / len(scores)
+
+    rich = [scene for scene in scenes if len(scene["truth"]) >= 3 and len(scene["turns"]) >= 3]
+    rich = rich if len(rich) >= 2 else scenes
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    for axes, scene in zip(figure.subplots(1, 2), sorted(rich, key=share_right, reverse=True), strict=False):
+        axes.imshow(Image.open(scene["path"]), extent=(0, 1, 0, 1))
+        axes.set(xlim=(0, 2.1), ylim=(0, 1))
+        axes.axis("off")
+        described = object_f1(scene["caption"], scene["truth"]) == 1
+        lines = [(DESCRIBE, scene["caption"], described)]
+        lines += [(turn["question"], turn["answer"], turn["score"] == 1) for turn in scene["turns"][:3]]
+        height = 0.98
+        for question, answer, right in lines:
+            for text, color in ((question, "black"), (answer, "green" if right else "firebrick")):
+                wrapped = wrap(text, 42)
+                axes.text(1.06, height, wrapped, color=color, va="top", fontsize=10)
+                height -= 0.085 * (wrapped.count("\n") + 1)
+            height -= 0.05
+    figure.savefig(path, dpi=80, bbox_inches="tight")
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)  # a third of the size
 
 
 def draw_curves(path: Path) -> None:
-    """Both stages' losses side by side."""
+    """Draw the losses of both stages side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -230,18 +258,19 @@ def print_table(result: dict[str, Any]) -> None:
         return f"{result[name]:.2f}" if name in result else "-"
 
     print(f"\nOn {result['scenes']} unseen scenes and {result['questions']} questions:\n")
-    print("                                            model   blind   shuffled images")
+    print(f"{'':44}model   blind   shuffled images")
     for label, name in (
         ("captions after stage 1, object F1", "caption_f1_stage1"),
         ("captions after stage 2, object F1", "caption_f1"),
         ("answers after stage 2, accuracy", "answer_accuracy"),
     ):
         print(f"  {label:40}  {show(name)}    {show(name + '_blind')}    {show(name + '_shuffled')}")
-    print(f"\nThe most frequent answer to each question: {show('answer_accuracy_question_only')}")
+    print(f"\nAccuracy of the most frequent answer to each question: {show('answer_accuracy_question_only')}")
     seconds = ", ".join(f"stage {stage} {result[f'train_seconds_stage{stage}']:.0f} s" for stage in (1, 2))
-    print(f"Time: {seconds}, all {result['total_seconds']:.0f} s")
-    print(f"See {OUTPUT}/sheet.png, {OUTPUT}/curve.png and {OUTPUT}/result.json, and the pages of the evaluation,")
-    print(f"{OUTPUT}/model/evaluation/captions.html and vqa.html; the model is {OUTPUT}/model:")
+    print(f"Time: {seconds}, total {result['total_seconds']:.0f} s")
+    print(f"Images and figures: {OUTPUT}/sheet.png, example.png, curve.png, result.json")
+    print(f"Evaluation pages:   {OUTPUT}/model/evaluation/captions.html, vqa.html")
+    print("Ask the model:")
     print(f"  clip-phi ask {OUTPUT}/data/val2017/IMAGE.jpg 'How many shapes are there?'")
 
 

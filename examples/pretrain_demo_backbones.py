@@ -1,10 +1,10 @@
-"""Make the demo's two small backbones from nothing: `python examples/pretrain_demo_backbones.py --output FOLDER`.
+"""Pretrain the demo's two small backbones: `python examples/pretrain_demo_backbones.py --output FOLDER`.
 
 vision/ is a CLIP model trained contrastively on drawn scenes: whole images against captions, and image patches
-against phrases (as RegionCLIP does, arXiv 2112.09106). text/ is a Phi decoder trained on the text about such scenes. In
-front of most texts stand loose facts: noisy mixtures of word embeddings in the places of the image's patches. So the
-decoder has learnt to restate and to answer from what stands before it, as a large language model has, but it has never
-seen an image. Only compositions of the train split are used.
+against phrases (as in RegionCLIP, arXiv 2112.09106). text/ is a Phi decoder trained on texts about such scenes. Most
+texts follow "slots": noisy mixtures of word embeddings at the positions of the image's patches. The decoder learns to
+answer from them as a large language model answers from its context, without any image. Only compositions of the train
+split are used.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads starve each other on small machines
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # busy-waiting threads slow each other down on small machines
 
 import numpy as np
 import torch
@@ -40,22 +40,21 @@ END = "<|endoftext|>"
 PATCH_SIZE = 16
 GRID = drawn.IMAGE_SIZE // PATCH_SIZE
 NUM_SLOTS = GRID * GRID
-SPARE_ROWS = 16  # embedding rows without a token, as phi-2 has: ClipPhi puts <image> and <pad> there
+SPARE_ROWS = 16  # embeddings without a token, as in phi-2: Clip-Phi uses them for <image> and <pad>
 COLORS, SHAPES = list(drawn.COLORS), list(drawn.SHAPES)
 PLACES = ("left", "right", "above", "below")
 NUM_BINS = 8
 BASICS_SHARE = 0.25  # of the decoder's steps
-PARTS = ("vision", "text")
 
 
 @dataclass
 class Grids:
-    """Where the objects of a batch of scenes stand; -1 marks an absent one. All tensors start (batch, MAX_OBJECTS)."""
+    """The objects of a batch of scenes and their positions."""
 
-    colors: torch.Tensor
-    shapes: torch.Tensor
+    colors: torch.Tensor  # int64 (batch, MAX_OBJECTS): index into COLORS, -1 for an absent object
+    shapes: torch.Tensor  # int64 (batch, MAX_OBJECTS): index into SHAPES, -1 for an absent object
     centres: torch.Tensor  # (batch, MAX_OBJECTS, 2): x, y in [0, 1]
-    coverage: torch.Tensor  # (batch, MAX_OBJECTS, NUM_SLOTS): share of each patch inside the object's box
+    coverage: torch.Tensor  # (batch, MAX_OBJECTS, NUM_SLOTS): share of each patch that is inside the object's box
 
 
 def lay_out(scenes: Sequence[drawn.Scene]) -> Grids:
@@ -63,24 +62,20 @@ def lay_out(scenes: Sequence[drawn.Scene]) -> Grids:
     colors, shapes = np.full(shape, -1), np.full(shape, -1)
     centres, coverage = np.zeros((*shape, 2), np.float32), np.zeros((*shape, NUM_SLOTS), np.float32)
     edges = np.arange(GRID) * PATCH_SIZE
-    for row, scene in enumerate(scenes):
-        for column, item in enumerate(scene.objects):
-            colors[row, column], shapes[row, column] = COLORS.index(item.color), SHAPES.index(item.shape)
-            centres[row, column] = item.x / drawn.IMAGE_SIZE, item.y / drawn.IMAGE_SIZE
+    for i, scene in enumerate(scenes):
+        for j, item in enumerate(scene.objects):
+            colors[i, j], shapes[i, j] = COLORS.index(item.color), SHAPES.index(item.shape)
+            centres[i, j] = item.x / drawn.IMAGE_SIZE, item.y / drawn.IMAGE_SIZE
             across, down = (
                 (np.minimum(edges + PATCH_SIZE, centre + item.radius) - np.maximum(edges, centre - item.radius)).clip(0)
                 for centre in (item.x, item.y)
             )
-            coverage[row, column] = (down[:, None] * across[None, :]).reshape(-1) / PATCH_SIZE**2
+            coverage[i, j] = (down[:, None] * across[None, :]).reshape(-1) / PATCH_SIZE**2
     return Grids(*(torch.from_numpy(array) for array in (colors, shapes, centres, coverage)))
 
 
 def sample_scenes(rng: random.Random, number: int) -> list[drawn.Scene]:
     return [drawn.sample_scene(rng, "train") for _ in range(number)]
-
-
-def report(line: str) -> None:
-    print(line, flush=True)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -92,15 +87,15 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 
 
 def speech_turn(scene: drawn.Scene, rng: random.Random) -> tuple[str, str]:
-    """A prompt whose question was spoken, so it stands in the transcript, in any case and with or without its mark."""
+    """Make a prompt with its question in the transcript, in any case and with or without the question mark."""
     question, answer = rng.choice(drawn.dialogue(scene, rng))
     spoken = rng.choice((question, question.lower(), question.lower().rstrip("?")))
     return f"Speech: {spoken}\nInstruct: Answer the question in the speech.\nOutput:", f" {answer}"
 
 
 def exercise(scene: drawn.Scene, rng: random.Random) -> tuple[str, str]:
-    """A dense text that is never asked for later. Captions teach only to look up by color; this, by shape and place."""
-    objects = rng.sample(scene.objects, len(scene.objects))  # in no order: so that only shape and color lead to a fact
+    """Make a dense text for pretraining only. Captions train look-up by color; these, by shape and position."""
+    objects = rng.sample(scene.objects, len(scene.objects))  # shuffled, so that only shape and color identify a fact
     kind = rng.randrange(3 if len(objects) > 1 else 2)
     if kind == 0:
         return "Instruct: Name the colors.\nOutput:", f" {', '.join(f'{item.shape} {item.color}' for item in objects)}"
@@ -116,9 +111,13 @@ def exercise(scene: drawn.Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def turns_of(scene: drawn.Scene, rng: random.Random, basics: bool = False) -> list[tuple[str, str]]:
-    """(prompt, answer) pairs in the model's own format, in the order in which they follow each other.
+    """Make (prompt, answer) pairs in the model's own format, in order.
 
-    basics: only captions and exercises, the short texts from which looking up is learnt soonest."""
+    Args:
+        scene: the scene of the texts.
+        rng: the source of randomness.
+        basics: only captions and exercises; from these short texts the decoder learns look-up fastest.
+    """
     kind = rng.random() * (0.38 if basics else 1.0)
     if kind < 0.22:
         return [("", f" {rng.choice(drawn.captions(scene, rng))}")]
@@ -128,9 +127,9 @@ def turns_of(scene: drawn.Scene, rng: random.Random, basics: bool = False) -> li
         return [speech_turn(scene, rng)]
     turns = dict(drawn.dialogue(scene, rng) + drawn.dialogue(scene, rng))
     for ask in (drawn.ask_relation, drawn.ask_color, drawn.ask_color):
-        turns.update([ask(scene, rng) or drawn.dialogue(scene, rng)[0]])  # the hardest kinds, more often
+        turns.update([ask(scene, rng) or drawn.dialogue(scene, rng)[0]])  # the hardest kinds are more frequent
     conversation = rng.sample(list(turns.items()), len(turns))
-    if rng.random() < 0.4:  # last: what is written in an answer need no longer be read from the image
+    if rng.random() < 0.4:  # last, since later answers could copy from it
         conversation.append(drawn.description(scene, rng))
     return [(f"Instruct: {question}\nOutput:", f" {answer}") for question, answer in conversation]
 
@@ -152,7 +151,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 class Tower(torch.nn.Module):
-    """The CLIP model to be saved, and a head on its patches that stands for the projector to come."""
+    """The CLIP model, and a training head on its patches in place of the later projector."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
@@ -173,18 +172,18 @@ class Tower(torch.nn.Module):
                         "row": [f"row {number}" for number in bins]}  # fmt: skip
 
     def encode_texts(self, texts: list[str]) -> torch.Tensor:
-        rows = [[*self.tokenizer(text).input_ids, self.tokenizer.eos_token_id] for text in texts]
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([row + [self.tokenizer.eos_token_id] * (longest - len(row)) for row in rows])
+        sequences = [[*self.tokenizer(text).input_ids, self.tokenizer.eos_token_id] for text in texts]
+        longest = max(len(ids) for ids in sequences)
+        ids = torch.tensor([ids + [self.tokenizer.eos_token_id] * (longest - len(ids)) for ids in sequences])
         return F.normalize(self.clip.get_text_features(input_ids=ids).pooler_output, dim=-1)
 
     def encode_images(self, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """pixels: uint8 (batch, height, width, 3). Returns (batch, 128) and patch features (batch, patches, 128)."""
+        """Encode uint8 pixels (batch, height, width, 3) to features (batch, 128) and (batch, patches, 128)."""
         outputs = self.clip.get_image_features(pixel_values=normalize(pixels), output_hidden_states=True)
         return F.normalize(outputs.pooler_output, dim=-1), outputs.hidden_states[-2][:, 1:]
 
     def patch_logits(self, patches: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Similarity of each patch with each phrase, by group of phrases: (batch, patches, phrases in the group)."""
+        """Compare each patch with each phrase. Returns (batch, patches, phrases in the group) for each group."""
         embeds = self.encode_texts([phrase for group in self.phrases.values() for phrase in group])
         logits = self.patch_scale.exp() * F.normalize(self.patch_head(patches), dim=-1) @ embeds.T
         return dict(zip(self.phrases, logits.split([len(g) for g in self.phrases.values()], dim=-1), strict=True))
@@ -197,7 +196,7 @@ def normalize(pixels: np.ndarray) -> torch.Tensor:
 
 
 def contrastive_loss(logits: torch.Tensor, scenes: Sequence[drawn.Scene]) -> torch.Tensor:
-    """CLIP's loss, except that scenes of equal composition are positives of each other, not negatives."""
+    """Compute CLIP's loss with scenes of equal composition as positives of each other."""
     keys: dict[tuple[tuple[str, str], ...], int] = {}
     numbers = torch.tensor([keys.setdefault(tuple(sorted(s.composition.elements())), len(keys)) for s in scenes])
     target = (numbers[:, None] == numbers).float()
@@ -206,7 +205,7 @@ def contrastive_loss(logits: torch.Tensor, scenes: Sequence[drawn.Scene]) -> tor
 
 
 def region_losses(logits: dict[str, torch.Tensor], grids: Grids) -> dict[str, torch.Tensor]:
-    """What does each patch show, and where does that object stand? Patches between objects show background."""
+    """Compute the losses of each patch's object and its position. Patches without an object show background."""
     coverage, owner = grids.coverage.max(dim=1)  # each (batch, patches)
     shown, empty = coverage > 0.15, coverage == 0
     colors, shapes = grids.colors.gather(1, owner)[shown], grids.shapes.gather(1, owner)[shown]
@@ -255,7 +254,7 @@ def train_tower(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, batch
 
 @torch.no_grad()
 def evaluate_tower(tower: Tower, rng: random.Random, num_scenes: int = 512) -> dict[str, float]:
-    """On compositions never trained on: finding an image's caption among 64, and reading each patch linearly."""
+    """Measure, on unseen compositions, retrieval of an image's caption among 64 and linear reading of each patch."""
     scenes = [drawn.sample_scene(rng, "val") for _ in range(num_scenes)]
     image_embeds, patches = tower.encode_images(np.stack([np.asarray(drawn.draw_scene(scene)) for scene in scenes]))
     text_embeds = tower.encode_texts([drawn.captions(scene, rng)[2] for scene in scenes])
@@ -284,11 +283,12 @@ def evaluate_tower(tower: Tower, rng: random.Random, num_scenes: int = 512) -> d
 
 def make_slots(grids: Grids, embedding: torch.Tensor, words: dict[str, int], generator: torch.Generator,
                noise: float = 1.0) -> torch.Tensor:  # fmt: skip
-    """Loose facts in the places of the patches: (batch, NUM_SLOTS, hidden).
+    """Make noisy features at the positions of the patches: float (batch, NUM_SLOTS, hidden).
 
-    Each slot mixes the embeddings of the words for the objects it shows (color, shape, place), more of those that cover
-    more of it. So that a linear projection of a tower's features can take their place, everything that a projection
-    leaves open varies: scale, offset, noise, the share of each attribute, leaks between objects, lost attributes.
+    Each slot mixes the embeddings of the words for its objects (color, shape, place), weighted by the share of the slot
+    that each object covers. A linear projection of a tower's features replaces the slots later. So everything that a
+    projection does not determine varies: scale, offset, noise, the share of each attribute, leaks between objects and
+    lost attributes.
     """
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
@@ -298,15 +298,15 @@ def make_slots(grids: Grids, embedding: torch.Tensor, words: dict[str, int], gen
         return torch.randn(shape, generator=generator)
 
     batch, num_objects, _ = grids.coverage.shape
-    rows = torch.tensor([words[word] for word in (*COLORS, *SHAPES, *PLACES, "background")])
-    # at equal length: frequent words grow long embeddings, and would drown the others' facts
-    vectors = F.normalize(embedding[rows], dim=-1) * embedding[rows].detach().norm(dim=-1).mean()
+    ids = torch.tensor([words[word] for word in (*COLORS, *SHAPES, *PLACES, "background")])
+    # at equal length: embeddings of frequent words are longer, and would dominate the mixture
+    vectors = F.normalize(embedding[ids], dim=-1) * embedding[ids].detach().norm(dim=-1).mean()
     hidden = vectors.shape[-1]
     colors = F.one_hot(grids.colors.clamp(min=0), len(COLORS)).float()
     shapes = F.one_hot(grids.shapes.clamp(min=0), len(SHAPES)).float()
     x, y = grids.centres.unbind(-1)
     places = torch.stack((1 - 2 * x, 2 * x - 1, 1 - 2 * y, 2 * y - 1), -1)
-    # (batch, slots, objects): how much of each object a slot tells
+    # (batch, slots, objects): the weight of each object in a slot
     share = (grids.coverage * uniform(batch, 1, 1, low=1, high=4)).clamp(0, 1).transpose(1, 2)
     share = share ** uniform(batch, 1, 1, low=0.3, high=1.5)
     share = share * (share / share.amax(-1, keepdim=True).clamp(min=1e-6)) ** uniform(batch, 1, 1, high=3)
@@ -329,7 +329,7 @@ def make_slots(grids: Grids, embedding: torch.Tensor, words: dict[str, int], gen
 
 @dataclass
 class Texts:
-    """A batch for the decoder: token ids and labels (-100 where nothing is to be learnt), right padded."""
+    """A batch for the decoder: token ids and labels (-100 where unsupervised), right padded."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -348,14 +348,14 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Sequenc
             ids[-1] += question + reply
             labels[-1] += ([-100] * len(question) if only else question) + reply
     longest = max(map(len, ids))
-    return Texts(torch.tensor([row + [end] * (longest - len(row)) for row in ids]),
-                 torch.tensor([row + [-100] * (longest - len(row)) for row in labels]))  # fmt: skip
+    return Texts(torch.tensor([each + [end] * (longest - len(each)) for each in ids]),
+                 torch.tensor([each + [-100] * (longest - len(each)) for each in labels]))  # fmt: skip
 
 
 def decoder_logits(
     decoder: PhiForCausalLM, slots: torch.Tensor | None, texts: Texts
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and the labels they are to predict, at the supervised positions only."""
+    """Compute the logits and their labels, at supervised positions only."""
     embeds = decoder.get_input_embeddings()(texts.input_ids)
     num_slots = 0 if slots is None else slots.shape[1]
     labels = F.pad(texts.labels, (num_slots, 0), value=-100)[:, 1:]
@@ -372,7 +372,7 @@ def train_decoder(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, bat
     config = PhiConfig(
         vocab_size=len(tokenizer) + SPARE_ROWS, hidden_size=128, intermediate_size=512, num_hidden_layers=6,
         num_attention_heads=4, max_position_embeddings=512, partial_rotary_factor=0.5, resid_pdrop=0.0,
-        hidden_act="gelu_pytorch_tanh",  # phi-2's gelu_new to rounding, and four times faster
+        hidden_act="gelu_pytorch_tanh",  # equals phi-2's gelu_new up to rounding, four times as fast
         bos_token_id=end, eos_token_id=end, pad_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
     decoder = PhiForCausalLM(config)
@@ -386,16 +386,16 @@ def train_decoder(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, bat
             group["lr"] = learning_rate(step, steps, 1e-3)
         if not batches:
             basics = step < BASICS_SHARE * steps
-            rows = 3 * batch_size if basics else batch_size
-            pairs = [(scene, turns_of(scene, rng, basics)) for scene in sample_scenes(rng, 8 * rows)]
+            size = 3 * batch_size if basics else batch_size
+            pairs = [(scene, turns_of(scene, rng, basics)) for scene in sample_scenes(rng, 8 * size)]
             pairs.sort(key=lambda pair: sum(len(prompt) + len(answer) for prompt, answer in pair[1]))
-            batches = [pairs[start : start + rows] for start in range(0, len(pairs), rows)]
+            batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
             rng.shuffle(batches)
         scenes, conversations = zip(*batches.pop(), strict=True)
-        blind = rng.random() < 0.12  # without slots the whole text is learnt, with slots the answers
+        blind = rng.random() < 0.12  # without slots the whole text is supervised, with slots the answers
         texts = tokenize(tokenizer, conversations, [not blind] * len(scenes))
         embedding = decoder.get_input_embeddings().weight
-        noise = min(0.5, max(0.0, 1.5 * step / steps - 0.5))  # looking up is learnt from clean facts first
+        noise = min(0.5, max(0.0, 1.5 * step / steps - 0.5))  # clean slots first
         slots = None if blind else make_slots(lay_out(scenes), embedding, words, generator, noise)
         loss = F.cross_entropy(*decoder_logits(decoder, slots, texts))
         optimizer.zero_grad()
@@ -412,14 +412,14 @@ def train_decoder(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, bat
         if step % 200 == 199 or step == steps - 1:
             evaluate_decoder(decoder.eval(), tokenizer, words, random.Random(f"decoder evaluation {seed}"))
             decoder.train()
-    decoder.config.resid_pdrop, decoder.config.hidden_act = 0.1, "gelu_new"  # as phi-2's config has them
+    decoder.config.resid_pdrop, decoder.config.hidden_act = 0.1, "gelu_new"  # as in phi-2's config
     return decoder.eval()
 
 
 @torch.no_grad()
 def evaluate_decoder(decoder: PhiForCausalLM, tokenizer: PreTrainedTokenizerFast, words: dict[str, int],
                      rng: random.Random, num_scenes: int = 192) -> dict[str, float]:  # fmt: skip
-    """Share of exactly right answers from slots with a fifth of the noise, on compositions never trained on."""
+    """Measure the share of exactly right answers on unseen compositions, from slots with a fifth of the noise."""
     generator = torch.Generator().manual_seed(0)
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
@@ -450,18 +450,28 @@ def evaluate_decoder(decoder: PhiForCausalLM, tokenizer: PreTrainedTokenizerFast
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write vision/ and text/ into")
-    parser.add_argument("--tower_steps", type=int, default=1000, help="batches of 192 images")
-    parser.add_argument("--decoder_steps", type=int, default=3000, help="batches of 32 texts")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the scenes and their texts")
+    parser.add_argument("--output", type=Path, required=True, help="folder for vision/ and text/")
     parser.add_argument(
-        "--parts", nargs="+", choices=("vision", "text"), default=("vision", "text"), help="make only these"
+        "--tower_steps", type=int, default=1000, help="training steps of 192 images (default: %(default)s)"
     )
-    parser.add_argument("--num_threads", type=int, default=2, help="CPU threads")
+    parser.add_argument(
+        "--decoder_steps", type=int, default=3000, help="training steps of 32 texts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the weights, the scenes and their texts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=("vision", "text"),
+        default=("vision", "text"),
+        help="backbones to make (default: both)",
+    )
+    parser.add_argument("--num_threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
     tokenizer = train_tokenizer(options.seed)
-    report(f"tokenizer: {len(tokenizer)} entries")
+    print(f"tokenizer: {len(tokenizer)} entries", flush=True)
     if "vision" in options.parts:
         clip = train_tower(tokenizer, options.tower_steps, options.seed).half()
         clip.save_pretrained(options.output / "vision")

@@ -1,9 +1,9 @@
-"""Push a model in both forms, load each again in a clean process, and compare: nothing may be lost on the way.
+"""Push a model in both forms, load each in a clean process, and compare the logits.
 
     python examples/push_and_reload.py
 
-It talks to a hub of its own on this machine (tests/hub_server.py), over HTTP, with an empty cache: no account and no
-network are needed. The two small backbones of the demo are put there first, so that the delta can name them.
+The script starts a hub on this machine (tests/hub_server.py) and uses it over HTTP with an empty cache, so it needs
+no account and no network. It uploads the demo's two small backbones first, so that the delta can name them.
 """
 
 import os
@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONES = ROOT / "examples" / "demo_backbones"
 
-# Run where nothing of this project can be imported: the repository alone must be enough.
-STRANGER = """
+# Runs where nothing of this project can be imported: the repository alone must be enough.
+CLEAN_PROCESS = """
 import sys
 import torch
 from transformers import AutoModelForImageTextToText
@@ -73,13 +73,13 @@ def push_and_reload(folder: Path) -> None:
         arguments = [pushed.repo_id, pushed.revision, folder / "inputs.pt", folder / f"{form}.pt"]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment["HF_HOME"] = str(folder / f"cache-of-{form}")
-        command = [sys.executable, "-c", STRANGER, *map(str, arguments)]
+        command = [sys.executable, "-c", CLEAN_PROCESS, *map(str, arguments)]
         if subprocess.run(command, cwd=folder, env=environment).returncode != 0:
-            sys.exit(f"the {form} checkpoint does not load in a clean process: its message is above")
+            sys.exit(f"the {form} model does not load in a clean process; see its message above")
         difference = (torch.load(folder / f"{form}.pt") - expected).abs().max().item()
         print(f"{form}: {size / 1e6:.2f} MB on the hub, largest logit difference {difference:g}")
         if difference != 0:
-            sys.exit("the model that was loaded is not the one that was pushed")
+            sys.exit("the loaded model differs from the pushed one")
 
 
 if __name__ == "__main__":

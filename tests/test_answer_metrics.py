@@ -101,5 +101,5 @@ def test_what_cannot_be_scored_is_named():
         pope(["yes"], ["maybe"])
     with pytest.raises(ValueError, match="1 answers for 2 questions"):
         vqa_accuracy(["yes"], [["yes"], ["no"]])
-    with pytest.raises(ValueError, match="each question needs one"):
+    with pytest.raises(ValueError, match="each question needs at least one"):
         exact_match(["yes"], [[]])

@@ -69,7 +69,7 @@ def test_the_mean_over_the_images_is_the_score():
 
 
 def test_missing_references_and_another_number_of_captions_are_named():
-    with pytest.raises(ValueError, match="each image needs one"):
+    with pytest.raises(ValueError, match="each image needs at least one"):
         CaptionScorer([["a"], []])
     with pytest.raises(ValueError, match="1 captions for 2 images"):
         CaptionScorer(REFERENCES)(CAPTIONS[:1])

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from clip_phi.cli import main
-from clip_phi.data.synthetic import draw_scene, sample_scene
+from clip_phi.data.synthetic import NUMBERS, draw_scene, mentioned_objects, sample_scene
 from clip_phi.serving.engine import Engine, Limits, as_prompt
 from clip_phi.serving.modalities import Modalities, load_modalities
 
@@ -67,31 +67,41 @@ def fakes():
 
 @pytest.fixture(scope="module")
 def address(engine, fakes):
-    from clip_phi.serving.chat import CSS, _theme, make_page
+    from clip_phi.serving.chat import launch
 
-    missing = ["no singing: pip install 'clip-phi[song]'"]
-    page = make_page(engine, Modalities(fakes.transcribe, fakes.synthesize, fakes.draw, missing))
+    modalities = Modalities(
+        fakes.transcribe, fakes.synthesize, fakes.draw, ["no singing: pip install 'clip-phi[song]'"]
+    )
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    options = {"share": False, "ssr_mode": False, "quiet": True, "footer_links": [], "theme": _theme(), "css": CSS}
-    page.queue(default_concurrency_limit=None).launch(
-        server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, show_error=True, **options
-    )
+    page = launch(engine, modalities, "127.0.0.1", port, block=False)
     yield f"http://127.0.0.1:{port}"
     page.close()
 
 
+def save_scene(rng, path):
+    """Draw a scene of three or more different shapes. Returns its objects and their number, in words."""
+    scene = sample_scene(rng, "val")
+    while len(scene.composition) < 3:
+        scene = sample_scene(rng, "val")
+    draw_scene(scene).resize((120, 120), Image.Resampling.LANCZOS).save(path)
+    return scene.composition, NUMBERS[len(scene.objects)]
+
+
+def answered(engine, path):
+    """The objects that the model describes, and their number as it counts them."""
+    turns = [("Describe the image.", path), ("How many shapes are there?", None)]
+    return mentioned_objects(expected(engine, turns[0])), expected(engine, *turns)
+
+
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(engine, tmp_path_factory):
     """Images, a recording for the fake microphone, and a file that is no image."""
-    folder = tmp_path_factory.mktemp("files")
-    choose = random.Random(16)  # the demo's model describes the first one right
-    for name in ("one.png", "two.png"):
-        scene = sample_scene(choose, "val")
-        while len(scene.objects) < 3:
-            scene = sample_scene(choose, "val")
-        draw_scene(scene).resize((120, 120), Image.Resampling.LANCZOS).save(folder / name)
+    folder, rng = tmp_path_factory.mktemp("files"), random.Random(16)
+    right = (save_scene(rng, folder / "one.png") == answered(engine, folder / "one.png") for _ in range(100))
+    assert any(right), "the model answers right about none of 100 scenes"  # the screenshots show the first
+    save_scene(rng, folder / "two.png")
     (folder / "bad.png").write_text("no image")
     with wave.open(str(folder / "voice.wav"), "wb") as file:
         file.setparams((1, 2, 44_100, 0, "NONE", ""))
@@ -362,7 +372,7 @@ def test_modalities_that_are_not_installed_or_not_asked_for_are_named():
 
 def test_a_space_runs_by_itself(tmp_path, browser):
     """app.py of the folder that `clip-phi space` writes, in a process that finds the project's code in it alone."""
-    assert main(["space", "user/talk", "--model", str(DEMO), "--output", str(tmp_path / "talk")]) == 0
+    assert main(["space", "user/talk", "--model", str(DEMO), "--output_dir", str(tmp_path / "talk")]) == 0
     app = tmp_path / "talk" / "app.py"
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -384,7 +384,7 @@ def test_four_bits_are_held_by_bitsandbytes(tmp_path):
 
 def test_sequences_move_grow_and_are_copied_without_touching_each_other():
     config = LlamaConfig(num_hidden_layers=2, num_attention_heads=1, hidden_size=4)
-    cache = BatchCache(config, torch.float32, torch.device("cpu"))
+    cache = BatchCache(config, torch.float32, torch.device("cpu"), max_bytes=10**6)
     states = torch.arange(2 * 1 * 3 * 4, dtype=torch.float32).reshape(2, 1, 3, 4)  # sequences, heads, tokens, width
     cache.reserve(2, 3)
     mask = cache.at(0, torch.tensor([[0, 1, 2], [0, 1, 2]]), 3)
@@ -402,6 +402,18 @@ def test_sequences_move_grow_and_are_copied_without_touching_each_other():
     cache.move(1, 0, 3)
     cache.write(2, prefix)
     assert torch.equal(cache.read(0, 3), cache.read(1, 3)) and torch.equal(cache.read(2, 2), prefix)
+
+
+def test_the_cache_shrinks_to_what_is_needed_before_it_exceeds_its_bytes():
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=1, hidden_size=4)
+    cache = BatchCache(config, torch.float32, torch.device("cpu"), max_bytes=8 * 64 * 32)  # 8 x 64 tokens of 32 bytes
+    cache.reserve(6, 10)
+    cache.write(0, torch.ones(1, 2, 10, 1, 4))
+    cache.reserve(8, 10)
+    assert cache.layers[0].keys.shape == (8, 64, 1, 4)
+    cache.reserve(2, 200)  # eight sequences of 200 tokens would be too much
+    assert cache.layers[0].keys.shape == (2, 256, 1, 4) and cache.read(0, 10).eq(1).all()
+    assert cache.read(0, 11)[:, :, 10:].eq(0).all()
 
 
 def test_the_least_recently_used_tensors_are_dropped_beyond_the_bytes():

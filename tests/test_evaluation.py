@@ -1,4 +1,4 @@
-"""clip-phi evaluate and compare: what is asked, what is kept, what the controls catch."""
+"""clip-phi evaluate and compare: items and prompts, saved answers, controls, and evaluation during training."""
 
 import json
 import os
@@ -19,16 +19,16 @@ from clip_phi.data.sample import SPOKEN_INSTRUCTION, File, Sample, Turn
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.evaluation import answers as answers_module
-from clip_phi.evaluation.answers import Request, as_prompt
+from clip_phi.evaluation.answers import Decoding, Question, as_prompt
 from clip_phi.evaluation.bootstrap import by_group, margin_interval
-from clip_phi.evaluation.evaluate import Decoding, derange, goes_in_circles, judge
+from clip_phi.evaluation.evaluate import derange, evaluate_answers, repeats_itself
 from clip_phi.evaluation.generate import encode_prompts, generate_answers
 from clip_phi.evaluation.report import portable
-from clip_phi.evaluation.tasks import make_eval_set, read_exam
+from clip_phi.evaluation.tasks import make_eval_set, read_samples
 from clip_phi.training.checkpoint import EarlyStopping
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
-# What LLaVA-1.5 (arXiv 2310.03744, section 3.3) adds, and docs/judging.md names.
+# What LLaVA-1.5 (arXiv 2310.03744, section 3.3) adds, and docs/evaluation.md names.
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 
 ROOT = Path(__file__).parent.parent
@@ -65,11 +65,16 @@ def evaluate(checkpoint, task, source, *options, expect=0):
     return None if expect else json.loads((checkpoint / "evaluation" / f"{task}.json").read_text())
 
 
+def read_eval_set(task, sources, **options):
+    report = Report()
+    return make_eval_set(task, read_samples(sources, report), report, **options)
+
+
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# What is asked
+# Items and prompts
 
 
 @pytest.mark.parametrize(
@@ -92,27 +97,27 @@ def read_lines(path):
 def test_the_prompt_of_each_task_is_fixed(text, with_image, blind, processor, data):
     image = next((data / "val2017").glob("*.jpg")).read_bytes()
     for picture, expected in ((image, with_image), (None, blind)):
-        ids = encode_prompts(processor, [as_prompt(Request("", picture, text))])["input_ids"][0]
+        ids = encode_prompts(processor, [as_prompt(Question("", picture, text))])["input_ids"][0]
         written = processor.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
         assert re.sub(r"(<image>)+", "<image>", written) == expected
 
 
-def test_a_task_asks_what_the_data_hold_for_it_and_counts_the_rest(data, sources):
-    captions = read_exam("captions", [parse_source(sources["captions"])])
+def test_a_task_takes_its_items_from_the_data_and_counts_the_rest(data, sources):
+    captions = read_eval_set("captions", [parse_source(sources["captions"])])
     assert len(captions.items) == len(captions.images) == 6
     assert {len(item.references) for item in captions.items} == {5} and captions.items[0].question is None
     records = json.loads((data / "llava_instruct_val.json").read_text())
     said = [turn["value"] for record in records for turn in record["conversations"][1::2]]
     short = [answer for answer in said if len(answer.split()) <= 3]
-    vqa = read_exam("vqa", [parse_source(sources["vqa"])])
+    vqa = read_eval_set("vqa", [parse_source(sources["vqa"])])
     assert sorted(item.references[0] for item in vqa.items) == sorted(short)
     assert vqa.left_out["answer is longer than 3 words"] == len(said) - len(short) > 0
     yes_no = [answer for answer in said if answer in ("yes", "no")]
-    pope = read_exam("pope", [parse_source(sources["vqa"])])
+    pope = read_eval_set("pope", [parse_source(sources["vqa"])])
     assert sorted(item.references[0] for item in pope.items) == sorted(yes_no)
     assert pope.left_out["answer is not yes or no"] == len(said) - len(yes_no)
-    with pytest.raises(ValueError, match="captions: nothing to ask in these data"):
-        read_exam("captions", [parse_source(sources["vqa"])])
+    with pytest.raises(ValueError, match="captions: these data have no item for this task"):
+        read_eval_set("captions", [parse_source(sources["vqa"])])
 
 
 def test_the_file_of_pope_is_read_as_it_is(data, tmp_path):
@@ -122,7 +127,7 @@ def test_the_file_of_pope_is_read_as_it_is(data, tmp_path):
         for n, name in enumerate(names)
     ]
     (tmp_path / "coco_pope.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    eval_set = read_exam("pope", [parse_source(f"llava:{tmp_path}/coco_pope.json,images={data}/val2017")])
+    eval_set = read_eval_set("pope", [parse_source(f"llava:{tmp_path}/coco_pope.json,images={data}/val2017")])
     assert [(item.question, item.references) for item in eval_set.items] == [
         ("Is there a dog in the image?", (row["label"],)) for row in rows
     ]
@@ -137,7 +142,7 @@ def test_ten_answers_of_vqav2_are_all_references(data, tmp_path):
         json.dumps({"annotations": [{"question_id": n, "answers": people} for n in range(len(ids))]})
     )
     source = f"vqa:{tmp_path}/q.json,annotations={tmp_path}/a.json,images={data}/val2017"
-    eval_set = read_exam("vqa", [parse_source(source)])
+    eval_set = read_eval_set("vqa", [parse_source(source)])
     assert len(eval_set.items) == 6 and eval_set.items[0].references == ("red",) * 7 + ("blue",) * 3
 
 
@@ -146,13 +151,13 @@ def test_a_damaged_image_is_left_out_and_counted(data, tmp_path):
     bad = min((tmp_path / "val2017").iterdir())
     bad.write_bytes(bad.read_bytes()[:200])
     source = parse_source(f"coco:{data}/annotations/captions_val2017.json,images={tmp_path}/val2017")
-    eval_set = read_exam("captions", [source], max_bad_fraction=0.5)
+    eval_set = read_eval_set("captions", [source], max_bad_fraction=0.5)
     assert len(eval_set.items) == 5 and dict(eval_set.report.skipped) == {"damaged image": 5}
     with pytest.raises(ValueError, match="more than --max_bad_fraction 0.01 allows"):
-        read_exam("captions", [source])
+        read_eval_set("captions", [source])
 
 
-def test_a_spoken_question_is_asked_with_its_transcript_and_one_that_was_not_heard_is_counted(data, model, processor):
+def test_a_spoken_question_has_its_transcript_in_the_prompt_and_one_without_is_counted(data, model, processor):
     pictures = sorted((data / "val2017").glob("*.jpg"))[:2]
     said = [Turn("user", SPOKEN_INSTRUCTION, transcript="what is it"), Turn("assistant", "a star")]
     unheard = [Turn("user", SPOKEN_INSTRUCTION, speech=b"a recording"), Turn("assistant", "a ring")]
@@ -177,27 +182,27 @@ def test_a_spoken_question_is_asked_with_its_transcript_and_one_that_was_not_hea
                 or generate_answers(model, processor, prompts, *options)
             ),
         )
-        rows = judge(model, processor, eval_set, Decoding(max_new_tokens=2)).samples
+        rows = evaluate_answers(model, processor, eval_set, Decoding(max_new_tokens=2)).samples
     text = f"Speech: what is it\nInstruct: {SPOKEN_INSTRUCTION}\nOutput:"
     assert sorted(set(asked)) == sorted({f"<image>{text}", text})
     assert [row["transcript"] for row in rows] == ["what is it"] * 2 and rows[0]["type"] == "what is"
 
 
-def test_every_picture_gets_another_one_and_no_two_get_the_same():
+def test_every_image_is_replaced_by_another_and_no_two_by_the_same():
     partners = [derange([str(n) for n in range(9)], seed=1, number=number) for number in range(3)]
     assert all(sorted(each) == list(range(9)) for each in partners)
     assert all(each[n] != n for each in partners for n in range(9))
     assert all(a != b for a, b in zip(partners[0], partners[1], strict=True))
     copies = ["a", "b", "a", "a"]  # three files of one picture
     assert all(copies[other] != copies[n] for n, other in enumerate(derange(copies)))
-    with pytest.raises(ValueError, match="all pictures are the same"):
+    with pytest.raises(ValueError, match="all images are the same"):
         derange(["a", "a"])
 
 
-# What comes out
+# Results
 
 
-def test_a_result_holds_what_is_agreed_and_no_folder_of_this_machine(checkpoint, sources, tmp_path):
+def test_a_result_has_all_keys_and_no_local_folder(checkpoint, sources, tmp_path):
     found = evaluate(checkpoint, "vqa", sources["vqa"], "--output", tmp_path / "out.json")
     assert found.keys() >= AGREED
     assert json.loads((tmp_path / "out.json").read_text()) == found
@@ -226,7 +231,7 @@ def test_paths_lose_their_folders(monkeypatch, tmp_path):
     assert portable("user/name") == "user/name" and portable("https://x.org/a/b") == "https://x.org/a/b"
 
 
-def test_captions_are_asked_for_once_blind_and_shuffled_ones_are_those_of_the_other_images(checkpoint, sources):
+def test_captions_are_generated_once_and_shuffled_ones_are_those_of_other_images(checkpoint, sources):
     found = evaluate(checkpoint, "captions", sources["captions"])
     rows = read_lines(checkpoint / "evaluation/captions.samples.jsonl")
     lines = (checkpoint / "evaluation/captions.answers/rank-0.jsonl").read_text().splitlines()
@@ -249,7 +254,7 @@ def test_beams_and_greedy_answers_are_those_of_generate(checkpoint, model, proce
         assert row["answer"] == text
 
 
-def test_cut_empty_and_circling_answers_are_told_apart(model, processor, data, fresh_model):
+def test_cut_empty_and_repetitive_answers_are_distinguished(model, processor, data, fresh_model):
     image = Image.open(next((data / "val2017").glob("*.jpg"))).convert("RGB")
     prompt = ([{"role": "user", "content": [{"type": "image"}]}], image)
     end = processor.tokenizer.eos_token_id
@@ -260,25 +265,25 @@ def test_cut_empty_and_circling_answers_are_told_apart(model, processor, data, f
         fresh_model.lm_head.bias[end] = -1e4
     (answer,) = generate_answers(fresh_model, processor, [prompt], 5)
     assert (answer.tokens, answer.ended) == (5, False)
-    assert goes_in_circles("a vase and a. and a. and a.") and goes_in_circles("so so so")
-    assert not goes_in_circles("so so") and not goes_in_circles("a dog and a cat and a bird")
+    assert repeats_itself("a vase and a. and a. and a.") and repeats_itself("so so so")
+    assert not repeats_itself("so so") and not repeats_itself("a dog and a cat and a bird")
 
 
 def test_bad_options_are_one_line(checkpoint, sources, capsys):
     evaluate(checkpoint, "vqa", sources["vqa"], "--prompt", "what?", expect=2)
-    assert "has no place for the question: write {question} into it" in capsys.readouterr().err
+    assert "must contain {question}, which is replaced by the question" in capsys.readouterr().err
     evaluate(checkpoint, "pope", sources["captions"], expect=2)
-    assert "pope: nothing to ask in these data" in capsys.readouterr().err
+    assert "pope: these data have no item for this task" in capsys.readouterr().err
     evaluate(checkpoint, "captions", "coco:/nowhere.json", expect=2)
     assert "not found" in capsys.readouterr().err
     assert main(["evaluate", str(checkpoint), "--task", "vqa"]) == 2
     assert "--data is required" in capsys.readouterr().err
 
 
-# What is kept
+# Saved answers
 
 
-def test_a_killed_evaluation_goes_on_and_gives_the_result_of_one_that_was_not(
+def test_a_killed_evaluation_continues_to_the_result_of_an_uninterrupted_one(
     checkpoint, sources, tmp_path, monkeypatch
 ):
     whole = tmp_path / "whole"
@@ -310,7 +315,9 @@ def test_a_killed_evaluation_goes_on_and_gives_the_result_of_one_that_was_not(
 
 
 @pytest.mark.parametrize("change", ["weights", "prompt", "decoding", "data"])
-def test_answers_of_anything_else_are_never_used_again(change, checkpoint, sources, data, tmp_path, capsys):
+def test_answers_of_another_model_data_prompt_or_decoding_are_never_used(
+    change, checkpoint, sources, data, tmp_path, capsys
+):
     evaluate(checkpoint, "vqa", sources["vqa"])
     source, options = sources["vqa"], []
     if change == "weights":
@@ -330,11 +337,11 @@ def test_answers_of_anything_else_are_never_used_again(change, checkpoint, sourc
     capsys.readouterr()
     evaluate(checkpoint, "vqa", source, *options)
     printed = capsys.readouterr().err
-    assert "are of another checkpoint, data, prompt or decoding, and are not used" in printed
+    assert "are of another model, data, prompt or decoding, and are not used" in printed
     assert "are there already" not in printed
 
 
-def test_two_processes_share_the_work_and_find_what_one_finds(checkpoint, sources, tmp_path):
+def test_two_processes_share_the_work_and_give_the_result_of_one(checkpoint, sources, tmp_path):
     alone = tmp_path / "alone"
     shutil.copytree(checkpoint, alone)
     expected = evaluate(alone, "vqa", sources["vqa"])
@@ -360,7 +367,7 @@ def test_two_processes_share_the_work_and_find_what_one_finds(checkpoint, source
     assert done.stdout.count("vqa on 6 images") == 1
 
 
-# Which is better
+# Comparison
 
 
 def test_the_interval_of_a_margin_is_that_of_a_plain_bootstrap_over_images():
@@ -396,7 +403,7 @@ def test_compare_pairs_sample_by_sample_and_refuses_other_data(checkpoint, sourc
     assert (found["difference"], found["difference_ci95"]) == (0.75, [0.75, 0.75])
     assert found["samples"] == {"a_better": len(rows), "equal": 0, "b_better": 0}
     assert main(["compare", str(first), str(first / "evaluation/vqa.json")]) == 0
-    assert "the interval holds 0" in capsys.readouterr().out
+    assert "the interval contains 0" in capsys.readouterr().out
     shutil.copytree(checkpoint, third)
     evaluate(third, "vqa", sources["vqa"], "--num_images", 3)
     assert main(["compare", str(first), str(third)]) == 2
@@ -408,7 +415,7 @@ def test_compare_pairs_sample_by_sample_and_refuses_other_data(checkpoint, sourc
     assert "run clip-phi evaluate first" in capsys.readouterr().err
 
 
-# What the controls catch
+# Controls
 
 
 def broken(folder, name):
@@ -454,7 +461,7 @@ def test_the_controls_catch_a_zeroed_projector_and_training_on_shuffled_images(t
             low, high = found[name, task]["margin_ci95"]
             assert low <= 0 and found[name, task]["margin"] < 0.2 * found["true", task]["margin"], (name, task)
     assert found["zeroed", "captions"]["score"] == found["zeroed", "captions"]["shuffled"]
-    clip = found["true", "captions"]["metrics"]["CLIPScore"]  # the tower's own text half judges as well
+    clip = found["true", "captions"]["metrics"]["CLIPScore"]  # by the text half of the vision tower's CLIP
     assert clip["score"] > clip["shuffled"] + 0.2 and clip["score"] > clip["blind"] + 0.2
 
 
@@ -481,7 +488,7 @@ def backbones(vision_backbone, text_backbone):
     return vision_backbone, text_backbone
 
 
-def test_training_judges_stops_when_nothing_gets_better_and_a_resumed_run_knows_all_that(data, backbones, tmp_path):
+def test_training_evaluates_and_stops_early_and_so_does_a_resumed_run(data, backbones, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = (
         "--eval_task",
@@ -542,5 +549,5 @@ def test_each_best_metric_is_one_that_its_task_gives(model, processor, data):
     for task, names in BY_TASK.items():
         conversation = turns["captions" if task == "captions" else "vqa"]
         eval_set = make_eval_set(task, [Sample(image, (conversation,), ("x:0",)) for image in images], Report())
-        outcome = judge(model, processor, eval_set, Decoding(max_new_tokens=2))
+        outcome = evaluate_answers(model, processor, eval_set, Decoding(max_new_tokens=2))
         assert set(names) <= outcome.result["metrics"].keys(), task

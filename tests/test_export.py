@@ -1,4 +1,4 @@
-"""Other programs' formats hold the same model, or are refused. What is slow or needs gguf or onnx: make test-export."""
+"""Exports give the same model, or are refused. Slow tests, and those that need gguf or onnx: make test-export."""
 
 import json
 import re
@@ -78,11 +78,11 @@ def test_stock_llava_gives_equal_logits_and_tokens(projector_type, bias, tied, t
 
 
 @pytest.mark.parametrize(("to", "who"), [("llava", "Llava"), ("vllm", "vLLM's backend")])
-def test_a_decoder_whose_head_has_a_bias_is_refused_where_it_has_no_place(to, who, model, processor, tmp_path, capsys):
+def test_a_decoder_whose_head_has_a_bias_is_refused_where_heads_have_none(to, who, model, processor, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), str(tmp_path / to), "--to", to]) == 2
-    assert f"{who} has no place for the bias of this decoder's head (phi)" in capsys.readouterr().err
+    assert f"{who} has no bias in its head, and this decoder's head (phi) has one" in capsys.readouterr().err
     assert not (tmp_path / to).exists()
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "model"), "--to", "vllm"]) == 2
     assert "is not empty" in capsys.readouterr().err
@@ -175,7 +175,7 @@ def test_other_files_are_refused_in_one_line(content, words, vision_backbone, te
     ("projector_type", "bias", "activation"),
     [("linear", True, "quick_gelu"), ("linear", False, "gelu"), ("mlp", True, "quick_gelu")],
 )
-def test_gguf_holds_every_weight_and_its_graph_gives_equal_features(
+def test_gguf_has_every_weight_and_its_graph_gives_equal_features(
     dtype, projector_type, bias, activation, tmp_path, capsys
 ):
     from clip_phi.export.gguf import read_tensors
@@ -229,7 +229,7 @@ def test_gguf_metadata_and_tokens_are_those_of_the_decoder(tmp_path):
 
 
 @pytest.mark.export
-def test_what_gguf_cannot_hold_is_refused(tmp_path, capsys):
+def test_what_gguf_cannot_represent_is_refused(tmp_path, capsys):
     checkpoint(tmp_path, LlamaForCausalLM(LlamaConfig(**LLAMA)))
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "gguf"), "--to", "gguf"]) == 2
     assert "the decoder is a 'llama'; this writes phi" in capsys.readouterr().err

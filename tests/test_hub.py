@@ -1,5 +1,6 @@
-"""Pushed once, loaded anywhere: against a hub over HTTP on this machine."""
+"""Pushing to a Hub and loading from it: against a server on this machine."""
 
+import configparser
 import json
 import os
 import re
@@ -124,7 +125,7 @@ PROCESSOR = {"chat_template.jinja", "processor_config.json", "tokenizer.json", "
 CARD = {"README.md", "curve.png", *(f"samples/{number}.jpg" for number in range(1, 5))}
 
 
-# ------------------------------------------------------------------ what a push leaves on the hub
+# ------------------------------------------------------------------ the repository after a push
 
 
 def test_training_pushes_its_checkpoint_in_one_commit_that_a_tag_names(trained, hub):
@@ -138,7 +139,7 @@ def test_training_pushes_its_checkpoint_in_one_commit_that_a_tag_names(trained, 
 
 def test_unchanged_push_makes_no_commit(trained, hub):
     before = history(hub, "alice/trained")
-    pushed = push(trained[0], Target("alice/trained"), say=quietly)
+    pushed = push(trained[0], Target("alice/trained"), log=quietly)
     assert history(hub, "alice/trained") == before
     assert (pushed.changed, pushed.commit) == (False, before[-1])
 
@@ -153,7 +154,7 @@ def test_nothing_of_this_machine_is_pushed(trained, hub, vision_backbone, text_b
     ClipPhiProcessor.from_backbones(vision_backbone, text_backbone).save_pretrained(whole)
     for name in ("run.json", "samples.jsonl", "data_report.json"):
         shutil.copy(folder / name, whole / name)
-    push(whole, Target("alice/whole"), merged=True, say=quietly)
+    push(whole, Target("alice/whole"), merged=True, log=quietly)
     private = [str(folder.parent), vision_backbone, text_backbone, str(ROOT), str(Path.home()) + "/", "hf_alice"]
     files = hub.repo("alice/trained").files() | hub.repo("alice/whole").files()
     for name, file in files.items():
@@ -161,7 +162,7 @@ def test_nothing_of_this_machine_is_pushed(trained, hub, vision_backbone, text_b
             assert secret.encode() not in file.data, f"{name} holds {secret}"
 
 
-def test_card_tells_what_the_run_left(trained, hub):
+def test_card_reports_the_run(trained, hub):
     text = card_of(hub, "alice/trained")
     data = ModelCard(text).data.to_dict()
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "image-text-to-text"
@@ -176,6 +177,11 @@ def test_card_tells_what_the_run_left(trained, hub):
         assert sample["written"] in text
     assert "![](samples/1.jpg)" in text and "![training and held-out loss](curve.png)" in text
     assert "Not evaluated yet." in text
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    bounds = re.search(r"^transformers (.*)$", setup["options"]["install_requires"], re.M)[1].replace(" ", "")
+    (command,) = re.findall(r"^pip install .*$", text, re.M)
+    assert f'"transformers{bounds}"' in command and '"torch>=' in command and '"pillow>=' in command
 
 
 EVALUATION = {
@@ -195,10 +201,10 @@ EVALUATION = {
 }  # fmt: skip
 
 
-def test_evaluations_stand_in_the_model_index_with_set_size_and_command(run, hub):
+def test_evaluations_are_in_the_model_index_with_set_size_and_command(run, hub):
     (run / "evaluation").mkdir()
     (run / "evaluation/vqa.json").write_text(json.dumps(EVALUATION))
-    push(run, Target("alice/judged"), say=quietly)
+    push(run, Target("alice/judged"), log=quietly)
     text = card_of(hub, "alice/judged")
     (result,) = ModelCard(text).data.to_dict()["model-index"][0]["results"]
     values = {metric["name"]: metric["value"] for metric in result["metrics"]}
@@ -209,7 +215,7 @@ def test_evaluations_stand_in_the_model_index_with_set_size_and_command(run, hub
 
 
 def test_what_a_person_wrote_into_the_card_stays(run, hub):
-    push(run, Target("alice/edited"), say=quietly)
+    push(run, Target("alice/edited"), log=quietly)
     repo = hub.repo("alice/edited")
     text = card_of(hub, "alice/edited")
     edited = text.replace("license: other", "license: cc-by-nc-4.0\nthumbnail: me.png")
@@ -219,12 +225,12 @@ def test_what_a_person_wrote_into_the_card_stays(run, hub):
     edited = re.sub(r"<!-- clip-phi:limits.*?clip-phi:end -->", "", edited, flags=re.S)
     repo.commit("main", "by hand", repo.files() | {"README.md": File(edited.encode(), False)})
     by_hand = history(hub, "alice/edited")
-    push(run, Target("alice/edited"), say=quietly)
+    push(run, Target("alice/edited"), log=quietly)
     assert history(hub, "alice/edited") == by_hand, "an edited card alone is no reason for a commit"
 
     (run / "evaluation").mkdir()
     (run / "evaluation/vqa.json").write_text(json.dumps(EVALUATION))
-    push(run, Target("alice/edited"), say=quietly)
+    push(run, Target("alice/edited"), log=quietly)
     text = card_of(hub, "alice/edited")
     assert len(history(hub, "alice/edited")) == len(by_hand) + 1
     assert "My own words." in text and text.endswith("And my last ones.\n") and "0.8125" in text
@@ -259,7 +265,7 @@ def test_scrub_leaves_no_absolute_path_and_no_token(text, clean):
     assert scrub(text) == clean
 
 
-def test_run_json_holds_no_token(tmp_path):
+def test_run_json_contains_no_token(tmp_path):
     write_run(tmp_path / "run.json", {"command": ["--data", "https://me:hf_abcdefghijklmnopqrst@a.org/x.json"]})
     assert json.loads((tmp_path / "run.json").read_text())["command"][1] == "https://me:(a token)@a.org/x.json"
 
@@ -267,19 +273,19 @@ def test_run_json_holds_no_token(tmp_path):
 def test_merged_push_over_a_delta_leaves_none_of_its_files(run, hub, model):
     (run / "adapter").mkdir()
     (run / "adapter/adapter_config.json").write_text("{}")
-    push(run, Target("alice/both"), say=quietly)
+    push(run, Target("alice/both"), log=quietly)
     repo = hub.repo("alice/both")
     repo.commit("main", "by hand", repo.files() | {"notes.txt": File(b"mine", False)})
     shutil.rmtree(run / "adapter")
-    push(run, Target("alice/both"), merged=True, say=quietly)
+    push(run, Target("alice/both"), merged=True, log=quietly)
     files = repo.files()
     assert "adapter/adapter_config.json" not in files and files["notes.txt"].data == b"mine"
     assert not json.loads(files["config.json"].data)["delta"]
     assert len(files["model.safetensors"].data) > hub.multipart, "the multipart way was taken"
-    assert "This repository is whole" in files["README.md"].data.decode()
+    assert "This repository contains all weights" in files["README.md"].data.decode()
     ClipPhiForCausalLM.from_pretrained(run).save_pretrained(run, merged=True)
     for merged in (True, False):  # a whole one is pushed as it is
-        push(run, Target("alice/both"), merged=merged, say=quietly)
+        push(run, Target("alice/both"), merged=merged, log=quietly)
         assert repo.files()["model.safetensors"] == files["model.safetensors"]
         assert set(repo.files()) == set(files)
 
@@ -300,16 +306,16 @@ def test_branch_tag_private_and_command_line(run, hub, capsys):
     assert "already has a tag v1" in capsys.readouterr().err
 
 
-def test_pull_request_is_opened_once_and_gone_on_with(run, hub):
+def test_pull_request_is_opened_once_and_continued(run, hub):
     hub.create("other/model")
     target = Target("other/model", create_pr=True)
-    first = push(run, target, say=quietly)
+    first = push(run, target, log=quietly)
     assert first.pull_request == f"{hub.url}/other/model/discussions/1"
     assert list(hub.repo("other/model").files()) == [".gitattributes"], "main is theirs"
     assert set(hub.repo("other/model").files("refs/pr/1")) >= WEIGHTS | CODE | PROCESSOR
-    assert push(run, target, say=quietly).changed is False
+    assert push(run, target, log=quietly).changed is False
     (run / "curve.png").unlink()
-    assert push(run, target, say=quietly).pull_request == first.pull_request
+    assert push(run, target, log=quietly).pull_request == first.pull_request
     assert len(hub.repo("other/model").pulls) == 1 and len(history(hub, "other/model", "refs/pr/1")) == 2
 
 
@@ -328,11 +334,11 @@ def test_pull_request_is_opened_once_and_gone_on_with(run, hub):
             "bob is not a namespace of this token (it has alice, readers, team): push to alice/new",
         ),
         ("readers/new", "hf_alice", "alice may read in readers and not write"),
-        ("alice/a/b", "hf_alice", "is no repository of the Hub"),
-        ("alice/--x", "hf_alice", "is no repository of the Hub"),
+        ("alice/a/b", "hf_alice", "is no repository id"),
+        ("alice/--x", "hf_alice", "is no repository id"),
     ],
 )
-def test_who_may_not_push_is_told_in_one_line(repo_id, token, words, trained, hub, monkeypatch, capsys):
+def test_missing_rights_are_reported_in_one_line(repo_id, token, words, trained, hub, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN")
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
@@ -345,34 +351,34 @@ def test_who_may_not_push_is_told_in_one_line(repo_id, token, words, trained, hu
 
 
 def test_org_with_the_right_to_write_is_pushed_to(trained, hub):
-    assert push(trained[0], Target("team/model"), say=quietly).changed
+    assert push(trained[0], Target("team/model"), log=quietly).changed
 
 
-def test_what_cannot_be_pushed_is_told_in_one_line(
+def test_what_cannot_be_pushed_is_refused_in_one_line(
     run, trained, hub, vision_backbone, text_backbone, tmp_path, monkeypatch
 ):
     def refused(words: str, folder: Path) -> None:
         with pytest.raises(ValueError, match=words):
-            push(folder, Target("alice/refused"), say=quietly)
+            push(folder, Target("alice/refused"), log=quietly)
 
-    refused("holds no model", tmp_path / "nothing")
+    refused("contains no model", tmp_path / "nothing")
     ClipPhiForCausalLM.from_backbones(vision_backbone, text_backbone).save_pretrained(tmp_path / "local")
-    refused("a folder of this machine that nobody else has: push it whole with --merged", tmp_path / "local")
+    refused("a local folder that nobody else has: push all weights with --merged", tmp_path / "local")
     config = json.loads((tmp_path / "local/config.json").read_text())
-    with pytest.raises(ValueError, match="push it whole with --merged"):  # before training
+    with pytest.raises(ValueError, match="push all weights with --merged"):  # before training
         check_push("alice/refused", config, False, tmp_path / "local")
     with pytest.raises(ValueError, match="bob is not a namespace"):
         check_push("bob/refused", config, True, tmp_path / "local")
     (run / "chat_template.jinja").write_text(f"{Path.cwd()}/secret")
-    refused("does not belong on the Hub", run)
+    refused("must not be pushed", run)
     (run / "chat_template.jinja").write_text("hf_abcdefghijklmnopqrstuvwx")
-    refused("holds an access token", run)
+    refused("contains an access token", run)
     (run / "model.safetensors").rename(run / "pytorch_model.bin")
     refused("is a pickle, which can run any code", run)
     (run / "pytorch_model.bin").unlink()
-    refused("holds no weights", run)
+    refused("contains no weights", run)
     (run / "config.json").write_text('{"model_type": "llava"}')
-    refused("holds a 'llava' model", run)
+    refused("contains a 'llava' model", run)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     shutil.copy(trained[0] / "config.json", run)
     shutil.copy(trained[0] / "model.safetensors", run)
@@ -380,7 +386,7 @@ def test_what_cannot_be_pushed_is_told_in_one_line(
     assert ("model", "alice/refused") not in hub.repos
 
 
-# ------------------------------------------------------------------ loading, where nothing of ours is installed
+# ------------------------------------------------------------------ loading, where the package is not installed
 
 LOAD = """
 import sys, torch
@@ -412,8 +418,8 @@ assert "modeling_clip_phi" not in sys.modules
 def test_both_forms_load_in_a_clean_process_with_equal_logits_and_offline_afterwards(
     trained, hub, tmp_path, monkeypatch
 ):
-    pushed = [push(trained[0], Target("alice/delta"), say=quietly)]
-    pushed.append(push(trained[0], Target("alice/merged", private=True), merged=True, say=quietly))
+    pushed = [push(trained[0], Target("alice/delta"), log=quietly)]
+    pushed.append(push(trained[0], Target("alice/merged", private=True), merged=True, log=quietly))
     model = ClipPhiForCausalLM.from_pretrained(trained[0])
     processor = ClipPhiProcessor.from_pretrained(trained[0])
     Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "image.png")
@@ -505,7 +511,7 @@ def test_every_failure_of_loading_passes(route, what, places, saved, hub, tmp_pa
 
 
 @pytest.mark.parametrize(("route", "what"), [("head", 403), ("head", "cut"), ("download", 500), ("cdn", "half")])
-def test_failures_of_loading_that_stay_are_told_and_spoil_no_cache(route, what, saved, hub, tmp_path):
+def test_lasting_failures_of_loading_are_reported_and_damage_no_cache(route, what, saved, hub, tmp_path):
     cache = {"cache_dir": str(tmp_path / "cache")}
     hub.fail(route, what, times=1000)
     with pytest.raises(OSError, match="alice/saved|acme/tower|connect to"):
@@ -547,7 +553,7 @@ def test_push_to_hub_of_the_model_can_be_pushed_over_and_leaves_a_card_that_is_t
     processor.push_to_hub(repo_id)
     assert json.loads(hub.repo(repo_id).files()["config.json"].data)["delta"] is not merged
     assert same(ClipPhiForCausalLM.from_pretrained(repo_id), saved)
-    push(run, Target(repo_id), merged=merged, say=quietly)
+    push(run, Target(repo_id), merged=merged, log=quietly)
     whole = card_of(hub, repo_id)
     assert whole.count("## How to use it") == 1 and "automatically generated" not in whole
     assert ModelCard(whole).data.pipeline_tag == "image-text-to-text"
@@ -605,12 +611,12 @@ PUSH_ROUTES += ["lfs-put", "lfs-part", "lfs-complete", "lfs-verify", "commit", "
 
 
 @pytest.mark.parametrize("route", PUSH_ROUTES)
-def test_every_failure_of_a_push_passes_or_is_told_and_leaves_nothing_half_changed(route, run, hub):
+def test_every_failure_of_a_push_passes_or_is_reported_and_leaves_nothing_half_changed(route, run, hub):
     """Once: the push goes through. Always: one line, and the branch is what it was, or all of what it should be."""
     repo_id = f"alice/fails-at-{route}"
     complete = {".gitattributes"} | WEIGHTS | CODE | PROCESSOR | CARD
     target = Target(repo_id, branch="draft", tag="v1")
-    options = {"say": quietly}
+    options = {"log": quietly}
     hub.create(repo_id)
     ref = "draft"
     if route == "discussions":
@@ -653,9 +659,9 @@ def test_every_failure_of_a_push_passes_or_is_told_and_leaves_nothing_half_chang
         hub.repo(repo_id).tags.clear()
 
 
-def test_two_who_push_at_once_lose_nothing(run, hub, monkeypatch):
+def test_two_pushes_at_once_lose_nothing(run, hub, monkeypatch):
     """Between our look at the repository and our commit another one comes: 412, and a second look."""
-    push(run, Target("alice/raced"), say=quietly)
+    push(run, Target("alice/raced"), log=quietly)
     repo = hub.repo("alice/raced")
     (run / "curve.png").unlink()
     merge, edits = pushing.merge_cards, iter([b"---\ntags: [x]\n---\nedited meanwhile\n"])
@@ -666,12 +672,12 @@ def test_two_who_push_at_once_lose_nothing(run, hub, monkeypatch):
         return merge(old, new)
 
     monkeypatch.setattr(pushing, "merge_cards", meanwhile)
-    push(run, Target("alice/raced"), say=quietly)
+    push(run, Target("alice/raced"), log=quietly)
     assert "edited meanwhile" in card_of(hub, "alice/raced") and "curve.png" not in repo.files()
     assert [repo.commits[sha][0] for sha in history(hub, "alice/raced")[-2:]] == ["by hand", "Delta checkpoint"]
 
 
-def test_killed_push_goes_on_with_what_was_uploaded(run, hub):
+def test_killed_push_continues_with_what_was_uploaded(run, hub):
     """SIGKILL while the commit is on its way: the files are on the hub, the branch is as it was."""
     (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:-8] + os.urandom(8))
     hub.fail("commit", "hang")
@@ -687,5 +693,5 @@ def test_killed_push_goes_on_with_what_was_uploaded(run, hub):
     process.wait()
     assert len(history(hub, "alice/killed")) == 1, "the first commit, which the hub itself makes"
     uploads = hub.requests["lfs-put"] + hub.requests["lfs-part"]
-    assert push(run, Target("alice/killed"), say=quietly).changed
+    assert push(run, Target("alice/killed"), log=quietly).changed
     assert hub.requests["lfs-put"] + hub.requests["lfs-part"] == uploads, "nothing was uploaded twice"

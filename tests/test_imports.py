@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {"data", "environment", "templates"},
     "evaluation": {"batching", "data", "environment", "hub", "templates"},
     "training": {"batching", "data", "environment", "evaluation", "hub"},
-    "serving": {"batching", "data", "evaluation", "hub", "speech"},
+    "serving": {"batching", "data", "environment", "evaluation", "hub", "speech", "templates"},
 }
 ALLOWED["tools"] = set(ALLOWED)
 ALLOWED["commands"] = set(ALLOWED)

@@ -1,4 +1,4 @@
-"""Other programs judge as ours do: coco-caption itself (pycocoevalcap, in Java), Hugging Face's evaluate, lmms-eval."""
+"""Other programs give equal scores: coco-caption (pycocoevalcap, in Java), Hugging Face's evaluate, lmms-eval."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from clip_phi.evaluation.run import load
 
 pytestmark = pytest.mark.oracle
 ROOT = Path(__file__).parent.parent
-# What COCO's captions are made of, the odd ones included.
+# Parts of COCO's captions, rare ones included.
 WORDS = (
     "a man woman's is isn't riding the dog's two-story red black-and-white t-shirt U.S. St. John street 3 10:30 1st "
     "5-year-old $5 50% \"stop\" 'hi' (left) & AT&T o'clock can't it's they're and/or cat dog tree, sky; sea: hat bat "
@@ -79,11 +79,11 @@ def test_meteor_is_that_of_the_public_example():
 
 
 def test_metrics_load_with_evaluate_without_a_network_and_give_our_scores(tmp_path):
-    folder = tmp_path / "metrics"  # as in a Space: a metric beside the file that it imports
+    folder = tmp_path / "metrics"  # as in a Space: the metric beside the files that it imports
     shutil.copytree(ROOT / "clip_phi/evaluation", folder)
     script = f"""
 import evaluate, json
-load = lambda name: evaluate.load({str(folder)!r} + f"/metric_{{name}}.py")
+load = lambda name: evaluate.load({str(folder / "metric.py")!r}, name)
 print(json.dumps([
     load("captions").compute(predictions={CAPTIONS!r}, references={REFERENCES!r}),
     load("vqa").compute(predictions=["Red.", "two"], references=[["red"] * 9 + ["blue"], ["3"]]),
@@ -129,7 +129,7 @@ def process_results(doc, results):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_lmms_eval_gets_from_a_local_checkpoint_the_answers_that_we_get(num_beams, model, processor, tmp_path):
+def test_lmms_eval_gets_the_same_answers_from_a_local_model(num_beams, model, processor, tmp_path):
     from PIL import Image
 
     from clip_phi.evaluation.generate import generate_answers

@@ -508,9 +508,9 @@ def test_the_worker_hears_whatever_whisperx_prints_and_sends_no_telemetry(enviro
             "160 samples, false", (Segment("160 samples, false", 0.0, 1.5),), "en", "whisperx", 0.01, False
         )
         assert transcriber.transcribe(sound(1, 170_000)).text == "170000 samples, false"  # longer than a pipe holds
-        assert transcriber.transcribe(sound(0)).text == "" and transcriber.healthy() and transcriber.starts == 1
+        assert transcriber.transcribe(sound(0)).text == "" and transcriber.starts == 1
         process = transcriber._process
-    assert process.poll() == 0 and not transcriber.healthy()
+    assert process.poll() == 0
     with pytest.raises(ValueError, match="this transcriber is closed"):
         transcriber.transcribe(sound(1))
 
@@ -540,8 +540,10 @@ def test_a_worker_that_does_not_answer_is_stopped(environment):
         transcriber.transcribe_seconds = 60
         assert transcriber.transcribe(sound(1)).text == "160 samples, false" and transcriber.starts == 2
         os.kill(transcriber._process.pid, signal.SIGSTOP)
-        process = transcriber._process
-        assert not transcriber.healthy(0.2) and process.poll() == -signal.SIGKILL
+        process, transcriber.transcribe_seconds = transcriber._process, 0.2
+        with pytest.raises(whisperx.WorkerError, match="did not answer within 0.2 seconds"):
+            transcriber.transcribe(sound(1))
+        assert process.poll() == -signal.SIGKILL
     with pytest.raises(whisperx.WorkerError, match="did not start within 0.2 seconds"):
         make_worker(environment, "slow", start_seconds=0.2)
 

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from clip_phi.batching.index import load_index
 from clip_phi.cli import main
 from clip_phi.data.sample import SPOKEN_INSTRUCTION, File
 from clip_phi.data.source import parse_source
-from clip_phi.data.synthetic import write_dataset
+from clip_phi.data.synthetic import NUMBERS, write_dataset
 from clip_phi.speech.asr import make_transcriber
 from clip_phi.speech.audio import SAMPLING_RATE, AudioClip, audio_from_array, load_audio
 from clip_phi.speech.tts import Speech, join, make_tts, write_wav
@@ -91,7 +92,7 @@ def encoded(path, samples, rate, codec="mp3", layout="mono"):
 
 
 def test_ten_sentences_are_transcribed_in_every_format(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks/speech.py", "--parts", "hear", "--json", tmp_path / "out.json"]
+    command = [sys.executable, ROOT / "benchmarks/speech.py", "--parts", "transcribe", "--json", tmp_path / "out.json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
@@ -346,6 +347,7 @@ def checkpoint(tmp_path_factory):
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
     folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
     backbones = [str(ROOT / "examples/demo_backbones" / part) for part in ("vision", "text")]
     processor = ClipPhiProcessor.from_backbones(*backbones)
     ClipPhiForCausalLM.from_backbones(*backbones, image_token_id=processor.image_token_id).save_pretrained(folder)
@@ -360,7 +362,7 @@ def test_the_example_answers_a_recording_with_one(checkpoint, question, whisper,
     command = [sys.executable, ROOT / "examples/ask_by_voice.py", picture, question, answer, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert f"heard: {QUESTION}" in done.stdout
+    assert f"question: {QUESTION}" in done.stdout
     with wave.open(str(answer)) as sound:
         assert sound.getnframes() > 8_000
     # The command says the same, in the same voice.
@@ -371,6 +373,7 @@ def test_the_example_answers_a_recording_with_one(checkpoint, question, whisper,
     assert again.read_bytes() == answer.read_bytes()
     assert told["transcript"] == QUESTION and told["question"] is None and told["speak"] == str(again)
     found = transcriber.transcribe(load_audio(again)).text.lower().strip(".").split()
+    found = [NUMBERS[int(word)] if word.isdigit() else word for word in found]  # Whisper writes some numbers as digits
     written = told["answer"].lower().strip(".").split()
     assert set(found[:5]) & set(written), (found, written)
 
@@ -380,7 +383,7 @@ def test_the_commands_of_the_docs_do_what_they_say(
 ):
     write_dataset(tmp_path, num_train=2, num_val=1)
     (tmp_path / "llava_instruct_train.json").rename(tmp_path / "llava_instruct_150k.json")
-    next((tmp_path / "val2017").iterdir()).rename(tmp_path / "picture.jpg")
+    next((tmp_path / "val2017").iterdir()).rename(tmp_path / "image.jpg")
     (tmp_path / "question.wav").write_bytes(question.read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLIP_PHI_WHISPERX", str(tmp_path / "whisperx"))
@@ -421,7 +424,6 @@ def test_a_real_whisperx_is_installed_and_hears_the_same(transcriber, question, 
         assert worker.transcribe(AudioClip(np.zeros(1, np.float32), False)).text == ""
         os.kill(worker._process.pid, signal.SIGKILL)
         assert worker.transcribe(load_audio(question)).text == QUESTION and worker.starts == 2
-        assert worker.healthy()
     checks = {check.name: check for check in examine()}
     assert {checks[name].status for name in ("speech in", "speech out", "WhisperX")} == {"ok"}
     with pytest.raises(ValueError, match="supports English only, not 'de'"):

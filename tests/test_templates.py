@@ -14,7 +14,7 @@ from clip_phi.serving.space import write_space
 from clip_phi.templates import render
 
 ROOT = Path(__file__).parent.parent
-TEMPLATES = {path.name for path in (ROOT / "clip_phi/templates").iterdir() if path.suffix in (".html", ".md")}
+TEMPLATES = {path.name for path in (ROOT / "clip_phi/templates").iterdir() if path.suffix in (".css", ".html", ".md")}
 
 
 def test_html_is_escaped_and_values_must_be_given():

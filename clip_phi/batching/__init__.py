@@ -1,1 +1,1 @@
-"""From Samples to the tensors that the model eats."""
+"""From Samples to a PackedBatch: token ids, the index, images, packs."""

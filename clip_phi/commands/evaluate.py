@@ -68,9 +68,9 @@ def add_to(commands: Any) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     arguments.model = choose_model(arguments)
-    from ..evaluation.run import evaluate
+    from ..evaluation.run import run
 
-    evaluate(arguments, DEMO_MODEL)
+    run(arguments, DEMO_MODEL)
 
 
 def run_compare(arguments: argparse.Namespace) -> None:

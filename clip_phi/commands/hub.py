@@ -22,7 +22,7 @@ def add_to(commands: Any) -> None:
     push.add_argument("--tag", help="tag of the pushed commit (default: made from the weights' hash)")
     push.add_argument("--create_pr", action="store_true", help="a pull request instead of a commit")
     push.add_argument("--message", help="commit message")
-    push.add_argument("--no_pictures", action="store_true", help="a card without sample images")
+    push.add_argument("--no_images", action="store_true", help="a card without sample images")
     add_json(push)
 
     export = add_command(commands, "export", run_export, "a trained model's files for llama.cpp, vLLM, Llava or ONNX")
@@ -71,8 +71,8 @@ def run_push(arguments: argparse.Namespace) -> None:
         ),
         merged=arguments.merged,
         message=arguments.message,
-        pictures=not arguments.no_pictures,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        images=not arguments.no_images,
+        log=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(json.dumps(asdict(pushed)) if arguments.json else pushed)
 

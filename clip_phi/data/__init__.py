@@ -1,1 +1,1 @@
-"""Readers: files in the layouts people have, to Samples."""
+"""Readers of the common data formats. Each yields Samples and counts damaged records."""

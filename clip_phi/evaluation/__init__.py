@@ -1,1 +1,1 @@
-"""Judging: held-out loss, generated texts, scores."""
+"""Evaluation: held-out loss, generated answers, scores and their controls."""

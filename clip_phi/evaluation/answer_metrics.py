@@ -1,6 +1,6 @@
-"""Short answers against what people answered: VQA accuracy, exact match, and POPE's yes or no.
+"""Short answers against references: VQA accuracy, exact match, and POPE's yes or no.
 
-Imports nothing of ours, so that the file can stand beside a metric on the Hub.
+Imports nothing of the project: the file is part of the metric on the Hub.
 """
 
 import re
@@ -11,8 +11,8 @@ import numpy as np
 ARTICLES = {"a", "an", "the"}
 _NUMBERS = "zero one two three four five six seven eight nine ten"
 NUMBERS = {name: str(value) for value, name in enumerate(_NUMBERS.split())} | {"none": "0"}
-# Words that are written without one of their apostrophes, as the official evaluation mends them. The two of somebody'd
-# are turned round there, and it knows neither i'm nor let's.
+# The official evaluation restores one missing apostrophe in these words. It has somebody'd the other way round, and
+# neither i'm nor let's.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -31,14 +31,14 @@ CONTRACTIONS = {
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
 _COMMA = re.compile(r"\d,\d")
-MOST_PERIODS = 32  # the official evaluation strips no more of them
-AGREEING = 3  # other people who must have given an answer for it to count in full
+MOST_PERIODS = 32  # the official evaluation removes no more
+AGREEING = 3  # other people who must give an answer for it to count in full
 PEOPLE = 10  # who answer a question of VQAv2
 
 
 def normalise(answer: str) -> str:
     """As the official VQA evaluation compares answers (arXiv 1505.00468): without case, punctuation and articles,
-    numbers as digits, apostrophes mended."""
+    numbers as digits, apostrophes restored."""
     answer = " ".join(answer.replace("\t", " ").splitlines()).strip()
     text = answer
     has_number = _COMMA.search(answer) is not None
@@ -94,24 +94,24 @@ def pope(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
 
     labels: yes or no. A score whose denominator is 0 is 0. Raises ValueError for another label or number of them."""
     if len(answers) != len(labels) or not answers:
-        raise ValueError(f"{len(answers):,} answers for {len(labels):,} labels: give as many, and one at least")
+        raise ValueError(f"{len(answers):,} answers for {len(labels):,} labels: give equally many, at least one")
     if unknown := sorted(set(labels) - {"yes", "no"}):
         raise ValueError(f"POPE's labels are yes and no, not {', '.join(map(repr, unknown[:3]))}")
-    said = np.array([says_yes(answer) for answer in answers])
+    yes = np.array([says_yes(answer) for answer in answers])
     true = np.array([label == "yes" for label in labels])
-    hits = int((said & true).sum())
-    precision, recall = hits / max(int(said.sum()), 1), hits / max(int(true.sum()), 1)
+    hits = int((yes & true).sum())
+    precision, recall = hits / max(int(yes.sum()), 1), hits / max(int(true.sum()), 1)
     return {
-        "accuracy": float((said == true).mean()),
+        "accuracy": float((yes == true).mean()),
         "precision": precision,
         "recall": recall,
         "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
-        "yes_share": float(said.mean()),
+        "yes_share": float(yes.mean()),
     }
 
 
 def _check(answers: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if len(answers) != len(references) or not answers:
-        raise ValueError(f"{len(answers):,} answers for {len(references):,} questions: give as many, and one at least")
+        raise ValueError(f"{len(answers):,} answers for {len(references):,} questions: give equally many, at least one")
     if not all(references):
-        raise ValueError("answers are judged against references: each question needs one at least")
+        raise ValueError("each question needs at least one reference answer")

@@ -1,8 +1,9 @@
-"""Answers as they come, in a file: what a killed evaluation has got is not asked again, and what it got from another
-checkpoint, other data or another prompt is never used."""
+"""Answers saved as they are generated. A killed evaluation continues with them; answers of another model, other data or
+another prompt are never used."""
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +11,34 @@ from PIL import Image
 
 from ..batching.images import load_image
 from ..data.sample import File
-from .generate import Answer, Prompt, generate_answers
+from .generate import GeneratedAnswer, Prompt, generate_answers
 
 
-class Request(NamedTuple):
-    """One prompt. image: None for none. text: the instruction; None for the caption of a bare image. transcript: what
-    is said before it. key: of all."""
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated: greedily or by beam search, never sampled."""
+
+    prompt: str | None = None  # the question replaces "{question}" in it; None for the usual prompt
+    max_new_tokens: int = 64
+    num_beams: int = 1  # 1 is greedy
+    batch_size: int = 32
+    seed: int = 0  # of the shuffles and the bootstrap
+    shuffles: int = 1  # the shuffled control is the mean of so many
+
+
+@dataclass
+class Processes:
+    """The processes that share the work; by default this one alone."""
+
+    rank: int = 0
+    world_size: int = 1
+    gather: Callable[[list[Any]], list[Any]] = lambda values: values  # joins the lists of all, in each of them
+    wait: Callable[[], Any] = lambda: None  # returns when all have called it
+    log: Callable[..., Any] = print  # prints a line
+
+
+class Question(NamedTuple):
+    """One prompt. key: a hash of the others. text: the instruction; None for the caption of a bare image."""
 
     key: str
     image: File | bytes | None
@@ -24,37 +47,34 @@ class Request(NamedTuple):
 
 
 class AnswerFile:
-    """One jsonl file for each process in a folder; the first line of each says what its answers are bound to.
+    """One jsonl file for each process in a folder. The first line of each is the binding of its answers: for json, all
+    that they depend on. The main process deletes files with another binding."""
 
-    binding: for json, all that decides an answer. Files bound to anything else are deleted, by the main process."""
-
-    def __init__(
-        self, folder: Path, binding: dict[str, Any], rank: int, wait: Callable[[], Any], say: Callable[..., Any]
-    ):
-        self.known: dict[str, Answer] = {}
+    def __init__(self, folder: Path, binding: dict[str, Any], processes: Processes):
+        self.answers: dict[str, GeneratedAnswer] = {}
         stale = 0
-        if rank == 0:
+        if processes.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for path in sorted(folder.glob("rank-*.jsonl")):
                 if _binding_of(path) != binding:
                     path.unlink()
                     stale += 1
         if stale:
-            say(f"answers in {folder} are of another checkpoint, data, prompt or decoding, and are not used")
-        wait()  # before the others read, and before anyone writes
+            processes.log(f"saved answers in {folder} are of another model, data, prompt or decoding, and are not used")
+        processes.wait()  # before the others read, and before any process writes
         for path in sorted(folder.glob("rank-*.jsonl")):
-            self.known |= _read(path)
-        wait()
-        self.path = folder / f"rank-{rank}.jsonl"
+            self.answers |= _read(path)
+        processes.wait()
+        self.path = folder / f"rank-{processes.rank}.jsonl"
         if self.path.exists():
-            _cut_torn_line(self.path)
+            _cut_partial_line(self.path)
         else:
             self.path.write_text(json.dumps(binding) + "\n", encoding="utf-8")
 
-    def add(self, keys: Sequence[str], answers: Sequence[Answer]) -> None:
-        self.known |= dict(zip(keys, answers, strict=True))
+    def add(self, answers: dict[str, GeneratedAnswer]) -> None:
+        self.answers |= answers
         with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps([key, *answer]) + "\n" for key, answer in zip(keys, answers, strict=True))
+            file.writelines(json.dumps([key, *answer]) + "\n" for key, answer in answers.items())
 
 
 def _binding_of(path: Path) -> Any:
@@ -65,19 +85,19 @@ def _binding_of(path: Path) -> Any:
             return None
 
 
-def _read(path: Path) -> dict[str, Answer]:
-    """Without the last line, if the process was killed in it."""
+def _read(path: Path) -> dict[str, GeneratedAnswer]:
+    """All answers but a last line that a killed process did not finish."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines()[1:]:
         try:
             key, *answer = json.loads(line)
         except ValueError:
             continue
-        found[key] = Answer(*answer)
+        found[key] = GeneratedAnswer(*answer)
     return found
 
 
-def _cut_torn_line(path: Path) -> None:
+def _cut_partial_line(path: Path) -> None:
     text = path.read_bytes()
     if not text.endswith(b"\n"):
         path.write_bytes(text[: text.rfind(b"\n") + 1])
@@ -86,37 +106,32 @@ def _cut_torn_line(path: Path) -> None:
 def answer_all(
     model: Any,
     processor: Any,
-    requests: Sequence[Request],
+    questions: Sequence[Question],
+    decoding: Decoding,
+    processes: Processes,
     file: AnswerFile | None,
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    num_beams: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: Callable[[Any], Any] = lambda batches: batches,
-) -> dict[str, Answer]:
-    """This process' share of the answers, by key, and those that its file has already.
-
-    file: None to keep nothing. progress: wraps the batches, for a bar."""
-    known = file.known if file is not None else {}
-    # Prompts of like length, with or without an image, share a batch: less padding.
+    progress: Callable[[Any], Any],
+) -> dict[str, GeneratedAnswer]:
+    """This process' share of the answers, and those that the file has already, by key. progress: wraps the batches."""
+    found = dict(file.answers) if file is not None else {}
+    # Prompts of similar length, with or without an image, share a batch: less padding.
     missing = sorted(
-        (request for request in requests if request.key not in known),
-        key=lambda request: (request.image is None, len(request.text or ""), request.key),
-    )[rank::world_size]
-    found = dict(known)
-    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+        (question for question in questions if question.key not in found),
+        key=lambda question: (question.image is None, len(question.text or ""), question.key),
+    )[processes.rank :: processes.world_size]
+    size = decoding.batch_size
+    batches = [missing[start : start + size] for start in range(0, len(missing), size)]
     for batch in progress(batches):
-        answers = generate_answers(model, processor, [as_prompt(each) for each in batch], max_new_tokens, num_beams)
-        keys = [request.key for request in batch]
-        found |= dict(zip(keys, answers, strict=True))
+        prompts = [as_prompt(each) for each in batch]
+        answers = generate_answers(model, processor, prompts, decoding.max_new_tokens, decoding.num_beams)
+        new = dict(zip((question.key for question in batch), answers, strict=True))
+        found |= new
         if file is not None:
-            file.add(keys, answers)
+            file.add(new)
     return found
 
 
-def as_prompt(request: Request) -> Prompt:
+def as_prompt(request: Question) -> Prompt:
     content: list[dict[str, Any]] = [{"type": "image"}] if request.image is not None else []
     if request.transcript is not None:
         content.append({"type": "transcript", "text": request.transcript})

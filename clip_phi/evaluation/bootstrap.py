@@ -1,11 +1,11 @@
-"""How sure a difference is: a paired bootstrap over images, since all that is compared was asked about the same."""
+"""Confidence intervals of differences, by a paired bootstrap over images."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 RESAMPLES = 2000
-CHUNK = 250  # resamples at once, to hold no more of them
+CHUNK = 250  # resamples in memory at once
 
 
 def by_group(scores: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -16,7 +16,7 @@ def by_group(scores: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def margin(score: float, controls: Sequence[float]) -> float:
-    """What a score has above the best of its controls."""
+    """The score minus the best of its controls."""
     return score - max(controls)
 
 
@@ -26,8 +26,8 @@ def margin_interval(
     """The 95 % interval of a mean's margin over the best of other means, by the percentile bootstrap (Efron 1979).
 
     sums: float (groups, 1 + others), of the score and of what it is compared with; counts: (groups,), their samples.
-    Whole groups are drawn: questions about one image stand or fall together. Which of the others is best is asked
-    anew in each resample. The same seed gives the same interval."""
+    Whole groups are resampled, since questions about one image are not independent. The best of the others is chosen
+    in each resample. The same seed gives the same interval."""
     rng = np.random.default_rng(seed)
     number = len(counts)
     found = []

@@ -1,11 +1,11 @@
 """Captions against references: BLEU, ROUGE-L and CIDEr, as coco-caption computes them, without its Java.
 
-Every number is that of the reference implementation (arXiv 1504.00325, the package pycocoevalcap), its ways at the
-edges included: brackets stay as words such as -lrb-, while quotes and full stops go. What it and nearly every paper
-call CIDEr is CIDEr-D, with clipped counts and a length penalty, so both names are given here for the one number. The
-form without these two (arXiv 1411.5726, equations 1 to 3; its authors' code) is CIDEr-unclipped.
+Every number equals that of the reference implementation (arXiv 1504.00325, the package pycocoevalcap), edge cases
+included: brackets stay as words such as -lrb-, while quotes and full stops are removed. Its CIDEr, and that of nearly
+every paper, is CIDEr-D, with clipped counts and a length penalty; so both names are given for the one number. The form
+without these two (arXiv 1411.5726, equations 1 to 3; its authors' code) is CIDEr-unclipped.
 
-Imports nothing of ours, so that the file can stand beside a metric on the Hub.
+Imports nothing of the project: the file is part of the metric on the Hub.
 """
 
 import math
@@ -20,7 +20,7 @@ MAX_ORDER = 4  # of n-grams
 SIGMA = 6.0  # of CIDEr-D's length penalty, in words
 BETA = 1.2  # how much more recall weighs in ROUGE-L
 
-# The Penn Treebank's rules, as Stanford's PTBTokenizer 3.4.1 has them, as far as captions go. Matched in this order.
+# The Penn Treebank's rules as in Stanford's PTBTokenizer 3.4.1, as far as captions need them. Matched in this order.
 _TOKEN = re.compile(
     r"""
     https?://[^\s"<>|(){}]+ | [\w.+-]+@[^\W_]+(?:[.-][^\W_]+)*          # addresses
@@ -49,7 +49,7 @@ _RENAMED = {
     **{"½": "1/2", "¼": "1/4", "¾": "3/4", ":)": ":-rrb-", ":(": ":-lrb-", ";)": ";-rrb-", ";(": ";-lrb-"},
     **{":-)": ":--rrb-", ":-(": ":--lrb-", ";-)": ";--rrb-", ";-(": ";--lrb-"},
 }
-# What the reference drops (coco-caption's list of punctuation), and what the tokenizer makes such a thing of.
+# The punctuation that coco-caption removes, and other characters that its tokenizer turns into it.
 _DROPPED = {*"'`\".?!,:;-“”‘’–—…", "..."}
 
 
@@ -90,15 +90,15 @@ class CaptionScores(NamedTuple):
 
 
 class CaptionScorer:
-    """Scores captions of one set of images, whose references are read once.
+    """Scores captions of one set of images, whose references are tokenised once.
 
-    references: of each image one caption or more. CIDEr's rare words are rare among these references, so its scores
-    depend on the whole set, and a set of one image has none: all are 0 there.
+    references: one caption or more for each image. CIDEr weighs words by how rare they are in these references, so its
+    scores depend on the whole set, and are 0 for a set of one image.
     Raises ValueError if there are no images, or one has no reference."""
 
     def __init__(self, references: Sequence[Sequence[str]]):
         if not references or not all(references):
-            raise ValueError("captions are judged against references: each image needs one at least")
+            raise ValueError("each image needs at least one reference caption")
         self.references = [[_Words.of(caption) for caption in captions] for captions in references]
         frequency: Counter[tuple[str, ...]] = Counter()
         for captions in self.references:
@@ -127,7 +127,7 @@ class CaptionScorer:
         for ngram, count in words.counts.items():
             weights[len(ngram) - 1][ngram] = count * self._weight.get(ngram, self._unseen)
         norms = [math.sqrt(sum(value * value for value in part.values())) for part in weights]
-        # The reference takes the number of its word pairs for a caption's length.
+        # As in the reference, a caption's length is its number of word pairs.
         return _Vector(weights, norms, max(0, len(words.words) - 1))
 
     def _cider(self, words: "_Words", references: Sequence["_Vector"]) -> tuple[float, float]:
@@ -190,8 +190,8 @@ def bleu(candidates: Sequence[_Words], references: Sequence[Sequence[_Words]]) -
 
 
 def rouge_l(candidate: _Words, references: Sequence[_Words]) -> float:
-    """The F score, recall weighing more, of the longest common subsequence, with the best precision and the best recall
-    of any reference (ROUGE-L, Lin 2004, as in arXiv 1504.00325)."""
+    """The F score of the longest common subsequence, with more weight on recall (ROUGE-L, Lin 2004, as in arXiv
+    1504.00325). Precision and recall are the best of any reference."""
     own = candidate.words or [""]  # an empty caption is one empty word there
     common = [(_longest_common(own, other.words or [""]), len(other.words) or 1) for other in references]
     precision = max(length for length, _ in common) / len(own)
@@ -227,10 +227,10 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> floa
         raise OSError("METEOR needs Java, for example: apt-get install default-jre-headless")
     keys = range(len(captions))
     texts = {key: [" ".join(tokenise(captions[key]))] for key in keys}
-    written = {key: [" ".join(tokenise(caption)) for caption in references[key]] for key in keys}
-    judge = Meteor()
+    truth = {key: [" ".join(tokenise(caption)) for caption in references[key]] for key in keys}
+    program = Meteor()
     try:
-        score, _ = judge.compute_score(written, texts)
+        score, _ = program.compute_score(truth, texts)
     finally:
-        judge.meteor_p.kill()
+        program.meteor_p.kill()
     return float(score)

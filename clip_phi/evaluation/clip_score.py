@@ -1,4 +1,4 @@
-"""CLIPScore: how well a text fits an image, as a CLIP with its text half sees it, without any reference."""
+"""CLIPScore: how well a text fits an image, by the embeddings of a CLIP model, without any reference."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ class ClipScorer:
     """Scores texts against images: 2.5 times the cosine between their embeddings, or 0 if it is negative (arXiv
     2104.08718).
 
-    clip: folder or Hub id of a CLIP checkpoint with its text half, its tokenizer and its image processor. If it is the
-    tower that the judged model sees with, both are blind to the same things."""
+    clip: folder or Hub id of a CLIP model with its text half, tokenizer and image processor. If it is the one that the
+    evaluated model's vision tower is from, CLIPScore misses what the model misses."""
 
     def __init__(self, clip: str, device: Any = "cpu", local_files_only: bool = False):
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
@@ -33,17 +33,17 @@ class ClipScorer:
     def __call__(self, texts: Sequence[str], images: Iterable[Image.Image]) -> np.ndarray:
         """float64 (texts,). images: RGB, one for each text."""
         scores = []
-        pictures = iter(images)
+        images = iter(images)
         for start in range(0, len(texts), BATCH_SIZE):
             batch = [PREFIX + text for text in texts[start : start + BATCH_SIZE]]
-            pixels = self.image_processor([next(pictures) for _ in batch], return_tensors="pt")["pixel_values"]
+            pixels = self.image_processor([next(images) for _ in batch], return_tensors="pt")["pixel_values"]
             output = self.model(**self._tokens(batch), pixel_values=pixels.to(self.model.device))
             cosine = (output.text_embeds * output.image_embeds).sum(-1)  # both have length 1
             scores.append(WEIGHT * cosine.clamp(min=0).double().cpu().numpy())
         return np.concatenate(scores)
 
     def _tokens(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Each with one end token, at which CLIP reads the text; some tokenizers write it themselves, some do not."""
+        """Each with one end token, where CLIP takes the embedding; only some tokenizers add it themselves."""
         end = self.tokenizer.eos_token_id
         most = self.model.config.text_config.max_position_embeddings - 1
         rows = [ids[:-1] if ids[-1] == end else ids for ids in self.tokenizer(list(texts))["input_ids"]]
@@ -54,8 +54,8 @@ class ClipScorer:
         return {"input_ids": padded, "attention_mask": mask}
 
 
-def clip_at_hand(config: Any, device: Any, say: Callable[[str], Any]) -> ClipScorer | None:
-    """The scorer of the CLIP that a checkpoint's tower is from, if that is on this machine with its text half."""
+def local_clip(config: Any, device: Any, log: Callable[[str], Any]) -> ClipScorer | None:
+    """The scorer of the CLIP model that the vision tower is from, if this machine has it with its text half."""
     from transformers import AutoConfig
 
     source = config.vision_backbone
@@ -64,8 +64,7 @@ def clip_at_hand(config: Any, device: Any, say: Callable[[str], Any]) -> ClipSco
     try:
         if getattr(AutoConfig.from_pretrained(source, local_files_only=True), "text_config", None) is None:
             return None
-        scorer = ClipScorer(source, device, local_files_only=True)
+        return ClipScorer(source, device, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
-        say(f"no CLIPScore: {source} cannot be loaded with its text half ({' '.join(str(error).split())[:200]})")
+        log(f"no CLIPScore: {source} cannot be loaded with its text half ({' '.join(str(error).split())[:200]})")
         return None
-    return scorer

@@ -1,4 +1,4 @@
-"""Held-out loss and answers of a model, in batches."""
+"""Held-out loss and generated answers of a model, in batches."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ def held_out_loss(model: torch.nn.Module, packs: Iterable[PackedBatch], device: 
     return total
 
 
-class Answer(NamedTuple):
-    """What a model said. tokens: how many, its end token included. ended: it came to that, and was not cut."""
+class GeneratedAnswer(NamedTuple):
+    """tokens: their number, the end token included. ended: whether the end token was generated within the limit."""
 
     text: str
     tokens: int
@@ -34,7 +34,7 @@ class Answer(NamedTuple):
 @torch.no_grad()
 def generate_answers(
     model: Any, processor: Any, prompts: Sequence[Prompt], max_new_tokens: int = 64, num_beams: int = 1
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """The model's answers to one batch of prompts, greedy or by beam search, stripped; in the order of the prompts.
 
     prompts: conversations that end with a user's turn, each with the image that its {"type": "image"} stands for.
@@ -48,7 +48,7 @@ def generate_answers(
     end = processor.tokenizer.eos_token_id
     lengths = [row.index(end) + 1 if end in row else len(row) for row in rows]
     return [
-        Answer(text.strip(), length, row[length - 1 : length] == [end])
+        GeneratedAnswer(text.strip(), length, row[length - 1 : length] == [end])
         for text, row, length in zip(texts, rows, lengths, strict=True)
     ]
 

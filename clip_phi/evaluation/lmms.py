@@ -1,7 +1,7 @@
-"""Clip-Phi as a model of lmms-eval, so that others' tasks judge it: lmms-eval --model clip_phi.
+"""Clip-Phi as a model of lmms-eval, for its tasks: lmms-eval --model clip_phi.
 
-Found by lmms-eval through the entry point in setup.cfg; --model_args pretrained=FOLDER,batch_size=8,device=cpu. Greedy
-or beam search; what a task asks for beside (sampling, likelihoods, several images, rounds) is refused by name.
+lmms-eval finds it by the entry point in setup.cfg; --model_args pretrained=FOLDER,batch_size=8,device=cpu. Greedy or
+beam search. Tasks that need more (sampling, likelihoods, several images, several rounds) are refused by name.
 """
 
 from typing import Any
@@ -16,12 +16,12 @@ MANIFEST = ModelManifest("clip_phi", simple_class_path="clip_phi.evaluation.lmms
 
 
 class ClipPhi(lmms):
-    """pretrained: folder or Hub id of a checkpoint. A context's <image> is left out: the image comes first here."""
+    """pretrained: folder or Hub id. The image stands before the text, so <image> is removed from a task's context."""
 
     def __init__(self, pretrained: str, batch_size: int | str = 8, device: str | None = None, **unknown: Any):
         super().__init__()
         if unknown:
-            raise ValueError(f"--model_args: clip_phi knows no {', '.join(sorted(unknown))}")
+            raise ValueError(f"--model_args: clip_phi has no {', '.join(sorted(unknown))}")
         import torch
         from accelerate import Accelerator
 
@@ -40,7 +40,7 @@ class ClipPhi(lmms):
             options = request.args[1]
             if options.get("do_sample"):
                 raise ValueError(
-                    f"task {request.args[4]}: Clip-Phi is judged on greedy answers or beams, not on samples"
+                    f"task {request.args[4]} samples answers, and clip_phi has only greedy and beam search"
                 )
             how = (int(options.get("max_new_tokens", 64)), int(options.get("num_beams") or 1))
             groups.setdefault(how, []).append(number)
@@ -57,7 +57,7 @@ class ClipPhi(lmms):
         context, _, to_visual, document, task, split = arguments
         images = to_visual(self.task_dict[task][split][document])
         if len(images) > 1:
-            raise ValueError(f"task {task}: {len(images)} images in one question; Clip-Phi reads one")
+            raise ValueError(f"task {task}: {len(images)} images in one question; Clip-Phi takes one")
         content: list[dict[str, Any]] = [{"type": "image"}] if images else []
         if text := context.replace("<image>", "").strip():
             content.append({"type": "text", "text": text})

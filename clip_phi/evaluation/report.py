@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from PIL import Image
 
 from ..batching.images import load_image
 from ..environment import describe_environment
+from ..hub.card import scrub
 from ..templates import render
 from ..templates.sheet import draw_images, save_png
 from .bootstrap import by_group, margin_interval
@@ -22,12 +22,12 @@ from .tasks import EvalSet
 SHOWN = 8  # samples of each kind: best, worst, random
 THUMBNAIL = 224  # pixels
 NAMES = {"score": "model", "blind": "blind (no image)", "shuffled": "shuffled images"}
-# What decides what a checkpoint says; its card, its logs and its results do not.
+# The files that a model's answers depend on.
 WEIGHTS = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*.json", "*processor*.json", "*.jinja")
 
 
-def checkpoint_sha256(folder: Path) -> str:
-    """Of the files of a checkpoint that decide what it says: weights, adapter, configs, tokenizer."""
+def model_sha256(folder: Path) -> str:
+    """Of the files that a model's answers depend on: weights, adapter, configs, tokenizer."""
     digest = hashlib.sha256()
     files = {path for where in (folder, folder / "adapter") for name in WEIGHTS for path in where.glob(name)}
     files |= set((folder / "adapter").glob("*.json"))
@@ -39,46 +39,38 @@ def checkpoint_sha256(folder: Path) -> str:
 
 
 def portable(text: str) -> str:
-    """A text without the folders of this machine: paths below the working folder relative to it, of others the name."""
-    text = text.replace(f"{os.getcwd()}{os.sep}", "")
-    return re.sub(r"(?<![\w.:/-])(?:/[^/\s,:=]+)*/(?=[^/\s,:=])", "", text)
+    """The text with paths relative to the working folder, and the names alone of paths elsewhere; without tokens."""
+    return scrub(text.replace(f"{os.getcwd()}{os.sep}", ""))
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, without what names its folders."""
+    """Versions and machine, without names of folders."""
     found = describe_environment()
     return {name: found[name] for name in ("python", "packages", "platform", "cpu", "cores", "devices", "git_commit")}
 
 
-def write(outcome: EvalResult, eval_set: EvalSet, folder: Path, result_only: Path | None = None) -> list[Path]:
-    """Write TASK.json, TASK.samples.jsonl, TASK.html and TASK.png into the folder.
+def write(evaluation: EvalResult, eval_set: EvalSet, folder: Path, extra: Path | None = None) -> list[Path]:
+    """Write TASK.json, TASK.samples.jsonl, TASK.html and TASK.png into the folder, and the json to `extra` as well.
 
-    Args:
-        outcome: the result and its samples.
-        eval_set: has the images.
-        folder: created if it is missing.
-        result_only: a file for a second copy of TASK.json.
-
-    Returns:
-        The files.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    task = outcome.result["task"]
-    files = [folder / f"{task}{ending}" for ending in (".json", ".samples.jsonl", ".html", ".png")]
-    text = json.dumps(outcome.result, indent=2, ensure_ascii=False) + "\n"
-    _write(files[0], text)
-    _write(files[1], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in outcome.samples))
-    chosen = choose(outcome)
-    sources = dict(zip(eval_set.digests, eval_set.images, strict=True))
-    shown = {row["image_digest"] for rows in chosen.values() for row in rows}
-    images = {digest: _thumbnail(sources[digest]) for digest in shown}
-    _write(files[2], page(outcome.result, chosen, images))
-    draw_sheet(files[3], outcome.result, chosen, images)
-    if result_only is not None:
-        result_only.parent.mkdir(parents=True, exist_ok=True)
-        _write(result_only, text)
-        files.append(result_only)
-    return files
+    Returns the files."""
+    result, samples = evaluation.result, evaluation.samples
+    for each in (folder, *([extra.parent] if extra else [])):
+        each.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{result['task']}{ending}" for ending in (".json", ".samples.jsonl", ".html", ".png")]
+    jsons = [files[0], *([extra] if extra else [])]
+    for path in jsons:
+        _write(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    _write(files[1], "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+    chosen = choose(evaluation)
+    shown = {sample["image_digest"] for group in chosen.values() for sample in group}
+    images = {}
+    for digest, source in zip(eval_set.digests, eval_set.images, strict=True):
+        if digest in shown:
+            images[digest] = load_image(source)
+            images[digest].thumbnail((THUMBNAIL, THUMBNAIL))
+    _write(files[2], page(result, chosen, images))
+    draw_sheet(files[3], result, chosen, images)
+    return files + jsons[1:]
 
 
 def _write(path: Path, text: str) -> None:
@@ -87,21 +79,14 @@ def _write(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def choose(outcome: EvalResult) -> dict[str, list[dict[str, Any]]]:
-    """The best, the worst, and random samples, each once; chance decides between equals. By the result's seed."""
-    rng = random.Random(outcome.result["seed"])
-    rows = rng.sample(outcome.samples, len(outcome.samples))
-    upside = -1 if outcome.result.get("lower_is_better") else 1
-    ranked = sorted(rows[SHOWN:], key=lambda row: upside * row["score"])
+def choose(evaluation: EvalResult) -> dict[str, list[dict[str, Any]]]:
+    """The best, the worst, and random samples, each once, by the result's seed."""
+    rng = random.Random(evaluation.result["seed"])
+    samples = rng.sample(evaluation.samples, len(evaluation.samples))  # equal scores: a random order
+    upside = -1 if evaluation.result.get("lower_is_better") else 1
+    ranked = sorted(samples[SHOWN:], key=lambda sample: upside * sample["score"])
     worst = ranked[: min(SHOWN, len(ranked) // 2)]
-    best = ranked[len(worst) :][::-1][:SHOWN]
-    return {"random": rows[:SHOWN], "best": best, "worst": worst}
-
-
-def _thumbnail(source: Any) -> Image.Image:
-    image = load_image(source)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image
+    return {"random": samples[:SHOWN], "best": ranked[len(worst) :][::-1][:SHOWN], "worst": worst}
 
 
 def summary(result: dict[str, Any]) -> list[list[str]]:
@@ -127,15 +112,13 @@ def format_result(result: dict[str, Any]) -> str:
     rows = summary(result)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    verdict = [] if result["margin_ci95"][0] > 0 else [no_margin(result)]
-    return "\n".join([head, *lines, *verdict])
+    warning = [] if result["margin_ci95"][0] > 0 else [no_margin(result)]
+    return "\n".join([head, *lines, *warning])
 
 
 def no_margin(result: dict[str, Any]) -> str:
     """The warning for a result whose margin may be 0."""
-    return (
-        f"NO MARGIN: the model reaches this {result['metric']} without the image, or with the image of another sample"
-    )
+    return f"NO MARGIN: the model reaches this {result['metric']} without the image, or with another image"
 
 
 def page(result: dict[str, Any], chosen: dict[str, list[dict[str, Any]]], images: dict[str, Image.Image]) -> str:
@@ -165,31 +148,29 @@ def draw_sheet(
     """The chosen samples as one PNG, a band for each kind."""
     from matplotlib.figure import Figure
 
-    bands = {kind: rows for kind, rows in chosen.items() if rows}
-    heights = [-(-len(rows) // 4) for rows in bands.values()]
+    bands = {kind: samples for kind, samples in chosen.items() if samples}
+    heights = [-(-len(samples) // 4) for samples in bands.values()]
     figure = Figure(figsize=(12.8, 3.4 * sum(heights) + 0.6), layout="constrained")
     figure.suptitle(
         f"{result['task']}: {result['metric']} {result['score']:.3f}, blind {result['blind']:.3f}, "
         f"shuffled {result['shuffled']:.3f}"
     )
     panels: Any = np.atleast_1d(np.asarray(figure.subfigures(len(bands), 1, height_ratios=heights), dtype=object))
-    for panel, (kind, rows) in zip(panels, bands.items(), strict=True):
+    for panel, (kind, samples) in zip(panels, bands.items(), strict=True):
         panel.suptitle(kind, x=0.01, ha="left", fontsize=10, weight="bold")
-        texts = [
-            "\n".join([*(row[key] for key in ("question", "answer") if key in row), f"(score {row['score']:.2f})"])
-            for row in rows
-        ]
-        draw_images(panel, [images[row["image_digest"]] for row in rows], texts)
+        texts = ["\n".join(filter(None, (each.get("question"), each.get("answer")))) for each in samples]
+        texts = [f"{text}\n(score {each['score']:.2f})" for text, each in zip(texts, samples, strict=True)]
+        draw_images(panel, [images[each["image_digest"]] for each in samples], texts)
     save_png(figure, path, dpi=80)
 
 
-# Comparing two
+# Comparing two results
 
 
 def find_result(place: str, task: str | None) -> Path:
-    """The result of an evaluation: a json file, or the one in the evaluation folder of a checkpoint.
+    """The result of an evaluation: a json file, or the one in the evaluation folder of a model.
 
-    Raises ValueError if there is none, or more than one and no task says which."""
+    Raises ValueError if there is none, or if there are several and no task is given."""
     path = Path(place)
     if path.is_file():
         return path
@@ -205,23 +186,25 @@ def find_result(place: str, task: str | None) -> Path:
 
 
 def read_result(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A result and its samples. Raises ValueError if they are not there, or not of an evaluation."""
+    """A result and its samples. Raises ValueError if they do not exist, or are not of an evaluation."""
     samples = Path(f"{path.with_suffix('')}.samples.jsonl")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
         result["metric"], result["data"]["fingerprint"], rows[0]["score"]
     except OSError as error:
-        raise ValueError(f"{samples} is missing: the samples are compared one by one ({error.strerror})") from error
+        raise ValueError(
+            f"{samples} cannot be read, and the comparison needs each sample ({error.strerror})"
+        ) from error
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is no result of clip-phi evaluate: {error}") from error
     return result, rows
 
 
 def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
-    """For json: how much better the first is, sample by sample, with a paired bootstrap over the images.
+    """How much better the first result is, for json: sample by sample, with a paired bootstrap over the images.
 
-    Raises ValueError if they are of other tasks or data, which cannot be compared."""
+    Raises ValueError if they are of different tasks or data."""
     (a, a_rows), (b, b_rows) = read_result(first), read_result(second)
     for what, one, other in (
         ("tasks", a["task"], b["task"]),
@@ -230,40 +213,32 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
         ("numbers of samples", len(a_rows), len(b_rows)),
     ):
         if one != other:
-            raise ValueError(f"{first} and {second} are of different {what} ({one} and {other}): nothing to compare")
+            raise ValueError(f"{first} and {second} are of different {what} ({one} and {other}) and cannot be compared")
     places: dict[str, int] = {}
     groups = np.array([places.setdefault(row["image_digest"], len(places)) for row in a_rows])
-    scores = np.array([[one["score"], other["score"]] for one, other in zip(a_rows, b_rows, strict=True)])
-    weights = np.array([row.get("tokens", 1) for row in a_rows], dtype=np.float64)
     upside = -1 if a.get("lower_is_better") else 1
-    sums, _ = by_group(upside * scores * weights[:, None], groups)
-    counts = np.bincount(groups, weights=weights)
-    low, high = margin_interval(sums, counts, seed)
-    better = upside * (scores[:, 0] - scores[:, 1])
+    scores = upside * np.array([[one["score"], other["score"]] for one, other in zip(a_rows, b_rows, strict=True)])
+    weights = np.array([row.get("tokens", 1) for row in a_rows], dtype=np.float64)
+    sums, _ = by_group(scores * weights[:, None], groups)
+    better = scores[:, 0] - scores[:, 1]
+    counts = {"a_better": better > 0, "equal": better == 0, "b_better": better < 0}
     return {
         "task": a["task"],
         "metric": a["metric"],
-        "a": _name(a, first),
-        "b": _name(b, second),
+        "a": a.get("checkpoint", {}).get("name") or portable(str(first)),
+        "b": b.get("checkpoint", {}).get("name") or portable(str(second)),
         "score_a": a["score"],
         "score_b": b["score"],
         "difference": upside * (a["score"] - b["score"]),
-        "difference_ci95": [low, high],
-        "samples": {
-            "a_better": int((better > 0).sum()),
-            "equal": int((better == 0).sum()),
-            "b_better": int((better < 0).sum()),
-        },
+        "difference_ci95": list(margin_interval(sums, np.bincount(groups, weights=weights), seed)),
+        "samples": {name: int(found.sum()) for name, found in counts.items()},
         "same_prompt": a["prompt"] == b["prompt"],
         "seed": seed,
     }
 
 
-def _name(result: dict[str, Any], path: Path) -> str:
-    return result.get("checkpoint", {}).get("name") or portable(str(path))
-
-
 def format_comparison(found: dict[str, Any]) -> str:
+    """For the terminal."""
     low, high = found["difference_ci95"]
     counts = found["samples"]
     lines = [
@@ -275,7 +250,7 @@ def format_comparison(found: dict[str, Any]) -> str:
         f"{counts['b_better']:,}",
     ]
     if low <= 0 <= high:
-        lines.append("  the interval holds 0: these data do not tell which is better")
+        lines.append("  the interval contains 0: these data do not show which is better")
     if not found["same_prompt"]:
-        lines.append("  they were asked with different prompts")
+        lines.append("  their prompts differ")
     return "\n".join(lines)

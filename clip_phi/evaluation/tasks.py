@@ -1,9 +1,9 @@
-"""What is asked in each task, and how the answers are scored."""
+"""The tasks of an evaluation: which items the data have for each, and how answers are scored."""
 
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,82 +16,67 @@ from ..data.source import DataSource
 from .answer_metrics import exact_match, normalise, pope, says_yes, vqa_accuracy
 from .caption_metrics import CaptionScorer
 
-# The metric that stands for each task; loss is of what the data say, and nothing is asked there.
+# The main metric of each task. In loss, nothing is generated.
 METRICS = {"captions": "CIDEr-D", "vqa": "vqa_accuracy", "pope": "accuracy", "exact": "exact_match", "loss": "loss"}
-QUESTION = "{question}"  # how a question is put, unless --prompt says otherwise
-MAX_ANSWER_WORDS = 3  # of conversations, what is no longer is a short answer
+QUESTION = "{question}"  # the prompt of a question, unless --prompt is given
+MAX_ANSWER_WORDS = 3  # of a short answer in a conversation
 WORD_RANGES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 12), (13, 20), (21, None))
 
 
-class Item(NamedTuple):
-    """What is asked about an image. image: its number in EvalSet.images. question: None for a caption. transcript: what
-    is said before it; of a spoken question, the question itself."""
+class EvalItem(NamedTuple):
+    """A question or caption about an image. The image is an index in EvalSet.images; the origin is "file:record"."""
 
     image: int
-    question: str | None
-    references: tuple[str, ...]
+    question: str | None  # None for a caption
+    references: tuple[str, ...]  # accepted answers or captions
     origin: str
-    transcript: str | None = None
+    transcript: str | None = None  # of speech before the question, which may be all of it
 
     @property
-    def asked(self) -> str:
-        """All words of the question, said and written."""
+    def full_question(self) -> str:
+        """All words of the question, spoken and written."""
         return " ".join(filter(None, (self.transcript, self.question)))
 
 
 @dataclass
 class EvalSet:
-    """The items of a task, and their images.
-
-    digests: of the bytes of each image. left_out: what the data hold beside, by kind; report: what is wrong with them.
-    """
+    """The items of a task, and their images."""
 
     task: str
-    items: list[Item]
+    items: list[EvalItem]
     images: list[File | bytes]
-    digests: list[str]
-    report: Report
-    left_out: Counter[str] = field(default_factory=Counter)
+    digests: list[str]  # of the bytes of each image
+    report: Report  # bad records of the data
+    left_out: Counter[str] = field(default_factory=Counter)  # records that are no items of the task, by kind
 
     @property
     def metric(self) -> str:
         return METRICS[self.task]
 
     def fingerprint(self) -> str:
-        """Hex digest of what is asked, of the accepted answers, and of the bytes of the images, in their order."""
+        """Hex digest of the questions, the accepted answers, and the bytes of the images, in their order."""
         digest = hashlib.blake2b(digest_size=16)
         for item in self.items:
-            row = [self.digests[item.image], item.question, list(item.references)]
-            row += [item.transcript] if item.transcript is not None else []
-            digest.update(json.dumps(row).encode())
+            content = [self.digests[item.image], item.question, list(item.references)]
+            content += [item.transcript] if item.transcript is not None else []
+            digest.update(json.dumps(content).encode())
         return digest.hexdigest()
 
     def image_name(self, number: int) -> str:
-        """A short one, without folders."""
+        """The name of an image without its folders, or a part of its digest."""
         image = self.images[number]
         if isinstance(image, bytes):
             return f"image {self.digests[number][:12]}"
         return (image.member or image.path).rsplit("/", 1)[-1]
 
     def groups(self) -> np.ndarray:
-        """int64 (items,): equal for items about the same picture, from 0 on."""
+        """int64 (items,): the same number, from 0 on, for items about equal images."""
         numbers: dict[str, int] = {}
         return np.array([numbers.setdefault(self.digests[item.image], len(numbers)) for item in self.items])
 
 
-def read_exam(
-    task: str, sources: Sequence[DataSource], num_images: int | None = None, max_bad_fraction: float = 0.01
-) -> EvalSet:
-    """The items that the sources have for a task, about their first num_images images (None: all).
-
-    Every image is opened, and left out and counted if it cannot be. Raises ValueError if more than max_bad_fraction of
-    the records are bad, or if nothing is left."""
-    report = Report()
-    return make_eval_set(task, read_samples(sources, report), report, num_images, max_bad_fraction)
-
-
 def read_samples(sources: Sequence[DataSource], report: Report) -> list[Sample]:
-    """All samples of the sources, with the transcripts that 'clip-phi speech transcribe' stored."""
+    """All samples of the sources, with the transcripts that 'clip-phi speech transcribe' has saved."""
     return [
         sample
         for source in sources
@@ -102,14 +87,25 @@ def read_samples(sources: Sequence[DataSource], report: Report) -> list[Sample]:
 def make_eval_set(
     task: str, samples: Iterable[Sample], report: Report, num_images: int | None = None, max_bad_fraction: float = 0.01
 ) -> EvalSet:
-    """read_exam, of samples that are there already; report: that of their reader."""
+    """The items that samples have for a task.
+
+    Args:
+        task: a key of METRICS.
+        samples: of all sources.
+        report: of their reader. Images are opened here, and damaged ones are added to it.
+        num_images: use the first so many images; None for all.
+        max_bad_fraction: of the records.
+
+    Raises:
+        ValueError: if more records are bad, if no item is found, or if all items are about one image.
+    """
     eval_set = EvalSet(task, [], [], [], report)
     places: dict[File | bytes, int] = {}
     for sample in samples:
         if sample.image is None:
             eval_set.left_out["no image"] += len(sample.conversations)
             continue
-        items = _items(task, sample, eval_set.left_out)
+        items = list(_items(task, sample, eval_set.left_out))
         if not items or (sample.image not in places and len(places) == num_images):
             continue
         if sample.image not in places:
@@ -121,98 +117,90 @@ def make_eval_set(
             places[sample.image] = len(places)
             eval_set.images.append(sample.image)
             eval_set.digests.append(digest)
-        eval_set.items += [Item(places[sample.image], *item) for item in items]
+        eval_set.items += [item._replace(image=places[sample.image]) for item in items]
     report.refuse_bad(max_bad_fraction)
     if not eval_set.items:
         found = ", ".join(f"{count:,} x {kind}" for kind, count in eval_set.left_out.items()) or "no record"
-        raise ValueError(f"{task}: nothing to ask in these data ({found})")
+        raise ValueError(f"{task}: these data have no item for this task ({found})")
     if len(set(eval_set.digests)) < 2:
-        raise ValueError(f"{task}: all is about one image, and no other can be shown in its place")
+        raise ValueError(f"{task}: all items are about one image, so none can replace it as a control")
     return eval_set
 
 
 def _digest(image: File | bytes) -> str:
-    """Of the bytes, once it is known that they are an image. Raises RecordError otherwise."""
+    """Of the bytes. Raises RecordError if they are no image."""
     load_image(image)
     return hashlib.blake2b(image if isinstance(image, bytes) else image.read(), digest_size=16).hexdigest()
 
 
-def _items(
-    task: str, sample: Sample, left_out: Counter[str]
-) -> list[tuple[str | None, tuple[str, ...], str, str | None]]:
-    """(question, references, origin, transcript) of each item about the image of a sample."""
-    bare = [conversation[0].text for conversation in sample.conversations if conversation[0].role == "assistant"]
+def _items(task: str, sample: Sample, left_out: Counter[str]) -> Iterator[EvalItem]:
+    """The items about the image of a sample; their image is -1. Counts what is left out."""
+    captions = [conversation[0].text for conversation in sample.conversations if conversation[0].role == "assistant"]
     if task == "captions":
-        left_out["conversation, not a caption"] += len(sample.conversations) - len(bare)
-        return [(None, tuple(bare), sample.origins[0], None)] if bare else []
+        left_out["conversation, not a caption"] += len(sample.conversations) - len(captions)
+        if captions:
+            yield EvalItem(-1, None, tuple(captions), sample.origins[0])
+        return
     if task == "loss":
-        texts = [
-            turn.text for conversation in sample.conversations for turn in conversation if turn.role == "assistant"
-        ]
-        return [(None, tuple(texts), sample.origins[0], None)]
-    left_out["caption, not a question"] += len(bare)
-    found: list[tuple[str | None, tuple[str, ...], str, str | None]] = []
+        turns = [turn for conversation in sample.conversations for turn in conversation]
+        yield EvalItem(-1, None, tuple(turn.text for turn in turns if turn.role == "assistant"), sample.origins[0])
+        return
+    left_out["caption, not a question"] += len(captions)
     for conversation, origin in zip(sample.conversations, sample.origins, strict=True):
-        for asked, said in zip(conversation, conversation[1:], strict=False):
-            if (asked.role, said.role) != ("user", "assistant"):
+        for question, answer in zip(conversation, conversation[1:], strict=False):
+            if (question.role, answer.role) != ("user", "assistant"):
                 continue
-            references = said.references or (said.text,)
-            if asked.speech is not None and asked.transcript is None:
+            references = answer.references or (answer.text,)
+            if question.speech is not None and question.transcript is None:
                 left_out["speech without a transcript: run 'clip-phi speech transcribe --data DATA' first"] += 1
             elif task == "pope" and not {reference.lower().strip(" .") for reference in references} <= {"yes", "no"}:
                 left_out["answer is not yes or no"] += 1
-            elif not said.references and len(said.text.split()) > MAX_ANSWER_WORDS:
+            elif not answer.references and len(answer.text.split()) > MAX_ANSWER_WORDS:
                 left_out[f"answer is longer than {MAX_ANSWER_WORDS} words"] += 1
             else:
-                found.append((asked.text, references, origin, asked.transcript))
-    return found
+                yield EvalItem(-1, question.text, references, origin, question.transcript)
 
 
 def make_scorer(eval_set: EvalSet) -> Callable[[Sequence[str]], tuple[dict[str, float], np.ndarray]]:
-    """Gives, for the answers to all items, every metric, and float64 (items,), whose mean is the task's metric."""
+    """A function from the answers to all items to (metrics, scores). scores: float64 (items,), whose mean is the task's
+    main metric."""
     references = [item.references for item in eval_set.items]
-    if eval_set.task == "captions":
-        judge = CaptionScorer(references)
+    score_captions = CaptionScorer(references) if eval_set.task == "captions" else None
 
-        def score(answers: Sequence[str]) -> tuple[dict[str, float], np.ndarray]:
-            scores = judge(answers)
+    def score(answers: Sequence[str]) -> tuple[dict[str, float], np.ndarray]:
+        if score_captions is not None:
+            scores = score_captions(answers)
             return scores.corpus, scores.each[eval_set.metric]
-
-    elif eval_set.task == "pope":
-        labels = [reference[0].lower().strip(" .") for reference in references]
-
-        def score(answers: Sequence[str]) -> tuple[dict[str, float], np.ndarray]:
+        if eval_set.task == "pope":
+            labels = [reference[0].lower().strip(" .") for reference in references]
             right = [says_yes(answer) == (label == "yes") for answer, label in zip(answers, labels, strict=True)]
             return pope(answers, labels), np.array(right, dtype=np.float64)
-
-    else:
-        measure = vqa_accuracy if eval_set.task == "vqa" else exact_match
-
-        def score(answers: Sequence[str]) -> tuple[dict[str, float], np.ndarray]:
-            each = measure(answers, references)
-            other = exact_match(answers, references) if eval_set.task == "vqa" else each
-            return {eval_set.metric: float(each.mean()), "exact_match": float(other.mean())}, each
+        exact = exact_match(answers, references)
+        each = vqa_accuracy(answers, references) if eval_set.task == "vqa" else exact
+        return {eval_set.metric: float(each.mean()), "exact_match": float(exact.mean())}, each
 
     return score
 
 
 def guess_from_questions(eval_set: EvalSet) -> list[str] | None:
-    """For each question the most frequent answer that it has about the other pictures; if it has none there, that of
-    its kind of question, or of all. What can be had without looking. None if there are no questions."""
+    """The best guess for each item without an image: the most frequent answer to the question about the other images.
+
+    If it has none there, that to questions of its kind, or to all. None if the task has no questions."""
     if eval_set.task == "captions":
         return None
-    by_key: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    everywhere: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     here: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    groups = eval_set.groups().tolist()
     keys = []
-    for item, group in zip(eval_set.items, eval_set.groups(), strict=True):
-        mine = [("question", normalise(item.asked)), ("kind", question_kind(item.asked)), ("all",)]
-        keys.append(mine)
-        for key in mine:
-            by_key[key].update(item.references)
+    for item, group in zip(eval_set.items, groups, strict=True):
+        question = item.full_question
+        keys.append([("question", normalise(question)), ("kind", question_kind(question)), ("all",)])
+        for key in keys[-1]:
+            everywhere[key].update(item.references)
             here[*key, str(group)].update(item.references)
     guesses = []
-    for mine, group in zip(keys, eval_set.groups(), strict=True):
-        elsewhere = (by_key[key] - here[*key, str(group)] for key in mine)
+    for its_keys, group in zip(keys, groups, strict=True):
+        elsewhere = (everywhere[key] - here[*key, str(group)] for key in its_keys)
         answers = next((found for found in elsewhere if found), Counter({"": 1}))
         guesses.append(min(answers, key=lambda answer: (-answers[answer], answer)))
     return guesses
@@ -224,11 +212,11 @@ def question_kind(question: str | None) -> str:
 
 
 def tables(eval_set: EvalSet, answers: Sequence[str], each: np.ndarray) -> dict[str, dict[str, dict[str, Any]]]:
-    """Score and number of samples by the length of the answer in words, and by kind of question and of right answer."""
+    """Score and number of samples by length of the answer in words, kind of question, and kind of reference."""
     lengths = [_range_of(len(answer.split())) for answer in answers]
     found = {"by_length": _means(lengths, each)}
     if eval_set.task != "captions":
-        found["by_question_type"] = _means([question_kind(item.asked) for item in eval_set.items], each)
+        found["by_question_type"] = _means([question_kind(item.full_question) for item in eval_set.items], each)
         found["by_answer_type"] = _means([_answer_type(item.references) for item in eval_set.items], each)
     return found
 
@@ -244,7 +232,7 @@ def _answer_type(references: Sequence[str]) -> str:
 
 
 def _means(keys: Sequence[str], each: np.ndarray) -> dict[str, dict[str, Any]]:
-    """The most frequent 20 keys, the others together."""
+    """The 20 most frequent keys, and all others as one."""
     often = Counter(keys).most_common(20)
     known = {key for key, _ in often}
     names = np.array([key if key in known else "(others)" for key in keys])

@@ -1,4 +1,4 @@
-"""Other programs' formats: written, read back and compared with the model before they count as done."""
+"""Formats of other programs. Each export is read back and compared with the model."""
 
 import tempfile
 from pathlib import Path
@@ -7,10 +7,21 @@ from typing import Any
 from ..hub.retry import load_with_retries
 
 
-def export(checkpoint: str, folder: Path, to: str, dtype: str = "float16") -> dict[str, Any]:
-    """Write a checkpoint (folder or Hub id, delta or merged) as "gguf", "llava", "onnx" or "vllm" into a new folder.
+def export(name: str, folder: Path, to: str, dtype: str = "float16") -> dict[str, Any]:
+    """Write a model in another program's format, read it back, and compare it with the model.
 
-    Raises ValueError if the format cannot hold the model, or what was written gives other outputs."""
+    Args:
+        name: folder or Hub id of the model, delta or merged.
+        folder: new or empty.
+        to: "gguf", "llava", "onnx" or "vllm".
+        dtype: of gguf's matrices, "float16" or "float32".
+
+    Returns:
+        {"files", "largest_difference"}, and "tensors" of gguf.
+
+    Raises:
+        ValueError: if the format cannot represent the model, or the written one gives other outputs.
+    """
     from transformers.utils import logging
 
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
@@ -18,10 +29,10 @@ def export(checkpoint: str, folder: Path, to: str, dtype: str = "float16") -> di
     logging.disable_progress_bar()
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another folder")
-    # in full precision where outputs are compared, and as it is where the checkpoint itself is passed on
+    # float32 where outputs are compared; the model's own dtype where its weights are passed on
     options: dict[str, Any] = {"dtype": "float32" if to in ("gguf", "onnx") else "auto"}
-    model = load_with_retries(ClipPhiForCausalLM.from_pretrained, checkpoint, **options)
-    processor = load_with_retries(ClipPhiProcessor.from_pretrained, checkpoint)
+    model = load_with_retries(ClipPhiForCausalLM.from_pretrained, name, **options)
+    processor = load_with_retries(ClipPhiProcessor.from_pretrained, name)
     if model.config.adapter is not None:
         with tempfile.TemporaryDirectory() as whole:  # LoRA folded in
             model.save_pretrained(whole, merged=True)

@@ -15,45 +15,26 @@ import torch
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 TOLERANCE = 0.01  # of the largest feature; float16 costs 0.0002, a tower with the exact GELU a little more
-# Of a block of Phi in transformers, and what llama.cpp calls it.
-PHI2_BLOCK = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.dense": "attn_output",
-    "mlp.fc1": "ffn_up",
-    "mlp.fc2": "ffn_down",
-}
-CLIP_BLOCK = {
-    "layer_norm1": "ln1",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.out_proj": "attn_out",
-    "layer_norm2": "ln2",
-    "mlp.fc1": "ffn_up",
-    "mlp.fc2": "ffn_down",
-}
+# Names inside a block: those of transformers, and those of llama.cpp.
+BLOCK = {f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"} | {"mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
+PHI2_BLOCK = BLOCK | {"input_layernorm": "attn_norm", "self_attn.dense": "attn_output"}
+CLIP_BLOCK = BLOCK | {"layer_norm1": "ln1", "layer_norm2": "ln2", "self_attn.out_proj": "attn_out"}
 
 
 def export_gguf(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path, dtype: str) -> dict[str, Any]:
-    """Write text.gguf and mmproj.gguf into the folder. dtype: of matrices, float16 or float32; vectors are float32.
+    """Write text.gguf and mmproj.gguf. dtype: of matrices, float16 or float32; vectors are float32.
 
-    Returns {"files", "tensors", "largest_difference"}: of the features that the mmproj's graph, run in numpy from the
-    file, gives for a random image, from the model's, relative to their largest value.
-    Raises ValueError if llama.cpp's graphs cannot hold the model, ImportError without the package gguf."""
+    Returns {"files", "tensors", "largest_difference"}: of the features of a random image, computed in numpy by
+    llama.cpp's graph from the file, relative to the model's largest. Raises ValueError if llama.cpp's graphs cannot
+    represent the model, ImportError without the package gguf."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
         raise ImportError("GGUF files need the package gguf: pip install 'clip-phi[gguf]'") from error
-    refuse_what_gguf_cannot_hold(model, processor)
+    refuse_unsupported(model, processor)
     folder.mkdir(parents=True, exist_ok=True)
     text, mmproj = folder / "text.gguf", folder / "mmproj.gguf"
-    written = _write_text(model, processor, text, dtype)
-    written_too = _write_mmproj(model, processor, mmproj, dtype)
-    _compare(text, written)
-    _compare(mmproj, written_too)
+    num_tensors = _write_text(model, processor, text, dtype) + _write_mmproj(model, processor, mmproj, dtype)
     config: Any = model.config
     size = config.vision_config.image_size
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -63,16 +44,15 @@ def export_gguf(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: 
     difference = float(np.abs(run_mmproj(mmproj, pixels.numpy()) - wanted).max() / np.abs(wanted).max())
     if not difference < TOLERANCE:
         raise ValueError(f"the written graph gives other image features (by {difference:.1%} of the largest)")
-    files = [str(text), str(mmproj)]
-    return {"files": files, "tensors": len(written) + len(written_too), "largest_difference": difference}
+    return {"files": [str(text), str(mmproj)], "tensors": num_tensors, "largest_difference": difference}
 
 
-def refuse_what_gguf_cannot_hold(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -> None:
+def refuse_unsupported(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -> None:
     config: Any = model.config
     text, vision = config.text_config, config.vision_config
     found = []
     if text.model_type != "phi":
-        found.append(f"the decoder is a {text.model_type!r}; this writes phi. llama.cpp has converters of its own")
+        found.append(f"the decoder is a {text.model_type!r}; this writes phi. llama.cpp has its own converters")
     elif text.hidden_act not in ("gelu_new", "gelu_pytorch_tanh") or text.qk_layernorm:
         found.append("PHI2 has the tanh form of GELU and no norms of queries and keys")
     if vision.model_type != "clip_vision_model":
@@ -80,16 +60,16 @@ def refuse_what_gguf_cannot_hold(model: ClipPhiForCausalLM, processor: ClipPhiPr
     elif vision.hidden_act not in ("quick_gelu", "gelu", "gelu_pytorch_tanh"):
         found.append(f"the tower's activation is {vision.hidden_act!r}; llama.cpp's are quick_gelu and gelu")
     if model.config.vision_feature_select_strategy != "default":
-        found.append("the projector reads the CLS feature too, which llama.cpp's llava graph drops")
+        found.append("the projector uses the CLS feature too, which llama.cpp's llava graph drops")
     backend = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     plain = backend["model"]["type"] == "BPE" and (backend["pre_tokenizer"] or {}).get("type") == "ByteLevel"
     if not plain or backend["pre_tokenizer"].get("add_prefix_space") or backend["normalizer"]:
         found.append("the tokenizer is not GPT-2's byte-level BPE")
     if found:
-        raise ValueError(f"GGUF cannot hold this model: {'; '.join(found)}")
+        raise ValueError(f"GGUF cannot represent this model: {'; '.join(found)}")
 
 
-def _write_text(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Path, dtype: str) -> dict[str, Any]:
+def _write_text(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Path, dtype: str) -> int:
     import gguf
 
     config: Any = model.config.text_config
@@ -116,26 +96,22 @@ def _write_text(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Pa
     tensors = _renamed(decoder, names, ignore=("rotary_emb",))
     tensors |= {f"output.{part}": value for part, value in model.lm_head.state_dict().items()}
     tensors.setdefault("output.bias", torch.zeros(config.vocab_size))
-    return _write(writer, tensors, dtype)
+    return _write(writer, path, tensors, dtype)
 
 
-def _add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
-    """Every row of the embedding gets a token; those that the tokenizer does not know are marked as unused."""
+def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
+    """A token for every row of the embedding; those that the tokenizer lacks are marked as unused."""
     import gguf
 
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     tokens, kinds = [], []
-    for number in range(rows):
-        if number not in by_id:
-            tokens.append(f"[PAD{number}]")
-            kinds.append(gguf.TokenType.UNUSED)
-        elif number in added:
-            tokens.append(by_id[number])
-            kinds.append(gguf.TokenType.CONTROL if added[number].special else gguf.TokenType.USER_DEFINED)
-        else:
-            tokens.append(by_id[number])
-            kinds.append(gguf.TokenType.NORMAL)
+    for number in range(vocab_size):
+        kind = gguf.TokenType.NORMAL if number in by_id else gguf.TokenType.UNUSED
+        if number in added:
+            kind = gguf.TokenType.CONTROL if added[number].special else gguf.TokenType.USER_DEFINED
+        tokens.append(by_id.get(number, f"[PAD{number}]"))
+        kinds.append(kind)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -148,7 +124,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
     writer.add_add_bos_token(False)
 
 
-def _write_mmproj(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Path, dtype: str) -> dict[str, Any]:
+def _write_mmproj(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Path, dtype: str) -> int:
     import gguf
 
     whole: Any = model.config
@@ -172,7 +148,7 @@ def _write_mmproj(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: 
     writer.add_vision_image_mean(list(processor.image_processor.image_mean))
     writer.add_vision_image_std(list(processor.image_processor.image_std))
     writer.add_vision_use_gelu(config.hidden_act != "quick_gelu")
-    # llama.cpp's own default is the second-to-last, whatever the model reads
+    # llama.cpp's default is the second-to-last layer, whichever one the model uses
     writer.add_array("clip.vision.feature_layer", [layer if layer >= 0 else layers + 1 + layer])
 
     names = {
@@ -185,9 +161,9 @@ def _write_mmproj(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: 
         ours = f"encoder.layers.{number}"
         names |= {f"{ours}.{name}": f"v.blk.{number}.{theirs}" for name, theirs in CLIP_BLOCK.items()}
     tower = {name.removeprefix("vision_model."): value for name, value in model.model.vision_tower.state_dict().items()}
-    # what llama.cpp would put behind the last layer, where the projector reads before it
+    # llama.cpp would apply post_layernorm after the last layer, and the projector takes its input before it
     tensors = _renamed(tower, names, ignore=("post_layernorm", "position_ids"))
-    return _write(writer, tensors | _projector(model), dtype)
+    return _write(writer, path, tensors | _projector(model), dtype)
 
 
 def _projector(model: ClipPhiForCausalLM) -> dict[str, torch.Tensor]:
@@ -208,7 +184,7 @@ def _projector(model: ClipPhiForCausalLM) -> dict[str, torch.Tensor]:
 
 
 def _renamed(state: dict[str, torch.Tensor], names: dict[str, str], ignore: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Raises ValueError for a weight that has no place in the file: nothing is left out silently."""
+    """Raises ValueError for a weight that the format lacks: none is left out silently."""
     renamed = {}
     for name, value in state.items():
         part, _, kind = name.rpartition(".")
@@ -217,15 +193,15 @@ def _renamed(state: dict[str, torch.Tensor], names: dict[str, str], ignore: tupl
         elif part in names:
             renamed[f"{names[part]}.{kind}"] = value
         elif not any(word in name for word in ignore):
-            raise ValueError(f"GGUF cannot hold this model: it has no place for {name}")
+            raise ValueError(f"GGUF cannot represent this model: its format lacks {name}")
     return renamed
 
 
-def _write(writer: Any, tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, np.ndarray]:
-    """Returns the arrays as they were written."""
+def _write(writer: Any, path: Path, tensors: dict[str, torch.Tensor], dtype: str) -> int:
+    """Write the tensors and compare the file with them. Returns their number."""
     arrays = {}
     for name, value in tensors.items():
-        # vectors stay whole, and so does what llama.cpp adds to activations
+        # vectors stay in float32, and so does what llama.cpp adds to activations
         small = value.dim() < 2 or name == "v.position_embd.weight"
         kind = np.float16 if dtype == "float16" and not small else np.float32
         arrays[name] = np.ascontiguousarray(value.detach().float().cpu().numpy().astype(kind))
@@ -234,42 +210,34 @@ def _write(writer: Any, tensors: dict[str, torch.Tensor], dtype: str) -> dict[st
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return arrays
+    found = read_tensors(path)
+    if found.keys() != arrays.keys():
+        raise ValueError(f"{path} has other tensors than were written: {sorted(found.keys() ^ arrays.keys())[:3]}")
+    if wrong := [name for name, value in arrays.items() if not np.array_equal(found[name], value)]:
+        raise ValueError(f"{path} has other values of {wrong[0]} than were written")
+    return len(arrays)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a GGUF file by name, in numpy's order of dimensions."""
     import gguf
 
-    found = {}
-    for tensor in gguf.GGUFReader(path).tensors:
-        found[tensor.name] = np.array(tensor.data).reshape([int(size) for size in reversed(tensor.shape)])
-    return found
-
-
-def _compare(path: Path, written: dict[str, np.ndarray]) -> None:
-    found = read_tensors(path)
-    if found.keys() != written.keys():
-        raise ValueError(f"{path} does not hold what was written: {sorted(found.keys() ^ written.keys())[:3]}")
-    for name, value in written.items():
-        if not np.array_equal(found[name], value):
-            raise ValueError(f"{path} holds another {name} than was written")
+    tensors = gguf.GGUFReader(path).tensors
+    return {each.name: np.array(each.data).reshape([int(size) for size in reversed(each.shape)]) for each in tensors}
 
 
 def run_mmproj(path: Path, pixels: np.ndarray) -> np.ndarray:
-    """What llama.cpp's llava graph gives for an image, from the file alone, in numpy: float (patches, text hidden).
+    """Image features, float (patches, text hidden), by llama.cpp's llava graph in numpy, from an mmproj file alone.
 
     pixels: float (1, 3, height, width), normalised. Source of the graph: llama.cpp, tools/mtmd/models/llava.cpp."""
     import gguf
 
     fields = gguf.GGUFReader(path).fields
 
-    def read(key: str) -> Any:
-        return fields[f"clip.{key}"].contents()
-
     tensors = {name: value.astype(np.float32) for name, value in read_tensors(path).items()}
-    width, patch, heads = (read(f"vision.{key}") for key in ("embedding_length", "patch_size", "attention.head_count"))
-    epsilon, gelu = read("vision.attention.layer_norm_epsilon"), read("use_gelu")
+    keys = ("embedding_length", "patch_size", "attention.head_count", "attention.layer_norm_epsilon", "feature_layer")
+    width, patch, heads, epsilon, layers = (fields[f"clip.vision.{key}"].contents() for key in keys)
+    gelu = fields["clip.use_gelu"].contents()
     side = pixels.shape[-1] // patch
 
     def linear(x: np.ndarray, name: str) -> np.ndarray:
@@ -295,7 +263,7 @@ def run_mmproj(path: Path, pixels: np.ndarray) -> np.ndarray:
     x = squares @ tensors["v.patch_embd.weight"].reshape(width, -1).T
     x = np.concatenate([tensors["v.class_embd"][None], x]) + tensors["v.position_embd.weight"]
     x = norm(x, "v.pre_ln")
-    for number in range(read("vision.feature_layer")[0]):
+    for number in range(layers[0]):
         block = f"v.blk.{number}"
         x = x + attend(norm(x, f"{block}.ln1"), block)
         inner = linear(norm(x, f"{block}.ln2"), f"{block}.ffn_up")

@@ -1,4 +1,4 @@
-"""Projectors of the course notebooks of 2024, or of any script that saved one linear layer, as our checkpoints."""
+"""A model from one saved linear layer, as the course notebooks of 2024 have it."""
 
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,21 @@ from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 
 def import_projector(path: str, vision: str, text: str, vision_feature_layer: int, folder: Path) -> dict[str, Any]:
-    """Write a delta checkpoint of the two backbones with the linear layer of a .pth file (clipphi_proj.pth: 640->2560).
+    """Write a delta of two backbones with the linear layer of a .pth file (clipphi_proj.pth: 640 -> 2560).
 
-    vision_feature_layer: -1, the last hidden state, is what those notebooks read; this project's own default is -2.
-    Only tensors are read from the file (weights_only): a pickled module, which could run any code, is refused.
-    Returns {"files", "parameters"}. Raises ValueError if it holds no such layer, or one of other widths."""
+    vision_feature_layer: -1, the last hidden state, in those notebooks; the default of training is -2. Only tensors are
+    read from the file; a pickled module, which could run any code, is refused. Returns {"files", "parameters"}. Raises
+    ValueError if the file has no such layer, or one of other widths."""
     state = _read(path)
     weights = [name for name, value in state.items() if name.endswith("weight") and value.dim() == 2]
     if len(weights) != 1:
-        raise ValueError(f"{path} must hold the weight of one linear layer, and holds {', '.join(state) or 'nothing'}")
+        raise ValueError(
+            f"{path} must contain the weight of one linear layer, and contains {', '.join(state) or 'nothing'}"
+        )
     prefix = weights[0].removesuffix("weight")
     bias = state.get(f"{prefix}bias")
     if extra := sorted(state.keys() - {f"{prefix}weight", f"{prefix}bias"}):
-        raise ValueError(f"{path} holds more than one linear layer: {', '.join(extra)}")
+        raise ValueError(f"{path} contains more than one linear layer: {', '.join(extra)}")
     processor = ClipPhiProcessor.from_backbones(vision, text)
     model: Any = ClipPhiForCausalLM.from_backbones(
         vision,

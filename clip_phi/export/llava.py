@@ -1,4 +1,4 @@
-"""Checkpoints for programs that know no remote code, or another class of ours: stock Llava, and vLLM's backend."""
+"""The model as a stock Llava, which needs no remote code, and for vLLM's transformers backend."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,11 @@ from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiModel, ClipPhiProcessor
 
 
 def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path) -> dict[str, Any]:
-    """Write the same weights as a stock LlavaForConditionalGeneration with its processor: no remote code.
+    """Write the weights as a stock LlavaForConditionalGeneration, with its processor: no remote code.
 
-    A single linear layer W becomes linear_1 = W, linear_2 = identity with nothing between. Returns
-    {"files", "largest_difference"}: of the logits, read back, from the model's for a random image.
-    Raises ValueError if the decoder's head has a bias, as phi-2's has: Llava's has none."""
+    A single linear layer W becomes linear_1 = W and linear_2 = identity, without an activation. Returns
+    {"files", "largest_difference"}: of the logits for a random image, after reading back. Raises ValueError if the
+    decoder's head has a bias, as in phi-2; Llava's head has none."""
     config: Any = model.config
     _refuse_head_bias(model, "Llava")
     linear = config.projector_type == "linear"
@@ -48,7 +48,8 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     llava.load_state_dict(state, assign=True)
     llava.tie_weights()
     llava.generation_config = model.generation_config
-    _without_names(llava.config)
+    for part in (llava.config, llava.config.vision_config, llava.config.text_config):
+        part.name_or_path = ""  # a local folder
     llava.save_pretrained(folder)
     LlavaProcessor(
         image_processor=processor.image_processor,
@@ -64,15 +65,16 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     with torch.no_grad():
         difference = (read_back(**inputs).logits - model(**inputs).logits).abs().max().item()
     if difference > 1e-4:
-        raise ValueError(f"the checkpoint in {folder} gives other logits (by {difference:g})")
+        raise ValueError(f"the model in {folder} gives other logits (by {difference:g})")
     return {"files": [str(folder)], "largest_difference": difference}
 
 
 def export_vllm(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path) -> dict[str, Any]:
-    """Write a merged checkpoint whose AutoModel is the model without its head, as vLLM's transformers backend asks.
+    """Write a merged model whose AutoModel has no head, as vLLM's backend needs it; elsewhere it is the class with
+    generate.
 
-    The usual AutoModel is the class with generate. Returns {"files", "largest_difference"}: of the hidden states.
-    Raises ValueError if the decoder's head has a bias, as phi-2's has: that backend makes a head without."""
+    Returns {"files", "largest_difference"}: of the hidden states for a random image, after reading back. Raises
+    ValueError if the decoder's head has a bias, as in phi-2; that backend creates a head without one."""
     _refuse_head_bias(model, "vLLM's backend")
     model.save_pretrained(folder, merged=True)
     processor.save_pretrained(folder)
@@ -82,14 +84,14 @@ def export_vllm(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: 
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     inputs = _random_inputs(model, processor)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would report that the head is not used
+    logging.set_verbosity_error()  # transformers reports that the head is not used
     read_back = ClipPhiModel.from_pretrained(folder, dtype=model.dtype)
     logging.set_verbosity(verbosity)
     with torch.no_grad():
         wanted = model.model(**inputs).last_hidden_state
         difference = (read_back(**inputs).last_hidden_state - wanted).abs().max().item()
     if difference > 1e-4:
-        raise ValueError(f"the checkpoint in {folder} gives other hidden states (by {difference:g})")
+        raise ValueError(f"the model in {folder} gives other hidden states (by {difference:g})")
     return {"files": [str(folder)], "largest_difference": difference}
 
 
@@ -97,8 +99,8 @@ def _refuse_head_bias(model: ClipPhiForCausalLM, where: str) -> None:
     if model.lm_head.bias is not None:
         config: Any = model.config
         raise ValueError(
-            f"{where} has no place for the bias of this decoder's head ({config.text_config.model_type}), so the "
-            "logits would be wrong: use the checkpoint as it is, or --to gguf"
+            f"{where} has no bias in its head, and this decoder's head ({config.text_config.model_type}) has one, so "
+            "the logits would be wrong: use the model as it is, or --to gguf"
         )
 
 
@@ -111,9 +113,3 @@ def _random_inputs(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -> di
         "input_ids": torch.tensor([[processor.image_token_id] * processor.num_image_tokens + ids]),
         "pixel_values": torch.randn(1, 3, size, size, generator=generator).to(model.dtype),
     }
-
-
-def _without_names(config: Any) -> None:
-    """Folders of this machine say nothing elsewhere."""
-    for each in (config, config.vision_config, config.text_config):
-        each.name_or_path = ""

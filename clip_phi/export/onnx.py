@@ -1,4 +1,4 @@
-"""ONNX of the vision tower and the projector: pixels in, features of the decoder's width out."""
+"""ONNX of the vision tower and the projector: from pixels to image features of the decoder's width."""
 
 import logging
 from pathlib import Path
@@ -22,18 +22,19 @@ class _Features(nn.Module):
 
 
 def export_onnx(model: ClipPhiForCausalLM, folder: Path) -> dict[str, Any]:
-    """Write vision.onnx: pixel_values to image_features, both float32.
+    """Write vision.onnx, from pixel_values to image_features, both float32. The decoder is not exported.
 
-    They are (images, 3, height, width), normalised, and (images, patches, text hidden). The decoder is left to programs
-    made for decoders. Returns {"files", "largest_difference"}: of the features that onnxruntime gives for two random
-    images and for one from the model's, relative to the largest.
-    Raises ImportError without the packages, ValueError if the features differ."""
+    pixel_values are (images, 3, height, width), normalised; image_features are (images, patches, text hidden). Returns
+    {"files", "largest_difference"}: of onnxruntime's features for two random images and for one, relative to the
+    model's largest. Raises ImportError without the packages, ValueError if the features differ."""
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401  # torch's exporter asks for it
+        import onnxscript  # noqa: F401  # torch's exporter needs it
     except ImportError as error:
         raise ImportError("ONNX needs onnx, onnxscript and onnxruntime: pip install 'clip-phi[onnx]'") from error
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nothing here needs
+    logging.getLogger("torch.onnx").setLevel(
+        logging.ERROR
+    )  # it warns that torchvision is missing, which nothing here needs
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "vision.onnx"
     module = _Features(model.float()).eval()

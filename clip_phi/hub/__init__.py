@@ -1,1 +1,1 @@
-"""The Hub: the model card, and pushing a run so that it loads anywhere."""
+"""The Hub: the model card, pushing a model, and retries."""

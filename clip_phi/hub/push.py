@@ -1,4 +1,4 @@
-"""Pushing a run to the Hub: one commit that is whole, tried again where the network or the Hub fails for a while."""
+"""Pushing a model to the Hub in one commit, with its model card."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,22 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..environment import SECRET
-from .card import Run, make_card, make_pictures, merge_cards, weights_name
-from .retry import Result, with_retries
+from .card import Run, card_images, make_card, merge_cards, weights_name
+from .retry import Result, load_with_retries, with_retries
 
-# What a checkpoint consists of; all else in a run's folder (logs, checkpoints to go on from) stays there.
+# The files of a model. Logs, training checkpoints and whatever else a run's folder holds are not pushed.
 SHIPPED = re.compile(
     r"(config|generation_config|processor_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|"
     r"added_tokens|vocab|model\.safetensors\.index)\.json|merges\.txt|chat_template\.jinja|(\w+_clip_phi|backbones)\.py|"
     r"model(-\d+-of-\d+)?\.safetensors|adapter/adapter_(config\.json|model\.safetensors)"
 )
-PICTURES = re.compile(r"curve\.png|samples/\d+\.jpg")
+CARD_IMAGES = re.compile(r"curve\.png|samples/\d+\.jpg")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 @dataclass
 class Pushed:
-    """commit: what the branch stands at now. changed: whether the push made that commit. revision: what to load."""
+    """commit: the head of the branch. changed: whether the push made it. revision: what to load."""
 
     repo_id: str
     url: str
@@ -54,7 +55,7 @@ class Pushed:
 
 @dataclass
 class Target:
-    """Where a push goes. branch: None for the main one. tag: None for one that is named after the weights."""
+    """Where to push. branch: None for main. tag: None for a name made from the hash of the weights."""
 
     repo_id: str
     private: bool | None = None
@@ -64,50 +65,46 @@ class Target:
 
 
 class Hub:
-    """The Hub as one user sees it, with patience: see WAITS. say: gets a line for each wait."""
+    """The Hub with the rights of one token. log: gets a line for each wait."""
 
-    def __init__(self, token: str | None = None, say: Callable[[str], Any] = print):
+    def __init__(self, token: str | None = None, log: Callable[[str], Any] = print):
         if is_offline_mode():
             raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it")
         token = token or get_token()
         if token is None:
             raise ValueError(
                 "no token for the Hub: run 'hf auth login', or set HF_TOKEN; "
-                "https://huggingface.co/settings/tokens makes one (with the right to write)"
+                "https://huggingface.co/settings/tokens creates one (with write access)"
             )
-        self.token, self.say = token, say
+        self.token, self.log = token, log
         self.api = HfApi(token=token, library_name="clip-phi")
 
     def retry(self, what: str, action: Callable[[], Result]) -> Result:
-        return with_retries(what, action, self.say)
+        return with_retries(what, action, self.log)
 
     def check_access(self, repo_id: str, create_pr: bool = False) -> tuple[str, str]:
-        """(user, full repo id). Raises ValueError or OSError in one line if the token may not write there."""
+        """(user, full repo id). Raises ValueError or OSError in one line if the token has no right to write there."""
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
-            raise ValueError(
-                f"{repo_id!r} is no repository of the Hub: user/name, for example alice/clip-phi"
-            ) from error
-        me = self.retry("asking who you are", self.api.whoami)
+            raise ValueError(f"{repo_id!r} is no repository id: it is user/name, such as alice/clip-phi") from error
+        me = self.retry("checking the token", self.api.whoami)
         name = me["name"]
         if "/" not in repo_id:
             repo_id = f"{name}/{repo_id}"
-        role = me.get("auth", {}).get("accessToken", {}).get("role")
-        if role == "read":
+        namespace, repository = repo_id.split("/")
+        if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise ValueError(
-                f"{name}'s token may only read: make one that may write at https://huggingface.co/settings/tokens, "
-                "then 'hf auth login'"
+                f"{name}'s token may only read: create one with write access at "
+                "https://huggingface.co/settings/tokens, then run 'hf auth login'"
             )
-        namespace = repo_id.split("/")[0]
         orgs = {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
         if create_pr or namespace == name:
             return name, repo_id
         if namespace not in orgs:
-            mine = ", ".join([name, *sorted(orgs)])
             raise ValueError(
-                f"{namespace} is not a namespace of this token (it has {mine}): push to "
-                f"{name}/{repo_id.split('/')[1]}, or offer it with --create_pr"
+                f"{namespace} is not a namespace of this token (it has {', '.join([name, *sorted(orgs)])}): push to "
+                f"{name}/{repository}, or offer it with --create_pr"
             )
         if orgs[namespace] == "read":
             raise ValueError(f"{name} may read in {namespace} and not write: ask its owners, or give --create_pr")
@@ -120,72 +117,78 @@ def push(
     *,
     merged: bool = False,
     message: str | None = None,
-    pictures: bool = True,
+    images: bool = True,
     token: str | None = None,
-    say: Callable[[str], Any] = print,
+    log: Callable[[str], Any] = print,
 ) -> Pushed:
-    """Push the checkpoint in `folder`, with a model card of what the run left there.
+    """Push the model in a folder, with a model card made from the files of its run.
 
-    merged: push one whole checkpoint, LoRA folded in, instead of the delta that training saved.
-    pictures: show the run's held-out sample pictures in the card.
+    All files come in one commit. The card is merged into the one in the repository. Files of an earlier push that this
+    model does not have are deleted; other files stay. The same push again makes no commit.
 
-    All files come in one commit. The card is merged into the one that is there; files that an earlier push left and
-    that this checkpoint does not have are deleted; files of others stay. Pushed again unchanged, nothing is committed.
-    Raises ValueError or OSError, in one line, if it cannot be pushed; the repository is then as it was."""
+    Args:
+        folder: of a training run, or of a saved model.
+        target: repository, branch and tag.
+        merged: push all weights, LoRA folded in, instead of the delta that training saved.
+        message: of the commit.
+        images: show the run's held-out sample images in the card.
+        token: None for the one of huggingface_hub.
+        log: gets a line for each wait.
+
+    Raises:
+        ValueError, OSError: in one line, if it cannot be pushed. The repository is then as it was.
+    """
     folder = Path(folder)
     if target.tag and target.create_pr:
-        raise ValueError("--tag names a commit, and a pull request has none yet: tag it when it is merged")
+        raise ValueError("--tag names a commit, and a pull request has none yet: tag it after it is merged")
     run = read_run(folder)
     refuse_local_backbones(folder, run.config, merged)
-    is_whole = merged or not run.config["delta"]
-    hub = Hub(token, say)
+    all_weights = merged or not run.config["delta"]
+    hub = Hub(token, log)
     user, repo_id = hub.check_access(target.repo_id, target.create_pr)
-    with tempfile.TemporaryDirectory(prefix="clip-phi-push-") as place:
-        stage_files(folder, Path(place), run, merged)
+    with tempfile.TemporaryDirectory(prefix="clip-phi-push-") as temporary:
+        stage = Path(temporary)
+        stage_files(folder, stage, run, merged)
         branch = target.branch or "main"
         if not target.create_pr or repo_id.startswith(f"{user}/"):
-            hub.retry(
-                f"creating {repo_id}", lambda: hub.api.create_repo(repo_id, private=target.private, exist_ok=True)
-            )
+            create = partial(hub.api.create_repo, repo_id, private=target.private, exist_ok=True)
+            hub.retry(f"creating {repo_id}", create)
         _check_tag(hub, repo_id, branch, target)
         if target.branch is not None and not target.create_pr:
             hub.retry(f"creating branch {branch}", lambda: hub.api.create_branch(repo_id, branch=branch, exist_ok=True))
-        shown = make_pictures(run)
-        if not pictures:
-            shown = {name: data for name, data in shown.items() if not name.startswith("samples/")}
+        shown = {name: data for name, data in card_images(run).items() if images or not name.startswith("samples/")}
         for name, data in shown.items():
-            (Path(place) / name).parent.mkdir(exist_ok=True)
-            (Path(place) / name).write_bytes(data)
-        additions = {name: CommitOperationAdd(name, str(Path(place) / name)) for name in sorted(_relative(Path(place)))}
+            (stage / name).parent.mkdir(exist_ok=True)
+            (stage / name).write_bytes(data)
+        additions = {name: CommitOperationAdd(name, str(stage / name)) for name in sorted(_relative(stage))}
         hashes = [each.upload_info.sha256.hex() for name, each in additions.items() if name.endswith(".safetensors")]
         tag = target.tag or weights_name(hashes)
         revision = "main" if target.create_pr else tag
         backbones = [run.config.get(f"{part}_backbone") for part in ("vision", "text")]
         licenses = {name: _license(hub, name) for name in backbones if name and not Path(name).is_absolute()}
-        card = make_card(run, repo_id, revision, is_whole, shown, licenses)
-        title = message or ("Merged checkpoint" if is_whole else "Delta checkpoint")
-        pushed = hub.retry(
-            f"the commit to {repo_id}",
-            lambda: _commit(hub, repo_id, branch, target.create_pr, user, title, additions, card, revision),
-        )
+        card = make_card(run, repo_id, revision, all_weights, shown, licenses)
+        title = message or ("Merged checkpoint" if all_weights else "Delta checkpoint")
+        at_pull_request = (user, title) if target.create_pr else None
+        commit = partial(_commit, hub, repo_id, branch, at_pull_request, title, additions, card)
+        commit_id, changed, url = hub.retry(f"the commit to {repo_id}", commit)
     if not target.create_pr:
-        _tag(hub, repo_id, tag, pushed.commit, explicit=target.tag is not None)
-    return pushed
+        _tag(hub, repo_id, tag, commit_id, explicit=target.tag is not None)
+    return Pushed(repo_id, f"{hub.api.endpoint}/{repo_id}", commit_id, changed, revision, url)
 
 
 def check_push(repo_id: str, config: dict[str, Any], merged: bool, folder: str | Path) -> None:
-    """Raises ValueError or OSError now for what would keep a model of this config from being pushed later."""
+    """Raises ValueError or OSError if a model of this config cannot be pushed later. Called before training."""
     refuse_local_backbones(Path(folder), config, merged)
     Hub().check_access(repo_id)
 
 
 def read_run(folder: Path) -> Run:
-    """Raises ValueError if the folder holds no checkpoint of Clip-Phi in safetensors."""
+    """Raises ValueError if the folder has no Clip-Phi model in safetensors."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model (no config.json): give the --output_dir of a training run")
+        raise ValueError(f"{folder} contains no model (no config.json): give the --output_dir of a training run")
     run = Run.read(folder)
     if run.config.get("model_type") != "clip_phi":
-        raise ValueError(f"{folder} holds a {run.config.get('model_type')!r} model, not a 'clip_phi' one")
+        raise ValueError(f"{folder} contains a {run.config.get('model_type')!r} model, not a 'clip_phi' one")
     run.config.setdefault("delta", False)
     if not list(folder.glob("model*.safetensors")):
         pickles = [path.name for path in folder.iterdir() if path.suffix in PICKLES]
@@ -194,26 +197,26 @@ def read_run(folder: Path) -> Run:
                 f"{folder / pickles[0]} is a pickle, which can run any code when it is opened, and is never pushed: "
                 "save the model with save_pretrained, which writes safetensors"
             )
-        raise ValueError(f"{folder} holds no weights (no model.safetensors)")
+        raise ValueError(f"{folder} contains no weights (no model.safetensors)")
     return run
 
 
 def refuse_local_backbones(folder: Path, config: dict[str, Any], merged: bool) -> None:
-    """Raises ValueError for a delta that nobody else could complete."""
+    """Raises ValueError for a delta whose backbones are not on the Hub."""
     local = [
         config.get(f"{part}_backbone") for part in ("vision", "text") if not config.get(f"{part}_backbone_revision")
     ]
     if config["delta"] and not merged and local:
         raise ValueError(
-            f"{folder} is completed from {local[0]}, a folder of this machine that nobody else has: push it whole with "
-            "--merged, or train on backbones of the Hub"
+            f"{folder} is a delta on {local[0]}, a local folder that nobody else has: push all weights with --merged, "
+            "or train on backbones of the Hub"
         )
 
 
 def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
-    """Put into `place` what is to be pushed: the checkpoint's files alone, with nothing of this machine in them.
+    """Put the files to push into `place`: those of the model alone, without local paths.
 
-    Raises ValueError if a path of this machine or an access token is left in one of them."""
+    Raises ValueError if a local path or an access token is left in one of them."""
     merge = merged and run.config["delta"]
     if merge:
         from transformers.utils import logging
@@ -221,8 +224,7 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
         from modeling_clip_phi import ClipPhiForCausalLM
 
         logging.disable_progress_bar()
-        model = ClipPhiForCausalLM.from_pretrained(folder)
-        model.save_pretrained(place, merged=True)
+        load_with_retries(ClipPhiForCausalLM.from_pretrained, folder).save_pretrained(place, merged=True)
     for name in _relative(folder):
         if SHIPPED.fullmatch(name) and not (place / name).exists():
             if merge and name.startswith(("model.", "model-", "adapter/")):  # the delta's
@@ -244,11 +246,13 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
             text = path.read_text(encoding="utf-8")
             if found := [each for each in private if f"{each}/" in text] or SECRET.findall(text):
                 what = found[0] if found[0].startswith("/") else "an access token"
-                raise ValueError(f"{folder / path.relative_to(place)} holds {what}, which does not belong on the Hub")
+                raise ValueError(
+                    f"{folder / path.relative_to(place)} contains {what}, which must not be pushed: remove it"
+                )
 
 
 def _without_local_names(value: Any, key: str = "") -> Any:
-    """The value of a json file without names of folders of this machine; Hub ids stay."""
+    """The value of a json file without names of local folders; Hub ids stay."""
     if isinstance(value, dict):
         kept = {}
         for name, each in value.items():
@@ -269,16 +273,20 @@ def _commit(
     hub: Hub,
     repo_id: str,
     branch: str,
-    create_pr: bool,
-    user: str,
+    pull_request: tuple[str, str] | None,
     title: str,
     additions: dict[str, CommitOperationAdd],
     card: str,
-    revision: str,
-) -> Pushed:
-    """One try of the commit: reads what is there, and is refused (412) if that changes before the commit is made."""
+) -> tuple[str, bool, str | None]:
+    """One try of the commit: it reads the repository, and is refused (412) if that changes before the commit is made.
+
+    pull_request: (user, title) of one to open, or to continue if it is open already. Returns the commit, whether it is
+    new, and the URL of the pull request."""
     api = hub.api
-    opened = _open_pull_request(api, repo_id, user, title) if create_pr else None
+    opened = None
+    if pull_request is not None:
+        found = api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
+        opened = next((each.num for each in found if (each.author, each.title) == pull_request), None)
     at = f"refs/pr/{opened}" if opened else branch
     info = api.model_info(repo_id, revision=at)
     held = {sibling.rfilename for sibling in info.siblings or []}
@@ -289,29 +297,18 @@ def _commit(
                 repo_id, "README.md", revision=info.sha, cache_dir=cache, token=hub.token, endpoint=api.endpoint
             )
             old = Path(path).read_bytes().decode("utf-8")
-    wanted = set(additions) | {"README.md"}
-    stale = [name for name in sorted(held - wanted) if SHIPPED.fullmatch(name) or PICTURES.fullmatch(name)]
+    stale = [name for name in sorted(held - set(additions)) if SHIPPED.fullmatch(name) or CARD_IMAGES.fullmatch(name)]
     operations = [
         CommitOperationAdd("README.md", merge_cards(old, card).encode()),
         *additions.values(),
         *(CommitOperationDelete(name) for name in stale),
     ]
+    new = pull_request is not None and opened is None
     done = api.create_commit(
-        repo_id,
-        operations,
-        commit_message=title,
-        revision=at,
-        parent_commit=info.sha,
-        create_pr=create_pr and opened is None,
+        repo_id, operations, commit_message=title, revision=at, parent_commit=info.sha, create_pr=new
     )
     url = done.pr_url or (f"{api.endpoint}/{repo_id}/discussions/{opened}" if opened else None)
-    return Pushed(repo_id, f"{api.endpoint}/{repo_id}", done.oid, done.oid != info.sha, revision, url)
-
-
-def _open_pull_request(api: HfApi, repo_id: str, user: str, title: str) -> int | None:
-    """The number of the user's own open one of that title: one whose answer was lost, or that is pushed to again."""
-    found = api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
-    return next((each.num for each in found if each.title == title and each.author == user), None)
+    return done.oid, done.oid != info.sha, url
 
 
 def _check_tag(hub: Hub, repo_id: str, branch: str, target: Target) -> None:
@@ -322,8 +319,8 @@ def _check_tag(hub: Hub, repo_id: str, branch: str, target: Target) -> None:
     heads = {each.name: each.target_commit for each in refs.branches}
     if target.tag in tags and tags[target.tag] != heads.get(branch):
         raise ValueError(
-            f"{repo_id} already has a tag {target.tag}, at {tags[target.tag][:12]}: choose another --tag, since people "
-            "have pinned that one"
+            f"{repo_id} already has a tag {target.tag}, at {tags[target.tag][:12]}: choose another --tag, since "
+            "others may have pinned that one"
         )
 
 

@@ -32,17 +32,8 @@ def with_retries(what: str, action: Callable[[], Result], log: Callable[[str], A
     Raises:
         ValueError, OSError: in one line, if the failure is final or stays.
     """
-    for wait in (*WAITS, None):
-        try:
-            return action()
-        except (HTTPError, OSError, RuntimeError) as error:
-            cause = _cause(error, (HTTPError, ConnectionError, TimeoutError, EntryNotFoundError))
-            if cause is None:
-                raise
-            if wait is None or _status(cause) not in (None, *TRANSIENT):
-                raise _explain(what, cause, len(WAITS) + 1) from error
-            _wait(what, cause, wait, log)
-    raise AssertionError("not reached")
+    kinds = (HTTPError, ConnectionError, TimeoutError, EntryNotFoundError)
+    return _retry(what, action, WAITS, lambda error: _find(error, kinds), explain=True, log=log)
 
 
 def load_with_retries(load: Callable[..., Result], *names: Any, **options: Any) -> Result:
@@ -56,22 +47,42 @@ def load_with_retries(load: Callable[..., Result], *names: Any, **options: Any) 
     Raises:
         OSError: if the Hub fails at each try. Every other error is that of load: without a network it comes at once.
     """
+
+    def find(error: BaseException) -> BaseException | None:
+        cause = _find(error, HTTPError)
+        return None if type(cause).__name__ == "ConnectError" else cause
+
     what = f"loading {' and '.join(map(str, names))}"
-    for wait in (*LOAD_WAITS, None):
+    return _retry(what, lambda: load(*names, **options), LOAD_WAITS, find, explain=False, log=print_to_stderr)
+
+
+def _retry(
+    what: str,
+    action: Callable[[], Result],
+    waits: tuple[float, ...],
+    find: Callable[[BaseException], BaseException | None],
+    explain: bool,
+    log: Callable[[str], Any],
+) -> Result:
+    """find: the error of the Hub or the connection behind an error, if there is one. explain: final failures too."""
+    for wait in (*waits, None):
         try:
-            return load(*names, **options)
-        except (HTTPError, OSError) as error:
-            cause = _cause(error, HTTPError)
-            no_network = type(cause).__name__ == "ConnectError"
-            if cause is None or no_network or _status(cause) not in (None, *TRANSIENT):
+            return action()
+        except (HTTPError, OSError, RuntimeError) as error:
+            cause = find(error)
+            is_final = cause is not None and _status(cause) not in (None, *TRANSIENT)
+            if cause is None or (is_final and not explain):
                 raise
-            if wait is None:
-                raise _explain(what, cause, len(LOAD_WAITS) + 1) from error
-            _wait(what, cause, wait, print_to_stderr)
+            if wait is None or is_final:
+                raise _explain(what, cause, len(waits) + 1) from error
+            asked = _header(cause, "Retry-After")
+            seconds = max(wait, min(60.0, float(asked)) if asked.replace(".", "", 1).isdigit() else 0.0)
+            log(f"{what}: {_reason(cause)}; trying again in {seconds:g} s")
+            time.sleep(seconds)
     raise AssertionError("not reached")
 
 
-def _cause(error: BaseException | None, kinds: Any) -> BaseException | None:
+def _find(error: BaseException | None, kinds: Any) -> BaseException | None:
     """The first error of these kinds in the chain; uploads wrap the HTTP error in a RuntimeError."""
     while error is not None and not isinstance(error, kinds):
         error = error.__cause__ or error.__context__
@@ -86,20 +97,11 @@ def _header(error: BaseException, name: str) -> str:
     return getattr(getattr(error, "response", None), "headers", {}).get(name, "")
 
 
-def _wait(what: str, error: BaseException, wait: float, log: Callable[[str], Any]) -> None:
-    """Wait, and longer if the Hub asks for it, at most a minute."""
-    asked = _header(error, "Retry-After")
-    wait = max(wait, min(60.0, float(asked)) if asked.replace(".", "", 1).isdigit() else 0.0)
-    log(f"{what}: {_reason(error)}; trying again in {wait:g} s")
-    time.sleep(wait)
-
-
 def _reason(error: BaseException) -> str:
     if status := _status(error):
         return f"the Hub answered {status}"
-    return (
-        f"the connection failed ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
-    )
+    message = str(error).strip().split("\n")[0]
+    return f"the connection failed ({message or type(error).__name__})"
 
 
 def _explain(what: str, error: BaseException, tries: int) -> OSError | ValueError:

@@ -1,1 +1,1 @@
-"""Using a trained model."""
+"""Serving a trained model: the engine, the HTTP API, the chat page."""

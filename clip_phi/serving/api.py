@@ -41,16 +41,10 @@ POLL_SECONDS = 0.5  # between two checks whether the client of a whole completio
 
 @dataclass(frozen=True)
 class ApiLimits:
-    """Limits of a request.
+    """Limits of a request."""
 
-    max_body: bytes.
-    max_pixels: pixels of an image.
-    max_images: images.
-    max_tokens: new tokens.
-    max_messages: messages."""
-
-    max_body: int = 32 * 2**20
-    max_pixels: int = 25_000_000
+    max_body: int = 32 * 2**20  # bytes
+    max_pixels: int = 25_000_000  # of one image
     max_images: int = 8
     max_tokens: int = 1024
     max_messages: int = 64

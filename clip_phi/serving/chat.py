@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..batching.images import load_image
 from ..data.synthetic import draw_scene, sample_scene
+from ..templates import render
 from .batch_captions import find_images
 from .engine import Completion, Engine, QueueFullError
 from .modalities import Modalities
@@ -33,52 +34,41 @@ ERRORS = (ValueError, OSError, ImportError, RuntimeError)
 ERROR = "⚠️ "  # prefix of an error in place of an answer
 QUESTIONS = ("Describe the image.", "How many shapes are there?", "What can you see?")
 SHOWN_SIZE = 256  # pixels; drawn scenes are very small
-CSS = """
-.gradio-container {width: 100% !important; max-width: 880px !important; margin: 0 auto !important}
-.gradio-container > main, .gradio-container main.contain {width: 100%}
-#conversation .placeholder-content, #conversation .placeholder {text-align: center; align-items: center; width: 100%}
-#conversation button[title="Share"] {display: none}
-#status p {font-size: 0.85rem; opacity: 0.75; text-align: center; min-height: 1.2em; margin: 0}
-#missing p, #missing li {font-size: 0.85rem; opacity: 0.8}
-@media (max-width: 640px) {
-  .gradio-container main {padding: 8px !important}
-  #conversation {height: 60dvh !important}
-  .gradio-container h1 {font-size: 1.3rem !important; margin: 0}
-}
-"""
 
 
-def launch(engine: Engine, modalities: Modalities, host: str, port: int, examples: Path | None) -> None:
-    """Serve the page until Ctrl-C. Raises OSError if the port is not available."""
+def launch(
+    engine: Engine, modalities: Modalities, host: str, port: int, examples: Path | None = None, block: bool = True
+) -> gr.Blocks:
+    """Serve the page, until Ctrl-C if it blocks.
+
+    Args:
+        engine: Its model answers.
+        modalities: Speech and image output, speech input.
+        host, port: Address of the page.
+        examples: Folder of example images; None for drawn scenes.
+        block: Whether to wait for Ctrl-C.
+
+    Raises:
+        OSError: If the port is not available.
+    """
     page = make_page(engine, modalities, examples)
     page.queue(default_concurrency_limit=None)  # the engine's queue is the only one
+    theme = gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg")
     print(f"the page is at http://{host}:{port}", file=sys.stderr, flush=True)
     page.launch(
         server_name=host, server_port=port, share=False, ssr_mode=False, quiet=True, footer_links=[], show_error=True,
-        theme=_theme(), css=CSS,
+        theme=theme, css="".join(render("chat.css")), prevent_thread_lock=not block,
     )  # fmt: skip
-
-
-def _theme() -> Any:
-    return gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg")
+    return page
 
 
 def make_page(engine: Engine, modalities: Modalities, examples: Path | None = None) -> gr.Blocks:
-    """The page. examples: a folder of example images; None for drawn scenes."""
+    """The page. examples: folder of example images; None for drawn scenes."""
     transcribe = modalities.transcribe and functools.lru_cache(maxsize=256)(modalities.transcribe)
 
-    def respond(
-        message: dict[str, Any],
-        history: list[dict[str, Any]],
-        temperature: float,
-        max_new_tokens: float,
-        speak: bool,
-        draw: bool,
-    ) -> Iterator[tuple[Any, str]]:
+    def respond(*inputs: Any) -> Iterator[tuple[Any, str]]:
         try:
-            yield from _respond(
-                engine, modalities, transcribe, message, history, temperature, int(max_new_tokens), speak, draw
-            )
+            yield from _respond(engine, modalities, transcribe, *inputs)
         except ERRORS as error:  # one line, and the page stays usable
             yield _error(error), ""
 
@@ -100,8 +90,16 @@ def make_page(engine: Engine, modalities: Modalities, examples: Path | None = No
             show_label=False, elem_id="conversation", height="56dvh", placeholder=placeholder, buttons=["copy"],
             render_markdown=False, render=False,
         )  # fmt: skip
-        settings = gr.Accordion("Settings", open=False, render=False)
-        options = _options(engine, modalities)
+        longest = min(1024, engine.context // 2)
+        greedy = "0: always the likeliest token"
+        options = [
+            gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature", info=greedy, render=False),
+            gr.Slider(
+                8, longest, value=min(128, longest), step=8, label="Maximum answer length, in tokens", render=False
+            ),
+            gr.Checkbox(label="Speak the answer", visible=modalities.synthesize is not None, render=False),
+            gr.Checkbox(label="Draw the answer", visible=modalities.draw is not None, render=False),
+        ]
         gr.Markdown("# Clip-Phi")
         gr.ChatInterface(
             respond,
@@ -109,7 +107,7 @@ def make_page(engine: Engine, modalities: Modalities, examples: Path | None = No
             chatbot=chatbot,
             textbox=textbox,
             additional_inputs=options,  # type: ignore[arg-type]
-            additional_inputs_accordion=settings,
+            additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
             additional_outputs=[status],
             examples=[[example] for example in _examples(examples)],
             cache_examples=False,
@@ -125,16 +123,6 @@ def make_page(engine: Engine, modalities: Modalities, examples: Path | None = No
             with gr.Accordion("Not available", open=False):
                 gr.Markdown("\n".join(f"- {line}" for line in modalities.missing), elem_id="missing")
     return page
-
-
-def _options(engine: Engine, modalities: Modalities) -> list[Any]:
-    most = min(1024, engine.context // 2)
-    return [
-        gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature", info="0: always the likeliest token", render=False),
-        gr.Slider(8, most, value=min(128, most), step=8, label="Maximum answer length, in tokens", render=False),
-        gr.Checkbox(label="Speak the answer", visible=modalities.synthesize is not None, render=False),
-        gr.Checkbox(label="Draw the answer", visible=modalities.draw is not None, render=False),
-    ]
 
 
 def _attach(image: str | None, message: dict[str, Any] | None) -> dict[str, Any]:
@@ -160,7 +148,7 @@ def _examples(folder: Path | None) -> list[dict[str, Any]]:
 
 def _respond(
     engine: Engine, modalities: Modalities, transcribe: Any, message: dict[str, Any], history: list[dict[str, Any]],
-    temperature: float, max_new_tokens: int, speak: bool, draw: bool,
+    temperature: float, max_new_tokens: float, speak: bool, draw: bool,
 ) -> Iterator[tuple[Any, str]]:  # fmt: skip
     """The answer so far, and the status line."""
     messages, images, transcript = _conversation(message, history, transcribe)
@@ -168,7 +156,10 @@ def _respond(
     yield "", status
     try:
         completion = engine.submit(
-            engine.add_default_instructions(messages), images, max_new_tokens=max_new_tokens, temperature=temperature
+            engine.add_default_instructions(messages),
+            images,
+            max_new_tokens=int(max_new_tokens),
+            temperature=temperature,
         )
     except QueueFullError as error:
         raise ValueError(f"too many people use this model now: try again in {error.retry_after} s") from error

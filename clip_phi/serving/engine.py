@@ -53,25 +53,19 @@ class EngineClosedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of an engine.
+    """Limits of an engine."""
 
-    max_batch: requests in one batch.
-    max_waiting: requests in the queue.
-    cache_bytes: keys and values of the batch, with every sequence as long as the longest. A request stays in the queue
-        until it fits. None: half of the GPU memory that is free at the start, 2 GB on a CPU.
-    image_bytes: cached image features, and the keys and values of prompts' leading images.
-    prefill_tokens: prompt tokens that join in one step, while running requests pause.
-    gather_seconds: longest time a request is held back so that others join with it: several prompts take little more
-        time than one. It applies while fewer requests are queued than a quarter of those running.
-    max_new_tokens: length of a completion where the request names none and the context has room."""
-
-    max_batch: int = 32
-    max_waiting: int = 256
+    max_batch: int = 32  # requests in one batch
+    max_waiting: int = 256  # requests in the queue
+    # Bytes of the batch's keys and values, with every sequence as long as the longest; a request stays in the queue
+    # until it fits. None: half of the GPU memory that is free at the start, 2 GB on a CPU.
     cache_bytes: int | None = None
-    image_bytes: int = GB // 4
-    prefill_tokens: int = 2048
+    image_bytes: int = GB // 4  # cached image features, and keys and values of prompts' leading images
+    prefill_tokens: int = 2048  # prompt tokens that join in one step, while running requests pause
+    # Longest time that a request is held back so that others join with it: several prompts take little more time than
+    # one. It applies while fewer requests are queued than a quarter of those running.
     gather_seconds: float = 0.02
-    max_new_tokens: int = 256
+    max_new_tokens: int = 256  # where a request names none and the context has room
 
 
 class Completion:
@@ -139,24 +133,17 @@ class Completion:
 
 @dataclass
 class _Request:
-    """A request in the engine.
-
-    ids: prompt tokens; keys and values of the first `start` are cached.
-    images: of each image its hash, and its features if they are cached, else its pixel values.
-    length: its tokens in the cache; -1 when it has ended.
-    last: its newest token."""
-
     completion: Completion
-    ids: list[int]
-    images: list[tuple[str, torch.Tensor | None, torch.Tensor | None]]
+    ids: list[int]  # the prompt
+    images: list[tuple[str, torch.Tensor | None, torch.Tensor | None]]  # hash, cached features, else pixel values
     stream: TextStream
     max_new_tokens: int
     temperature: float
     top_p: float
     uniform: random.Random
-    start: int = 0
-    length: int = 0
-    last: int = 0
+    start: int = 0  # tokens at the start of the prompt whose keys and values are cached
+    length: int = 0  # tokens in the cache; -1 when the request has ended
+    last: int = 0  # newest token
 
     @property
     def max_length(self) -> int:
@@ -190,8 +177,8 @@ class Engine:
         self.counts: Counter[str] = Counter()  # requests by finish reason, tokens, steps and images
         self.first_token_seconds: deque[float] = deque(maxlen=1000)
         self.seconds_per_request = 1.0  # a running mean
-        self._cache = BatchCache(config, model.dtype, model.device)
         self.cache_bytes = limits.cache_bytes or _default_cache_bytes(model.device)
+        self._cache = BatchCache(config, model.dtype, model.device, self.cache_bytes)
         self._running: list[_Request] = []
         self._waiting: deque[_Request] = deque()
         self._changed = threading.Condition()

@@ -19,12 +19,14 @@ class BatchCache(Cache):
     copies. The tensors of a layer are (sequences, tokens, heads, head width).
 
     config: of the decoder.
-    dtype, device: of the tensors."""
+    dtype, device: of the tensors.
+    max_bytes: storage shrinks to what is needed now before it exceeds this."""
 
-    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device, max_bytes: int):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.shape = (heads, width)
+        self.max_bytes = max_bytes
         self.token_bytes = 2 * config.num_hidden_layers * heads * width * dtype.itemsize
         self.options: dict[str, Any] = {"dtype": dtype, "device": device}
         self.first, self.length = 0, 0
@@ -34,17 +36,20 @@ class BatchCache(Cache):
         super().__init__(layers=[_BatchLayer(self) for _ in range(config.num_hidden_layers)])
 
     def reserve(self, num_sequences: int, num_tokens: int) -> None:
-        """Make room for so many sequences of so many tokens; the content stays."""
+        """Make room for so many sequences of so many tokens; the content within these numbers stays."""
         if num_sequences > self.num_sequences or num_tokens > self.capacity:
-            self.num_sequences = max(self.num_sequences, num_sequences)
-            self.capacity = max(self.capacity, -(-num_tokens // ROUND) * ROUND)
+            capacity = -(-num_tokens // ROUND) * ROUND
+            largest = max(num_sequences, self.num_sequences), max(capacity, self.capacity)
+            fits = largest[0] * largest[1] * self.token_bytes <= self.max_bytes
+            self.num_sequences, self.capacity = largest if fits else (num_sequences, capacity)
             for layer in self.layers:
-                layer.keys, layer.values = self._grown(layer.keys), self._grown(layer.values)
+                layer.keys, layer.values = self._resized(layer.keys), self._resized(layer.values)
 
-    def _grown(self, old: torch.Tensor | None) -> torch.Tensor:
+    def _resized(self, old: torch.Tensor | None) -> torch.Tensor:
         # zeros, not uninitialized memory: a NaN that the mask hides still makes the attention's sum NaN
         new = torch.zeros(self.num_sequences, self.capacity, *self.shape, **self.options)
         if old is not None:
+            old = old[: self.num_sequences, : self.capacity]
             new[: old.shape[0], : old.shape[1]] = old
         return new
 

@@ -14,17 +14,12 @@ Sound = tuple[int, Any]  # sampling rate in Hz, float32 (samples,)
 
 @dataclass
 class Modalities:
-    """Functions of the optional modalities; None where one is missing. Each raises ValueError for input it refuses.
+    """Functions of the optional modalities; None where one is missing. Each raises ValueError for input it refuses."""
 
-    transcribe: the text of a recording, a file's name or its bytes.
-    synthesize: the speech of a text, sentence by sentence.
-    draw: an image of a text, with a seed.
-    missing: why a modality is missing, one line each."""
-
-    transcribe: Callable[[str | bytes], str] | None = None
-    synthesize: Callable[[str], Iterator[Sound]] | None = None
-    draw: Callable[[str, int], Image.Image] | None = None
-    missing: list[str] = field(default_factory=list)
+    transcribe: Callable[[str | bytes], str] | None = None  # the text of an audio file, by its path or bytes
+    synthesize: Callable[[str], Iterator[Sound]] | None = None  # the speech of a text, sentence by sentence
+    draw: Callable[[str, int], Image.Image] | None = None  # an image of a text, with a seed
+    missing: list[str] = field(default_factory=list)  # why a modality is missing, one line each
 
 
 def load_modalities(

@@ -2,37 +2,20 @@
 
 import json
 import shutil
-from importlib.metadata import requires, version
+from importlib.metadata import version
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from ..environment import requirements
+from ..templates import render
 
 PACKAGES = ("clip_phi", "modeling_clip_phi")
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRADIO = "6.31.0"  # version where gradio is not installed
-APP = '''"""Chat with {model}."""
-
-from clip_phi.serving.chat import launch
+APP = """from clip_phi.serving.chat import launch
 from clip_phi.serving.engine import Engine
 from clip_phi.serving.modalities import load_modalities
 
 launch(Engine.from_pretrained({model!r}), load_modalities("base.en", "", None, None), "0.0.0.0", 7860, None)
-'''
-README = """---
-title: {title}
-emoji: 🖼️
-colorFrom: indigo
-colorTo: gray
-sdk: gradio
-sdk_version: {gradio}
-python_version: "3.12"
-app_file: app.py
-license: apache-2.0
-short_description: Chat about images with a Clip-Phi model
-{models}---
-
-Chat about images with {model}, a small vision-language model that one person can train on one GPU. The page is
-`app.py`; `clip_phi` and `modeling_clip_phi` are the project's code. It runs on a CPU, or on the Space's GPU.
 """
 
 
@@ -54,13 +37,10 @@ def write_space(repo_id: str, model: str, folder: Path) -> Path:
         shutil.copytree(model, folder / "model")
     for package in PACKAGES:
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    name = "model" if local else model
-    models = "" if local else f"models:\n- {model}\n"
-    title = repo_id.split("/")[1]
-    about = {"title": title, "model": title if local else model, "models": models, "gradio": _gradio_version()}
-    (folder / "app.py").write_text(APP.format(model=name), encoding="utf-8")
-    (folder / "README.md").write_text(README.format(**about), encoding="utf-8")
-    (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in _requirements()), encoding="utf-8")
+    about = {"title": repo_id.split("/")[1], "hub_id": None if local else model, "gradio": _gradio_version()}
+    (folder / "app.py").write_text(APP.format(model="model" if local else model), encoding="utf-8")
+    (folder / "README.md").write_text("".join(render("space.md", **about)), encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join(sorted(requirements().values())) + "\n", encoding="utf-8")
     return folder
 
 
@@ -72,12 +52,6 @@ def push_space(repo_id: str, folder: Path, private: bool) -> str:
     url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
     api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=folder)
     return str(url)
-
-
-def _requirements() -> list[str]:
-    """The project's requirements without extras; the Space has gradio."""
-    needed = [Requirement(text) for text in requires("clip-phi") or []]
-    return sorted(f"{each.name}{each.specifier}" for each in needed if each.marker is None)
 
 
 def _gradio_version() -> str:

@@ -1,1 +1,1 @@
-"""Sound in and out: recordings to text, text to speech."""
+"""Recordings to text, and text to speech."""

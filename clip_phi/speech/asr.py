@@ -11,8 +11,6 @@ DEFAULT = AsrSettings()
 
 
 class Transcriber(Protocol):
-    """engine, model: as in make_transcriber."""
-
     engine: Engine
     model: str
 

@@ -22,11 +22,8 @@ MAX_DECODE_SECONDS = 30.0  # decoding takes under 1 s; FFmpeg would search any f
 
 
 class AudioClip(NamedTuple):
-    """samples: float32 mono in [-1, 1], shape (samples,), at least one, at 16 000 Hz.
-    truncated: whether a rest was cut off or could not be decoded."""
-
-    samples: np.ndarray
-    truncated: bool
+    samples: np.ndarray  # float32 mono in [-1, 1], shape (samples,), at least one, at 16 000 Hz
+    truncated: bool  # a rest was cut off or could not be decoded
 
     @property
     def seconds(self) -> float:
@@ -159,18 +156,15 @@ def _decode(file: Any, name: str) -> Iterator[np.ndarray]:
         if not container.streams.audio:
             kinds = sorted({stream.type for stream in container.streams})
             raise ValueError(f"no audio in {name}: it has {' and '.join(kinds) or 'nothing'} only")
-        yield from _resample(_frames(container, av))
+        yield from _resample(_frames(container))
 
 
-def _frames(container: Any, av: Any) -> Iterator[Any]:
-    try:
-        for frame in container.decode(container.streams.audio[0]):
-            if not RATES[0] <= frame.sample_rate <= RATES[1]:
-                raise _Damaged(f"{frame.sample_rate} Hz is no sampling rate of audio")
-            frame.pts = None  # timestamps may be missing or jump, which the resampler would refuse or fill
-            yield frame
-    except (av.FFmpegError, ValueError, MemoryError, OSError) as error:
-        raise _Damaged(_reason(error)) from error
+def _frames(container: Any) -> Iterator[Any]:
+    for frame in container.decode(container.streams.audio[0]):
+        if not RATES[0] <= frame.sample_rate <= RATES[1]:
+            raise _Damaged(f"{frame.sample_rate} Hz is no sampling rate of audio")
+        frame.pts = None  # timestamps may be missing or jump, which the resampler would refuse or fill
+        yield frame
 
 
 def _resample(frames: Any) -> Iterator[np.ndarray]:

@@ -26,18 +26,13 @@ from .tts import TextToSpeech, shorten, write_wav
 
 @dataclass
 class TranscriptionStats:
-    """recordings: distinct recordings that need a transcript.
-    new: transcribed now, the others before.
-    silent: without speech.
-    truncated: longer than max_speech_seconds.
-    bad: without a transcript, because of an error.
-    examples: the first errors."""
+    """Counts of recordings, and the first errors."""
 
-    recordings: int = 0
-    new: int = 0
-    silent: int = 0
-    truncated: int = 0
-    bad: int = 0
+    recordings: int = 0  # distinct ones without a transcript in the data
+    new: int = 0  # transcribed now
+    silent: int = 0  # without speech
+    truncated: int = 0  # longer than max_speech_seconds
+    bad: int = 0  # without a transcript, because of an error
     examples: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -103,20 +98,14 @@ def _recordings(source: DataSource, report: Report) -> Iterator[File | bytes]:
 
 @dataclass
 class SpeechStats:
-    """questions: all questions.
-    spoken: questions with a recording.
-    recordings: distinct recordings.
-    new: recordings made now.
-    unspeakable: questions without sound in this voice, which stay text.
-    long: recordings longer than max_seconds.
-    examples: the first errors."""
+    """Counts of questions and recordings, and the first errors."""
 
     questions: int = 0
-    spoken: int = 0
-    recordings: int = 0
-    new: int = 0
-    unspeakable: int = 0
-    long: int = 0
+    spoken: int = 0  # questions with a recording
+    recordings: int = 0  # distinct ones
+    new: int = 0  # recorded now
+    unspeakable: int = 0  # questions without sound in this voice, which stay text
+    long: int = 0  # recordings longer than max_seconds
     examples: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:

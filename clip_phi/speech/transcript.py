@@ -8,36 +8,27 @@ from .audio import AudioClip
 
 
 class Word(NamedTuple):
-    """start, end: seconds from the beginning of the clip; None where the word could not be aligned."""
-
     word: str
-    start: float | None
+    start: float | None  # seconds from the beginning of the clip; None where the word could not be aligned
     end: float | None
 
 
 class Segment(NamedTuple):
-    """start, end: seconds from the beginning of the clip. words: with word timestamps only."""
-
     text: str
-    start: float
+    start: float  # seconds from the beginning of the clip
     end: float
-    words: tuple[Word, ...] = ()
+    words: tuple[Word, ...] = ()  # with word timestamps only
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """The recognized speech of a clip.
+    """The recognized speech of a clip."""
 
-    text: on one line; empty without speech.
-    language: its code, for example "en".
-    engine: name of the speech recognition engine.
-    seconds, truncated: of the clip."""
-
-    text: str
+    text: str  # on one line; empty without speech
     segments: tuple[Segment, ...]
-    language: str | None
+    language: str | None  # its code, for example "en"
     engine: str
-    seconds: float
+    seconds: float  # of the clip, as truncated
     truncated: bool
 
 

@@ -14,10 +14,8 @@ _NOT_AN_END = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Mt|No|vs|etc|e\.g|i\.e|[
 
 
 class Speech(NamedTuple):
-    """samples: float32 mono in [-1, 1], shape (samples,). sampling_rate: in Hz."""
-
-    samples: np.ndarray
-    sampling_rate: int
+    samples: np.ndarray  # float32 mono in [-1, 1], shape (samples,)
+    sampling_rate: int  # in Hz
 
     @property
     def seconds(self) -> float:
@@ -25,13 +23,10 @@ class Speech(NamedTuple):
 
 
 class TextToSpeech:
-    """A voice, which synthesizes long texts sentence by sentence.
+    """A voice, which synthesizes long texts sentence by sentence."""
 
-    voice: its name.
-    sampling_rate: of its speech, in Hz."""
-
-    voice: str
-    sampling_rate: int
+    voice: str  # its name
+    sampling_rate: int  # of its speech, in Hz
 
     def synthesize(self, text: str) -> Speech:
         """Raises ValueError, with the text, where this voice produces no sound."""
@@ -46,7 +41,7 @@ class TextToSpeech:
                 speech = self._synthesize(sentence)
                 samples = speech.samples
                 if not len(samples) or not np.isfinite(samples).all() or not np.abs(samples).max() > 1e-4:
-                    raise ValueError(f"the voice {self.voice} produces no sound for {shorten(sentence)!r}")
+                    raise self._silent(repr(shorten(sentence)))
                 yield speech
             elif marks is not None:
                 marks += sentence
@@ -55,6 +50,9 @@ class TextToSpeech:
 
     def _synthesize(self, sentence: str) -> Speech:
         raise NotImplementedError
+
+    def _silent(self, what: str) -> ValueError:
+        return ValueError(f"the voice {self.voice} produces no sound for {what}")
 
 
 def make_tts(voice: str | None = None) -> TextToSpeech:
@@ -90,9 +88,7 @@ class HibariTTS(TextToSpeech):
         # It skips what it cannot read: a word without sound must not be missing in the speech.
         for word in sentence.split():
             if any(character.isalnum() for character in word) and not self._voice.g2p(word):
-                raise ValueError(
-                    f"the voice {self.voice} produces no sound for {shorten(word)!r} in {shorten(sentence)!r}"
-                )
+                raise self._silent(f"{shorten(word)!r} in {shorten(sentence)!r}")
         # Its breath is noise: with a seed, the same text gives the same speech.
         return Speech(self._voice(sentence, seed=0).astype(np.float32, copy=False), self.sampling_rate)
 
@@ -116,7 +112,7 @@ class PipelineTTS(TextToSpeech):
                 output = self._pipeline(sentence)
         except (RuntimeError, IndexError) as error:  # what models raise when they know no token of the text
             reason = " ".join(str(error).split())
-            raise ValueError(f"the voice {self.voice} produces no sound for {shorten(sentence)!r}: {reason}") from error
+            raise self._silent(f"{shorten(sentence)!r}: {reason}") from error
         samples = np.asarray(output["audio"], dtype=np.float32)
         samples = samples.mean(axis=0) if samples.ndim == 2 else samples.reshape(-1)
         return Speech(samples, int(output["sampling_rate"]))

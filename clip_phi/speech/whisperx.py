@@ -37,12 +37,10 @@ class WorkerError(OSError):
 
 
 class Installation(NamedTuple):
-    """form: full, cpu or light. python: its interpreter. version: of WhisperX."""
-
     folder: Path
-    form: str
-    python: Path
-    version: str
+    form: str  # full, cpu or light
+    python: Path  # its interpreter
+    version: str  # of WhisperX
 
     @property
     def vad(self) -> str:
@@ -187,11 +185,11 @@ class WhisperXTranscriber:
             if self._process is None:
                 self._start()
             try:
-                result = self._request({"samples": samples}, self.transcribe_seconds)
+                result = self._request(samples)
             except _WorkerExited:
                 self._start()  # the machine may be the cause, not this clip
                 try:
-                    result = self._request({"samples": samples}, self.transcribe_seconds)
+                    result = self._request(samples)
                 except _WorkerExited as error:
                     raise WorkerError(f"WhisperX exited twice during one clip: {error}") from error
         segments = []
@@ -199,16 +197,6 @@ class WhisperXTranscriber:
             words = tuple(Word(word["word"], word["start"], word["end"]) for word in each["words"])
             segments.append(Segment(each["text"].strip(), each["start"], each["end"], words))
         return make_transcript(segments, result["language"], self.engine, clip)
-
-    def healthy(self, seconds: float = 10.0) -> bool:
-        """Whether the worker runs and answers in time; one that does not is stopped."""
-        with self._lock:
-            if self._process is None:
-                return False
-            try:
-                return bool(self._request({"ping": True}, seconds).get("ok"))
-            except (WorkerError, _WorkerExited):
-                return False
 
     def close(self) -> None:
         with self._lock:
@@ -241,13 +229,13 @@ class WhisperXTranscriber:
             self._stop()
             raise ValueError(f"WhisperX cannot load {self.model}: {' '.join(str(response['error']).split())}")
 
-    def _request(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def _request(self, samples: str) -> dict[str, Any]:
         assert self._process is not None
         self._number += 1
-        line = json.dumps({"id": self._number} | request) + "\n"
+        line = json.dumps({"id": self._number, "samples": samples}) + "\n"
         # In a thread: a worker that hangs does not read, and writing would block for ever.
         threading.Thread(target=_write, args=(self._process.stdin, line), daemon=True).start()
-        response = self._response(seconds, "answer")
+        response = self._response(self.transcribe_seconds, "answer")
         if "error" in response:
             raise ValueError(f"WhisperX cannot transcribe this clip: {' '.join(str(response['error']).split())}")
         if response.get("id") != self._number:

@@ -3,8 +3,8 @@
     python whisperx_worker.py MODEL DEVICE COMPUTE_TYPE LANGUAGE WORD_TIMESTAMPS VAD
 
 The protocol is JSON lines. First on stdout: {"ready": true, "whisperx": version} or {"error"}. Then for each line of
-stdin, {"id", "samples": base64 of float32 at 16 kHz} or {"id", "ping": true}, one line on stdout: {"id", "segments":
-[{"text", "start", "end", "words"}], "language"}, {"id", "ok": true} or {"id", "error"}. It exits at the end of stdin.
+stdin, {"id", "samples": base64 of float32 at 16 kHz}, one line on stdout: {"id", "segments": [{"text", "start", "end",
+"words"}], "language"} or {"id", "error"}. It exits at the end of stdin.
 
     python whisperx_worker.py --check VAD
 
@@ -50,8 +50,7 @@ def main(model: str, device: str, compute_type: str, language: str, word_timesta
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            found = {"ok": True} if request.get("ping") else transcribe(base64.b64decode(request["samples"]))
-            send(id=request["id"], **found)
+            send(id=request["id"], **transcribe(base64.b64decode(request["samples"])))
         except Exception as error:
             send_error(error, id=request["id"])
 

@@ -1,1 +1,1 @@
-"""Tools that look at data, memory and the machine before a run."""
+"""Checks before a run: data, memory and the machine."""

@@ -1,1 +1,1 @@
-"""What is learnt and how: arguments, optimizer, progress. The loop itself is train_accelerate.py."""
+"""Parts of the training loop: options, model, data, checkpoints, logs. The loop is in train_accelerate.py."""

@@ -10,7 +10,8 @@ from ..batching.images import load_image
 from ..batching.index import Index
 from ..data.report import Report
 from ..data.sample import File, as_messages
-from ..evaluation.evaluate import Decoding, Processes, judge
+from ..evaluation.answers import Decoding, Processes
+from ..evaluation.evaluate import evaluate_answers
 from ..evaluation.generate import generate_texts
 from ..evaluation.tasks import EvalSet, make_eval_set
 from .arguments import TrainingArguments
@@ -79,7 +80,7 @@ def run_eval_task(
     decoding = Decoding(
         max_new_tokens=arguments.max_new_tokens, batch_size=max(arguments.per_device_train_batch_size, 32)
     )
-    metrics = judge(model, processor, eval_set, decoding, processes=processes).result["metrics"]
+    metrics = evaluate_answers(model, processor, eval_set, decoding, processes=processes).result["metrics"]
     return {name: metrics[name] for name in sorted(metrics, key=lambda name: name != eval_set.metric)}
 
 
