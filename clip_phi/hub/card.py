@@ -168,7 +168,8 @@ def merge_cards(old: str | None, new: str) -> str:
     """Update the card of a repository with a new one.
 
     The marked blocks are replaced, and all other text stays. A removed block stays removed. A card without marks gets
-    all blocks at its end. In the front matter, library, pipeline, backbones and results are set, lists are united, and all other values stay."""
+    all blocks at its end. In the front matter, library, pipeline, backbones and results are set, lists are united, and
+    all other values stay."""
     if old is None or EMPTY_CARD in old:
         return new
     ours = {found[1]: found[0] for found in BLOCK.finditer(new)}
