@@ -1,13 +1,13 @@
-# Everything that a fresh clone needs: 'make demo' and 'make test'. Both install into .venv first, once.
+# 'make demo' and 'make test' are all that a fresh clone needs. Both install into .venv first, once.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-# Waiting OpenMP threads spin: two busy cores get ten times slower. One thread per process is the fast choice there.
+# Idle OpenMP threads spin, which makes two busy cores ten times slower. One thread per process is faster there.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install demo test test-demo test-full-size test-export test-oldest test-main test-oracle test-speech test-browser \
-	test-load lint format bench clean
+	test-benchmarks test-load lint format bench clean
 
 install: .venv/installed
 
@@ -38,7 +38,7 @@ test-export: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,onnx]'
 	$(BIN)/python -m pytest -m export $(ARGS)
 
-# What must hold with every supported version of the libraries: models load, and come back from the Hub as they went.
+# These tests pass with every supported version of the libraries: models load, and the Hub returns what was pushed.
 COMPATIBILITY := tests/test_remote_code.py tests/test_artifacts.py tests/test_hub.py tests/test_modeling.py tests/test_processing.py
 LIBRARIES := transformers|huggingface_hub|accelerate|peft
 
@@ -53,7 +53,7 @@ test-oldest: .venv-oldest/installed
 		-e . bitsandbytes pytest
 	@touch $@
 
-# Needs a network: the libraries as they are today, to know what will break before it is released.
+# Needs a network: the main branches of the libraries, to find what breaks before they are released.
 test-main:
 	$(PYTHON) -m venv .venv-main
 	grep -vE '^($(LIBRARIES)|tokenizers|safetensors|hf-xet)==' constraints.txt > .venv-main/constraints.txt
@@ -61,7 +61,7 @@ test-main:
 		$(foreach name,transformers huggingface_hub accelerate peft,git+https://github.com/huggingface/$(name))
 	.venv-main/bin/python -m pytest $(or $(ARGS),$(COMPATIBILITY))
 
-# lmms-eval pins what cannot stand beside our versions, so it gets a folder beside them; what it needs to judge is little.
+# lmms-eval pins versions that conflict with ours, so it is installed into its own folder, with the few packages it uses.
 test-oracle: install
 	@command -v java >/dev/null || { echo "Java is needed, for example: apt-get install default-jre-headless"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
@@ -80,6 +80,10 @@ test-browser: install outputs/demo/model/config.json
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,chat]' playwright
 	$(BIN)/python -m pytest -m browser $(ARGS)
+
+# The benchmarks on little work, with their bounds on time: also a run that is killed 20 times and resumed.
+test-benchmarks: install
+	$(BIN)/python -m pytest -m benchmarks $(ARGS)
 
 test-load: install
 	$(BIN)/python -m pytest -m load $(ARGS)

@@ -1,291 +1,289 @@
-"""Train Clip-Phi: accelerate launch train_accelerate.py --stage 1 (or 2). See --stage 1 --help and README.md."""
+"""Train Clip-Phi: accelerate launch train_accelerate.py --stage 1 (or 2). See --stage 1 --help and README.md.
+
+Read it from top to bottom: parse, import, build, loop.
+"""
+# ruff: noqa: E402
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from clip_phi.training.arguments import TrainingArguments, parse_arguments
 
 
-def main() -> None:
-    arguments = parse_arguments()
+@contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """Turn an error of the input or the machine into one line and status 2, unless --debug asks for the traceback."""
     try:
-        arguments.check()
-        train(arguments)
+        yield
     except (ValueError, OSError, ImportError) as error:
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # so that the launcher's last words name this process and error
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # so that the launcher's last lines name this process and error
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
             get_error_handler().record_exception(error)
-        if arguments.debug:
+        if debug:
             raise
         print(f"train_accelerate.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def train(arguments: TrainingArguments) -> None:
-    # Heavy imports stay out of --help and of a wrong option.
-    import time
-    from contextlib import nullcontext
-    from functools import partial
-    from pathlib import Path
+# Parse. Nothing heavy is imported before, so that --help and a wrong option answer at once.
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    with one_line_errors(arguments.debug):
+        arguments.check()
 
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import gather_object, set_seed
-    from transformers.utils import logging
+# Import.
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-    from clip_phi.batching.dataset import ImageReader, SampleDataset, complete, make_loader
-    from clip_phi.batching.packing import PackedBatch
-    from clip_phi.batching.sampler import EndlessSampler
-    from clip_phi.environment import describe_environment, peak_flops
-    from clip_phi.evaluation.generate import held_out_loss
-    from clip_phi.hub.push import Target, check_push, push
-    from clip_phi.training.checkpoint import (
-        EXIT_STOPPED,
-        Checkpoints,
-        EarlyStopping,
-        StopSignal,
-        check_same_run,
-        describe_run,
-        report_state,
-        restore_report,
-    )
-    from clip_phi.training.data import read_data
-    from clip_phi.training.evaluate import eval_batches, make_eval_task, run_eval_task, sample_texts
-    from clip_phi.training.fsdp import (
-        check_fsdp_config,
-        full_state_dict,
-        full_tensor,
-        is_sharded,
-        prepare,
-        process_group_kwargs,
-    )
-    from clip_phi.training.guards import (
-        NonFiniteGuard,
-        check_frozen,
-        check_room,
-        frozen_hashes,
-        oom_hint,
-        room_needed,
-        stalled_data_warning,
-        tolerate_write_errors,
-        write_run,
-    )
-    from clip_phi.training.logger import FlopsPerToken, Monitor, StepCounts
-    from clip_phi.training.model import count_parameters, load_model, load_processor, open_cache
-    from clip_phi.training.optim import make_optimizer, make_scheduler, optimizer_bytes
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from transformers.utils import logging
 
+from clip_phi.batching.dataset import ImageReader, add_image_features
+from clip_phi.batching.packing import PackedBatch
+from clip_phi.environment import peak_flops
+from clip_phi.hub.push import Target, check_push, push
+from clip_phi.training.checkpoint import EXIT_STOPPED, Checkpoints, EarlyStopping, StopSignal, describe_run
+from clip_phi.training.data import TrainData, read_data
+from clip_phi.training.evaluate import Evaluator
+from clip_phi.training.fsdp import check_fsdp_config, full_state_dict, full_tensor, prepare, process_group_kwargs
+from clip_phi.training.guards import (
+    TIME_FORMAT,
+    NonFiniteGuard,
+    check_frozen,
+    check_room,
+    frozen_hashes,
+    oom_hint,
+    room_needed,
+    run_record,
+    stalled_data_warning,
+    tolerate_write_errors,
+    write_run,
+)
+from clip_phi.training.logger import FlopsPerToken, StepCounts, TrainingLogger
+from clip_phi.training.model import count_parameters, load_model, load_processor, open_cache, resolve
+from clip_phi.training.optim import make_optimizer, make_scheduler, optimizer_bytes
+
+
+# Build.
+@dataclass
+class Run:
+    """What the loop works with. plain_model: the model without Accelerate's wrapper. to_device: makes a batch ready for
+    the model. record: the content of run.json."""
+
+    arguments: TrainingArguments
+    accelerator: Accelerator
+    processor: Any
+    model: Any
+    plain_model: Any
+    optimizer: Any
+    scheduler: Any
+    data: TrainData
+    to_device: Callable[[PackedBatch], PackedBatch]
+    evaluator: Evaluator
+    early_stopping: EarlyStopping
+    guard: NonFiniteGuard
+    logger: TrainingLogger
+    checkpoints: Checkpoints
+    output_dir: Path
+    first_step: int
+    record: dict[str, Any]
+
+
+def build(arguments: TrainingArguments) -> Run:
+    """Make everything that the loop needs, in the state of the training checkpoint if the run is resumed."""
+    began = time.strftime(TIME_FORMAT)
     logging.disable_progress_bar()  # one bar is enough
-    began_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     output_dir = Path(arguments.output_dir)
     check_room(output_dir)
     accelerator = Accelerator(
         kwargs_handlers=process_group_kwargs(), log_with=arguments.report_to or None, project_dir=str(output_dir)
     )
-    check_fsdp_config(accelerator, arguments, accelerator.print)
-    device = accelerator.device
+    check_fsdp_config(accelerator, arguments)
+    device, world_size, is_main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
     set_seed(arguments.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if arguments.tf32 else "highest")
 
     processor = load_processor(arguments)
     model = load_model(arguments, processor, accelerator)
-    if arguments.push_to_hub and accelerator.is_main_process:  # better now than after a night of training
+    arguments = resolve(arguments, accelerator, model.config)
+    if arguments.push_to_hub and is_main:  # better now than after a night of training
         check_push(arguments.push_to_hub, model.config.to_dict(), arguments.merged, output_dir)
     cache = open_cache(arguments, model, processor)
     read = ImageReader(processor, arguments.image_processing, cache)
     with accelerator.local_main_process_first():  # which writes the index that the others find
-        rank, world_size = accelerator.process_index, accelerator.num_processes
-        data = read_data(arguments, processor, read, rank, world_size, accelerator.print)
-    eval_set = make_eval_task(arguments, data.held_out)
+        data = read_data(arguments, processor, read, accelerator)
+    evaluator = Evaluator(arguments, data.held_out, read, processor, accelerator)
     trainable, total = count_parameters(model)
-    accelerator.print(f"training {trainable:,} of {total:,} parameters on {accelerator.num_processes} x {device.type}")
-    models = 1 if arguments.metric_for_best_model == "none" else 2
-    room = room_needed(trainable, total, arguments.save_total_limit, arguments.merged, model.dtype.itemsize, models)
-    check_room(output_dir, room)
-    costs = FlopsPerToken.of(model)
+    accelerator.print(f"training {trainable:,} of {total:,} parameters on {world_size} x {device.type}")
+    check_room(output_dir, room_needed(arguments, trainable, total, model.dtype.itemsize))
 
-    if data.batches is None:
-        num_steps, order, steps_per_epoch = arguments.max_steps, arguments.per_device_train_batch_size, None
-    else:
-        batches_per_step = arguments.gradient_accumulation_steps * accelerator.num_processes
-        num_steps = max(1, -(-data.batches.count(arguments.num_train_epochs) // batches_per_step))
-        num_steps = min(num_steps, arguments.max_steps or num_steps)
-        steps_per_epoch = data.batches.count(1) / batches_per_step
-        order = EndlessSampler(
-            batches=data.batches,
-            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-            num_steps=num_steps,
-            rank=rank,
-            world_size=world_size,
-        )
     optimizer = make_optimizer(model, arguments, device)
-    scheduler = make_scheduler(optimizer, arguments, num_steps)
+    scheduler = make_scheduler(optimizer, arguments, data.num_steps)
     model, optimizer = prepare(accelerator, model, optimizer)
     plain_model = accelerator.unwrap_model(model)
 
-    def ready(pack: PackedBatch) -> PackedBatch:
-        return complete(pack.to(device), plain_model, cache)
+    def to_device(pack: PackedBatch) -> PackedBatch:
+        return add_image_features(pack.to(device), plain_model, cache)
 
-    eval_loaders = {
-        name: make_loader(
-            SampleDataset([index], read), eval_batches(len(index), arguments, rank, world_size), processor, 0
-        )
-        for name, index in data.held_out.items()
-    }
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    checkpoints = Checkpoints(output_dir, arguments.save_total_limit, accelerator)
-    this_run = describe_run(arguments, data.fingerprint, num_steps, world_size)
-    first_step, seen, best = (
-        0,
-        StepCounts(),
-        EarlyStopping(arguments.metric_for_best_model, arguments.early_stopping_patience),
-    )
-    if not arguments.resume_from_checkpoint:
-        checkpoints.begin_anew()
-    elif found := checkpoints.newest():
-        place, about = found
-        check_same_run(about["run"], this_run, accelerator.print)
-        checkpoints.restore(place, plain_model, optimizer, scheduler)
-        restore_report(data.report, about["report"])
-        assert isinstance(order, EndlessSampler)  # a stream cannot be resumed, and check() says so
-        first_step = order.first_step = about["step"]
-        seen = about["seen"]
-        best.restore(about.get("best"))
-        accelerator.print(f"going on from {place}, after step {first_step:,} of {num_steps:,}")
     peak = arguments.peak_tflops * 1e12 or peak_flops(device)
-    monitor = Monitor(
-        output_dir,
-        num_steps,
-        accelerator.is_main_process,
-        device,
-        first_step=first_step,
-        steps_per_epoch=steps_per_epoch,
-        peak=peak and peak * world_size,
-        track=accelerator.log,
+    all_peak = peak and peak * world_size
+    logger = TrainingLogger(
+        output_dir, data.num_steps, is_main, device, data.steps_per_epoch, all_peak, accelerator.log
     )
-    monitor.go_on(seen)
-    health = NonFiniteGuard(output_dir, arguments.nan_policy, accelerator.print)
-    run = {
-        "command": sys.argv,
-        "began": began_at,
-        "options": vars(arguments),
-        "first_step": first_step,
-        "num_steps": num_steps,
-        "parameters": total,
-        "trainable_parameters": trainable,
-        "processes": world_size,
-        "mixed_precision": accelerator.mixed_precision,
-        "data": {"fingerprint": data.fingerprint, "records": data.report.records},
-        "peak_flops": peak,
-        "environment": describe_environment(),
-    }
-    if accelerator.is_main_process:
-        write_run(output_dir / "run.json", run)
-    accelerator.init_trackers("clip-phi", {name: str(value) for name, value in vars(arguments).items()})
-    frozen = frozen_hashes(plain_model)
-    stop = StopSignal()
-    pin_memory = device.type == "cuda"
-    packs_in_order = map(ready, make_loader(data.train, order, processor, arguments.dataloader_num_workers, pin_memory))
+    early_stopping = EarlyStopping(arguments.metric_for_best_model, arguments.early_stopping_patience)
+    guard = NonFiniteGuard(output_dir, arguments.nan_policy, accelerator.print)
+    checkpoints = Checkpoints(
+        output_dir,
+        arguments.save_total_limit,
+        accelerator,
+        describe_run(arguments, data, world_size),
+        (plain_model, optimizer, scheduler),
+        {"data": data, "early_stopping": early_stopping, "guard": guard, "logger": logger},
+    )
+    first_step = checkpoints.resume(arguments.resume_from_checkpoint)
+    logger.start(first_step)
+    record: dict[str, Any] = {"began": began, "first_step": first_step}
+    record |= run_record(arguments, data, accelerator, (trainable, total), peak)
+    if is_main:
+        write_run(output_dir / "run.json", record)
+    accelerator.init_trackers("clip-phi", {name: str(value) for name, value in record["options"].items()})
+    return Run(
+        *(arguments, accelerator, processor, model, plain_model, optimizer, scheduler, data, to_device, evaluator),
+        *(early_stopping, guard, logger, checkpoints, output_dir, first_step, record),
+    )
 
-    model.train()
-    for step in range(first_step + 1, num_steps + 1):
-        if best.exhausted:  # known to all ranks, and to a run that is resumed
-            accelerator.print(f"stopped: {best.metric} was never better than at step {best.step:,}, which is in best/")
+
+# Loop.
+def train(arguments: TrainingArguments) -> None:
+    run = build(arguments)
+    arguments, accelerator, data, logger = run.arguments, run.accelerator, run.data, run.logger
+    flops = FlopsPerToken.of(run.plain_model)
+    frozen = frozen_hashes(run.plain_model)
+    stop = StopSignal()
+    packs_in_order = map(run.to_device, data.loader(run.first_step, arguments, run.processor, accelerator.device))
+    run.model.train()
+    for step in range(run.first_step + 1, data.num_steps + 1):
+        best, is_last = run.early_stopping, step == data.num_steps
+        if best.exhausted:  # the same on all ranks, and in a run that is resumed
+            accelerator.print(
+                f"early stopping: no improvement since step {best.step:,} ({best.metric} {best.value:.4f}, in best/)"
+            )
             break
-        # One step: every answer token of all ranks and micro-batches weighs the same, however they are spread.
+
+        # The data of a step, and what it counts on all ranks.
         began = time.perf_counter()
-        with stalled_data_warning(partial(data.awaited, order, step)):
+        with stalled_data_warning(partial(data.needs, step)):
             packs = [next(packs_in_order) for _ in range(arguments.gradient_accumulation_steps)]
         waited = time.perf_counter() - began
-        counts = torch.tensor([[*costs.work(p), len(p.skipped), stop.asked] for p in packs]).sum(0).to(device)
-        *work, num_skipped, num_stopping = accelerator.reduce(counts, "sum").tolist()
+        counts = torch.tensor([[*flops.counts_of(pack), len(pack.skipped), stop.received] for pack in packs]).sum(0)
+        *work, num_skipped, num_stopping = accelerator.reduce(counts.to(accelerator.device), "sum").tolist()
         done = StepCounts(*work)
         skipped = [skip for pack in packs for skip in pack.skipped]
         data.count(done.samples, gather_object(skipped) if num_skipped else [])
-        step_loss = torch.zeros((), device=device)
-        with oom_hint(step, packs, device):
-            for index, pack in enumerate(packs):
-                with nullcontext() if index == len(packs) - 1 else accelerator.no_sync(model):
-                    # DDP averages gradients over the ranks; the loss is divided by the tokens of all of them.
-                    output = model(**pack.inputs, use_cache=False, num_items_in_batch=max(done.supervised, 1))
-                    loss = output.loss * accelerator.num_processes
-                    accelerator.backward(loss)
-                step_loss += loss.detach()
-            norm = full_tensor(accelerator.clip_grad_norm_(trained, arguments.max_grad_norm or float("inf")))
-        # Known before the weights change, and the same on all ranks. The next step begins with a wait for the device
-        # anyway.
-        mean_loss, grad_norm = accelerator.reduce(torch.stack([step_loss, norm.to(device)]), "mean").tolist()
-        allowed = health.is_finite_step(step, mean_loss, grad_norm, scaled=accelerator.scaler is not None)
-        if not allowed:
-            health.handle_bad_step(step, packs, plain_model, (mean_loss, grad_norm), accelerator)
-        elif health.spikes_at(mean_loss):
-            monitor.log_spike(step, mean_loss, [origin for pack in packs for origin in pack.origins])
-        if allowed or accelerator.scaler is not None:  # the scaler must be told, and leaves the weights alone itself
-            optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        monitor.count(done, waited)
+
+        loss, grad_norm = train_step(run, step, packs, done.supervised)
+        logger.count(done, loss, waited)
 
         # Once in a while: one line of the log.
-        if allowed and (step % arguments.logging_steps == 0 or step == num_steps):
-            rates = {f"learning_rate/{group['name']}": group["lr"] for group in optimizer.param_groups}
-            monitor.log(step, mean_loss, grad_norm=grad_norm, **rates)
+        if loss is not None and (step % arguments.logging_steps == 0 or is_last):
+            rates = {f"learning_rate/{group['name']}": group["lr"] for group in run.optimizer.param_groups}
+            logger.log(step, grad_norm=grad_norm, **rates)
 
         # Once in a while, and at the end: evaluate, and save the model.
-        if step % arguments.eval_steps == 0 or step == num_steps:
-            started = time.perf_counter()
-            model.eval()
-            sums = {
-                name: accelerator.reduce(held_out_loss(model, map(ready, loader), device), "sum").tolist()
-                for name, loader in eval_loaders.items()
-            }
-            texts = []
-            if accelerator.is_main_process or is_sharded(accelerator):
-                for held_out in data.held_out.values():
-                    texts += sample_texts(plain_model, processor, held_out, arguments)
-            judged = run_eval_task(plain_model, processor, eval_set, arguments, accelerator, is_sharded(accelerator))
-            is_best = best.update(step, monitor.log_evaluation(step, sums, texts, judged))
-            state = full_state_dict(accelerator, plain_model, arguments.merged)
-            if accelerator.is_main_process:
-                for folder in (output_dir, output_dir / "best")[: 2 if is_best else 1]:
-                    with tolerate_write_errors(f"the model in {folder}", last=step == num_steps):
-                        plain_model.save_pretrained(folder, merged=arguments.merged, state_dict=state)
-                        processor.save_pretrained(folder)
-            accelerator.wait_for_everyone()
-            model.train()
-            monitor.pause(time.perf_counter() - started)
+        if step % arguments.eval_steps == 0 or is_last:
+            with logger.pause():
+                evaluate_and_save(run, step, is_last)
 
-        # Once in a while, at the end, and when a signal asks for it: a checkpoint to go on from.
-        if step % arguments.save_steps == 0 or step == num_steps or num_stopping or best.exhausted:
-            started = time.perf_counter()
-            about = {"run": this_run, "report": report_state(data.report), "seen": monitor.seen, "best": best.state()}
-            with tolerate_write_errors("a checkpoint", last=step == num_steps or bool(num_stopping)):
-                checkpoints.save(step, plain_model, optimizer, scheduler, about)
-            monitor.pause(time.perf_counter() - started)
-        if num_stopping and step < num_steps:
-            accelerator.print(f"stopped after step {step:,} by a signal; --resume_from_checkpoint goes on from there")
+        # Once in a while, at the end, and when a signal asks for it: a training checkpoint.
+        if step % arguments.save_steps == 0 or is_last or num_stopping or best.exhausted:
+            with logger.pause(), tolerate_write_errors("a training checkpoint", is_last or bool(num_stopping)):
+                run.checkpoints.save(step)
+        if num_stopping and not is_last:
+            accelerator.print(f"stopped after step {step:,} by a signal; --resume_from_checkpoint continues from there")
             del packs_in_order  # ends the workers
             sys.exit(EXIT_STOPPED)
 
-    check_frozen(frozen, plain_model)
-    monitor.close(data.report)
-    if accelerator.is_main_process:
+    check_frozen(frozen, run.plain_model)
+    finish(run)
+
+
+def train_step(run: Run, step: int, packs: list[PackedBatch], num_supervised: int) -> tuple[float | None, float]:
+    """One update of the weights. Returns loss (None if the step is left out) and gradient norm.
+
+    Every supervised token of all ranks and micro-batches has the same weight, however they are distributed.
+    packs: this rank's micro-batches. num_supervised: tokens of all of them, on all ranks."""
+    accelerator, device = run.accelerator, run.accelerator.device
+    loss_sum = torch.zeros((), device=device)
+    with oom_hint(step, packs, device):
+        for index, pack in enumerate(packs):
+            with nullcontext() if index == len(packs) - 1 else accelerator.no_sync(run.model):
+                # DDP averages gradients over the ranks; the loss is divided by the tokens of all of them.
+                output = run.model(**pack.inputs, use_cache=False, num_items_in_batch=max(num_supervised, 1))
+                loss = output.loss * accelerator.num_processes
+                accelerator.backward(loss)
+            loss_sum += loss.detach()
+        trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+        norm = full_tensor(accelerator.clip_grad_norm_(trained, run.arguments.max_grad_norm or float("inf")))
+    # Checked before the weights change, and the same on all ranks. The next step synchronises with the device anyway.
+    mean_loss, grad_norm = accelerator.reduce(torch.stack([loss_sum, norm.to(device)]), "mean").tolist()
+    is_finite = run.guard.is_finite_step(step, mean_loss, grad_norm, scaled=accelerator.scaler is not None)
+    if not is_finite:
+        run.guard.handle_bad_step(step, packs, run.plain_model, (mean_loss, grad_norm), accelerator)
+    elif run.guard.spikes_at(mean_loss):
+        run.logger.log_spike(step, mean_loss, [origin for pack in packs for origin in pack.origins])
+    if is_finite or accelerator.scaler is not None:  # the loss scaler must have its step, and skips the weights itself
+        run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad()
+    return (mean_loss if is_finite else None), grad_norm
+
+
+def evaluate_and_save(run: Run, step: int, is_last: bool) -> None:
+    """Evaluate, and write the model and its processor to the output folder, and to best/ if it is the best so far."""
+    run.model.eval()
+    evaluation = run.evaluator.evaluate(run.model, run.plain_model, run.to_device)
+    is_best = run.early_stopping.update(step, run.logger.log_evaluation(step, evaluation))
+    state = full_state_dict(run.accelerator, run.plain_model, run.arguments.merged)
+    if run.accelerator.is_main_process:
+        for folder in (run.output_dir, run.output_dir / "best")[: 2 if is_best else 1]:
+            with tolerate_write_errors(f"the model in {folder}", is_last):
+                run.plain_model.save_pretrained(folder, merged=run.arguments.merged, state_dict=state)
+                run.processor.save_pretrained(folder)
+    run.accelerator.wait_for_everyone()
+    run.model.train()
+
+
+def finish(run: Run) -> None:
+    """Write data_report.json and the results in run.json, and push the model."""
+    run.logger.close(run.data.report)
+    if run.accelerator.is_main_process:
         results = {
-            "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "held_out_loss": monitor.eval_losses[-1][1],
-            "best": best.state(),
-            "steps_left_out": health.num_skipped,
-            "loss_spikes": health.spikes,
-            "optimizer_bytes": optimizer_bytes(optimizer),
+            "ended": time.strftime(TIME_FORMAT),
+            "held_out_loss": run.logger.eval_losses[-1][1],
+            "best": run.early_stopping.state_dict(),
+            "steps_left_out": run.guard.state["skipped"],
+            "loss_spikes": run.guard.state["spikes"],
+            "optimizer_bytes": optimizer_bytes(run.optimizer),
             "frozen_weights": "unchanged",
         }
-        write_run(output_dir / "run.json", run | results)
-    accelerator.print(f"saved in {output_dir}; try: clip-phi caption --model {output_dir} IMAGE")
-    if arguments.push_to_hub and accelerator.is_main_process:
-        print(push(output_dir, Target(arguments.push_to_hub, private=arguments.hub_private_repo or None)))
-    accelerator.end_training()
+        write_run(run.output_dir / "run.json", run.record | results)
+    run.accelerator.print(f"saved in {run.output_dir}; try: clip-phi caption --model {run.output_dir} IMAGE")
+    if run.arguments.push_to_hub and run.accelerator.is_main_process:
+        print(push(run.output_dir, Target(run.arguments.push_to_hub, private=run.arguments.hub_private_repo or None)))
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors(arguments.debug):
+        train(arguments)

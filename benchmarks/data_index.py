@@ -12,7 +12,7 @@ Each figure is measured in a process of its own, on one thread:
     read_peak_mb        peak resident memory of the process of seconds, with imports
     imports_mb          resident memory of both before the reader is called
     warm_seconds        load_index() in another process, from the cache; without imports
-    samples_per_second  Index.tree() at random places of the mapped index
+    samples_per_second  Index.shared_prefix_sample() at random places of the mapped index
     worker_mb           private memory (Private_Clean + Private_Dirty) that a forked worker adds while it makes the
                         trees of 5,000 random samples; pages of the mapped index are not its own
     index_mb            the index on disk; annotations_mb: the annotations on disk
@@ -168,7 +168,7 @@ def measure_warm(folder: Path) -> dict[str, float]:
     places = np.random.default_rng(1).integers(0, len(index), 20_000).tolist()
     started = time.perf_counter()
     for place in places:
-        index.tree(place)
+        index.shared_prefix_sample(place)
     samples_per_second = len(places) / (time.perf_counter() - started)
     return {
         "warm_seconds": warm_seconds,
@@ -188,7 +188,7 @@ def memory_added_by_a_worker(index: Any) -> float:
     if os.fork() == 0:  # like a worker of torch's DataLoader
         before = memory_mb("Private_Clean", "Private_Dirty")
         for place in places:
-            index.tree(place)
+            index.shared_prefix_sample(place)
         os.write(writer, f"{memory_mb('Private_Clean', 'Private_Dirty') - before}".encode())
         os._exit(0)
     os.close(writer)

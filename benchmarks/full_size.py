@@ -35,8 +35,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from clip_phi.batching.packing import SharedPrefixSample
 from clip_phi.data.synthetic import write_dataset
-from clip_phi.tools.plan import CARDS, Row, bill_of_pack
+from clip_phi.tools.plan import CARDS, Formula
 from clip_phi.training.arguments import TrainingArguments, parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,17 +194,19 @@ def run_measured(command: Sequence[str], log: Path, environment: dict[str, str])
     return {"peak_bytes": most["VmHWM"], "anonymous_bytes": most["RssAnon"], "seconds": seconds}
 
 
-def packs_of(arguments: TrainingArguments, processor: Any) -> list[list[Row]]:
+def packs_of(arguments: TrainingArguments, processor: Any) -> list[list[SharedPrefixSample]]:
     """Read the packs that the run trains on, from the same plan of the same data."""
+    from accelerate import Accelerator
+
     from clip_phi.batching.dataset import ImageReader
     from clip_phi.training.data import read_data
 
-    data = read_data(arguments, processor, ImageReader(processor), 0, 1, lambda text: None)
-    assert data.batches is not None
+    data = read_data(arguments, processor, ImageReader(processor), Accelerator(cpu=True))
+    assert data.sampler is not None
     packs = []
     for number in range(arguments.max_steps * arguments.gradient_accumulation_steps):
-        items: list[Any] = [data.train[place] for place in data.batches.batch(number)]  # type: ignore[index]
-        packs.append([Row.of(tree) for tree, _ in items])
+        items: list[Any] = [data.train[place] for place in data.sampler.batches.batch(number)]  # type: ignore[index]
+        packs.append([sample for sample, _ in items])
     return packs
 
 
@@ -236,16 +239,20 @@ def run_stage(stage: int, folder: Path, arguments: argparse.Namespace) -> dict[s
     output = folder / f"stage{stage}"
     asked = parse_arguments(options)
     packs = packs_of(asked, load_processor(asked))
-    largest = max(packs, key=lambda pack: sum(row.length for row in pack))
+    largest = max(packs, key=lambda pack: sum(len(sample.input_ids) for sample in pack))
     config = ClipPhiConfig.from_pretrained(output)
     config.adapter = None
-    bill = bill_of_pack(asked, CARDS["cpu-16"], largest, config)
+    ids, supervised = (
+        [sample.conversation_ids for sample in largest],
+        sum(len(sample.shift_labels) for sample in largest),
+    )
+    bill = Formula(config, asked, CARDS["cpu-16"]).bill(ids, supervised)
     logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return found | {
         "plan_bytes": sum(bill.values()),
         "plan_error": sum(bill.values()) / found["peak_bytes"] - 1,
         "bill_bytes": bill,
-        "tokens": [sum(row.length for row in pack) for pack in packs],
+        "tokens": [sum(len(sample.input_ids) for sample in pack) for pack in packs],
         "losses": [row["loss"] for row in logged if "loss" in row],
         "checkpoint_bytes": sum(file.stat().st_size for file in checkpoint_files(output)),
         "checkpoint_weights": sum(map(count_weights, checkpoint_files(output))),

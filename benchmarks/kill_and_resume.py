@@ -43,7 +43,7 @@ def options(stage: int, data: Path, output: Path, num_workers: int) -> list[str]
         "eval_data": f"{kind}:{data}/{name.format('val')}.json,images={data}/val2017",
         "dataloader_num_workers": num_workers,
         "gradient_accumulation_steps": 2,
-        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
         "num_train_epochs": 3,
         "max_steps": NUM_STEPS,
         "logging_steps": 1,
@@ -54,6 +54,7 @@ def options(stage: int, data: Path, output: Path, num_workers: int) -> list[str]
     }
     if stage == 1:
         common |= {"vision_backbone": BACKBONES / "vision", "text_backbone": BACKBONES / "text"}
+        common["per_device_train_batch_size"] = 2
     else:
         common |= {"init_from": data.parent / "stage1", "max_tokens_per_batch": 200, "lora_r": 4, "lora_dropout": 0.1}
     return [str(word) for name, value in common.items() for word in (f"--{name}", value)]

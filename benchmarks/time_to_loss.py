@@ -29,19 +29,20 @@ from torch.nn.functional import cross_entropy
 from transformers import PhiForCausalLM
 
 from clip_phi.batching.attention import PACKED_ATTENTION
-from clip_phi.batching.encode import IGNORE_INDEX
 from clip_phi.batching.images import load_image
 from clip_phi.batching.index import Index, load_index
 from clip_phi.batching.packing import PackedBatch, pack_samples
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONES = tuple(str(ROOT / "examples" / "demo_backbones" / part) for part in ("vision", "text"))
 IMAGES_PER_STEP, CAPTIONS_PER_STEP = 8, 2  # ours, the recipe's
 TEACHER_FORCED, LABEL_SMOOTHING, DROPOUT = 5, 0.1, 0.1
 WARM_UP = 20  # steps
+MIN_STEPS = 8  # of the recipe, so that the loss falls on a slow machine too
 
 
 @dataclass
@@ -70,7 +71,9 @@ def read_scenes(folder: Path, split: str, processor: Any) -> Scenes:
 
 
 def pack(scenes: Scenes, numbers: list[int], pad_token_id: int) -> PackedBatch:
-    return pack_samples([scenes.index.tree(each) for each in numbers], scenes.pixels[numbers], pad_token_id)
+    return pack_samples(
+        [scenes.index.shared_prefix_sample(each) for each in numbers], scenes.pixels[numbers], pad_token_id
+    )
 
 
 @torch.no_grad()
@@ -189,7 +192,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         options.recipe_learning_rate,
         CAPTIONS_PER_STEP,
         options.seconds / 40,
-        lambda point: point.seconds >= options.seconds,
+        lambda point: point.seconds >= options.seconds and point.steps >= MIN_STEPS,
     )
     best = min(recipe_points, key=lambda point: point.loss)
     projector.load_state_dict(start)
@@ -200,7 +203,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         options.learning_rate,
         IMAGES_PER_STEP * 5,
         options.seconds / 4000,
-        lambda point: point.loss <= best.loss or point.seconds >= options.seconds,
+        lambda point: point.loss <= best.loss or point.seconds >= max(options.seconds, recipe_points[-1].seconds),
     )
     reached = our_points[-1]
     return {

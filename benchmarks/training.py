@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from plan_counting import build_model, count_step
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -43,12 +44,12 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from clip_phi.batching.attention import PACKED_ATTENTION, PackLayout
-from clip_phi.batching.encode import IGNORE_INDEX, Encoded
+from clip_phi.batching.encode import Encoded
 from clip_phi.batching.packing import SharedPrefixSample, build_shared_prefix, pack_samples
 from clip_phi.batching.sampler import plan_packs
-from clip_phi.tools.plan import Row, build_model, count_step
 from clip_phi.training.arguments import Stage1Arguments
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
+from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
 
 PATCHES = 49
 VOCABULARY, END, IMAGE, PAD = 51200, 50256, 50295, 50296
@@ -373,8 +374,8 @@ def pad_trees(trees: Sequence[SharedPrefixSample], pixel_values: torch.Tensor, s
     """One tree a row. Rows of one branch are causal, and need no mask as their padding is at the right."""
     batch = {
         "input_ids": _pad([tree.input_ids for tree in trees], PAD),
-        "logits_to_keep": _pad([tree.kept for tree in trees], 0),
-        "shift_labels": _pad([tree.targets for tree in trees], IGNORE_INDEX),
+        "logits_to_keep": _pad([tree.logits_to_keep for tree in trees], 0),
+        "shift_labels": _pad([tree.shift_labels for tree in trees], IGNORE_INDEX),
         "pixel_values": pixel_values,
     }
     if sharing:
@@ -553,9 +554,12 @@ def to_device(batch: Inputs, device: str) -> Inputs:
 def activation_megabytes() -> float:
     """Count the activations per token of a stage 1 pack at true size, in bfloat16."""
     model = build_model(ClipPhiConfig(), Stage1Arguments(stage=1), torch.bfloat16)
-    row = Row(PATCHES, CAPTION_LENGTHS, sum(CAPTION_LENGTHS) + len(CAPTION_LENGTHS))
-    few, more = (count_step(model, [row] * rows, torch.bfloat16).activations for rows in (1, 2))
-    return (more - few) / row.length / 1e6
+    ids = [0] * PATCHES + [number for number, size in enumerate(CAPTION_LENGTHS, 1) for _ in range(size)]
+    supervised = sum(CAPTION_LENGTHS) + len(CAPTION_LENGTHS)
+    few, more = (
+        count_step(model, [ids] * images, supervised * images, torch.bfloat16).activations for images in (1, 2)
+    )
+    return (more - few) / len(ids) / 1e6
 
 
 def pack_fill(budget: int = 4096, count: int = 20_000) -> float:

@@ -7,8 +7,9 @@ import resource
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
 
@@ -19,26 +20,42 @@ PACKAGES = (
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WANDB_MODE")
 # What access tokens of the Hub look like; see without_secrets.
 SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}\b")
-# Dense peaks in half precision with float32 sums, in TFLOP/s, by what torch calls the device; the first match counts.
-# From NVIDIA's data sheets, without sparsity.
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.4,
-    "GH200": 989.4,
-    "A100": 312.0,
-    "A10G": 70.0,
-    "A10": 125.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "T4": 65.0,
-    "V100": 125.0,
-    "RTX 4090": 165.2,
-    "RTX 4060": 30.2,
-    "RTX 3090": 71.0,
-}
+
+
+class Gpu(NamedTuple):
+    """torch_name: part of its name in torch. tflops: dense peak of dtype, sums in float32. memory: GiB in torch.
+
+    key: of `clip-phi plan`, with the title there. has_varlen: attention with a kernel of variable length, not SDPA."""
+
+    torch_name: str
+    tflops: float
+    key: str = ""
+    title: str = ""
+    memory: float = 0.0
+    dtype: str = "bfloat16"
+    has_varlen: bool = True
+
+
+# The first whose name fits counts. Peaks: NVIDIA's data sheets, without sparsity; the Ada whitepaper for the RTX 4090,
+# and from it by tensor cores and clock for the RTX 4060. Memory: as torch's out-of-memory messages state it.
+GPUS = (
+    Gpu("B200", 2250.0),
+    Gpu("A100", 312.0, "a100-40", "A100 40 GB", 39.4),
+    Gpu("A100", 312.0, "a100-80", "A100 80 GB", 79.1),
+    Gpu("H100 PCIe", 756.0),
+    Gpu("H100 NVL", 835.0),
+    Gpu("H100", 989.4, "h100-80", "H100 SXM 80 GB", 79.1),
+    Gpu("H200", 989.4, "h200-141", "H200 141 GB", 139.7),  # GH200, too
+    Gpu("A10G", 70.0),
+    Gpu("A10", 125.0),
+    Gpu("L40S", 362.0),
+    Gpu("L4", 121.0, "l4-24", "L4 24 GB", 22.0),
+    Gpu("T4", 65.0, "t4-16", "T4 16 GB", 14.56, "float16"),
+    Gpu("V100", 125.0),
+    Gpu("RTX 4060", 30.2, "rtx-8", "RTX 4060 8 GB", 7.6),
+    Gpu("RTX 4090", 165.2, "rtx-24", "RTX 4090 24 GB", 23.6),
+    Gpu("RTX 3090", 71.0),
+)
 
 
 def describe_environment() -> dict[str, Any]:
@@ -57,6 +74,25 @@ def describe_environment() -> dict[str, Any]:
         "git_commit": git_commit(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+def quantization_config(kind: str, compute_dtype: Any) -> Any:
+    """transformers' configuration of bitsandbytes weights. Source of nf4, quantised twice: QLoRA, arXiv 2305.14314.
+
+    kind: nf4 (4 bits) or int8. compute_dtype: torch dtype in which 4-bit weights are multiplied. Raises ImportError if
+    bitsandbytes is not installed."""
+    from transformers import BitsAndBytesConfig
+
+    if not find_spec("bitsandbytes"):
+        raise ImportError(f"--quantization {kind} needs bitsandbytes: pip install 'clip-phi[cuda]'")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
 
 
 def without_secrets(text: str) -> str:
@@ -107,7 +143,7 @@ def peak_flops(device: Any) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+    return next((gpu.tflops * 1e12 for gpu in GPUS if gpu.torch_name in name), None)
 
 
 class EnergyMeter:

@@ -3,7 +3,7 @@
     python examples/demo.py            # 'make demo' runs this; all output is in outputs/demo
 
 The object combinations of the evaluated scenes are in neither the training data nor the backbones' pretraining data.
-outputs/demo/example.png is the picture at the top of README.md (docs/demo.png).
+outputs/demo/example.png is the image at the top of README.md (docs/demo.png).
 """
 
 import argparse

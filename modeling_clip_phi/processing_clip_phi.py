@@ -1,6 +1,7 @@
-"""The one owner of Clip-Phi's prompt format and of the <image> token."""
+"""The one owner of Clip-Phi's prompt format, of the <image> token, and of text to token ids."""
 
-from itertools import pairwise
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -9,44 +10,37 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .configuration_clip_phi import IGNORE_INDEX
+
+Messages = Sequence[dict[str, Any]]
+
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
-IGNORE_INDEX = -100
 
-# Leading images, the transcript of speech, then phi-2's own instruction format (microsoft/phi-2, model card). Answers
-# stand in generation blocks, from which the labels are made. An image with no text asks for its caption.
+# Leading images, the transcript of speech, then phi-2's own instruction format (microsoft/phi-2, model card). Labels
+# are made from the generation blocks, which hold the answers. An image without text is a request for its caption.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-    {%- if message['content'] is string -%}
-        {%- set items = [{'type': 'text', 'text': message['content']}] -%}
-    {%- else -%}
-        {%- set items = message['content'] -%}
-    {%- endif -%}
+    {%- set text = message['content'] is string -%}
+    {%- set items = [{'type': 'text', 'text': message['content']}] if text else message['content'] -%}
     {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}
-        {{- ' ' + items | map(attribute='text') | join('') | trim + eos_token -}}
-        {%- endgeneration -%}
+        {%- generation -%}{{- ' ' + items | map(attribute='text') | join('') | trim + eos_token -}}{%- endgeneration -%}
     {%- elif message['role'] == 'system' -%}
         {{- items | map(attribute='text') | join('') | trim -}}{{- '\\n' if items -}}
     {%- elif message['role'] == 'user' -%}
-        {%- set state = namespace(text=false) -%}
-        {%- for item in items -%}
-            {%- if item['type'] == 'text' -%}{%- set state.text = true -%}
-            {%- elif item['type'] == 'image' and not state.text -%}{{- '<image>' -}}
-            {%- endif -%}
-        {%- endfor -%}
-        {%- for item in items if item['type'] == 'transcript' -%}{{- 'Speech: ' + item['text'] | trim + '\\n' -}}
-        {%- endfor -%}
-        {%- set state.text = false -%}
+        {%- set user = namespace(images='', speech='', text='') -%}
         {%- for item in items -%}
             {%- if item['type'] == 'text' -%}
-                {{- 'Instruct: ' if not state.text -}}{{- item['text'] | trim -}}{%- set state.text = true -%}
-            {%- elif item['type'] == 'image' and state.text -%}{{- '<image>' -}}
-            {%- elif item['type'] not in ('image', 'transcript') -%}
+                {%- set user.text = (user.text or 'Instruct: ') + item['text'] | trim -%}
+            {%- elif item['type'] == 'transcript' -%}
+                {%- set user.speech = user.speech + 'Speech: ' + item['text'] | trim + '\\n' -%}
+            {%- elif item['type'] != 'image' -%}
                 {{- raise_exception("content of type '" + item['type'] + "' is not text, image or transcript") -}}
+            {%- elif user.text -%}{%- set user.text = user.text + '<image>' -%}
+            {%- else -%}{%- set user.images = user.images + '<image>' -%}
             {%- endif -%}
         {%- endfor -%}
-        {{- '\\nOutput:' if state.text -}}
+        {{- user.images + user.speech + user.text -}}{{- '\\nOutput:' if user.text -}}
     {%- else -%}
         {{- raise_exception("role '" + message['role'] + "' is not system, user or assistant") -}}
     {%- endif -%}
@@ -57,40 +51,38 @@ CHAT_TEMPLATE = """\
 class ClipPhiProcessor(ProcessorMixin):
     """Image processor, tokenizer and chat template of Clip-Phi.
 
-    num_image_tokens: how many features one image gives (49 for TinyCLIP at 224 pixels and patch 32), and so how many
-        <image> tokens stand for it.
-    The tokenizer must hold <image> and a padding token that is not its end token: see from_backbones.
-    Raises ValueError if it does not."""
+    Training, evaluation, serving and transformers' pipeline get their token ids here. An answer is trained after the
+    same tokens that generation reads before it. BOS is at the front, once, if the decoder's tokenizer adds it.
 
-    def __init__(
-        self,
-        image_processor=None,
-        tokenizer=None,
-        chat_template=None,
-        num_image_tokens: int = 49,
-        image_token: str = IMAGE_TOKEN,
-        **kwargs: Any,
-    ):
-        if image_token not in tokenizer.get_vocab():
-            raise ValueError(f"the tokenizer has no {image_token} token: make the processor with from_backbones")
+    Args:
+        image_processor: The vision tower's.
+        tokenizer: The decoder's, with <image> and a padding token that is not its end token: see from_backbones.
+        chat_template: A Jinja template, answers in generation blocks that end with the end token.
+        num_image_tokens: Features of one image, and so <image> tokens for it: 49 for TinyCLIP (224 pixels, patch 32).
+
+    Raises:
+        ValueError: If the tokenizer lacks one of the two tokens, or adds tokens behind a text.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_image_tokens=49, **kwargs: Any):
+        self.image_token = kwargs.pop("image_token", IMAGE_TOKEN)
+        if self.image_token not in tokenizer.get_vocab():
+            raise ValueError(f"the tokenizer has no {self.image_token} token: make the processor with from_backbones")
         if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
             raise ValueError("the tokenizer needs a padding token of its own, or the end token is never learnt")
         self.num_image_tokens = num_image_tokens
-        self.image_token = image_token
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         tokenizer.padding_side = "left"  # for batched generation; training pads by itself
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
+        added = tokenizer(self.image_token)["input_ids"]
+        self.bos_ids: list[int] = added[: added.index(self.image_token_id)]
+        if added[-1] != self.image_token_id:
+            raise ValueError(f"the tokenizer adds {tokenizer.decode(added[-1:])} behind a text: switch this off")
+        self.bos = "".join(tokenizer.convert_ids_to_tokens(self.bos_ids))
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or self.bos + CHAT_TEMPLATE, **kwargs)
 
     @classmethod
     def from_backbones(
-        cls,
-        vision: str,
-        text: str,
-        *,
-        vision_revision: str | None = None,
-        text_revision: str | None = None,
-        vision_feature_select_strategy: str = "default",
-        **hub: Any,
+        cls, vision, text, *, vision_revision=None, text_revision=None, vision_feature_select_strategy="default", **hub
     ) -> "ClipPhiProcessor":
         """The processor of a tower and a decoder; the arguments are those of ClipPhiForCausalLM.from_backbones.
 
@@ -113,11 +105,15 @@ class ClipPhiProcessor(ProcessorMixin):
         vision_config = getattr(vision_config, "vision_config", vision_config)
         # The PIL backend gives the same pixels everywhere, whether torchvision is installed or not.
         image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **at_vision)
-        return cls(
-            image_processor,
-            tokenizer,
-            num_image_tokens=count_image_features(vision_config, vision_feature_select_strategy),
-        )
+        count = count_image_features(vision_config, vision_feature_select_strategy)
+        return cls(image_processor, tokenizer, num_image_tokens=count)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """ProcessorMixin's, but for a text that begins with BOS: it gets no second one."""
+        first = text if isinstance(text, str) else text[0] if text else ""
+        if self.bos and first.startswith(self.bos):
+            kwargs["add_special_tokens"] = False
+        return super().__call__(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.num_image_tokens
@@ -125,59 +121,85 @@ class ClipPhiProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
         if image_sizes is None:
             return MultiModalData()
-        return MultiModalData(
-            num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
-        )
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
 
-    def encode(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        """Token ids of a conversation, and its labels: the ids of the answers and their end tokens, -100 elsewhere.
+    def encode(self, messages: Messages, add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
+        """encode_batch() of one conversation."""
+        return self.encode_batch([messages], add_generation_prompt)[0]
 
-        messages: [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}, ...]; images are
-        counted, not opened. The template is rendered once; question and answer pieces are tokenised apart, so that an
-        answer is learnt after exactly the tokens that generation will see before it.
-        Raises ValueError if a text contains <image> or another special token, or the template refuses the roles."""
-        return self.encode_batch([messages])[0]
+    def encode_batch(
+        self, conversations: Sequence[Messages], add_generation_prompt: bool = False, expand_images: bool = True
+    ) -> list[tuple[list[int], list[int]]]:
+        """Token ids and labels of each conversation: the ids of answers and their end tokens, -100 elsewhere.
 
-    def encode_batch(self, conversations: list[list[dict[str, Any]]]) -> list[tuple[list[int], list[int]]]:
-        """encode() of many conversations, several times faster than one by one."""
+        Args:
+            conversations: Each [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}, ...].
+            add_generation_prompt: Passed to the chat template; CHAT_TEMPLATE does not use it.
+            expand_images: Whether an image is num_image_tokens <image> tokens, or a single one.
+
+        Raises:
+            ValueError: If a text contains a special token or half a character, the template refuses the messages, or
+                the tokenizer joins the end of a prompt with its answer.
+        """
         try:
             texts, spans = render_jinja_template(
-                conversations=conversations,
+                conversations=[list(messages) for messages in conversations],
                 chat_template=self.chat_template,
                 return_assistant_tokens_mask=True,
+                add_generation_prompt=add_generation_prompt,
                 **self.tokenizer.special_tokens_map,
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses a conversation: {error}") from error
-        pieces = []  # of each conversation: (text, is it an answer)
+        end = self.tokenizer.eos_token
+        prompts: list[list[str]] = []  # before each answer, from the previous end token on
         for messages, text, answers in zip(conversations, texts, spans, strict=True):
             self._check_special_tokens(messages, text)
-            cuts = [0, *(cut for span in answers for cut in span), len(text)]
-            found = [(text[start:stop], place % 2 == 1) for place, (start, stop) in enumerate(pairwise(cuts))]
-            pieces.append([piece for piece in found if piece[0]])
+            if not all(text[:stop].endswith(end) for _, stop in answers):
+                raise ValueError(f"the chat template must end each generation block with {end}")
+            starts = [0, *(stop - len(end) for _, stop in answers)]
+            prompts.append([text[start:stop] for start, (stop, _) in zip(starts, answers, strict=False)])
         # Prompts repeat, and the tokenizer is fastest with many texts at once.
-        unique = list({text: None for found in pieces for text, _ in found})
-        expanded = [text.replace(self.image_token, self.image_token * self.num_image_tokens) for text in unique]
-        ids = dict(zip(unique, self.tokenizer(expanded, add_special_tokens=False)["input_ids"], strict=True))
+        unique = list(dict.fromkeys([*texts, *(prompt for each in prompts for prompt in each)]))
+        ids_of = dict(zip(unique, self.tokenizer(unique, add_special_tokens=False)["input_ids"], strict=True))
         encoded = []
-        for found in pieces:
-            input_ids = [token for text, _ in found for token in ids[text]]
-            labels = [token if answer else IGNORE_INDEX for text, answer in found for token in ids[text]]
-            encoded.append((input_ids, labels))
+        for text, before in zip(texts, prompts, strict=True):
+            bos = [] if self.bos and text.startswith(self.bos) else self.bos_ids
+            ids, labels, start = ids_of[text], [IGNORE_INDEX] * len(ids_of[text]), 0
+            for prompt in before:
+                first = start + len(ids_of[prompt])
+                if ids[start:first] != ids_of[prompt]:
+                    raise ValueError(f"the tokenizer joins the end of a prompt with its answer: {prompt[-20:]!r}")
+                start = ids.index(self.tokenizer.eos_token_id, first)
+                labels[first : start + 1] = ids[first : start + 1]
+            ids, labels = bos + ids, [IGNORE_INDEX] * len(bos) + labels
+            if expand_images:
+                counts = [self.num_image_tokens if token == self.image_token_id else 1 for token in ids]
+                places = [place for place, count in enumerate(counts) for _ in range(count)]
+                ids, labels = [ids[place] for place in places], [labels[place] for place in places]
+            encoded.append((ids, labels))
         return encoded
 
-    def _check_special_tokens(self, messages: list[dict[str, Any]], text: str) -> None:
-        contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    def prefix_ids(self, has_image: bool) -> list[int]:
+        """Token ids before a conversation: BOS if the decoder has one, and the image's tokens if there is an image."""
+        return self.bos_ids + [self.image_token_id] * self.num_image_tokens * has_image
+
+    def _check_special_tokens(self, messages: Messages, text: str) -> None:
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError("a text contains half a character, a surrogate without its other half")
+        contents = (message["content"] for message in messages if isinstance(message["content"], list))
         images = sum(item["type"] == "image" for content in contents for item in content)
-        answers = sum(message["role"] == "assistant" for message in messages)
-        wanted = {self.image_token: images, self.tokenizer.eos_token: answers, self.tokenizer.pad_token: 0}
+        wanted = Counter({self.tokenizer.pad_token: 0, self.image_token: images})
+        wanted[self.tokenizer.eos_token] += sum(message["role"] == "assistant" for message in messages)
+        wanted[self.bos] += bool(self.bos) and text.startswith(self.bos)
         for token, count in wanted.items():
-            if (found := text.count(token)) != count:
-                raise ValueError(f"{found} {token} in the rendered text, not {count}: a text contains the token itself")
+            if token and (found := text.count(token)) != count:
+                raise ValueError(f"a text contains {token}: {found} {token} in the rendered text, not {count}")
 
 
 def count_image_features(vision_config: Any, select_strategy: str = "default") -> int:
-    """How many features the tower gives for one image: its own forward, on the meta device, is the judge."""
+    """How many features the tower gives for one image, counted by its own forward pass on the meta device."""
     import torch
     from transformers import AutoModel
 

@@ -187,7 +187,7 @@ def messages(number: int, content: Any) -> dict[str, Any]:
 IMAGE_OUTSIDE = "<image> outside a question"
 LATER, NO_TOKEN = "image stood in a later turn, and was put first", "image without <image> in the text was put first"
 UNANSWERED = "last question has no answer, and was cut"
-CUT = "longer than max_length, and was cut behind an answer"
+CUT = "longer than max_length, and was cut after an answer"
 # name: (kind, record by number), one record each
 SKIPPED: dict[str, tuple[str, Callable[[int], Any]]] = {
     "null record": ("record is not an object", lambda n: None),

@@ -90,7 +90,7 @@ def _import_all() -> None:
 
     for name in ("CLIPImageProcessorPil", "CLIPVisionModel", "PhiForCausalLM", "PreTrainedTokenizerFast"):
         getattr(transformers, name)
-    for part in ("batching", "data", "evaluation", "hub", "training"):
+    for part in ("batching", "commands", "data", "evaluation", "hub", "serving", "tools", "training"):
         package = importlib.import_module(f"clip_phi.{part}")
         for module in pkgutil.iter_modules(package.__path__):
             with contextlib.suppress(ImportError):  # of an extra
@@ -114,6 +114,7 @@ def _run(request: dict, rank: int, environment: dict) -> None:
         sys.argv = [request["script"], *request["arguments"]]
         is_file = request["script"].endswith(".py")
         sys.path[0] = os.path.dirname(request["script"]) if is_file else ""
+        sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
         try:
             (runpy.run_path if is_file else runpy.run_module)(request["script"], run_name="__main__")
             code = 0

@@ -68,8 +68,9 @@ def run(*options, launcher=None, processes=1, script=SCRIPT, expect=0, **environ
     return done
 
 
-QUICK = ("--per_device_train_batch_size", 4, "--dataloader_num_workers", 0, "--logging_steps", 1)
-QUICK += ("--max_new_tokens", 8, "--debug", True)
+QUICK = ("--dataloader_num_workers", 0, "--logging_steps", 1, "--max_new_tokens", 8, "--debug", True)
+QUICK += ("--per_device_eval_batch_size", 4)
+FIXED_BATCHES = ("--per_device_train_batch_size", 4)
 
 
 def stage1(data, backbones, output, *options) -> list:
@@ -80,6 +81,7 @@ def stage1(data, backbones, output, *options) -> list:
         *("--data", f"coco:{data}/annotations/captions_train2017.json,images={data}/train2017"),
         *("--eval_data", f"coco:{data}/annotations/captions_val2017.json,images={data}/val2017"),
         *QUICK,
+        *FIXED_BATCHES,
         *options,
     ]
 
@@ -87,11 +89,13 @@ def stage1(data, backbones, output, *options) -> list:
 def stage2(data, start, output, *options) -> list:
     """Options of a short stage 2 run that starts from the model `start`."""
     return [
-        *("--stage", 2, "--init_from", start, "--output_dir", output, "--lora_r", 4, "--lora_dropout", 0),
-        *("--max_tokens_per_batch", 0, "--gradient_accumulation_steps", 2),
+        *("--stage", 2, "--init_from", start, "--output_dir", output),
+        *(() if "full" in options else ("--lora_r", 4, "--lora_dropout", 0)),  # not with --tune_decoder full
+        *("--gradient_accumulation_steps", 2),
         *("--data", f"llava:{data}/llava_instruct_train.json,images={data}/train2017"),
         *("--eval_data", f"llava:{data}/llava_instruct_val.json,images={data}/val2017"),
         *QUICK,
+        *(() if "--max_tokens_per_batch" in options else (*FIXED_BATCHES, "--max_tokens_per_batch", 0)),
         *options,
     ]
 

@@ -1,6 +1,8 @@
+import dataclasses
+
 import pytest
 
-from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments, parse_arguments
+from clip_phi.training.arguments import GROUPS, Stage1Arguments, Stage2Arguments, parse_arguments
 
 
 def test_defaults_are_the_real_recipe():
@@ -28,8 +30,14 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
     [
         ([], "--stage is missing"),
         (["--stage", "3"], "unknown --stage 3: it is one of 1, 2"),
-        (["--stage", "1", "--lora_r", "4"], "unknown option in stage 1: --lora_r 4"),
-        (["--stage", "1", "--learning_rat", "4"], "unknown option in stage 1: --learning_rat 4"),
+        (
+            ["--stage", "1", "--lora_r", "4"],
+            "unknown option in stage 1: --lora_r 4; it is an option of the other stage",
+        ),
+        (
+            ["--stage", "1", "--learning_rat", "4"],
+            "unknown option in stage 1: --learning_rat 4; did you mean --learning_rate?",
+        ),
         (["--stage", "2", "--max_steps", "many"], "--max_steps"),
         (["--stage", "2", "--optim", "sgd"], "invalid choice: 'sgd'"),
         (["--config", "none.yaml"], "no such file: --config none.yaml"),
@@ -45,8 +53,11 @@ def test_a_bad_option_is_one_line_and_status_2(argv, message, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stage: 1\nlearning_rat: 3\n", "unknown option in {}: learning_rat (stage 1)"),
-        ("stage: 1\nmax_steps: [3]\n", "{}: max_steps must be int, not [3]"),
+        (
+            "stage: 1\nlearning_rat: 3\n",
+            "{}: unknown option in stage 1: --learning_rat=3; did you mean --learning_rate?",
+        ),
+        ("stage: 1\nmax_steps: [3]\n", "{}: argument --max_steps: invalid int value: '[3]'"),
         ("- 1\n", "must be a mapping"),
         ("a: b: c\n", "is not yaml"),
     ],
@@ -73,3 +84,48 @@ def test_all_problems_are_reported_at_once_with_a_way_out():
         "'make demo' needs no data",
     ):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_help_lists_every_option_once_in_groups_with_its_default(stage, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(["--stage", str(stage), "--help"])
+    printed = capsys.readouterr().out
+    assert caught.value.code == 0
+    titles = [line.rstrip(":") for line in printed.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["options", *GROUPS]
+    kind = {1: Stage1Arguments, 2: Stage2Arguments}[stage]
+    listed = [line.split()[0] for line in printed.splitlines() if line.startswith("  --")]
+    assert sorted(listed) == sorted(f"--{each.name}" for each in dataclasses.fields(kind) if "help" in each.metadata)
+    assert "(default: 0.03)" in printed
+
+
+def problems(*argv):
+    return "; ".join(parse_arguments(list(argv)).problems())
+
+
+def test_an_option_that_would_have_no_effect_is_refused():
+    size = ("--per_device_train_batch_size", "4")
+    for argv in (("--stage", "2"), ("--stage", "2", "--max_tokens_per_batch", "900")):
+        assert "--per_device_train_batch_size has no effect with --max_tokens_per_batch" in problems(*argv, *size)
+    assert "--max_tokens_per_batch 0" in problems("--stage", "2", *size)
+    assert "has no effect" not in problems("--stage", "2", *size, "--max_tokens_per_batch", "0")
+    assert "has no effect" not in problems("--stage", "1", *size)
+    assert "--lora_r has no effect with" in problems("--stage", "2", "--tune_decoder", "full", "--lora_r", "8")
+    assert "--holdout_images has no effect" in problems("--stage", "1", "--holdout_images", "8")
+    assert "has no effect" not in problems("--stage", "1", "--holdout_images", "8", "--eval_data")
+    assert "--eval_task_images has no effect" in problems("--stage", "1", "--eval_task_images", "8")
+    assert "--hub_private_repo requires --push_to_hub" in problems("--stage", "1", "--hub_private_repo")
+
+
+def test_an_option_of_the_file_counts_as_given(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stage: 2\nper_device_train_batch_size: 4\n")
+    assert "--per_device_train_batch_size has no effect" in problems("--config", str(recipe))
+
+
+def test_bare_options_and_options_with_a_value():
+    arguments = parse_arguments(["--stage", "1", "--resume_from_checkpoint", "--merged", "--tf32", "false"])
+    assert (arguments.resume_from_checkpoint, arguments.merged, arguments.tf32) == ("newest", True, False)
+    assert parse_arguments(["--stage", "1", "--resume_from_checkpoint", "a/b"]).resume_from_checkpoint == "a/b"
+    assert parse_arguments(["--stage", "1"]).resume_from_checkpoint is None

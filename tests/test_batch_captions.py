@@ -1,11 +1,11 @@
 """clip-phi caption on folders: every image has its line, bad ones are counted, a stopped run is continued."""
 
 import json
+import os
 import random
-import subprocess
-import sys
 
 import pytest
+from fork_server import run_forked
 from PIL import Image
 
 from clip_phi.cli import main
@@ -93,14 +93,22 @@ def test_a_stopped_run_is_continued_and_bad_images_are_tried_again(
     assert output.read_text().splitlines()[:30] == lines[:30] and not list(tmp_path.glob(".*"))
 
 
+END_AT_60 = """
+import os, sys
+from clip_phi.cli import main
+from clip_phi.serving import batch_captions
+
+load, count = batch_captions.load_image, iter(range(60))
+batch_captions.load_image = lambda name: load(name) if next(count, None) is not None else os._exit(9)
+main(sys.argv[1:])
+"""
+
+
 def test_a_killed_run_leaves_whole_lines_but_the_last(images, captions, checkpoint, tmp_path, capsys):
     output = tmp_path / "captions.jsonl"
-    script = "import os, sys; from clip_phi.serving import batch_captions; from clip_phi.cli import main\n"
-    script += "load, count = batch_captions.load_image, iter(range(60))\n"
-    script += "batch_captions.load_image = lambda name: load(name) if next(count, None) is not None else os._exit(9)\n"
-    script += "main(sys.argv[1:])"
-    command = ["caption", str(images), "--output", str(output), "--model", checkpoint, "--max_new_tokens", "6"]
-    assert subprocess.run([sys.executable, "-c", script, *command], capture_output=True).returncode == 9
+    (tmp_path / "script.py").write_text(END_AT_60)
+    words = ["caption", images, "--output", output, "--model", checkpoint, "--max_new_tokens", "6"]
+    assert run_forked(tmp_path / "script.py", words, tmp_path, dict(os.environ)).returncode == 9
     run(capsys, checkpoint, images, "--output", output, "--resume")
     assert {r["image"]: r["caption"] for r in records(output.read_text()) if "caption" in r} == captions
 

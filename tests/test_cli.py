@@ -95,7 +95,7 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path):
     words = f"draw-data {tmp_path} --num_train 1 --num_val 1"
     command = f"{sys.executable} -m clip_phi.cli {words} | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (done.stdout.strip(), done.stderr) == ("0", "")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "0", "")
 
 
 def test_without_the_demo_the_default_checkpoint_says_how_to_get_it(image, tmp_path, monkeypatch, capsys):

@@ -388,7 +388,7 @@ def test_report_stops_only_above_the_share_and_names_kinds_and_ways_out():
         "3 of 200 records are bad (1.50%), more than --max_bad_fraction 0.01 allows:\n"
         "  skipped 2: missing image (e.g. f.json:0: x.jpg)\n"
         "  skipped 1: caption is empty (e.g. f.json:9)\n"
-        "Mend them, or allow more with --max_bad_fraction."
+        "Repair them, or allow more with --max_bad_fraction."
     )
 
 
@@ -435,14 +435,14 @@ def test_the_kind_of_a_bare_path_is_told_from_its_content(tmp_path, write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("coco:", "names no file"),
+        ("coco:", "has no path"),
         ("coco:a.json,image=b", "has no option image: coco has images, name, weight"),
         ("coco:a.json,weight=0", "weight must be a number above 0"),
         ("coco:a.json,weight=much", "weight must be a number above 0"),
         ("dataset:a/b,streaming=yes", "streaming is true or false"),
         ("nothing.json", "no such file: nothing.json"),
         ("README.md", "is of no known kind"),
-        ("tests", "nothing known in this folder"),
+        ("tests", "is of no known kind"),
     ],
 )
 def test_a_bad_source_is_one_line_that_says_why(text, message):

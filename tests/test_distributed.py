@@ -27,6 +27,7 @@ from clip_phi.data.synthetic import write_dataset
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
 from clip_phi.training.evaluate import eval_batches
 from clip_phi.training.fsdp import check_fsdp_config, process_group_kwargs
+from clip_phi.training.optim import choose_optimizer
 from modeling_clip_phi import ClipPhiForCausalLM
 
 CONFIGS = sorted((ROOT / "examples/configs").glob("*.yaml"))
@@ -306,11 +307,10 @@ def test_fsdp2_yaml_asks_for_nothing_that_is_refused(monkeypatch):
     config = load_config_from_file(str(ROOT / "examples/configs/fsdp2_8gpu.yaml"))
     for name, value in config.fsdp_config.items():
         monkeypatch.setenv(name.upper(), str(value))
-    said = []
     arguments = Stage1Arguments(stage=1)
-    check_fsdp_config(engine(FullyShardedDataParallelPlugin(), config.mixed_precision), arguments, said.append)
-    assert said == ["--optim auto is adamw_torch_fused: bitsandbytes cannot step sharded weights"]
-    assert arguments.optim == "adamw_torch_fused"
+    check_fsdp_config(engine(FullyShardedDataParallelPlugin(), config.mixed_precision), arguments)
+    assert choose_optimizer(arguments.optim, torch.device("cuda"), sharded=True) == "adamw_torch_fused"
+    assert choose_optimizer(arguments.optim, torch.device("cuda")) == "adam8bit"
 
 
 def engine(plugin, mixed_precision):
@@ -331,7 +331,7 @@ def test_what_fsdp_cannot_do_is_refused_all_at_once(monkeypatch):
     )
     arguments = Stage2Arguments(stage=2, optim="adam8bit", quantization="nf4")
     with pytest.raises(ValueError, match="FSDP needs") as raised:
-        check_fsdp_config(engine(plugin, "fp16"), arguments, print)
+        check_fsdp_config(engine(plugin, "fp16"), arguments)
     for expected in (
         "fsdp_cpu_ram_efficient_loading: false",
         "fsdp_activation_checkpointing: false",
@@ -343,7 +343,7 @@ def test_what_fsdp_cannot_do_is_refused_all_at_once(monkeypatch):
         assert expected in str(raised.value)
     first = FullyShardedDataParallelPlugin(fsdp_version=1, cpu_ram_efficient_loading=False)
     with pytest.raises(ValueError, match="fsdp_version: 2, not 1"):
-        check_fsdp_config(engine(first, "bf16"), Stage1Arguments(stage=1), print)
+        check_fsdp_config(engine(first, "bf16"), Stage1Arguments(stage=1))
 
 
 def test_deepspeed_is_refused_in_one_line_that_names_the_way_out(data, backbones, tmp_path):
@@ -370,11 +370,10 @@ def test_a_timeout_is_a_number_of_seconds(value, monkeypatch):
 
 
 def test_processes_evaluate_in_equally_many_batches_each_sample_once():
-    arguments = Stage1Arguments(stage=1, per_device_train_batch_size=2)
-    shares = [eval_batches(5, arguments, rank, 3) for rank in range(3)]
+    shares = [eval_batches(5, 2, rank, 3) for rank in range(3)]
     assert shares == [[[(0, 0), (0, 3)]], [[(0, 1), (0, 4)]], [[(0, 2)]]]
-    assert eval_batches(5, arguments, 1, 2) == [[(0, 1), (0, 3)], []]
-    assert eval_batches(1, arguments, 1, 2) == [[]]
+    assert eval_batches(5, 2, 1, 2) == [[(0, 1), (0, 3)], []]
+    assert eval_batches(1, 2, 1, 2) == [[]]
 
 
 def test_a_batch_of_nothing_has_a_loss_of_zero(packed_model):

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from clip_phi.batching.encode import IGNORE_INDEX
 from clip_phi.batching.index import Index
 from clip_phi.data.report import Report
 from clip_phi.data.sample import File
-from clip_phi.data.schema import read_rows
+from clip_phi.data.schema import read_records
 from modeling_clip_phi import ClipPhiProcessor
+from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
 
 SPACE = "\u2581"  # how SentencePiece writes one
 SPECIAL = ("<|endoftext|>", "<image>", "<pad>", "<unk>", "<s>", "</s>")
@@ -62,7 +62,7 @@ def fallback_processor(processor) -> ClipPhiProcessor:
 def supervised(row: dict, processor: ClipPhiProcessor) -> list[str]:
     """What is learnt from each branch of a row, as text."""
     report = Report()
-    samples = list(read_rows([("origin", row)], lambda *_: File("a.jpg"), report))
+    samples = list(read_records([("origin", row)], lambda *_: File("a.jpg"), report))
     index = Index.from_samples(samples, processor, max_length=10**6, report=report)
     assert not report.skipped and len(index) == 1, report.table()
     texts = []
@@ -115,6 +115,6 @@ def test_an_end_or_pad_token_in_any_text_is_refused_and_never_learnt(any_process
     assume(question.strip() and answer.strip() and special in question + answer)
     report = Report()
     said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    samples = list(read_rows([("origin", {"conversations": said})], lambda *_: File("a.jpg"), report))
+    samples = list(read_records([("origin", {"conversations": said})], lambda *_: File("a.jpg"), report))
     index = Index.from_samples(samples, any_processor, max_length=10**6, report=report)
     assert len(index) == 0 and dict(report.skipped) == {"text cannot be encoded": 1}

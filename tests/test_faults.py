@@ -27,7 +27,7 @@ from clip_phi.training.checkpoint import Checkpoints
 from modeling_clip_phi import ClipPhiForCausalLM as Causal
 
 ORIGIN = "annotations/captions_train2017.json:annotations["
-complete = loader.complete
+add_image_features = loader.add_image_features
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,12 @@ def backbones(vision_backbone, text_backbone):
 def train(monkeypatch):
     """train_accelerate.py's train, of options as on the command line."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    function = runpy.run_path(str(ROOT / "train_accelerate.py"))["train"]
 
     def run(options):
         AcceleratorState._reset_state(reset_partial_state=True)
         arguments = parse_arguments([str(option) for option in options])
         arguments.check()
-        function(arguments)
+        runpy.run_path(str(ROOT / "train_accelerate.py"))["train"](arguments)  # anew, with what a test has patched
 
     yield run
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -71,14 +70,14 @@ def before_step(monkeypatch, fault):
     """Call fault(step, pack, model) when the data of a training step has come."""
     steps = []
 
-    def complete_with_fault(pack, model, cache):
-        pack = complete(pack, model, cache)
+    def add_with_fault(pack, model, cache):
+        pack = add_image_features(pack, model, cache)
         if model.training:
             steps.append(1)
             fault(len(steps), pack, model)
         return pack
 
-    monkeypatch.setattr(loader, "complete", complete_with_fault)
+    monkeypatch.setattr(loader, "add_image_features", add_with_fault)
 
 
 def poison_from(first, last=99):
@@ -160,8 +159,9 @@ def test_data_that_does_not_come_is_named_and_waited_for(train, few, tmp_path, m
     monkeypatch.setattr(watch, "STALL_SECONDS", 0.2)
     before_step(monkeypatch, lambda step, pack, model: time.sleep(0.6 * (step == 2)))
     train(few)
-    told = [line for line in capsys.readouterr().err.splitlines() if "no data for" in line]
-    assert len(told) == 1 and "no data for 0.2 s: step 2 needs " in told[0] and told[0].count(ORIGIN) == 4
+    printed = capsys.readouterr().err.splitlines()
+    lines = [line for line in printed if "no data for 0.2 s: step 2 needs " in line]  # a slow machine adds other steps
+    assert len(lines) == 1 and lines[0].count(ORIGIN) == 4
     assert list(metrics(tmp_path / "run", "loss")) == [1, 2, 3, 4, 5, 6]
 
 
@@ -183,7 +183,7 @@ def test_a_folder_that_cannot_be_written_or_is_full_is_found_before_training(tra
     with pytest.raises(OSError, match="cannot write in .*choose another --output_dir"):
         train([*few, "--output_dir", tmp_path / "file/run"])
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match="has room for 0.00 GB, and checkpoints and model need"):
+    with pytest.raises(OSError, match="has room for 0.00 GB, and training checkpoints and model need"):
         train(few)
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
@@ -213,7 +213,7 @@ def test_a_disk_that_is_full_for_a_while_costs_files_and_lines_but_not_the_run(
     monkeypatch.setattr(monitor, "open", open_later, raising=False)
     train([*few, "--save_steps", 2, "--eval_steps", 3])
     told = capsys.readouterr().err
-    assert told.count("a checkpoint was not written, and training goes on") == 1
+    assert told.count("a training checkpoint was not written, and training goes on") == 1
     assert told.count(f"the model in {tmp_path / 'run'} was not written, and training goes on") == 1
     assert "metrics.jsonl was not written, and training goes on" in told and "1 lines of the log were lost" in told
     assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["step-00000004", "step-00000006"]
@@ -223,7 +223,7 @@ def test_a_disk_that_is_full_for_a_while_costs_files_and_lines_but_not_the_run(
 
 def test_what_cannot_be_written_at_the_end_is_an_error(train, few, monkeypatch):
     monkeypatch.setattr(Checkpoints, "_write", full)
-    with pytest.raises(OSError, match="a checkpoint was not written: .*No space left"):
+    with pytest.raises(OSError, match="a training checkpoint was not written: .*No space left"):
         train([*few, "--max_steps", 1])
 
 
@@ -242,8 +242,8 @@ def test_a_frozen_weight_that_changes_is_named_at_the_end(train, few, tmp_path, 
 def test_a_loss_that_jumps_is_logged_with_its_samples(tmp_path):
     health = watch.NonFiniteGuard(tmp_path, "stop", print)
     quiet = [health.spikes_at(3.0 + 0.1 * math.sin(step)) for step in range(100)]
-    assert not any(quiet) and not health.spikes_at(3.4) and health.spikes_at(9.0) and health.spikes == 1
-    log = monitor.Monitor(tmp_path, 1, True, torch.device("cpu"))
+    assert not any(quiet) and not health.spikes_at(3.4) and health.spikes_at(9.0) and health.state["spikes"] == 1
+    log = monitor.TrainingLogger(tmp_path, 1, True, torch.device("cpu"))
     log.log_spike(101, 9.0, ["a.json:3", "a.json:7"])
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line == {"step": 101, "loss_spike": 9.0, "origins": ["a.json:3", "a.json:7"]}
@@ -277,7 +277,7 @@ def test_run_json_and_tensorboard_tell_what_metrics_jsonl_tells_and_a_resumed_ru
     counted = ("loss", "samples_seen", "tokens_seen", "epoch")
     before = {name: metrics(folder, name) for name in counted}
     shutil.rmtree(folder / "checkpoints/step-00000006")
-    train([*few, "--resume_from_checkpoint", "true"])
+    train([*few, "--resume_from_checkpoint"])
     assert {name: metrics(folder, name) for name in counted} == before
     assert json.loads((folder / "run.json").read_text())["first_step"] == 3
 
@@ -294,7 +294,7 @@ def test_recomputed_activations_give_the_same_training(train, few, tmp_path):
 def test_optimizers_of_bitsandbytes_train_on_the_cpu(optimizer, train, few, tmp_path):
     train([*few, "--optim", optimizer])
     losses = metrics(tmp_path / "run", "loss")
-    assert losses[6] < losses[1]
+    assert losses[6] < losses[1] - 0.005
 
 
 @pytest.fixture
@@ -304,7 +304,8 @@ def stage2_of(train, data, tmp_path):
     train(stage1(data, demo, tmp_path / "run", "--max_steps", 1, "--num_sample_texts", 0))
 
     def run(*options):
-        quick = ("--num_sample_texts", 0, "--gradient_accumulation_steps", 1, "--lora_learning_rate", 0.01)
+        quick = ["--num_sample_texts", 0, "--gradient_accumulation_steps", 1]
+        quick += [] if "full" in options else ["--lora_learning_rate", 0.01]
         train(stage2(data, tmp_path / "run", tmp_path / "two", *quick, "--max_steps", 2, *options))
         return tmp_path / "two"
 

@@ -9,16 +9,14 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from cached_features import FINGERPRINT, SHAPE, features_of, key_of, put
+from fork_server import run_forked
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
@@ -175,7 +173,7 @@ def test_a_closed_cache_opens_its_files_again(tmp_path):
 # Crashes
 
 
-@pytest.mark.parametrize(("ending", "unit"), [("index", RECORD.itemsize), ("bin", ROW_BYTES)])
+@pytest.mark.parametrize(("ending", "unit"), [("index", RECORD.size), ("bin", ROW_BYTES)])
 def test_a_last_record_cut_at_any_byte_costs_that_image_alone(tmp_path, ending, unit):
     put(open_cache(tmp_path / "whole"), 0, 1, 2)
     for lost in range(unit + 1):
@@ -214,41 +212,38 @@ def test_rows_that_vanish_under_a_reader_are_missed(tmp_path):
     assert cache.get_into([key_of(0), key_of(1)], out) == [True, False]
 
 
-WRITE_FOREVER = """
+WRITE_UNTIL_KILLED = """
+import os
+import random
+import signal
 import sys
+import threading
 import time
-sys.path[:0] = [{root!r}, {tests!r}]
 from cached_features import FINGERPRINT, FeatureCache, put
 
-cache = FeatureCache({folder!r}, FINGERPRINT, (49, 64), rows_per_shard=50)
-print("ready", flush=True)
-for number in range(int(sys.argv[1]), 10**9, 7):
+folder, first = sys.argv[1], int(sys.argv[2]) + int(os.environ["RANK"])
+cache = FeatureCache(folder, FINGERPRINT, (49, 64), rows_per_shard=50)
+killer = threading.Timer(random.Random(first).uniform(0.02, 0.3), os.kill, (os.getpid(), signal.SIGKILL))
+for number in range(first * 10**6, 10**9, 7):
     put(cache, *range(number, number + 7))
+    if number == first * 10**6:
+        killer.start()
     time.sleep(0.002)  # at most 5000 rows until it is killed
 """
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_cache_that_is_right(tmp_path):
-    script = WRITE_FOREVER.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
-    chance = random.Random(0)
-    written = 0
-    # Two at a time, of which one overwrites nothing of the other's: ten kills take the time of five starts
+    """Ten kills. Two processes write at a time, each its own rows; the end of one is at once the end of the other."""
+    (tmp_path / "write.py").write_text(WRITE_UNTIL_KILLED)
+    cache, written = tmp_path / "cache", 0
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
     for start in range(0, 10, 2):
-        writers = [
-            subprocess.Popen([sys.executable, "-c", script, str(first * 10**6)], stdout=subprocess.PIPE, text=True)
-            for first in (start, start + 1)
-        ]
-        for writer in writers:
-            assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
-        for writer in writers:
-            time.sleep(chance.uniform(0.02, 0.3))
-            writer.send_signal(signal.SIGKILL)
-            assert writer.wait() == -signal.SIGKILL
-            writer.stdout.close()
-        cache = FeatureCache(tmp_path, FINGERPRINT, (49, 64))
+        done = run_forked(tmp_path / "write.py", [cache, start], tmp_path, environment, processes=2)
+        assert done.returncode == -signal.SIGKILL, done.stderr
         numbers = [first * 10**6 + number for first in range(start + 2) for number in range(5000)]
-        right = found(cache, numbers)
-        assert len(right) == len(cache) > written
+        opened = FeatureCache(cache, FINGERPRINT, (49, 64))
+        right = found(opened, numbers)
+        assert len(right) == len(opened) > written
         written = len(right)
 
 
@@ -264,7 +259,7 @@ def test_a_full_disk_names_the_option_and_leaves_a_cache_that_is_right(tmp_path,
         room[0] -= count
         return write(file, bytes(data[:count]))
 
-    one_more = 3 * ROW_BYTES + 3 * RECORD.itemsize
+    one_more = 3 * ROW_BYTES + 3 * RECORD.size
     for left in range(0, one_more, 7):
         room[0] = left
         monkeypatch.setattr(features.os, "write", short_write)
@@ -379,14 +374,14 @@ def test_another_fingerprint_is_another_cache(tmp_path):
     other = FeatureCache(tmp_path, "f" * 32, SHAPE)
     assert found(other, [0]) == [] and found(open_cache(tmp_path), [0]) == [0]
     about = json.loads((tmp_path / FINGERPRINT[:16] / "about.json").read_text())
-    assert about == {"format": 1, "fingerprint": FINGERPRINT, "shape": [3, 5]}
+    assert about == {"format": 2, "fingerprint": FINGERPRINT, "shape": [3, 5]}
 
 
 def test_a_folder_of_other_features_is_refused(tmp_path):
     open_cache(tmp_path)
-    with pytest.raises(ValueError, match="--cache_features: .*about.json says"):
+    with pytest.raises(ValueError, match="--cache_features: .*about.json has"):
         FeatureCache(tmp_path, FINGERPRINT, (3, 6))
-    with pytest.raises(ValueError, match="--cache_features: .*about.json says"):
+    with pytest.raises(ValueError, match="--cache_features: .*about.json has"):
         FeatureCache(tmp_path, FINGERPRINT[:16] + "0" * 16, SHAPE)
 
 

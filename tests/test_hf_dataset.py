@@ -382,7 +382,7 @@ def test_what_cannot_be_opened_is_told_in_one_line(tmp_path, streaming):
         ("good.parquet", "validation", ValueError, "['train']"),
         ("saved", "validation", ValueError, "['train']"),
         ("broken.parquet", "train", ValueError, "corrupted"),
-        ("broken.tar", "train", ValueError, "breaks off"),
+        ("broken.tar", "train", ValueError, "is incomplete"),
         ("no*.parquet", "train", OSError, "no such file"),
         ("folder", "train", OSError, "data files"),
         ("text.txt", "train", ValueError, "*.parquet, *.arrow"),
@@ -401,7 +401,7 @@ def test_a_tar_that_breaks_off_is_refused_wherever_it_does(tmp_path, size, strea
     write_tar(tmp_path / "web.tar", {f"{n}.png": png(n) for n in range(20)})
     (tmp_path / "web.tar").write_bytes((tmp_path / "web.tar").read_bytes()[:size])
     for path in (tmp_path / "*.tar", tmp_path):
-        with pytest.raises(ValueError, match="web.tar breaks off"):
+        with pytest.raises(ValueError, match="web.tar is incomplete"):
             open_table(str(path), streaming=streaming)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 
@@ -85,3 +86,36 @@ def test_no_assertion_passes_because_a_file_is_absent(path):
                 if isinstance(choice, ast.IfExp) or isinstance(choice.op, ast.Or):
                     names = {each.attr for each in ast.walk(choice) if isinstance(each, ast.Attribute)}
                     assert not names & asks, f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def test_every_benchmark_is_run_by_a_test():
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    tests = [ROOT / "tests" / f"test_{name}.py" for name in ("benchmarks", "full_size", "plan", "speech_real")]
+    run_by_tests = "".join(path.read_text() for path in tests)
+    assert [name for name in sorted(scripts) if not re.search(rf"\b{name}\b", run_by_tests)] == []
+
+
+def test_every_target_of_tests_is_run_before_a_change_lands():
+    """All but those that need gigabytes or a network."""
+    targets = set(re.findall(r"^(test[a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
+    run_by_ci = set(re.findall(r"^make (\S+)", (ROOT / ".ci/run").read_text(), re.M))
+    assert targets - run_by_ci == {"test-full-size", "test-main"}
+    markers = set(re.findall(r"pytest -m (\w+)", (ROOT / "Makefile").read_text()))
+    assert markers == set(re.findall(r"not (\w+)", (ROOT / "setup.cfg").read_text()))
+
+
+def called(node: ast.AST) -> str:
+    """The name of the function that is called, or an empty text."""
+    return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+
+
+@pytest.mark.parametrize("path", [*TEST_FILES, ROOT / "tests/helpers.py"], ids=lambda path: path.stem)
+def test_every_return_code_is_checked(path):
+    """Where a process ends, the function that started it looks at its return code."""
+    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(function, ast.FunctionDef):
+            nodes = list(ast.walk(function))
+            starts = [node for node in nodes if called(node) in ("subprocess.run", "run_forked")]
+            if any(not any(each.arg == "check" for each in node.keywords) for node in starts):
+                looks = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+                assert "returncode" in looks, f"line {function.lineno}: {function.name}"

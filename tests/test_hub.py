@@ -409,7 +409,7 @@ for repo, revision in zip(repos[::2], repos[1::2]):
     answer = pipe(text=messages, max_new_tokens=4, do_sample=False, return_full_text=False)[0]["generated_text"]
     assert answer == processor.decode(ids, skip_special_tokens=True)
     card = open(hf_hub_download(repo, "README.md", revision=revision)).read()
-    picture.save("picture.jpg")
+    picture.save("image.jpg")
     exec(card.split("```python\\n")[1].split("```")[0])  # the snippet, as it stands there
 assert "modeling_clip_phi" not in sys.modules
 """
@@ -594,6 +594,7 @@ def test_data_set_is_pushed_and_read_whole_and_as_a_stream(hub, tmp_path):
         capture_output=True,
         text=True,
     )
+    assert done.returncode == 0, done.stderr
     assert done.stdout == "[['a cat'], ['a dog', 'dogs']]\n" * 2, done.stderr
 
 
@@ -601,6 +602,7 @@ def test_example_pushes_and_reloads_without_a_difference(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "examples/push_and_reload.py"], cwd=tmp_path, capture_output=True, text=True
     )
+    assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"(?:\w+: [\d.]+ MB on the hub, largest logit difference 0\n){2}", done.stdout), done.stderr
 
 

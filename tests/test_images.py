@@ -646,7 +646,7 @@ def test_other_image_processors_are_themselves_called(image_processor, mode):
 
 
 def test_unknown_pixels_are_refused():
-    with pytest.raises(ValueError, match="pixels 'near': choose from exact, fast"):
+    with pytest.raises(ValueError, match="image_processing 'near': choose from exact, fast"):
         Preprocessor(clip_processor(), "near")
 
 

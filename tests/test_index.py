@@ -5,12 +5,11 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+from fork_server import run_forked
 from PIL import Image
 
 from clip_phi.batching import index as index_module
@@ -62,7 +61,7 @@ def test_index_holds_every_sample_and_its_encoding(source, processor):
     assert [index.sample(number) for number in range(len(index))] == samples
     for number in range(len(index)):
         assert index.encoded(number) == in_memory.encoded(number)
-        assert index.tree(number) == in_memory.tree(number)
+        assert index.shared_prefix_sample(number) == in_memory.shared_prefix_sample(number)
         assert index.num_tokens()[number] == 4 + sum(len(conversation.ids) for conversation in index.encoded(number))
     assert index.report.records == report.records == sum(len(sample.conversations) for sample in samples)
 
@@ -169,13 +168,13 @@ def test_index_goes_to_workers_as_the_name_of_its_file(source, processor):
     assert len(sent) < 3000
     arrived = pickle.loads(sent)
     assert [arrived.sample(number) for number in range(2)] == [index.sample(number) for number in range(2)]
-    assert arrived.tree(1) == index.tree(1)
+    assert arrived.shared_prefix_sample(1) == index.shared_prefix_sample(1)
 
 
 SCRIPT = """
 import sys
 from clip_phi.batching.index import load_index
-from clip_phi.sources.data import parse_source
+from clip_phi.data.source import parse_source
 from modeling_clip_phi import ClipPhiProcessor
 print(len(load_index(parse_source(sys.argv[1]), ClipPhiProcessor.from_pretrained(sys.argv[2]), 400)))
 """
@@ -184,10 +183,11 @@ print(len(load_index(parse_source(sys.argv[1]), ClipPhiProcessor.from_pretrained
 def test_processes_that_make_the_same_index_at_once_do_not_harm_each_other(source, processor, tmp_path):
     processor.save_pretrained(tmp_path / "processor")
     spec = f"llava:{source.path},images={source.images}"
-    command = [sys.executable, "-c", SCRIPT, spec, str(tmp_path / "processor")]
+    (tmp_path / "script.py").write_text(SCRIPT)
     environment = os.environ | {"HF_HOME": str(tmp_path / "shared")}
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
-    assert [process.communicate()[0] for process in running] == ["6\n"] * 3
+    words = [spec, tmp_path / "processor"]
+    done = run_forked(tmp_path / "script.py", words, tmp_path, environment, processes=3)
+    assert (done.returncode, done.stdout) == (0, "6\n" * 3), done.stderr
     assert len(list((tmp_path / "shared/clip_phi").iterdir())) == 1
 
 

@@ -30,7 +30,7 @@ def dialogue(image):
 
 
 def build_shared_prefix(sample, processor, max_length=200):
-    return Index.from_samples([sample], processor, max_length).tree(0)
+    return Index.from_samples([sample], processor, max_length).shared_prefix_sample(0)
 
 
 def make_pack(dataset, places, processor):
@@ -47,12 +47,12 @@ def test_tree_holds_the_image_once_and_predicts_each_branch_from_its_end(sample,
     assert tree.input_ids == [processor.image_token_id] * prefix + sum(inputs, [])
     assert tree.position_ids == list(range(prefix)) + [prefix + place for part in inputs for place in range(len(part))]
     assert tree.conversation_ids == [0] * prefix + [number for number, part in enumerate(inputs, 1) for _ in part]
-    assert tree.targets == sum(answers, [])
+    assert tree.shift_labels == sum(answers, [])
     expected, offset = [], prefix
     for part in inputs:
         expected += [prefix - 1, *range(offset, offset + len(part))]
         offset += len(part)
-    assert tree.kept == expected
+    assert tree.logits_to_keep == expected
     assert tree.origin == "file:3"
 
 
@@ -63,7 +63,7 @@ def test_tree_supervises_answers_and_end_tokens_only(dialogue, processor):
     expected = [
         tokenizer.encode(" " + answer, add_special_tokens=False) + [tokenizer.eos_token_id] for answer in answers
     ]
-    assert tree.targets == sum(expected, [])
+    assert tree.shift_labels == sum(expected, [])
 
 
 def test_text_only_sample_has_no_prefix(processor):
@@ -108,7 +108,7 @@ def test_a_long_conversation_is_cut_behind_the_last_answer_that_fits(image, proc
         report = Report()
         index = Index.from_samples([Sample(image, (whole,), ("f:1",))], processor, int(max_length), report)
         alone = Index.from_samples([Sample(image, (whole[:count],), ("f:1",))], processor, 500)
-        assert index.sample(0) == alone.sample(0) and index.tree(0) == alone.tree(0)
+        assert index.sample(0) == alone.sample(0) and index.shared_prefix_sample(0) == alone.shared_prefix_sample(0)
         assert sum(report.repaired.values()) == (count < 8) and not report.skipped
 
 
@@ -130,10 +130,12 @@ def test_pack_is_one_row_of_trees_without_padding_between_them(sample, dialogue,
     assert ids[:length] == trees[0].input_ids + trees[1].input_ids
     assert set(ids[length:]) <= {processor.tokenizer.pad_token_id} and len(ids) == -(-length // 8) * 8
     assert positions == trees[0].position_ids + trees[1].position_ids + list(range(len(ids) - length))
-    kept = trees[0].kept + [len(trees[0].input_ids) + place for place in trees[1].kept]
+    kept = trees[0].logits_to_keep + [len(trees[0].input_ids) + place for place in trees[1].logits_to_keep]
     assert pack.inputs["logits_to_keep"].tolist() == [kept]
-    assert pack.inputs["shift_labels"].tolist() == [trees[0].targets + trees[1].targets]
-    assert pack.num_conversations == 5 and pack.num_supervised == len(trees[0].targets) + len(trees[1].targets)
+    assert pack.inputs["shift_labels"].tolist() == [trees[0].shift_labels + trees[1].shift_labels]
+    assert pack.num_conversations == 5 and pack.num_supervised == len(trees[0].shift_labels) + len(
+        trees[1].shift_labels
+    )
     assert pack.origins == ["file:3", "file:4"]
 
 
@@ -142,9 +144,9 @@ def one_by_one(model, sample, processor, num_items):
     pixel_values = processor.image_processor(load_image(sample.image), return_tensors="pt")["pixel_values"]
     for conversation in sample.conversations:
         tree = build_shared_prefix(Sample(sample.image, (conversation,), ("x",)), processor)
-        ids = torch.tensor([tree.input_ids + [tree.targets[-1]]])
+        ids = torch.tensor([tree.input_ids + [tree.shift_labels[-1]]])
         labels = torch.full_like(ids, -100)
-        labels[0, torch.tensor(tree.kept) + 1] = torch.tensor(tree.targets)
+        labels[0, torch.tensor(tree.logits_to_keep) + 1] = torch.tensor(tree.shift_labels)
         yield model(input_ids=ids, pixel_values=pixel_values, labels=labels, num_items_in_batch=num_items).loss
 
 
@@ -170,10 +172,10 @@ def test_captions_take_turns_over_the_epochs(sample, processor):
         [Index.from_samples([sample], processor, 100)], ImageReader(processor), conversations_per_image=2
     )
     one = [
-        build_shared_prefix(Sample(sample.image, (conversation,), ("",)), processor).targets
+        build_shared_prefix(Sample(sample.image, (conversation,), ("",)), processor).shift_labels
         for conversation in sample.conversations
     ]
-    taken = [dataset[epoch, 0][0].targets for epoch in range(3)]
+    taken = [dataset[epoch, 0][0].shift_labels for epoch in range(3)]
     assert taken == [one[0] + one[1], one[2] + one[0], one[1] + one[2]]
 
 

@@ -6,24 +6,13 @@ from functools import cache
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from plan_counting import Ledger, LikeCuda, QuantizedLinear, build_model, count_step
 from torch.nn.functional import gelu
-from transformers import PhiForCausalLM
+from transformers import GPT2Config, LlamaConfig, PhiConfig, PhiForCausalLM
 
-from clip_phi.batching.encode import Encoded
-from clip_phi.batching.packing import build_shared_prefix
 from clip_phi.cli import main
-from clip_phi.tools.plan import (
-    CARDS,
-    Card,
-    Ledger,
-    LikeCuda,
-    QuantizedLinear,
-    Row,
-    as_text,
-    build_model,
-    count_step,
-    make_plan,
-)
+from clip_phi.environment import Gpu
+from clip_phi.tools.plan import CARDS, Formula, as_text, make_plan
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
@@ -43,7 +32,7 @@ def plan(gpu, stage=1, **options):
 
 @pytest.fixture(scope="module")
 def a100():
-    return make_plan(Stage1Arguments(stage=1), CARDS["a100-40"], mfu=0.4)
+    return make_plan(Stage1Arguments(stage=1), CARDS["a100-40"], 0.4, ClipPhiConfig())
 
 
 def test_parameters_are_those_of_tinyclip_one_layer_and_phi_2(a100):
@@ -83,7 +72,7 @@ def test_the_largest_step_fits_and_one_image_more_does_not(a100):
     usual = plan("l4-24")
     needed = sum(usual["bill_bytes"].values()) / 2**30
     exact, less = (
-        make_plan(Stage1Arguments(stage=1), Card("a card", gib, 1.0), 0.4, small_config())
+        make_plan(Stage1Arguments(stage=1), Gpu("", 1.0, "a-card", "a card", gib), 0.4, small_config())
         for gib in (needed + 1e-6, needed - 0.01)
     )
     assert exact["images_per_step"] == usual["images_per_step"] == less["images_per_step"] + 1
@@ -92,7 +81,11 @@ def test_the_largest_step_fits_and_one_image_more_does_not(a100):
 def test_more_memory_or_checkpointing_is_a_larger_step_and_adamw_a_smaller():
     usual = plan("l4-24", 2)
     assert usual["max_tokens_per_batch"] < plan("a100-40", 2)["max_tokens_per_batch"]
-    assert usual["max_tokens_per_batch"] < plan("l4-24", 2, gradient_checkpointing=True)["max_tokens_per_batch"]
+    whole, checkpointed = (
+        make_plan(Stage2Arguments(stage=2, gradient_checkpointing=each), CARDS["l4-24"], 0.4, ClipPhiConfig())
+        for each in (False, True)
+    )
+    assert whole["max_tokens_per_batch"] < checkpointed["max_tokens_per_batch"]
     optimizer = plan("l4-24", 2, optim="adamw_torch_fused")["bill_bytes"]["optimizer"]
     assert optimizer == 8 * usual["trainable_parameters"] > 3.5 * usual["bill_bytes"]["optimizer"]
 
@@ -118,11 +111,11 @@ def test_what_is_counted_without_tensors_is_what_tensors_take():
 
     arguments = Stage1Arguments(stage=1)
     # Text alone: beside an image the kernel of variable length keeps the image's keys once more for each branch.
-    row = Row(0, (107,), 60)
+    ids = [1] * 107
     config = small_config()
     config.text_config.num_hidden_layers = 2
     config.text_config.vocab_size = 50300
-    counted = count_step(build_model(config, arguments, torch.float32), [row], None).activations
+    counted = count_step(build_model(config, arguments, torch.float32), [ids], 60, None).activations
     torch.manual_seed(0)
     model = ClipPhiForCausalLM(config)
     model.freeze_backbones()
@@ -136,15 +129,15 @@ def test_what_is_counted_without_tensors_is_what_tensors_take():
             saved[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    embeds = torch.randn(1, row.length, 2560, requires_grad=True)
+    embeds = torch.randn(1, len(ids), 2560, requires_grad=True)
     mask = torch.ones((1, 1, 1, 1), dtype=torch.bool)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.model.language_model(
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=torch.arange(row.length).unsqueeze(0),
+            position_ids=torch.arange(len(ids)).unsqueeze(0),
             use_cache=False,
-            pack_layout=make_pack_layout([row.conversation_ids]),
+            pack_layout=make_pack_layout([ids]),
         )
     measured = sum(size for size, _ in saved.values())
     assert counted == pytest.approx(measured, rel=0.05)
@@ -169,7 +162,7 @@ def test_a_bad_option_is_one_line_and_status_2(argv, message, capsys):
 
 
 def test_what_does_not_fit_says_so_and_what_to_try(a100):
-    none = make_plan(Stage1Arguments(stage=1), Card("a small card", 1.0, 30.0), 0.4, small_config())
+    none = make_plan(Stage1Arguments(stage=1), Gpu("", 30.0, "small", "a small card", 1.0), 0.4, small_config())
     assert not none["fits"] and none["max_tokens_per_batch"] == 0
     assert "Not even one image fits: try --gradient_checkpointing" in as_text(none)
     assert "largest --max_tokens_per_batch" in as_text(a100)
@@ -270,7 +263,91 @@ def test_on_a_cpu_all_is_in_float32_and_adamw_is_the_default():
     assert found["activation_bytes_per_token"] > 1.3 * plan("l4-24", 2)["activation_bytes_per_token"]
 
 
-def test_a_row_is_made_of_a_tree():
-    tree = build_shared_prefix([Encoded([5, 6, 9], [-100, 6, 9]), Encoded([7, 9], [7, 9])], [1, 1, 1], "")
-    assert Row.of(tree) == Row(3, (2, 1), 4)
-    assert Row.of(build_shared_prefix([Encoded([5, 6, 9], [-100, 6, 9])], [], "")) == Row(0, (2,), 2)
+# The formula and the counting
+
+
+def tiny_config(kind, layers=2):
+    shape = {"hidden_size": 256, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": 4000}
+    text = {
+        "phi": lambda: PhiConfig(**shape, intermediate_size=1024),
+        "llama": lambda: LlamaConfig(**shape, intermediate_size=704, num_key_value_heads=2),
+    }[kind]()
+    return ClipPhiConfig(text_config=text, image_token_id=3999)
+
+
+def sample(*lengths, prefix=49):
+    return [0] * prefix + [number for number, length in enumerate(lengths, 1) for _ in range(length)]
+
+
+def counted(config, arguments, card, conversation_ids, supervised):
+    """What Formula.step and the sizes of the trained tensors should be."""
+    dtype = getattr(torch, card.dtype)
+    model = build_model(config, arguments, dtype, card.has_varlen)
+    counts = count_step(model, conversation_ids, supervised, dtype if dtype.itemsize == 2 else None)
+    pixels = sum(0 in ids for ids in conversation_ids) * 3 * config.vision_config.image_size**2 * 4
+    items = {"activations": counts.activations, "peak": max(counts.logits, counts.layers), "pixels": pixels}
+    items["tower"] = max(0, counts.tower - sum(items.values()))
+    trained = sorted(each.numel() for each in model.parameters() if each.requires_grad)
+    return items, counts, trained, sum(each.numel() for each in model.parameters())
+
+
+def compare(config, arguments, card, conversation_ids, supervised, tolerance=0.02):
+    formula = Formula(config, arguments, card)
+    items, tower_flops, flops = formula.step(conversation_ids, supervised)
+    expected, counts, trained, parameters = counted(config, arguments, card, conversation_ids, supervised)
+    assert sorted(formula.trained) == trained and formula.parameters == parameters
+    assert items["activations"] == pytest.approx(expected["activations"], rel=tolerance)
+    assert sum(items.values()) == pytest.approx(sum(expected.values()), rel=tolerance)
+    assert tower_flops == pytest.approx(counts.tower_flops, rel=0.001)
+    assert tower_flops + flops == pytest.approx(counts.flops, rel=0.001)
+
+
+OPTIONS = {
+    "stage 1": (Stage1Arguments, {}),
+    "LoRA": (Stage2Arguments, {"lora_r": 8}),
+    "nf4": (Stage2Arguments, {"quantization": "nf4"}),
+    "int8": (Stage2Arguments, {"quantization": "int8"}),
+    "full": (Stage2Arguments, {"tune_decoder": "full"}),
+}
+DEVICES = {
+    "bfloat16": CARDS["a100-80"],
+    "float16, SDPA": CARDS["t4-16"]._replace(has_varlen=False),
+    "float32, CPU": CARDS["cpu-16"],
+}
+PACK = ([sample(150, 200), sample(30), sample(7, 9), sample(90, prefix=0)] * 10, 10 * 400)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", ["phi", "llama"])
+def test_the_formula_gives_what_is_counted(kind, options, device):
+    stage, values = OPTIONS[options]
+    arguments = stage(stage=1 if stage is Stage1Arguments else 2, **values)
+    compare(tiny_config(kind), arguments, DEVICES[device], *PACK)
+
+
+def test_two_linear_layers_of_the_projector_are_counted():
+    config = tiny_config("phi")
+    config.projector_type = "mlp"
+    compare(config, Stage1Arguments(stage=1), CARDS["a100-80"], *PACK)
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_formula_gives_what_is_counted_for_phi_2(options, device, checkpointing):
+    stage, values = OPTIONS[options]
+    arguments = stage(stage=1 if stage is Stage1Arguments else 2, gradient_checkpointing=checkpointing, **values)
+    pack = (
+        ([sample(165, 165)] * 24, 24 * 250)
+        if stage is Stage2Arguments
+        else ([sample(11, 12, 12, 11, 12)] * 86, 86 * 63)
+    )
+    compare(ClipPhiConfig(), arguments, DEVICES[device], *pack)
+
+
+def test_a_decoder_without_a_formula_is_refused():
+    config = ClipPhiConfig(text_config=GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=100), image_token_id=99)
+    with pytest.raises(ValueError, match="plan knows decoder layers like Phi's and Llama's, not those of gpt2"):
+        Formula(config, Stage1Arguments(stage=1), CARDS["l4-24"])

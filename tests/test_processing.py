@@ -1,8 +1,10 @@
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PhiConfig, PreTrainedTokenizerFast
 
+from clip_phi.evaluation.generate import encode_prompts
+from clip_phi.serving.engine import Engine
 from modeling_clip_phi import ClipPhiProcessor
 
 IMAGE = {"type": "image"}
@@ -20,7 +22,7 @@ def answer(words):
     return {"role": "assistant", "content": [text(words)]}
 
 
-# (messages, the pieces that are tokenised apart: those of odd number are supervised); "@" stands for an image.
+# (messages, the rendered text in pieces: those of odd number are supervised); "@" is an image, "$" the end token.
 SHAPES = {
     "text_only": ([user(text("hi")), answer("yes")], ["Instruct: hi\nOutput:", " yes$"]),
     "image_first": ([user(IMAGE, text("hi")), answer("yes")], ["@Instruct: hi\nOutput:", " yes$"]),
@@ -48,43 +50,177 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def metaspace_processor(processor, tmp_path_factory):
-    """A tokenizer of SentencePiece's kind, that puts a space before each text and <s> before each prompt."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Metaspace()
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=special)
-    tokenizer.train_from_iterator(
-        ["Instruct: a\nOutput: yes", "Speech: hello", "Be brief. a red circle hi b c d"], trainer
+SPACE = "\u2581"  # SentencePiece's
+
+
+def bpe(text_of_training, special, **parts):
+    """A trained BPE tokenizer of these parts (pre_tokenizer, normalizer, decoder)."""
+    tokenizer = Tokenizer(
+        models.BPE(unk_token="<unk>" if "<unk>" in special else None, byte_fallback="<unk>" in special)
     )
-    fast = PreTrainedTokenizerFast(
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if "<unk>" not in special else []
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(text_of_training, trainer)
+    return tokenizer
+
+
+WORDS = ["Instruct: a red circle\nOutput: yes", "Speech: hello", "Be brief. a red circle hi b c d"]
+
+
+def add_bos(tokenizer, bos):
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+
+
+def llama_3(bos="<s>", end="</s>"):
+    """Byte-level BPE, words split by Llama 3's pattern, with BOS."""
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = bpe(
+        WORDS,
+        [*dict.fromkeys((bos, end)), "<pad>", "<image>"],
+        pre_tokenizer=pre_tokenizers.Sequence([split, byte_level]),
+        decoder=decoders.ByteLevel(),
+    )
+    add_bos(tokenizer, bos)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=end, pad_token="<pad>")
+
+
+def sentencepiece(metaspace=None):
+    """SentencePiece's kind, with BOS. metaspace: its prepend_scheme; None for the normalizer of Llama 2."""
+    tokenizer = bpe(
+        WORDS,
+        ["<unk>", "<s>", "</s>", "<pad>", "<image>"],
+        pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme=metaspace or "always"),
+        decoder=decoders.Metaspace(),
+    )
+    if metaspace is None:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([])
+    add_bos(tokenizer, "<s>")
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
-    return ClipPhiProcessor(processor.image_processor, fast, num_image_tokens=4)
 
 
-@pytest.fixture(params=["processor", "metaspace_processor"])
-def any_processor(request):
-    return request.getfixturevalue(request.param)
+TOKENIZERS = {
+    "phi-2": None,  # the processor's own: byte-level BPE, its BOS is not added
+    "llama-3": llama_3,
+    "opt": lambda: llama_3("</s>", "</s>"),  # BOS is the end token
+    "llama-2": sentencepiece,
+    "metaspace always": lambda: sentencepiece("always"),
+    "metaspace first": lambda: sentencepiece("first"),
+}
+
+
+@pytest.fixture(params=TOKENIZERS, scope="module")
+def any_processor(request, processor):
+    make = TOKENIZERS[request.param]
+    return processor if make is None else ClipPhiProcessor(processor.image_processor, make(), num_image_tokens=4)
+
+
+def bos_of(processor):
+    return processor.tokenizer("")["input_ids"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_encode_gives_the_ids_and_supervises_answers_and_end_tokens(shape, any_processor):
     messages, pieces = SHAPES[shape]
-    tokenizer = any_processor.tokenizer
-    expected_ids, expected_labels = [], []
-    for number, piece in enumerate(pieces):
-        piece = piece.replace("@", "<image>" * 4).replace("$", tokenizer.eos_token)
-        ids = tokenizer.encode(piece, add_special_tokens=False)
-        expected_ids += ids
-        expected_labels += ids if number % 2 else [-100] * len(ids)
+    tokenizer, bos = any_processor.tokenizer, bos_of(any_processor)
+    pieces = [piece.replace("@", "<image>" * 4).replace("$", tokenizer.eos_token) for piece in pieces]
+    pieces[0] = tokenizer.decode(bos) + pieces[0]
+    expected = tokenizer.encode("".join(pieces), add_special_tokens=False)
+    labels = [-100] * len(expected)
+    for answer in range(1, len(pieces), 2):
+        start = len(tokenizer.encode("".join(pieces[:answer]), add_special_tokens=False))
+        stop = len(tokenizer.encode("".join(pieces[: answer + 1]), add_special_tokens=False))
+        labels[start:stop] = expected[start:stop]
+        text = tokenizer.decode(labels[start:stop], clean_up_tokenization_spaces=False)
+        assert text.strip() == pieces[answer].strip()
+    ids, found = any_processor.encode(messages)
+    assert ids == expected and found == labels
+    assert ids.count(any_processor.image_token_id) == sum(piece.count("<image>") for piece in pieces)
+    assert found.count(tokenizer.eos_token_id) == len(pieces) // 2
+
+
+TALKS = {
+    "one turn": [user(IMAGE, text("a red circle?")), answer("yes")],
+    "no image": [user(text("hello")), answer("hi"), user(text("b")), answer("(c)")],
+    "turns": [user(IMAGE, text("a")), answer("yes"), user(text("c 3\n")), answer("4, d"), user(text("e")), answer("f")],
+    "system": [{"role": "system", "content": [text("Be brief.")]}, user(text("a")), answer("b")],
+    "caption": [user(IMAGE), answer("a red circle.")],
+    "caption in turns": [user(IMAGE), answer("3 circles"), user(text("  a  b?")), answer("- c")],
+}
+
+
+@pytest.mark.parametrize("talk", TALKS)
+def test_training_evaluation_engine_and_pipeline_have_the_same_tokens_before_each_answer(talk, any_processor, model):
+    messages, image = TALKS[talk], Image.new("RGB", (40, 30), "red")
     ids, labels = any_processor.encode(messages)
-    assert ids == expected_ids
-    assert labels == expected_labels
-    assert ids.count(any_processor.image_token_id) == 4 * sum(piece.count("@") for piece in pieces)
-    assert labels.count(tokenizer.eos_token_id) == len(pieces) // 2
+    answers = [place for place in range(1, len(ids)) if labels[place] != -100 == labels[place - 1]]
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    with Engine(model, any_processor) as engine:
+        for start, turn in zip(answers, turns, strict=True):
+            before, trained = messages[:turn], ids[:start]
+            has_image = IMAGE in before[0]["content"]
+            evaluated = encode_prompts(any_processor, [(before, image if has_image else None)])
+            rendered = any_processor.apply_chat_template(before, add_generation_prompt=True)
+            shown = [{**before[0], "content": [{**IMAGE, "image": image}, *before[0]["content"][1:]]}, *before[1:]]
+            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+            pipeline = any_processor.apply_chat_template(shown if has_image else before, **options)
+            called = any_processor(text=rendered, images=image if has_image else None)
+            assert trained == evaluated["input_ids"][0].tolist() == engine._encode(before, int(has_image))
+            assert [trained] == pipeline["input_ids"] == [*called["input_ids"]]
+
+
+def test_bos_is_at_the_front_once(any_processor):
+    bos = bos_of(any_processor)
+    image, hand_written = Image.new("RGB", (8, 8)), "<image>Instruct: a\nOutput:"
+    for has_image in (True, False):
+        assert any_processor.prefix_ids(has_image) == bos + [any_processor.image_token_id] * 4 * has_image
+    for messages in TALKS.values():
+        ids, _ = any_processor.encode(messages)
+        assert ids[: len(bos)] == bos and (not bos or ids[len(bos)] != bos[0])
+    for before in ("", any_processor.tokenizer.decode(bos)):
+        found = any_processor(text=[before + hand_written] * 2, images=[[image]] * 2)["input_ids"]
+        assert found == [any_processor.encode([user(IMAGE, text("a"))])[0]] * 2
+
+
+def test_template_without_bos_trains_after_bos_all_the_same(processor):
+    plain = ClipPhiProcessor(processor.image_processor, llama_3(), processor.chat_template, num_image_tokens=4)
+    usual = ClipPhiProcessor(processor.image_processor, llama_3(), num_image_tokens=4)
+    assert plain.chat_template != usual.chat_template and plain.encode(TALKS["turns"]) == usual.encode(TALKS["turns"])
+
+
+def test_tokenizer_that_joins_prompt_and_answer_is_refused(processor):
+    tokenizer = bpe(["Output: yes"] * 9, ["<unk>", "</s>", "<pad>", "<image>"])  # words are not split
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    joining = ClipPhiProcessor(processor.image_processor, fast, num_image_tokens=4)
+    with pytest.raises(ValueError, match=r"joins the end of a prompt with its answer: '.*Output:'"):
+        joining.encode([user(text("a")), answer("yes")])
+
+
+def test_tokenizer_that_ends_each_text_with_a_token_is_refused(processor):
+    tokenizer = llama_3()
+    add_bos(tokenizer.backend_tokenizer, "<s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    with pytest.raises(ValueError, match="adds </s> behind a text: switch this off"):
+        ClipPhiProcessor(processor.image_processor, tokenizer)
+
+
+def test_template_whose_answers_lack_the_end_token_is_refused(processor):
+    template = processor.chat_template.replace(" + eos_token -}}", " -}}").replace(
+        "{%- endgeneration -%}", "{%- endgeneration -%}{{- eos_token -}}"
+    )
+    other = ClipPhiProcessor(processor.image_processor, processor.tokenizer, template, num_image_tokens=4)
+    with pytest.raises(ValueError, match="must end each generation block with <.endoftext.>"):
+        other.encode(TALKS["turns"])
 
 
 def test_encode_in_numbers(processor):
@@ -97,13 +233,14 @@ def test_encode_in_numbers(processor):
 
 
 @pytest.mark.parametrize("shape", [name for name in SHAPES if name != "string"])
-def test_encode_equals_apply_chat_template(shape, processor):
+def test_encode_equals_apply_chat_template(shape, any_processor):
+    processor = any_processor
     messages, _ = SHAPES[shape]
-    picture = Image.new("RGB", (40, 30), "red")
+    image = Image.new("RGB", (40, 30), "red")
     shown = [
         message
         | {
-            "content": [item | {"image": picture} if item["type"] == "image" else item for item in message["content"]]
+            "content": [item | {"image": image} if item["type"] == "image" else item for item in message["content"]]
             if isinstance(message["content"], list)
             else message["content"]
         }
@@ -130,6 +267,7 @@ def test_prompt_is_the_beginning_of_the_trained_conversation(processor):
         ([user(text("<image>"))], "1 <image> in the rendered text, not 0"),
         ([user(text("stop <|endoftext|>")), answer("yes")], "2 <.endoftext.> in the rendered text, not 1"),
         ([user(text("a <pad> b")), answer("yes")], "1 <pad> in the rendered text, not 0"),
+        ([user(text("half \ud800"))], "half a character"),
         ([user({"type": "video"})], "content of type 'video' is not text, image or transcript"),
         ([{"role": "tool", "content": "x"}], "role 'tool' is not system, user or assistant"),
     ],
@@ -171,8 +309,8 @@ def test_processor_survives_saving(processor, tmp_path):
     reloaded = ClipPhiProcessor.from_pretrained(tmp_path)
     messages, _ = SHAPES["turns"]
     assert reloaded.encode(messages) == processor.encode(messages)
-    picture = Image.effect_noise((40, 30), 50).convert("RGB")
-    ours, theirs = (one(images=[picture], text=["<image>a"], return_tensors="pt") for one in (processor, reloaded))
+    image = Image.effect_noise((40, 30), 50).convert("RGB")
+    ours, theirs = (one(images=[image], text=["<image>a"], return_tensors="pt") for one in (processor, reloaded))
     assert ours.keys() == theirs.keys()
     assert all(ours[key].equal(theirs[key]) for key in ours)
     assert reloaded._get_num_multimodal_tokens([(40, 30), (8, 8)]).num_image_tokens == [4, 4]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_another_run_is_not_gone_on_with_and_the_difference_is_named(change, mes
         *stage1(data, backbones, copy, *SHORT, "--resume_from_checkpoint", "--debug", False, *change),
         expect=2,
     )
-    assert message in done.stderr and "--resume_from_checkpoint would go on with another run" in done.stderr
+    assert message in done.stderr and "--resume_from_checkpoint would continue another run" in done.stderr
     assert metrics(copy, "loss") == metrics(whole, "loss"), "the log of the other run is still there"
 
 
@@ -85,7 +86,7 @@ def test_what_may_differ_is_said(whole, data, backbones, tmp_path):
     done = run(
         *stage1(data, backbones, copy, *SHORT, "--resume_from_checkpoint", "--learning_rate", 0.5, "--logging_steps", 2)
     )
-    assert "another learning_rate: 0.001 then, 0.5 now. It is allowed; compared with a run never stopped" in done.stdout
+    assert "another learning_rate: 0.001 then, 0.5 now. It is allowed; the result will be different" in done.stdout
     assert "logging_steps" not in done.stdout
     assert {step: metrics(copy, "loss")[step] for step in (1, 2, 3, 4)} == {
         step: metrics(whole, "loss")[step] for step in (1, 2, 3, 4)
@@ -97,12 +98,38 @@ def test_resume_without_a_checkpoint_begins_at_the_beginning(whole, data, backbo
     assert metrics(tmp_path / "new", "loss") == metrics(whole, "loss")
 
 
+def test_lines_of_a_resumed_run_are_those_of_one_that_never_stopped(data, backbones, tmp_path):
+    """Saved between two lines of the log: the loss of the next one is the mean over the steps of both parts."""
+    options = (*SHORT, "--logging_steps", 3, "--save_steps", 4, "--num_train_epochs", 3)
+    done = run(*stage1(data, backbones, tmp_path / "whole", *options))
+    lines = [line for line in done.stdout.splitlines() if re.match(r"step \d/9: loss \d", line)]
+    assert [line.split(":")[0] for line in lines] == ["step 3/9", "step 6/9", "step 9/9"] and "ETA 0:00:00" in lines[2]
+    assert "it/s" not in done.stderr and "step/s" not in done.stderr, "no progress bar without a terminal"
+    copy = resume_from(tmp_path / "whole", tmp_path, 4)
+    run(*stage1(data, backbones, copy, *options, "--resume_from_checkpoint"))
+    for key in ("loss", "grad_norm", "samples_seen", "tokens_seen"):
+        assert metrics(copy, key) == metrics(tmp_path / "whole", key) and len(metrics(copy, key)) == 3, key
+
+
+def test_a_training_checkpoint_is_resumed_by_its_name_and_later_ones_are_moved_aside(whole, data, backbones, tmp_path):
+    copy = resume_from(whole, tmp_path, 6)
+    place = copy / "checkpoints/step-00000004"
+    done = run(*stage1(data, backbones, copy, *SHORT, "--resume_from_checkpoint", place))
+    assert f"resuming from {place}, after step 4 of 6" in done.stdout
+    assert [path.name for path in (copy / "checkpoints.before").iterdir()] == ["step-00000006"]
+    assert metrics(copy, "loss") == metrics(whole, "loss")
+    (place / "state.pt").write_bytes(b"torn")
+    options = stage1(data, backbones, copy, *SHORT, "--debug", False, "--resume_from_checkpoint", place)
+    done = run(*options, expect=2)
+    assert f"--resume_from_checkpoint {place} is not a whole training checkpoint: state.pt" in done.stderr
+
+
 def test_a_run_begun_anew_in_the_same_folder_neither_uses_nor_deletes_the_checkpoints_of_the_other(
     whole, data, backbones, tmp_path
 ):
     copy = resume_from(whole, tmp_path, 6)
     done = run(*stage1(data, backbones, copy, *SHORT, "--max_steps", 2))
-    assert f"an earlier run's checkpoints are moved to {copy}/checkpoints.before" in done.stdout
+    assert f"the training checkpoints of an earlier run are moved to {copy}/checkpoints.before" in done.stdout
     assert [place.name for place in (copy / "checkpoints").iterdir()] == ["step-00000002"]
     assert len(list((copy / "checkpoints.before").iterdir())) == 2
 
@@ -133,7 +160,7 @@ def test_a_signal_to_all_processes_finishes_the_step_and_exits_with_75(number, d
     last = max(metrics(tmp_path / "run", "loss"))
     assert json.loads((place / "about.json").read_text())["step"] == last
     assert (
-        f"stopped after step {last:,} by a signal; --resume_from_checkpoint goes on from there"
+        f"stopped after step {last:,} by a signal; --resume_from_checkpoint continues from there"
         in (tmp_path / "log").read_text()
     )
 
@@ -142,4 +169,5 @@ def test_a_folder_that_cannot_be_written_is_one_line(data, backbones, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoints").write_text("a file")
     done = run(*stage1(data, backbones, tmp_path / "run", *SHORT, "--debug", False), expect=2)
-    assert f"cannot write a checkpoint in {tmp_path}/run/checkpoints" in done.stderr and "Traceback" not in done.stderr
+    assert f"cannot write a training checkpoint in {tmp_path}/run/checkpoints" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""clip-phi serve, chat and space: what they are told, what they write, and how they end."""
+"""clip-phi serve, chat and space: their options, their output, and their exit."""
 
 import os
 import signal
@@ -34,8 +34,10 @@ def test_serve_answers_under_its_key_and_name_and_ends_on_sigterm(checkpoint):
         text=True,
     )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": "Bearer secret"}) as client:
-            for _ in range(300):
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", headers={"Authorization": "Bearer secret"}, timeout=60
+        ) as client:
+            while True:
                 try:
                     assert client.get("/health").json()["model"] == "tiny"
                     break
@@ -49,7 +51,7 @@ def test_serve_answers_under_its_key_and_name_and_ends_on_sigterm(checkpoint):
             assert client.get("/v1/models", headers={"Authorization": "Bearer no"}).status_code == 401
     finally:
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode in (0, -signal.SIGTERM) and "Traceback" not in errors, errors
     assert f"model 'tiny' at http://127.0.0.1:{port}/v1" in errors
 
@@ -70,8 +72,8 @@ def test_space_writes_what_a_space_needs(checkpoint, tmp_path, capsys):
     )
     where = "import clip_phi, modeling_clip_phi; print(clip_phi.__file__, modeling_clip_phi.__file__)"
     done = subprocess.run([sys.executable, "-c", where], cwd=folder, capture_output=True, text=True)
-    assert all(path.startswith(str(folder)) for path in done.stdout.split()), done.stdout + done.stderr
-    assert not list(folder.rglob("__pycache__")) or done.stdout
+    assert done.returncode == 0, done.stderr
+    assert all(path.startswith(str(folder)) for path in done.stdout.split()), done.stdout
 
 
 def test_space_copies_a_merged_checkpoint_and_refuses_a_delta(checkpoint, model, tmp_path, capsys):

@@ -53,7 +53,7 @@ def test_stage1_trains_the_projector_alone_and_writes_what_it_says(trained1, bac
     assert list(load_file(output / "model.safetensors")) == ["model.projector.bias", "model.projector.weight"]
     assert list(metrics(output, "loss")) == [1, 2, 3, 4, 5, 6]
     assert list(metrics(output, "eval_loss")) == [4, 6]
-    assert metrics(output, "eval_loss")[6] < metrics(output, "loss")[1]
+    assert metrics(output, "eval_loss")[6] < metrics(output, "loss")[1] - 0.005
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [4] * 4 + [6] * 4
     assert (output / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -104,7 +104,7 @@ def test_merged_checkpoint_holds_everything(trained1, data, tmp_path):
 
     # Trained on, it stays merged: a delta over the original backbones would lose what was folded in.
     done = run(*stage2(data, tmp_path / "merged", tmp_path / "again", "--max_steps", 1))
-    assert "so will be what is saved" in done.stdout
+    assert "training starts from a merged model, so a merged model is saved" in done.stdout
     again = load_file(tmp_path / "again/model.safetensors")
     name = "model.vision_tower.encoder.layers.0.mlp.fc1.weight"
     assert again.keys() == names and torch.equal(again[name], merged.state_dict()[name])

@@ -71,7 +71,7 @@ def test_the_flops_of_the_log_are_those_that_torch_counts_but_for_attention_and_
     expected = costs.token * tokens + costs.supervised * pack.num_supervised + projector * 4
     attention = counter.get_total_flops() - tower.get_total_flops() - expected
     assert attention == 0  # torch counts it on CUDA alone
-    work = costs.work(pack)
+    work = costs.counts_of(pack)
     assert (work.samples, work.supervised, work.tokens) == (2, pack.num_supervised, tokens)
     assert work.flops == costs.token * tokens + costs.supervised * work.supervised + costs.image
 

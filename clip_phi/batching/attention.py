@@ -1,10 +1,10 @@
-"""Packs: trees one behind the other in one row, without padding, planned ahead so that every row is full.
+"""Attention of packed sequences: many samples, concatenated without padding, each attending to itself only.
 
-Every layer but attention treats tokens alone, so a row of many trees costs what its tokens cost. Attention is told by
-PackLayout who sees whom, and computes nothing between trees.
+All other layers treat tokens independently, so a sequence of many samples costs what its tokens cost. PackLayout says
+which tokens attend to which, and nothing is computed between samples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,58 +15,60 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 PACKED_ATTENTION = "clip_phi_packed"
-ALIKE = 0.8  # trees at least so long, relative to the longest of them, are padded together in attention
+ALIKE = 0.8  # samples at least so long, relative to the longest of them, are padded together in attention
 
 
 class Bucket(NamedTuple):
-    """Trees of about one length, padded together for SDPA.
+    """Samples of about one length, padded together for SDPA.
 
-    places: int64 (trees, length): where in the row each token stands; padding repeats place 0.
-    sees: bool (trees, 1, length, length), or None if every tree has one branch: plain causal attention."""
+    places: int64 (samples, length), the place of each token in the sequence; padding repeats place 0.
+    mask: bool (samples, 1, length, length), True where a query attends to a key; None for plain causal attention, if
+        each sample has one conversation."""
 
     places: torch.Tensor
-    sees: torch.Tensor | None
+    mask: torch.Tensor | None
 
 
 class PackLayout(NamedTuple):
-    """Who sees whom in a row of trees: the prefix and the own branch, up to itself.
+    """Which tokens attend to which: to the prefix and to their own conversation, up to themselves.
 
-    buckets, back: for SDPA; back: int64 (tokens,): where in the buckets' outputs, one behind the other, each token is.
-    key_places: int64 (keys,), query_starts, key_starts: int32 (pieces + 1,), longest: of (query, key) pieces. For
-    kernels of variable length: a piece is a prefix or a branch; its keys are the prefix's and its own, and its last
-    query sees all of them (causal, aligned at the end)."""
+    buckets: for SDPA.
+    places_in_buckets: int64 (tokens,), the place of each token in the concatenated outputs of the buckets.
+    key_places, query_starts, key_starts, longest: for kernels of variable length: int64 (keys,), int32 (pieces + 1,),
+        int32 (pieces + 1,), (queries, keys). A piece is a prefix or a conversation; its keys are the prefix's and its
+        own, and its last query attends to all of them (causal, aligned at the end)."""
 
     buckets: list[Bucket]
-    back: torch.Tensor
+    places_in_buckets: torch.Tensor
     key_places: torch.Tensor
     query_starts: torch.Tensor
     key_starts: torch.Tensor
     longest: tuple[int, int]
 
-    def map(self, function: Any) -> "PackLayout":
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackLayout":
         """Apply a function to every tensor."""
-        buckets = [Bucket(function(places), None if sees is None else function(sees)) for places, sees in self.buckets]
-        back, key_places, query_starts, key_starts = map(function, self[1:5])
-        return PackLayout(buckets, back, key_places, query_starts, key_starts, self.longest)
+        buckets = [Bucket(function(places), None if mask is None else function(mask)) for places, mask in self.buckets]
+        places, key_places, query_starts, key_starts = map(function, self[1:5])
+        return PackLayout(buckets, places, key_places, query_starts, key_starts, self.longest)
 
 
 def make_pack_layout(conversation_ids: Sequence[Sequence[int]]) -> PackLayout:
-    """conversation_ids: of each sample and token: 0 in the prefix, 1, 2, ... in the conversations; none is empty."""
+    """conversation_ids: of each sample and token, 0 in the prefix and 1, 2, ... in the conversations; none is empty."""
     lengths = [len(ids) for ids in conversation_ids]
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    buckets, back, filled = [], torch.empty(int(starts[-1]), dtype=torch.long), 0
-    for trees in _alike(lengths):
-        length = max(lengths[tree] for tree in trees)
-        places = torch.zeros((len(trees), length), dtype=torch.long)
-        ids = torch.full((len(trees), length), -1)  # padding is a branch of its own, so that no row is left blind
-        for row, tree in enumerate(trees):
-            inside = torch.arange(lengths[tree])
-            places[row, : lengths[tree]] = inside + starts[tree]
-            ids[row, : lengths[tree]] = torch.tensor(conversation_ids[tree])
-            back[inside + starts[tree]] = inside + filled + row * length
-        several = any(len(set(conversation_ids[tree]) - {0}) > 1 for tree in trees)
-        sees = ((ids[:, None] == 0) | (ids[:, None] == ids[..., None])).tril().unsqueeze(1) if several else None
-        buckets.append(Bucket(places, sees))
+    buckets, places_in_buckets, filled = [], torch.empty(int(starts[-1]), dtype=torch.long), 0
+    for samples in _alike(lengths):
+        length = max(lengths[sample] for sample in samples)
+        places = torch.zeros((len(samples), length), dtype=torch.long)
+        ids = torch.full((len(samples), length), -1)  # padding is a conversation of its own: a query needs a key
+        for number, sample in enumerate(samples):
+            inside = torch.arange(lengths[sample])
+            places[number, : lengths[sample]] = inside + starts[sample]
+            ids[number, : lengths[sample]] = torch.tensor(conversation_ids[sample])
+            places_in_buckets[inside + starts[sample]] = inside + filled + number * length
+        several = any(len(set(conversation_ids[sample]) - {0}) > 1 for sample in samples)
+        mask = ((ids[:, None] == 0) | (ids[:, None] == ids[..., None])).tril().unsqueeze(1) if several else None
+        buckets.append(Bucket(places, mask))
         filled += places.numel()
     queries, keys = [0], [0]
     key_places: list[np.ndarray] = []
@@ -80,7 +82,7 @@ def make_pack_layout(conversation_ids: Sequence[Sequence[int]]) -> PackLayout:
             keys.append(keys[-1] + len(seen))
     return PackLayout(
         buckets,
-        back,
+        places_in_buckets,
         torch.from_numpy(np.concatenate(key_places)),
         torch.tensor(queries, dtype=torch.int32),
         torch.tensor(keys, dtype=torch.int32),
@@ -89,12 +91,12 @@ def make_pack_layout(conversation_ids: Sequence[Sequence[int]]) -> PackLayout:
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Trees in groups of about one length."""
+    """Samples in groups of about one length."""
     groups: list[list[int]] = []
-    for tree in sorted(range(len(lengths)), key=lambda tree: -lengths[tree]):
-        if not groups or lengths[tree] < ALIKE * lengths[groups[-1][0]]:
+    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
+        if not groups or lengths[sample] < ALIKE * lengths[groups[-1][0]]:
             groups.append([])
-        groups[-1].append(tree)
+        groups[-1].append(sample)
     return groups
 
 
@@ -109,9 +111,9 @@ def packed_attention(
     pack_layout: PackLayout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface. query: (1, heads, tokens, head size); returns (1, tokens, heads, head size).
+    """transformers' attention interface. query: (1, heads, tokens, head size). Returns (1, tokens, heads, head size).
 
-    With segments, torch's varlen kernel where there is one, else SDPA by bucket; without, plain SDPA."""
+    With a PackLayout, torch's varlen kernel where there is one, else SDPA by bucket. Without, plain SDPA."""
     if pack_layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -127,7 +129,7 @@ def packed_attention(
 
 
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """It is FlashAttention's: for half precision, on GPUs from Ampere (capability 8.0) on."""
+    """FlashAttention's: for half precision, on GPUs from Ampere (capability 8.0) on."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -138,33 +140,27 @@ def attend_by_bucket(
 ) -> torch.Tensor:
     """query, key, value: (heads, tokens, head size). Returns (tokens, heads, head size)."""
     outputs = []
-    for places, sees in pack_layout.buckets:
-        # (heads, tokens, size) to (trees, heads, length, size)
+    for places, mask in pack_layout.buckets:
+        # (heads, tokens, size) to (samples, heads, length, size)
         q, k, v = (each[:, places.flatten()].unflatten(1, places.shape).transpose(0, 1) for each in (query, key, value))
-        output = scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=sees is None, scale=scaling)
+        output = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[pack_layout.back]
+    return torch.cat(outputs)[pack_layout.places_in_buckets]
 
 
 def attend_by_piece(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    pack_layout: PackLayout,
+    layout: PackLayout,
     scaling: float | None,
-    kernel: Any,
+    kernel: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     """The same with a kernel of torch.nn.attention.varlen_attn's signature, which computes nothing for padding."""
-    return kernel(
-        query.transpose(0, 1),
-        key.transpose(0, 1)[pack_layout.key_places],
-        value.transpose(0, 1)[pack_layout.key_places],
-        pack_layout.query_starts,
-        pack_layout.key_starts,
-        *pack_layout.longest,
-        scale=scaling,
-        window_size=(-1, 0),  # causal, the last query of a piece seeing its last key
-    )
+    keys, values = (each.transpose(0, 1)[layout.key_places] for each in (key, value))
+    starts = (layout.query_starts, layout.key_starts, *layout.longest)
+    # The window is causal: the last query of a piece attends to its last key.
+    return kernel(query.transpose(0, 1), keys, values, *starts, scale=scaling, window_size=(-1, 0))
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

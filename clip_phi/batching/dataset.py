@@ -1,4 +1,4 @@
-"""The endless, seeded order of samples, and the loader that turns it into packs."""
+"""Samples to micro-batches: the data sets, the collator and the loader."""
 
 import os
 import signal
@@ -20,12 +20,14 @@ from .index import Index
 from .packing import PackedBatch, SharedPrefixSample, build_shared_prefix, pack_samples
 
 GRACE_SECONDS = 5
-REFRESH_SECONDS = 30  # between looks at what others have put into the cache
+REFRESH_SECONDS = 30  # between looks at what other processes have written to the cache
 
 
 class LoadedImage(NamedTuple):
-    """An image for the model. tensor: float32 pixel values (3, height, width), or with a FeatureCache that has them,
-    bfloat16 features (patches, vision hidden). key: of the cache, if there is one."""
+    """An image for the model.
+
+    tensor: float32 pixel values (3, height, width), or bfloat16 features (patches, vision hidden) of a FeatureCache.
+    key: of the cache, if there is one."""
 
     tensor: torch.Tensor
     key: bytes | None = None
@@ -35,7 +37,7 @@ Item = tuple[SharedPrefixSample, LoadedImage | None] | Skip
 
 
 class ImageReader:
-    """Images as Pictures, in a worker. Raises RecordError if one cannot be read."""
+    """Loads images, in a worker. Raises RecordError if one cannot be read."""
 
     def __init__(self, processor: Any, pixels: PixelMode = "exact", cache: FeatureCache | None = None):
         self.preprocess = Preprocessor(processor.image_processor, pixels)
@@ -54,14 +56,21 @@ class ImageReader:
             return LoadedImage(features[0], key)
         return LoadedImage(self.preprocess(image), key)
 
+    def load(self, sample: SharedPrefixSample, image: File | bytes | None, num_conversations: int) -> Item:
+        """The sample with its image, or a Skip of its conversations if that cannot be read."""
+        try:
+            return sample, None if image is None else self(image)
+        except RecordError as error:
+            return Skip(error.kind, sample.origin, error.detail, num_conversations)
+
 
 class SampleDataset(Dataset):
-    """Sources as trees and pixels, on demand, in a worker; items are asked for as (pass over the source, index).
+    """Samples of all sources with their images, loaded on demand, in a worker.
 
-    An item is a tree and its Picture or None, or a Skip if its image cannot be read."""
+    An item is asked for as (pass over the source, index of the sample)."""
 
     def __init__(self, sources: Sequence[Index], read: ImageReader, conversations_per_image: int | None = None):
-        """branches_per_image: None for all; otherwise so many, and the next pass takes the next ones."""
+        """conversations_per_image: None for all. Otherwise so many, and the next pass takes the next ones."""
         self.sources = sources
         self.read = read
         self.conversations_per_image = conversations_per_image
@@ -71,7 +80,7 @@ class SampleDataset(Dataset):
         return int(self.stops[-1])
 
     def lengths(self) -> np.ndarray:
-        """int64 (samples,): tokens of each tree; with fewer branches than there are, of the longest that can be."""
+        """int64 (samples,): tokens of each sample; with conversations_per_image, the most that it can have."""
         return np.concatenate([source.packed_lengths(self.conversations_per_image) for source in self.sources])
 
     def __getitem__(self, place: tuple[int, int]) -> Item:
@@ -81,13 +90,13 @@ class SampleDataset(Dataset):
         conversations = None
         if taken is not None and taken < available:
             conversations = [(source_pass * taken + step) % available for step in range(taken)]
-        return _item(source.tree(index, conversations), source.image(index), available, self.read)
+        return self.read.load(source.shared_prefix_sample(index, conversations), source.image(index), available)
 
     def origin(self, index: int) -> str:
         """Where a sample comes from, and its image."""
         source, index = self._find(index)
         image = source.image(index)
-        return source.tree(index).origin + (f" ({image})" if isinstance(image, File) else "")
+        return source.origins(index)[0] + (f" ({image})" if isinstance(image, File) else "")
 
     def _find(self, index: int) -> tuple[Index, int]:
         number = int(np.searchsorted(self.stops, index, side="right"))
@@ -95,10 +104,10 @@ class SampleDataset(Dataset):
 
 
 class SampleStream(IterableDataset):
-    """Samples as they come, endlessly: for data that is not on disk. There is no position to come back to.
+    """Samples in the order of a stream, without end: for data that are not on disk. There is no position to resume at.
 
-    Items are those of SampleDataset, and what is wrong with records comes among them as Skips, since a worker's report
-    would stay in the worker."""
+    Items are those of SampleDataset. Skipped and repaired records are items too, since the report of a worker does not
+    leave the worker."""
 
     def __init__(
         self, samples: Callable[[Report], Iterator[Sample]], read: ImageReader, processor: Any, max_length: int
@@ -109,85 +118,76 @@ class SampleStream(IterableDataset):
         self.max_length = max_length
 
     def __iter__(self) -> Iterator[Item]:
-        prefix = [self.processor.image_token_id] * self.processor.num_image_tokens
-        report = _Messenger()
+        report = _SkipList()
         for sample in self.samples(report):
-            for whole, encoded in encode_samples([sample], self.processor, self.max_length, report):
-                tree = build_shared_prefix(encoded, prefix if whole.image is not None else (), whole.origins[0])
-                yield _item(tree, whole.image, len(encoded), self.read)
-            yield from report.messages
-            report.messages.clear()
+            for part, encoded in encode_samples([sample], self.processor, self.max_length, report):
+                prefix = self.processor.prefix_ids(part.image is not None)
+                shared = build_shared_prefix(encoded, prefix, part.origins[0])
+                yield self.read.load(shared, part.image, len(encoded))
+            yield from report.skips
+            report.skips.clear()
 
 
-class _Messenger(Report):
-    """A report that keeps what it is told, to be passed on."""
+class _SkipList(Report):
+    """A report that lists what it gets, to be passed on."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.messages: list[Skip] = []
+        self.skips: list[Skip] = []
 
     def skip(self, skip: Skip) -> None:
-        self.messages.append(skip)
+        self.skips.append(skip)
 
     def repair(self, kind: str, origin: str, detail: str = "") -> None:
-        self.messages.append(Skip(kind, origin, detail, records=0))
-
-
-def _item(tree: SharedPrefixSample, image: File | bytes | None, num_conversations: int, read: ImageReader) -> Item:
-    try:
-        return tree, None if image is None else read(image)
-    except RecordError as defect:
-        return Skip(defect.kind, tree.origin, defect.detail, num_conversations)
+        self.skips.append(Skip(kind, origin, detail, records=0))
 
 
 @dataclass
 class Collator:
-    """Items to a Pack."""
+    """Items to a PackedBatch."""
 
     pad_token_id: int
 
     def __call__(self, items: Sequence[Item]) -> PackedBatch:
-        whole = [item for item in items if not isinstance(item, Skip)]
-        pictures = [picture for _, picture in whole if picture is not None]
-        pixels = [picture.tensor for picture in pictures if picture.tensor.dim() == 3]
-        features = [picture.tensor for picture in pictures if picture.tensor.dim() == 2]
-        pack = pack_samples([tree for tree, _ in whole], torch.stack(pixels) if pixels else None, self.pad_token_id)
+        loaded = [item for item in items if not isinstance(item, Skip)]
+        images = [image for _, image in loaded if image is not None]
+        pixels = [image.tensor for image in images if image.tensor.dim() == 3]
+        features = [image.tensor for image in images if image.tensor.dim() == 2]
+        samples = [sample for sample, _ in loaded]
+        batch = pack_samples(samples, torch.stack(pixels) if pixels else None, self.pad_token_id)
         if features:
-            pack.inputs["vision_features"] = torch.stack(features)
-        pack.cached.extend((each.key, each.tensor.dim() == 2) for each in pictures if each.key is not None)
-        pack.skipped.extend(item for item in items if isinstance(item, Skip))
-        return pack
+            batch.inputs["vision_features"] = torch.stack(features)
+        batch.cached.extend((image.key, image.tensor.dim() == 2) for image in images if image.key is not None)
+        batch.skipped.extend(item for item in items if isinstance(item, Skip))
+        return batch
 
 
-def complete(pack: PackedBatch, model: Any, cache: FeatureCache | None) -> PackedBatch:
-    """A pack with the features of all its images: those that the cache had, and those that the tower makes now, which
-    the cache takes. All are rounded to bfloat16, so that a run does not depend on what the cache had.
+def add_image_features(batch: PackedBatch, model: Any, cache: FeatureCache | None) -> PackedBatch:
+    """A batch with the features of all its images: the cached ones, and those that the tower computes now.
 
-    Without a cache, or images, the pack itself."""
-    if cache is None or not pack.cached:
-        return pack
-    inputs = dict(pack.inputs)
-    had, pixel_values = inputs.pop("vision_features", None), inputs.pop("pixel_values", None)
+    The cache gets the new ones. All are rounded to bfloat16, so a run does not depend on what was cached. Without a
+    cache, or images, this is the batch itself."""
+    if cache is None or not batch.cached:
+        return batch
+    inputs = dict(batch.inputs)
+    cached, pixel_values = inputs.pop("vision_features", None), inputs.pop("pixel_values", None)
     device = inputs["input_ids"].device
-    features = torch.empty((len(pack.cached), *cache.shape), dtype=torch.bfloat16, device=device)
-
-    def places(wanted: bool) -> torch.Tensor:
-        return torch.tensor([place for place, (_, found) in enumerate(pack.cached) if found == wanted], device=device)
-
-    if had is not None:
-        features[places(True)] = had
+    features = torch.empty((len(batch.cached), *cache.shape), dtype=torch.bfloat16, device=device)
+    is_cached = np.array([found for _, found in batch.cached])
+    if cached is not None:
+        features[torch.tensor(np.flatnonzero(is_cached), device=device)] = cached
     if pixel_values is not None:
-        made = model.get_vision_features(pixel_values).to(torch.bfloat16)
-        features[places(False)] = made
-        cache.put([key for key, found in pack.cached if not found], made)
-    return replace(pack, inputs=inputs | {"vision_features": features}, cached=[])
+        computed = model.get_vision_features(pixel_values).to(torch.bfloat16)
+        features[torch.tensor(np.flatnonzero(~is_cached), device=device)] = computed
+        cache.put([key for key, found in batch.cached if not found], computed)
+    return replace(batch, inputs=inputs | {"vision_features": features}, cached=[])
 
 
 def _outlive_the_step(worker: int) -> None:
-    """Who stops a run often signals all its processes, and the step that is under way needs its data.
+    """A signal that stops a run often goes to all its processes, but the step in progress needs its data.
 
-    So a worker ends after SIGTERM, but later: that is how Python itself ends it at exit. It ends without an error, or
-    torch would make one of it in the training process."""
+    So a worker ends some seconds after SIGTERM, which is also how Python ends it at exit. It ends without an error:
+    torch would raise one in the training process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
@@ -204,7 +204,7 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_outlive_the_step,
-        generator=torch.Generator(),  # or each pass would draw from the one that dropout uses
+        generator=torch.Generator(),  # else each pass would draw from the generator that dropout uses
         persistent_workers=num_workers > 0,
         **how,
     )

@@ -1,46 +1,44 @@
-"""The patch features of a frozen vision tower, kept on disk: a run that finds them opens no image and runs no tower.
+"""The patch features of a frozen vision tower on disk: a run that finds them opens no image and runs no tower.
 
-One folder for each fingerprint of what makes the features. In it, pairs of files of one writer each:
-shard-WRITER-NUMBER.bin holds bfloat16 features, row behind row, and shard-WRITER-NUMBER.index says which image's they
-are. A row is on disk before the index names it, and each entry of the index carries a checksum, so whatever stops a
-writer (SIGKILL, a power cut, a full disk) costs the rows that it was writing and nothing else."""
+One folder for each fingerprint of what decides the features. In it each writer has pairs of files: shard-NAME.bin holds
+bfloat16 features, one row for each image, and shard-NAME.index the keys of the images. A row is on disk before the
+index names it, and each entry of the index has a checksum. So whatever stops a writer (SIGKILL, a power cut, a full
+disk) costs the rows that it is writing and nothing else."""
 
 import errno
 import hashlib
 import json
 import os
 import secrets
+import struct
 import threading
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
 from ..data.sample import File, _open_zip
-from .images import PixelMode, source_defects
+from .images import PixelMode, image_errors
 
-FORMAT = 1  # of the files; also raised when the same settings come to give other features
+FORMAT = 2  # of the files; raised too when the same settings come to give other features
 ROWS_PER_SHARD = 16_384  # 1 GB of TinyCLIP's
 KEY_BYTES = 16
-RECORD = np.dtype([("head", "<u8"), ("tail", "<u8"), ("row", "<u4"), ("check", "<u4")])  # of an index: halves of a key
-ENTRY = np.dtype([("head", "<u8"), ("tail", "<u8"), ("row", "<u4"), ("shard", "<u4")])  # the same in memory
-
-Place = tuple[int, int]  # number of the shard, row there
+RECORD = struct.Struct(f"<{KEY_BYTES}sII")  # of an index: key, row, checksum of both
 
 
 def image_key(source: File | bytes) -> bytes:
     """16 bytes that change when an image does, found without opening it.
 
-    They tell a file by path, size and modification time; a member of a zip archive by these of the archive, its name
-    and the checksum in the archive's directory; a cell of an Arrow file by these of the file and its place; bytes by
-    themselves. So an image that is touched or moved is computed anew, and one that is overwritten with another of its
-    size, its time set back by hand, is not noticed. Raises RecordError if there is no such file."""
+    Bytes are hashed. A file has its path, size and modification time; a member of a zip archive has these of the
+    archive, its name and its checksum there; a cell of an Arrow file has these of the file and its place. So an image
+    that is touched or moved is computed anew. One that is overwritten with another of equal size, with its time set
+    back by hand, is not noticed. Raises RecordError if there is no such file."""
     if isinstance(source, bytes):
         return hashlib.blake2b(source, digest_size=KEY_BYTES, person=b"bytes").digest()
-    with source_defects(str(source)):
+    with image_errors(str(source)):
         status = os.stat(source.path)
         parts = [os.path.abspath(source.path), status.st_size, status.st_mtime_ns, source.member]
         if source.member is not None and not source.path.endswith(".arrow"):
@@ -52,7 +50,7 @@ def fingerprint_of(model: Any, processor: Any, pixels: PixelMode = "exact") -> s
     """Hex digest of all that decides a feature but the image: the tower's weights, their type and its configuration,
     which of its features are taken, the image processor's settings and the mode of Preprocessor.
 
-    model: a ClipPhiModel or ClipPhiForCausalLM. A second of time for 300 MB of weights."""
+    model: a ClipPhiModel or ClipPhiForCausalLM. It takes a second for 300 MB of weights."""
     tower, config = model.get_encoder("image"), model.config
     common = PreTrainedConfig().to_dict()  # its name, its version, what it returns: nothing that changes a feature
     vision = {name: value for name, value in tower.config.to_dict().items() if name not in common}
@@ -70,8 +68,8 @@ def fingerprint_of(model: Any, processor: Any, pixels: PixelMode = "exact") -> s
 class FeatureCache:
     """Features by image key. Any number of processes may read and write one cache at once.
 
-    Open it before workers are forked or after, or pickle it: files are opened where they are used, and a process
-    writes only to shards of its own. What others have added since is seen after refresh(). Threads may share it."""
+    It may be opened before or after workers are forked, and pickled: files are opened where they are used, and a
+    process writes only to shards of its own. refresh() reads what other processes have added. Threads may share it."""
 
     def __init__(
         self, folder: str | Path, fingerprint: str, shape: tuple[int, int], rows_per_shard: int = ROWS_PER_SHARD
@@ -82,11 +80,10 @@ class FeatureCache:
         self.folder = Path(folder) / fingerprint[:16]
         self.row_bytes = 2 * shape[0] * shape[1]
         self._lock = threading.RLock()
-        self._shards: list[str] = []  # their paths, without the ending
+        self._places: dict[bytes, tuple[int, int]] = {}  # (shard, row) by key
+        self._shards: list[str] = []  # their paths, without suffix
         self._records_read: list[int] = []  # of the index of each
         self._files: dict[int, int] = {}  # of shards, open for reading
-        self._sorted = _sort(np.empty(0, ENTRY))
-        self._own: dict[bytes, Place] = {}  # written since _sorted was made
         self._writer: _Writer | None = None
         self._make_folder()
         self.refresh()
@@ -95,43 +92,44 @@ class FeatureCache:
         return FeatureCache, (self.root, self.fingerprint, self.shape, self.rows_per_shard)
 
     def __len__(self) -> int:
-        return len(self._sorted[1]) + len(self._own)
+        return len(self._places)
 
     def __contains__(self, key: bytes) -> bool:
-        return self._find([key])[0] is not None
+        return key in self._places
 
     def get_into(self, keys: Sequence[bytes], out: torch.Tensor) -> list[bool]:
-        """Read features to where they are wanted. out: contiguous bfloat16 (keys, patches, vision hidden) on the CPU.
+        """Read features into a tensor: contiguous bfloat16 (keys, patches, vision hidden) on the CPU.
 
-        Returns which keys were found; the rows of the others hold anything."""
+        Returns which keys were found. The rows of the others hold anything."""
         wanted = (len(keys), *self.shape)
         if out.dtype != torch.bfloat16 or out.shape != wanted or not out.is_contiguous():
             raise ValueError(f"features go into contiguous bfloat16 {wanted}, not {out.dtype} {tuple(out.shape)}")
-        rows = out.view(torch.int16).numpy()
-        return [
-            place is not None and os.preadv(self._file(place[0]), [row], place[1] * self.row_bytes) == self.row_bytes
-            for place, row in zip(self._find(keys), rows, strict=True)
-        ]
+        found = []
+        for key, row in zip(keys, out.view(torch.int16).numpy(), strict=True):
+            shard, number = self._places.get(key, (None, 0))
+            found.append(
+                shard is not None and os.preadv(self._file(shard), [row], number * self.row_bytes) == self.row_bytes
+            )
+        return found
 
     def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
-        """Add features: float (keys, patches, vision hidden), rounded to bfloat16. A key that is there stays as it is.
+        """Add features: float (keys, patches, vision hidden), rounded to bfloat16. A cached key stays as it is.
 
         Raises OSError that names --cache_features if the disk is full; what was added before stays readable."""
         if features.shape != (len(keys), *self.shape):
             raise ValueError(f"features are {tuple(features.shape)}, not {(len(keys), *self.shape)}")
         with self._lock:
-            places = zip(keys, self._find(keys), strict=True)
-            new = {key: row for row, (key, place) in enumerate(places) if place is None}
+            new = {key: row for row, key in enumerate(keys) if key not in self._places}
             names, rows = list(new), features.detach()[list(new.values())].to("cpu", torch.bfloat16)
             try:
                 while names:
                     writer = self._open_writer()
                     count = min(len(names), self.rows_per_shard - writer.rows)
                     first = writer.append(names[:count], rows[:count])
-                    self._own |= {key: (writer.shard, first + row) for row, key in enumerate(names[:count])}
+                    self._places |= {key: (writer.shard, first + row) for row, key in enumerate(names[:count])}
                     names, rows = names[count:], rows[count:]
             except OSError as error:
-                self._close_writer()  # its index may name some of these rows, so they must not be written over
+                self._close_writer()  # its index may name some of these rows, so they must not be overwritten
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 raise OSError(
                     error.errno,
@@ -140,14 +138,13 @@ class FeatureCache:
                 ) from error
 
     def refresh(self) -> None:
-        """See what other processes have added."""
+        """Read what other processes have added."""
         with self._lock:
             for path in sorted(self.folder.glob("shard-*.bin")):
                 if str(path.with_suffix("")) not in self._shards:
                     self._add_shard(path.stem)
-            news = [self._read_index(shard) for shard in range(len(self._shards))]
-            self._sorted = _sort(np.concatenate([self._sorted[1], *news]))
-            self._own = {}
+            for shard in range(len(self._shards)):
+                self._read_index(shard)
 
     def close(self) -> None:
         with self._lock:
@@ -161,15 +158,15 @@ class FeatureCache:
         path = self.folder / "about.json"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            aside = self.folder / f"about-{secrets.token_hex(6)}"
-            with open(aside, "w", encoding="utf-8") as file:
+            temporary = self.folder / f"about-{secrets.token_hex(6)}"
+            with open(temporary, "w", encoding="utf-8") as file:
                 json.dump(about, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, path)
+            os.replace(temporary, path)
         found = json.loads(path.read_text(encoding="utf-8"))
         if found != about:
-            raise ValueError(f"--cache_features: {path} says {found}, not {about}: remove {self.folder}")
+            raise ValueError(f"--cache_features: {path} has {found}, not {about}: remove {self.folder}")
 
     def _add_shard(self, name: str) -> int:
         self._shards.append(str(self.folder / name))
@@ -184,31 +181,17 @@ class FeatureCache:
                     self._files[shard] = os.open(f"{self._shards[shard]}.bin", os.O_RDONLY)
         return self._files[shard]
 
-    def _read_index(self, shard: int) -> np.ndarray:
-        """The entries since the last time, up to the first that is not whole or whose row is not."""
+    def _read_index(self, shard: int) -> None:
+        """Read the records since the last time, up to the first that is incomplete or whose row is."""
         with open(f"{self._shards[shard]}.index", "rb") as file:
-            file.seek(self._records_read[shard] * RECORD.itemsize)
+            file.seek(self._records_read[shard] * RECORD.size)
             data = file.read()
-        records = np.frombuffer(data, RECORD, count=len(data) // RECORD.itemsize)
         num_rows = os.stat(f"{self._shards[shard]}.bin").st_size // self.row_bytes
-        good = (records["check"] == _checks(records)) & (records["row"] < num_rows)
-        records = records[: int(np.append(good, False).argmin())]
-        self._records_read[shard] += len(records)
-        entries = np.empty(len(records), ENTRY)
-        entries[["head", "tail", "row"]] = records[["head", "tail", "row"]]
-        entries["shard"] = shard
-        return entries
-
-    def _find(self, keys: Sequence[bytes]) -> list[Place | None]:
-        places: list[Place | None] = [self._own.get(key) for key in keys]
-        heads, entries = self._sorted
-        if len(entries):
-            # By the first half of a key. Two that share it are missed in turns, if there ever are two
-            halves = _halves(keys)
-            near = entries[heads.searchsorted(halves[:, 0]).clip(max=len(heads) - 1)]
-            for index in np.flatnonzero((near["head"] == halves[:, 0]) & (near["tail"] == halves[:, 1])).tolist():
-                places[index] = int(near["shard"][index]), int(near["row"][index])
-        return places
+        for key, row, check in RECORD.iter_unpack(data[: len(data) // RECORD.size * RECORD.size]):
+            if check != _checksum(key, row) or row >= num_rows:
+                break
+            self._places.setdefault(key, (shard, row))
+            self._records_read[shard] += 1
 
     def _open_writer(self) -> "_Writer":
         """Of a shard of this process that has room for a row."""
@@ -227,50 +210,30 @@ class FeatureCache:
 
 
 class _Writer:
-    """Of one shard, which is made here. shard: its number; rows: how many it has."""
+    """Of one shard, which it creates. shard: its number; rows: how many it has."""
 
     def __init__(self, folder: Path, name: str, shard: int):
         self.shard, self.rows, self.process = shard, 0, os.getpid()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        self.index = os.open(folder / f"{name}.index", flags, 0o666)  # first: whoever finds the other finds this, too
+        self.index = os.open(folder / f"{name}.index", flags, 0o666)  # first: who finds the other finds this, too
         self.data = os.open(folder / f"{name}.bin", flags, 0o666)
 
     def append(self, keys: Sequence[bytes], rows: torch.Tensor) -> int:
         """rows: bfloat16 (keys, patches, vision hidden) on the CPU. Returns the number of the first."""
-        _write(self.data, rows.contiguous().view(torch.int16).numpy())
+        first = self.rows
+        _write(self.data, rows.contiguous().view(torch.uint8).numpy().reshape(-1).data)
         os.fsync(self.data)
-        records = np.empty(len(keys), RECORD)
-        halves = _halves(keys)
-        records["head"], records["tail"] = halves[:, 0], halves[:, 1]
-        records["row"] = np.arange(self.rows, self.rows + len(keys))
-        records["check"] = _checks(records)
-        _write(self.index, records)
+        records = (RECORD.pack(key, row, _checksum(key, row)) for row, key in enumerate(keys, start=first))
+        _write(self.index, memoryview(b"".join(records)))
         self.rows += len(keys)
-        return self.rows - len(keys)
+        return first
 
 
-def _write(file: int, array: np.ndarray) -> None:
-    rest = array.reshape(-1).view(np.uint8).data
-    while rest:
-        rest = rest[os.write(file, rest) :]
+def _write(file: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(file, data) :]
 
 
-def _halves(keys: Sequence[bytes]) -> np.ndarray:
-    """uint64 (keys, 2)."""
-    return np.frombuffer(b"".join(keys), "<u8").reshape(len(keys), 2)
-
-
-def _checks(records: np.ndarray) -> np.ndarray:
-    """uint32 (records,), of the other fields; not 0 for one of zeros only, which a power cut may leave."""
-    mixed = (records["head"] + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(29)) ^ records["tail"]) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(32)) ^ records["row"]) * np.uint64(0x94D049BB133111EB)
-    return (mixed >> np.uint64(32)).astype("<u4")
-
-
-def _sort(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first halves of the keys, and the entries, by key, each key once."""
-    entries = entries[np.lexsort((entries["tail"], entries["head"]))]
-    again = (entries["head"][1:] == entries["head"][:-1]) & (entries["tail"][1:] == entries["tail"][:-1])
-    entries = entries[np.append(np.full(len(entries[:1]), True), ~again)]
-    return np.ascontiguousarray(entries["head"]), entries
+def _checksum(key: bytes, row: int) -> int:
+    """32 bits; not 0 for zeros only, which a power cut may leave."""
+    return zlib.crc32(row.to_bytes(4, "little"), zlib.crc32(key))

@@ -1,6 +1,6 @@
-"""Image bytes to upright RGB, the one place where they are decoded: data come from the web, so any bytes may come.
+"""Image bytes to upright RGB and to pixel values. Data come from the web, so the bytes may be anything.
 
-And on to the pixel values that the vision tower reads, which Hugging Face's image processor takes longer for."""
+All images are decoded here. Pixel values are those of Hugging Face's image processor, computed faster."""
 
 import hashlib
 import io
@@ -24,11 +24,11 @@ from ..data.report import RecordError
 from ..data.sample import File
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded
-MAX_ASPECT = 100  # an image processor makes the short side 224 first, so the long one grows to at most 22 400
-# Not all that PIL knows: EPS starts Ghostscript. JPEG takes MPO along. AVIF is in Pillow since 11.3, if built with it.
+MAX_ASPECT = 100  # an image processor makes the short side 224 first, so the long one becomes at most 22,400
+# Not all of PIL's: EPS starts Ghostscript. JPEG includes MPO. AVIF is in Pillow since 11.3, if built with it.
 FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 FORMATS += ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
-UPRIGHT = {  # what undoes an EXIF orientation
+UPRIGHT = {  # the inverse of each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -38,26 +38,26 @@ UPRIGHT = {  # what undoes an EXIF orientation
     8: Image.Transpose.ROTATE_90,
 }
 
-# The least reduction of fast pixels: below it a value in a million of noise was two levels off, above it none was.
+# The least reduction of mode "fast": below it, one value of noise in a million is two levels off; above it, none is.
 FAST_REDUCTION = 1.5
 PixelMode = Literal["exact", "fast"]
 
 _STDERR_LOCK = threading.Lock()
-logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it logs the errors that it also raises
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it logs the errors that it raises as well
 
 
 def load_image(source: str | Path | bytes | File) -> Image.Image:
     """Open an image as upright 8-bit RGB: the first frame of an animation, over white where it is transparent.
 
-    source: a file on disk, what one holds, or a File. Raises RecordError, its detail beginning with the name of source:
-    "missing image", "empty image file", "not an image", "damaged image", "image too large" (more than MAX_PIXELS; the
-    header says so, nothing is decoded) or "absurd image size" (one side more than MAX_ASPECT times the other)."""
+    source: a file on disk, the content of one, or a File. Raises RecordError, with the name of source in its detail:
+    "missing image", "empty image file", "not an image", "damaged image", "image too large" (more than MAX_PIXELS by its
+    header; nothing is decoded) or "absurd image size" (one side more than MAX_ASPECT times the other)."""
     name = _name(source)
     return _decode(_read(source, name), name)
 
 
 def pixel_hash(image: Image.Image) -> str:
-    """Hex digest of the size and the pixels of an RGB image: equal for one picture in any lossless container."""
+    """Hex digest of the size and the pixels of an RGB image: equal for one image in any lossless file format."""
     assert image.mode == "RGB", image.mode
     digest = hashlib.blake2b(f"{image.width}x{image.height}:".encode(), digest_size=16)
     digest.update(image.tobytes())
@@ -67,25 +67,24 @@ def pixel_hash(image: Image.Image) -> str:
 class Preprocessor:
     """What image_processor(load_image(source), return_tensors="pt")["pixel_values"][0] gives, in less time.
 
-    Calling it with a source of load_image gives float32 (3, height, width), or raises its Defects.
+    A call with a source of load_image returns float32 (3, height, width), or raises its RecordError.
 
-    mode "exact": bit-equal, 1.4 times as fast. It holds for a CLIPImageProcessorPil that makes the shortest edge `size`
-    by any resampling of PIL, crops the centre and pads nothing, with any rescaling, mean and std. Any other image
-    processor, or one that crops more than it resizes to, is itself called.
-    mode "fast": 3.3 times as fast. No 8-bit value is more than one level off, and of a photo's fewer than 1 in 100 are
-    (more in patterns where many lie halfway between two levels): simplejpeg decodes to the same pixels as PIL, but
-    torch resizes with weights of 16 bits, PIL with weights of 32. It holds for RGB JPEGs that no EXIF block
-    rotates, decoded without a warning and made smaller FAST_REDUCTION times or more by bicubic resampling; all else
-    goes the exact way. Raises ImportError without simplejpeg."""
+    mode "exact": bit-equal, 1.4 times as fast. For a CLIPImageProcessorPil that resizes the shortest edge to `size` by
+        any resampling of PIL, crops the centre and pads nothing, with any rescaling, mean and std. Any other image
+        processor, or one that crops more than it resizes to, is called itself.
+    mode "fast": 3.3 times as fast. No 8-bit value is more than one level off, and fewer than 1 % of a photo's are.
+        simplejpeg decodes to the same pixels as PIL, but torch resizes with weights of 16 bits, PIL with weights of
+        32. For RGB JPEGs without EXIF rotation that decode without a warning and are reduced FAST_REDUCTION times or
+        more by bicubic resampling; for all others the mode is "exact". Raises ImportError without simplejpeg."""
 
     def __init__(self, image_processor: Any, mode: PixelMode = "exact"):
         if mode not in get_args(PixelMode):
-            raise ValueError(f"pixels {mode!r}: choose from {', '.join(get_args(PixelMode))}")
+            raise ValueError(f"image_processing {mode!r}: choose from {', '.join(get_args(PixelMode))}")
         if mode == "fast":
             try:
                 import simplejpeg  # noqa: F401
             except ImportError as error:
-                raise ImportError("fast pixels need simplejpeg: pip install 'clip-phi[fast]'") from error
+                raise ImportError("--image_processing fast needs simplejpeg: pip install 'clip-phi[fast]'") from error
         self.image_processor = image_processor
         self.table = _level_table(image_processor) if _is_known(image_processor) else None
         self.fast = mode == "fast" and self.table is not None and image_processor.resample == Image.Resampling.BICUBIC
@@ -98,7 +97,7 @@ class Preprocessor:
         return self.of_image(_decode(data, name))
 
     def of_image(self, image: Image.Image) -> torch.Tensor:
-        """The same of what load_image gave, the exact way."""
+        """The same for what load_image returns, in mode "exact"."""
         if self.table is None:
             return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
         return self._look_up(self._resize(image))
@@ -108,7 +107,7 @@ class Preprocessor:
         return self.image_processor.size.shortest_edge
 
     def _places(self, width: int, height: int) -> tuple[int, int, int, int, int, int]:
-        """New width and height, and left, top, right and bottom of the crop there."""
+        """Resized width and height, and left, top, right and bottom of the crop in the resized image."""
         edge, crop = self.shortest_edge, self.image_processor.crop_size
         shortest = min(width, height)
         new_width, new_height = int(edge * width / shortest), int(edge * height / shortest)
@@ -118,7 +117,7 @@ class Preprocessor:
     def _resize(self, image: Image.Image) -> np.ndarray:
         """uint8 (height, width, 3), cropped."""
         width, height, left, top, right, bottom = self._places(*image.size)
-        # PIL resizes the rows, rounds, then the columns: cropping in between changes no pixel that is kept.
+        # PIL resizes the rows, rounds, then resizes the columns: a crop in between changes no remaining pixel.
         rows = image.resize((width, image.height), self.image_processor.resample).crop((left, 0, right, image.height))
         columns = rows.resize((rows.width, height), self.image_processor.resample)
         return np.asarray(columns.crop((0, top, rows.width, bottom)))
@@ -134,7 +133,7 @@ class Preprocessor:
         """levels: uint8 (height, width, 3)."""
         assert self.table is not None
         pixels = np.empty((3, *levels.shape[:2]), dtype=self.table.dtype)
-        for channel in range(3):  # "clip" only spares the check: no level is outside the table
+        for channel in range(3):  # "clip" only saves the check: no level is outside the table
             np.take(self.table[channel], levels[..., channel], out=pixels[channel], mode="clip")
         return torch.from_numpy(pixels)
 
@@ -154,14 +153,14 @@ def _is_known(image_processor: Any) -> bool:
 
 
 def _level_table(image_processor: Any) -> np.ndarray:
-    """(3, 256): what the image processor makes of each level; uint8 if it neither rescales nor normalises."""
+    """(3, 256): the image processor's value of each level; uint8 if it neither rescales nor normalises."""
     levels = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
     pixels = image_processor(levels, do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"]
     return pixels.reshape(3, 256)
 
 
 def _decode_plain_jpeg(data: bytes, least_edge: float) -> np.ndarray | None:
-    """uint8 (height, width, 3), or None for all but a faultless, upright RGB JPEG of this size or more."""
+    """uint8 (height, width, 3), or None for all but an intact, upright RGB JPEG of this size or more."""
     import simplejpeg
 
     if not data.startswith(b"\xff\xd8\xff"):
@@ -173,7 +172,7 @@ def _decode_plain_jpeg(data: bytes, least_edge: float) -> np.ndarray | None:
             if not plain or min(image.size) < least_edge or image.getexif().get(0x0112, 1) in UPRIGHT:
                 return None
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
-    except Exception:  # whatever it is: load_image meets it again, and may yet make an image of it
+    except Exception:  # any error: load_image tries again, and may succeed
         return None
 
 
@@ -185,9 +184,9 @@ def _read(source: str | Path | bytes | File, name: str) -> bytes:
     if isinstance(source, bytes):
         data = source
     else:
-        with source_defects(name):
+        with image_errors(name):
             data = source.read() if isinstance(source, File) else Path(source).read_bytes()
-    if not isinstance(data, bytes):  # an Arrow file may hold null, or only the name of an image
+    if not isinstance(data, bytes):  # an Arrow file may have null, or only the name of an image
         raise RecordError("missing image", f"{name}: no bytes there")
     if not data:
         raise RecordError("empty image file", name)
@@ -195,8 +194,8 @@ def _read(source: str | Path | bytes | File, name: str) -> bytes:
 
 
 @contextmanager
-def source_defects(name: str) -> Iterator[None]:
-    """Raises RecordError, "missing image" or "damaged image", for any error in looking up what is called name."""
+def image_errors(name: str) -> Iterator[None]:
+    """Raise any error in finding an image, called name, as RecordError: "missing image" or "damaged image"."""
     try:
         yield
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, LookupError) as error:
@@ -207,13 +206,12 @@ def source_defects(name: str) -> Iterator[None]:
 
 def _decode(data: bytes, name: str) -> Image.Image:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of odd EXIF and the like: either the image is used, or a RecordError says why not
+        # About odd EXIF blocks and the like: either the image is used, or a RecordError says why not.
+        warnings.simplefilter("ignore")
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _refuse_size(image.size, name)
-                if isinstance(image, TiffImageFile):  # decoded by whole tiles, which may be far larger than the image
+                if isinstance(image, TiffImageFile):  # decoded in whole tiles, which may be far larger than the image
                     _refuse_size((image.tag_v2.get(TILEWIDTH, 1), image.tag_v2.get(TILELENGTH, 1)), name)
                     with _silent_stderr():
                         image.load()
@@ -241,7 +239,7 @@ def _refuse_size(size: tuple[int, int], name: str) -> None:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """libtiff prints what is wrong with a file, from C: here it would only tear up a progress bar."""
+    """libtiff prints errors, from C: they would only break a progress bar."""
     with _STDERR_LOCK, open(os.devnull, "wb") as nowhere:
         stderr = os.dup(2)
         os.dup2(nowhere.fileno(), 2)
@@ -267,7 +265,7 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
     else:
         rgb = image.convert("RGB")
     rgb.info = {}  # neither its EXIF nor its colour profile holds for these pixels
-    # Not ImageOps.exif_transpose: that writes the EXIF block anew, and fails on odd ones that tell the orientation well
+    # Not ImageOps.exif_transpose: it rewrites the EXIF block, and fails on odd ones whose orientation can be read.
     try:
         method = UPRIGHT.get(image.getexif().get(0x0112, 1))
     except Exception:  # as above: an EXIF block that PIL cannot parse raises anything
@@ -276,6 +274,5 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    """In one short line."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join((reason or type(error).__name__).split())[:100]

@@ -1,6 +1,6 @@
 """The tokenised index of a source: read and tokenised once, then mapped from disk by every process that trains.
 
-An Arrow file, so that workers share its pages and hold no copy, and a second start reads nothing but its header."""
+It is an Arrow file: workers share its pages, and a second start reads nothing but its header."""
 
 import contextlib
 import hashlib
@@ -26,7 +26,7 @@ from ..data.source import DataSource
 from .encode import Encoded, encode_samples
 from .packing import SharedPrefixSample, build_shared_prefix
 
-FORMAT = 2  # of the files; also raised when a reader or the encoding changes what it gives
+FORMAT = 3  # of the files; raised too when a reader or the encoding comes to give something else
 CHUNK = 1000  # samples that are tokenised together
 SCHEMA = pa.schema(
     {
@@ -34,33 +34,34 @@ SCHEMA = pa.schema(
         "member": pa.string(),
         "bytes": pa.large_binary(),
         "origins": pa.list_(pa.string()),
-        "branches": pa.string(),  # json
-        "ids": pa.list_(pa.int32()),  # of all branches, one behind the other
+        "conversations": pa.string(),  # json
+        "ids": pa.list_(pa.int32()),  # of all conversations, concatenated, without BOS and image
         "labels": pa.list_(pa.int32()),
-        "lengths": pa.list_(pa.int32()),  # of the branches
+        "lengths": pa.list_(pa.int32()),  # tokens of each conversation
     }
 )
 
 
 class Index:
-    """Samples and their token ids, by number. prefix: the image tokens before the branches of a sample with an image.
+    """Samples and their token ids, by number. It pickles as the name of its file.
 
-    Pickles as the name of its file. report: what was skipped and mended when it was made. rows: those of the table
-    that it consists of, in this order; None for all."""
+    prefixes: the token ids before the conversations of a sample without and with an image.
+    report: what was skipped and repaired when the index was made.
+    selected: which entries of the table it has, in this order; None for all."""
 
     def __init__(
         self,
         table: pa.Table,
-        prefix: Sequence[int],
+        prefixes: tuple[list[int], list[int]],
         report: Report,
         path: Path | None = None,
-        rows: np.ndarray | None = None,
+        selected: np.ndarray | None = None,
     ):
         self.table = table
-        self.prefix = list(prefix)
+        self.prefixes = prefixes
         self.report = report
         self.path = path
-        self.rows = rows
+        self.selected = selected
 
     @classmethod
     def from_samples(
@@ -72,18 +73,17 @@ class Index:
         if report is None:
             found.records = max(found.records, found.num_skipped)
             found.refuse_bad(0)
-        return cls(table, _prefix(processor), found)
+        return cls(table, _prefixes(processor), found)
 
     @classmethod
     def concatenate(cls, parts: Sequence["Index"]) -> "Index":
         """In memory, for small parts."""
-        tables = [
-            part.table if part.rows is None else part.table.take(pa.array(part.rows, pa.int64())) for part in parts
-        ]
-        report = Report()
+        tables, report = [], Report()
         for part in parts:
+            places = range(part.table.num_rows) if part.selected is None else part.selected
+            tables.append(part.table.take(pa.array(places, pa.int64())))
             report.add(part.report)
-        return cls(pa.concat_tables(tables), parts[0].prefix, report)
+        return cls(pa.concat_tables(tables), parts[0].prefixes, report)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | ({"table": None} if self.path else {})
@@ -94,23 +94,33 @@ class Index:
             self.table = _map(self.path)
 
     def __len__(self) -> int:
-        return self.table.num_rows if self.rows is None else len(self.rows)
+        return self.table.num_rows if self.selected is None else len(self.selected)
 
     def _cell(self, name: str, number: int) -> Any:
-        return self.table[name][number if self.rows is None else int(self.rows[number])]
+        return self.table[name][number if self.selected is None else int(self.selected[number])]
 
     def image(self, number: int) -> File | bytes | None:
         path, member, data = (self._cell(name, number).as_py() for name in ("path", "member", "bytes"))
         return File(path, member) if path is not None else data
 
+    def has_image(self, number: int) -> bool:
+        return self._cell("path", number).is_valid or self._cell("bytes", number).is_valid
+
+    def origins(self, number: int) -> list[str]:
+        return self._cell("origins", number).as_py()
+
+    def num_conversations(self, number: int) -> int:
+        return len(self._cell("lengths", number))
+
     def sample(self, number: int) -> Sample:
         conversations = tuple(
-            tuple(_turn(*values) for values in turns) for turns in json.loads(self._cell("branches", number).as_py())
+            tuple(_turn(*values) for values in turns)
+            for turns in json.loads(self._cell("conversations", number).as_py())
         )
-        return Sample(self.image(number), conversations, tuple(self._cell("origins", number).as_py()))
+        return Sample(self.image(number), conversations, tuple(self.origins(number)))
 
     def encoded(self, number: int) -> list[Encoded]:
-        """The branches behind the image."""
+        """The conversations of a sample, without what precedes them."""
         ids, labels, lengths = (self._cell(name, number).as_py() for name in ("ids", "labels", "lengths"))
         stops = np.cumsum(lengths).tolist()
         return [
@@ -118,24 +128,20 @@ class Index:
             for stop, length in zip(stops, lengths, strict=True)
         ]
 
-    def has_image(self, number: int) -> bool:
-        return self._cell("path", number).is_valid or self._cell("bytes", number).is_valid
+    def prefix(self, number: int) -> list[int]:
+        """Token ids before each conversation of a sample: BOS, if the decoder has one, and the image's."""
+        return self.prefixes[self.has_image(number)]
 
-    def num_conversations(self, number: int) -> int:
-        return len(self._cell("lengths", number))
-
-    def tree(self, number: int, conversations: Sequence[int] | None = None) -> SharedPrefixSample:
-        """The sample as one tree, of all its branches or of these."""
+    def shared_prefix_sample(self, number: int, conversations: Sequence[int] | None = None) -> SharedPrefixSample:
+        """A sample with all its conversations, or with these."""
         encoded = self.encoded(number)
         chosen = encoded if conversations is None else [encoded[conversation] for conversation in conversations]
-        return build_shared_prefix(
-            chosen, self.prefix if self.has_image(number) else (), self._cell("origins", number)[0].as_py()
-        )
+        return build_shared_prefix(chosen, self.prefix(number), self.origins(number)[0])
 
     def take(self, numbers: np.ndarray) -> "Index":
         """A view of these samples."""
-        rows = numbers if self.rows is None else self.rows[numbers]
-        return Index(self.table, self.prefix, self.report, self.path, rows)
+        selected = numbers if self.selected is None else self.selected[numbers]
+        return Index(self.table, self.prefixes, self.report, self.path, selected)
 
     def fingerprint(self) -> str:
         """Hex digest of the token ids and the order of the samples."""
@@ -143,31 +149,32 @@ class Index:
         for name in ("ids", "lengths"):
             for chunk in self.table[name].chunks:
                 digest.update(chunk.flatten().to_numpy().tobytes())
-        if self.rows is not None:
-            digest.update(np.ascontiguousarray(self.rows).tobytes())
+        if self.selected is not None:
+            digest.update(np.ascontiguousarray(self.selected).tobytes())
         return digest.hexdigest()
 
     def image_names(self) -> list[str | None]:
         """The image file of each sample; None for text-only samples and for images that are bytes."""
         columns = [self.table[name].to_pylist() for name in ("path", "member")]
         names = [str(File(path, member)) if path is not None else None for path, member in zip(*columns, strict=True)]
-        return names if self.rows is None else [names[row] for row in self.rows]
+        return names if self.selected is None else [names[place] for place in self.selected]
 
     def num_tokens(self) -> np.ndarray:
         """int64 (samples,): tokens of each sample, its image once and all end tokens included."""
         return self._with_prefix(pc.list_value_length(self.table["ids"]).to_numpy())
 
     def packed_lengths(self, num_conversations: int | None = None) -> np.ndarray:
-        """int64 (samples,): tokens that go into the model for each tree; the most that so many branches can be."""
+        """int64 (samples,): tokens of each sample that go into the model; the most that so many conversations have."""
         lengths = [
             sorted(lengths)[-(num_conversations or len(lengths)) :] for lengths in self.table["lengths"].to_pylist()
         ]
         return self._with_prefix(np.array([sum(each) - len(each) for each in lengths], dtype=np.int64))
 
-    def _with_prefix(self, behind: np.ndarray) -> np.ndarray:
-        pictured = pc.or_(self.table["path"].is_valid(), self.table["bytes"].is_valid()).to_numpy()
-        lengths = behind + len(self.prefix) * pictured
-        return (lengths if self.rows is None else lengths[self.rows]).astype(np.int64)
+    def _with_prefix(self, lengths: np.ndarray) -> np.ndarray:
+        has_image = pc.or_(self.table["path"].is_valid(), self.table["bytes"].is_valid()).to_numpy()
+        without, with_image = map(len, self.prefixes)
+        lengths = lengths + np.where(has_image, with_image, without)
+        return (lengths if self.selected is None else lengths[self.selected]).astype(np.int64)
 
 
 def load_index(source: DataSource, processor: Any, max_length: int, num_workers: int = 0) -> Index:
@@ -179,31 +186,27 @@ def load_index(source: DataSource, processor: Any, max_length: int, num_workers:
 
     folder = Path(HF_HOME) / "clip_phi" / f"index-{_fingerprint(source, processor, max_length)}"
     state = source.state()
-    index = _open(folder, state, processor)
-    if index is not None:
+    if (index := _open(folder, state, processor)) is not None:
         return index
     folder.parent.mkdir(parents=True, exist_ok=True)
     media, transcripts, report = source.media(), source.transcripts(), Report()
     samples = transcripts.fill(source.read(media, report), report)
-    aside = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
     try:
-        path = str(aside / "index.arrow")
+        path = str(temporary / "index.arrow")
         with no_collector(), pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             for batch in _tokenise(samples, processor, max_length, report, num_workers):
                 writer.write_batch(batch)
-        about = {
-            "state": state,
-            "report": report.as_dict(),
-            "file_stamps": media.file_stamps() | transcripts.file_stamps(),
-        }
-        (aside / "about.json").write_text(json.dumps(about), encoding="utf-8")
-        made = Index(_map(aside / "index.arrow"), _prefix(processor), report, folder / "index.arrow")
+        stamps = media.file_stamps() | transcripts.file_stamps()
+        about = {"state": state, "report": report.as_dict(), "file_stamps": stamps}
+        (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        made = Index(_map(temporary / "index.arrow"), _prefixes(processor), report, folder / "index.arrow")
         if _open(folder, state, processor) is None:  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
-                os.replace(aside, folder)
+                os.replace(temporary, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return made
 
 
@@ -211,19 +214,19 @@ def _open(folder: Path, state: list[Any], processor: Any) -> Index | None:
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         table = _map(folder / "index.arrow")
-    except (OSError, ValueError):  # not there, or damaged: it will be made
+    except (OSError, ValueError):  # absent or damaged: it is made anew
         return None
     if about["state"] != state or any(file_stamp(path) != then for path, then in about["file_stamps"].items()):
         return None
-    return Index(table, _prefix(processor), Report.from_dict(about["report"]), folder / "index.arrow")
+    return Index(table, _prefixes(processor), Report.from_dict(about["report"]), folder / "index.arrow")
 
 
 def _map(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def _prefix(processor: Any) -> list[int]:
-    return [processor.image_token_id] * processor.num_image_tokens
+def _prefixes(processor: Any) -> tuple[list[int], list[int]]:
+    return processor.prefix_ids(False), processor.prefix_ids(True)
 
 
 def _fingerprint(source: DataSource, processor: Any, max_length: int) -> str:
@@ -253,22 +256,16 @@ def _tokenise(
 
 def _tokenise_chunk(processor: Any, max_length: int, chunk: list[Sample]) -> tuple[pa.RecordBatch, Report]:
     report = Report()
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    rows = []
     for sample, encoded in encode_samples(chunk, processor, max_length, report):
-        image = sample.image
-        columns["path"].append(image.path if isinstance(image, File) else None)
-        columns["member"].append(image.member if isinstance(image, File) else None)
-        columns["bytes"].append(image if isinstance(image, bytes) else None)
-        columns["origins"].append(sample.origins)
-        columns["branches"].append(json.dumps(sample.conversations, default=_speech_bytes))
-        columns["ids"].append([token for conversation in encoded for token in conversation.ids])
-        columns["labels"].append([label for conversation in encoded for label in conversation.labels])
-        columns["lengths"].append([len(conversation.ids) for conversation in encoded])
-    return pa.RecordBatch.from_pydict(columns, SCHEMA), report
-
-
-def _speech_bytes(value: bytes) -> str:
-    return value.hex()
+        path, member = sample.image if isinstance(sample.image, File) else (None, None)
+        data = sample.image if isinstance(sample.image, bytes) else None
+        conversations = json.dumps(sample.conversations, default=bytes.hex)  # of speech that is bytes
+        ids, labels = ([token for each in encoded for token in each[part]] for part in (0, 1))
+        lengths = [len(each.ids) for each in encoded]
+        rows.append((path, member, data, sample.origins, conversations, ids, labels, lengths))
+    columns = zip(*rows, strict=True) if rows else [()] * len(SCHEMA)
+    return pa.RecordBatch.from_pydict(dict(zip(SCHEMA.names, columns, strict=True)), SCHEMA), report
 
 
 def _turn(role: Any, text: str, transcript: str | None, speech: Any, references: list[str]) -> Turn:

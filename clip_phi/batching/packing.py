@@ -1,7 +1,7 @@
-"""Trees: the image once, then its branches, each of which sees the image and itself only.
+"""Conversations about one image share its tokens; samples are packed into one sequence.
 
-Five captions of one image share its features: 107 tokens instead of 308 for the same loss and the same gradients.
-Positions restart after the prefix, so that a branch stands where it would stand alone; the mask keeps it alone.
+Five captions of one image share its features: 107 tokens instead of 308, with the same loss and gradients. Positions
+restart after the prefix, and attention is masked, so that each conversation is computed as if it were alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,55 +10,61 @@ from typing import Any
 
 import torch
 
+from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
+
 from ..data.report import Skip
 from .attention import PackLayout, make_pack_layout
-from .encode import IGNORE_INDEX, Encoded
+from .encode import Encoded
 
 
 @dataclass(frozen=True)
 class SharedPrefixSample:
-    """A Sample as token ids; all lists are int and tokens long, but for the last two, which are supervised long.
+    """A Sample as token ids. The first three lists have an entry for each token, the next two for each supervised one.
 
-    conversation_ids: 0 in the prefix, 1, 2, ... in the rest. kept: the positions whose next token is supervised; the
-    end of the prefix is kept once for each branch that begins there. targets: those next tokens."""
+    conversation_ids: 0 in the prefix, 1, 2, ... in the conversations.
+    logits_to_keep: positions whose next token is supervised. The end of the prefix is there once for each
+        conversation whose first token is.
+    shift_labels: those next tokens."""
 
     input_ids: list[int]
     position_ids: list[int]
     conversation_ids: list[int]
-    kept: list[int]
-    targets: list[int]
+    logits_to_keep: list[int]
+    shift_labels: list[int]
     origin: str
 
 
 def build_shared_prefix(conversations: Sequence[Encoded], prefix: Sequence[int], origin: str) -> SharedPrefixSample:
-    """One tree of encoded branches. prefix: the image tokens before each of them, or nothing.
+    """Concatenate conversations after their prefix. prefix: the token ids (BOS, image) before each of them, or none.
 
-    A branch's last token (the end token) is a target but no input: nothing follows it."""
+    The last token of a conversation (the end token) is a label but no input: nothing follows it."""
     input_ids, position_ids, conversation_ids = list(prefix), list(range(len(prefix))), [0] * len(prefix)
-    kept: list[int] = []
-    targets: list[int] = []
+    logits_to_keep: list[int] = []
+    shift_labels: list[int] = []
     for number, (ids, labels) in enumerate(conversations, start=1):
         offset = len(input_ids)
         for index, label in enumerate(labels):
             if label != IGNORE_INDEX:
-                assert index > 0 or prefix, "nothing stands before the first token to predict it"
-                kept.append(offset + index - 1 if index > 0 else len(prefix) - 1)
-                targets.append(label)
+                assert index > 0 or prefix, "no token precedes the first one, to predict it from"
+                logits_to_keep.append(offset + index - 1 if index > 0 else len(prefix) - 1)
+                shift_labels.append(label)
         inside = ids[:-1]
         input_ids += inside
         position_ids += range(len(prefix), len(prefix) + len(inside))
         conversation_ids += [number] * len(inside)
-    return SharedPrefixSample(input_ids, position_ids, conversation_ids, kept, targets, origin)
+    return SharedPrefixSample(input_ids, position_ids, conversation_ids, logits_to_keep, shift_labels, origin)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """What the model eats. inputs: keyword arguments of ClipPhiForCausalLM.forward, whose decoder must use
-    PACKED_ATTENTION.
+    """One micro-batch.
 
-    num_supervised: tokens that are learnt from. num_conversations: captions or conversations. origins: of the samples.
-    skipped: samples that would have been here if their image could be read. cached: with a FeatureCache, the key of
-    each image, and whether its features came with the pack."""
+    inputs: keyword arguments of ClipPhiForCausalLM.forward, whose decoder must use PACKED_ATTENTION.
+    num_supervised: how many tokens are supervised.
+    num_conversations: captions or conversations.
+    origins: of the samples.
+    skipped: samples that are left out because their image cannot be read.
+    cached: with a FeatureCache, the key of each image, and whether the batch has its features."""
 
     inputs: dict[str, Any]
     num_supervised: int
@@ -82,35 +88,35 @@ class PackedBatch:
 
 
 def pack_samples(
-    trees: Sequence[SharedPrefixSample], pixel_values: torch.Tensor | None, pad_token_id: int, multiple_of: int = 8
+    samples: Sequence[SharedPrefixSample], pixel_values: torch.Tensor | None, pad_token_id: int, multiple_of: int = 8
 ) -> PackedBatch:
-    """Trees one behind the other in one row, filled up with padding to a multiple of multiple_of tokens.
+    """Concatenate samples into one sequence, padded to a multiple of multiple_of tokens.
 
-    pixel_values: float (images, 3, height, width), in the order of those trees that have an image, or None. No tree at
-    all is a row of padding, with a loss of 0: every process of a step must have something to run."""
-    length = sum(len(tree.input_ids) for tree in trees)
-    padding = -length % multiple_of or (0 if trees else multiple_of)
-    input_ids = [token for tree in trees for token in tree.input_ids] + [pad_token_id] * padding
-    position_ids = [position for tree in trees for position in tree.position_ids] + list(range(padding))
-    kept: list[int] = []
+    pixel_values: float (images, 3, height, width), in the order of the samples that have an image, or None.
+    Without samples the sequence is padding, with a loss of 0: every process of a step must have something to run."""
+    length = sum(len(sample.input_ids) for sample in samples)
+    padding = -length % multiple_of or (0 if samples else multiple_of)
+    input_ids = [token for sample in samples for token in sample.input_ids] + [pad_token_id] * padding
+    position_ids = [position for sample in samples for position in sample.position_ids] + list(range(padding))
+    logits_to_keep: list[int] = []
     start = 0
-    for tree in trees:
-        kept += [start + position for position in tree.kept]
-        start += len(tree.input_ids)
-    targets = [target for tree in trees for target in tree.targets]
-    conversation_ids = [tree.conversation_ids for tree in trees] + ([[1] * padding] if padding else [])
+    for sample in samples:
+        logits_to_keep += [start + position for position in sample.logits_to_keep]
+        start += len(sample.input_ids)
+    shift_labels = [label for sample in samples for label in sample.shift_labels]
+    conversation_ids = [sample.conversation_ids for sample in samples] + ([[1] * padding] if padding else [])
     inputs: dict[str, Any] = {
         "input_ids": torch.tensor([input_ids]),
         "position_ids": torch.tensor([position_ids]),
-        "logits_to_keep": torch.tensor([kept or [0]]),
-        "shift_labels": torch.tensor([targets or [IGNORE_INDEX]]),
+        "logits_to_keep": torch.tensor([logits_to_keep or [0]]),
+        "shift_labels": torch.tensor([shift_labels or [IGNORE_INDEX]]),
         "pack_layout": make_pack_layout(conversation_ids),
     }
     if pixel_values is not None:
         inputs["pixel_values"] = pixel_values
     return PackedBatch(
         inputs,
-        num_supervised=len(targets),
-        num_conversations=sum(len(set(tree.conversation_ids) - {0}) for tree in trees),
-        origins=[tree.origin for tree in trees],
+        num_supervised=len(shift_labels),
+        num_conversations=sum(len(set(sample.conversation_ids) - {0}) for sample in samples),
+        origins=[sample.origin for sample in samples],
     )

@@ -4,7 +4,6 @@ import bisect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -13,7 +12,7 @@ from ..data.mixture import Mixture
 
 
 def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Samples (by number) in packs of at most budget tokens: best fit decreasing. A longer sample is a pack alone.
+    """Numbers of samples in packs of at most budget tokens, by best fit decreasing. A longer sample is a pack alone.
 
     Source: Johnson et al. 1974, "Worst-case performance bounds for simple one-dimensional packing algorithms"."""
     packs: list[list[int]] = []
@@ -32,27 +31,19 @@ def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return packs
 
 
-class Batches(Protocol):
-    """The endless stream of micro-batches of all ranks; each is a list of (pass over its source, index)."""
-
-    def batch(self, number: int) -> list[tuple[int, int]]: ...
-
-    def count(self, num_train_epochs: float) -> int:
-        """Micro-batches in so many epochs."""
-        ...
-
-
 @dataclass
 class FixedBatches:
-    """size samples each, in the order of a mixture; without seams, so that the last of an epoch is full as well."""
+    """size samples each, in the order of a mixture. The last one of an epoch is filled from the next epoch."""
 
     mixture: Mixture
     size: int
 
     def batch(self, number: int) -> list[tuple[int, int]]:
+        """(pass over its source, index) of each sample of a micro-batch; there are endlessly many."""
         return [self.mixture.place(position) for position in range(number * self.size, (number + 1) * self.size)]
 
     def count(self, num_train_epochs: float) -> int:
+        """Micro-batches of all ranks in so many epochs."""
         return -int(-num_train_epochs * self.mixture.length // self.size)
 
 
@@ -60,8 +51,9 @@ class FixedBatches:
 class PackedBatches:
     """As many samples as fit into budget tokens, planned from their lengths, epoch by epoch.
 
-    lengths: int (samples,), tokens of each. The order of a mixture is packed window by window, so that the mixture
-    stays mixed, and the packs of a window are shuffled, since the first hold the long samples."""
+    lengths: int (samples,), tokens of each.
+    window: samples that are packed together, in the order of the mixture, which so stays mixed. Then their packs are
+        shuffled, because the first ones have the long samples."""
 
     mixture: Mixture
     lengths: np.ndarray
@@ -105,10 +97,14 @@ class PackedBatches:
         return self._planned[1]
 
 
+Batches = FixedBatches | PackedBatches
+
+
 @dataclass
 class EndlessSampler(Sampler):
-    """The micro-batches of one rank: a step takes the next gradient_accumulation_steps x world_size of the stream, so
-    a position in training is one integer, the step, and ranks and accumulation can be traded for one another."""
+    """The micro-batches of one rank. A step takes the next gradient_accumulation_steps x world_size of the sequence.
+
+    So a position in training is one integer, the step, and two ranks do the work of two accumulation steps."""
 
     batches: Batches
     gradient_accumulation_steps: int
@@ -125,7 +121,7 @@ class EndlessSampler(Sampler):
             yield from self.of_step(step)
 
     def of_step(self, step: int) -> Iterator[list[tuple[int, int]]]:
-        """Steps count from 0 here."""
-        for turn in range(self.gradient_accumulation_steps):
-            number = (step * self.gradient_accumulation_steps + turn) * self.world_size + self.rank
+        """step: from 0."""
+        for micro_step in range(self.gradient_accumulation_steps):
+            number = (step * self.gradient_accumulation_steps + micro_step) * self.world_size + self.rank
             yield self.batches.batch(number)

@@ -14,13 +14,13 @@ def add_to(commands: Any) -> None:
     plan = add_command(commands, "plan", run_plan, "memory by item, largest batch and hours of a training run")
     gpus = "a100-40, a100-80, h100-80, h200-141, l4-24, t4-16, rtx-8, rtx-24, or cpu-16 (no GPU, in float32)"
     plan.add_argument("--gpu", required=True, help=gpus)
-    plan.add_argument("--stage", type=int, choices=(1, 2), default=1, help="stage of training (default: %(default)s)")
+    plan.add_argument("--stage", type=int, choices=(1, 2), default=1, help="stage of training")
     plan.add_argument(
         "--model", metavar="PATH_OR_ID", help="model whose shapes are planned for (default: TinyCLIP and phi-2)"
     )
-    plan.add_argument("--mfu", type=float, default=0.4, help="assumed share of the GPU's peak (default: %(default)s)")
+    plan.add_argument("--mfu", type=float, default=0.4, help="assumed share of the GPU's peak")
     optimizers = ("auto", "adam8bit", "paged_adam8bit", "adamw_torch_fused")
-    plan.add_argument("--optim", choices=optimizers, default="auto", help="as in training (default: %(default)s)")
+    plan.add_argument("--optim", choices=optimizers, default="auto", help="as in training")
     plan.add_argument(
         "--captions_per_image", type=positive, help="stage 1: captions an image (default: as in training)"
     )
@@ -48,18 +48,15 @@ def run_plan(arguments: argparse.Namespace) -> None:
             options[name] = value
     if arguments.tune_decoder == "full" and arguments.quantization in ("nf4", "int8"):
         raise ValueError(f"--quantization {arguments.quantization}: quantized weights cannot be trained")
+    from modeling_clip_phi import ClipPhiConfig
+
     from ..tools.plan import CARDS, as_text, make_plan
 
     if arguments.gpu not in CARDS:
         raise ValueError(f"unknown --gpu {arguments.gpu}: it is one of {', '.join(CARDS)}")
-    config = None
-    if arguments.model is not None:
-        from modeling_clip_phi import ClipPhiConfig
-
-        config = ClipPhiConfig.from_pretrained(arguments.model)
-    plan = make_plan(
-        STAGES[arguments.stage](stage=arguments.stage, **options), CARDS[arguments.gpu], arguments.mfu, config
-    )
+    config = ClipPhiConfig() if arguments.model is None else ClipPhiConfig.from_pretrained(arguments.model)
+    training = STAGES[arguments.stage](stage=arguments.stage, **options)
+    plan = make_plan(training, CARDS[arguments.gpu], arguments.mfu, config)
     print(json.dumps(plan) if arguments.json else as_text(plan))
 
 

@@ -1,34 +1,40 @@
-"""What the readers share: json files, texts, and folders or archives of media, each with errors that name them."""
+"""What the readers share: json files, texts, and folders or archives of media, with errors that name them."""
 
 import gc
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .sample import File
 from .report import RecordError
+from .sample import File
 
 MAX_PATH = 4096  # PATH_MAX of Linux; elsewhere it is less
 
 
-def read_json(path: Path) -> Any:
-    """Raises FileNotFoundError or ValueError (not json) with the file's name."""
+def read_json(path: Path, what: str = "", lists: Sequence[str] = ()) -> Any:
+    """The content of a json file. what: the kind of file; lists: keys that it must have, with lists.
+
+    Raises FileNotFoundError or ValueError (not json, or of another kind) with the file's name."""
     try:
         with no_collector():
-            return json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file: {path}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not json: {error}") from error
+    for key in lists:
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise ValueError(f"{path} is not a {what}: it needs a list {key!r}")
+    return content
 
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """For millions of new objects, none of them garbage: looking for it would double the time."""
+    """Switch the garbage collector off: with millions of new objects it would double the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -39,7 +45,7 @@ def no_collector() -> Iterator[None]:
 
 
 def clean_text(value: Any, what: str) -> str:
-    """A text, stripped. Raises RecordError if it is none, is empty, or holds half a surrogate pair (json's "\\ud800")."""
+    """A text, stripped. Raises RecordError if it is no text, empty, or has an unpaired surrogate (json's "\\ud800")."""
     if not isinstance(value, str):
         raise RecordError(f"{what} is not text", f"{type(value).__name__} {str(value)[:40]!r}")
     text = value.strip()
@@ -54,7 +60,8 @@ def clean_text(value: Any, what: str) -> str:
 
 
 def file_stamp(path: str) -> list[int] | None:
-    """Changes when a file is written, or when an entry of a folder comes or goes; None if there is nothing."""
+    """Modification time and size: they change when a file is written or a folder gets or loses an entry. None if there
+    is no such file or folder."""
     try:
         status = os.stat(path or ".")
     except OSError:
@@ -70,11 +77,11 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 class MediaFolder:
-    """Where the names of images or recordings are looked up: a folder, in which a subfolder (or the folder itself) may
-    also be the zip archive that it was downloaded as. Names may be absolute.
+    """A folder in which images and recordings are found by name. Names may be absolute.
 
-    recordings: the folder of these, if it is another one.
-    folders: those that were looked into; when a file comes or goes, their modification time changes."""
+    A subfolder, or the folder itself, may also be the zip archive that it was downloaded as.
+    recordings: the folder of the recordings, if it is another one.
+    folders: the folders that were searched, each with the names of its files."""
 
     def __init__(self, root: str | Path, recordings: str | Path | None = None):
         self.root = str(root)
@@ -82,8 +89,17 @@ class MediaFolder:
         self.folders: dict[str, set[str]] = {}
         self._archives: dict[str, tuple[str, set[str]] | None] = {}
 
-    def find(self, name: Any, what: str = "image") -> File:
-        """Raises RecordError if the name is none, or there is no such file."""
+    def find(self, *names: Any, what: str = "image") -> File:
+        """The first of these names that exists. Raises the RecordError of the first name if none does."""
+        errors = []
+        for name in names:
+            try:
+                return self._find(name, what)
+            except RecordError as error:
+                errors.append(error)
+        raise errors[0]
+
+    def _find(self, name: Any, what: str) -> File:
         name = clean_text(name, f"{what} name")
         if "\0" in name:
             raise RecordError(f"{what} name is not valid", repr(name))
@@ -108,12 +124,12 @@ class MediaFolder:
         raise RecordError(f"missing {what}", path)
 
     def file_stamps(self) -> dict[str, list[int] | None]:
-        """What was looked into, with what tells whether files have come or gone since."""
+        """file_stamp() of each folder and archive that was searched."""
         archives = [archive[0] for archive in self._archives.values() if archive is not None]
         return {path: file_stamp(path) for path in [*self.folders, *archives]}
 
     def _names(self, folder: str) -> set[str]:
-        """Files of a folder; one listing is much cheaper than a question for each."""
+        """Files of a folder. One listing is much cheaper than a system call for each name."""
         if folder not in self.folders:
             try:
                 with os.scandir(folder or ".") as entries:

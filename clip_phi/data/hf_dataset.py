@@ -12,27 +12,28 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from .sample import File, Sample
 from .files import MediaFolder
 from .report import RecordError, Report
-from .schema import IMAGE_KEYS, Find, read_rows
+from .sample import File, Sample
+from .schema import IMAGE_KEYS, Find, read_records
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tar": "webdataset"}
 BUILDERS |= dict.fromkeys((".jsonl", ".json"), "json")
 LISTS = ("conversations", "messages", "prompt", "completion", "answers")
-BATCH_SIZE = 1000  # rows read at once
-BUFFER_SIZE = 1000  # rows that a stream is shuffled over, in memory with their images
-# What may have been done to a table since it was opened, without moving rows or columns inside the file.
+BATCH_SIZE = 1000  # records read at once
+BUFFER_SIZE = 1000  # records that a stream is shuffled over, in memory with their images
+# What may be done to a table after it is opened without moving rows or columns inside its file.
 HARMLESS = {"slice", "cast", "select", "drop", "replace_schema_metadata"}
 
 
 def open_table(
     path: str, *, split: str = "train", config: str | None = None, revision: str | None = None, streaming: bool = False
 ) -> Any:
-    """A datasets.Dataset, or an IterableDataset if streaming; its images and recordings are not decoded.
+    """A datasets.Dataset, or an IterableDataset if streaming. Its images and recordings are not decoded.
 
     path: a data set of the Hub (user/name), a file or glob (see BUILDERS; also as hf://datasets/user/name/file), or a
-    folder: of save_to_disk, or of any layout load_dataset knows. split: "train", "train[:10%]", "train+validation".
+        folder: of save_to_disk, or of any layout that load_dataset reads.
+    split: "train", "train[:10%]", "train+validation".
     Raises OSError (no such file or data set, no network) or ValueError, in one line."""
     import datasets
 
@@ -72,7 +73,7 @@ def _open(path: str, split: str, config: str | None, revision: str | None, strea
         return dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset)))) if streaming else dataset
     for archive in folder.rglob("*.tar") if folder.is_dir() else map(Path, glob.glob(path, recursive=True)):
         if archive.suffix == ".tar" and not _has_end(archive):
-            raise ValueError(f"{archive} breaks off: download it again")
+            raise ValueError(f"{archive} is incomplete: download it again")
     options = {"split": split, "streaming": streaming}
     if folder.is_dir():  # an absolute path, since a folder may be called "parquet" or "json"
         return datasets.load_dataset(os.path.abspath(path), config, **options)
@@ -86,7 +87,7 @@ def _open(path: str, split: str, config: str | None, revision: str | None, strea
 
 
 def _has_end(archive: Path) -> bool:
-    """A tar ends in zeros; without them tarfile takes what is there for the whole, unless a member is cut through."""
+    """A tar ends in zeros. Without them tarfile takes a cut file for the whole, unless the cut is inside a member."""
     with open(archive, "rb") as file:
         file.seek(max(0, archive.stat().st_size - 512))
         return not file.read().strip(b"\0")
@@ -106,7 +107,7 @@ def _leave_encoded(feature: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Cell:
-    """An image that stands in a table, unread. row: in the table; size: of its bytes, None if it is only named."""
+    """An image in a table, unread. row: in the table; size: of its bytes, None if there is only a path."""
 
     row: int
     size: int | None
@@ -116,8 +117,8 @@ class _Cell:
 def read_table(dataset: Any, media: MediaFolder, report: Report) -> Iterator[Sample]:
     """Samples of a datasets.Dataset, in its order. Their origins are "name:row".
 
-    Images are not read: a Sample points into the Arrow file that `datasets` keeps, or holds the bytes where there is no
-    such file. If the images are names of files, all rows about one image are one Sample; otherwise each row is one."""
+    Images are not read: a Sample points into the Arrow file of `datasets`, or holds the bytes where there is no such
+    file. If images are given by file name, all records about one image are one Sample; otherwise each record is one."""
     name = dataset.info.dataset_name or dataset.info.builder_name or "dataset"
     table = dataset.data
     with_bytes = [column for column in dataset.column_names if _holds_bytes(table.schema.field(column).type)]
@@ -125,27 +126,27 @@ def read_table(dataset: Any, media: MediaFolder, report: Report) -> Iterator[Sam
     files = {column: _files(table, column) for column in images}
     others = dataset.remove_columns(with_bytes).with_format(None)
 
-    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+    def records() -> Iterator[tuple[str, dict[str, Any]]]:
         for start in range(0, len(dataset), BATCH_SIZE):
             stop = min(start + BATCH_SIZE, len(dataset))
             columns = others[start:stop]
             for column in images:
                 if dataset._indices is None:
                     columns[column] = _cells(table.fast_slice(start, stop - start)[column], range(start, stop))
-                else:  # of a shuffled one; taking its rows together would copy the images
+                else:  # shuffled: taking its rows together would copy the images
                     places = dataset._indices.fast_slice(start, stop - start)[0].to_pylist()
                     columns[column] = [_cells(table.fast_slice(place, 1)[column], [place])[0] for place in places]
             for row in range(start, stop):
                 values = {column: values[row - start] for column, values in columns.items()}
-                yield f"{name}:{row}", _as_row(values, media)
+                yield f"{name}:{row}", _as_record(values, media)
 
-    find_in_row = _find(media)
+    find_in_record = _find(media)
 
     def find(value: Any, column: str, what: str) -> File | bytes:
         if not isinstance(value, _Cell):
-            return find_in_row(value, column, what)
+            return find_in_record(value, column, what)
         if value.size is None:
-            return media.find(value.path, what)
+            return media.find(value.path, what=what)
         if not value.size:
             raise RecordError(f"{what} is empty")
         key, *place = column.split("/")
@@ -156,18 +157,18 @@ def read_table(dataset: Any, media: MediaFolder, report: Report) -> Iterator[Sam
         cell = cell[int(place[0])] if place else cell
         return cell["bytes"] if isinstance(cell, dict) else cell
 
-    yield from read_rows(rows(), find, report, group=not images)
+    yield from read_records(records(), find, report, group=not images)
 
 
 def stream_table(
     path: str, media: MediaFolder, report: Report, *, rank: int = 0, world_size: int = 1, seed: int = 0, **options: Any
 ) -> Iterator[Sample]:
-    """One shuffled pass after another, without end; the records of the first go to the report.
+    """One shuffled pass after another, without end. The records of the first pass are counted in the report.
 
-    A rank has its share of the files if they divide evenly, otherwise every world_size-th row. Inside a worker of
-    torch's DataLoader it has that worker's share of the files; a worker more than there are files ends at once. The
-    origin of a row is "name:key", or "name:digest" of its content, as its number is not known. options: those of
-    open_table. Raises ValueError if a pass gives no Sample, or a file breaks off."""
+    A rank gets its share of the files if they divide evenly, otherwise every world_size-th record. A worker of torch's
+    DataLoader gets its share of the files; with more workers than files, the surplus ones end at once. The origin of a
+    record is "name:key", or "name:digest" of its content, as its number is not known. options: those of open_table.
+    Raises ValueError if a pass gives no Sample, or a file is incomplete."""
     import torch.utils.data
     from datasets.distributed import split_dataset_by_node
 
@@ -175,21 +176,21 @@ def stream_table(
     dataset = split_dataset_by_node(dataset, rank, world_size)
     worker = torch.utils.data.get_worker_info()
 
-    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+    def records() -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             for values in dataset:
-                row = _as_row(values, media)
-                keys = (row.get(key) for key in ("__key__", "id", "question_id"))
+                record = _as_record(values, media)
+                keys = (record.get(key) for key in ("__key__", "id", "question_id"))
                 key = next((key for key in keys if key is not None), None)
-                yield f"{dataset.info.dataset_name}:{_digest(row) if key is None else key}", row
+                yield f"{dataset.info.dataset_name}:{_digest(record) if key is None else key}", record
         except (ValueError, OSError, RuntimeError, tarfile.TarError) as error:
             raise ValueError(f"cannot read on in {path!r}: {' '.join(str(error).split())}") from error
 
     for epoch in count():
         dataset.set_epoch(epoch)
-        counted, given = report if epoch == 0 else Report(), 0
-        for sample in read_rows(rows(), _find(media), counted, group=False):
-            given += 1
+        counted, given = report if epoch == 0 else Report(), False
+        for sample in read_records(records(), _find(media), counted, group=False):
+            given = True
             yield sample
         if not given and not counted.records and worker is not None and worker.id > 0:
             return
@@ -197,45 +198,45 @@ def stream_table(
             raise ValueError(f"{path!r} gives nothing to train on to rank {rank} of {world_size}\n{counted.table()}")
 
 
-def _digest(row: dict[str, Any]) -> str:
-    image = next((row[key] for key in IMAGE_KEYS if key in row), None)
+def _digest(record: dict[str, Any]) -> str:
+    image = next((record[key] for key in IMAGE_KEYS if key in record), None)
     data = image.get("bytes") if isinstance(image, dict) else None
-    return hashlib.blake2b(data or repr(row).encode(errors="replace"), digest_size=6).hexdigest()
+    return hashlib.blake2b(data or repr(record).encode(errors="replace"), digest_size=6).hexdigest()
 
 
 def _find(media: MediaFolder) -> Find:
-    """For values as they stand in a row: bytes, a name, or {"bytes", "path"} with one of them."""
+    """For values as they are in a record: bytes, a name, or {"bytes", "path"} with one of them."""
 
     def find(value: Any, column: str, what: str) -> File | bytes:
         if isinstance(value, Mapping):
             value = value["path"] if value.get("bytes") is None else value["bytes"]
         if value == b"":
             raise RecordError(f"{what} is empty")
-        return value if isinstance(value, bytes) else media.find(value, what)
+        return value if isinstance(value, bytes) else media.find(value, what=what)
 
     return find
 
 
-def _as_row(values: dict[str, Any], media: MediaFolder) -> dict[str, Any]:
-    """A row of a table, in which every row has all columns, as rows.py wants it."""
-    row = {key: _none_if_null(value) if key in IMAGE_KEYS else value for key, value in values.items()}
-    row = {key: value for key, value in row.items() if value is not None}
-    if isinstance(row.get("json"), dict):  # webdataset: x.jpg beside x.json, which may name the image once more
-        has_image = any(key in row for key in IMAGE_KEYS)
-        inner = {key: value for key, value in row.pop("json").items() if value is not None}
-        row = {key: value for key, value in inner.items() if not (has_image and key in IMAGE_KEYS)} | row
+def _as_record(values: dict[str, Any], media: MediaFolder) -> dict[str, Any]:
+    """A row of a table, in which every row has all columns, as schema.py wants it."""
+    record = {key: _none_if_null(value) if key in IMAGE_KEYS else value for key, value in values.items()}
+    record = {key: value for key, value in record.items() if value is not None}
+    if isinstance(record.get("json"), dict):  # webdataset: x.jpg beside x.json, which may name the image once more
+        has_image = any(key in record for key in IMAGE_KEYS)
+        inner = {key: value for key, value in record.pop("json").items() if value is not None}
+        record = {key: value for key, value in inner.items() if not (has_image and key in IMAGE_KEYS)} | record
     for key in LISTS:  # what was once Sequence({...}) is a dict of lists
-        value = row[key] if isinstance(row.get(key), dict) else {}
+        value = record[key] if isinstance(record.get(key), dict) else {}
         lengths = {len(each) if isinstance(each, list) else -1 for each in value.values()}
         if len(lengths) == 1 and -1 not in lengths:
-            row[key] = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
-    file_name, url = row.get("file_name"), row.get("coco_url")
+            record[key] = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+    file_name, url = record.get("file_name"), record.get("coco_url")
     if isinstance(file_name, str) and isinstance(url, str):  # .../train2017/000000000009.jpg
         try:
             media.find(file_name)
         except RecordError:
-            row["file_name"] = "/".join(url.split("/")[-2:])
-    return row
+            record["file_name"] = "/".join(url.split("/")[-2:])
+    return record
 
 
 def _none_if_null(image: Any) -> Any:
@@ -256,7 +257,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def _cells(column: Any, rows: range | list[int]) -> list[Any]:
-    """Of each row of a pyarrow.ChunkedArray the _Cell, a list of them, or None; the bytes stay on disk."""
+    """For each row of a pyarrow.ChunkedArray its _Cell, a list of them, or None. The bytes stay on disk."""
     import pyarrow.compute as compute
     import pyarrow.types as types
 
@@ -277,7 +278,7 @@ def _cells(column: Any, rows: range | list[int]) -> list[Any]:
 
 
 def _files(table: Any, column: str) -> list[tuple[int, str | None, int]]:
-    """Of each part of the table: its first row, the Arrow file the column lies in (None: none), and its row there."""
+    """For each part of the table: its first row, the Arrow file that has the column (None: none), and its row there."""
     from datasets.table import ConcatenationTable, MemoryMappedTable
 
     files: list[tuple[int, str | None, int]] = []

@@ -6,12 +6,13 @@ import numpy as np
 
 
 class Mixture:
-    """Where each position in training finds its sample: a pure function of (sizes, weights, seed, position).
+    """Maps a position in training to a sample: a pure function of (sizes, weights, seed, position).
 
-    sizes: samples of each source. weights: relative share of each source in the samples of an epoch; None: as large as
-    they are, so that an epoch is one pass over all of them. An epoch always has sum(sizes) positions. With weights, a
-    source goes on in the next epoch where it stopped in this one: each of its samples is seen once before any of them
-    is seen again. Raises ValueError if a source is empty or its weight gives it no place in an epoch."""
+    sizes: samples of each source.
+    weights: relative share of each source in the samples of an epoch. None: as large as they are, so an epoch is one
+        pass over all of them. An epoch always has sum(sizes) positions. With weights, a source continues in the next
+        epoch where it ends in this one: none of its samples is repeated before all are used.
+    Raises ValueError if a source is empty or its weight gives it no place in an epoch."""
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
         self.sizes = np.asarray(sizes, dtype=np.int64)
@@ -22,14 +23,14 @@ class Mixture:
         exact = shares / shares.sum() * self.length if self.length else shares * 0.0
         self.counts = np.floor(exact + 1e-9).astype(np.int64)
         for source in np.argsort(self.counts - exact, kind="stable")[: self.length - self.counts.sum()]:
-            self.counts[source] += 1  # the largest remainders share what rounding left
+            self.counts[source] += 1  # the largest remainders get what rounding leaves
         if len(sizes) == 0 or (self.counts == 0).any():
             raise ValueError(f"a source has no place in an epoch: {list(sizes)} samples, weights {weights}")
         self._epoch = -1
         self._places = np.empty((0, 2), dtype=np.int64)
 
     def place(self, position: int) -> tuple[int, int]:
-        """(pass over its source, index into all sources one behind the other) of the sample at this position."""
+        """(pass over its source, index into all sources, concatenated) of the sample at this position."""
         epoch, place = divmod(position, self.length)
         if epoch != self._epoch:
             self._epoch, self._places = epoch, self._make_epoch(epoch)

@@ -1,4 +1,4 @@
-"""What was wrong with the data: every record that is skipped or mended is counted by kind, with its first examples."""
+"""What is wrong with the data: each record that is skipped or repaired is counted by kind, with the first examples."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class RecordError(ValueError):
 
 
 class Skip(NamedTuple):
-    """Records that were left out: a sample's image takes all its branches along. records 0: one that was mended."""
+    """Records that are left out. A sample without its image loses all its conversations. records 0: one is repaired."""
 
     kind: str
     origin: str
@@ -27,10 +27,12 @@ class Skip(NamedTuple):
 
 @dataclass
 class Report:
-    """A record is one caption or one conversation: what becomes a branch. records counts all that were met, so what
-    is trained on is records - num_skipped. Nothing else is ever left out.
+    """A record is one caption or one conversation.
 
-    mended: records that are used, but not as they stand in the file (cut to length, image moved to the front)."""
+    records: all that were read. So records - num_skipped are trained on; nothing else is ever left out.
+    skipped, repaired: how many, by kind. A repaired record is used, but not as it is in the file: it is cut to length,
+        or its image is put first.
+    examples: the first of each kind."""
 
     records: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
@@ -46,8 +48,13 @@ class Report:
         self.skipped[skip.kind] += skip.records
         self._example(skip.kind, skip.origin, skip.detail)
 
+    def reject(self, kind: str, origin: str, detail: str = "", records: int = 1) -> None:
+        """Count records that a reader cannot use."""
+        self.records += records
+        self.skip(Skip(kind, origin, detail, records))
+
     def skip_once(self, skips: list[Skip]) -> None:
-        """Count what turned out bad in training: every epoch meets it again, which must not count again."""
+        """Count what turns out to be bad in training, in the first epoch only."""
         for skip in skips:
             if skip.origin not in self.seen:
                 self.seen.add(skip.origin)
@@ -64,11 +71,11 @@ class Report:
         examples = self.examples.setdefault(kind, [])
         if len(examples) < NUM_EXAMPLES:
             text = f"{origin}: {detail}" if detail else origin
-            # Half a surrogate pair, in the id or a key of a record, could neither be printed nor written.
+            # An unpaired surrogate, in the id or a key of a record, can neither be printed nor written.
             examples.append(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def add(self, other: "Report") -> None:
-        """The report of another source, behind this one."""
+        """Add the report of another source."""
         self.records += other.records
         self.skipped += other.skipped
         self.repaired += other.repaired
@@ -77,35 +84,27 @@ class Report:
             mine += examples[: NUM_EXAMPLES - len(mine)]
 
     def refuse_bad(self, max_bad_fraction: float) -> None:
-        """Raises ValueError, with all that was found, if more than this share of the records was skipped."""
+        """Raises ValueError, with the whole table, if more than this share of the records is skipped."""
         if self.num_skipped > max_bad_fraction * self.records:
             share = self.num_skipped / max(self.records, 1)
             raise ValueError(
                 f"{self.num_skipped:,} of {self.records:,} records are bad ({share:.2%}), more than --max_bad_fraction "
-                f"{max_bad_fraction:g} allows:\n{self.table()}\nMend them, or allow more with --max_bad_fraction."
+                f"{max_bad_fraction:g} allows:\n{self.table()}\nRepair them, or allow more with --max_bad_fraction."
             )
 
     def table(self) -> str:
-        """A line a kind, most frequent first, each with its first example."""
-        kinds = [("skipped", *entry) for entry in sorted(self.skipped.items(), key=_by_count)]
-        kinds += [("repaired", *entry) for entry in sorted(self.repaired.items(), key=_by_count)]
-        return "\n".join(f"  {what} {count:,}: {kind} (e.g. {self.examples[kind][0]})" for what, kind, count in kinds)
+        """A line for each kind with its first example, the most frequent kind first."""
+        lines = []
+        for what, counts in (("skipped", self.skipped), ("repaired", self.repaired)):
+            for kind, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])):
+                lines.append(f"  {what} {count:,}: {kind} (e.g. {self.examples[kind][0]})")
+        return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
         """For json. Equal data give an equal dict."""
-        return {
-            "records": self.records,
-            "skipped": dict(sorted(self.skipped.items())),
-            "repaired": dict(sorted(self.repaired.items())),
-            "examples": dict(sorted(self.examples.items())),
-        }
+        values = {name: dict(sorted(getattr(self, name).items())) for name in ("skipped", "repaired", "examples")}
+        return {"records": self.records} | values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Report":
-        return cls(
-            values["records"], Counter(values["skipped"]), Counter(values["repaired"]), examples=dict(values["examples"])
-        )
-
-
-def _by_count(entry: tuple[str, int]) -> tuple[int, str]:
-    return -entry[1], entry[0]
+        return cls(values["records"], Counter(values["skipped"]), Counter(values["repaired"]), dict(values["examples"]))

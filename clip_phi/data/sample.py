@@ -1,4 +1,4 @@
-"""Sample: one image and what is said about it. The shape that every source gives and that both stages train on."""
+"""Sample: one image and the conversations about it. Every source gives it, and both stages train on it."""
 
 import os
 import zipfile
@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 
 class File(NamedTuple):
-    """Where the bytes of an image or a recording are. A plain value: workers open it, nothing is held open in it.
+    """Where the bytes of an image or a recording are. A plain value that holds nothing open.
 
-    path: a file; or a zip archive or an Arrow file of `datasets`, in which member says what is meant: the name inside
-    the archive, or "row/column", "row/column/place" for a list, of the Arrow file."""
+    path: a file, a zip archive, or an Arrow file of `datasets`.
+    member: the name in the archive; "row/column", or "row/column/place" for a list, in the Arrow file."""
 
     path: str
     member: str | None = None
@@ -32,7 +32,7 @@ class File(NamedTuple):
         return _open_zip(self.path, os.getpid()).read(self.member)
 
 
-# Both are kept open, by process: forked workers must not share the position in one open file.
+# Kept open, by process: forked workers must not share the position in one open file.
 @lru_cache(maxsize=16)
 def _open_zip(path: str, process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
@@ -45,13 +45,17 @@ def _open_arrow(path: str, process: int) -> Any:
     return Dataset.from_file(path).with_format("arrow")
 
 
-# The text of a turn whose question is spoken, and stands in the transcript alone. Trained on and asked with.
+# The text of a turn whose question is in the transcript alone, in training as in use.
 SPOKEN_INSTRUCTION = "Answer the spoken question."
 
 
 class Turn(NamedTuple):
-    """One utterance. speech: a recording that comes before the text of a user's turn; transcript: what is said in it.
-    references: all accepted answers to a question, where a data set has several; text is the one that is learnt."""
+    """One turn of a conversation.
+
+    text: the question, or the answer to train on.
+    transcript: of the recording.
+    speech: a recording that precedes the text of a user's turn.
+    references: all accepted answers to a question, where a data set has several."""
 
     role: Literal["system", "user", "assistant"]
     text: str
@@ -65,28 +69,36 @@ Conversation = tuple[Turn, ...]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An image (None for a text-only record) and its branches: independent conversations about it.
+    """An image (None for a text-only record) and independent conversations about it.
 
-    Stage 1: five branches of one assistant's turn each, the captions. Stage 2: one or more conversations.
-    origins: "file:record" of each branch, for every message about it."""
+    Stage 1: five captions, each a conversation of one assistant's turn. Stage 2: one or more conversations.
+    origins: "file:record" of each conversation, for messages about it."""
 
     image: File | bytes | None
     conversations: tuple[Conversation, ...]
     origins: tuple[str, ...]
 
 
+def user_message(text: str | None, images: int = 0, *transcripts: str | None) -> dict[str, Any]:
+    """A user's turn in the chat format of transformers: images as placeholders, transcripts of speech, text.
+
+    Args:
+        text: The question or instruction; None or empty for none.
+        images: How many images the turn has.
+        transcripts: What is said in the turn's recordings; None is left out.
+    """
+    content = [{"type": "image"}] * images
+    content += [{"type": "transcript", "text": each} for each in transcripts if each is not None]
+    return {"role": "user", "content": content + ([{"type": "text", "text": text}] if text else [])}
+
+
 def as_messages(conversation: Conversation, has_image: bool) -> list[dict[str, Any]]:
-    """A branch in the chat format of transformers, its image (as a placeholder) before everything that is said."""
-    messages: list[dict[str, Any]] = []
+    """A conversation in the chat format of transformers, its image (as a placeholder) first."""
+    image_apart = has_image and (not conversation or conversation[0].role != "user")
+    messages = [user_message(None, 1)] if image_apart else []
     for turn in conversation:
-        content = [{"type": "text", "text": turn.text}]
-        if turn.transcript is not None:
-            content.insert(0, {"type": "transcript", "text": turn.transcript})
-        messages.append({"role": turn.role, "content": content})
-    if has_image:
-        image = {"type": "image"}
-        if messages and messages[0]["role"] == "user":
-            messages[0]["content"].insert(0, image)
+        if turn.role == "user":
+            messages.append(user_message(turn.text, int(has_image and not messages), turn.transcript))
         else:
-            messages.insert(0, {"role": "user", "content": [image]})
+            messages.append({"role": turn.role, "content": [{"type": "text", "text": turn.text}]})
     return messages

@@ -1,4 +1,4 @@
-"""Where data come from, as --data says: which source, where it lies, and what share of the mixture it has."""
+"""Where data come from, as --data names it: the kind of source, its place, and its share of the mixture."""
 
 import os
 import re
@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .sample import Sample
+from . import coco, hf_dataset, json_files
 from .files import MediaFolder, file_stamp
 from .report import Report
+from .sample import Sample
 from .transcripts import ENGINES, AsrSettings, Transcripts
 
 SPEECH = {"recordings", "engine", "speech_model", "language", "max_speech_seconds"}
-# Each kind of source and its own options; all take images, name and weight, and those with conversations SPEECH.
+# Each kind of source and its own options. All take COMMON, and those with conversations SPEECH.
 KINDS = {
     "coco": set(),
     "karpathy": {"split"},
@@ -31,7 +32,7 @@ HOW_TO = (
 
 @dataclass(frozen=True)
 class DataSource:
-    """One data source, read from its text; nothing is opened before read()."""
+    """One data source, parsed from its text. Nothing is opened before read()."""
 
     kind: str
     path: str
@@ -43,7 +44,7 @@ class DataSource:
 
     @property
     def weight(self) -> float | None:
-        """Its share of the samples of an epoch, relative to the other sources' weights; None: as large as it is."""
+        """Its share of the samples of an epoch, relative to the other sources' weights. None: as large as it is."""
         return float(self.options["weight"]) if "weight" in self.options else None
 
     @property
@@ -52,16 +53,11 @@ class DataSource:
 
     @property
     def images(self) -> Path:
-        """The folder in which names of images are looked up."""
+        """The folder in which images are found by name."""
         return Path(self.options["images"]) if "images" in self.options else Path(self.path).parent
 
-    def media(self) -> MediaFolder:
-        """Where names of images and recordings are looked up."""
-        return MediaFolder(self.images, self.options.get("recordings"))
-
     @property
-    def hearing(self) -> AsrSettings:
-        """How its recordings are heard."""
+    def asr_settings(self) -> AsrSettings:
         default = AsrSettings()
         return AsrSettings(
             self.options.get("engine", default.engine),  # type: ignore[arg-type]
@@ -70,11 +66,14 @@ class DataSource:
             float(self.options.get("max_speech_seconds", default.max_seconds)),
         )
 
+    def media(self) -> MediaFolder:
+        return MediaFolder(self.images, self.options.get("recordings"))
+
     def transcripts(self) -> Transcripts:
-        return Transcripts(self.hearing)
+        return Transcripts(self.asr_settings)
 
     def problems(self) -> list[str]:
-        """What is missing on disk, in words."""
+        """The paths that do not exist."""
         paths = [self.options[key] for key in ("images", "recordings", "annotations") if key in self.options]
         if self.kind != "dataset":
             paths.insert(0, self.path)
@@ -89,66 +88,60 @@ class DataSource:
     def state(self) -> list[Any]:
         """For json: changes when a file that holds the records does."""
         if self.kind == "dataset":
-            from .hf_dataset import open_table
-
-            dataset = open_table(self.path, **self.table_options())
+            dataset = hf_dataset.open_table(self.path, **self.table_options())
             return [dataset._fingerprint, dataset.cache_files]
         return [file_stamp(path) for path in (self.path, self.options.get("annotations")) if path is not None]
 
     def read(self, media: MediaFolder, report: Report) -> Iterator[Sample]:
-        """All Samples, in the order of the file. Raises ValueError or OSError if a file cannot be read at all; what is
+        """All Samples, in the order of the file. Raises ValueError or OSError if a file cannot be read at all. What is
         wrong with a record goes to the report."""
+        path = Path(self.path)
         if self.kind == "coco":
-            from .coco import read_coco_captions
-
-            return read_coco_captions(Path(self.path), media, report)
+            return coco.read_coco_captions(path, media, report)
         if self.kind == "karpathy":
-            from .coco import read_karpathy_split
-
-            return read_karpathy_split(Path(self.path), media, self.options.get("split", "train"), report)
+            return coco.read_karpathy_split(path, media, self.options.get("split", "train"), report)
         if self.kind == "vqa":
-            from .json_files import read_vqa
-
             annotations = self.options.get("annotations")
-            return read_vqa(Path(self.path), Path(annotations) if annotations else None, media, report)
+            return coco.read_vqa(path, Path(annotations) if annotations else None, media, report)
         if self.kind == "llava":
-            from .json_files import read_instruct
-
-            return read_instruct(Path(self.path), media, report)
-        from .hf_dataset import open_table, read_table
-
-        return read_table(open_table(self.path, **self.table_options()), media, report)
+            return json_files.read_instruct(path, media, report)
+        return hf_dataset.read_table(hf_dataset.open_table(self.path, **self.table_options()), media, report)
 
     def table_options(self) -> dict[str, Any]:
         return {key: self.options[key] for key in ("split", "config", "revision") if key in self.options}
 
 
 def parse_source(text: str) -> DataSource:
-    """KIND:PATH[,option=value...]; without KIND it is told from the file. Raises ValueError with what is wrong."""
+    """KIND:PATH[,option=value...]. Without KIND the file decides. Raises ValueError with what is wrong."""
+
+    def refuse(what: str) -> ValueError:
+        return ValueError(f"data source {text!r}{what}")
+
     kind, separator, rest = text.partition(":")
     if not (separator and kind in KINDS):
         kind, rest = "", text
     path, *pieces = re.split(r"[,:](?=[a-z_]+=)", rest)
     options = dict(piece.split("=", 1) for piece in pieces)
     if not path:
-        raise ValueError(f"data source {text!r} names no file: {HOW_TO}")
-    kind, path = (kind, path) if kind else _guess(text, path, options)
+        raise refuse(f" has no path: {HOW_TO}")
+    if not kind:
+        kind, path = _guess(path, options)
+    if not kind:
+        raise refuse(f" is of no known kind; {HOW_TO}")
     known = KINDS[kind] | COMMON
     if unknown := sorted(options.keys() - known):
-        raise ValueError(
-            f"data source {text!r} has no option {', '.join(unknown)}: {kind} has {', '.join(sorted(known))}"
-        )
+        raise refuse(f" has no option {', '.join(unknown)}: {kind} has {', '.join(sorted(known))}")
     for key in options.keys() & {"weight", "max_speech_seconds"}:
         try:
             positive = 0 < float(options[key]) < float("inf")
         except ValueError:
             positive = False
         if not positive:
-            raise ValueError(f"data source {text!r}: {key} must be a number above 0")
+            raise refuse(f": {key} must be a number above 0")
     if options.get("engine", ENGINES[0]) not in ENGINES:
-        raise ValueError(f"data source {text!r}: engine is {' or '.join(ENGINES)}")
+        raise refuse(f": engine is {' or '.join(ENGINES)}")
     if options.get("streaming", "true") not in ("true", "false"):
-        raise ValueError(f"data source {text!r}: streaming is true or false")
+        raise refuse(": streaming is true or false")
     return DataSource(kind, path, options)
 
 
@@ -171,16 +164,14 @@ def missing_files(sources: Iterable[DataSource]) -> str | None:
     return f"not found (looked in {Path.cwd()}): {', '.join(missing)}" if missing else None
 
 
-def _guess(text: str, path: str, options: dict[str, str]) -> tuple[str, str]:
-    """The kind of a bare path, from its name and the first bytes of its content."""
+def _guess(path: str, options: dict[str, str]) -> tuple[str, str]:
+    """The kind of a bare path ("" if it is unknown) and its file, from its name and the first bytes of its content."""
     file = Path(path)
     if file.is_dir() and not _is_table(file):
         found = sorted(file.glob("annotations/captions_*.json"))
-        if len(found) == 1 or (found and (file / "annotations/captions_train2017.json") in found):
-            train = file / "annotations/captions_train2017.json"
-            options.setdefault("images", path)
-            return "coco", str(train if train in found else found[0])
-        raise ValueError(f"data source {text!r}: nothing known in this folder; {HOW_TO}")
+        train = file / "annotations/captions_train2017.json"
+        options.setdefault("images", path)
+        return ("coco", str(train if train in found else found[0])) if train in found or len(found) == 1 else ("", path)
     if file.suffix in TABLE_SUFFIXES or file.is_dir() or (not file.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path)):
         return "dataset", path
     if not file.exists():
@@ -196,9 +187,7 @@ def _guess(text: str, path: str, options: dict[str, str]) -> tuple[str, str]:
     for key, kind in ((b'"sentences"', "karpathy"), (b'"questions"', "vqa"), (b'"annotations"', "coco")):
         if key in both:
             return kind, path
-    if file.suffix == ".json" and start.startswith(b"{"):
-        return "coco", path
-    raise ValueError(f"data source {text!r} is of no known kind; {HOW_TO}")
+    return "coco" if file.suffix == ".json" and start.startswith(b"{") else "", path
 
 
 def _is_table(folder: Path) -> bool:

@@ -1,8 +1,8 @@
-"""Drawn scenes: coloured shapes on a light background, written in the official COCO 2017 and LLaVA-Instruct layouts.
+"""Synthetic scenes: coloured shapes on a light background, in the official COCO 2017 and LLaVA-Instruct layouts.
 
-The demo and the whole-script tests train on these. Every scene is a pure function of a seed. A scene's *composition*
-(the multiset of its (color, shape) pairs) decides by a hash whether it belongs to train or val, so whatever was trained
-on train scenes, the shipped backbones included, has never met the composition of a val scene.
+The demo and the whole-script tests train on these. Every scene is a pure function of a seed. A hash of its composition
+(the multiset of its (color, shape) pairs) decides whether it belongs to train or val. So no composition of a val scene
+is in the training data, those of the shipped backbones included.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ RELATIONS = ("to the left of", "to the right of", "above", "below")
 
 _SMALL_RADIUS, _LARGE_RADIUS = 7, 11
 _GAP = 2  # pixels left free between two objects, and around the border
-_CLEAR_OFFSET = 12  # pixels between two centres before we call one left of, or above, the other
+_CLEAR_OFFSET = 12  # pixels between two centres, for one to be left of, or above, the other
 _SUPERSAMPLING = 4
 _VAL_SHARE = 5  # one composition in five is a val composition
 _PLACEMENT_TRIES = 200
@@ -56,7 +56,6 @@ _COUNT_QUESTIONS = (
     "How many shapes does the picture show?",
     "How many objects are there?",
 )
-_RELATION_QUESTION = "Is the {} {} the {}?"
 _DESCRIPTION_REQUESTS = (
     "Describe the image.", "Describe the picture.", "What does the image show?", "What can you see?",
     "Write a caption for the image.", "Which objects are in the picture?",
@@ -65,7 +64,7 @@ _DESCRIPTION_REQUESTS = (
 
 @dataclass(frozen=True)
 class DrawnObject:
-    """One shape; x, y is its centre and radius half the side of its box, all in pixels from the top left corner."""
+    """One shape. x, y: its centre, in pixels from the top left corner. radius: half the side of its box, in pixels."""
 
     color: str
     shape: str
@@ -86,7 +85,7 @@ class DrawnObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three objects that do not touch; background is an RGB color and texture_seed decides texture and noise."""
+    """One to three objects that do not touch. background: RGB. texture_seed: of the texture and the noise."""
 
     objects: tuple[DrawnObject, ...]
     background: tuple[int, int, int]
@@ -94,18 +93,18 @@ class Scene:
 
     @property
     def composition(self) -> "Counter[tuple[str, str]]":
-        """How often each (color, shape) pair occurs: the ground truth that `object_f1` scores against."""
+        """How often each (color, shape) pair occurs: the ground truth of object_f1."""
         return Counter((item.color, item.shape) for item in self.objects)
 
 
 def split_of(composition: Iterable[tuple[str, str]]) -> str:
-    """The split of a multiset of (color, shape) pairs, given in any order with repeats: always the same one."""
+    """The split of a multiset of (color, shape) pairs, in any order."""
     key = ";".join(f"{color} {shape}" for color, shape in sorted(composition))
     return "val" if hashlib.sha256(key.encode()).digest()[0] % _VAL_SHARE == 0 else "train"
 
 
 def sample_scene(rng: random.Random, split: str) -> Scene:
-    """Draw a scene whose composition belongs to split; the number of objects is uniform. ValueError: unknown split."""
+    """A random scene of a split, with 1 to 3 objects. Raises ValueError if there is no such split."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
     num_objects = rng.randint(1, MAX_OBJECTS)
@@ -122,7 +121,7 @@ def sample_scene(rng: random.Random, split: str) -> Scene:
 
 
 def _place(pairs: Sequence[tuple[str, str]], rng: random.Random) -> tuple[DrawnObject, ...] | None:
-    """Give each pair a size and a free place; None if the scene is too crowded for that."""
+    """Give each pair a size and a free place. None if there is no room."""
     placed: list[DrawnObject] = []
     for color, shape in pairs:
         for _ in range(_PLACEMENT_TRIES):
@@ -138,15 +137,15 @@ def _place(pairs: Sequence[tuple[str, str]], rng: random.Random) -> tuple[DrawnO
 
 
 def draw_scene(scene: Scene) -> Image.Image:
-    """Render a scene: RGB, IMAGE_SIZE x IMAGE_SIZE pixels, the same pixels for the same scene."""
+    """Render a scene: RGB, IMAGE_SIZE x IMAGE_SIZE pixels, equal for equal scenes."""
     rng = np.random.default_rng(scene.texture_seed)
     coarse = np.asarray(scene.background) + rng.normal(0, 6, (8, 8, 1))
     size = (IMAGE_SIZE, IMAGE_SIZE)
-    picture = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    image = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
     for item in scene.objects:
         fill = (np.asarray(COLORS[item.color]) + rng.normal(0, 6, 3)).clip(0, 255).astype(int).tolist()
-        picture.paste(Image.new("RGB", size, tuple(fill)), mask=_mask(item))
-    noisy = np.asarray(picture) + rng.normal(0, 4, (IMAGE_SIZE, IMAGE_SIZE, 3))
+        image.paste(Image.new("RGB", size, tuple(fill)), mask=_mask(item))
+    noisy = np.asarray(image) + rng.normal(0, 4, (IMAGE_SIZE, IMAGE_SIZE, 3))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
@@ -177,7 +176,7 @@ def _mask(item: DrawnObject) -> Image.Image:
 
 
 def captions(scene: Scene, rng: random.Random) -> list[str]:
-    """Five captions as COCO has them, each naming every object with its color and number, most in reading order."""
+    """Five captions, as in COCO. Each names every object with its color and number, most in reading order."""
     objects = in_reading_order(scene)
     number, shapes, are = NUMBERS[len(objects)], "shapes", "are"
     if len(objects) == 1:
@@ -191,7 +190,7 @@ def captions(scene: Scene, rng: random.Random) -> list[str]:
 
 
 def in_reading_order(scene: Scene) -> list[DrawnObject]:
-    """A scene's objects from top to bottom in lines of a quarter of the image, and from left to right in a line."""
+    """A scene's objects in four lines from top to bottom, from left to right in each."""
     return sorted(scene.objects, key=lambda item: (item.y // (IMAGE_SIZE // 4), item.x))
 
 
@@ -204,7 +203,7 @@ def description(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def dialogue(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """Two to four different (question, short answer) turns; yes and no are equally likely where both are possible."""
+    """Two to four different (question, short answer) turns. Yes and no are equally likely where both are possible."""
     makers = [ask_color, _ask_shape, _ask_presence, _ask_presence, _ask_count, ask_relation]
     rng.shuffle(makers)
     length = rng.randint(2, 4)
@@ -231,7 +230,7 @@ def _enumerate(objects: Sequence[DrawnObject]) -> str:
 
 
 def _relation(first: DrawnObject, second: DrawnObject, rng: random.Random) -> str | None:
-    """A relation that clearly holds, or None where the two stand too close on both axes."""
+    """A relation that clearly holds, or None if the two are too close on both axes."""
     holding = []
     if abs(first.x - second.x) >= _CLEAR_OFFSET:
         holding.append(RELATIONS[0] if first.x < second.x else RELATIONS[1])
@@ -240,10 +239,15 @@ def _relation(first: DrawnObject, second: DrawnObject, rng: random.Random) -> st
     return rng.choice(holding) if holding else None
 
 
-def _relatable(scene_objects: Sequence[DrawnObject], rng: random.Random) -> tuple[DrawnObject, DrawnObject, str] | None:
+def _unique(objects: Sequence[DrawnObject], attribute: str) -> list[DrawnObject]:
+    """The objects whose color, shape or name no other object has."""
+    counts = Counter(getattr(item, attribute) for item in objects)
+    return [item for item in objects if counts[getattr(item, attribute)] == 1]
+
+
+def _relatable(objects: Sequence[DrawnObject], rng: random.Random) -> tuple[DrawnObject, DrawnObject, str] | None:
     """Two objects whose names are unique in the scene, and a relation that holds between them."""
-    names = Counter(item.name for item in scene_objects)
-    unique = [item for item in scene_objects if names[item.name] == 1]
+    unique = _unique(objects, "name")
     if len(unique) < 2:
         return None
     first, second = rng.sample(unique, 2)
@@ -263,8 +267,7 @@ def _relate(objects: Sequence[DrawnObject], rng: random.Random) -> str | None:
 
 def ask_color(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     """A question about the color of an object whose shape occurs once, or None if there is none."""
-    shapes = Counter(item.shape for item in scene.objects)
-    unique = [item for item in scene.objects if shapes[item.shape] == 1]
+    unique = _unique(scene.objects, "shape")
     if not unique:
         return None
     item = rng.choice(unique)
@@ -272,8 +275,7 @@ def ask_color(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
 
 
 def _ask_shape(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    colors = Counter(item.color for item in scene.objects)
-    unique = [item for item in scene.objects if colors[item.color] == 1]
+    unique = _unique(scene.objects, "color")
     if not unique:
         return None
     item = rng.choice(unique)
@@ -297,19 +299,18 @@ def _ask_count(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    """A question whether one object stands left, right, above or below another, or None if no two clearly do."""
+    """A question whether one object is left, right, above or below another, or None if no two clearly are."""
     found = _relatable(scene.objects, rng)
     if found is None:
         return None
     first, second, relation = found
-    if rng.random() < 0.5:
-        return _RELATION_QUESTION.format(first.name, relation, second.name), "yes"
-    opposite = RELATIONS[RELATIONS.index(relation) ^ 1]
-    return _RELATION_QUESTION.format(first.name, opposite, second.name), "no"
+    answer = "yes" if rng.random() < 0.5 else "no"
+    asked = relation if answer == "yes" else RELATIONS[RELATIONS.index(relation) ^ 1]
+    return f"Is the {first.name} {asked} the {second.name}?", answer
 
 
 def mentioned_objects(text: str) -> "Counter[tuple[str, str]]":
-    """Count the (color, shape) pairs named in free text; "two blue squares" counts twice, words of any case."""
+    """Count the (color, shape) pairs in a text, in any case. "two blue squares" counts twice."""
     found: Counter[tuple[str, str]] = Counter()
     for number, color, shape in _MENTION.findall(text.lower()):
         found[color, _SINGULARS[shape]] += NUMBERS.index(number) if number else 1
@@ -317,7 +318,7 @@ def mentioned_objects(text: str) -> "Counter[tuple[str, str]]":
 
 
 def object_f1(predicted_text: str, truth: "Counter[tuple[str, str]]") -> float:
-    """F1 in [0, 1] between the objects named in the text and a scene's composition, each counted with its number."""
+    """F1 in [0, 1] between the objects that a text names and a scene's composition, with their numbers."""
     predicted = mentioned_objects(predicted_text)
     return 2 * (predicted & truth).total() / max(1, predicted.total() + truth.total())
 
@@ -328,35 +329,34 @@ def write_dataset(folder: str | os.PathLike[str], num_train: int, num_val: int, 
     annotations/{captions,instances}_{train,val}2017.json, {train,val}2017/%012d.jpg and
     llava_instruct_{train,val}.json. The same arguments give the same bytes; each json appears whole, after its images.
     """
-    for split, num_scenes, first_id in (("train", num_train, 1), ("val", num_val, num_train + 1)):
+    for split, ids in (("train", range(1, num_train + 1)), ("val", range(num_train + 1, num_train + num_val + 1))):
         rng = random.Random(f"{seed} {split}")
-        scenes = {first_id + index: sample_scene(rng, split) for index in range(num_scenes)}
-        _write_split(Path(folder), split, scenes, rng)
+        _write_split(Path(folder), split, {image_id: sample_scene(rng, split) for image_id in ids}, rng)
 
 
 def _write_split(folder: Path, split: str, scenes: dict[int, Scene], rng: random.Random) -> None:
     image_folder = folder / f"{split}2017"
     image_folder.mkdir(parents=True, exist_ok=True)
-    categories = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+    names = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+    categories = [{"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(names, start=1)]
     images: list[dict[str, Any]] = []
-    caption_rows: list[dict[str, Any]] = []
-    instance_rows: list[dict[str, Any]] = []
+    all_captions: list[dict[str, Any]] = []
+    instances: list[dict[str, Any]] = []
     conversations: list[dict[str, Any]] = []
     for image_id, scene in scenes.items():
         file_name = f"{image_id:012d}.jpg"
         draw_scene(scene).save(image_folder / file_name, quality=95, subsampling=0)
         images.append({"id": image_id, "file_name": file_name, "height": IMAGE_SIZE, "width": IMAGE_SIZE, "license": 1})
         for caption in captions(scene, rng):
-            caption_rows.append({"id": len(caption_rows) + 1, "image_id": image_id, "caption": caption})
+            all_captions.append({"id": len(all_captions) + 1, "image_id": image_id, "caption": caption})
         for item in scene.objects:
-            row = {"id": len(instance_rows) + 1, "image_id": image_id, "category_id": 1 + categories.index(item.name)}
-            instance_rows.append(row | {"bbox": list(item.box), "area": 4 * item.radius**2, "iscrowd": 0})
+            ids = {"id": len(instances) + 1, "image_id": image_id, "category_id": 1 + names.index(item.name)}
+            instances.append(ids | {"bbox": list(item.box), "area": 4 * item.radius**2, "iscrowd": 0})
         for turns in (dialogue(scene, rng), [description(scene, rng)]):
             conversations.append(_conversation(f"{image_id:012d}-{len(conversations) % 2}", file_name, turns, rng))
     header = {"info": {"description": f"Clip-Phi drawn scenes, {split}"}, "licenses": [{"id": 1, "name": "Apache-2.0"}]}
-    category_rows = [{"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(categories, start=1)]
-    captions_json = header | {"images": images, "annotations": caption_rows}
-    instances_json = header | {"images": images, "annotations": instance_rows, "categories": category_rows}
+    captions_json = header | {"images": images, "annotations": all_captions}
+    instances_json = header | {"images": images, "annotations": instances, "categories": categories}
     _write_json(folder / "annotations" / f"captions_{split}2017.json", captions_json)
     _write_json(folder / "annotations" / f"instances_{split}2017.json", instances_json)
     _write_json(folder / f"llava_instruct_{split}.json", conversations)

@@ -1,4 +1,4 @@
-"""What is said in recordings, written down ahead: one file for each way of hearing, by the hash of a recording."""
+"""Transcripts of recordings, made ahead of training: one file for each AsrSettings, by the hash of a recording."""
 
 import hashlib
 import json
@@ -9,17 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from .sample import SPOKEN_INSTRUCTION, Conversation, File, Sample
 from .files import file_stamp
 from .report import RecordError, Report, Skip
+from .sample import SPOKEN_INSTRUCTION, Conversation, File, Sample, Turn
 
 Engine = Literal["faster-whisper", "whisperx"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
 class AsrSettings(NamedTuple):
-    """How recordings are heard; another way may write down other words. model: of Whisper, by name, Hub id or folder.
-    language: None to find it out by listening. max_seconds: so much of the beginning is heard."""
+    """How recordings are transcribed.
+
+    engine: the program that runs Whisper.
+    model: of Whisper, by name, Hub id or folder.
+    language: None to detect it.
+    max_seconds: how much of the beginning is transcribed."""
 
     engine: Engine = "faster-whisper"
     model: str = "base.en"
@@ -28,24 +32,24 @@ class AsrSettings(NamedTuple):
 
 
 class Transcripts:
-    """The transcripts of one hearing, in the folder clip_phi/transcripts of Hugging Face's cache (HF_HOME).
+    """The transcripts made with some settings, in the folder clip_phi/transcripts of Hugging Face's cache (HF_HOME).
 
-    A json line each, {"audio": hash, "text"} or {"audio": hash, "error"}, appended as they are made: a process that is
-    killed loses none but the last."""
+    A json line each, {"audio": hash, "text"} or {"audio": hash, "error"}, appended one by one: a killed process loses
+    the last at most."""
 
-    def __init__(self, hearing: AsrSettings, folder: Path | None = None):
+    def __init__(self, settings: AsrSettings, folder: Path | None = None):
         from huggingface_hub.constants import HF_HOME
 
-        if os.path.isdir(hearing.model):
-            hearing = hearing._replace(model=os.path.abspath(hearing.model))
-        digest = hashlib.blake2b(json.dumps(hearing).encode(), digest_size=6).hexdigest()
-        name = re.sub(r"[^\w.-]+", "-", f"{hearing.engine}-{Path(hearing.model).name}-{digest}")
-        self.hearing = hearing
+        if os.path.isdir(settings.model):
+            settings = settings._replace(model=os.path.abspath(settings.model))
+        digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=6).hexdigest()
+        name = re.sub(r"[^\w.-]+", "-", f"{settings.engine}-{Path(settings.model).name}-{digest}")
+        self.settings = settings
         self.path = (folder or Path(HF_HOME) / "clip_phi" / "transcripts") / f"{name}.jsonl"
-        self.asked = False
+        self.used = False
         self._entries: dict[str, dict[str, Any]] | None = None
         self._keys: dict[File, str] = {}
-        self._whole = False  # whether the file is known to end in a whole line
+        self._ends_whole = False  # whether the file is known to end in a whole line
 
     def key(self, recording: File | bytes) -> str:
         """The hash of a recording's bytes. Raises RecordError if they cannot be read."""
@@ -59,8 +63,8 @@ class Transcripts:
         return self._keys[recording]
 
     def get(self, recording: File | bytes) -> dict[str, Any] | None:
-        """{"text"} or {"error"}, or None if it was not heard yet. Raises RecordError if it cannot be read."""
-        self.asked = True
+        """{"text"} or {"error"}, or None if there is no transcript yet. Raises RecordError if it cannot be read."""
+        self.used = True
         return self._read().get(self.key(recording))
 
     def add(self, recording: File | bytes, **entry: Any) -> None:
@@ -69,56 +73,49 @@ class Transcripts:
         entries = self._read()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
-            if file.tell() and not self._whole:
+            if file.tell() and not self._ends_whole:
                 file.seek(-1, os.SEEK_END)
-                self._whole = file.read() == b"\n"  # else its last line was torn when a process was killed
-            file.write(b"" if self._whole else b"\n")
+                self._ends_whole = file.read() == b"\n"  # else a process was killed while it wrote the last line
+            file.write(b"" if self._ends_whole else b"\n")
             file.write(json.dumps(entry).encode() + b"\n")
-        self._whole = True
+        self._ends_whole = True
         entries[entry["audio"]] = entry
 
     def fill(self, samples: Iterable[Sample], report: Report) -> Iterator[Sample]:
         """The Samples, with transcripts where a turn has a recording and none.
 
-        Where nobody speaks, the recording is left out; a turn that consists of it alone takes its branch along. Where
-        none was written down, the turn stays as it is: what cannot be trained on is skipped when it is tokenised."""
+        A recording without speech is left out, and its conversation with it if the turn has no other text. A turn
+        whose transcript is not made yet stays as it is: it is skipped when it is tokenised."""
         for sample in samples:
-            if not any(
-                turn.speech is not None and turn.transcript is None for each in sample.conversations for turn in each
-            ):
+            if not any(_lacks_transcript(turn) for conversation in sample.conversations for turn in conversation):
                 yield sample
                 continue
             good: list[tuple[Conversation, str]] = []
             for conversation, origin in zip(sample.conversations, sample.origins, strict=True):
                 try:
-                    good.append((self._fill(conversation, origin, report), origin))
-                except RecordError as defect:
-                    report.skip(Skip(defect.kind, origin, defect.detail))
+                    good.append((tuple(self._fill(turn, origin, report) for turn in conversation), origin))
+                except RecordError as error:
+                    report.skip(Skip(error.kind, origin, error.detail))
             if good:
                 conversations, origins = zip(*good, strict=True)
                 yield replace(sample, conversations=conversations, origins=origins)
 
     def file_stamps(self) -> dict[str, list[int] | None]:
-        """If anything was looked up: the file, with what tells whether it has changed."""
-        return {str(self.path): file_stamp(str(self.path))} if self.asked else {}
+        """file_stamp() of the file, if a transcript was looked up."""
+        return {str(self.path): file_stamp(str(self.path))} if self.used else {}
 
-    def _fill(self, conversation: Conversation, origin: str, report: Report) -> Conversation:
-        turns = []
-        for turn in conversation:
-            if turn.speech is not None and turn.transcript is None:
-                found = self.get(turn.speech)
-                name = "a recording" if isinstance(turn.speech, bytes) else str(turn.speech)
-                if found is not None and "error" in found:
-                    raise RecordError("recording cannot be heard", f"{name}: {found['error']}")
-                if found is not None and not found["text"]:
-                    if turn.text == SPOKEN_INSTRUCTION:
-                        raise RecordError("nobody speaks in the recording", name)
-                    report.repair("nobody speaks in the recording, which was left out", origin, name)
-                    turn = turn._replace(speech=None)
-                elif found is not None:
-                    turn = turn._replace(transcript=found["text"])
-            turns.append(turn)
-        return tuple(turns)
+    def _fill(self, turn: Turn, origin: str, report: Report) -> Turn:
+        if turn.speech is None or not _lacks_transcript(turn) or (found := self.get(turn.speech)) is None:
+            return turn
+        name = "a recording" if isinstance(turn.speech, bytes) else str(turn.speech)
+        if "error" in found:
+            raise RecordError("recording cannot be decoded", f"{name}: {found['error']}")
+        if found["text"]:
+            return turn._replace(transcript=found["text"])
+        if turn.text == SPOKEN_INSTRUCTION:
+            raise RecordError("no speech in the recording", name)
+        report.repair("no speech in the recording, which was left out", origin, name)
+        return turn._replace(speech=None)
 
     def _read(self) -> dict[str, dict[str, Any]]:
         if self._entries is None:
@@ -129,8 +126,12 @@ class Transcripts:
                     entry = json.loads(line)
                     self._entries[entry["audio"]] = entry
                 except (ValueError, KeyError, TypeError):
-                    continue  # torn when its process was killed: it will be heard again
+                    continue  # half a line of a killed process: the recording is transcribed again
         return self._entries
+
+
+def _lacks_transcript(turn: Turn) -> bool:
+    return turn.speech is not None and turn.transcript is None
 
 
 def _hash(data: bytes) -> str:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from ..batching.images import load_image
-from ..data.sample import File
+from ..data.sample import File, user_message
 from .generate import GeneratedAnswer, Prompt, generate_answers
 
 
@@ -122,7 +120,7 @@ def answer_all(
     size = decoding.batch_size
     batches = [missing[start : start + size] for start in range(0, len(missing), size)]
     for batch in progress(batches):
-        prompts = [as_prompt(each) for each in batch]
+        prompts = [prompt_for(each) for each in batch]
         answers = generate_answers(model, processor, prompts, decoding.max_new_tokens, decoding.num_beams)
         new = dict(zip((question.key for question in batch), answers, strict=True))
         found |= new
@@ -131,11 +129,6 @@ def answer_all(
     return found
 
 
-def as_prompt(request: Question) -> Prompt:
-    content: list[dict[str, Any]] = [{"type": "image"}] if request.image is not None else []
-    if request.transcript is not None:
-        content.append({"type": "transcript", "text": request.transcript})
-    if request.text is not None:
-        content.append({"type": "text", "text": request.text})
-    image: Image.Image | None = load_image(request.image) if request.image is not None else None
-    return [{"role": "user", "content": content}], image
+def prompt_for(question: Question) -> Prompt:
+    image = load_image(question.image) if question.image is not None else None
+    return [user_message(question.text, int(image is not None), question.transcript)], image

@@ -20,7 +20,7 @@ from ..batching.encode import Encoded, encode_samples
 from ..batching.images import Preprocessor
 from ..batching.packing import build_shared_prefix, pack_samples
 from ..data.report import Report
-from ..data.sample import Sample
+from ..data.sample import Sample, user_message
 from .answers import AnswerFile, Decoding, Processes, Question, answer_all
 from .bootstrap import by_group, margin, margin_interval
 from .generate import GeneratedAnswer, held_out_loss
@@ -50,8 +50,7 @@ def prompt_of(eval_set: EvalSet, model: Any, wanted: str | None) -> str | None:
 
 def show_prompt(processor: Any, prompt: str | None) -> str:
     """The prompt in the chat template, with one <image> for all image tokens."""
-    content: list[dict[str, Any]] = [{"type": "image"}] + ([{"type": "text", "text": prompt}] if prompt else [])
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor.apply_chat_template([user_message(prompt, 1)], add_generation_prompt=True)
 
 
 def evaluate_answers(
@@ -264,7 +263,6 @@ def evaluate_loss(
     preprocess = Preprocessor(processor.image_processor)
     partners = derange(eval_set.digests, decoding.seed)
     pad, end = processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id
-    image_tokens = [processor.image_token_id] * processor.num_image_tokens
     report = Report()
     encoded = list(encode_samples(samples, processor, max_length, report))
     places = {image: number for number, image in enumerate(eval_set.images)}
@@ -272,7 +270,7 @@ def evaluate_loss(
 
     def loss(conversations: list[Encoded], image: int | None) -> list[float]:
         bare = any(labels[0] >= 0 for _, labels in conversations)
-        prefix = image_tokens if image is not None else [end] if bare else []
+        prefix = processor.prefix_ids(image is not None) or ([end] if bare else [])
         shared = build_shared_prefix(conversations, prefix, "")
         pixels = preprocess(eval_set.images[image]).unsqueeze(0) if image is not None else None
         pack = pack_samples([shared], pixels, pad).to(model.device)

@@ -42,14 +42,17 @@ def generate_answers(
     inputs = encode_prompts(processor, prompts).to(model.device)
     length = inputs["input_ids"].shape[1]
     refuse_too_long(model, length, max_new_tokens)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=num_beams)
-    rows = output[:, length:].tolist()
-    texts = processor.batch_decode(rows, skip_special_tokens=True)
-    end = processor.tokenizer.eos_token_id
-    lengths = [row.index(end) + 1 if end in row else len(row) for row in rows]
+    ends = end_tokens(model, processor)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": num_beams}
+    output = model.generate(**inputs, **options, eos_token_id=sorted(ends))
+    sequences = output[:, length:].tolist()
+    lengths = [next((place for place, token in enumerate(each) if token in ends), None) for each in sequences]
+    texts = processor.batch_decode(
+        [each[:length] for each, length in zip(sequences, lengths, strict=True)], skip_special_tokens=True
+    )
     return [
-        GeneratedAnswer(text.strip(), length, row[length - 1 : length] == [end])
-        for text, row, length in zip(texts, rows, lengths, strict=True)
+        GeneratedAnswer(text.strip(), len(tokens) if length is None else length + 1, length is not None)
+        for text, tokens, length in zip(texts, sequences, lengths, strict=True)
     ]
 
 
@@ -63,13 +66,23 @@ def generate_texts(
 
 
 def encode_prompts(processor: Any, prompts: Sequence[Prompt]) -> Any:
-    """The processor's tensors for a batch of prompts, padded on the left.
+    """The model's inputs for a batch of prompts, padded on the left.
 
-    A bare caption without its image is asked for by the end token alone: generation needs something to begin from."""
-    end = processor.tokenizer.eos_token
-    texts = [processor.apply_chat_template(messages, add_generation_prompt=True) or end for messages, _ in prompts]
-    images = [image for _, image in prompts if image is not None]
-    return processor(text=texts, images=images or None, padding=True, return_tensors="pt")
+    A request for a bare caption without its image is the end token alone, if there is no BOS: generation needs a token
+    to begin from."""
+    encoded = processor.encode_batch([messages for messages, _ in prompts], add_generation_prompt=True)
+    end = processor.tokenizer.eos_token_id
+    inputs = processor.tokenizer.pad({"input_ids": [ids or [end] for ids, _ in encoded]}, return_tensors="pt")
+    if images := [image for _, image in prompts if image is not None]:
+        inputs["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    return inputs
+
+
+def end_tokens(model: Any, processor: Any) -> set[int]:
+    """Token ids that end an answer: those of the generation config, and the tokenizer's, which training teaches."""
+    ends = model.generation_config.eos_token_id
+    ends = model.config.get_text_config().eos_token_id if ends is None else ends
+    return {processor.tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends or ())}
 
 
 def refuse_too_long(model: Any, num_tokens: int, max_new_tokens: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
+from ..data.sample import user_message
 from .generate import Prompt, generate_answers
 from .run import load
 
@@ -58,10 +59,8 @@ class ClipPhi(lmms):
         images = to_visual(self.task_dict[task][split][document])
         if len(images) > 1:
             raise ValueError(f"task {task}: {len(images)} images in one question; Clip-Phi takes one")
-        content: list[dict[str, Any]] = [{"type": "image"}] if images else []
-        if text := context.replace("<image>", "").strip():
-            content.append({"type": "text", "text": text})
-        return [{"role": "user", "content": content}], images[0].convert("RGB") if images else None
+        message = user_message(context.replace("<image>", "").strip(), len(images))
+        return [message], images[0].convert("RGB") if images else None
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         raise NotImplementedError("clip_phi answers tasks of output_type generate_until only")

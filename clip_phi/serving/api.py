@@ -79,23 +79,11 @@ class AudioPart(_Strict):
     input_audio: InputAudio
 
 
-class SystemMessage(_Strict):
-    role: Literal["system", "developer"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-
-class AssistantMessage(_Strict):
-    role: Literal["assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-    refusal: None = None
-
-
-class UserMessage(_Strict):
-    role: Literal["user"]
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]]
     name: str | None = None
+    refusal: None = None
 
 
 class StreamOptions(_Strict):
@@ -110,7 +98,7 @@ class ChatRequest(_Strict):
     """The supported part of OpenAI's request. Other parameters are refused by name, unless at their default."""
 
     model: str
-    messages: list[Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]]
+    messages: list[Message]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, description="default 0: greedy")
@@ -294,6 +282,8 @@ def _submit(
             try:
                 if isinstance(part, TextPart):
                     content.append({"type": "text", "text": part.text})
+                elif role != "user":
+                    raise ValueError("only a user's message can have images and recordings")
                 elif isinstance(part, ImagePart):
                     if len(images) == limits.max_images:
                         raise ValueError(f"more than {limits.max_images} images")

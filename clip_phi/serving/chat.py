@@ -18,7 +18,9 @@ import numpy as np
 from PIL import Image
 
 from ..batching.images import load_image
+from ..data.sample import user_message
 from ..data.synthetic import draw_scene, sample_scene
+from ..speech.tts import join
 from ..templates import render
 from .batch_captions import find_images
 from .engine import Completion, Engine, QueueFullError
@@ -39,18 +41,11 @@ SHOWN_SIZE = 256  # pixels; drawn scenes are very small
 def launch(
     engine: Engine, modalities: Modalities, host: str, port: int, examples: Path | None = None, block: bool = True
 ) -> gr.Blocks:
-    """Serve the page, until Ctrl-C if it blocks.
+    """Serve the page.
 
-    Args:
-        engine: Its model answers.
-        modalities: Speech and image output, speech input.
-        host, port: Address of the page.
-        examples: Folder of example images; None for drawn scenes.
-        block: Whether to wait for Ctrl-C.
-
-    Raises:
-        OSError: If the port is not available.
-    """
+    examples: folder of example images; None for drawn scenes.
+    block: whether to return at Ctrl-C only.
+    Raises OSError if the port is not available."""
     page = make_page(engine, modalities, examples)
     page.queue(default_concurrency_limit=None)  # the engine's queue is the only one
     theme = gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg")
@@ -170,10 +165,9 @@ def _respond(
     yield shown[0], status
     try:
         if speak and modalities.synthesize is not None and text:
-            sentences = list(modalities.synthesize(text))
-            samples = np.concatenate([each for _, each in sentences])
-            samples = (np.clip(samples, -1, 1) * 32767).astype(np.int16)
-            shown.append(gr.Audio((sentences[0][0], samples), autoplay=True, show_label=False))
+            speech = join(modalities.synthesize(text))
+            samples = (speech.samples.clip(-1, 1) * 32767).astype(np.int16)
+            shown.append(gr.Audio((speech.sampling_rate, samples), autoplay=True, show_label=False))
             yield shown, status
         if draw and modalities.draw is not None and text:
             shown.append(gr.Image(modalities.draw(text, random.randrange(2**31)), show_label=False))
@@ -222,25 +216,20 @@ def _conversation(
     messages: list[dict[str, Any]] = []
     images: list[Image.Image] = []
     for files, text, answer in turns:
-        content: list[dict[str, str]] = []
-        transcript = ""
+        transcripts, before = [], len(images)
         for path in files:
             if (mimetypes.guess_type(path)[0] or "").startswith(("audio/", "video/")):
                 if transcribe is None:
                     raise ValueError("this page has no speech input")
-                transcript = transcribe(path)
-                content.append({"type": "transcript", "text": transcript})
+                transcripts.append(transcribe(path))
             else:
                 images.append(load_image(path))
-                content.append({"type": "image"})
-        if text:
-            content.append({"type": "text", "text": text})
-        if not content:
+        if not (files or text):
             raise ValueError("there is no question: write one, or attach an image")
-        messages.append({"role": "user", "content": content})
+        messages.append(user_message(text, len(images) - before, *transcripts))
         if answer:
             messages.append({"role": "assistant", "content": answer})
-    return messages, images, transcript
+    return messages, images, transcripts[-1] if transcripts else ""
 
 
 def _content(entry: dict[str, Any]) -> tuple[list[str], str]:

@@ -5,7 +5,6 @@ Orca (OSDI 2022) over a cache in which every sequence has its own length.
 """
 
 import atexit
-import itertools
 import logging
 import random
 import threading
@@ -17,15 +16,15 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 from ..batching.images import Preprocessor, pixel_hash
-from ..data.sample import SPOKEN_INSTRUCTION
-from ..evaluation.generate import refuse_too_long
+from ..data.sample import SPOKEN_INSTRUCTION, user_message
+from ..environment import quantization_config
+from ..evaluation.generate import end_tokens, refuse_too_long
 from ..hub.retry import load_with_retries
 from .detokenizer import TextStream
 from .int8 import fold_lora, quantize_decoder
@@ -116,11 +115,6 @@ class Completion:
 
     # -------------------------------------------------------------- called by the engine
 
-    def _count_token(self) -> None:
-        self._last = time.perf_counter()
-        self._first = self._first or self._last
-        self.num_tokens += 1
-
     def _add(self, piece: str) -> None:
         if piece:
             self.text += piece
@@ -171,7 +165,7 @@ class Engine:
         if window is not None and getattr(config, "use_sliding_window", True):
             self.context = min(self.context, window)  # up to there a window attends to everything, as our masks do
         self.forward = _with_compiled_steps(model) if compiled else model
-        self.ends = _end_tokens(model)
+        self.ends = end_tokens(model, processor)
         self.preprocess = Preprocessor(processor.image_processor)
         self.images = TensorCache(limits.image_bytes)
         self.counts: Counter[str] = Counter()  # requests by finish reason, tokens, steps and images
@@ -205,7 +199,8 @@ class Engine:
             less exact), "nf4" for 4-bit ones (bitsandbytes).
         Raises ValueError or OSError if the model cannot be loaded, ImportError without bitsandbytes."""
         transformers_logging.disable_progress_bar()
-        model = _load(path, torch.device(device or _default_device()), quantization)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = _load(path, torch.device(device), quantization)
         processor = load_with_retries(ClipPhiProcessor.from_pretrained, path)
         return cls(model, processor, compiled, limits)
 
@@ -325,25 +320,12 @@ class Engine:
             raise QueueFullError(waiting, max(1, round(batches * self.seconds_per_request)))
 
     def _encode(self, messages: Sequence[dict[str, Any]], num_images: int) -> list[int]:
-        tokenizer, token = self.processor.tokenizer, self.processor.image_token
-        special = (token, tokenizer.eos_token, tokenizer.pad_token)
-        for message in messages:
-            content = message["content"]
-            items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            texts = [item.get("text", "") for item in items]
-            if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-                raise ValueError("a text contains half a character, a surrogate without its other half")
-            for text, each in itertools.product(texts, special):
-                if each in text:
-                    raise ValueError(f"a text contains {each}, which the model knows as a token of its own")
         with self._encoding:  # a tokenizer is not made for several threads at once
-            try:
-                text = self.processor.apply_chat_template(list(messages), add_generation_prompt=True)
-            except TemplateError as error:
-                raise ValueError(f"the chat template refuses the conversation: {error}") from error
-            if (places := text.count(token)) != num_images:
-                raise ValueError(f"{num_images} images, but {places} places for them in the conversation")
-            return tokenizer(text.replace(token, token * self.processor.num_image_tokens))["input_ids"]
+            ids, _ = self.processor.encode(messages, add_generation_prompt=True)
+        if (places := ids.count(self.processor.image_token_id)) != num_images * self.processor.num_image_tokens:
+            places //= self.processor.num_image_tokens
+            raise ValueError(f"{num_images} images, but {places} places for them in the conversation")
+        return ids
 
     def _prepare(self, image: Image.Image) -> tuple[str, torch.Tensor | None, torch.Tensor | None]:
         key = pixel_hash(image)
@@ -508,10 +490,12 @@ class Engine:
             raise ValueError("the model's logits are not finite")
         completion, stream = request.completion, request.stream
         request.last = token
-        completion._count_token()
+        completion.num_tokens += 1
         self.counts["tokens"] += 1
+        completion._last = time.perf_counter()
         if completion.num_tokens == 1:
-            self.first_token_seconds.append(completion.first_token_seconds or 0.0)
+            completion._first = completion._last
+            self.first_token_seconds.append(completion._first - completion._submitted)
         if token not in self.ends:
             completion._add(stream.add(token))
         stopped = token in self.ends or stream.stopped
@@ -554,11 +538,8 @@ def as_prompt(
     text: str | None, image: Image.Image | None, transcript: str | None = None
 ) -> tuple[list[dict[str, Any]], list[Image.Image]]:
     """One user's turn about an image, or none, and the images of it; text: None to ask for a bare caption."""
-    content: list[dict[str, Any]] = [{"type": "image"}] if image is not None else []
-    for kind, words in (("transcript", transcript), ("text", text)):
-        if words is not None:
-            content.append({"type": kind, "text": words})
-    return [{"role": "user", "content": content}], [image] if image is not None else []
+    images = [] if image is None else [image]
+    return [user_message(text, len(images), transcript)], images
 
 
 def _choose(logits: torch.Tensor, requests: Sequence[_Request]) -> list[int | None]:
@@ -594,19 +575,7 @@ def _load(path: str, device: torch.device, quantization: str | None) -> Any:
         if quantization is not None:
             quantize_decoder(model)
         return model
-    try:
-        import bitsandbytes  # noqa: F401
-        from transformers import BitsAndBytesConfig
-    except ImportError as error:
-        raise ImportError(f"{quantization} on {device} needs bitsandbytes: pip install 'clip-phi[cuda]'") from error
-    compute = torch.float32 if device.type == "cpu" else torch.bfloat16
-    config = BitsAndBytesConfig(
-        load_in_8bit=quantization == "int8",
-        load_in_4bit=quantization == "nf4",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-    )
+    config = quantization_config(quantization, torch.float32 if device.type == "cpu" else torch.bfloat16)
     return load_with_retries(
         ClipPhiForCausalLM.from_pretrained,
         path,
@@ -622,15 +591,5 @@ def _with_compiled_steps(model: Any) -> Callable[..., Any]:
     return lambda **inputs: (step if "input_ids" in inputs else model)(**inputs)
 
 
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _default_cache_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2 * GB
-
-
-def _end_tokens(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    ends = model.config.get_text_config().eos_token_id if ends is None else ends
-    return {ends} if isinstance(ends, int) else set(ends or ())

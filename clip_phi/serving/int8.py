@@ -36,7 +36,10 @@ def _quantize(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def quantize_decoder(model: Any) -> None:
     """Quantize decoder blocks and head of a ClipPhiForCausalLM on the CPU in place, LoRA merged in, for inference."""
     fold_lora(model)
-    _quantize_linears(model.model.language_model)
+    decoder = model.model.language_model
+    for name, module in list(decoder.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            decoder.set_submodule(name, Int8Linear(module))
     model.lm_head = Int8Linear(model.lm_head)
 
 
@@ -48,12 +51,3 @@ def fold_lora(model: Any) -> None:
             base = layer.get_base_layer()
             base.weight.data = folded[f"{path}.weight"].detach()
             model.set_submodule(path, base)
-
-
-def _quantize_linears(module: torch.nn.Module) -> None:
-    """Replace every nn.Linear inside by an Int8Linear."""
-    for name, child in list(module.named_children()):
-        if isinstance(child, torch.nn.Linear):
-            setattr(module, name, Int8Linear(child))
-        else:
-            _quantize_linears(child)

@@ -123,24 +123,15 @@ def _as_float(samples: np.ndarray) -> np.ndarray:
 
 def _open(source: str | Path | bytes | File, name: str, stack: ExitStack) -> Any:
     """An open file. FFmpeg never gets a name: it would accept URLs and other protocols."""
-    if isinstance(source, File):
-        if source.member is None:
-            source = source.path
-        else:
-            try:
-                source = source.read()
-            except Exception as error:  # zipfile, zlib and pyarrow each have errors of their own
-                raise ValueError(f"missing recording: {name}: {' '.join(str(error).split())}") from error
-    if isinstance(source, bytes):
-        if not source:
-            raise ValueError(f"empty audio file: {name}")
-        return io.BytesIO(source)
     try:
-        file = stack.enter_context(open(source, "rb"))  # noqa: SIM115
-    except (OSError, ValueError) as error:
-        raise ValueError(f"missing recording: {name}: {getattr(error, 'strerror', None) or error}") from error
-    if not file.peek(1):
+        if isinstance(source, File):
+            source = source.path if source.member is None else source.read()
+        file: Any = io.BytesIO(source) if isinstance(source, bytes) else stack.enter_context(open(source, "rb"))  # noqa: SIM115
+    except Exception as error:  # zipfile, zlib and pyarrow each have errors of their own
+        raise ValueError(f"missing recording: {name}: {_reason(error)}") from error
+    if not file.read(1):
         raise ValueError(f"empty audio file: {name}")
+    file.seek(0)
     return file
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -73,9 +72,9 @@ def transcribe_source(
     stats.recordings = len(keys)
     if not pending:
         return stats, report
-    engine, model, language, max_seconds = transcripts.hearing
+    engine, model, language, max_seconds = transcripts.settings
     with closing(make_transcriber(engine, model, device, language, compute_type)) as transcriber:
-        for recording in tqdm(pending.values(), unit="recording", disable=not sys.stderr.isatty(), dynamic_ncols=True):
+        for recording in tqdm(pending.values(), unit="recording", disable=None, dynamic_ncols=True):
             try:
                 clip = load_audio(recording, max_seconds)
             except ValueError as error:
@@ -141,7 +140,7 @@ def synthesize_questions(
     chosen = [turn for turn in turns if rng.random() < share]
     texts = Counter(_question(turn) for turn in chosen)
     names: dict[str, str] = {}
-    for text in tqdm(texts, unit="question", disable=not sys.stderr.isatty(), dynamic_ncols=True):
+    for text in tqdm(texts, unit="question", disable=None, dynamic_ncols=True):
         name = f"{hashlib.blake2b(f'{tts.voice}:{text}'.encode(), digest_size=10).hexdigest()}.wav"
         if not (folder / name).exists():
             try:

@@ -159,9 +159,7 @@ class WhisperXTranscriber:
     ):
         self.installation = find_installation(folder)
         if word_timestamps and self.installation.form == "light":
-            raise ValueError(
-                "the light form of WhisperX has no word timestamps: run 'clip-phi speech install --form full'"
-            )
+            raise ValueError("WhisperX's light form has no word timestamps: run 'clip-phi speech install --form full'")
         self.model = model
         self.start_seconds, self.transcribe_seconds = start_seconds, transcribe_seconds
         self.starts = 0
@@ -170,7 +168,6 @@ class WhisperXTranscriber:
         self._command += [language or "", "1" if word_timestamps else "0", self.installation.vad]
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        self._lines: queue.Queue[str | None] = queue.Queue()
         self._errors: Any = None
         self._number = 0
         self._closed = False
@@ -182,20 +179,19 @@ class WhisperXTranscriber:
         with self._lock:
             if self._closed:
                 raise ValueError("this transcriber is closed")
-            if self._process is None:
-                self._start()
-            try:
-                result = self._request(samples)
-            except _WorkerExited:
-                self._start()  # the machine may be the cause, not this clip
+            for last_try in (False, True):  # the machine may be the cause of an exit, not this clip
+                if self._process is None:
+                    self._start()
                 try:
                     result = self._request(samples)
+                    break
                 except _WorkerExited as error:
-                    raise WorkerError(f"WhisperX exited twice during one clip: {error}") from error
-        segments = []
-        for each in result["segments"]:
-            words = tuple(Word(word["word"], word["start"], word["end"]) for word in each["words"])
-            segments.append(Segment(each["text"].strip(), each["start"], each["end"], words))
+                    if last_try:
+                        raise WorkerError(f"WhisperX exited twice during one clip: {error}") from error
+        segments = [
+            Segment(each["text"].strip(), each["start"], each["end"], tuple(Word(*word) for word in each["words"]))
+            for each in result["segments"]
+        ]
         return make_transcript(segments, result["language"], self.engine, clip)
 
     def close(self) -> None:
@@ -207,7 +203,6 @@ class WhisperXTranscriber:
         self._stop()
         self.starts += 1
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self._lines = queue.Queue()
         try:
             self._process = subprocess.Popen(
                 self._command,
@@ -220,9 +215,8 @@ class WhisperXTranscriber:
             )
         except OSError as error:
             raise WorkerError(f"WhisperX's {self.installation.python} does not start: {error.strerror}") from error
-        threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
         try:
-            response = self._response(self.start_seconds, "start")
+            response = self._exchange("", self.start_seconds, "start")
         except _WorkerExited as error:
             raise WorkerError(f"WhisperX does not start: {error}") from error
         if "error" in response:
@@ -230,12 +224,9 @@ class WhisperXTranscriber:
             raise ValueError(f"WhisperX cannot load {self.model}: {' '.join(str(response['error']).split())}")
 
     def _request(self, samples: str) -> dict[str, Any]:
-        assert self._process is not None
         self._number += 1
         line = json.dumps({"id": self._number, "samples": samples}) + "\n"
-        # In a thread: a worker that hangs does not read, and writing would block for ever.
-        threading.Thread(target=_write, args=(self._process.stdin, line), daemon=True).start()
-        response = self._response(self.transcribe_seconds, "answer")
+        response = self._exchange(line, self.transcribe_seconds, "answer")
         if "error" in response:
             raise ValueError(f"WhisperX cannot transcribe this clip: {' '.join(str(response['error']).split())}")
         if response.get("id") != self._number:
@@ -243,15 +234,18 @@ class WhisperXTranscriber:
             raise WorkerError(f"WhisperX answers request {response.get('id')} instead of {self._number}")
         return response
 
-    def _response(self, seconds: float, what: str) -> dict[str, Any]:
-        """The worker's next line. Raises _WorkerExited; WorkerError after so many seconds, and stops the worker."""
+    def _exchange(self, line: str, seconds: float, what: str) -> dict[str, Any]:
+        """Send a line and receive one. Raises _WorkerExited; WorkerError, and stops the worker, if it takes longer."""
+        responses: queue.SimpleQueue[str] = queue.SimpleQueue()
+        # In a thread: with a worker that hangs, writing and reading block for ever.
+        threading.Thread(target=_send_and_receive, args=(self._process, line, responses), daemon=True).start()
         try:
-            line = self._lines.get(timeout=seconds)
+            text = responses.get(timeout=seconds)
         except queue.Empty:
             self._stop()
             raise WorkerError(f"WhisperX did not {what} within {seconds:g} seconds, and was stopped") from None
-        with contextlib.suppress(ValueError, TypeError):
-            if isinstance(response := json.loads(line or ""), dict):
+        with contextlib.suppress(ValueError):
+            if isinstance(response := json.loads(text), dict):
                 return response
         raise _WorkerExited(self._exit_reason())
 
@@ -270,16 +264,17 @@ class WhisperXTranscriber:
     def _stop(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            assert process.stdin is not None
+            assert process.stdin is not None and process.stdout is not None
             if self._closed:  # the worker exits at the end of its stdin
                 with contextlib.suppress(OSError):
                     process.stdin.close()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(CLOSE_SECONDS)
-            process.kill()  # before its stdin is closed: a thread may still write to it
+            process.kill()  # before its pipes are closed: a thread may still use them
             process.wait()
             with contextlib.suppress(OSError):
                 process.stdin.close()
+            process.stdout.close()
         if self._errors is not None:
             self._errors.close()
             self._errors = None
@@ -293,14 +288,10 @@ class _WorkerExited(Exception):
     """The worker has exited; the message says how."""
 
 
-def _read(stream: Any, lines: "queue.Queue[str | None]") -> None:
-    with stream:
-        for line in stream:
-            lines.put(line)
-    lines.put(None)
-
-
-def _write(stream: Any, line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # the worker has exited or was stopped: _response notices
-        stream.write(line)
-        stream.flush()
+def _send_and_receive(process: Any, line: str, responses: "queue.SimpleQueue[str]") -> None:
+    text = ""
+    with contextlib.suppress(OSError, ValueError):  # the worker has exited or was stopped
+        process.stdin.write(line)
+        process.stdin.flush()
+        text = process.stdout.readline()
+    responses.put(text)

@@ -4,7 +4,7 @@
 
 The protocol is JSON lines. First on stdout: {"ready": true, "whisperx": version} or {"error"}. Then for each line of
 stdin, {"id", "samples": base64 of float32 at 16 kHz}, one line on stdout: {"id", "segments": [{"text", "start", "end",
-"words"}], "language"} or {"id", "error"}. It exits at the end of stdin.
+"words": [[word, start, end], ...]}], "language"} or {"id", "error"}. It exits at the end of stdin.
 
     python whisperx_worker.py --check VAD
 
@@ -92,8 +92,7 @@ def make_asr(model: str, device: str, compute_type: str, language: str | None, w
 
 def as_plain(segment: dict[str, Any]) -> dict[str, Any]:
     words = [
-        {"word": word["word"], "start": _seconds(word.get("start")), "end": _seconds(word.get("end"))}
-        for word in segment.get("words") or ()
+        (word["word"], _seconds(word.get("start")), _seconds(word.get("end"))) for word in segment.get("words") or ()
     ]
     return {"text": segment["text"], "start": float(segment["start"]), "end": float(segment["end"]), "words": words}
 

@@ -1,480 +1,249 @@
-"""What a run needs, before a GPU is rented: parameters, FLOPs, memory by item, the largest forward pass, hours.
+"""What a run needs, before a GPU is rented: parameters, FLOPs, memory by item, the largest batch, hours.
 
-What can be counted is counted, on meta tensors of the true shapes: a training step of one and of two images runs as it
-would on the card (train mode, autocast, fused attention) while every tensor that it makes is booked; the straight line
-through both gives each item. What cannot be counted is assumed, and the plan says so.
+A formula over the shapes of the model. benchmarks/plan_counting.py counts the same tensor by tensor, and
+tests/test_plan.py compares the two. What cannot be counted is assumed, and marked as such.
 """
 
-import gc
-import sys
-import warnings
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import Any, NamedTuple
+import bisect
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
-from ..batching.attention import PACKED_ATTENTION, attend_by_piece, make_pack_layout
-from ..batching.packing import SharedPrefixSample
+from ..batching.attention import make_pack_layout
+from ..environment import GPUS, Gpu
 from ..training.arguments import Stage2Arguments, TrainingArguments
-from ..training.model import add_lora, count_parameters
 
 GIB = 2**30
-
-
-class Card(NamedTuple):
-    """memory: GiB that torch reports as its total. tflops: dense peak of dtype with fp32 accumulation.
-
-    context: bytes that a process takes before it has a tensor. reserve: what the allocator holds beyond the tensors of
-    a step, as a share of them. is_cuda: autocast to dtype, fused kernels of variable length, 8-bit Adam by default."""
-
-    name: str
-    memory: float
-    tflops: float
-    dtype: torch.dtype = torch.bfloat16
-    context: int = int(0.6 * GIB)  # assumed: CUDA's context, its libraries and their workspaces
-    reserve: float = 0.05  # assumed
-    is_cuda: bool = True
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        return self.dtype if self.is_cuda else None
-
-
-# Peaks of GPUs: NVIDIA's data sheets of A100, H100, H200, L4 and T4 without sparsity; the Ada whitepaper for the RTX
-# 4090, and from it by tensor cores and clock for the RTX 4060. Memory: as torch's out-of-memory messages state it.
-CARDS = {
-    "a100-40": Card("A100 40 GB", 39.4, 312.0),
-    "a100-80": Card("A100 80 GB", 79.1, 312.0),
-    "h100-80": Card("H100 SXM 80 GB", 79.1, 989.4),
-    "h200-141": Card("H200 141 GB", 139.7, 989.4),
-    "l4-24": Card("L4 24 GB", 22.0, 121.0),
-    "t4-16": Card("T4 16 GB", 14.56, 65.0, torch.float16),
-    "rtx-8": Card("RTX 4060 8 GB", 7.6, 30.2),
-    "rtx-24": Card("RTX 4090 24 GB", 23.6, 165.2),
-    # Context: Python, libraries and what their kernels keep, measured (docs/true_size.md). Peak: of a core, assumed.
-    "cpu-16": Card("CPU, 16 GB", 16e9 / GIB, 0.1, torch.float32, int(0.65 * GIB), 0.0, is_cuda=False),
-}
-PATCHES = 49
+CPU = Gpu("cpu", 0.1, "cpu-16", "CPU, 16 GB", 16e9 / GIB, "float32", has_varlen=False)  # assumed peak, of one core
+CARDS = {gpu.key: gpu for gpu in (*GPUS, CPU) if gpu.key}
+# Bytes that a process takes before it has a tensor, and what the allocator holds beyond the tensors of a step, as a
+# share of them: on CUDA assumed; on a CPU measured (docs/true_size.md).
+CONTEXT, RESERVE = {True: int(0.6 * GIB), False: int(0.65 * GIB)}, {True: 0.05, False: 0.0}
 CAPTION_LENGTHS = (11, 12, 12, 11, 12)  # 11.6 tokens of phi-2's tokenizer; the end token is no input
-CONVERSATION_TOKENS, CONVERSATION_ANSWERS = 165, 125  # assumed, of LLaVA-Instruct-150K
 IMAGES, CONVERSATIONS = 118_287, 157_712  # of COCO train2017; of LLaVA-Instruct-150K
+# The decoder layers that the formula knows, by their linear layers and number of norms.
+PHI = ({"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}, 1)
+LLAMA = ({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, 2)
+# Most memory beside the activations in the decoder's forward and backward pass, in bytes for each token and unit of
+# hidden + intermediate width: (Phi on CUDA, on a CPU, Llama on CUDA, on a CPU), counted on phi-2 and TinyLlama.
+PEAKS = {"frozen": (3.2, 6.4, 7.33, 15.7), "lora": (9.6, 6.4, 8.93, 10.7), "full": (2.0, 4.0, 5.3, 12.8)}
+PEAKS |= {"nf4": (8.4, 6.4, 8.93, 10.7), "int8": (7.2, 5.58, 6.93, 10.7)}
+# The same with gradient checkpointing, for Phi, with the activations of one layer. These are upper bounds: the counting
+# holds what a layer makes anew for longer than a GPU does. For Llama 1.5 times a layer's activations are assumed.
+CHECKPOINTED_PEAKS = {"frozen": (10.07, 16.09), "lora": (55.5, 70.2), "full": (20.2, 20.0)}
+CHECKPOINTED_PEAKS |= {"nf4": (57.1, 70.2), "int8": (67.5, 80.6)}
 
 
-class Row(NamedTuple):
-    """One image and its branches. branches: text tokens of each; supervised: tokens that are learnt from."""
+class Formula:
+    """Memory and FLOPs of training a model on a card.
 
-    prefix: int
-    conversations: tuple[int, ...]
-    supervised: int
+    Raises ValueError if the decoder's layers are neither like Phi's nor like Llama's."""
 
-    @classmethod
-    def of(cls, tree: SharedPrefixSample) -> "Row":
-        counts = Counter(tree.conversation_ids)
-        return cls(counts.pop(0, 0), tuple(counts[number] for number in sorted(counts)), len(tree.targets))
+    def __init__(self, config: Any, arguments: TrainingArguments, card: Gpu):
+        with torch.device("meta"):
+            self.model = model = ClipPhiForCausalLM(config)
+        self.arguments, self.card, self.is_cuda = arguments, card, card.dtype != "float32"
+        self.vision, text = config.vision_config, config.get_text_config()
+        layers: Any = getattr(model.model.language_model, "layers", [model.lm_head])
+        linear = {name: each for name, each in layers[0].named_modules() if isinstance(each, torch.nn.Linear)}
+        norms = [each for each in layers[0].modules() if type(each).__name__.endswith("Norm")]
+        kind = ({name.rpartition(".")[2] for name in linear}, len(norms))
+        if kind not in (PHI, LLAMA):
+            raise ValueError(f"plan knows decoder layers like Phi's and Llama's, not those of {text.model_type}")
+        self.is_llama, self.layers, self.norms = kind == LLAMA, len(layers), len(norms)
+        self.linear = [(each.in_features, each.out_features) for each in linear.values()]
+        self.hidden, self.inner, self.heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
+        self.width, self.vocabulary = linear["self_attn.q_proj"].out_features, model.lm_head.out_features
+        self.rotary = int(self.width / self.heads * text.rope_parameters.get("partial_rotary_factor", 1.0))
+        self.patches = (self.vision.image_size // self.vision.patch_size) ** 2
+        self.tower_tokens = self.patches + (config.vision_feature_select_strategy == "default")
+        self.projector_sizes = weights(model.model.projector, torch.nn.Linear)
+        stage2 = arguments if isinstance(arguments, Stage2Arguments) else None
+        self.full = stage2 is not None and stage2.tune_decoder == "full"
+        self.rank = stage2.lora_r if stage2 is not None and not self.full else 0
+        self.masks = int(stage2 is not None and stage2.lora_dropout > 0)
+        self.quantization = stage2.quantization if stage2 is not None else "none"
+        self.kind = "frozen" if stage2 is None else "full" if self.full else self.quantization.replace("none", "lora")
+        parts = [model.model.projector, *([model.model.language_model, model.lm_head] if self.full else [])]
+        lora = [self.rank * size for pair in self.linear for size in pair] * self.layers if self.rank else []
+        self.trained = [*{id(each): each.numel() for part in parts for each in part.parameters()}.values(), *lora]
+        self.parameters = sum(each.numel() for each in model.parameters()) + sum(lora)
 
-    @property
-    def length(self) -> int:
-        return self.prefix + sum(self.conversations)
+    def bill(self, conversation_ids: Sequence[Sequence[int]], supervised: int, copies: int = 1) -> dict[str, int]:
+        """The memory in bytes, by item, of a run whose largest pack is this; see step."""
+        step = self.step(conversation_ids, supervised, copies)[0]
+        bill = self.fixed_bytes() | {name: int(size) for name, size in step.items()}
+        return bill | {"allocator": int(RESERVE[self.is_cuda] * (sum(bill.values()) - bill["context"]))}
 
-    @property
-    def conversation_ids(self) -> list[int]:
-        return [0] * self.prefix + [number for number, size in enumerate(self.conversations, 1) for _ in range(size)]
+    def fixed_bytes(self) -> dict[str, int]:
+        """What a run holds whatever the size of its steps, by item."""
+        trained, size = sum(self.trained), 2 if self.is_cuda else 4
+        frozen, optim = (self.parameters - trained) * size, self.arguments.optim
+        for inputs, outputs in self.linear * self.layers if self.quantization != "none" else []:
+            # int8: a byte, a float32 for each output. nf4: half a byte, a byte for each block of 64, a float32 for each
+            # 256 of those, and tables of 16 and 256 float32 and an offset.
+            weights, blocks = inputs * outputs, -(-inputs * outputs // 64)
+            nf4 = -(-weights // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
+            frozen += (weights + 4 * outputs if self.quantization == "int8" else nf4) - weights * size
+        # bitsandbytes: two states of a byte, a float32 for each block of 256; small tensors keep float32 states.
+        optimizer = sum(2 * each + 8 * -(-each // 256) if each >= 4096 else 8 * each for each in self.trained)
+        if optim == "adamw_torch_fused" or (optim == "auto" and not self.is_cuda):
+            optimizer = 8 * trained
+        items = {"frozen weights": frozen, "trained weights": 4 * trained, "gradients": 4 * trained}
+        return items | {"optimizer": optimizer, "context": CONTEXT[self.is_cuda]}
 
+    def step(
+        self, conversation_ids: Sequence[Sequence[int]], supervised: int, copies: int = 1
+    ) -> tuple[dict[str, float], float, float]:
+        """A step on a pack: its memory in bytes by item, FLOPs of tower and projector, and all other FLOPs.
 
-class Counts(NamedTuple):
-    """Of one training step, in bytes, but for the FLOPs.
-
-    activations: kept for the backward pass when the decoder is through. logits: at most beside them in the loss and its
-    backward pass; layers: in the decoder's forward and backward pass; tower: before the decoder begins."""
-
-    activations: float
-    logits: float
-    layers: float
-    tower: float
-    flops: float
-    tower_flops: float
-
-
-class LikeCuda(TorchFunctionMode):
-    """Makes meta tensors keep what CUDA keeps: autocast to dtype (None: none), fused attention and dropout.
-
-    The lists are those of ATen/autocast_mode.h, as far as decoders and towers of transformers use them."""
-
-    low = {F.linear, F.conv2d, torch.matmul, torch.bmm, F.scaled_dot_product_attention}
-    high = {F.layer_norm, F.group_norm, F.softmax, F.log_softmax, F.cross_entropy, torch.softmax, torch.rsqrt}
-    high |= {torch.pow, torch.exp, torch.Tensor.pow, torch.Tensor.__pow__, torch.Tensor.softmax}
-
-    def __init__(self, dtype: torch.dtype | None):
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        dtype = self.dtype if func in self.low else torch.float32
-        if self.dtype is not None and func in self.low | self.high:
-            args, kwargs = tree_map(lambda x: x.to(dtype) if _is_float(x) else x, (args, kwargs))
-        own = {F.scaled_dot_product_attention: self._attention, F.dropout: self._dropout}
-        return own.get(func, func)(*args, **kwargs)
-
-    def _attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kwargs):
-        if attn_mask is None:
-            flash = torch.ops.aten._scaled_dot_product_flash_attention
-            return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
-        bias = torch.empty_like(attn_mask, dtype=query.dtype).expand(*query.shape[:3], -1)
-        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-        return efficient(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
-
-    def _dropout(self, input, p=0.5, training=True, inplace=False):
-        return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
-
-
-class Recompute(LikeCuda):
-    """LikeCuda in a checkpointed layer's second forward pass. Unlike real ones, what a layer makes under these modes is
-    held by cycles of Python's frames: it is freed before the next."""
-
-    def __enter__(self) -> Any:
-        gc.collect()
-        return super().__enter__()
-
-
-def _varlen(query, key, value, query_starts, key_starts, longest_query, longest_key, scale=None, **kwargs):
-    """What torch.nn.attention.varlen.varlen_attn keeps and computes, with a kernel that takes meta tensors."""
-    flash = torch.ops.aten._flash_attention_forward
-    lengths = (longest_query, longest_key)
-    return flash(query, key, value, query_starts, key_starts, *lengths, 0.0, True, False, scale=scale)[0]
-
-
-def _planned_attention(module, query, key, value, attention_mask, scaling=None, pack_layout=None, **kwargs):
-    groups = query.shape[1] // key.shape[1]
-    query, key, value = query[0], *(x.repeat_interleave(groups, dim=1)[0] if groups > 1 else x[0] for x in (key, value))
-    return attend_by_piece(query, key, value, pack_layout, scaling, _varlen).unsqueeze(0), None
-
-
-# What batching.packing does on CUDA; there it asks query.is_cuda, which a meta tensor is not.
-PLANNED_ATTENTION = "clip_phi_planned_packed"
-AttentionInterface.register(PLANNED_ATTENTION, _planned_attention)
-AttentionMaskInterface.register(PLANNED_ATTENTION, sdpa_mask)
-
-
-def _is_float(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.is_floating_point()
-
-
-class Ledger(TorchDispatchMode):
-    """Books the bytes of the storages that come to be inside it, until they are freed: now, and peak.
-
-    Scalars and seeds of random generators, up to 64 bytes, are not booked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.alive: dict[int, tuple[int, str, tuple[int, ...], torch.dtype]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        given = {x.untyped_storage()._cdata for x in tensors}
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key not in given and key not in self.alive and size > 64:
-                self.alive[key] = (size, str(func), tuple(tensor.shape), tensor.dtype)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, key)
-        return result
-
-    def _free(self, key: int) -> None:
-        self.now -= self.alive.pop(key)[0]
-
-    def take_peak(self) -> int:
-        """The highest since it was last asked for."""
-        peak, self.peak = self.peak, self.now
-        return peak
-
-
-class _Dequantized(torch.autograd.Function):
-    """A frozen layer of bitsandbytes: its weight is made in dtype for the time of a product; int8 keeps the input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
-        ctx.weight, ctx.kept, ctx.dtype = weight, x if kind == "int8" else None, x.dtype
-        return F.linear(x.to(weight.dtype), weight.clone(), bias).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        weight = ctx.weight.clone()
-        return torch.matmul(gradients[0].to(weight.dtype), weight).to(ctx.dtype), None, None, None
-
-
-class QuantizedLinear(torch.nn.Linear):
-    """Stands for a quantised layer; its weight is a stand-in of the true shape, in the dtype of the computation."""
-
-    kind = "nf4"
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Dequantized.apply(x, self.weight, self.bias, self.kind)  # type: ignore[no-any-return, no-untyped-call]
-
-    @property
-    def weight_bytes(self) -> int:
-        """nf4: half a byte, a byte for each block of 64, a float32 for each 256 of those, and tables of 16 and 256
-        float32 and an offset; in all 4.127 bits a weight. int8: a byte, and a float32 for each row."""
-        size, rows = self.weight.numel(), self.weight.shape[0]
-        if self.kind == "int8":
-            return size + 4 * rows
-        blocks = -(-size // 64)
-        return -(-size // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
-
-
-def build_model(config: ClipPhiConfig, arguments: TrainingArguments, dtype: torch.dtype) -> ClipPhiForCausalLM:
-    """As training has it, on the meta device: frozen weights in dtype, trained ones and their gradients in float32."""
-    with torch.device("meta"):
-        model = ClipPhiForCausalLM(config).to(dtype)
-        model.freeze_backbones()
-        if isinstance(arguments, Stage2Arguments):
-            _make_trainable(model, arguments)
-    # On CUDA in half precision a kernel of variable length, else SDPA, which takes meta tensors as it is.
-    model.set_attn_implementation({"text_config": PLANNED_ATTENTION if dtype.itemsize == 2 else PACKED_ATTENTION})
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-            parameter.grad = torch.empty_like(parameter)
-    if arguments.gradient_checkpointing:
-        checkpointing: dict[str, Any] = {"use_reentrant": False}
-        checkpointing["context_fn"] = lambda: (nullcontext(), Recompute(dtype))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 has a new name for it, 5.18 has not
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
-        model.disable_input_require_grads()  # else the tower's states would be kept, too
-    return model.train()
-
-
-def _make_trainable(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
-    """What stage 2 trains beside the projector: LoRA on a decoder that may be quantised, or the decoder itself."""
-    decoder = model.model.language_model
-    if arguments.tune_decoder == "full":
-        decoder.requires_grad_(True)
-        model.lm_head.requires_grad_(True)
-        return
-    for module in decoder.modules():
-        if arguments.quantization != "none" and isinstance(module, torch.nn.Linear):
-            module.__class__, module.kind = QuantizedLinear, arguments.quantization  # type: ignore[assignment]
-    add_lora(model, arguments)
-    model.model.projector.requires_grad_(True)
-
-
-@contextmanager
-def _loss_recomputed_alike(autocast: torch.dtype | None) -> Iterator[None]:
-    """LikeCuda is off inside backward(), where the chunks of a large loss are made again."""
-    module: Any = sys.modules[ClipPhiForCausalLM.__module__]
-    plain = module.checkpoint
-    module.checkpoint = partial(plain, context_fn=lambda: (nullcontext(), Recompute(autocast)))
-    try:
-        yield
-    finally:
-        module.checkpoint = plain
-
-
-def count_step(
-    model: ClipPhiForCausalLM,
-    rows: Sequence[Row],
-    autocast: torch.dtype | None,
-    watch: Callable[[Ledger], Any] | None = None,
-) -> Counts:
-    """Forward and backward of a pack of these rows, on the meta device; those with a prefix have an image.
-
-    watch: is shown the ledger behind the decoder."""
-    vision: Any = model.config.vision_config
-    ledger, flops = Ledger(), FlopCounterMode(display=False)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    images = sum(row.prefix > 0 for row in rows)
-    pixels = empty(images, 3, vision.image_size, vision.image_size, dtype=torch.float32)
-    pack_layout = make_pack_layout([row.conversation_ids for row in rows]).map(lambda tensor: tensor.to("meta"))
-    mask = empty(1, 1, 1, 1, dtype=torch.bool)  # as ClipPhiModel.forward gives it beside segments
-    ids, targets = empty(1, sum(row.length for row in rows)), empty(sum(row.supervised for row in rows))
-    gc.collect()
-    gc.freeze()  # Recompute's collections shall be fast
-    with ledger, flops, LikeCuda(autocast), _loss_recomputed_alike(autocast):
-        embeds = model.get_input_embeddings()(ids)
-        if images:
-            features = torch.cat(list(model.model._project(model.get_vision_features(pixels)))).to(embeds.dtype)
+        conversation_ids: of each sample and token, as in make_pack_layout. supervised: tokens with a label in all of
+        them. copies: how often they are in the pack."""
+        layout, supervised = make_pack_layout(conversation_ids), copies * supervised
+        tokens, images = copies * sum(map(len, conversation_ids)), copies * sum(0 in ids for ids in conversation_ids)
+        hidden, inner, cuda, vision = self.hidden, self.inner, self.is_cuda, self.vision
+        # Bytes of a number in a product, a linear layer's output, the embeddings and the residual stream. A quantized
+        # layer's output has its input's dtype, and under autocast a LayerNorm's is float32.
+        product = 2 if cuda else 4
+        output = product if self.is_llama or self.quantization == "none" else 4
+        embedding, stream = (4 if self.full else product), (4 if self.full else output)
+        # Kept for the backward pass, in bytes for each token: of a norm the input in float32 and statistics, and of a
+        # trained RMSNorm the normalized input; the inputs of linear layers, one that several share counted once.
+        norm = 4 * hidden + 8 if not self.is_llama else 4 * hidden * (2 if self.full else 1) + 4
+        inputs = inner * output + self.norms * hidden * (output if self.is_llama else 4)
+        if not (self.is_llama and self.card.has_varlen):
+            inputs += self.width * (output if self.card.has_varlen else product)
+        int8 = inputs if self.quantization == "int8" else 0  # kept by bitsandbytes itself, with checkpointing too
+        kept, copied = int8 + self.norms * norm + (3 if self.is_llama else 1) * inner * output, 0
+        if self.rank:  # inputs of A after dropout, masks of dropout, inputs of B; copies in half precision of A and B
+            kept += (
+                sum(pair[0] for pair in self.linear) * (product + self.masks) + len(self.linear) * self.rank * product
+            )
+            copied = 2 * cuda * self.rank * sum(map(sum, self.linear))
+        if self.full:
+            kept += sum(pair[0] for pair in self.linear) * product if cuda else inputs
+            copied = 2 * cuda * sum(inputs * outputs for inputs, outputs in self.linear)
+        if self.card.has_varlen:  # query, output and sums of the softmax; key and value of each piece
+            products = (len(layout.query_starts) - 1) * layout.longest[0] * layout.longest[1]  # of queries and keys
+            attention = tokens * (2 * self.width * max(output, stream) + 4 * self.heads)
+            attention += copies * len(layout.key_places) * self.width * (max(output, stream) + output)
         else:
-            embeds.requires_grad_()
-        tower, tower_flops = ledger.take_peak(), flops.get_total_flops()
-        if images:
-            embeds = embeds.masked_scatter(empty(*ids.shape, 1, dtype=torch.bool), features)
-            del features
-        hidden = model.model.language_model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=ids, use_cache=False, pack_layout=pack_layout
-        ).last_hidden_state
-        del embeds
-        activations = ledger.now - hidden.untyped_storage().nbytes()
-        if watch is not None:
-            watch(ledger)
-        peaks = [ledger.take_peak()]  # of the decoder's forward pass; then of the loss; then of its backward pass
-        hidden.register_hook(lambda gradient: peaks.append(ledger.take_peak()))
-        loss = model._loss(hidden.flatten(0, 1)[: len(targets)], targets, num_items_in_batch=len(targets))
-        del hidden
-        loss.backward()
-        peaks.append(ledger.take_peak())
-    gc.unfreeze()
-    layers = max(peaks[0], peaks[2]) - activations
-    return Counts(activations, peaks[1] - activations, layers, tower, flops.get_total_flops(), tower_flops)
+            products = sum(places.numel() * places.shape[1] for places, _ in layout.buckets)
+            masks = sum(sees.numel() for _, sees in layout.buckets if sees is not None)
+            padded = sum(places.numel() for places, _ in layout.buckets)
+            attention = copies * (padded * 4 * (self.width * product + self.heads) + product * masks)
+        layer, width = tokens * kept + attention + copied, tokens * (hidden + inner)
+        peak = width * PEAKS[self.kind][2 * self.is_llama + (not cuda)]
+        if self.arguments.gradient_checkpointing:
+            again = 1.5 * layer + peak if self.is_llama else width * CHECKPOINTED_PEAKS[self.kind][not cuda]
+            peak = min(again, self.layers * layer + peak)
+            layer = tokens * (hidden * stream + int8)
+        features = vision.hidden_size * (2 * self.patches if cuda else 4 * self.tower_tokens)
+        features += (len(self.projector_sizes) - 1) * 2 * self.patches * hidden * product
+        activations = self.layers * layer + images * features + tokens * (norm + 2 * self.rotary * embedding)
+        if self.arguments.gradient_checkpointing:
+            activations -= tokens * hidden * (stream - embedding)  # the first layer's input
+
+        # At the peak, beside the activations: three times the logits of a chunk in float32, the gradients of hidden
+        # states in other chunks, and a trained head's gradient and copy; or the peak of the layers.
+        head = self.vocabulary * hidden
+        pixels = images * 3 * vision.image_size**2
+        chunk = min(supervised, max(1, ClipPhiForCausalLM.max_logits // self.vocabulary))
+        loss, states = 12 * chunk * self.vocabulary, hidden * (stream if self.is_llama else 4)
+        if supervised > chunk:
+            bias = 0 if self.is_llama else 2 * head if cuda else 4 * chunk * self.vocabulary
+            gradient = head * (6 if cuda else 4) + bias
+            loss += states * (tokens + supervised - chunk) + self.full * gradient
+        elif self.full:
+            gradient = 6 * head if cuda else 4 * (head + chunk * self.vocabulary) + states * (tokens + supervised)
+            loss = max(loss + 2 * head * cuda, gradient)
+        peak = max(loss, peak)
+        # The tower has finished before the decoder begins: all its hidden states, and one layer's activations.
+        tower = (vision.num_hidden_layers + 1) * vision.hidden_size * product
+        tower = images * self.tower_tokens * (tower + 13.5 * vision.intermediate_size) + 2 * pixels * cuda
+        tower = max(0.0, tower + tokens * hidden * embedding - activations - peak - 4 * pixels)
+        items = {"activations": activations, "loss or a layer, at its peak": peak, "pixels": 4 * pixels, "tower": tower}
+        linear, patches = (weights(self.model.model.vision_tower, kind) for kind in (torch.nn.Linear, torch.nn.Conv2d))
+        tower_flops = 2 * self.tower_tokens * sum(linear) + 2 * self.patches * sum([*patches, *self.projector_sizes])
+        tower_flops += 4 * vision.num_hidden_layers * self.tower_tokens**2 * vision.hidden_size
+        # A product in the forward pass, one for the input's gradient, one for a trained weight's. The backward pass of
+        # attention is 2.5 times its forward pass.
+        frozen, lora = (sum(f(*pair) for pair in self.linear) for f in (int.__mul__, int.__add__))
+        lora *= self.rank
+        layer_flops = tokens * ((6 if self.full else 4) * frozen + 6 * lora) + 14 * copies * products * self.width
+        if self.arguments.gradient_checkpointing:  # all is computed again but the last product
+            last = (self.rank or self.linear[-1][0]) * self.linear[-1][1]
+            layer_flops += 2 * tokens * (frozen + lora - last) + 4 * copies * products * self.width
+        times = (6 if self.full else 4) + 2 * (supervised > chunk)  # chunks of logits are computed twice
+        decoder = self.layers * layer_flops + supervised * head * times
+        projector = 2 * images * self.patches * (2 * sum(self.projector_sizes) - self.projector_sizes[0])
+        return items, images * tower_flops, decoder + projector
 
 
-def fixed_bytes(model: ClipPhiForCausalLM, arguments: TrainingArguments, card: Card) -> dict[str, int]:
-    """What a run holds whatever the size of its steps, by item."""
-    quantized = [each for each in model.modules() if isinstance(each, QuantizedLinear)]
-    sizes = [(each.numel(), each.requires_grad) for each in model.parameters()]
-    frozen = sum(size for size, is_trained in sizes if not is_trained) - sum(each.weight.numel() for each in quantized)
-    trained = [size for size, is_trained in sizes if is_trained]
-    adamw = arguments.optim == "adamw_torch_fused" or (arguments.optim == "auto" and not card.is_cuda)
+def weights(part: Any, kind: Any) -> list[int]:
+    return [each.weight.numel() for each in part.modules() if isinstance(each, kind)]
+
+
+def make_plan(arguments: TrainingArguments, card: Gpu, mfu: float, config: ClipPhiConfig) -> dict[str, Any]:
+    """For json: parameters, FLOPs per sample (a caption or a conversation), memory by item, largest batch, hours.
+
+    The bill is that of the largest batch that fits, or of one image. mfu: assumed share of the peak. The states of a
+    paged optimizer are in the bill, but may leave the card while a step needs the room."""
+    formula = Formula(config, arguments, card)
+    lengths: tuple[int, ...] = (165, 165)  # assumed: two conversations of an image in LLaVA-Instruct-150K,
+    supervised, epoch = 250, CONVERSATIONS  # of which 125 tokens each are answers
+    if not isinstance(arguments, Stage2Arguments):
+        lengths = (CAPTION_LENGTHS * (arguments.conversations_per_image or 1))[: arguments.conversations_per_image]
+        supervised, epoch = sum(lengths) + len(lengths), IMAGES * len(lengths)
+    ids = [0] * formula.patches + [number for number, size in enumerate(lengths, 1) for _ in range(size)]
+    pageable = formula.fixed_bytes()["optimizer"] if arguments.optim.startswith("paged") else 0
+    room, copies = card.memory * GIB + pageable, range(1, 2**24)
+    low = bisect.bisect(copies, room, key=lambda number: sum(formula.bill([ids], supervised, number).values()))
+    (less, *flops), (more, *_) = (formula.step([ids], supervised, number) for number in (1000, 2000))
+    tower, rest = (each / 1000 / len(lengths) for each in flops)
+    samples_per_second = mfu * card.tflops * 1e12 / (tower + rest)
     return {
-        "frozen weights": frozen * card.dtype.itemsize + sum(each.weight_bytes for each in quantized),
-        "trained weights": sum(trained) * 4,
-        "gradients": sum(trained) * 4,
-        "optimizer": sum(trained) * 8 if adamw else _adam8bit_bytes(trained),
-        "context": card.context,
-    }
-
-
-def _bill(fixed: dict[str, int], counts: Counts, pixels: int, card: Card) -> dict[str, int]:
-    """All items of a step, in bytes. pixels: bytes of its images."""
-    step = {
-        "activations": counts.activations,
-        "loss or a layer, at its peak": max(counts.logits, counts.layers),
-        "pixels": pixels,
-    }
-    step["tower"] = max(0.0, counts.tower - sum(step.values()))  # it is through before the decoder begins
-    total = {name: int(value) for name, value in (fixed | step).items()}
-    return total | {"allocator": int(card.reserve * (sum(total.values()) - card.context))}
-
-
-def _pixel_bytes(model: ClipPhiForCausalLM, images: int) -> int:
-    return images * 3 * model.config.vision_config.image_size**2 * 4  # type: ignore[union-attr]
-
-
-def bill_of_pack(
-    arguments: TrainingArguments, card: Card, rows: Sequence[Row], config: ClipPhiConfig | None = None
-) -> dict[str, int]:
-    """The memory in bytes, by item, of a run whose largest pack has these rows."""
-    model = build_model(config or ClipPhiConfig(), arguments, card.dtype)
-    counts = count_step(model, rows, card.autocast)
-    pixels = _pixel_bytes(model, sum(row.prefix > 0 for row in rows))
-    return _bill(fixed_bytes(model, arguments, card), counts, pixels, card)
-
-
-def make_plan(
-    arguments: TrainingArguments, card: Card, mfu: float, config: ClipPhiConfig | None = None
-) -> dict[str, Any]:
-    """For json: parameters, FLOPs per sample (a caption or a conversation), the memory bill in bytes, the largest token
-    budget, and the time of an epoch. config: of the model; TinyCLIP and phi-2 if None.
-
-    The bill is that of the largest budget that fits, or of one image if none does; mfu is assumed, all else counted.
-    A paged optimizer's states are in the bill, but may leave the card while a step needs the room."""
-    config = config or ClipPhiConfig()
-    row = typical_row(arguments)
-    model = build_model(config, arguments, card.dtype)
-    trained, total = count_parameters(model)
-    fixed = fixed_bytes(model, arguments, card)
-    pageable = fixed["optimizer"] if arguments.optim.startswith("paged") else 0
-    # Few rows, and so many that the loss is made in chunks: all else grows in proportion.
-    chunk = max(1, ClipPhiForCausalLM.max_logits // model.lm_head.out_features)
-    many = 2 + 2 * chunk // row.supervised
-    counted = {rows: count_step(model, [row] * rows, card.autocast) for rows in (1, 2, many, 2 * many)}
-
-    def bill(rows: int) -> dict[str, int]:
-        small = rows * row.supervised <= chunk
-        (low, first), (high, second) = [(n, counted[n]) for n in ((1, 2) if small else (many, 2 * many))]
-        share = (rows - low) / (high - low)
-        counts = Counts(*(a + share * (b - a) for a, b in zip(first, second, strict=True)))
-        return _bill(fixed, counts, _pixel_bytes(model, rows), card)
-
-    limit = card.memory * GIB + pageable
-    low, high = 0, 1
-    while sum(bill(high).values()) <= limit:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if sum(bill(middle).values()) <= limit else (low, middle)
-    flops = counted[many].flops / many / len(row.conversations)
-    samples_per_second = mfu * card.tflops * 1e12 / flops
-    samples = IMAGES * len(row.conversations) if arguments.stage == 1 else CONVERSATIONS
-    return {
-        "gpu": card.name,
+        "gpu": card.title,
         "stage": arguments.stage,
-        "parameters": total,
-        "trainable_parameters": trained,
-        "flops_per_sample": flops,
-        "tower_flops_per_sample": counted[many].tower_flops / many / len(row.conversations),
-        "activation_bytes_per_token": (counted[2 * many].activations - counted[many].activations) / many / row.length,
+        "parameters": formula.parameters,
+        "trainable_parameters": sum(formula.trained),
+        "flops_per_sample": tower + rest,
+        "tower_flops_per_sample": tower,
+        "activation_bytes_per_token": (more["activations"] - less["activations"]) / 1000 / len(ids),
         "memory_bytes": int(card.memory * GIB),
-        "bill_bytes": bill(max(low, 1)),
+        "bill_bytes": formula.bill([ids], supervised, max(low, 1)),
         "pageable_bytes": pageable,
         "fits": low > 0,
         "images_per_step": low,
-        "max_tokens_per_batch": low * row.length,
-        "tokens_per_image": row.length,
+        "max_tokens_per_batch": low * len(ids),
+        "tokens_per_image": len(ids),
         "assumed_mfu": mfu,
         "samples_per_second": samples_per_second,
-        "samples_per_epoch": samples,
-        "hours_per_epoch": samples / samples_per_second / 3600,
+        "samples_per_epoch": epoch,
+        "hours_per_epoch": epoch / samples_per_second / 3600,
     }
 
 
-def typical_row(arguments: TrainingArguments) -> Row:
-    """COCO's captions, or the two conversations that LLaVA-Instruct has about an image."""
-    if isinstance(arguments, Stage2Arguments):
-        return Row(PATCHES, (CONVERSATION_TOKENS,) * 2, CONVERSATION_ANSWERS * 2)
-    lengths = (CAPTION_LENGTHS * (arguments.conversations_per_image or 1))[: arguments.conversations_per_image]
-    return Row(PATCHES, lengths, sum(lengths) + len(lengths))
-
-
-def _adam8bit_bytes(sizes: list[int]) -> int:
-    """Of bitsandbytes: two states of a byte and a float32 for each block of 256; small tensors keep float32 states."""
-    return sum(2 * size + 8 * -(-size // 256) if size >= 4096 else 8 * size for size in sizes)
-
-
 def as_text(plan: dict[str, Any]) -> str:
-    """A table for people."""
-    digits = 0 if plan["samples_per_second"] >= 10 else 2
+    """The plan as a table."""
+    bill, memory, rate = plan["bill_bytes"], plan["memory_bytes"] / GIB, plan["samples_per_second"]
+    rows = [*bill.items(), ("together", sum(bill.values()))]
     lines = [
         f"{plan['gpu']}, stage {plan['stage']}",
         f"  parameters            {plan['parameters']:,}, of which {plan['trainable_parameters']:,} are trained",
         f"  FLOPs per sample      {plan['flops_per_sample'] / 1e9:,.0f} G",
         f"  kept per token        {plan['activation_bytes_per_token'] / 1e6:.2f} MB for the backward pass",
+        *(f"  {name:<30}{size / GIB:8.2f} GiB" for name, size in rows),
     ]
-    lines += [f"  {name:<30}{size / GIB:8.2f} GiB" for name, size in plan["bill_bytes"].items()]
-    total, memory = sum(plan["bill_bytes"].values()) / GIB, plan["memory_bytes"] / GIB
-    lines.append(f"  {'together':<30}{total:8.2f} GiB of {memory:.2f}")
+    lines[-1] += f" of {memory:.2f}"
     if plan["pageable_bytes"]:
         lines.append("  of which the optimizer may leave the card while a step needs the room")
-    if plan["fits"]:
-        lines.append(
-            f"  largest --max_tokens_per_batch   {plan['max_tokens_per_batch']:,} ({plan['images_per_step']:,} images)"
-        )
-    else:
-        lines.append("  Not even one image fits: try --gradient_checkpointing, or a larger card")
-    lines.append(
-        f"  at {plan['assumed_mfu']:.0%} of its peak        {plan['samples_per_second']:,.{digits}f} samples/s, "
-        f"{plan['hours_per_epoch']:.2f} hours for an epoch of {plan['samples_per_epoch']:,}"
+    fits = f"  largest --max_tokens_per_batch   {plan['max_tokens_per_batch']:,} ({plan['images_per_step']:,} images)"
+    lines.append(fits if plan["fits"] else "  Not even one image fits: try --gradient_checkpointing, or a larger card")
+    rate = f"{rate:,.{0 if rate >= 10 else 2}f} samples/s, {plan['hours_per_epoch']:.2f} hours for an epoch of"
+    return "\n".join(
+        [*lines, f"  at {plan['assumed_mfu']:.0%} of its peak        {rate} {plan['samples_per_epoch']:,}"]
     )
-    return "\n".join(lines)

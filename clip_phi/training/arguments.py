@@ -2,123 +2,154 @@
 
 import argparse
 import dataclasses
+import difflib
 import math
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ..data.source import DataSource, parse_source
+from ..data.source import DataSource, missing_files, parse_source
 
 VISION_BACKBONE = "wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
 TEXT_BACKBONE = "microsoft/phi-2"
 TRACKERS = ("tensorboard", "wandb", "trackio")
+NEWEST = "newest"  # --resume_from_checkpoint without a value
 # What --metric_for_best_model may be with each --eval_task, beside the loss.
-JUDGED = {
+METRICS = {
     "captions": ("CIDEr-D", "CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"),
     "vqa": ("vqa_accuracy", "exact_match"),
     "pope": ("accuracy", "f1", "precision", "recall"),
     "exact": ("exact_match",),
 }
+# The groups of --help, in its order.
+GROUPS = {
+    "run": "stage config output_dir resume_from_checkpoint seed debug",
+    "data": "data eval_data holdout_images max_eval_images max_length max_bad_fraction dataloader_num_workers "
+    "image_processing cache_features",
+    "model": "vision_backbone text_backbone vision_revision text_revision projector_type init_from tune_decoder "
+    "lora_r lora_alpha lora_dropout lora_targets quantization merged caption_instruction",
+    "batches": "per_device_train_batch_size max_tokens_per_batch gradient_accumulation_steps num_train_epochs "
+    "max_steps captions_per_image per_device_eval_batch_size",
+    "optimisation": "learning_rate lora_learning_rate optim lr_scheduler_type warmup_ratio weight_decay max_grad_norm "
+    "gradient_checkpointing tf32 nan_policy",
+    "checkpoints": "save_steps save_total_limit",
+    "evaluation": "eval_steps eval_task eval_task_images metric_for_best_model early_stopping_patience "
+    "num_sample_texts max_new_tokens",
+    "logging": "logging_steps report_to peak_tflops",
+    "Hub": "push_to_hub hub_private_repo",
+}
+Bound = tuple[str, Callable[[float], bool]]
+AT_LEAST_1: Bound = ("at least 1", lambda value: value >= 1)
+NOT_NEGATIVE: Bound = ("at least 0", lambda value: 0 <= value < math.inf)
+POSITIVE: Bound = ("more than 0", lambda value: 0 < value < math.inf)
+SHARE: Bound = ("between 0 and 1", lambda value: 0 <= value <= 1)
+BELOW_1: Bound = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, bound: Bound | None = None) -> Any:
+    """A field with its line of --help. bound: what a number must be, in words and as a check."""
+    metadata = {"help": help, "bound": bound}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-def _options(default: list[str], help: str) -> Any:
-    return field(default_factory=lambda: list(default), metadata={"help": help})
+def _default(name: str, default: Any) -> Any:
+    """The field of TrainingArguments with another default."""
+    metadata = TrainingArguments.__dataclass_fields__[name].metadata
+    return _option(default, metadata["help"], metadata["bound"])
 
 
 @dataclass
 class TrainingArguments:
-    """What both stages share. WHERE it runs (devices, precision) is Accelerate's yaml; see accelerate_config.yaml."""
+    """What both stages share. WHERE it runs (devices, precision) is Accelerate's yaml; see accelerate_config.yaml.
+
+    Names are those of transformers.TrainingArguments and peft.LoraConfig where these have one."""
 
     stage: int = field(metadata={"help": "1: projector alone, on captions; 2: projector and LoRA, on conversations"})
     config: str | None = _option(None, "yaml file of these options; the command line overrides it")
-    output_dir: str = _option("outputs/stage1", "where checkpoint, metrics.jsonl, curve.png and sample texts go")
-    debug: bool = _option(False, "show the traceback of an error")
+    output_dir: str = _option("outputs/stage1", "folder of the model, training checkpoints, metrics.jsonl, curve.png")
+    resume_from_checkpoint: str | None = _option(
+        None, "training checkpoint to resume from; bare: the newest whole one in --output_dir, if there is one"
+    )
+    seed: int = _option(0, "seed of the order, the dropout and the new weights")
+    debug: bool = _option(False, "traceback of an error instead of one line")
 
-    data: list[str] = _options([], "what to train on, KIND:PATH[,option=value...]; several are mixed. See README.md")
-    eval_data: list[str] = _options([], "held-out data, in the same form; without any, --holdout_images are held out")
-    holdout_images: int = _option(500, "images kept out of training when there is no --eval_data")
-    max_eval_images: int = _option(500, "evaluate on the first so many images of each --eval_data")
-    max_bad_fraction: float = _option(
-        0.01, "stop if a larger share of the records is damaged; 0: stop at any (a strict run)"
-    )
-    max_length: int = _option(
-        2048, "longest conversation in tokens, image included; longer ones are cut behind an answer"
-    )
-    dataloader_num_workers: int = _option(4, "processes that read images; 0 reads them in the training process")
+    data: list[str] = _option([], "training data, KIND:PATH[,option=value...]; several are mixed. See docs/data.md")
+    eval_data: list[str] = _option([], "held-out data in the same form; without a value: --holdout_images of --data")
+    holdout_images: int = _option(500, "images held out of --data if there is no --eval_data", NOT_NEGATIVE)
+    max_eval_images: int = _option(500, "images evaluated on, the first of each --eval_data", AT_LEAST_1)
+    max_length: int = _option(2048, "longest conversation in tokens, image included; longer ones are cut", AT_LEAST_1)
+    max_bad_fraction: float = _option(0.01, "largest share of damaged records before the run stops; 0: none", BELOW_1)
+    dataloader_num_workers: int = _option(4, "processes that read images; 0: the training process", NOT_NEGATIVE)
     image_processing: Literal["exact", "fast"] = _option(
         "exact", "exact: the image processor's; fast: one of 256 levels off in 1 of 100 values (needs simplejpeg)"
     )
-    cache_features: str | None = _option(
-        None, "folder in which the frozen tower's features are kept, so that later epochs and runs open no image"
-    )
+    cache_features: str | None = _option(None, "folder for the vision tower's features; later epochs open no image")
 
-    per_device_train_batch_size: int = _option(16, "images in one forward pass on one device")
+    per_device_train_batch_size: int = _option(
+        16, "images in a forward pass on one device, without --max_tokens_per_batch", AT_LEAST_1
+    )
     max_tokens_per_batch: int = _option(
-        0, "instead: as many images as fit into so many tokens, in one forward pass on one device, planned ahead"
+        0, "tokens in a forward pass on one device: as many images as fit, not a fixed number; 0: off", NOT_NEGATIVE
     )
-    gradient_accumulation_steps: int = _option(1, "forward passes in one step")
-    num_train_epochs: float = _option(1.0, "passes over the training images")
-    max_steps: int = _option(0, "stop after so many steps, whatever --num_train_epochs says; 0: no limit")
-    seed: int = _option(0, "of the order, the dropout and the new weights")
+    gradient_accumulation_steps: int = _option(1, "forward passes in one step", AT_LEAST_1)
+    num_train_epochs: float = _option(1.0, "passes over the training images", POSITIVE)
+    max_steps: int = _option(0, "number of steps, instead of --num_train_epochs; 0: off", NOT_NEGATIVE)
+    per_device_eval_batch_size: int = _option(
+        0, "images in a forward pass in evaluation; 0: --per_device_train_batch_size", NOT_NEGATIVE
+    )
 
+    learning_rate: float = _option(1e-3, "peak learning rate of the projector, after the warm-up", POSITIVE)
     optim: Literal["auto", "adam8bit", "paged_adam8bit", "adamw_torch_fused"] = _option(
         "auto",
-        "adam8bit: bitsandbytes; paged_adam8bit: its states may leave a full GPU; adamw_torch_fused: torch's; auto: "
-        "adam8bit on CUDA, adamw_torch_fused elsewhere",
+        "optimizer. adam8bit: bitsandbytes; paged_adam8bit: its states may leave a full GPU; auto: adam8bit on CUDA, "
+        "adamw_torch_fused elsewhere and under FSDP",
     )
-    learning_rate: float = _option(1e-3, "peak learning rate of the projector, after the warm-up")
-    weight_decay: float = _option(0.0, "of all trained weights but the biases")
     lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = _option(
-        "cosine", "shape after the warm-up"
+        "cosine", "shape of the learning rate after the warm-up"
     )
-    warmup_ratio: float = _option(0.03, "share of all steps in which the learning rate rises from 0")
-    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0: never")
+    warmup_ratio: float = _option(0.03, "share of all steps in which the learning rate rises from 0", SHARE)
+    weight_decay: float = _option(0.0, "weight decay of all trained weights but the biases")
+    max_grad_norm: float = _option(1.0, "largest norm of the gradients, clipped to it; 0: no clipping", NOT_NEGATIVE)
+    gradient_checkpointing: bool = _option(False, "recomputed activations of the decoder: less memory, half more work")
+    tf32: bool = _option(True, "TF32 for products of float32 matrices on CUDA")
     nan_policy: Literal["stop", "skip"] = _option(
-        "stop", "what a step does whose loss or gradient is not finite; either way its samples are named and saved"
+        "stop", "reaction to a loss or gradient that is not finite; either way the samples are named and saved"
     )
-    tf32: bool = _option(True, "on CUDA, multiply what is in float32 in TF32")
-    gradient_checkpointing: bool = _option(False, "recompute the decoder's activations: less memory, half more work")
 
-    save_steps: int = _option(500, "steps between checkpoints to go on from; one comes at the end")
-    save_total_limit: int = _option(2, "number of training checkpoints kept")
-    resume_from_checkpoint: bool = _option(
-        False,
-        "go on from the newest checkpoint in --output_dir (with none: from the beginning), exactly as if never stopped",
-    )
-    logging_steps: int = _option(10, "steps between lines in metrics.jsonl")
-    report_to: list[str] = _options(
-        [], f"also log to these, beside metrics.jsonl: {', '.join(TRACKERS)} (WANDB_MODE=offline needs no network)"
-    )
-    peak_tflops: float = _option(0.0, "of one device, for the model FLOPs utilisation; 0: known from the GPU's name")
-    eval_steps: int = _option(
-        1000, "steps between evaluations, each of which saves the model too; one comes at the end"
-    )
+    save_steps: int = _option(500, "steps between training checkpoints; one is written at the end", AT_LEAST_1)
+    save_total_limit: int = _option(2, "training checkpoints kept, the newest ones", AT_LEAST_1)
+    merged: bool = _option(False, "one whole model with LoRA folded in, instead of the trained weights only")
+
+    eval_steps: int = _option(1000, "steps between evaluations that save the model; one is at the end", AT_LEAST_1)
     eval_task: Literal["none", "captions", "vqa", "pope", "exact"] = _option(
-        "none", "at each evaluation, also score generated answers beside their controls, as clip-phi evaluate does"
+        "none", "task whose metrics each evaluation measures, with and without the image, as clip-phi evaluate does"
     )
-    eval_task_images: int = _option(
-        32, "held-out images of each --eval_data that --eval_task asks about: always the first ones"
-    )
+    eval_task_images: int = _option(32, "images for --eval_task, the first of each --eval_data", AT_LEAST_1)
     metric_for_best_model: str = _option(
-        "none",
-        "keep the best model beside the newest, in best/: by loss, or by a metric of --eval_task such as CIDEr-D",
+        "none", "loss or a metric of --eval_task, such as CIDEr-D, by which best/ keeps the best model; none: no best/"
     )
     early_stopping_patience: int = _option(
-        0, "stop after so many evaluations in a row without a better --metric_for_best_model; 0: never"
+        0, "evaluations without a better --metric_for_best_model until the run stops; 0: never", NOT_NEGATIVE
     )
-    num_sample_texts: int = _option(4, "held-out images whose generated text is written at each evaluation")
-    max_new_tokens: int = _option(64, "longest sample text")
-    merged: bool = _option(False, "save one whole checkpoint (LoRA folded in) instead of trained weights only")
-    push_to_hub: str | None = _option(None, "at the end push the model to this repository, user/name; see docs/hub.md")
-    hub_private_repo: bool = _option(False, "if --push_to_hub makes the repository: only you can see it")
+    num_sample_texts: int = _option(4, "held-out images with a sample text at each evaluation", NOT_NEGATIVE)
+    max_new_tokens: int = _option(64, "longest generated text in tokens", AT_LEAST_1)
+
+    logging_steps: int = _option(10, "steps between lines of the log", AT_LEAST_1)
+    report_to: list[str] = _option([], f"trackers beside metrics.jsonl: {', '.join(TRACKERS)}")
+    peak_tflops: float = _option(0.0, "peak of one device for the MFU, in TFLOP/s; 0: by the GPU's name", NOT_NEGATIVE)
+
+    push_to_hub: str | None = _option(None, "Hub repository user/name for the model at the end; see docs/hub.md")
+    hub_private_repo: bool = _option(False, "private repository, if --push_to_hub makes a new one")
+
+    # The names of the options that the command line or --config gives, and do not come from the defaults.
+    given: frozenset[str] = frozenset()
 
     def check(self) -> None:
         """Raises ValueError that lists every bad value and every missing file at once."""
@@ -128,48 +159,32 @@ class TrainingArguments:
 
     def problems(self) -> list[str]:
         found = []
-        counts = ["per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "max_new_tokens"]
-        for name in (
-            *counts,
-            "max_eval_images",
-            "eval_task_images",
-            "logging_steps",
-            "eval_steps",
-            "save_steps",
-            "save_total_limit",
-        ):
-            if getattr(self, name) < 1:
-                found.append(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in (
-            "max_steps",
-            "dataloader_num_workers",
-            "num_sample_texts",
-            "holdout_images",
-            "max_tokens_per_batch",
-            "early_stopping_patience",
-        ):
-            if getattr(self, name) < 0:
-                found.append(f"--{name} must not be negative, not {getattr(self, name)}")
-        for name in ("max_grad_norm", "peak_tflops"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                found.append(f"--{name} must not be negative, not {getattr(self, name)}")
-        for name in ("num_train_epochs", "learning_rate"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                found.append(f"--{name} must be more than 0, not {getattr(self, name)}")
-        if not 0 <= self.warmup_ratio <= 1:
-            found.append(f"--warmup_ratio must be between 0 and 1, not {self.warmup_ratio}")
-        if not 0 <= self.max_bad_fraction < 1:
-            found.append(f"--max_bad_fraction must be at least 0 and less than 1, not {self.max_bad_fraction}")
+        for each in dataclasses.fields(self):
+            words, is_inside = each.metadata.get("bound") or ("", None)
+            value = getattr(self, each.name)
+            if is_inside is not None and not is_inside(value):
+                found.append(f"--{each.name} must be {words}, not {value}")
+        if self.eval_data and "holdout_images" in self.given:
+            found.append("--holdout_images has no effect with --eval_data: add --eval_data without a value")
+        if self.eval_task == "none" and "eval_task_images" in self.given:
+            found.append("--eval_task_images has no effect without --eval_task")
+        if self.max_tokens_per_batch > 0 and "per_device_train_batch_size" in self.given:
+            found.append(
+                f"--per_device_train_batch_size has no effect with --max_tokens_per_batch {self.max_tokens_per_batch}: "
+                "leave it out, or add --max_tokens_per_batch 0"
+            )
         if unknown := sorted(set(self.report_to) - set(TRACKERS)):
             found.append(f"--report_to: unknown {', '.join(unknown)}; known are {', '.join(TRACKERS)}")
         elif absent := [name for name in self.report_to if not find_spec(name)]:
             found.append(f"--report_to: not installed: pip install {' '.join(absent)}")
-        known = ("none", "loss", *JUDGED.get(self.eval_task, ()))
+        known = ("none", "loss", *METRICS.get(self.eval_task, ()))
         if self.metric_for_best_model not in known:
             hint = "" if self.eval_task != "none" else "; with --eval_task, its metrics too"
             found.append(f"--metric_for_best_model {self.metric_for_best_model}: choose from {', '.join(known)}{hint}")
         if self.early_stopping_patience and self.metric_for_best_model == "none":
             found.append("--early_stopping_patience needs a --metric_for_best_model")
+        if self.hub_private_repo and not self.push_to_hub:
+            found.append("--hub_private_repo requires --push_to_hub")
         return found + self._data_problems()
 
     def _data_problems(self) -> list[str]:
@@ -182,26 +197,22 @@ class TrainingArguments:
                     parsed.append(parse_source(text))
                 except (ValueError, OSError) as error:
                     found.append(f"--{option}: {error}")
-        missing = [path for source in sources + held_out for path in source.problems()]
-        if missing:
-            found.append(
-                f"not found (looked in {Path.cwd()}): {', '.join(missing)}. {self.how_to_get_data} "
-                "'make demo' needs no data: it draws its own."
-            )
+        if missing := missing_files(sources + held_out):
+            found.append(f"{missing}. {self.how_to_get_data} 'make demo' needs no data: it draws its own.")
         if not self.data:
-            found.append("nothing to train on: give --data")
+            found.append("--data is required")
         weighted = sum(source.weight is not None for source in sources)
         if 0 < weighted < len(sources):
             found.append("--data: either each source has a weight=, or none has")
-        streams = [source.path for source in sources if source.streaming]
-        if streams and len(sources) > 1:
-            found.append(f"--data: {streams[0]} is streamed, and a stream cannot be mixed: name it alone")
-        if streams and not (self.max_steps and held_out):
-            found.append(f"--data: {streams[0]} is streamed, and needs --max_steps and --eval_data")
-        if streams and self.resume_from_checkpoint:
-            found.append(f"--resume_from_checkpoint: {streams[0]} is streamed, and has no position to go on from")
-        if streams and self.max_tokens_per_batch:
-            found.append(f"--data: {streams[0]} is streamed, and cannot be planned ahead: --max_tokens_per_batch 0")
+        if streams := [source.path for source in sources if source.streaming]:
+            if len(sources) > 1:
+                found.append(f"--data: {streams[0]} is streamed, and a stream cannot be mixed: name it alone")
+            if not (self.max_steps and held_out):
+                found.append(f"--data: {streams[0]} is streamed, and needs --max_steps and --eval_data")
+            if self.resume_from_checkpoint:
+                found.append(f"--resume_from_checkpoint: {streams[0]} is streamed, and has no position to resume from")
+            if self.max_tokens_per_batch:
+                found.append(f"--data: {streams[0]} is streamed, and cannot be planned ahead: --max_tokens_per_batch 0")
         if any(source.streaming for source in held_out):
             found.append("--eval_data cannot be streamed")
         names = [source.name for source in held_out]
@@ -224,29 +235,21 @@ class Stage1Arguments(TrainingArguments):
     """Stage 1: train the projector alone on captions, from two frozen backbones."""
 
     vision_backbone: str = _option(VISION_BACKBONE, "Hub id or folder of the vision tower")
-    vision_revision: str | None = _option(None, "its branch, tag or commit; the commit found now is pinned")
+    vision_revision: str | None = _option(None, "branch, tag or commit of --vision_backbone; its commit is pinned")
     text_backbone: str = _option(TEXT_BACKBONE, "Hub id or folder of the decoder")
-    text_revision: str | None = _option(None, "its branch, tag or commit; the commit found now is pinned")
-    projector_type: Literal["linear", "mlp"] = _option("linear", "one linear layer, or two with GELU between")
-    data: list[str] = _options(
-        ["coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"],
-        "what to train on, KIND:PATH[,option=value...]; several are mixed. See README.md",
+    text_revision: str | None = _option(None, "branch, tag or commit of --text_backbone; its commit is pinned")
+    projector_type: Literal["linear", "mlp"] = _option("linear", "projector of one layer, or two with GELU between")
+    data: list[str] = _default(
+        "data", ["coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"]
     )
-    eval_data: list[str] = _options(
-        ["coco:data/coco/annotations/captions_val2017.json,images=data/coco/val2017"],
-        "held-out data, in the same form; without any, --holdout_images are held out",
+    eval_data: list[str] = _default(
+        "eval_data", ["coco:data/coco/annotations/captions_val2017.json,images=data/coco/val2017"]
     )
-    captions_per_image: int = _option(5, "captions of an image that share its features in a step; others take turns")
+    captions_per_image: int = _option(5, "captions of an image in one step; the others take turns", AT_LEAST_1)
 
     how_to_get_data = (
         "COCO 2017 is at https://cocodataset.org/#download (train2017.zip, val2017.zip, annotations_trainval2017.zip)."
     )
-
-    def problems(self) -> list[str]:
-        found = super().problems()
-        if self.captions_per_image < 1:
-            found.append(f"--captions_per_image must be at least 1, not {self.captions_per_image}")
-        return found
 
     @property
     def conversations_per_image(self) -> int | None:
@@ -257,34 +260,28 @@ class Stage1Arguments(TrainingArguments):
 class Stage2Arguments(TrainingArguments):
     """Stage 2: train the projector and LoRA on the decoder, or all of it, on conversations, from stage 1's result."""
 
-    init_from: str = _option("outputs/stage1", "checkpoint of stage 1 (folder or Hub id)")
-    output_dir: str = _option("outputs/stage2", "where checkpoint, metrics.jsonl, curve.png and sample texts go")
-    data: list[str] = _options(
-        ["llava:data/llava_instruct_150k.json,images=data/coco/train2017"],
-        "what to train on, KIND:PATH[,option=value...]; several are mixed. See README.md",
-    )
-    learning_rate: float = _option(2e-5, "peak learning rate of the projector, after the warm-up")
-    per_device_train_batch_size: int = _option(8, "images in one forward pass on one device")
-    max_tokens_per_batch: int = _option(
-        4096, "instead: as many images as fit into so many tokens, in one forward pass on one device, planned ahead"
-    )
-    gradient_accumulation_steps: int = _option(4, "forward passes in one step")
-    lora_learning_rate: float = _option(2e-4, "peak learning rate of LoRA, after the warm-up")
-    lora_r: int = _option(64, "rank of the LoRA matrices")
-    lora_alpha: int = _option(128, "LoRA's output is scaled by lora_alpha / lora_r")
-    lora_dropout: float = _option(0.05, "dropout before the LoRA matrices")
+    init_from: str = _option("outputs/stage1", "model of stage 1, folder or Hub id")
+    output_dir: str = _default("output_dir", "outputs/stage2")
+    data: list[str] = _default("data", ["llava:data/llava_instruct_150k.json,images=data/coco/train2017"])
+    learning_rate: float = _default("learning_rate", 2e-5)
+    per_device_train_batch_size: int = _default("per_device_train_batch_size", 8)
+    max_tokens_per_batch: int = _default("max_tokens_per_batch", 4096)
+    gradient_accumulation_steps: int = _default("gradient_accumulation_steps", 4)
+    lora_learning_rate: float = _option(2e-4, "peak learning rate of LoRA, after the warm-up", POSITIVE)
+    lora_r: int = _option(64, "rank of the LoRA matrices", AT_LEAST_1)
+    lora_alpha: int = _option(128, "scale of LoRA's output: lora_alpha / lora_r")
+    lora_dropout: float = _option(0.05, "dropout before the LoRA matrices", BELOW_1)
     lora_targets: str = _option(
         "auto",
-        "linear layers of the decoder that get LoRA, by the end of their names; auto: all in its blocks, which in "
-        "phi-2 are q_proj,k_proj,v_proj,dense,fc1,fc2",
+        "linear layers with LoRA by the end of their names, such as q_proj,fc1; auto: all in the decoder's blocks",
     )
     tune_decoder: Literal["lora", "full"] = _option(
-        "lora", "full: train all weights of the decoder, at --learning_rate, instead of LoRA"
+        "lora", "trained weights of the decoder; full: all of them, at --learning_rate, instead of LoRA"
     )
     quantization: Literal["none", "nf4", "int8"] = _option(
-        "none", "hold the frozen decoder in 4 bits (nf4, twice quantised: QLoRA) or 8; needs bitsandbytes"
+        "none", "precision of the frozen decoder: 4 bits (nf4, twice quantised: QLoRA) or 8; needs bitsandbytes"
     )
-    caption_instruction: str = _option("Describe the image.", "what 'clip-phi caption' asks the trained model")
+    caption_instruction: str = _option("Describe the image.", "question with which 'clip-phi caption' asks the model")
 
     how_to_get_data = (
         "LLaVA-Instruct-150K is llava_instruct_150k.json of https://huggingface.co/datasets/liuhaotian/"
@@ -293,12 +290,9 @@ class Stage2Arguments(TrainingArguments):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.lora_r < 1:
-            found.append(f"--lora_r must be at least 1, not {self.lora_r}")
-        if not 0 <= self.lora_dropout < 1:
-            found.append(f"--lora_dropout must be at least 0 and less than 1, not {self.lora_dropout}")
-        if not self.lora_learning_rate > 0:
-            found.append(f"--lora_learning_rate must be more than 0, not {self.lora_learning_rate}")
+        if self.tune_decoder == "full":
+            unused = sorted(name for name in self.given if name.startswith("lora_"))
+            found += [f"--{name} has no effect with --tune_decoder full: leave it out" for name in unused]
         if self.quantization != "none" and self.tune_decoder == "full":
             found.append("--tune_decoder full: quantised weights cannot be trained; --quantization none")
         if self.quantization != "none" and self.merged:
@@ -316,50 +310,92 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     """The options of the command line over those of --config over the stage's defaults.
 
     Exits with status 2 and one line that names the option if one is unknown or has a bad value."""
-    from transformers import HfArgumentParser
-
     argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--stage")
     first.add_argument("--config")
     early, _ = first.parse_known_args(argv)
-    from_file = _read_config(early.config) if early.config else {}
-    wanted = early.stage if early.stage is not None else from_file.get("stage")
-    asks_help = "--help" in argv or "-h" in argv
-    if wanted is None and not asks_help:
-        _fail(f"--stage is missing: it is one of {', '.join(map(str, STAGES))}")
+    content = _read_config(early.config) if early.config else {}
+    wanted = early.stage if early.stage is not None else content.get("stage")
     stage = next((known for known in STAGES if str(known) == str(wanted)), None)
-    if stage is None and wanted is not None:
-        _fail(f"unknown --stage {wanted}: it is one of {', '.join(map(str, STAGES))}")
+    if stage is None and (wanted is not None or not {"--help", "-h"} & set(argv)):
+        problem = "--stage is missing" if wanted is None else f"unknown --stage {wanted}"
+        _fail(f"{problem}: it is one of {', '.join(map(str, STAGES))}")
     kind = STAGES[stage or 1]
-    parser = HfArgumentParser(
-        kind,
+    parser = _make_parser(kind)
+    values = _parse(parser, kind, list(_as_argv(kind, content, early.config)), f"{early.config}: ")
+    values |= _parse(parser, kind, argv, "")
+    return kind(**values, given=frozenset(values))
+
+
+def _make_parser(kind: type[TrainingArguments]) -> argparse.ArgumentParser:
+    other = next(number for number, stage in STAGES.items() if stage is not kind)
+    parser = argparse.ArgumentParser(
         prog="train_accelerate.py",
-        description=f"{kind.__doc__} The other stage's options: --stage {2 if kind is Stage1Arguments else 1} --help.",
+        usage="%(prog)s --stage {1,2} [--config FILE] [--OPTION VALUE ...]",
+        description=f"{kind.__doc__} The other stage's options: --stage {other} --help.",
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # so that only what is given is found
     )
-    parser.error = _fail  # type: ignore[method-assign]  # one line, not four screens of usage
-    names = {each.name for each in dataclasses.fields(kind)}
-    if unknown := sorted(from_file.keys() - names):
-        _fail(f"unknown option in {early.config}: {', '.join(unknown)} (stage {stage})")
-    parser.set_defaults(**{**from_file, "stage": stage})
-    for action in parser._actions:
-        action.required = False
-        if action.nargs == "+":
-            action.nargs = "*"  # --eval_data alone: none
-    arguments, *rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
-    if rest[-1]:
-        _fail(f"unknown option in stage {stage}: {' '.join(rest[-1])}")
-    for name, value in from_file.items():  # argparse has converted the strings among them
-        if name in ("data", "eval_data"):
-            if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-                _fail(f"{early.config}: {name} must be a list of sources, not {value!r}")
-            continue
-        usual = getattr(kind, name, None)
-        wanted = (int, float, str) if isinstance(usual, float) else (type(usual), str)
-        if usual is not None and not isinstance(value, wanted):
-            _fail(f"{early.config}: {name} must be {type(usual).__name__}, not {value!r}")
-    return arguments
+    hints = get_type_hints(kind)
+    options = {each.name: each for each in dataclasses.fields(kind) if "help" in each.metadata}
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in filter(options.__contains__, names.split()):
+            each, hint = options[name], hints[name]
+            if get_origin(hint) is Literal:
+                how: dict[str, Any] = {"choices": get_args(hint)}
+            elif get_origin(hint) is list:
+                how = {"nargs": "*", "metavar": "TEXT"}
+            elif hint is bool:
+                how = {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+            elif name == "resume_from_checkpoint":
+                how = {"nargs": "?", "const": NEWEST, "metavar": "FOLDER"}
+            else:
+                how = {int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "X"}}.get(
+                    hint, {"metavar": "TEXT"}
+                )
+            usual = each.default_factory() if callable(each.default_factory) else each.default
+            usual = " ".join(usual) if isinstance(usual, list) else usual
+            shown = "" if usual in (None, "", dataclasses.MISSING) else f" (default: {usual})"
+            group.add_argument(f"--{name}", help=(each.metadata["help"] + shown).replace("%", "%%"), **how)
+    return parser
+
+
+def _parse(
+    parser: argparse.ArgumentParser, kind: type[TrainingArguments], argv: list[str], place: str
+) -> dict[str, Any]:
+    """The options that argv gives, by name. place: what errors begin with."""
+    parser.error = lambda message: _fail(place + message)  # type: ignore[method-assign]  # not four screens of usage
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        stage = next(number for number, known in STAGES.items() if known is kind)
+        name = unknown[0].partition("=")[0].lstrip("-")
+        near = difflib.get_close_matches(name, [action.dest for action in parser._actions], 1)
+        hint = f"; did you mean --{near[0]}?" if near else ""
+        if any(name in other.__dataclass_fields__ for other in STAGES.values()):
+            hint = "; it is an option of the other stage"
+        _fail(f"{place}unknown option in stage {stage}: {' '.join(unknown)}{hint}")
+    return vars(values)
+
+
+def _as_argv(kind: type[TrainingArguments], content: dict[str, Any], path: str) -> Iterator[str]:
+    """What a yaml file gives, in the words of the command line, by which it is converted and checked."""
+    hints = get_type_hints(kind)
+    for name, value in content.items():
+        if isinstance(value, list) and get_origin(hints.get(name, list[str])) is list:
+            yield from (f"--{name}", *map(str, value))
+        elif value is None:
+            _fail(f"{path}: {name} has no value: leave the line out")
+        else:
+            yield f"--{name}={value}"
+
+
+def _boolean(text: str) -> bool:
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return known[text.lower()]
 
 
 def _read_config(path: str) -> dict[str, Any]:

@@ -1,15 +1,18 @@
-"""What is trained on, and what is held out: sources, their mixture, and the report of what was wrong with them."""
+"""Training and held-out data: sources, their mixture, the order of the samples, and the report of damaged records."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
 
-from ..batching.dataset import ImageReader, SampleDataset, SampleStream
+from ..batching.dataset import ImageReader, SampleDataset, SampleStream, make_loader
 from ..batching.index import Index, load_index
-from ..batching.sampler import Batches, FixedBatches, PackedBatches
+from ..batching.sampler import Batches, EndlessSampler, FixedBatches, PackedBatches
 from ..data.mixture import Mixture
 from ..data.report import RecordError, Report, Skip
 from ..data.sample import Sample
@@ -20,71 +23,82 @@ STREAM_WARM_UP = 1000  # records of a stream before its share of bad ones means 
 
 
 @dataclass
-class Data:
-    """batches: None for a stream. held_out: validation sets by name. report: of what is trained on; what turns out
-    bad in training goes there, too. fingerprint: of the samples and their weights."""
+class TrainData:
+    """What a run trains and evaluates on.
+
+    train: the samples. sampler: the order of this rank's micro-batches; None for a stream. num_steps: of the run.
+    steps_per_epoch: None for a stream. held_out: validation sets by name. report: of the training data, before and
+    during training. fingerprint: of the samples and their weights."""
 
     train: SampleDataset | SampleStream
-    batches: Batches | None
+    sampler: EndlessSampler | None
+    num_steps: int
+    steps_per_epoch: float | None
     held_out: dict[str, Index]
     report: Report
     max_bad_fraction: float
     fingerprint: str
 
-    def awaited(self, order: Any, step: int) -> str:
-        """What this process needs for a step, counted from 1; order: the EndlessSampler, or of a stream anything."""
-        if isinstance(self.train, SampleStream):
-            return f"step {step} waits for the stream"
-        places = [index for pack in order.of_step(step - 1) for _, index in pack]
+    def needs(self, step: int) -> str:
+        """The samples that this process needs for a step, counted from 1."""
+        if isinstance(self.train, SampleStream) or self.sampler is None:
+            return f"step {step} needs the next records of the stream"
+        places = [index for pack in self.sampler.of_step(step - 1) for _, index in pack]
         named = ", ".join(self.train.origin(index) for index in places[:4])
         return f"step {step} needs {named}{f' and {len(places) - 4} more' if len(places) > 4 else ''}"
 
+    def loader(self, first_step: int, arguments: TrainingArguments, processor: Any, device: torch.device) -> DataLoader:
+        """The micro-batches of this rank after a step, in order."""
+        if self.sampler is not None:
+            self.sampler.first_step = first_step
+        order = arguments.per_device_train_batch_size if self.sampler is None else self.sampler
+        return make_loader(self.train, order, processor, arguments.dataloader_num_workers, device.type == "cuda")
+
     def count(self, num_conversations: int, skips: list[Skip]) -> None:
-        """One step met so many records that are whole, and these that are not.
+        """Add a step's whole records, and those it skipped, to the report.
 
         Raises ValueError if more of all records are bad than --max_bad_fraction allows."""
         self.report.skip_once(skips)
-        if self.batches is None:
+        if self.sampler is None:
             self.report.records += num_conversations + sum(skip.records for skip in skips)
-        if skips and (self.batches is not None or self.report.records > STREAM_WARM_UP):
+        if skips and (self.sampler is not None or self.report.records > STREAM_WARM_UP):
             self.report.refuse_bad(self.max_bad_fraction)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.report.as_dict(), "seen": sorted(self.report.seen)}
 
-def read_data(
-    arguments: TrainingArguments,
-    processor: Any,
-    read: ImageReader,
-    rank: int,
-    world_size: int,
-    say: Callable[[str], Any],
-) -> Data:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.report = Report.from_dict(state)
+        self.report.seen = set(state["seen"])
+
+
+def read_data(arguments: TrainingArguments, processor: Any, read: ImageReader, accelerator: Accelerator) -> TrainData:
     """Read --data and --eval_data, or hold some images of --data out.
 
     Images are not opened, but for the few that are evaluated on. Raises ValueError if too many records are bad or
     nothing is left, and the errors of the readers."""
+    rank, world_size = accelerator.process_index, accelerator.num_processes
     sources = [parse_source(text) for text in arguments.data]
-    held_out = {
-        source.name: load_index(source, processor, arguments.max_length, arguments.dataloader_num_workers)
-        for source in map(parse_source, arguments.eval_data)
-    }
-    report = Report()
+
+    def index_of(source: DataSource) -> Index:
+        return load_index(source, processor, arguments.max_length, arguments.dataloader_num_workers)
+
+    held_out = {source.name: index_of(source) for source in map(parse_source, arguments.eval_data)}
+    report, sampler, steps_per_epoch, num_steps = Report(), None, None, arguments.max_steps
     if any(source.streaming for source in sources):
         samples = partial(_stream, sources[0], arguments.seed, rank, world_size)
         train: SampleDataset | SampleStream = SampleStream(samples, read, processor, arguments.max_length)
-        batches: Batches | None = None
         fingerprint = "stream"
-        say(f"{sources[0].path} is streamed: what is wrong with it is counted as it comes")
+        accelerator.print(f"{sources[0].path} is streamed: damaged records are counted during training")
     else:
-        indexes = [
-            load_index(source, processor, arguments.max_length, arguments.dataloader_num_workers) for source in sources
-        ]
+        indexes = [index_of(source) for source in sources]
         for source, index in zip(sources, indexes, strict=True):
-            say(describe(source.name, index))
+            accelerator.print(describe(source.name, index))
             report.add(index.report)
         report.refuse_bad(arguments.max_bad_fraction)
         if not held_out:
             indexes, held_out["held_out"] = hold_out(indexes, arguments.holdout_images)
-            say(f"{len(held_out['held_out']):,} images are held out of training")
+            accelerator.print(f"{len(held_out['held_out']):,} images are held out of training")
         empty = [source.name for source, index in zip(sources, indexes, strict=True) if not len(index)]
         if empty:
             raise ValueError(f"no sample to train on in {', '.join(empty)} (of {report.records:,} records)")
@@ -92,20 +106,24 @@ def read_data(
         weights = [source.weight for source in sources if source.weight is not None]
         fingerprint = " ".join([*(index.fingerprint() for index in indexes), *map(str, weights)])
         mixture = Mixture([len(index) for index in indexes], weights or None, arguments.seed)
-        if arguments.max_tokens_per_batch:
-            batches = PackedBatches(mixture, train.lengths(), arguments.max_tokens_per_batch)
-            budget, fill = arguments.max_tokens_per_batch, batches.fill
-            say(f"{batches.count(1):,} packs of {budget:,} tokens an epoch, {fill:.1%} full")
-        else:
-            batches = FixedBatches(mixture, arguments.per_device_train_batch_size)
+        batches: Batches = FixedBatches(mixture, arguments.per_device_train_batch_size)
+        if budget := arguments.max_tokens_per_batch:
+            batches = packed = PackedBatches(mixture, train.lengths(), budget)
+            accelerator.print(f"{packed.count(1):,} packs of {budget:,} tokens an epoch, {packed.fill:.1%} full")
+        batches_per_step = arguments.gradient_accumulation_steps * world_size
+        steps_per_epoch = batches.count(1) / batches_per_step
+        num_steps = arguments.max_steps or max(1, -(-batches.count(arguments.num_train_epochs) // batches_per_step))
+        sampler = EndlessSampler(batches, arguments.gradient_accumulation_steps, num_steps, rank, world_size)
     for name, index in held_out.items():
         held_out[name] = _readable(index, read, arguments, name)
-        say(describe(name, held_out[name]))
-    return Data(train, batches, held_out, report, arguments.max_bad_fraction, fingerprint)
+        accelerator.print(describe(name, held_out[name]))
+    return TrainData(
+        train, sampler, num_steps, steps_per_epoch, held_out, report, arguments.max_bad_fraction, fingerprint
+    )
 
 
 def describe(name: str, index: Index) -> str:
-    """A line on what was read, and one for each kind of what was wrong with it."""
+    """A line with the numbers of samples and records, and one for each kind of damage."""
     report = index.report
     text = f"{name}: {len(index):,} samples of {report.records:,} records, {report.num_skipped:,} records skipped"
     return "\n".join(filter(None, [text, report.table()]))
@@ -122,7 +140,7 @@ def hold_out(indexes: list[Index], num_images: int) -> tuple[list[Index], Index]
     firsts = [len(index) - share for index, share in zip(indexes, shares, strict=True)]
     gone = {name for each, first in zip(names, firsts, strict=True) for name in each[first:] if name is not None}
     kept = [
-        index.take(np.array([row for row in range(first) if each[row] not in gone], dtype=np.int64))
+        index.take(np.array([number for number in range(first) if each[number] not in gone], dtype=np.int64))
         for index, each, first in zip(indexes, names, firsts, strict=True)
     ]
     parts = [index.take(np.arange(first, len(index))) for index, first in zip(indexes, firsts, strict=True)]
@@ -141,9 +159,9 @@ def _readable(index: Index, read: ImageReader, arguments: TrainingArguments, nam
             if image is not None:
                 read(image)
             good.append(number)
-        except RecordError as defect:
+        except RecordError as error:
             origin = index.sample(number).origins[0]
-            report.skip(Skip(defect.kind, origin, defect.detail, index.num_conversations(number)))
+            report.skip(Skip(error.kind, origin, error.detail, index.num_conversations(number)))
     report.refuse_bad(arguments.max_bad_fraction)
     if not good:
         raise ValueError(f"nothing to evaluate on: no sample of {name} can be used\n{report.table()}")

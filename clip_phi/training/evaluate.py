@@ -1,87 +1,117 @@
 """Evaluation during training: held-out loss, sample texts, and the task of --eval_task."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from ..batching.dataset import ImageReader, SampleDataset, make_loader
 from ..batching.images import load_image
 from ..batching.index import Index
+from ..batching.packing import PackedBatch
 from ..data.report import Report
 from ..data.sample import File, as_messages
 from ..evaluation.answers import Decoding, Processes
 from ..evaluation.evaluate import evaluate_answers
-from ..evaluation.generate import generate_texts
+from ..evaluation.generate import generate_texts, held_out_loss
 from ..evaluation.tasks import EvalSet, make_eval_set
 from .arguments import TrainingArguments
+from .fsdp import is_sharded
 
 
-def eval_batches(
-    num_samples: int, arguments: TrainingArguments, rank: int, world_size: int
-) -> list[list[tuple[int, int]]]:
+@dataclass
+class Evaluation:
+    """The result of one evaluation.
+
+    losses: of each validation set, its summed loss in nats and its number of supervised tokens. texts: for
+    samples.jsonl; none but in the main process. scores: {metric: {score, blind, shuffled}} of --eval_task."""
+
+    losses: dict[str, tuple[float, float]]
+    texts: list[dict[str, Any]]
+    scores: dict[str, dict[str, float]]
+
+
+@dataclass
+class Evaluator:
+    """Evaluates on the validation sets of a run, held_out. Raises ValueError if they hold nothing for --eval_task."""
+
+    arguments: TrainingArguments
+    held_out: dict[str, Index]
+    read: ImageReader
+    processor: Any
+    accelerator: Accelerator
+
+    def __post_init__(self) -> None:
+        self.eval_set: EvalSet | None = None
+        if self.arguments.eval_task != "none":
+            samples = [
+                index.sample(number)
+                for index in self.held_out.values()
+                for number in range(min(len(index), self.arguments.eval_task_images))
+            ]
+            self.eval_set = make_eval_set(self.arguments.eval_task, samples, Report())
+
+    def evaluate(self, model: Any, plain_model: Any, to_device: Callable[[PackedBatch], PackedBatch]) -> Evaluation:
+        """Evaluate a model in eval mode; all ranks call it.
+
+        model, plain_model: as prepared by Accelerate, and unwrapped. to_device: makes a batch ready for the model."""
+        accelerator, batch_size = self.accelerator, self.arguments.per_device_eval_batch_size
+        losses, texts = {}, []
+        for name, index in self.held_out.items():
+            batches = eval_batches(len(index), batch_size, accelerator.process_index, accelerator.num_processes)
+            loader = make_loader(SampleDataset([index], self.read), batches, self.processor, 0)
+            loss = held_out_loss(model, map(to_device, loader), accelerator.device)
+            losses[name] = accelerator.reduce(loss, "sum").tolist()
+        if accelerator.is_main_process or is_sharded(accelerator):
+            for held_out in self.held_out.values():
+                texts += sample_texts(plain_model, self.processor, held_out, self.arguments)
+        return Evaluation(losses, texts, self.run_eval_task(plain_model))
+
+    def run_eval_task(self, model: Any) -> dict[str, dict[str, float]]:
+        """{metric: {score, blind, shuffled}} of --eval_task, the task's own metric first; the same on all ranks."""
+        if self.eval_set is None:
+            return {}
+        processes = Processes()  # sharded weights: every rank generates everything, since forward passes are collective
+        if not is_sharded(self.accelerator):
+            processes = Processes(self.accelerator.process_index, self.accelerator.num_processes, gather_object)
+        batch_size = max(self.arguments.per_device_eval_batch_size, 32)
+        decoding = Decoding(max_new_tokens=self.arguments.max_new_tokens, batch_size=batch_size)
+        metrics = evaluate_answers(model, self.processor, self.eval_set, decoding, processes=processes).result[
+            "metrics"
+        ]
+        own = self.eval_set.metric
+        return {name: metrics[name] for name in sorted(metrics, key=lambda name: name != own)}
+
+
+def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[list[tuple[int, int]]]:
     """This rank's share of the held-out samples, in batches of (epoch 0, index).
 
-    All ranks have as many batches, and the last may be empty: under FSDP a forward pass waits for the others."""
+    All ranks have equally many batches, and the last may be empty: under FSDP a forward pass is collective."""
     mine = range(rank, num_samples, world_size)
-    size, most = arguments.per_device_train_batch_size, -(-num_samples // world_size)
-    return [[(0, index) for index in mine[start : start + size]] for start in range(0, most, size)]
+    most = -(-num_samples // world_size)
+    return [[(0, index) for index in mine[start : start + batch_size]] for start in range(0, most, batch_size)]
 
 
 def sample_texts(model: Any, processor: Any, held_out: Index, arguments: TrainingArguments) -> list[dict[str, Any]]:
-    """What the model says to the first question about a few held-out images, beside what a person wrote."""
-    pictured = (number for number in range(len(held_out)) if held_out.has_image(number))
-    chosen = [held_out.sample(number) for number in islice(pictured, arguments.num_sample_texts)]
-    prompts, asked, written = [], [], []
+    """The generated answer to the first question about a few held-out images, beside the reference."""
+    with_image = (number for number in range(len(held_out)) if held_out.has_image(number))
+    chosen = [held_out.sample(number) for number in islice(with_image, arguments.num_sample_texts)]
+    prompts, questions, references = [], [], []
     for sample in chosen:
         conversation = sample.conversations[0]
         answer = next(place for place, turn in enumerate(conversation) if turn.role == "assistant")
         assert sample.image is not None
         prompts.append((as_messages(conversation[:answer], has_image=True), load_image(sample.image)))
-        asked.append(conversation[answer - 1].text if answer else None)
-        written.append(conversation[answer].text)
+        questions.append(conversation[answer - 1].text if answer else None)
+        references.append(conversation[answer].text)
     generated = generate_texts(model, processor, prompts, arguments.max_new_tokens)
     return [
-        {"image": _name(sample.image), "question": question, "generated": text, "written": truth}
-        for sample, question, text, truth in zip(chosen, asked, generated, written, strict=True)
+        {"image": _name(sample.image), "question": question, "generated": text, "written": reference}
+        for sample, question, text, reference in zip(chosen, questions, generated, references, strict=True)
     ]
-
-
-def make_eval_task(arguments: TrainingArguments, held_out: dict[str, Index]) -> EvalSet | None:
-    """What --eval_task asks at each evaluation: about the first --eval_task_images of each validation set.
-
-    Raises ValueError if they hold nothing for it."""
-    if arguments.eval_task == "none":
-        return None
-    samples = [
-        index.sample(number)
-        for index in held_out.values()
-        for number in range(min(len(index), arguments.eval_task_images))
-    ]
-    return make_eval_set(arguments.eval_task, samples, Report())
-
-
-def run_eval_task(
-    model: Any,
-    processor: Any,
-    eval_set: EvalSet | None,
-    arguments: TrainingArguments,
-    accelerator: Accelerator,
-    alone: bool,
-) -> dict[str, dict[str, float]]:
-    """{metric: {score, blind, shuffled}} of --eval_task, the task's own metric first; the same on all ranks.
-
-    alone: every rank asks everything, since a forward pass of sharded weights waits for the others."""
-    if eval_set is None:
-        return {}
-    processes = Processes()
-    if not alone:
-        processes = Processes(accelerator.process_index, accelerator.num_processes, gather_object)
-    decoding = Decoding(
-        max_new_tokens=arguments.max_new_tokens, batch_size=max(arguments.per_device_train_batch_size, 32)
-    )
-    metrics = evaluate_answers(model, processor, eval_set, decoding, processes=processes).result["metrics"]
-    return {name: metrics[name] for name in sorted(metrics, key=lambda name: name != eval_set.metric)}
 
 
 def _name(image: File | bytes | None) -> str:

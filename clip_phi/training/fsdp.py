@@ -1,11 +1,10 @@
-"""Many processes, by Accelerate's own engines: DDP, and FSDP2, which spreads the frozen weights over the GPUs.
+"""Training in many processes with Accelerate: DDP, and FSDP2, which shards the frozen weights over the GPUs.
 
-Under FSDP2 a weight is a DTensor, of which each process holds a slice. To put one together is collective: all ranks
-do it, or all wait.
+Under FSDP2 a weight is a DTensor, of which each process holds a slice. Gathering one is a collective operation: all
+ranks must call it.
 """
 
 import os
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -22,16 +21,16 @@ TIMEOUT_SECONDS = 1800  # the first process reads and tokenises all data while t
 INSTEAD = "use DDP (examples/configs/ddp_8gpu.yaml) or FSDP2 (examples/configs/fsdp2_8gpu.yaml)"
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed steps inside backward() and keeps weights and optimizer to itself, so "
-    "neither accumulation by tokens nor exact resuming would hold",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM has no such model",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context and sequence parallelism are not made for this loop",
+    "neither accumulation by tokens nor exact resuming would work",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM does not have this model",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "this loop does not support tensor, context and sequence parallelism",
 }
 
 
 def process_group_kwargs() -> list[KwargsHandler]:
-    """For Accelerator: a process that waits longer than the timeout for the others ends, and so do all.
+    """The timeout for Accelerator after which a process that blocks on the others ends the run.
 
-    Raises ValueError if another engine than DDP or FSDP2 is asked for."""
+    Raises ValueError if another engine than DDP or FSDP2 is configured."""
     for name, reason in REFUSED.items():
         if _is_set(name):
             raise ValueError(f"{reason}: {INSTEAD}")
@@ -45,15 +44,15 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def check_fsdp_config(accelerator: Accelerator, arguments: TrainingArguments, say: Callable[[str], Any]) -> None:
-    """To be called before the model is loaded: check what FSDP2 is asked to do, and choose the optimizer for it.
+def check_fsdp_config(accelerator: Accelerator, arguments: TrainingArguments) -> None:
+    """Check what FSDP2 is configured to do, before the model is loaded.
 
-    Accelerate makes DDP, or nothing, of FSDP where it has no GPU: that is said. Raises ValueError, with all problems,
-    for what cannot be done."""
+    Accelerate turns FSDP into DDP, or one process, where it has no GPU: a line says so. Raises ValueError, with all
+    problems, for what is not supported."""
     if not is_sharded(accelerator):
         if _is_set("ACCELERATE_USE_FSDP"):
             instead = "DDP, with all weights in each process" if accelerator.num_processes > 1 else "one process"
-            say(f"FSDP was asked for, but Accelerate has it on several GPUs only: this run is {instead}")
+            accelerator.print(f"FSDP was asked for, but Accelerate has it on several GPUs only: this run is {instead}")
         return
     plugin = accelerator.state.fsdp_plugin
     problems = []
@@ -73,32 +72,28 @@ def check_fsdp_config(accelerator: Accelerator, arguments: TrainingArguments, sa
         problems.append("--quantization none: quantised weights are not sharded; with them a GPU holds the whole model")
     if problems:
         raise ValueError("FSDP needs " + "\n       ".join(problems) + f"\n       Or {INSTEAD}")
-    if arguments.optim == "auto":
-        if accelerator.device.type == "cuda":
-            say("--optim auto is adamw_torch_fused: bitsandbytes cannot step sharded weights")
-        arguments.optim = "adamw_torch_fused"
 
 
 def prepare(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[Any, Any]:
-    """accelerator.prepare, after which FSDP2 has sharded all but the vision tower, decoder block by decoder block.
+    """accelerator.prepare, where FSDP2 shards all but the vision tower, decoder block by decoder block.
 
-    The tower is small, and runs in the processes whose samples have images: a collective in it would wait for the
-    others for ever. Gradients are reduced in float32, and the loss is not rounded to bfloat16."""
+    The tower is small, and runs only in the processes whose samples have images: a collective in it would block for
+    ever. Gradients are reduced in float32, and the loss is not rounded to bfloat16."""
     if not is_sharded(accelerator):
         return accelerator.prepare(model, optimizer)
     decoder, plugin = model.model.language_model, accelerator.state.fsdp_plugin
     plugin.ignored_modules = r"model\.vision_tower"
-    # Accelerate's default is every class that some part names, and it fails for those that are not there.
+    # Accelerate's default is every class that some part names, and it fails for the absent ones.
     present = {type(module).__name__ for module in decoder.modules()}
     plugin.transformer_cls_names_to_wrap = sorted(present & set(decoder._no_split_modules))
     if accelerator.mixed_precision == "bf16":
         plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    # Accelerate would gather the head at each call, but the loss calls it as often as this process has chunks of
-    # tokens. Not known as such, it is gathered with the root's weights, once in a step.
+    # Accelerate would gather the head at each call, but the loss calls it once for each chunk of this process' tokens.
+    # Hidden from Accelerate, it is gathered with the root's weights, once in a step.
     model.get_input_embeddings = model.get_output_embeddings = lambda: None
     prepared = accelerator.prepare(model, optimizer)
     del model.get_input_embeddings, model.get_output_embeddings
-    model._is_fsdp_managed_module = True  # generate() goes on until all processes are done
+    model._is_fsdp_managed_module = True  # generate() continues until all processes are done
     return prepared
 
 
@@ -119,9 +114,9 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather(tensor: Any, keep: bool) -> Any:
-    """All of a tensor that is sharded, on the CPU, or nothing if this process is not to keep it; all ranks call it.
+    """All of a sharded tensor on the CPU, or an empty one if this process does not keep it; all ranks call it.
 
-    Anything else is given back as it is."""
+    Anything else is returned unchanged."""
     if not isinstance(tensor, DTensor):
         return tensor
     found = tensor.full_tensor()
@@ -129,17 +124,17 @@ def gather(tensor: Any, keep: bool) -> Any:
 
 
 def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor, sharded as another one, or the tensor itself if that one is whole."""
+    """This process' slice of a full tensor, sharded like another one, or the tensor itself if that one is not."""
     if not isinstance(like, DTensor):
         return tensor
-    # Every process has read the same file: nothing is sent.
+    # Every process has read the same file, so nothing is sent.
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def full_state_dict(accelerator: Accelerator, model: Any, merged: bool) -> dict[str, torch.Tensor] | None:
-    """What save_pretrained needs of a sharded model: the trained weights, or all; None if it is not sharded.
+    """The weights for save_pretrained of a sharded model: the trained ones, or all; None if it is not sharded.
 
-    All ranks call it, and the main process gets it."""
+    All ranks call it; only the main process gets the weights."""
     if not is_sharded(accelerator):
         return None
     _reshard(model)
@@ -148,7 +143,7 @@ def full_state_dict(accelerator: Accelerator, model: Any, merged: bool) -> dict[
 
 
 def _reshard(model: Any) -> None:
-    # After an evaluation the root's weights are still whole, and rounded to the precision of the forward pass.
+    # After an evaluation the root's weights are still unsharded, and rounded to the precision of the forward pass.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

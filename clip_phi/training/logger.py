@@ -1,9 +1,11 @@
-"""What a run shows and writes down: progress bar, metrics.jsonl, samples.jsonl, curve.png."""
+"""The log of a run: progress bar or lines, metrics.jsonl, samples.jsonl, curve.png."""
 
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +15,14 @@ from tqdm import tqdm
 from ..batching.packing import PackedBatch
 from ..data.report import Report
 from ..environment import EnergyMeter, peak_memory_bytes
+from .evaluate import Evaluation
 from .model import is_linear
 
 
 class StepCounts(NamedTuple):
-    """What steps went over. samples: captions or conversations. tokens: of the decoder, images included."""
+    """Counts of one or several steps.
+
+    samples: captions or conversations. supervised: tokens. tokens: of the decoder, images included."""
 
     samples: int = 0
     supervised: int = 0
@@ -26,12 +31,11 @@ class StepCounts(NamedTuple):
 
 
 class FlopsPerToken(NamedTuple):
-    """FLOPs of a training step for each token of the decoder, each supervised token, and each image that the tower
-    sees.
+    """FLOPs of a training step for each token of the decoder, each supervised token, and each image of the tower.
 
-    Two for each weight in the forward pass, two for the gradient that goes back through it, two more if it is trained.
-    What attention computes between tokens, and what is computed again, is left out: so does the usual MFU (PaLM,
-    arXiv 2204.02311, without its attention term)."""
+    Two for each weight in the forward pass, two for the gradient with respect to its input, two more if it is trained.
+    Attention between tokens and recomputation are left out, as in the usual MFU (PaLM, arXiv 2204.02311, without its
+    attention term)."""
 
     token: int
     supervised: int
@@ -47,7 +51,7 @@ class FlopsPerToken(NamedTuple):
         head = (4 + 2 * _is_trained(model.lm_head)) * _weights(model.lm_head)
         return cls(decoder, head, (tower + projector) * patches)
 
-    def work(self, pack: PackedBatch) -> StepCounts:
+    def counts_of(self, pack: PackedBatch) -> StepCounts:
         tokens = pack.inputs["input_ids"].numel()
         images = len(pack.inputs.get("pixel_values", ()))
         flops = self.token * tokens + self.supervised * pack.num_supervised + self.image * images
@@ -55,7 +59,7 @@ class FlopsPerToken(NamedTuple):
 
 
 def _weights(module: torch.nn.Module) -> int:
-    """Of one layer that multiplies with a matrix; a quantised one is counted as what it stands for."""
+    """Elements of a layer's matrix, 0 for other layers; a quantised matrix counts with its original size."""
     if isinstance(module, torch.nn.Linear):
         return module.in_features * module.out_features
     return module.weight.numel() if is_linear(module) or isinstance(module, torch.nn.Conv2d) else 0
@@ -65,13 +69,24 @@ def _is_trained(module: torch.nn.Module) -> bool:
     return is_linear(module) and module.weight.requires_grad
 
 
-class Monitor:
-    """The log of one run, kept by the main process; the others hold one that writes nothing.
+class TrainingLogger:
+    """The log of one run, written by the main process; the loggers of the others write nothing.
 
-    metrics.jsonl: one json object a line; {"step", "loss", "samples_per_second", ...} from training, {"step",
-    "loss_spike", "origins"} where the loss jumped, {"step", "eval_loss"} from evaluations, with "eval_loss/NAME" where
-    there are several validation sets. A sample is a caption or a conversation. samples.jsonl: texts generated for
-    held-out images. data_report.json: what was wrong with the data."""
+    metrics.jsonl has one json object a line. From training: {"step", "loss", "samples_per_second", ...}, where loss is
+    the mean over the supervised tokens since the last such line, and a sample is a caption or a conversation. Where
+    the loss jumps: {"step", "loss_spike", "origins"}. From evaluations: {"step", "eval_loss"}, with "eval_loss/NAME" if
+    there are several validation sets. samples.jsonl: texts generated for held-out images. data_report.json: the damaged
+    records. On a terminal a progress bar shows the last line; elsewhere each line is printed.
+
+    Args:
+        folder: of the run.
+        num_steps: of the run.
+        active: whether this is the main process.
+        device: whose memory and energy are logged.
+        steps_per_epoch: None for a stream.
+        peak: FLOP/s of all devices together, for the MFU; None if unknown.
+        track: Accelerator.log.
+    """
 
     def __init__(
         self,
@@ -79,51 +94,60 @@ class Monitor:
         num_steps: int,
         active: bool,
         device: torch.device,
-        *,
-        first_step: int = 0,
         steps_per_epoch: float | None = None,
         peak: float | None = None,
         track: Callable[..., Any] = lambda values, step: None,
     ):
-        """first_step: the step that the run goes on from; what is written about later ones is dropped. steps_per_epoch:
-        None for a stream. peak: FLOP/s that all devices together could do. track: Accelerator.log."""
-        self.folder = folder
-        self.active = active
-        self.num_steps = num_steps
-        self.device = device
-        self.steps_per_epoch = steps_per_epoch
-        self.peak = peak
-        self.track = track
+        self.folder, self.num_steps, self.active, self.device = folder, num_steps, active, device
+        self.steps_per_epoch, self.peak, self.track = steps_per_epoch, peak, track
         self.energy = EnergyMeter(device)
         self.losses: list[tuple[int, float]] = []
         self.eval_losses: list[tuple[int, float]] = []
-        self.seen = StepCounts()  # since the beginning of the run; a resumed one gets it from its checkpoint
+        self.seen = self._last = StepCounts()  # since the beginning of the run, and until the last line
+        self._loss_sum, self._tokens = 0.0, 0  # since the last line
+        self._step = 0  # of the last line, or the one that the run is resumed after
+        self._since, self._waited = time.perf_counter(), 0.0
         self.lost_lines = 0
-        self._since = time.perf_counter()
-        self._last = StepCounts()
-        self._waited = 0.0
-        self._bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not active, dynamic_ncols=True)
-        if active:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                self._keep_until(name, first_step)
+        self._bar = tqdm(disable=True)
 
-    def count(self, work: StepCounts, waited: float) -> None:
-        """One step, all ranks together, is done. waited: seconds of it that this process waited for its data."""
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "loss_sum": self._loss_sum, "tokens": self._tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = self._last = StepCounts(*state["seen"])
+        self._loss_sum, self._tokens = state["loss_sum"], state["tokens"]
+
+    def start(self, first_step: int) -> None:
+        """Begin the log after a step, 0 in a new run. Lines about later steps are dropped from the files."""
+        self._step = first_step
+        if self.active:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                self._truncate(name, first_step)
+            hidden = not sys.stderr.isatty()
+            self._bar = tqdm(total=self.num_steps, initial=first_step, unit="step", disable=hidden, dynamic_ncols=True)
+        self._since = time.perf_counter()
+
+    def count(self, work: StepCounts, loss: float | None, waited: float) -> None:
+        """Count a step of all ranks.
+
+        loss: its mean over its supervised tokens in nats, or None if it was left out. waited: seconds that this process
+        waited for its data."""
         self.seen = StepCounts(*map(sum, zip(self.seen, work, strict=True)))
+        if loss is not None:
+            self._loss_sum += loss * max(work.supervised, 1)
+            self._tokens += max(work.supervised, 1)
         self._waited += waited
         self._bar.update()
 
-    def go_on(self, seen: Sequence[int]) -> None:
-        """From what a checkpoint says was seen."""
-        self.seen = self._last = StepCounts(*seen)
-
-    def log(self, step: int, loss: float, **values: float) -> None:
-        """Write down the loss of this step, what was seen until now, and the speed since the last line."""
+    def log(self, step: int, **values: float) -> None:
+        """Log a line: the loss and the speed since the last one, what was seen until now, and the values."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         rate = StepCounts(*((after - before) / seconds for after, before in zip(self.seen, self._last, strict=True)))  # type: ignore[arg-type]
-        waiting, self._waited, self._last = self._waited / seconds, 0.0, self.seen
+        left = (self.num_steps - step) * seconds / max(step - self._step, 1)
+        waiting, self._waited, self._last, self._step = self._waited / seconds, 0.0, self.seen, step
+        loss, self._loss_sum, self._tokens = self._loss_sum / max(self._tokens, 1), 0.0, 0
         self.losses.append((step, loss))
         line: dict[str, Any] = {"step": step}
         if self.steps_per_epoch:
@@ -138,62 +162,57 @@ class Monitor:
         line["peak_memory_gb"] = round(peak_memory_bytes(self.device) / 1e9, 3)
         if (joules := self.energy.joules()) is not None:
             line["energy_kwh"] = round(joules / 3.6e6, 6)
-        utilisation = f", MFU {line['mfu']:.0%}" if self.peak else ""
-        self._bar.set_postfix_str(
-            f"loss {loss:.3f}, {rate.samples:.1f} samples/s, {rate.supervised:.0f} supervised tokens/s{utilisation}, "
-            f"data wait {waiting:.0%}, {line['peak_memory_gb']:.1f} GB"
-        )
         self._write("metrics.jsonl", line)
         self.track({name: value for name, value in line.items() if name != "step"}, step=step)
+        mfu = f", MFU {line['mfu']:.0%}" if self.peak else ""
+        text = (
+            f"loss {loss:.3f}, {rate.samples:.1f} samples/s, {rate.supervised:.0f} supervised tokens/s{mfu}, "
+            f"data wait {waiting:.0%}, {line['peak_memory_gb']:.1f} GB"
+        )
+        self._bar.set_postfix_str(text)
+        if self._bar.disable:
+            self._print(f"step {step:,}/{self.num_steps:,}: {text}, ETA {timedelta(seconds=round(left))}")
 
     def log_spike(self, step: int, loss: float, origins: Sequence[str]) -> None:
-        """Write down that a loss stands out, and what this process saw in that step."""
+        """Log a loss that jumps, with this process' samples of that step."""
         self._write("metrics.jsonl", {"step": step, "loss_spike": loss, "origins": list(origins)})
-        if self.active:
-            tqdm.write(f"step {step}: the loss jumped to {loss:.4f}; the samples are named in metrics.jsonl")
+        self._print(f"step {step}: the loss jumped to {loss:.4f}; the samples are named in metrics.jsonl")
 
-    def log_evaluation(
-        self,
-        step: int,
-        sums: dict[str, tuple[float, float]],
-        texts: list[dict[str, Any]],
-        judged: dict[str, dict[str, float]],
-    ) -> dict[str, float]:
-        """Write down the held-out loss, over all and by name, the metrics and the generated texts; draw the curve.
-
-        sums: of each validation set, its summed loss and number of supervised tokens. judged: {metric: {score, blind,
-        shuffled}}. Returns loss and metrics by name."""
-        eval_loss = sum(loss for loss, _ in sums.values()) / sum(tokens for _, tokens in sums.values())
-        by_name = {f"eval_loss/{name}": loss / tokens for name, (loss, tokens) in sums.items()} if len(sums) > 1 else {}
+    def log_evaluation(self, step: int, evaluation: Evaluation) -> dict[str, float]:
+        """Log losses, metrics and generated texts, and draw the curve. Returns loss and metrics by name."""
+        losses, scores = evaluation.losses, evaluation.scores
+        eval_loss = sum(loss for loss, _ in losses.values()) / sum(tokens for _, tokens in losses.values())
         self.eval_losses.append((step, eval_loss))
-        for metric, values in judged.items():
-            by_name |= {
-                f"eval/{metric}{'' if kind == 'score' else f'/{kind}'}": value for kind, value in values.items()
-            }
-        self._write("metrics.jsonl", {"step": step, "eval_loss": eval_loss, **by_name})
-        self.track({"eval_loss": eval_loss, **by_name}, step=step)
-        for text in texts:
-            self._write("samples.jsonl", {"step": step, **text})
+        line = {"eval_loss": eval_loss}
+        if len(losses) > 1:
+            line |= {f"eval_loss/{name}": loss / tokens for name, (loss, tokens) in losses.items()}
+        for metric, values in scores.items():
+            line |= {f"eval/{metric}{'' if kind == 'score' else f'/{kind}'}": each for kind, each in values.items()}
+        self._write("metrics.jsonl", {"step": step, **line})
+        self.track(line, step=step)
+        text = f"step {step}: held-out loss {eval_loss:.4f}"
+        for metric, values in list(scores.items())[:1]:
+            text += f", {metric} {values['score']:.4f} (blind {values['blind']:.4f}, shuffled {values['shuffled']:.4f})"
+        self._print(text)
+        for sample in evaluation.texts:
+            self._write("samples.jsonl", {"step": step, **sample})
+            self._print(f"  {sample['image']}: {sample['generated']!r} (reference: {sample['written']!r})")
         if self.active:
-            told = ", ".join(
-                f"{metric} {values['score']:.4f} (blind {values['blind']:.4f}, shuffled {values['shuffled']:.4f})"
-                for metric, values in list(judged.items())[:1]
-            )
-            tqdm.write(f"step {step}: held-out loss {eval_loss:.4f}{told and f', {told}'}")
-            for text in texts:
-                tqdm.write(f"  {text['image']}: {text['generated']!r} (a person wrote {text['written']!r})")
             try:
                 draw_curve(self.folder / "curve.png", self.losses, self.eval_losses)
             except OSError as error:
                 self._lost("curve.png", error)
-        return {"loss": eval_loss, **{metric: values["score"] for metric, values in judged.items()}}
+        return {"loss": eval_loss, **{metric: values["score"] for metric, values in scores.items()}}
 
-    def pause(self, seconds: float) -> None:
-        """Leave so many seconds, spent on something else than training, out of the speed."""
-        self._since += seconds
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time that something else than training takes out of the speed."""
+        started = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - started
 
     def close(self, report: Report) -> None:
-        """Write data_report.json: all that was skipped or mended, before and in training."""
+        """Write data_report.json: all that was skipped or repaired, before and during training."""
         self._bar.close()
         if self.lost_lines:
             print(f"{self.lost_lines:,} lines of the log were lost: the disk was full", file=sys.stderr)
@@ -203,7 +222,7 @@ class Monitor:
             if report.num_skipped:
                 print(f"{report.num_skipped:,} of {report.records:,} records were skipped:\n{report.table()}")
 
-    def _keep_until(self, name: str, step: int) -> None:
+    def _truncate(self, name: str, step: int) -> None:
         path = self.folder / name
         lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
         kept = []
@@ -214,11 +233,15 @@ class Monitor:
                 continue
             if record["step"] <= step:
                 kept.append(line + "\n")
-                if "loss" in record:
-                    self.losses.append((record["step"], record["loss"]))
-                if "eval_loss" in record:
-                    self.eval_losses.append((record["step"], record["eval_loss"]))
+                for key, points in (("loss", self.losses), ("eval_loss", self.eval_losses)):
+                    if key in record:
+                        points.append((record["step"], record[key]))
         path.write_text("".join(kept), encoding="utf-8")
+
+    def _print(self, text: str) -> None:
+        if self.active:
+            tqdm.write(text)
+            sys.stdout.flush()
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         if self.active:
@@ -234,13 +257,24 @@ class Monitor:
         self.lost_lines += 1
 
 
+def smoothed(values: Sequence[float], span: float) -> list[float]:
+    """The exponential moving average of about so many values, each weighted as if there were none before the first."""
+    found, total, weights = [], 0.0, 0.0
+    for value in values:
+        total, weights = total * (1 - 1 / span) + value, weights * (1 - 1 / span) + 1
+        found.append(total / weights)
+    return found
+
+
 def draw_curve(path: Path, losses: list[tuple[int, float]], eval_losses: list[tuple[int, float]]) -> None:
     """Draw training and held-out loss (nats per supervised token) over the steps, as a png."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*losses, strict=True) if losses else ([], []), color="0.6", label="training, one step")
+    steps, values = zip(*losses, strict=True) if losses else ((), ())
+    axes.plot(steps, values, color="0.8", label="training")
+    axes.plot(steps, smoothed(values, max(1, len(values) / 20)), color="tab:orange", label="training, smoothed")
     axes.plot(*zip(*eval_losses, strict=True), "o-", color="tab:blue", label="held out")
     axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
     axes.legend()

@@ -1,8 +1,8 @@
-"""What train_accelerate.py needs before its loop, beside the data: processor, model, texts to look at."""
+"""The model and processor that training starts from, and the options as they are resolved for them."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,16 +10,19 @@ from accelerate import Accelerator
 from huggingface_hub.errors import HFValidationError
 from transformers.pytorch_utils import Conv1D
 
-from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiProcessor
 
 from ..batching.attention import PACKED_ATTENTION
 from ..batching.feature_cache import FeatureCache, fingerprint_of
+from ..environment import quantization_config
 from ..hub.retry import load_with_retries
 from .arguments import Stage1Arguments, Stage2Arguments, TrainingArguments
+from .fsdp import is_sharded
+from .optim import choose_optimizer
 
 
 def load_processor(arguments: TrainingArguments) -> ClipPhiProcessor:
-    with _naming_the_weights(arguments):
+    with _named_weights(arguments):
         if isinstance(arguments, Stage1Arguments):
             return load_with_retries(
                 ClipPhiProcessor.from_backbones,
@@ -39,22 +42,21 @@ def load_model(
 
     Frozen weights are held in the precision they are used in: under autocast, float32 ones are cast at each use."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    with _naming_the_weights(arguments):
+    with _named_weights(arguments):
         if isinstance(arguments, Stage1Arguments):
-            model = _from_backbones(arguments, processor, dtype)
+            model = load_with_retries(
+                ClipPhiForCausalLM.from_backbones,
+                arguments.vision_backbone,
+                arguments.text_backbone,
+                vision_revision=arguments.vision_revision,
+                text_revision=arguments.text_revision,
+                image_token_id=processor.image_token_id,
+                projector_type=arguments.projector_type,
+                dtype=dtype,
+            )
         else:
             assert isinstance(arguments, Stage2Arguments)
-            model = _from_checkpoint(arguments, dtype, accelerator)
-    context = model.config.get_text_config().max_position_embeddings
-    if arguments.max_length > context:
-        accelerator.print(f"--max_length is cut to the decoder's context, {context}")
-        arguments.max_length = context
-    if isinstance(arguments, Stage2Arguments) and arguments.tune_decoder == "full" and not arguments.merged:
-        accelerator.print("--tune_decoder full: what is saved is a merged checkpoint, since all of it changes")
-        arguments.merged = True
-    if not model.config.delta and not arguments.merged:
-        accelerator.print("what is trained on is a merged checkpoint, and so will be what is saved")
-        arguments.merged = True
+            model = _load_stage1(arguments, dtype, accelerator)
     model.set_attn_implementation({"text_config": PACKED_ATTENTION})
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -64,10 +66,39 @@ def load_model(
     return model
 
 
+def resolve(arguments: TrainingArguments, accelerator: Accelerator, config: ClipPhiConfig) -> TrainingArguments:
+    """A copy of the options with all decided that depends on the model and the machine; each decision is printed.
+
+    config: of the loaded model. Decides optim, max_length, merged and per_device_eval_batch_size."""
+    changes: dict[str, Any] = {"optim": choose_optimizer(arguments.optim, accelerator.device, is_sharded(accelerator))}
+    context = config.get_text_config().max_position_embeddings
+    if arguments.max_length > context:
+        accelerator.print(f"--max_length is cut to the decoder's context, {context}")
+        changes["max_length"] = context
+    if not arguments.merged and isinstance(arguments, Stage2Arguments) and arguments.tune_decoder == "full":
+        accelerator.print("--tune_decoder full: a merged model is saved, since all of the decoder changes")
+        changes["merged"] = True
+    elif not arguments.merged and not config.delta:
+        accelerator.print("training starts from a merged model, so a merged model is saved")
+        changes["merged"] = True
+    changes["per_device_eval_batch_size"] = (
+        arguments.per_device_eval_batch_size or arguments.per_device_train_batch_size
+    )
+    found = dataclasses.replace(arguments, **changes)
+    images, tokens = found.per_device_train_batch_size, found.max_tokens_per_batch
+    accelerator.print(
+        f"optimizer {found.optim}; mixed precision {accelerator.mixed_precision}; in a forward pass "
+        f"{f'up to {tokens:,} tokens' if tokens else f'{images:,} images'} (evaluation: "
+        f"{found.per_device_eval_batch_size:,} images); forward passes in a step: "
+        f"{found.gradient_accumulation_steps * accelerator.num_processes:,}"
+    )
+    return found
+
+
 def open_cache(
     arguments: TrainingArguments, model: ClipPhiForCausalLM, processor: ClipPhiProcessor
 ) -> FeatureCache | None:
-    """The cache of --cache_features for this tower and these pixels, or None without that option."""
+    """The cache of --cache_features for this tower and this image processing, or None without that option."""
     if arguments.cache_features is None:
         return None
     fingerprint = fingerprint_of(model, processor, arguments.image_processing)
@@ -77,44 +108,27 @@ def open_cache(
 
 
 @contextmanager
-def _naming_the_weights(arguments: TrainingArguments) -> Iterator[None]:
+def _named_weights(arguments: TrainingArguments) -> Iterator[None]:
+    """Errors of loading name the backbones or the model, and the ways out."""
     try:
         yield
     except (OSError, HFValidationError) as error:
+        names = [getattr(arguments, name, None) for name in ("vision_backbone", "text_backbone", "init_from")]
         raise OSError(
-            f"cannot load {_weights(arguments)}: {error}\nA Hub id (user/name) needs a network the first time, and a "
-            "folder must hold config.json. 'make demo' needs no download: its small backbones come with the project."
+            f"cannot load {' and '.join(filter(None, names))}: {error}\nA Hub id (user/name) needs a network the first "
+            "time, and a folder must hold config.json. 'make demo' needs no download: it has its own backbones."
         ) from error
 
 
-def _weights(arguments: TrainingArguments) -> str:
-    if isinstance(arguments, Stage1Arguments):
-        return f"{arguments.vision_backbone} and {arguments.text_backbone}"
-    return getattr(arguments, "init_from", "")
-
-
-def _from_backbones(arguments: Stage1Arguments, processor: ClipPhiProcessor, dtype: torch.dtype) -> ClipPhiForCausalLM:
-    return load_with_retries(
-        ClipPhiForCausalLM.from_backbones,
-        arguments.vision_backbone,
-        arguments.text_backbone,
-        vision_revision=arguments.vision_revision,
-        text_revision=arguments.text_revision,
-        image_token_id=processor.image_token_id,
-        projector_type=arguments.projector_type,
-        dtype=dtype,
-    )
-
-
-def _from_checkpoint(arguments: Stage2Arguments, dtype: torch.dtype, accelerator: Accelerator) -> ClipPhiForCausalLM:
+def _load_stage1(arguments: Stage2Arguments, dtype: torch.dtype, accelerator: Accelerator) -> ClipPhiForCausalLM:
     options: dict[str, Any] = {}
     if arguments.quantization != "none":
-        options["quantization_config"] = _quantization(arguments.quantization, dtype)
+        options["quantization_config"] = quantization_config(arguments.quantization, dtype)
         options["device_map"] = {"": accelerator.device}
     model = load_with_retries(ClipPhiForCausalLM.from_pretrained, arguments.init_from, dtype=dtype, **options)
     if arguments.quantization != "none" and not model.config.delta:
         raise ValueError(
-            f"--quantization {arguments.quantization}: {arguments.init_from} is a merged checkpoint, and only a delta "
+            f"--quantization {arguments.quantization}: {arguments.init_from} is a merged model, and only a delta "
             "can be saved beside a quantised decoder; give the delta"
         )
     if arguments.quantization == "nf4":
@@ -132,18 +146,6 @@ def _from_checkpoint(arguments: Stage2Arguments, dtype: torch.dtype, accelerator
     model.model.projector.requires_grad_(True)
     model.config.caption_instruction = arguments.caption_instruction
     return model
-
-
-def _quantization(kind: str, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if not find_spec("bitsandbytes"):
-        raise ImportError(f"--quantization {kind} needs bitsandbytes: pip install 'clip-phi[cuda]'")
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
 
 
 def add_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:

@@ -12,7 +12,8 @@ from .fsdp import local
 def make_optimizer(model: torch.nn.Module, arguments: TrainingArguments, device: torch.device) -> torch.optim.Optimizer:
     """Adam over the trainable weights only, in up to four groups: projector and LoRA, with and without weight decay.
 
-    A group's "name" is projector, lora or decoder. Raises ImportError if bitsandbytes is wanted and not installed."""
+    A group's "name" is projector, lora or decoder. Raises ImportError if --optim needs bitsandbytes and
+    that is not installed."""
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -28,20 +29,27 @@ def make_optimizer(model: torch.nn.Module, arguments: TrainingArguments, device:
         }
         for (part, is_matrix), group in groups.items()
     ]
-    kind = arguments.optim
-    if kind == "auto":
-        kind = "adam8bit" if device.type == "cuda" else "adamw_torch_fused"
+    kind = choose_optimizer(arguments.optim, device)
     if kind == "adamw_torch_fused":
         return torch.optim.AdamW(parameters, fused=True)
     try:
         from bitsandbytes import optim
     except ImportError as error:
         raise ImportError(f"--optim {kind} needs bitsandbytes: pip install 'clip-phi[cuda]'") from error
-    return (optim.PagedAdam8bit if kind == "paged_adam8bit" else optim.Adam8bit)(parameters)
+    return {"adam8bit": optim.Adam8bit, "paged_adam8bit": optim.PagedAdam8bit}[kind](parameters)
+
+
+def choose_optimizer(optim: str, device: torch.device, sharded: bool = False) -> str:
+    """What --optim auto means on this device; any other value is returned unchanged.
+
+    sharded: under FSDP2, whose DTensors bitsandbytes cannot step."""
+    if optim != "auto":
+        return optim
+    return "adam8bit" if device.type == "cuda" and not sharded else "adamw_torch_fused"
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of this process' states, after the first step."""
+    """Bytes of this process' optimizer states, after the first step."""
     states = (value for state in optimizer.state.values() for value in state.values())
     return sum(local(value).nbytes for value in states if isinstance(value, torch.Tensor))
 
