@@ -63,8 +63,10 @@ class Parser(argparse.ArgumentParser):
 
     def _check_name(self, what: str, name: str, known: Any) -> None:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            self.error(f"unknown {what} {name}; the nearest known one is {nearest} (see {self.prog} --help)")
+            nearest = "".join(
+                f"; the nearest known one is {each}" for each in difflib.get_close_matches(name, known, 1)
+            )
+            self.error(f"unknown {what} {name}{nearest} (see {self.prog} --help)")
 
 
 def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], Any], help: str) -> Parser:
