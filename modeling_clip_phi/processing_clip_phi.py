@@ -57,33 +57,23 @@ class ClipPhiProcessor(ProcessorMixin):
     Args:
         image_processor: The vision tower's.
         tokenizer: The decoder's, with <image> and a padding token that is not its end token: see from_backbones.
-        chat_template: A Jinja template, answers in generation blocks that end with the end token. Default: phi-2's
-            instruction format, after BOS where the tokenizer adds it.
+        chat_template: A Jinja template, answers in generation blocks that end with the end token.
         num_image_tokens: Features of one image, and so <image> tokens for it: 49 for TinyCLIP (224 pixels, patch 32).
-        image_token: The text of the <image> token.
 
     Raises:
         ValueError: If the tokenizer lacks one of the two tokens, or adds tokens behind a text.
     """
 
-    def __init__(
-        self,
-        image_processor=None,
-        tokenizer=None,
-        chat_template=None,
-        num_image_tokens: int = 49,
-        image_token: str = IMAGE_TOKEN,
-        **kwargs: Any,
-    ):
-        if image_token not in tokenizer.get_vocab():
-            raise ValueError(f"the tokenizer has no {image_token} token: make the processor with from_backbones")
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_image_tokens=49, **kwargs: Any):
+        self.image_token = kwargs.pop("image_token", IMAGE_TOKEN)
+        if self.image_token not in tokenizer.get_vocab():
+            raise ValueError(f"the tokenizer has no {self.image_token} token: make the processor with from_backbones")
         if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
             raise ValueError("the tokenizer needs a padding token of its own, or the end token is never learnt")
         self.num_image_tokens = num_image_tokens
-        self.image_token = image_token
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         tokenizer.padding_side = "left"  # for batched generation; training pads by itself
-        added = tokenizer(image_token)["input_ids"]
+        added = tokenizer(self.image_token)["input_ids"]
         self.bos_ids: list[int] = added[: added.index(self.image_token_id)]
         if added[-1] != self.image_token_id:
             raise ValueError(f"the tokenizer adds {tokenizer.decode(added[-1:])} behind a text: switch this off")
@@ -92,14 +82,7 @@ class ClipPhiProcessor(ProcessorMixin):
 
     @classmethod
     def from_backbones(
-        cls,
-        vision: str,
-        text: str,
-        *,
-        vision_revision: str | None = None,
-        text_revision: str | None = None,
-        vision_feature_select_strategy: str = "default",
-        **hub: Any,
+        cls, vision, text, *, vision_revision=None, text_revision=None, vision_feature_select_strategy="default", **hub
     ) -> "ClipPhiProcessor":
         """The processor of a tower and a decoder; the arguments are those of ClipPhiForCausalLM.from_backbones.
 
@@ -148,16 +131,12 @@ class ClipPhiProcessor(ProcessorMixin):
     def encode_batch(
         self, conversations: Sequence[Messages], add_generation_prompt: bool = False, expand_images: bool = True
     ) -> list[tuple[list[int], list[int]]]:
-        """Token ids and labels of conversations.
+        """Token ids and labels of each conversation: the ids of answers and their end tokens, -100 elsewhere.
 
         Args:
-            conversations: [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}, ...] each.
-                Images are counted, not opened.
+            conversations: Each [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}, ...].
             add_generation_prompt: Passed to the chat template; CHAT_TEMPLATE does not use it.
             expand_images: Whether an image is num_image_tokens <image> tokens, or a single one.
-
-        Returns:
-            (ids, labels), of equal length, for each. Labels are the ids of answers and their end tokens, else -100.
 
         Raises:
             ValueError: If a text contains a special token or half a character, the template refuses the messages, or
@@ -173,7 +152,7 @@ class ClipPhiProcessor(ProcessorMixin):
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses a conversation: {error}") from error
-        end, end_id = self.tokenizer.eos_token, self.tokenizer.eos_token_id
+        end = self.tokenizer.eos_token
         prompts: list[list[str]] = []  # before each answer, from the previous end token on
         for messages, text, answers in zip(conversations, texts, spans, strict=True):
             self._check_special_tokens(messages, text)
@@ -187,19 +166,18 @@ class ClipPhiProcessor(ProcessorMixin):
         encoded = []
         for text, before in zip(texts, prompts, strict=True):
             bos = [] if self.bos and text.startswith(self.bos) else self.bos_ids
-            ids, start = ids_of[text], 0
-            labels = [IGNORE_INDEX] * len(ids)
+            ids, labels, start = ids_of[text], [IGNORE_INDEX] * len(ids_of[text]), 0
             for prompt in before:
                 first = start + len(ids_of[prompt])
                 if ids[start:first] != ids_of[prompt]:
                     raise ValueError(f"the tokenizer joins the end of a prompt with its answer: {prompt[-20:]!r}")
-                start = ids.index(end_id, first)
+                start = ids.index(self.tokenizer.eos_token_id, first)
                 labels[first : start + 1] = ids[first : start + 1]
             ids, labels = bos + ids, [IGNORE_INDEX] * len(bos) + labels
             if expand_images:
                 counts = [self.num_image_tokens if token == self.image_token_id else 1 for token in ids]
-                labels = [label for label, count in zip(labels, counts, strict=True) for _ in range(count)]
-                ids = [token for token, count in zip(ids, counts, strict=True) for _ in range(count)]
+                places = [place for place, count in enumerate(counts) for _ in range(count)]
+                ids, labels = [ids[place] for place in places], [labels[place] for place in places]
             encoded.append((ids, labels))
         return encoded
 
@@ -210,10 +188,9 @@ class ClipPhiProcessor(ProcessorMixin):
     def _check_special_tokens(self, messages: Messages, text: str) -> None:
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError("a text contains half a character, a surrogate without its other half")
-        items = (item for message in messages if isinstance(message["content"], list) for item in message["content"])
-        wanted = Counter(
-            {self.tokenizer.pad_token: 0, self.image_token: sum(item["type"] == "image" for item in items)}
-        )
+        contents = (message["content"] for message in messages if isinstance(message["content"], list))
+        images = sum(item["type"] == "image" for content in contents for item in content)
+        wanted = Counter({self.tokenizer.pad_token: 0, self.image_token: images})
         wanted[self.tokenizer.eos_token] += sum(message["role"] == "assistant" for message in messages)
         wanted[self.bos] += bool(self.bos) and text.startswith(self.bos)
         for token, count in wanted.items():

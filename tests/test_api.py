@@ -1,4 +1,4 @@
-"""The HTTP API, over a real socket: OpenAI's own client, malformed bodies, limits, and clients that go away."""
+"""The HTTP API, over a real socket: OpenAI's own client, malformed bodies, limits, and clients that disconnect."""
 
 import base64
 import io
@@ -58,7 +58,7 @@ def client(address):
         yield client
 
 
-def picture(seed=0, size=(40, 30)):
+def random_image(seed=0, size=(40, 30)):
     return Image.frombytes("RGB", size, random.Random(seed).randbytes(size[0] * size[1] * 3))
 
 
@@ -94,11 +94,11 @@ def idle(engine):
 
 
 def test_openai_client_gets_the_greedy_answer_and_its_counts(client, model, processor, engine):
-    found = client.chat.completions.create(model="tiny", messages=about(picture()), max_tokens=8)
+    found = client.chat.completions.create(model="tiny", messages=about(random_image()), max_tokens=8)
     choice = found.choices[0]
-    assert choice.message.content == greedy(model, processor, picture()) and choice.message.role == "assistant"
+    assert choice.message.content == greedy(model, processor, random_image()) and choice.message.role == "assistant"
     assert choice.finish_reason == "length" and found.model == "tiny" and found.object == "chat.completion"
-    prompt = len(engine._encode(as_prompt("a star?", picture())[0], 1))
+    prompt = len(engine._encode(as_prompt("a star?", random_image())[0], 1))
     assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (
         prompt,
         8,
@@ -108,10 +108,12 @@ def test_openai_client_gets_the_greedy_answer_and_its_counts(client, model, proc
 
 
 def test_openai_client_streams_the_same_text_in_pieces(client, model, processor):
-    options = {"model": "tiny", "messages": about(picture(1)), "max_tokens": 24}
+    options = {"model": "tiny", "messages": about(random_image(1)), "max_tokens": 24}
     chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1]]
-    assert "".join(pieces) == greedy(model, processor, picture(1), max_new_tokens=24) and sum(map(bool, pieces)) > 3
+    assert (
+        "".join(pieces) == greedy(model, processor, random_image(1), max_new_tokens=24) and sum(map(bool, pieces)) > 3
+    )
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[-2].choices[0].finish_reason == "length"
     assert chunks[-1].usage.completion_tokens == 24 and not chunks[-1].choices
     assert len({chunk.id for chunk in chunks}) == 1
@@ -120,18 +122,18 @@ def test_openai_client_streams_the_same_text_in_pieces(client, model, processor)
 def test_several_turns_with_two_images_and_a_system_message(client, model, processor, engine):
     messages = [
         {"role": "system", "content": "be brief"},
-        *about(picture(1), "what is it?"),
+        *about(random_image(1), "what is it?"),
         {"role": "assistant", "content": "a star"},
-        *about(picture(2), "and this?"),
+        *about(random_image(2), "and this?"),
     ]
     found = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8).choices[0].message.content
-    inside = [{"role": "system", "content": "be brief"}, as_prompt("what is it?", picture(1))[0][0]]
-    inside += [{"role": "assistant", "content": "a star"}, as_prompt("and this?", picture(2))[0][0]]
-    assert found == engine.submit(inside, [picture(1), picture(2)], max_new_tokens=8).result()
+    inside = [{"role": "system", "content": "be brief"}, as_prompt("what is it?", random_image(1))[0][0]]
+    inside += [{"role": "assistant", "content": "a star"}, as_prompt("and this?", random_image(2))[0][0]]
+    assert found == engine.submit(inside, [random_image(1), random_image(2)], max_new_tokens=8).result()
 
 
 def test_seed_stop_and_sampling_reach_the_engine(client):
-    options = {"model": "tiny", "messages": about(picture()), "max_tokens": 16, "temperature": 1.5, "top_p": 0.95}
+    options = {"model": "tiny", "messages": about(random_image()), "max_tokens": 16, "temperature": 1.5, "top_p": 0.95}
 
     def text(**more):
         return client.chat.completions.create(**options, **more).choices[0]
@@ -145,10 +147,10 @@ def test_seed_stop_and_sampling_reach_the_engine(client):
 
 
 def test_an_image_alone_asks_for_a_caption_as_the_checkpoint_was_trained_to(client, fresh_model, model, processor):
-    messages = about(picture())
+    messages = about(random_image())
     messages[0]["content"].pop()
     found = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8).choices[0].message.content
-    assert found == greedy(model, processor, picture(), None)
+    assert found == greedy(model, processor, random_image(), None)
     fresh_model.config.caption_instruction = "a red circle"
     with Engine(fresh_model, processor) as engine:
         asked = engine.add_default_instructions([{"role": "user", "content": [{"type": "image"}]}])
@@ -159,7 +161,7 @@ def test_an_image_alone_asks_for_a_caption_as_the_checkpoint_was_trained_to(clie
 def test_models_are_listed_and_others_are_not_found(client):
     assert [each.id for each in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4' here, only 'tiny'"):
-        client.chat.completions.create(model="gpt-4", messages=about(picture()))
+        client.chat.completions.create(model="gpt-4", messages=about(random_image()))
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("none/other")
 
@@ -175,7 +177,7 @@ def test_the_transcript_of_speech_is_before_the_instruction(model, processor, en
 
     def ask(data, *more):
         sound = {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": "wav"}}
-        content = [*about(picture())[0]["content"][:1], sound, *more]
+        content = [*about(random_image())[0]["content"][:1], sound, *more]
         return client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": content}], max_tokens=8
         )
@@ -185,11 +187,11 @@ def test_the_transcript_of_speech_is_before_the_instruction(model, processor, en
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
     ):
         found = ask(b"sound", {"type": "text", "text": "a star?"}).choices[0].message.content
-        assert found == greedy(model, processor, picture(), "a star?", transcript="is it red") and recordings == [
+        assert found == greedy(model, processor, random_image(), "a star?", transcript="is it red") and recordings == [
             b"sound"
         ]
         spoken = ask(b"sound").choices[0].message.content
-        assert spoken == greedy(model, processor, picture(), SPOKEN_INSTRUCTION, transcript="is it red")
+        assert spoken == greedy(model, processor, random_image(), SPOKEN_INSTRUCTION, transcript="is it red")
         with pytest.raises(openai.BadRequestError, match="no speech"):
             ask(b"noise")
 
@@ -248,8 +250,8 @@ BAD = [
     (user(image("data:image/png;base64,!!!")), "not base64"),
     (user(image("data:image/png;base64,")), "empty image file"),
     (user(image("data:image/png;base64,YWJjZGVmZ2g=")), "not an image"),
-    (user(image(as_uri(picture()).replace("IDAT", "")[:90] + "A" * 40)), "image"),
-    (user(*[image(as_uri(picture(0, (4, 4))))] * 9), "more than 8 images"),
+    (user(image(as_uri(random_image()).replace("IDAT", "")[:90] + "A" * 40)), "image"),
+    (user(*[image(as_uri(random_image(0, (4, 4))))] * 9), "more than 8 images"),
     (user(image(as_uri(Image.new("RGB", (101, 100))))), "an image of 10,100 pixels: at most 10,000 here"),
     (b"", "required"),
     (b"{", "json"),
@@ -287,7 +289,7 @@ def test_bodies_have_a_largest_size_with_and_without_a_length(address):
     assert found.status_code == 413 and "at most 200,000 bytes" in found.json()["error"]["message"]
 
 
-def test_unknown_paths_and_methods_are_told_in_the_same_shape(address):
+def test_unknown_paths_and_methods_have_the_same_error_format(address):
     for path, method, status in (
         ("/v1/embeddings", "POST", 404),
         ("/v1/chat/completions", "GET", 405),
@@ -336,7 +338,7 @@ def test_any_json_is_answered_or_refused_but_never_a_fault(changes, content, pla
 @settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 @given(data=st.binary(max_size=60), cut=st.integers(0, 300), place=st.integers(0, 300), value=st.integers(0, 255))
 def test_any_bytes_as_an_image_are_an_image_or_refused(data, cut, place, value, address):
-    png = bytearray(base64.b64decode(as_uri(picture(0, (4, 4))).partition(",")[2]))
+    png = bytearray(base64.b64decode(as_uri(random_image(0, (4, 4))).partition(",")[2]))
     png[place % len(png)] = value
     for each in (data, bytes(png[: cut % len(png) + 1])):
         found = post(address, user(image("data:image/png;base64," + base64.b64encode(each).decode())))
@@ -376,7 +378,7 @@ def test_a_full_queue_answers_429_with_a_time_to_come_back(model, processor):
         assert 'clip_phi_http_responses_total{status="429"} 1' in get(address, "/metrics").text
 
 
-def test_clients_that_go_away_free_their_places(address, engine):
+def test_clients_that_disconnect_free_their_places(address, engine):
     idle(engine)
     cancelled = engine.counts["cancelled"]
     body = request(max_tokens=230)
@@ -389,11 +391,11 @@ def test_clients_that_go_away_free_their_places(address, engine):
 
 
 def test_fifty_clients_at_once_each_get_their_own_answer(address, engine, model, processor):
-    expected = [greedy(model, processor, picture(number), max_new_tokens=6) for number in range(5)]
+    expected = [greedy(model, processor, random_image(number), max_new_tokens=6) for number in range(5)]
     found = {}
 
     def ask(number):
-        body = request(messages=about(picture(number % 5)), max_tokens=6)
+        body = request(messages=about(random_image(number % 5)), max_tokens=6)
         found[number] = post(address, body).json()["choices"][0]["message"]["content"]
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(50)]
@@ -425,8 +427,8 @@ def test_metrics_are_prometheus_text_and_count(address, client):
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
     before = metrics()
-    client.chat.completions.create(model="tiny", messages=about(picture(77)), max_tokens=5)
-    client.chat.completions.create(model="tiny", messages=about(picture(77)), max_tokens=5)
+    client.chat.completions.create(model="tiny", messages=about(random_image(77)), max_tokens=5)
+    client.chat.completions.create(model="tiny", messages=about(random_image(77)), max_tokens=5)
     after = metrics()
     grown = {name: after[name] - before.get(name, 0) for name in after}
     assert grown["clip_phi_tokens_total"] == 10 and grown['clip_phi_requests_total{finish="length"}'] == 2
@@ -435,7 +437,7 @@ def test_metrics_are_prometheus_text_and_count(address, client):
     assert after['clip_phi_first_token_seconds{quantile="0.5"}'] > 0
 
 
-def test_a_port_in_use_is_told(engine, address):
+def test_a_port_in_use_is_an_error(engine, address):
     with pytest.raises(
         OSError, match="cannot listen at 127.0.0.1, port .*: Address already in use; try another --port"
     ):

@@ -45,7 +45,7 @@ class FakeModels:
 
     def synthesize(self, text):
         if self.fails:
-            raise ValueError("the voice cannot say this")
+            raise ValueError("the voice has no sound for this")
         yield Speech(np.sin(np.arange(8_000) / 20).astype(np.float32), 16_000)
 
     def draw(self, text, seed):
@@ -298,7 +298,7 @@ def test_answers_are_spoken_and_drawn_on_request(open_page, fakes, files):
     fakes.fails = True
     try:
         ask(page, "How many shapes are there?")
-        page.get_by_text("⚠️ the voice cannot say this").wait_for()
+        page.get_by_text("⚠️ the voice has no sound for this").wait_for()
         assert wait_for_answers(page, 2)[-1] and "⚠️" not in answers(page)[-1]  # the answer itself stays
     finally:
         fakes.fails = False

@@ -43,7 +43,7 @@ def test_text_ends_before_the_first_stop_string(processor, text, stop):
     assert stream.stopped == bool(cuts) and not any(each in stream.text for each in stop if each.strip() == each)
 
 
-def test_a_character_of_several_tokens_comes_whole(processor):
+def test_a_character_of_several_tokens_is_one_piece(processor):
     tokens = ids(processor, "a 👩 b")
     found, _ = pieces(processor.tokenizer, tokens)
     assert len(tokens) > 5 and [piece for piece in found if piece] == ["a", " 👩", " b"]
@@ -56,6 +56,6 @@ def test_an_unfinished_character_is_shown_at_the_end(processor):
 
 
 @pytest.mark.parametrize("begun", ["ST", "S", "a S"])
-def test_what_only_begins_like_a_stop_string_is_told_at_the_end(processor, begun):
+def test_text_that_only_begins_like_a_stop_string_is_kept_at_the_end(processor, begun):
     found, stream = pieces(processor.tokenizer, ids(processor, begun), ["STOP"])
     assert "".join(found) == begun and not stream.stopped

@@ -39,7 +39,7 @@ def test_a_sound_installation_has_no_problem_and_no_secret_is_printed(monkeypatc
     assert set(checks) >= NAMES and len(checks) == len(result["checks"])
     assert {check.status for check in checks.values()} <= {"ok", "note"}
     assert all(bool(check.remedy) == (check.status == "note") for check in checks.values())
-    assert checks["Hub token"] == Check("ok", "Hub token", "there is one")
+    assert checks["Hub token"] == Check("ok", "Hub token", "found")
     assert checks["training step"].found.startswith("on cpu in float32: loss ")
 
 
@@ -53,7 +53,7 @@ def test_a_problem_is_one_line_and_status_1(monkeypatch, capsys):
     assert f"ok       torch            {torch.__version__}" in lines
     assert lines[-1] == (
         "problem  training step    RuntimeError: no kernel image is available -> "
-        "mend what is named above; --debug shows the traceback"
+        "fix the problems above first; --debug shows the traceback"
     )
     notes = sum(line.startswith("note ") for line in lines)
     assert summary == f"{len(lines)} checks: 1 problems, {notes or 'no'} notes"
@@ -72,7 +72,7 @@ def test_a_step_that_moves_frozen_weights_or_not_the_projector_is_a_problem(part
 
     monkeypatch.setattr("clip_phi.training.optim.make_optimizer", trains_something_else)
     [check] = doctor.check_training_step()
-    assert check.status == "problem" and "frozen weights moved, or trained ones did not" in check.found
+    assert check.status == "problem" and "frozen weights changed, or trained ones did not" in check.found
     assert part in check.found and check.remedy == "install the versions of constraints.txt"
 
 
@@ -122,7 +122,7 @@ def test_a_torchvision_of_another_torch_is_a_problem(tmp_path, monkeypatch):
     check = by_name(doctor.check_torch_companions())["torchvision"]
     assert check.status == "problem" and check.remedy.startswith("pip uninstall torchvision")
     assert check.found == (
-        f"0.23.0 is made for torch==2.8.0, and here is {torch.__version__}: "
+        f"0.23.0 is built for torch==2.8.0, and torch {torch.__version__} is installed: "
         "RuntimeError: operator torchvision::nms does not exist"
     )
 

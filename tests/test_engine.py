@@ -1,4 +1,4 @@
-"""The engine: what it answers is what generate answers one by one, whoever else is in the batch."""
+"""The engine: its completions are those of generate one by one, whatever else is in the batch."""
 
 import random
 import threading
@@ -31,7 +31,7 @@ def make_engine(model, processor):
         engine.close()
 
 
-def picture(seed):
+def random_image(seed):
     values = random.Random(seed)
     return Image.frombytes("RGB", (33 + seed % 5, 40), values.randbytes((33 + seed % 5) * 40 * 3))
 
@@ -47,7 +47,7 @@ def conversation(number):
             {"type": "text", "text": "a red circle and a blue square " * choose.randint(0, 2) + f"star {number}?"}
         ]
         if len(images) < 2 and choose.random() < 0.6:
-            images.append(picture(choose.randint(0, 3)))
+            images.append(random_image(choose.randint(0, 3)))
             content.insert(choose.choice((0, 0, 1)), {"type": "image"})
         messages.append({"role": "user", "content": content})
     return messages, images
@@ -120,14 +120,14 @@ def test_a_request_in_a_crowd_has_the_logits_it_has_alone(make_engine, monkeypat
 
 
 def test_a_bare_caption_whose_prompt_is_the_image_alone_is_answered_from_the_cache(model, processor, make_engine):
-    engine, image = make_engine(), picture(1)
+    engine, image = make_engine(), random_image(1)
     expected = generate_texts(model, processor, [(as_prompt(None, image)[0], image)], 8)[0]
     assert ["".join(engine.caption(image, 8)).strip() for _ in range(4)] == [expected] * 4
     assert (engine.counts["images"], engine.counts["images_encoded"]) == (4, 1)
 
 
-def test_an_image_goes_through_the_tower_once_and_is_read_by_the_decoder_twice(make_engine, model, monkeypatch):
-    engine, image, seen, read = make_engine(), picture(2), [], []
+def test_an_image_goes_through_the_tower_once_and_is_processed_by_the_decoder_twice(make_engine, model, monkeypatch):
+    engine, image, seen, read = make_engine(), random_image(2), [], []
     features, forward = model.get_image_features, engine.forward
     monkeypatch.setattr(
         model, "get_image_features", lambda pixels, **kw: seen.append(len(pixels)) or features(pixels, **kw)
@@ -145,11 +145,11 @@ def test_equal_images_that_come_together_go_through_the_tower_once(make_engine, 
         model, "get_image_features", lambda pixels, **kw: seen.append(len(pixels)) or features(pixels, **kw)
     )
     with engine._changed:  # nothing joins before all are there
-        answers = [engine.submit(*as_prompt("a star?", picture(2)), max_new_tokens=2) for _ in range(5)]
+        answers = [engine.submit(*as_prompt("a star?", random_image(2)), max_new_tokens=2) for _ in range(5)]
     assert len({answer.result() for answer in answers}) == 1 and sum(seen) == 1
 
 
-def test_sampling_repeats_with_its_seed_whoever_else_is_there(make_engine):
+def test_sampling_repeats_with_its_seed_whatever_else_is_in_the_batch(make_engine):
     engine = make_engine()
     options = {"max_new_tokens": 16, "temperature": 1.5, "top_p": 0.9}
     alone = engine.submit(*conversation(0), seed=7, **options).result()
@@ -180,7 +180,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely_and_only_from_the_nucleus(
     assert _choose(torch.tensor([[0.0, torch.nan], [1.0, 0.0]]), [asked, Asked(0, 1)]) == [None, 0]
 
 
-def test_stop_strings_and_lengths_end_an_answer_and_are_told(make_engine):
+def test_stop_strings_and_lengths_end_an_answer_and_give_its_finish_reason(make_engine):
     engine = make_engine()
     whole = engine.submit(*conversation(1), max_new_tokens=24)
     text = whole.result()
@@ -201,7 +201,7 @@ def test_the_end_token_ends_an_answer_and_is_counted(make_engine, fresh_model):
     assert (answer.result(), answer.finish_reason, answer.num_tokens) == ("", "stop", 1)
 
 
-def test_who_goes_away_frees_the_place_for_who_waits(make_engine):
+def test_a_cancelled_request_frees_its_place_for_the_next(make_engine):
     engine = make_engine(max_batch=1)
     slow = iter(engine.submit(*conversation(0), max_new_tokens=150))
     assert next(slow)
@@ -216,7 +216,7 @@ def test_who_goes_away_frees_the_place_for_who_waits(make_engine):
     assert engine.counts["tokens"] < 250
 
 
-def test_a_full_queue_is_busy_and_says_for_how_long(make_engine, expected):
+def test_a_full_queue_is_an_error_with_the_time_to_retry_after(make_engine, expected):
     engine = make_engine(max_batch=1, max_waiting=2)
     reader = iter(engine.submit(*conversation(0), max_new_tokens=100))
     assert next(reader)
@@ -228,7 +228,7 @@ def test_a_full_queue_is_busy_and_says_for_how_long(make_engine, expected):
     assert answers[0].result() == expected(1, 3) and answers[1].result() == expected(2, 3)
 
 
-def test_closing_fails_what_is_not_complete_and_refuses_what_comes(model, processor):
+def test_closing_fails_unfinished_requests_and_refuses_new_ones(model, processor):
     engine = Engine(model, processor, limits=Limits(max_batch=1))
     running, waiting = (engine.submit(*conversation(0), max_new_tokens=150) for _ in range(2))
     reader = iter(running)
@@ -321,9 +321,9 @@ def test_keys_and_values_stay_within_their_bytes(make_engine, expected):
         ([{"role": "user", "content": "star " * 400}], 0, "do not fit the context"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_when_it_is_asked(messages, images, message, make_engine):
+def test_what_cannot_be_answered_is_refused_at_submission(messages, images, message, make_engine):
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
-        make_engine().submit(messages, [picture(0)] * images, max_new_tokens=5)
+        make_engine().submit(messages, [random_image(0)] * images, max_new_tokens=5)
 
 
 def test_a_decoder_with_a_sliding_window_is_served_as_far_as_its_window_sees_everything(make_engine, fresh_model):

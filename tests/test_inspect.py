@@ -159,9 +159,11 @@ def test_json_counts_what_is_used_skipped_mended_equal_and_leaked(run, mixed, da
         "val": [val],
         "processor": checkpoint,
         "max_length": 100,
-        "sources": [{"data": mixed, "records": 13, "skipped": 7, "samples": 5}],
+        "sources": [
+            {"data": mixed, "records": 13, "skipped": 7, "samples": 5, "kind": "llava", "images": 4, "conversations": 6}
+        ],
         "records": 13,
-        "branches": 6,
+        "conversations": 6,
         "samples": 5,
         "images": 4,
         "turns": 14,
@@ -186,7 +188,7 @@ def test_json_counts_what_is_used_skipped_mended_equal_and_leaked(run, mixed, da
             "same_id_examples": [],
         },
     }
-    assert summary["records"] == summary["branches"] + sum(summary["skipped"].values())
+    assert summary["records"] == summary["conversations"] + sum(summary["skipped"].values())
     assert examples["empty image file"] == [f"{data}/mixed.json:7: {train}/empty.jpg"]
     assert examples["duplicate record"] == [f"{data}/mixed.json:12"]
     assert examples["damaged image"][0].startswith(f"{data}/mixed.json:5: {train}/cut.jpg: ")
@@ -209,7 +211,7 @@ def test_the_numbers_are_those_that_training_meets(run, mixed, data, processor):
     conversations = [len(set(tree.conversation_ids) - {0}) for tree in trees]
     # A branch's last token is a target but no input.
     lengths = sorted(len(tree.input_ids) + count for tree, count in zip(trees, conversations, strict=True))
-    assert summary["branches"] == sum(conversations)
+    assert summary["conversations"] == sum(conversations)
     assert (summary["samples"], summary["tokens"]) == (len(trees), sum(lengths))
     assert summary["supervised_tokens"] == sum(len(tree.shift_labels) for tree in trees)
     assert (summary["lengths"]["min"], summary["lengths"]["max"]) == (lengths[0], lengths[-1])
@@ -246,9 +248,9 @@ def test_the_summary_is_a_table_with_the_first_examples_of_each_kind(run, mixed,
     val = f"llava:{data}/val.json,images={data}/val2017"
     rows = [" ".join(line.split()) for line in run(mixed, "--summary", "--eval_data", val).splitlines()]
     assert rows[:6] == [
-        f"data {mixed}: 5 samples of 13 records, 7 skipped",
+        f"data {mixed}: 4 images, 6 conversations, 7 records skipped",
         "records 13",
-        "branches 6",
+        "conversations 6",
         "samples 5",
         "images 4",
         "turns 14",

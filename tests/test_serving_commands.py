@@ -1,4 +1,4 @@
-"""clip-phi serve, chat and space: what they are told, what they write, and how they end."""
+"""clip-phi serve, chat and space: their options, their output, and their exit."""
 
 import os
 import signal

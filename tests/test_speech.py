@@ -106,10 +106,10 @@ def test_a_clip_of_no_length_is_refused(seconds):
         audio_from_array(np.zeros(10), 16_000, seconds)
 
 
-# --- Speaking ---
+# --- Text to speech ---
 
 
-def test_sentences_come_as_soon_as_they_are_complete():
+def test_sentences_are_given_as_soon_as_they_are_complete():
     taken = []
 
     def pieces():
@@ -142,7 +142,7 @@ def test_speech_streams_by_sentences_and_silence_is_an_error():
     stream = toy.stream(iter(["One. Tw", "o. ", "Three"]))
     assert len(next(stream).samples) == 4 and toy.sentences == ["One."]
     assert [len(speech.samples) for speech in stream] == [4, 5]
-    assert toy.synthesize("One!\n?\nTwo").samples.shape == (7,)  # the mark alone says nothing
+    assert toy.synthesize("One!\n?\nTwo").samples.shape == (7,)  # a mark alone has no words
     for text in ("zzz", "yes"):
         with pytest.raises(ValueError, match=f"the voice toy produces no sound for '{text}'"):
             toy.synthesize(text)
@@ -176,7 +176,7 @@ def vits(tmp_path_factory):
     return str(folder)
 
 
-def test_a_model_of_the_pipeline_speaks_the_same_twice(vits):
+def test_a_model_of_the_pipeline_gives_the_same_speech_twice(vits):
     tts = make_tts(vits)
     first, second = tts.synthesize("abc de"), tts.synthesize("abc de")
     assert first.sampling_rate == tts.sampling_rate == 8_000
@@ -216,12 +216,12 @@ def test_recordings_have_a_folder_of_their_own(tmp_path):
     ("options", "message"),
     [("engine=kaldi", "engine is faster-whisper or whisperx"), ("max_speech_seconds=0", "must be a number above 0")],
 )
-def test_a_way_of_hearing_that_cannot_be_is_refused(options, message):
+def test_asr_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         parse_source(f"llava:x.json,{options}")
 
 
-def test_ways_of_hearing_are_kept_apart(tmp_path):
+def test_asr_settings_have_transcripts_of_their_own(tmp_path):
     ways = [
         AsrSettings(),
         AsrSettings(engine="whisperx"),
@@ -239,7 +239,7 @@ def spoken_sample(*recordings, text=SPOKEN_INSTRUCTION):
     return Sample(None, conversations, tuple(f"d:{number}" for number in range(len(conversations))))
 
 
-def test_transcripts_fill_in_what_was_heard_and_the_rest_is_counted(tmp_path):
+def test_known_transcripts_are_filled_in_and_the_rest_is_counted(tmp_path):
     transcripts = Transcripts(AsrSettings(), tmp_path)
     transcripts.add(b"one", text="is it red")
     transcripts.add(b"silent", text="")
@@ -250,7 +250,7 @@ def test_transcripts_fill_in_what_was_heard_and_the_rest_is_counted(tmp_path):
     assert [conversation[0].transcript for conversation in sample.conversations] == ["is it red", None]
     assert sample.origins == ("d:0", "d:3")
     assert report.skipped == {"no speech in the recording": 1, "recording cannot be decoded": 1, "missing speech": 1}
-    (sample,) = again.fill([spoken_sample(b"silent", text="Is it red?")], report)  # its text stands for itself
+    (sample,) = again.fill([spoken_sample(b"silent", text="Is it red?")], report)  # it has a text of its own
     assert sample.conversations[0][0] == Turn("user", "Is it red?")
     assert report.repaired == {"no speech in the recording, which was left out": 1}
 
@@ -279,7 +279,7 @@ def llava(tmp_path, monkeypatch):
     return tmp_path / "data.json"
 
 
-def test_each_distinct_question_is_spoken_once_and_what_cannot_be_said_stays_typed(llava):
+def test_each_distinct_question_is_recorded_once_and_those_without_sound_stay_text(llava):
     toy, output = Toy(), llava.with_name("spoken.json")
     found = speech_data.synthesize_questions(llava, output, toy)
     assert (found.questions, found.spoken, found.recordings, found.new, found.unspeakable) == (4, 3, 2, 2, 1)
@@ -315,12 +315,12 @@ class ToyTranscriber:
     engine, model = "faster-whisper", "base.en"
 
     def __init__(self, stop_after=99):
-        self.heard, self.stop_after = [], stop_after
+        self.lengths, self.stop_after = [], stop_after
 
     def transcribe(self, clip):
-        if len(self.heard) == self.stop_after:
+        if len(self.lengths) == self.stop_after:
             raise KeyboardInterrupt
-        self.heard.append(len(clip.samples))
+        self.lengths.append(len(clip.samples))
         text = f"of {len(clip.samples)}"
         return Transcript(text, (Segment(text, 0.0, 1.0),), "en", self.engine, clip.seconds, clip.truncated)
 
@@ -336,7 +336,7 @@ def spoken(llava, monkeypatch):
     return f"llava:{output},recordings={output.with_suffix('')}"
 
 
-def test_transcribing_goes_on_where_it_was_stopped(spoken, monkeypatch):
+def test_transcribing_continues_where_it_was_stopped(spoken, monkeypatch):
     first, second = ToyTranscriber(stop_after=1), ToyTranscriber()
     monkeypatch.setattr(speech_data, "make_transcriber", lambda *options: first)
     with pytest.raises(KeyboardInterrupt):
@@ -344,7 +344,7 @@ def test_transcribing_goes_on_where_it_was_stopped(spoken, monkeypatch):
     monkeypatch.setattr(speech_data, "make_transcriber", lambda *options: second)
     found, report = speech_data.transcribe_source(parse_source(spoken))
     assert (found.recordings, found.new, found.bad) == (2, 1, 0) and report.records == 4
-    assert len(first.heard) == len(second.heard) == 1 and first.heard != second.heard
+    assert len(first.lengths) == len(second.lengths) == 1 and first.lengths != second.lengths
     monkeypatch.setattr(speech_data, "make_transcriber", lambda *options: pytest.fail("all is known"))
     assert speech_data.transcribe_source(parse_source(spoken))[0].new == 0
 
@@ -355,8 +355,8 @@ def test_training_skips_and_counts_until_the_recordings_are_transcribed(spoken, 
     assert "run 'clip-phi speech transcribe --data DATA' first" in index.report.table()
     monkeypatch.setattr(speech_data, "make_transcriber", lambda *options: ToyTranscriber())
     assert main(["speech", "transcribe", "--data", spoken, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["new"] == 2 and told["model"] == "base.en" and told["engine"] == "faster-whisper"
+    record = json.loads(capsys.readouterr().out)
+    assert record["new"] == 2 and record["model"] == "base.en" and record["engine"] == "faster-whisper"
     index = load_index(parse_source(spoken), processor, 200)  # made anew, since there are transcripts now
     assert len(index) == 3 and index.report.skipped == {"<image> without an image": 1}
     text = processor.decode(index.encoded(0)[0].ids)
@@ -384,13 +384,13 @@ def test_a_stream_reads_transcripts_too(tmp_path, monkeypatch):
 # --- Asking ---
 
 
-def test_ask_puts_what_is_heard_before_the_instruction(image_file, checkpoint, monkeypatch, capsys):
-    heard = {"text": "what color"}
+def test_ask_puts_the_transcript_before_the_instruction(image_file, checkpoint, monkeypatch, capsys):
+    speech = {"text": "what color"}
 
-    def hear(file, arguments):
-        return Transcript(heard["text"], (), "en", "faster-whisper", 1.5, True)
+    def transcribe(file, arguments):
+        return Transcript(speech["text"], (), "en", "faster-whisper", 1.5, True)
 
-    monkeypatch.setattr("clip_phi.commands.speech.transcribe", hear)
+    monkeypatch.setattr("clip_phi.commands.speech.transcribe", transcribe)
     ask = ["ask", image_file, "--speech", "q.wav", "--model", checkpoint, "--max_new_tokens", "6", "--json"]
     asked = []
     monkeypatch.setattr(
@@ -398,11 +398,11 @@ def test_ask_puts_what_is_heard_before_the_instruction(image_file, checkpoint, m
         lambda self, text, image, new, transcript: asked.append((text, transcript)) or iter(["a ", "b"]),
     )
     assert main(ask) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["transcript"] == "what color" and told["truncated"] and told["engine"] == "faster-whisper"
-    assert told["answer"] == "a b"
+    record = json.loads(capsys.readouterr().out)
+    assert record["transcript"] == "what color" and record["truncated"] and record["engine"] == "faster-whisper"
+    assert record["answer"] == "a b"
     assert main([*ask, "Is it red?"]) == 0
-    heard["text"] = ""
+    speech["text"] = ""
     assert main([*ask, "Is it red?"]) == 0
     assert main(ask) == 2 and "no speech in q.wav" in capsys.readouterr().err
     assert asked == [(SPOKEN_INSTRUCTION, "what color"), ("Is it red?", "what color"), ("Is it red?", None)]
@@ -411,13 +411,13 @@ def test_ask_puts_what_is_heard_before_the_instruction(image_file, checkpoint, m
 def test_a_spoken_question_is_asked_as_it_was_trained(checkpoint, image_file, monkeypatch):
     trained = as_messages((Turn("user", SPOKEN_INSTRUCTION, transcript="is it red"), Turn("assistant", "yes")), True)
     engine, asked = Engine.from_pretrained(checkpoint), []
-    template = engine.processor.apply_chat_template
+    encode = engine.processor.encode
 
     def noted(messages, **options):
         asked.append(messages)
-        return template(messages, **options)
+        return encode(messages, **options)
 
-    monkeypatch.setattr(engine.processor, "apply_chat_template", noted)
+    monkeypatch.setattr(engine.processor, "encode", noted)
     assert "".join(engine.stream(SPOKEN_INSTRUCTION, Image.open(image_file), 6, transcript="is it red"))
     assert asked == [trained[:1]]
 
@@ -436,7 +436,7 @@ def test_ask_refuses_in_one_line_what_it_cannot_do(options, message, capsys):
     assert line.startswith("clip-phi: error: ") and message in line
 
 
-# --- The worker, with a stand-in for WhisperX ---
+# --- The worker, with a fake WhisperX ---
 
 WHISPERX = """
 import os, sys, time
@@ -501,10 +501,10 @@ def sound(kind=0, length=160):
     return AudioClip(np.full(length, kind / 100, np.float32), False)
 
 
-def test_the_worker_hears_whatever_whisperx_prints_and_sends_no_telemetry(environment):
+def test_the_worker_transcribes_whatever_whisperx_prints_and_sends_no_telemetry(environment):
     with closing(make_worker(environment)) as transcriber:
-        heard = transcriber.transcribe(sound(1))
-        assert heard == Transcript(
+        found = transcriber.transcribe(sound(1))
+        assert found == Transcript(
             "160 samples, false", (Segment("160 samples, false", 0.0, 1.5),), "en", "whisperx", 0.01, False
         )
         assert transcriber.transcribe(sound(1, 170_000)).text == "170000 samples, false"  # longer than a pipe holds
@@ -515,15 +515,15 @@ def test_the_worker_hears_whatever_whisperx_prints_and_sends_no_telemetry(enviro
         transcriber.transcribe(sound(1))
 
 
-def test_words_have_places_and_languages_are_told(environment):
+def test_words_have_timestamps_and_languages_are_detected(environment):
     with closing(make_worker(environment, "multi", words=True)) as transcriber:
-        heard = transcriber.transcribe(sound(1))
-    assert heard.language == "fr" and heard.segments[0].words == (("12", 0.5, 1.0), ("?", None, None))
+        found = transcriber.transcribe(sound(1))
+    assert found.language == "fr" and found.segments[0].words == (("12", 0.5, 1.0), ("?", None, None))
     with pytest.raises(ValueError, match="WhisperX cannot load tiny: .*supports English only, not 'de'"):
         make_worker(environment, language="de")
 
 
-def test_a_worker_that_dies_is_started_again_once_a_clip(environment, tmp_path):
+def test_a_worker_that_exits_is_restarted_once_a_clip(environment, tmp_path):
     with closing(make_worker(environment, str(tmp_path / "model"))) as transcriber:
         assert transcriber.transcribe(sound(14)).text == "160 samples, false" and transcriber.starts == 2
         os.kill(transcriber._process.pid, signal.SIGKILL)
@@ -557,7 +557,7 @@ def test_what_whisperx_refuses_is_one_line_and_it_goes_on(environment):
         make_worker(environment, "bad")
 
 
-def test_an_installation_that_is_not_whole_says_how_to_mend_it(environment, tmp_path):
+def test_an_incomplete_installation_is_an_error_with_the_command_that_repairs_it(environment, tmp_path):
     for content, message in ((None, "is not installed"), ("{", "is damaged"), ('{"form": "full"}', "is damaged")):
         if content is not None:
             (tmp_path / whisperx.ABOUT).write_text(content)
@@ -572,7 +572,7 @@ def test_an_installation_that_is_not_whole_says_how_to_mend_it(environment, tmp_
         make_worker(tmp_path, words=True)
 
 
-def test_installing_never_takes_the_place_of_something_else(tmp_path):
+def test_installing_never_overwrites_another_folder(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(whisperx.WorkerError, match="is no Python environment"):
         whisperx.install("light", tmp_path)
@@ -581,7 +581,7 @@ def test_installing_never_takes_the_place_of_something_else(tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_the_doctor_looks_into_the_environment_of_whisperx(tmp_path, monkeypatch):
+def test_doctor_checks_the_environment_of_whisperx(tmp_path, monkeypatch):
     from clip_phi.tools.doctor import check_whisperx
 
     folder = tmp_path / "whisperx"

@@ -119,7 +119,7 @@ def test_files_bytes_members_and_arrays_give_the_same_samples(tmp_path):
     assert np.abs(audio_from_array(unsigned, 44_100).samples).max() < 0.2
 
 
-def test_the_first_seconds_are_taken_and_the_cut_is_told():
+def test_the_first_seconds_are_taken_and_a_cut_clip_is_truncated():
     for seconds, limit, length, truncated in (
         (2, 10, 2, False),
         (2, 2, 2, False),
@@ -174,8 +174,8 @@ def silent_video(tmp_path_factory):
     return path
 
 
-def test_what_is_no_sound_is_one_line_that_names_it(silent_video, tmp_path):
-    picture = b"\x89PNG\r\n\x1a\n" + b"\0" * 100
+def test_what_is_no_audio_is_one_line_that_names_it(silent_video, tmp_path):
+    image = b"\x89PNG\r\n\x1a\n" + b"\0" * 100
     whole = encoded(tmp_path / "a.m4a", tone(2, 44_100), 44_100, "aac").read_bytes()
     (tmp_path / "other.wav").write_bytes(wav(tone(1), SAMPLING_RATE))
     (tmp_path / "list.m3u8").write_text(
@@ -187,7 +187,7 @@ def test_what_is_no_sound_is_one_line_that_names_it(silent_video, tmp_path):
         b"\0" * 4096: "not an audio file",
         np.random.default_rng(0).bytes(50_000): "not an audio file",
         b"Just some text.\n" * 50: "not an audio file",
-        picture: "not an audio file|no audio",
+        image: "not an audio file|no audio",
         whole[: len(whole) // 2]: "not an audio file",
         wav(tone(1), SAMPLING_RATE)[:44]: "no audio",
         wav(tone(1), 3): "damaged audio",
@@ -214,7 +214,7 @@ def test_what_is_no_sound_is_one_line_that_names_it(silent_video, tmp_path):
             load_audio(path)
 
 
-def test_damage_behind_the_beginning_ends_the_clip_and_is_told(tmp_path):
+def test_damage_after_the_beginning_ends_the_clip(tmp_path):
     data = bytearray(encoded(tmp_path / "a.flac", tone(4, 44_100), 44_100, "flac").read_bytes())
     data[len(data) // 2 :] = np.random.default_rng(0).bytes(len(data) - len(data) // 2)
     clip = load_audio(bytes(data))
@@ -231,7 +231,7 @@ def test_damage_behind_the_beginning_ends_the_clip_and_is_told(tmp_path):
             assert "\n" not in str(error) and f"{len(source)} bytes" in str(error)
 
 
-def test_a_search_for_sound_comes_to_an_end(tmp_path, monkeypatch):
+def test_a_search_for_audio_has_a_time_limit(tmp_path, monkeypatch):
     (tmp_path / "zeros.wav").write_bytes(wav(tone(1), SAMPLING_RATE))
     os.truncate(tmp_path / "zeros.wav", 2**34)  # FFmpeg would look for one more chunk of the file to its end
     monkeypatch.setattr("clip_phi.speech.audio.MAX_DECODE_SECONDS", 0.5)
@@ -239,7 +239,7 @@ def test_a_search_for_sound_comes_to_an_end(tmp_path, monkeypatch):
         load_audio(tmp_path / "zeros.wav")
 
 
-# --- AsrSettings and speaking ---
+# --- Speech recognition and text to speech ---
 
 
 def test_words_have_places_and_silence_and_noise_are_no_speech(transcriber, question):
@@ -267,7 +267,7 @@ def test_a_language_or_model_that_cannot_be_used_is_one_line(whisper, tmp_path):
         closed.transcribe(AudioClip(np.zeros(100, np.float32), False))
 
 
-def test_long_answers_are_spoken_by_sentences_as_they_come(tts, transcriber):
+def test_long_answers_are_synthesized_sentence_by_sentence(tts, transcriber):
     taken = []
 
     def pieces():
@@ -287,7 +287,7 @@ def test_long_answers_are_spoken_by_sentences_as_they_come(tts, transcriber):
     assert np.array_equal(whole.samples, tts.synthesize("".join(taken)).samples)
 
 
-def test_what_the_voice_cannot_say_is_an_error(tts):
+def test_text_without_sound_in_the_voice_is_an_error(tts):
     for text, named in (
         ("\u4f60\u597d", "\u4f60\u597d"),
         ("Hello \u4f60\u597d there.", "\u4f60\u597d"),
@@ -304,17 +304,17 @@ def test_what_the_voice_cannot_say_is_an_error(tts):
 
 def test_transcribe_clip_tells_all_of_it(question, whisper, silent_video, tmp_path, capsys):
     assert main(["speech", "transcribe", str(question), "--speech_model", whisper, "--json", "--word_timestamps"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["text"], told["engine"], told["truncated"], told["model"]) == (
+    record = json.loads(capsys.readouterr().out)
+    assert (record["text"], record["engine"], record["truncated"], record["model"]) == (
         QUESTION,
         "faster-whisper",
         False,
         whisper,
     )
-    assert told["seconds"] == pytest.approx(1.9, abs=0.1) and told["segments"][0]["words"][0]["word"] == "How"
+    assert record["seconds"] == pytest.approx(1.9, abs=0.1) and record["segments"][0]["words"][0]["word"] == "How"
     assert main(["speech", "transcribe", str(question), "--speech_model", whisper, "--max_speech_seconds", "0.2"]) == 0
-    told = capsys.readouterr().err
-    assert "faster-whisper: " in told and "only the first 0.2 s" in told
+    record = capsys.readouterr().err
+    assert "faster-whisper: " in record and "only the first 0.2 s" in record
     assert main(["speech", "transcribe", str(silent_video), "--speech_model", whisper]) == 2
     assert "it has video only" in capsys.readouterr().err
 
@@ -329,9 +329,9 @@ def test_a_data_set_is_spoken_transcribed_and_trained_on(whisper, tmp_path, proc
     data = f"llava:{spoken},images={tmp_path}/train2017,recordings={tmp_path}/spoken,speech_model={whisper}"
     (next((tmp_path / "spoken").iterdir())).write_bytes(b"no sound")
     assert main(["speech", "transcribe", "--data", data, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["bad"] == 1 and told["new"] == told["recordings"] - 1 == found["recordings"] - 1
-    assert "not an audio file" in told["examples"][0]
+    record = json.loads(capsys.readouterr().out)
+    assert record["bad"] == 1 and record["new"] == record["recordings"] - 1 == found["recordings"] - 1
+    assert "not an audio file" in record["examples"][0]
     index = load_index(parse_source(data), processor, 250)
     assert set(index.report.skipped) == {"recording cannot be decoded"} and len(index)
     text = processor.decode(index.encoded(0)[0].ids)
@@ -356,24 +356,24 @@ def checkpoint(tmp_path_factory):
 
 def test_the_example_answers_a_recording_with_one(checkpoint, question, whisper, transcriber, tmp_path, capsys):
     write_dataset(tmp_path, num_train=1, num_val=1)
-    picture, answer = next((tmp_path / "val2017").iterdir()), tmp_path / "answer.wav"
+    image, answer = next((tmp_path / "val2017").iterdir()), tmp_path / "answer.wav"
     options = ["--model", checkpoint, "--speech_model", whisper]
-    command = [sys.executable, ROOT / "examples/ask_by_voice.py", picture, question, answer, *options]
+    command = [sys.executable, ROOT / "examples/ask_by_voice.py", image, question, answer, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert f"question: {QUESTION}" in done.stdout
     with wave.open(str(answer)) as sound:
         assert sound.getnframes() > 8_000
-    # The command says the same, in the same voice.
+    # The command gives the same answer in the same voice.
     again = tmp_path / "again.wav"
-    ask = ["ask", str(picture), "--speech", str(question), "--speak", str(again), "--json", *options]
+    ask = ["ask", str(image), "--speech", str(question), "--speak", str(again), "--json", *options]
     assert main(ask) == 0
-    told = json.loads(capsys.readouterr().out)
+    record = json.loads(capsys.readouterr().out)
     assert again.read_bytes() == answer.read_bytes()
-    assert told["transcript"] == QUESTION and told["question"] is None and told["speak"] == str(again)
+    assert record["transcript"] == QUESTION and record["question"] is None and record["speak"] == str(again)
     found = transcriber.transcribe(load_audio(again)).text.lower().strip(".").split()
     found = [NUMBERS[int(word)] if word.isdigit() else word for word in found]  # Whisper writes some numbers as digits
-    written = told["answer"].lower().strip(".").split()
+    written = record["answer"].lower().strip(".").split()
     assert set(found[:5]) & set(written), (found, written)
 
 
@@ -411,7 +411,9 @@ def test_the_commands_of_the_docs_do_what_they_say(
 # --- WhisperX ---
 
 
-def test_a_real_whisperx_is_installed_and_hears_the_same(transcriber, question, whisper, tmp_path, monkeypatch, capsys):
+def test_a_real_whisperx_is_installed_and_transcribes_the_same(
+    transcriber, question, whisper, tmp_path, monkeypatch, capsys
+):
     assert main(["speech", "install", "--form", "light", "--folder", str(tmp_path / "env")]) == 0
     monkeypatch.setenv("CLIP_PHI_WHISPERX", str(tmp_path / "env"))
     with closing(make_transcriber("whisperx", whisper)) as worker:
@@ -463,12 +465,12 @@ def painter(tmp_path_factory):
     return str(folder / "model")
 
 
-def test_the_same_seed_draws_the_same_picture_in_the_size_asked_for(painter):
+def test_the_same_seed_gives_the_same_image_in_the_given_size(painter):
     from clip_phi.serving.text_to_image import TextToImage
 
     drawer = TextToImage(painter, "cpu")
-    pictures = [drawer.generate("a red circle", seed, 16).tobytes() for seed in (0, 0, 1)]
-    assert pictures[0] == pictures[1] != pictures[2]
+    images = [drawer.generate("a red circle", seed, 16).tobytes() for seed in (0, 0, 1)]
+    assert images[0] == images[1] != images[2]
     assert drawer.generate("a red circle", size=16).size == (16, 16)
     for text, size, message in ((" ", 16, "no image of an empty text"), ("a", 13, "13")):
         with pytest.raises(ValueError, match=message):
@@ -479,8 +481,8 @@ def test_the_same_seed_draws_the_same_picture_in_the_size_asked_for(painter):
 
 def test_an_answer_is_drawn(painter, checkpoint, tmp_path, capsys):
     write_dataset(tmp_path, num_train=1, num_val=1)
-    picture, drawn = str(next((tmp_path / "val2017").iterdir())), tmp_path / "drawn.png"
+    image, drawn = str(next((tmp_path / "val2017").iterdir())), tmp_path / "drawn.png"
     draw = ["--draw", str(drawn), "--drawing_model", painter, "--size", "16", "--device", "cpu"]
-    assert main(["ask", picture, "Describe the image.", "--model", checkpoint, *draw]) == 0
+    assert main(["ask", image, "Describe the image.", "--model", checkpoint, *draw]) == 0
     assert drawn.read_bytes()[:4] == b"\x89PNG"
     assert Speech(np.zeros(8), 8).seconds == 1

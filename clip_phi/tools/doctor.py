@@ -1,4 +1,4 @@
-"""Whether this installation and machine can train and serve, and how to mend what is amiss."""
+"""clip-phi doctor: can this installation and machine train and serve? Each problem comes with its remedy."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from ..environment import describe_environment, installed_version
 GB = 10**9
 PYTHONS = ((3, 11), (3, 13))  # the first and the last that the tests run on
 SHARED_MEMORY = Path("/dev/shm")
-# Where a container's limit stands: version 2 of cgroups, and version 1.
+# A container's limit: version 2 of cgroups, and version 1.
 MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 class Check(NamedTuple):
-    """status: ok, note (works, but look) or problem. remedy: what to do; empty if ok."""
+    """status: ok, note (it works, with a limit) or problem. remedy: what to do; empty if ok."""
 
     status: str
     name: str
@@ -30,20 +30,24 @@ class Check(NamedTuple):
     remedy: str = ""
 
 
+def check(name: str, found: str, is_ok: bool, remedy: str, status: str = "note") -> Check:
+    """A Check that is ok, or else of this status with this remedy."""
+    return Check("ok", name, found) if is_ok else Check(status, name, found, remedy)
+
+
 def doctor(as_json: bool, debug: bool) -> int:
     """Print every check, a line each as it comes, or one json object. Returns 1 if there is a problem, else 0.
 
-    debug: raise the error of a check that cannot be made, instead of reporting it. No token or other secret is ever
-    printed."""
+    debug: raise the error of a check that fails, instead of reporting it. Never prints a token or other secret."""
     checks = []
-    for check in examine(debug):
-        checks.append(check)
+    for each in examine(debug):
+        checks.append(each)
         if not as_json:
-            arrow = f" -> {check.remedy}" if check.remedy else ""
-            print(f"{check.status:<8} {check.name:<16} {check.found}{arrow}", flush=True)
-    problems, notes = (sum(check.status == status for check in checks) for status in ("problem", "note"))
+            arrow = f" -> {each.remedy}" if each.remedy else ""
+            print(f"{each.status:<8} {each.name:<16} {each.found}{arrow}", flush=True)
+    problems, notes = (sum(each.status == status for each in checks) for status in ("problem", "note"))
     if as_json:
-        found = {"checks": [check._asdict() for check in checks], "problems": problems}
+        found = {"checks": [each._asdict() for each in checks], "problems": problems}
         print(json.dumps({"environment": _environment(), **found}))
     else:
         print(f"{len(checks)} checks: {problems or 'no'} problems, {notes or 'no'} notes")
@@ -51,43 +55,38 @@ def doctor(as_json: bool, debug: bool) -> int:
 
 
 def examine(debug: bool = False) -> Iterator[Check]:
-    """Make all checks. One that fails, for what is broken here can break it too, is a problem itself."""
-    for check in CHECKS:
+    """Make all checks. A check that raises an error is a problem itself."""
+    for make in CHECKS:
         try:
-            yield from check()
+            yield from make()
         except Exception as error:
             if debug:
                 raise
-            name = check.__name__.removeprefix("check_").replace("_", " ")
-            yield Check("problem", name, _one_line(error), "mend what is named above; --debug shows the traceback")
+            name = make.__name__.removeprefix("check_").replace("_", " ")
+            yield Check("problem", name, _one_line(error), "fix the problems above first; --debug shows the traceback")
 
 
 def check_python() -> Iterator[Check]:
-    version = platform.python_version()
-    if PYTHONS[0] <= tuple(map(int, platform.python_version_tuple()[:2])) <= PYTHONS[1]:
-        yield Check("ok", "python", version)
-    else:
-        first, last = (".".join(map(str, each)) for each in PYTHONS)
-        remedy = f"make a virtual environment with Python {first} to {last}"
-        yield Check("problem", "python", f"{version}, which is not tested", remedy)
+    is_tested = PYTHONS[0] <= tuple(map(int, platform.python_version_tuple()[:2])) <= PYTHONS[1]
+    first, last = (".".join(map(str, each)) for each in PYTHONS)
+    found = platform.python_version() + ("" if is_tested else ", which is not tested")
+    yield check("python", found, is_tested, f"make a virtual environment with Python {first} to {last}", "problem")
 
 
 def check_copies() -> Iterator[Check]:
     used, here = Path(__file__).resolve().parents[1], Path.cwd().resolve() / "clip_phi"
-    if (here / "__init__.py").is_file() and used != here:
-        yield Check("note", "clip_phi", f"{used}, not the one in this folder", "pip install -e .")
-    else:
-        yield Check("ok", "clip_phi", str(used))
+    is_other = (here / "__init__.py").is_file() and used != here
+    yield check("clip_phi", f"{used}{', not the one in this folder' * is_other}", not is_other, "pip install -e .")
 
 
 def check_packages() -> Iterator[Check]:
-    """What the package declares to need, and what its extras add."""
+    """The requirements of the package and of its extras."""
     from packaging.requirements import Requirement  # comes with transformers
 
     try:
         needed = [Requirement(text) for text in requires("clip-phi") or []]
     except PackageNotFoundError:
-        yield Check("note", "packages", "clip-phi is not installed: what it needs is not known", "pip install -e .")
+        yield Check("note", "packages", "clip-phi is not installed: its requirements are unknown", "pip install -e .")
         return
     seen = set()
     for requirement in needed:
@@ -101,14 +100,14 @@ def check_packages() -> Iterator[Check]:
         if version is not None and requirement.specifier.contains(version, prereleases=True):
             yield Check("ok", name, version)
         elif version is None and extra:
-            yield Check("note", name, "not installed, and not needed for all", f"pip install 'clip-phi[{extra}]'")
+            yield Check("note", name, "not installed; only some features need it", f"pip install 'clip-phi[{extra}]'")
         else:
             found = f"{version or 'not installed'}, but {requirement.specifier} is needed"
             yield Check("problem", name, found, f'pip install "{name}{requirement.specifier}"')
 
 
 def check_torch_companions() -> Iterator[Check]:
-    """transformers imports these where they are installed, and fails if they are made for another torch."""
+    """transformers imports these if they are installed, and fails if they are built for another torch."""
     for name in ("torchvision", "torchaudio"):
         version = installed_version(name)
         if version is None:
@@ -118,8 +117,8 @@ def check_torch_companions() -> Iterator[Check]:
         except Exception as error:  # RuntimeError, OSError or ImportError, depending on what differs
             torch = installed_version("torch")
             wanted = next((each for each in requires(name) or [] if each.startswith("torch=")), "another torch")
-            found = f"{version} is made for {wanted}, and here is {torch}: {_one_line(error)}"
-            remedy = f"pip uninstall {name} (Clip-Phi does without), or install the one for torch {torch}"
+            found = f"{version} is built for {wanted}, and torch {torch} is installed: {_one_line(error)}"
+            remedy = f"pip uninstall {name} (Clip-Phi does not need it), or install the one for torch {torch}"
             yield Check("problem", name, found, remedy)
         else:
             yield Check("ok", name, version)
@@ -132,28 +131,26 @@ def check_device() -> Iterator[Check]:
         major, minor = torch.cuda.get_device_capability(number)
         free, total = torch.cuda.mem_get_info(number)
         found = f"{torch.cuda.get_device_name(number)}, {free / GB:.1f} of {total / GB:.1f} GB free"
-        if major >= 8:
-            yield Check("ok", f"cuda:{number}", found)
-        else:
+        if major < 8:
             found += f"; capability {major}.{minor} emulates bf16, and has no attention kernel for packs"
-            yield Check("note", f"cuda:{number}", found, "accelerate launch --mixed_precision fp16")
+        yield check(f"cuda:{number}", found, major >= 8, "accelerate launch --mixed_precision fp16")
     if torch.cuda.is_available():
         return
     if shutil.which("nvidia-smi") is None:
-        remedy = "enough for the demo; 'clip-phi plan' says what the real model needs"
-        yield Check("note", "device", "the CPU: there is no NVIDIA driver here", remedy)
+        remedy = "enough for the demo; 'clip-phi plan' gives the needs of the real model"
+        yield Check("note", "device", "the CPU: there is no NVIDIA driver", remedy)
     elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         yield Check("note", "device", "the CPU: CUDA_VISIBLE_DEVICES hides the GPU", "unset CUDA_VISIBLE_DEVICES")
     elif torch.version.cuda is None:
-        found = f"nvidia-smi is here, but torch {torch.__version__} is built without CUDA"
+        found = f"nvidia-smi is installed, but torch {torch.__version__} is built without CUDA"
         yield Check("problem", "device", found, "install a CUDA build: https://pytorch.org/get-started/locally")
     else:
-        found = f"nvidia-smi is here, but torch, built for CUDA {torch.version.cuda}, sees no GPU"
+        found = f"nvidia-smi is installed, but torch, built for CUDA {torch.version.cuda}, finds no GPU"
         yield Check("problem", "device", found, "update the NVIDIA driver; a container needs docker run --gpus all")
 
 
 def check_bitsandbytes() -> Iterator[Check]:
-    """Its absence is told with the packages."""
+    """check_packages reports its absence."""
     if installed_version("bitsandbytes") is None:
         return
     import torch
@@ -172,7 +169,7 @@ def check_threads() -> Iterator[Check]:
     threads, wanted = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     found = f"{threads} in each process, OMP_NUM_THREADS={wanted or ''}"
     if wanted is None and 1 < threads <= 8 and not torch.cuda.is_available():
-        found += "; they spin while they wait, and slow down the other processes"
+        found += "; idle threads spin, and slow down the other processes"
         yield Check("note", "OpenMP threads", found, "export OMP_NUM_THREADS=1")
     else:
         yield Check("ok", "OpenMP threads", found)
@@ -183,56 +180,43 @@ def check_memory() -> Iterator[Check]:
     for limit in map(Path, MEMORY_LIMITS):
         text = limit.read_text().strip() if limit.is_file() else "max"
         amounts += [int(text)] if text != "max" else []
-    found = f"{min(amounts) / GB:.1f} GB"
-    if min(amounts) < 8 * GB:
-        remedy = "a larger machine, or a higher limit (docker run --memory); the demo needs 2 GB"
-        yield Check("note", "memory", f"{found}: not enough to load phi-2", remedy)
-    else:
-        yield Check("ok", "memory", found)
+    is_enough = min(amounts) >= 8 * GB
+    found = f"{min(amounts) / GB:.1f} GB{'' if is_enough else ': not enough to load phi-2'}"
+    remedy = "a larger machine, or a higher limit (docker run --memory); the demo needs 2 GB"
+    yield check("memory", found, is_enough, remedy)
     if SHARED_MEMORY.is_dir():
         size = shutil.disk_usage(SHARED_MEMORY).total
-        found = f"{size / GB:.2f} GB in {SHARED_MEMORY}"
-        if size < GB:
-            found += ", through which workers hand over pictures"
-            yield Check("note", "shared memory", found, "docker run --shm-size=8g, or --dataloader_num_workers 0")
-        else:
-            yield Check("ok", "shared memory", found)
+        found = f"{size / GB:.2f} GB in {SHARED_MEMORY}{', for the images of the workers' * (size < GB)}"
+        yield check("shared memory", found, size >= GB, "docker run --shm-size=8g, or --dataloader_num_workers 0")
 
 
 def check_disk() -> Iterator[Check]:
     from huggingface_hub import constants
 
     for name, wanted, path in (("folder", 1, Path.cwd()), ("Hub cache", 10, Path(constants.HF_HUB_CACHE))):
+        is_cache = name == "Hub cache"
         existing = next(each for each in (path, *path.parents) if each.exists())
-        move = (
-            "set HF_HOME to a folder on a larger disk" if name == "Hub cache" else "give --output_dir on a larger disk"
-        )
         try:
             with tempfile.TemporaryFile(dir=existing):
                 free = shutil.disk_usage(existing).free
         except OSError as error:
-            remedy = "make it writable, or set HF_HOME" if name == "Hub cache" else "go to a folder of your own"
-            status = "problem" if name == "Hub cache" else "note"
-            yield Check(status, name, f"{path} cannot be written: {error.strerror}", remedy)
+            remedy = "make it writable, or set HF_HOME" if is_cache else "change to a folder of your own"
+            status, found = "problem" if is_cache else "note", f"{path} cannot be written: {error.strerror}"
+            yield Check(status, name, found, remedy)
             continue
-        found = f"{path}, {free / GB:.1f} GB free"
-        if free < wanted * GB:
-            yield Check("note", name, f"{found}; phi-2 is 5.6 GB" if name == "Hub cache" else found, move)
-        else:
-            yield Check("ok", name, found)
+        found = f"{path}, {free / GB:.1f} GB free{'; phi-2 is 5.6 GB' * (is_cache and free < wanted * GB)}"
+        remedy = "set HF_HOME to a folder on a larger disk" if is_cache else "give --output_dir on a larger disk"
+        yield check(name, found, free >= wanted * GB, remedy)
 
 
 def check_hub() -> Iterator[Check]:
     from huggingface_hub import constants, get_token
 
-    if constants.HF_HUB_OFFLINE:
-        yield Check("note", "Hub", "HF_HUB_OFFLINE is set: nothing is downloaded", "unset HF_HUB_OFFLINE to download")
-    else:
-        yield Check("ok", "Hub", constants.ENDPOINT)
-    if get_token():  # never printed
-        yield Check("ok", "Hub token", "there is one")
-    else:
-        yield Check("note", "Hub token", "none, and public models need none", "hf auth login, to push a model")
+    found = "HF_HUB_OFFLINE is set: nothing is downloaded" if constants.HF_HUB_OFFLINE else constants.ENDPOINT
+    yield check("Hub", found, not constants.HF_HUB_OFFLINE, "unset HF_HUB_OFFLINE to download")
+    has_token = bool(get_token())  # never printed
+    found = "found" if has_token else "none; public models need none"
+    yield check("Hub token", found, has_token, "hf auth login, to push a model")
 
 
 def check_open_files() -> Iterator[Check]:
@@ -244,7 +228,7 @@ def check_open_files() -> Iterator[Check]:
 
 
 def check_accelerate() -> Iterator[Check]:
-    """Accelerate's own default, which a launch without --config_file takes."""
+    """Accelerate's default configuration, used by a launch without --config_file."""
     import yaml
     from accelerate.commands.config import config_args
 
@@ -253,7 +237,7 @@ def check_accelerate() -> Iterator[Check]:
     kind = config.get("distributed_type", "NO")
     version = (config.get("fsdp_config") or {}).get("fsdp_version", 1)
     if kind == "DEEPSPEED" or (kind == "FSDP" and version != 2):
-        found = f"{path} asks for {kind}{' version 1' if kind == 'FSDP' else ''}, which does not train Clip-Phi"
+        found = f"{path} asks for {kind}{' version 1' if kind == 'FSDP' else ''}, which cannot train Clip-Phi"
         yield Check("note", "accelerate yaml", found, "accelerate launch --config_file accelerate_config.yaml")
     else:
         yield Check("ok", "accelerate yaml", f"{path} ({kind})" if path.is_file() else "no default of your own")
@@ -270,7 +254,7 @@ def check_attention() -> Iterator[Check]:
 
 
 def check_training_step() -> Iterator[Check]:
-    """One step of stage 1 on a tiny random model: the projector must move, and all else must not."""
+    """One step of stage 1 on a tiny random model: the projector must change, and nothing else."""
     import torch
 
     from ..batching.encode import Encoded
@@ -298,28 +282,25 @@ def check_training_step() -> Iterator[Check]:
     wrong = sorted(moved ^ {name for name in before if ".projector." in name})
     found = f"on {device.type} in {str(dtype).removeprefix('torch.')}: loss {loss.item():.3f}"
     if not loss.isfinite():
-        yield Check("problem", "training step", f"{found} is not finite", "install the versions of constraints.txt")
+        found += " is not finite"
     elif wrong:
-        found += f"; frozen weights moved, or trained ones did not: {', '.join(wrong[:3])}"
-        yield Check("problem", "training step", found, "install the versions of constraints.txt")
-    else:
-        yield Check("ok", "training step", found)
+        found += f"; frozen weights changed, or trained ones did not: {', '.join(wrong[:3])}"
+    is_ok = bool(loss.isfinite()) and not wrong
+    yield check("training step", found, is_ok, "install the versions of constraints.txt", "problem")
 
 
 def check_speech() -> Iterator[Check]:
-    """What hears and speaks; the absence of its packages is told with the packages."""
+    """Speech recognition and text-to-speech; check_packages reports absent packages."""
     if all(map(installed_version, ("av", "faster-whisper"))):
         import av
         import numpy as np
         from faster_whisper.vad import get_speech_timestamps
 
         missing = {"mp3", "flac", "aac", "opus", "vorbis", "pcm_s16le"} - av.codecs_available
-        assert not get_speech_timestamps(np.zeros(16_000, np.float32)), "voices in silence"
-        if missing:
-            found = f"PyAV {av.__version__} cannot decode {', '.join(sorted(missing))}"
-            yield Check("note", "speech in", found, "pip install --force-reinstall av")
-        else:
-            yield Check("ok", "speech in", "files are decoded, and voices told from silence")
+        assert not get_speech_timestamps(np.zeros(16_000, np.float32)), "speech detected in silence"
+        found = f"PyAV {av.__version__} cannot decode {', '.join(sorted(missing))}"
+        found = found if missing else "decoding of files and detection of speech work"
+        yield check("speech in", found, not missing, "pip install --force-reinstall av")
     if installed_version("hibari-tts"):
         from ..speech.tts import make_tts
 
@@ -327,26 +308,25 @@ def check_speech() -> Iterator[Check]:
 
 
 def check_whisperx() -> Iterator[Check]:
-    """A Python environment of its own, which is only there if it was asked for."""
-    from ..speech.whisperx import ABOUT, REQUIREMENT, check, default_folder, find_installation
+    """The optional Python environment of WhisperX."""
+    from ..speech.whisperx import ABOUT, REQUIREMENT, default_folder, find_installation
+    from ..speech.whisperx import check as check_version
 
     folder = default_folder()
     if not folder.exists():
-        yield Check("note", "WhisperX", "not installed; faster-whisper hears without it", "clip-phi speech install")
+        yield Check("note", "WhisperX", "not installed; faster-whisper is used", "clip-phi speech install")
         return
     again = "clip-phi speech install"
     try:
         found = find_installation()
-        version = check(found)
+        version = check_version(found)
     except OSError as error:
-        what = _one_line(error) if (folder / ABOUT).exists() else f"{folder} is not whole"
+        what = _one_line(error) if (folder / ABOUT).exists() else f"{folder} is incomplete"
         yield Check("problem", "WhisperX", what, again)
         return
     about = f"{version} ({found.form} form) in {folder}"
-    if f"whisperx=={version}" != REQUIREMENT:
-        yield Check("note", "WhisperX", f"{about}, not the {REQUIREMENT} that is tested", again)
-    else:
-        yield Check("ok", "WhisperX", about)
+    is_tested = f"whisperx=={version}" == REQUIREMENT
+    yield check("WhisperX", about if is_tested else f"{about}, not the tested {REQUIREMENT}", is_tested, again)
 
 
 CHECKS = (

@@ -1,4 +1,4 @@
-"""A window to look through: what the model really sees of a data set, and what is wrong with it."""
+"""clip-phi inspect: the tokens that the model gets from a data set, and the errors in the data."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
 from ..batching.images import load_image, pixel_hash
 from ..data.report import NUM_EXAMPLES, RecordError, Report, Skip
 from ..data.sample import File
-from ..data.source import parse_files
+from ..data.source import parse_files, parse_source
 from ..templates import render
 from ..templates.sheet import draw_images, save_png
 
@@ -31,13 +31,11 @@ if TYPE_CHECKING:
     from ..batching.index import Index
 
 DEMO_BACKBONES = Path(__file__).resolve().parents[2] / "examples" / "demo_backbones"
-CHUNK = 16  # images that a process is given at once
-WINDOW = 256  # images for each process that are under way, which may be bytes
-ALIKE = 7  # of 64 bits, by which two copies of a picture may differ; two drawn scenes differ in 12 at least
+CHUNK, WINDOW = 16, 256  # images: sent to a process at once; in memory for each process, perhaps as bytes
+ALIKE = 7  # most of 64 bits in which two copies of an image differ; two synthetic scenes differ in 12 or more
 SUFFIXES = (".json", ".html", ".png")  # of --output
-NUM_BINS = 10  # of the histogram, at most
+NUM_BINS, SHEET = 10, 24  # at most, in the histogram and in a png
 THUMBNAIL = 256  # pixels
-SHEET = 24  # images in a png, at most
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -122,7 +120,7 @@ def load_processor(model: str | None) -> tuple[Any, str, int | None]:
 
 
 class Piece(NamedTuple):
-    """Neighbouring tokens of a branch that are all supervised, or all not, as text."""
+    """Neighbouring tokens of a conversation that are all supervised, or all not, as text."""
 
     text: str
     supervised: bool
@@ -130,8 +128,9 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Shown:
-    """One sample as the model sees it. image_line: its image's name and size, or what is wrong with it.
-    image: a small one."""
+    """One sample as the model gets it.
+
+    image_line: its image's name and size, or the error in it. image: a thumbnail, or None."""
 
     title: str
     counts: str
@@ -142,35 +141,31 @@ class Shown:
 
 
 def show(indexes: Sequence["Index"], processor: Any, first: int, number: int) -> Iterator[Shown]:
-    """So many samples from the first on, counted over all indexes."""
+    """The samples from `first` on, `number` of them, counted over all indexes."""
     total = sum(map(len, indexes))
     places = ((index, row) for index in indexes for row in range(len(index)))
     for sample, (index, row) in enumerate(islice(places, first, first + number), start=first):
-        yield _show(index, row, f"sample {sample:,} of {total:,}", processor)
-
-
-def _show(index: "Index", row: int, title: str, processor: Any) -> Shown:
-    source, encoded = index.image(row), index.encoded(row)
-    image, picture = None, "no image"
-    prefix = index.prefix(row)
-    if source is not None:
-        name = str(source) if isinstance(source, File) else f"{len(source):,} bytes"
-        try:
-            image = load_image(source)
-            picture = f"{name}, {image.width} x {image.height} pixels"
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
-        except RecordError as defect:
-            picture = f"{defect} (training skips this sample)"
-    ignored = [IGNORE_INDEX] * len(prefix)
-    conversations = [_pieces(prefix + ids, ignored + labels, processor) for ids, labels in encoded]
-    tokens = len(prefix) + sum(len(ids) for ids, _ in encoded)
-    supervised = sum(label != IGNORE_INDEX for _, labels in encoded for label in labels)
-    counts = f"{tokens:,} tokens, {supervised:,} of them supervised ({supervised / tokens:.1%})"
-    return Shown(title, counts, picture, image, index.sample(row).origins, conversations)
+        source, encoded = index.image(row), index.encoded(row)
+        image, line, prefix = None, "no image", index.prefix(row)
+        if source is not None:
+            name = str(source) if isinstance(source, File) else f"{len(source):,} bytes"
+            try:
+                image = load_image(source)
+                line = f"{name}, {image.width} x {image.height} pixels"
+                image.thumbnail((THUMBNAIL, THUMBNAIL))
+            except RecordError as error:
+                line = f"{error} (training skips this sample)"
+        ignored = [IGNORE_INDEX] * len(prefix)
+        conversations = [_pieces(prefix + ids, ignored + labels, processor) for ids, labels in encoded]
+        tokens = len(prefix) + sum(len(ids) for ids, _ in encoded)
+        supervised = sum(label != IGNORE_INDEX for _, labels in encoded for label in labels)
+        counts = f"{tokens:,} tokens, {supervised:,} of them supervised ({supervised / tokens:.1%})"
+        title, origins = f"sample {sample:,} of {total:,}", index.sample(row).origins
+        yield Shown(title, counts, line, image, origins, conversations)
 
 
 def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[Piece]:
-    """Decoded from the beginning each time: some tokenizers drop the space before what they take for a first word."""
+    """Decoded from the beginning each time, since some tokenizers drop the space before a first word."""
     pieces, stop, before = [], 0, ""
     kinds = [
         (token == processor.image_token_id, label != IGNORE_INDEX) for token, label in zip(ids, labels, strict=True)
@@ -186,7 +181,7 @@ def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[Piece]:
 
 
 def as_text(sample: Shown, colored: bool) -> str:
-    """For the terminal: what is supervised in bold green, or between brackets."""
+    """A sample for the terminal, with supervised tokens in bold green, or between brackets."""
     start, end = ("\033[1;32m", "\033[0m") if colored else ("⟦", "⟧")
     lines = [sample.title, f"image: {_line(sample.image_line)}", sample.counts]
     for origin, pieces in zip(sample.origins, sample.conversations, strict=True):
@@ -196,7 +191,7 @@ def as_text(sample: Shown, colored: bool) -> str:
 
 
 def _plain(text: str) -> str:
-    """Data are from the web: what a terminal would obey, or nobody would see, is shown by its number."""
+    """The text with control characters and invisible ones escaped: data from the web must not control a terminal."""
     return "".join(
         each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode() for each in text
     )
@@ -210,8 +205,7 @@ def _line(text: str) -> str:
 
 
 class ImageCheck(NamedTuple):
-    """Of opening an image: pixels is their hash and look the perceptual one, or else kind and detail say what is
-    wrong."""
+    """An opened image: hash of its pixels, and perceptual hash; or else kind and detail of the error."""
 
     pixels: str = ""
     look: int = 0
@@ -222,46 +216,42 @@ class ImageCheck(NamedTuple):
 def summarise(
     texts: Sequence[str], indexes: Sequence["Index"], held_out: Sequence["Index"], num_workers: int
 ) -> dict[str, Any]:
-    """For json: what training would use of the indexes, all together. Every image is opened and decoded.
+    """For json: what training would use of all indexes together. Opens and decodes every image.
 
-    texts: what the indexes are called. held_out: validation data, whose images are looked for in the indexes.
-    records is always branches + the sum of skipped. images counts names, and a name once, in however many samples."""
-    names, places, numbers = _find_images([*indexes, *held_out])
-    images = ((indexes[i] if i < len(indexes) else held_out[i - len(indexes)]).image(row) for i, row in places)
-    outcomes = list(tqdm(check_images(images, num_workers), total=len(names), unit="image", dynamic_ncols=True))
+    texts: names of the indexes. held_out: validation data, whose images are searched for in the indexes.
+    records is always conversations + the sum of skipped. An image counts once, in however many samples it is."""
+    names, images, numbers = _find_images([*indexes, *held_out])
+    checks = list(tqdm(check_images(images, num_workers), total=len(names), unit="image", dynamic_ncols=True))
     report, sources = Report(), []
     measures, used_images = [np.zeros((0, 4), np.int64)], [np.zeros(0, np.int64)]
     for text, index, its_images in zip(texts, indexes, numbers, strict=False):
-        found = Report()
+        found, measured = Report(), measure(index)
         found.add(index.report)
-        measured = measure(index)
         used = np.ones(len(index), bool)
         for row, number in enumerate(its_images):
-            if number >= 0 and not outcomes[number].pixels:
+            if number >= 0 and not checks[number].pixels:
                 used[row] = False
                 origin = index.sample(row).origins[0]
-                found.skip(Skip(outcomes[number].kind, origin, outcomes[number].detail, int(measured[row, 0])))
-        sources.append(
-            {"data": text, "records": found.records, "skipped": found.num_skipped, "samples": int(used.sum())}
-        )
+                found.skip(Skip(checks[number].kind, origin, checks[number].detail, int(measured[row, 0])))
         measures.append(measured[used])
         used_images.append(its_images[used])
+        counts = {"samples": int(used.sum()), "images": len(np.unique(its_images[used & (its_images >= 0)]))}
+        counts["conversations"] = int(measures[-1][:, 0].sum())
+        kind = parse_source(text).kind
+        sources.append({"data": text, "kind": kind, "records": found.records, "skipped": found.num_skipped, **counts})
         report.add(found)
     lengths = np.concatenate(measures)[:, 2]
     conversations, turns, tokens, supervised = (int(count) for count in np.concatenate(measures).sum(axis=0))
-    pictures = np.concatenate(used_images)
-    pictures = pictures[pictures >= 0]
-    distinct, first_names = np.unique(pictures), dict[str, str]()
-    equal = []
-    for number in distinct:
-        first = first_names.setdefault(outcomes[number].pixels, names[number])
-        if first != names[number]:
-            equal.append((names[number], first))
+    shown = np.concatenate(used_images)
+    shown = shown[shown >= 0]
+    distinct, first_names = np.unique(shown), dict[str, str]()
+    firsts = [(names[number], first_names.setdefault(checks[number].pixels, names[number])) for number in distinct]
+    equal = [f"{name} = {first}" for name, first in firsts if name != first]
     return {
         "sources": sources,
         "samples": len(lengths),
         "images": len(distinct),
-        "branches": conversations,
+        "conversations": conversations,
         "turns": turns,
         "tokens": tokens,
         "supervised_tokens": supervised,
@@ -270,20 +260,20 @@ def summarise(
         **report.as_dict(),
         "duplicates": {
             "images": len(equal),
-            "samples": len(pictures) - len(first_names),
-            "examples": [f"{name} = {first}" for name, first in equal[:NUM_EXAMPLES]],
+            "samples": len(shown) - len(first_names),
+            "examples": equal[:NUM_EXAMPLES],
         },
-        "leakage": _leakage(numbers[len(indexes) :], names, outcomes, first_names) if held_out else None,
+        "leakage": _leakage(numbers[len(indexes) :], names, checks, first_names) if held_out else None,
     }
 
 
-def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], list[tuple[int, int]], list[np.ndarray]]:
-    """Names of the distinct images, where each is met first (index, row), and the number of each index' samples' images
-    among them, int64 (samples,), -1 for no image."""
+def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], Iterator[File | bytes | None], list[np.ndarray]]:
+    """Names of the distinct images, the images, and the number among them of each index' samples' images, int64
+    (samples,), -1 for no image."""
     found: dict[str, int] = {}
-    places: list[tuple[int, int]] = []
+    places: list[tuple[Index, int]] = []
     numbers = []
-    for place, index in enumerate(indexes):
+    for index in indexes:
         its_images = np.full(len(index), -1, np.int64)
         for row, name in enumerate(index.image_names()):
             if name is None and index.has_image(row):
@@ -291,20 +281,19 @@ def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], list[tuple[int,
             if name is not None:
                 if name not in found:
                     found[name] = len(found)
-                    places.append((place, row))
+                    places.append((index, row))
                 its_images[row] = found[name]
         numbers.append(its_images)
-    return list(found), places, numbers
+    return list(found), (index.image(row) for index, row in places), numbers
 
 
 def check_images(images: Iterable[File | bytes | None], num_workers: int) -> Iterator[ImageCheck]:
-    """Open and decode them all, in their order, in so many processes (0: in this one)."""
+    """Open and decode all images, in their order, in num_workers processes (0: in this one)."""
     if num_workers == 0:
-        for image in images:
-            yield _check(image)
+        yield from map(_check, images)
         return
     images = iter(images)
-    # Not forked from this process, which has threads of torch and of the tokenizer, but from one that has none.
+    # Not forked from this process, which has threads of torch and of the tokenizer, but from one without.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(num_workers, context) as pool:
@@ -318,14 +307,14 @@ def check_images(images: Iterable[File | bytes | None], num_workers: int) -> Ite
 def _check(image: File | bytes | None) -> ImageCheck:
     assert image is not None
     try:
-        picture = load_image(image)
-        return ImageCheck(pixel_hash(picture), difference_hash(picture))
-    except RecordError as defect:
-        return ImageCheck(kind=defect.kind, detail=defect.detail)
+        opened = load_image(image)
+        return ImageCheck(pixel_hash(opened), difference_hash(opened))
+    except RecordError as error:
+        return ImageCheck(kind=error.kind, detail=error.detail)
 
 
 def measure(index: "Index") -> np.ndarray:
-    """int64 (samples, 4): branches, turns, tokens (the image's once), supervised tokens of each sample."""
+    """int64 (samples, 4): conversations, turns, tokens (those of the image once), supervised tokens of each sample."""
     rows = [np.zeros((0, 3), np.int64)]
     for batch in index.table.to_batches():
         labels = batch.column("labels")
@@ -339,7 +328,7 @@ def measure(index: "Index") -> np.ndarray:
 
 
 def describe_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
-    """Of tokens per sample. 95 % of the samples are no longer than p95. histogram: samples by range."""
+    """Statistics of tokens per sample. 95 % of the samples are at most p95 long. histogram: samples by range."""
     if not len(lengths):
         return None
     low, high = int(lengths.min()), int(lengths.max())
@@ -358,49 +347,49 @@ def describe_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
 
 
 def _leakage(
-    held_out: Sequence[np.ndarray], names: list[str], outcomes: list[ImageCheck], trained: dict[str, str]
+    held_out: Sequence[np.ndarray], names: list[str], checks: list[ImageCheck], trained: dict[str, str]
 ) -> dict[str, Any]:
-    """Held-out images, by number, that are among those that are trained on: with equal pixels; or else looking the
-    same, as another copy of a picture does; or else with COCO's number of one."""
+    """Held-out images that are trained on: with equal pixels; or else with a similar look, as another copy has; or else
+    with the same COCO number."""
     numbers = [number for number in np.unique(np.concatenate(held_out)) if number >= 0]
-    readable = [number for number in numbers if outcomes[number].pixels]
-    equal = {number: trained[outcomes[number].pixels] for number in readable if outcomes[number].pixels in trained}
-    looks = {outcome.pixels: outcome.look for outcome in outcomes if outcome.pixels in trained}
+    readable = [number for number in numbers if checks[number].pixels]
+    equal = {number: trained[checks[number].pixels] for number in readable if checks[number].pixels in trained}
+    looks = {check.pixels: check.look for check in checks if check.pixels in trained}
     find = _LookAlikes([(looks[pixels], name) for pixels, name in trained.items()])
     others = [number for number in readable if number not in equal]
-    alike = {number: found for number in others if (found := find(outcomes[number].look)) is not None}
+    alike = {number: found for number in others if (found := find(checks[number].look)) is not None}
     by_id = {found: name for name in trained.values() if (found := coco_id(name)) is not None}
     ids = {number: coco_id(names[number]) or "" for number in others if number not in alike}
     same_id = {number: by_id[found] for number, found in ids.items() if found in by_id}
-
-    def examples(found: dict[Any, str]) -> list[str]:
-        return [f"{names[number]} = {name}" for number, name in list(found.items())[:NUM_EXAMPLES]]
-
+    examples, similar, same = (
+        [f"{names[number]} = {name}" for number, name in list(found.items())[:NUM_EXAMPLES]]
+        for found in (equal, alike, same_id)
+    )
     return {
         "images": len(equal),
         "val_images": len(readable),
         "unreadable": len(numbers) - len(readable),
-        "examples": examples(equal),
+        "examples": examples,
         "look_alikes": len(alike),
-        "look_alike_examples": examples(alike),
+        "look_alike_examples": similar,
         "same_ids": len(same_id),
-        "same_id_examples": examples(same_id),
+        "same_id_examples": same,
     }
 
 
 def difference_hash(image: Image.Image) -> int:
-    """64 bits: whether each of 8 x 8 gray values is brighter than its left neighbour, in an image made 9 x 8.
+    """64 bits: whether each of 8 x 8 gray values is brighter than its left neighbour, in an image scaled to 9 x 8.
 
-    A copy that is compressed or scaled anew differs in a few bits, another picture in about half of them. Source:
-    dHash, Neal Krawetz, "Kind of Like That", hackerfactor.com, 2013."""
+    A copy that is compressed or scaled again differs in a few bits, another image in about half of them. Source: dHash,
+    Neal Krawetz, "Kind of Like That", hackerfactor.com, 2013."""
     gray = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.LANCZOS), dtype=np.int16)
     return int.from_bytes(np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes(), "big")
 
 
 class _LookAlikes:
-    """Finds, for a difference hash, the name of the nearest one that is at most ALIKE bits away.
+    """The name of the nearest known difference hash that is at most ALIKE bits away, or None.
 
-    Two hashes of eight bytes that differ in seven bits or fewer have a byte in common, so only those are compared."""
+    Two hashes of eight bytes that differ in at most seven bits share a byte, so only such hashes are compared."""
 
     def __init__(self, known: Sequence[tuple[int, str]]):
         self.known = known
@@ -423,10 +412,12 @@ def coco_id(name: str) -> str | None:
 
 
 def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The summary as rows of a label and a text."""
+    """The summary as lines of a label and a text."""
     for source in summary["sources"]:
-        yield "data", "{data}: {samples:,} samples of {records:,} records, {skipped:,} skipped".format(**source)
-    for label in ("records", "branches", "samples", "images", "turns", "tokens"):
+        what = "captions" if source["kind"] in ("coco", "karpathy") else "conversations"
+        text = f"{{data}}: {{images:,}} images, {{conversations:,}} {what}, {{skipped:,}} records skipped"
+        yield "data", text.format(**source)
+    for label in ("records", "conversations", "samples", "images", "turns", "tokens"):
         yield label, f"{summary[label]:,}"
     yield "supervised tokens", f"{summary['supervised_tokens']:,} ({summary['share_supervised']:.1%})"
     if lengths := summary["lengths"]:
@@ -441,18 +432,14 @@ def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"  {count:,}", kind
             yield from (("", f"  {example}") for example in summary["examples"][kind])
     duplicates, leakage = summary["duplicates"], summary["leakage"]
-    yield (
-        "duplicates",
-        "{images:,} images equal another one, {samples:,} samples show what another shows".format(**duplicates),
-    )
+    text = "{images:,} images equal another one, {samples:,} samples have the image of another"
+    yield "duplicates", text.format(**duplicates)
     yield from (("", f"  {example}") for example in duplicates["examples"])
     if leakage:
         yield "leakage", "{images:,} of {val_images:,} validation images are trained on".format(**leakage)
         yield from (("", f"  {example}") for example in leakage["examples"])
-        for kind, what in (
-            ("look_alike", "look like an image that is"),
-            ("same_id", "have the number of an image that is"),
-        ):
+        kinds = {"look_alike": "look like an image that is", "same_id": "have the number of an image that is"}
+        for kind, what in kinds.items():
             if leakage[f"{kind}s"]:
                 yield "", f"  {leakage[f'{kind}s']:,} more {what}"
                 yield from (("", f"  {example}") for example in leakage[f"{kind}_examples"])
@@ -460,7 +447,7 @@ def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield "", f"  {leakage['unreadable']:,} more cannot be read"
 
 
-# Files to look at
+# Files
 
 
 def page(title: str, rows: Sequence[tuple[str, str]], samples: Iterable[Shown]) -> Iterator[str]:
@@ -469,7 +456,7 @@ def page(title: str, rows: Sequence[tuple[str, str]], samples: Iterable[Shown]) 
 
 
 def draw(path: str, indexes: Sequence["Index"], samples: Iterable[Shown]) -> None:
-    """Histograms of tokens and of supervised tokens per sample, and below them pictures with their first answer."""
+    """Histograms of tokens and of supervised tokens per sample, and below them images with their first answers."""
     from matplotlib.figure import Figure
 
     samples = list(samples)
