@@ -13,8 +13,8 @@ Each figure is measured in a process of its own, on one thread:
     imports_mb          resident memory of both before the reader is called
     warm_seconds        load_index() in another process, from the cache; without imports
     samples_per_second  Index.shared_prefix_sample() at random places of the mapped index
-    worker_mb           private memory (Private_Clean + Private_Dirty) that a forked worker adds while it makes the
-                        trees of 5,000 random samples; pages of the mapped index are not its own
+    worker_mb           private memory (Private_Clean + Private_Dirty) that a forked worker adds while it builds
+                        5,000 random samples; pages of the mapped index do not count
     index_mb            the index on disk; annotations_mb: the annotations on disk
 """
 

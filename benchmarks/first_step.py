@@ -1,9 +1,10 @@
-"""What the first training step costs: user seconds until it is done, beside those of the imports alone.
+"""The cost of the first training step: user seconds until it is done, and those of the imports alone.
 
     python benchmarks/first_step.py [--repeats 5] [--json FILE]
 
-Stage 1 on drawn scenes with the demo's backbones, each time in a process of its own. The least time of several counts:
-other programs on the machine can only add to it. The kernel's share is left out for the same reason.
+Stage 1 runs on drawn scenes with the demo's backbones, each time in a process of its own. The figures are the least
+user time of several runs, since other programs on the machine can only add to it. The kernel's time is left out for
+the same reason.
 """
 
 import argparse

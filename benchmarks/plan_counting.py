@@ -1,7 +1,7 @@
-"""The memory and the FLOPs of a training step, counted: the reference for the formula of `clip-phi plan`.
+"""Counted memory and FLOPs of a training step: the reference for the formula of `clip-phi plan`.
 
-A step runs on meta tensors of the true shapes as it would on the GPU (train mode, autocast, fused attention), while
-every tensor that it creates is recorded.
+A step runs on meta tensors of the true shapes, as on a GPU: in train mode, with autocast and fused attention. Every
+tensor that it creates is recorded.
 """
 
 import gc
@@ -29,23 +29,21 @@ from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
 
 class Counts(NamedTuple):
-    """One training step, in bytes, except for the FLOPs.
+    """Memory in bytes and FLOPs of one training step."""
 
-    activations: kept for the backward pass when the decoder has finished. logits: most memory beside them in the loss
-    and its backward pass; layers: in the decoder's forward and backward pass; tower: before the decoder begins."""
-
-    activations: float
-    logits: float
-    layers: float
-    tower: float
+    activations: float  # kept for the backward pass when the decoder has finished
+    logits: float  # peak beside the activations, in the loss and its backward pass
+    layers: float  # peak beside the activations, in the decoder's forward and backward pass
+    tower: float  # peak before the decoder starts
     flops: float
     tower_flops: float
 
 
 class LikeCuda(TorchFunctionMode):
-    """Makes meta tensors keep what CUDA keeps: autocast to dtype (None: none), fused attention and dropout.
+    """Makes meta tensors keep what CUDA keeps: autocast to dtype (or None), fused attention and dropout.
 
-    The lists are those of ATen/autocast_mode.h, as far as decoders and towers of transformers use them."""
+    The lists are those of ATen/autocast_mode.h, as far as decoders and towers of transformers use them.
+    """
 
     low = {F.linear, F.conv2d, torch.matmul, torch.bmm, F.scaled_dot_product_attention}
     high = {F.layer_norm, F.group_norm, F.softmax, F.log_softmax, F.cross_entropy, torch.softmax, torch.rsqrt}
@@ -97,7 +95,7 @@ def _planned_attention(module, query, key, value, attention_mask, scaling=None, 
     return attend_by_piece(query, key, value, pack_layout, scaling, _varlen).unsqueeze(0), None
 
 
-# What batching.packing does on CUDA; there it asks query.is_cuda, which a meta tensor is not.
+# The attention of clip_phi.batching on CUDA. The original tests query.is_cuda, which is False for a meta tensor.
 PLANNED_ATTENTION = "clip_phi_planned_packed"
 AttentionInterface.register(PLANNED_ATTENTION, _planned_attention)
 AttentionMaskInterface.register(PLANNED_ATTENTION, sdpa_mask)
@@ -108,9 +106,10 @@ def _is_float(x: Any) -> bool:
 
 
 class Ledger(TorchDispatchMode):
-    """Books the bytes of the storages that come to be inside it, until they are freed: now, and peak.
+    """Counts the bytes of the storages that are created inside it until they are freed: now, and at the peak.
 
-    Scalars and seeds of random generators, up to 64 bytes, are not booked."""
+    Storages of up to 64 bytes (scalars, seeds of random generators) are not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,13 +136,13 @@ class Ledger(TorchDispatchMode):
         self.now -= self.alive.pop(key)[0]
 
     def take_peak(self) -> int:
-        """The highest since it was last asked for."""
+        """Return the peak since the last call."""
         peak, self.peak = self.peak, self.now
         return peak
 
 
 class _Dequantized(torch.autograd.Function):
-    """A frozen layer of bitsandbytes: its weight is made in dtype for the time of a product; int8 keeps the input."""
+    """A frozen layer of bitsandbytes. Its weight exists in dtype during a product only; int8 keeps the input."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
@@ -157,7 +156,7 @@ class _Dequantized(torch.autograd.Function):
 
 
 class QuantizedLinear(torch.nn.Linear):
-    """Stands for a quantised layer; its weight is a stand-in of the true shape, in the dtype of the computation."""
+    """Replaces a quantised layer. Its weight has the true shape, and the dtype of the computation."""
 
     kind = "nf4"
 
@@ -166,11 +165,14 @@ class QuantizedLinear(torch.nn.Linear):
 
     @property
     def weight_bytes(self) -> int:
-        """nf4: half a byte, a byte for each block of 64, a float32 for each 256 of those, and tables of 16 and 256
-        float32 and an offset; in all 4.127 bits a weight. int8: a byte, and a float32 for each row."""
-        size, rows = self.weight.numel(), self.weight.shape[0]
+        """The bytes of the quantised weight.
+
+        nf4 takes half a byte per weight, a byte per block of 64, a float32 per 256 blocks, and tables of 16 and 256
+        float32 with an offset: in all 4.127 bits a weight. int8 takes a byte per weight and a float32 per output.
+        """
+        size, outputs = self.weight.numel(), self.weight.shape[0]
         if self.kind == "int8":
-            return size + 4 * rows
+            return size + 4 * outputs
         blocks = -(-size // 64)
         return -(-size // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
 
@@ -178,7 +180,10 @@ class QuantizedLinear(torch.nn.Linear):
 def build_model(
     config: ClipPhiConfig, arguments: TrainingArguments, dtype: torch.dtype, varlen: bool | None = None
 ) -> ClipPhiForCausalLM:
-    """As training has it, on the meta device: frozen weights in dtype, trained ones and their gradients in float32."""
+    """Make the model of a training run on the meta device.
+
+    Frozen weights are in dtype, trained ones and their gradients in float32.
+    """
     with torch.device("meta"):
         model = ClipPhiForCausalLM(config).to(dtype)
         model.freeze_backbones()
@@ -196,14 +201,14 @@ def build_model(
         checkpointing: dict[str, Any] = {"use_reentrant": False}
         checkpointing["context_fn"] = lambda: (nullcontext(), Recompute(dtype))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 has a new name for it, 5.18 has not
+            warnings.simplefilter("ignore", FutureWarning)  # the new name in transformers 5.23 is absent in 5.18
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
-        model.disable_input_require_grads()  # else the tower's states would be kept, too
+        model.disable_input_require_grads()  # otherwise the tower's activations are kept, too
     return model.train()
 
 
 def _make_trainable(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
-    """What stage 2 trains beside the projector: LoRA on a decoder that may be quantised, or the decoder itself."""
+    """Make the decoder trainable as in stage 2: LoRA on a decoder that may be quantised, or the decoder itself."""
     decoder = model.model.language_model
     if arguments.tune_decoder == "full":
         decoder.requires_grad_(True)
@@ -218,7 +223,7 @@ def _make_trainable(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> No
 
 @contextmanager
 def _loss_recomputed_alike(autocast: torch.dtype | None) -> Iterator[None]:
-    """LikeCuda is off inside backward(), where the chunks of a large loss are made again."""
+    """Apply LikeCuda inside backward(), too, where the chunks of a large loss are recomputed."""
     module: Any = sys.modules[ClipPhiForCausalLM.__module__]
     plain = module.checkpoint
     module.checkpoint = partial(plain, context_fn=lambda: (nullcontext(), Recompute(autocast)))
@@ -235,10 +240,15 @@ def count_step(
     autocast: torch.dtype | None,
     watch: Callable[[Ledger], Any] | None = None,
 ) -> Counts:
-    """Forward and backward pass of a pack, on the meta device.
+    """Run the forward and backward pass of a pack on the meta device.
 
-    conversation_ids: of each sample and token, as in make_pack_layout; samples with a prefix have an image.
-    supervised: tokens with a label in all of them. watch: called with the ledger after the decoder."""
+    Args:
+        model: made by build_model().
+        conversation_ids: of each sample and token, as in make_pack_layout; samples with a prefix have an image.
+        supervised: tokens with a label in all samples.
+        autocast: dtype of autocast, or None.
+        watch: called with the ledger after the decoder.
+    """
     vision: Any = model.config.vision_config
     ledger, flops = Ledger(), FlopCounterMode(display=False)
 
@@ -248,10 +258,10 @@ def count_step(
     images = sum(0 in ids for ids in conversation_ids)
     pixels = empty(images, 3, vision.image_size, vision.image_size, dtype=torch.float32)
     pack_layout = make_pack_layout(conversation_ids).map(lambda tensor: tensor.to("meta"))
-    mask = empty(1, 1, 1, 1, dtype=torch.bool)  # as ClipPhiModel.forward gives it beside segments
+    mask = empty(1, 1, 1, 1, dtype=torch.bool)  # as ClipPhiModel.forward passes it with a pack_layout
     ids, targets = empty(1, sum(map(len, conversation_ids))), empty(supervised)
     gc.collect()
-    gc.freeze()  # Recompute's collections shall be fast
+    gc.freeze()  # makes the collections of Recompute fast
     with ledger, flops, LikeCuda(autocast), _loss_recomputed_alike(autocast):
         embeds = model.get_input_embeddings()(ids)
         if images:
@@ -269,7 +279,7 @@ def count_step(
         activations = ledger.now - hidden.untyped_storage().nbytes()
         if watch is not None:
             watch(ledger)
-        peaks = [ledger.take_peak()]  # of the decoder's forward pass; then of the loss; then of its backward pass
+        peaks = [ledger.take_peak()]  # of the decoder's forward pass, the loss, and its backward pass
         hidden.register_hook(lambda gradient: peaks.append(ledger.take_peak()))
         loss = model._loss(hidden.flatten(0, 1)[: len(targets)], targets, num_items_in_batch=len(targets))
         del hidden

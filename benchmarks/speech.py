@@ -70,8 +70,8 @@ def encode_sound(path: Path, speech: Speech, container: str, codec: str, samplin
 
 
 def words_of(text: str) -> list[str]:
-    kept = "".join(character if character.isalnum() or character == "'" else " " for character in text.lower())
-    return kept.split()
+    letters = "".join(character if character.isalnum() or character == "'" else " " for character in text.lower())
+    return letters.split()
 
 
 def word_errors(reference: list[str], transcript: list[str]) -> int:

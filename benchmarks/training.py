@@ -358,31 +358,31 @@ def our_batches(work: Work, sharing: bool, packing: bool) -> list[Inputs]:
         else [(image, [conversation]) for image, conversation in work.flat]
     )
     images = [image for image, _ in groups]
-    trees = [build_shared_prefix(conversations, [IMAGE] * PATCHES, "") for _, conversations in groups]
+    samples = [build_shared_prefix(conversations, [IMAGE] * PATCHES, "") for _, conversations in groups]
     if packing:
-        plan = plan_packs([len(tree.input_ids) for tree in trees], work.budget)
+        plan = plan_packs([len(sample.input_ids) for sample in samples], work.budget)
     else:
-        plan = [list(range(start, len(trees)))[: work.rows] for start in range(0, len(trees), work.rows)]
+        plan = [list(range(start, len(samples)))[: work.rows] for start in range(0, len(samples), work.rows)]
     batches = []
     for numbers in plan:
-        chosen, pixels = [trees[number] for number in numbers], work.pixels[[images[number] for number in numbers]]
-        batches.append(pack_samples(chosen, pixels, PAD).inputs if packing else pad_trees(chosen, pixels, sharing))
+        chosen, pixels = [samples[number] for number in numbers], work.pixels[[images[number] for number in numbers]]
+        batches.append(pack_samples(chosen, pixels, PAD).inputs if packing else pad_samples(chosen, pixels, sharing))
     return batches
 
 
-def pad_trees(trees: Sequence[SharedPrefixSample], pixel_values: torch.Tensor, sharing: bool) -> Inputs:
-    """One tree a row. Rows of one branch are causal, and need no mask as their padding is at the right."""
+def pad_samples(samples: Sequence[SharedPrefixSample], pixel_values: torch.Tensor, sharing: bool) -> Inputs:
+    """Make a padded batch, one sample per sequence. A single right-padded conversation is causal and needs no mask."""
     batch = {
-        "input_ids": _pad([tree.input_ids for tree in trees], PAD),
-        "logits_to_keep": _pad([tree.logits_to_keep for tree in trees], 0),
-        "shift_labels": _pad([tree.shift_labels for tree in trees], IGNORE_INDEX),
+        "input_ids": _pad([sample.input_ids for sample in samples], PAD),
+        "logits_to_keep": _pad([sample.logits_to_keep for sample in samples], 0),
+        "shift_labels": _pad([sample.shift_labels for sample in samples], IGNORE_INDEX),
         "pixel_values": pixel_values,
     }
     if sharing:
-        conversation = _pad([tree.conversation_ids for tree in trees], -1)
-        sees = (conversation[:, None] == 0) | (conversation[:, None] == conversation[..., None])
-        batch["attention_mask"] = sees.tril().unsqueeze(1)
-        batch["position_ids"] = _pad([tree.position_ids for tree in trees], 0)
+        conversation = _pad([sample.conversation_ids for sample in samples], -1)
+        mask = (conversation[:, None] == 0) | (conversation[:, None] == conversation[..., None])
+        batch["attention_mask"] = mask.tril().unsqueeze(1)
+        batch["position_ids"] = _pad([sample.position_ids for sample in samples], 0)
     return batch
 
 
@@ -390,9 +390,9 @@ def loss_of_all_logits(model: ClipPhiForCausalLM, batch: Inputs, total: int) -> 
     """Compute logits at all positions, and the loss from the supervised ones."""
     inputs = {name: batch[name] for name in batch.keys() - {"logits_to_keep", "shift_labels"}}
     logits = model.lm_head(model.model(**inputs, use_cache=False).last_hidden_state).float()
-    kept = torch.take_along_dim(logits, batch["logits_to_keep"].unsqueeze(-1), dim=1).flatten(0, 1)
+    selected = torch.take_along_dim(logits, batch["logits_to_keep"].unsqueeze(-1), dim=1).flatten(0, 1)
     labels = batch["shift_labels"].flatten()
-    return cross_entropy(kept, labels, ignore_index=IGNORE_INDEX, reduction="sum") / total
+    return cross_entropy(selected, labels, ignore_index=IGNORE_INDEX, reduction="sum") / total
 
 
 def make_levers(models: Models, work: Work) -> list[Contender]:
@@ -540,8 +540,8 @@ def _meta_loss(models: Models, batch: Inputs) -> torch.Tensor:
     mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device="meta")
     options = {"position_ids": batch["position_ids"], "pack_layout": batch["pack_layout"], "use_cache": False}
     hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, **options).last_hidden_state
-    kept = torch.take_along_dim(hidden, batch["logits_to_keep"].unsqueeze(-1), dim=1)
-    return model._loss(kept[0], batch["shift_labels"][0])
+    selected = torch.take_along_dim(hidden, batch["logits_to_keep"].unsqueeze(-1), dim=1)
+    return model._loss(selected[0], batch["shift_labels"][0])
 
 
 def to_device(batch: Inputs, device: str) -> Inputs:

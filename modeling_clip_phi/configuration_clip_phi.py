@@ -8,63 +8,51 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPVisionConfig, PhiConfig, PreTrainedConfig
 
-IGNORE_INDEX = -100  # the label of a token that is not supervised
+# The label of a token that is not learnt; also torch's default of ignore_index.
+IGNORE_INDEX = -100
 
-# The shapes of wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M (its vision half) and of microsoft/phi-2.
-TINY_CLIP_VISION = {
-    "hidden_size": 640,
-    "intermediate_size": 2560,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 10,
-    "image_size": 224,
-    "patch_size": 32,
-    "projection_dim": 512,
-}
-PHI_2 = {
-    "vocab_size": 51200,
-    "hidden_size": 2560,
-    "intermediate_size": 10240,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "partial_rotary_factor": 0.4,
-    "resid_pdrop": 0.1,
-    "bos_token_id": 50256,
-    "eos_token_id": 50256,
-}
+# The shapes of wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M (its vision half) and of microsoft/phi-2, where they differ
+# from the defaults of transformers.
+TINY_CLIP = {"hidden_size": 640, "intermediate_size": 2560, "num_attention_heads": 10}
+PHI_2 = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "partial_rotary_factor": 0.4}
+PHI_2 |= {"resid_pdrop": 0.1, "bos_token_id": 50256, "eos_token_id": 50256}
 
-# `register_for_auto_class` writes one key only, so the map is kept here. AutoModel gives the class people call
-# generate on; AutoModelForImageTextToText is the one that pipeline("image-text-to-text") asks for.
-AUTO_MAP = {
-    "AutoConfig": "configuration_clip_phi.ClipPhiConfig",
-    "AutoModel": "modeling_clip_phi.ClipPhiForCausalLM",
-    "AutoModelForCausalLM": "modeling_clip_phi.ClipPhiForCausalLM",
-    "AutoModelForImageTextToText": "modeling_clip_phi.ClipPhiForCausalLM",
-    "AutoModelForMultimodalLM": "modeling_clip_phi.ClipPhiForCausalLM",
-    "AutoProcessor": "processing_clip_phi.ClipPhiProcessor",
-}
+# `register_for_auto_class` writes one key only, so the map is here. AutoModel gives the class that has `generate`;
+# pipeline("image-text-to-text") uses AutoModelForImageTextToText.
+AUTO_CLASSES = ["AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
+AUTO_MAP = dict.fromkeys(AUTO_CLASSES, "modeling_clip_phi.ClipPhiForCausalLM")
+AUTO_MAP |= {"AutoConfig": "configuration_clip_phi.ClipPhiConfig"}
+AUTO_MAP |= {"AutoProcessor": "processing_clip_phi.ClipPhiProcessor"}
 
 
 @strict
 class ClipPhiConfig(PreTrainedConfig):
-    """A vision tower, a projector and a decoder. Without arguments: TinyCLIP-ViT-61M/32, one linear layer, phi-2.
+    """Configuration of a vision tower, a projector and a decoder.
 
-    vision_config: the tower's config (a transformers vision encoder with patch features), as config or dict.
-    text_config: the decoder's config (any transformers decoder), as config or dict.
-    image_token_id: the id that stands for one image feature in input_ids; a spare row of the decoder's vocabulary.
-    projector_type: "linear" (one layer, vision hidden -> text hidden) or "mlp" (two layers with GELU between).
-    projector_bias: whether the projector's layers have a bias.
-    vision_feature_layer: which of the tower's hidden states the projector reads; 0 is the embedding's output, -1 the
-        last layer's. The default -2 is LLaVA's (arXiv 2304.08485, section 4.1): a CLIP tower's last layer serves CLS.
-    vision_feature_select_strategy: "default" drops the first (CLS) feature, "full" keeps all.
-    vision_backbone, text_backbone: Hub id or folder that the frozen weights come from; None for a model made whole.
-    vision_backbone_revision, text_backbone_revision: the commits those weights are pinned to; None for a folder.
-    text_tokenizer_sha256: of the vocabulary of the decoder's own tokenizer, which another backbone must share.
-    delta: True in a checkpoint that holds trained weights only and is completed from the two backbones on loading.
-    adapter: subfolder of a delta checkpoint that holds a PEFT adapter; None when the decoder has none.
-    caption_instruction: the instruction that asks this model for a caption; None if it was trained to caption a bare
-        image (stage 1).
+    Without arguments: TinyCLIP-ViT-61M/32, one linear layer, phi-2.
 
-    Raises ValueError for a value outside these, and for a keyword that looks like a misspelt field.
+    Args:
+        vision_config: the tower's config (a transformers vision encoder with patch features), as config or dict.
+        text_config: the decoder's config (any transformers decoder), as config or dict.
+        image_token_id: the id of one image feature in input_ids; a spare row of the decoder's vocabulary.
+        projector_type: "linear" (one layer, vision hidden -> text hidden) or "mlp" (two layers with GELU between).
+        projector_bias: whether the projector's layers have a bias.
+        vision_feature_layer: the tower's hidden state that the projector gets; 0 is the embedding's output, -1 the last
+            layer's. The default -2 is LLaVA's (arXiv 2304.08485, section 4.1): CLIP trains its last layer for CLS only.
+        vision_feature_select_strategy: "default" drops the first (CLS) feature, "full" keeps all.
+        vision_backbone: Hub id or folder of the tower's frozen weights; None in a model without backbones.
+        vision_backbone_revision: commit that the tower is pinned to; None for a folder.
+        text_backbone: Hub id or folder of the decoder's frozen weights; None in a model without backbones.
+        text_backbone_revision: commit that the decoder is pinned to; None for a folder.
+        text_tokenizer_sha256: hash of the vocabulary of the decoder's tokenizer; another backbone must have the same.
+        delta: True in a checkpoint with trained weights only; loading takes the others from the two backbones.
+        adapter: subfolder of a delta checkpoint with a PEFT adapter; None without one.
+        caption_instruction: the instruction that asks this model for a caption; None if it was trained to caption an
+            image without text (stage 1).
+        tie_word_embeddings: set from text_config.
+
+    Raises:
+        ValueError: a value outside these, or a keyword that looks like a misspelt field.
     """
 
     model_type = "clip_phi"
@@ -93,9 +81,9 @@ class ClipPhiConfig(PreTrainedConfig):
         for key in kwargs.keys() - known:
             if match := difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.85):
                 raise ValueError(f"ClipPhiConfig has no field {key!r}: did you mean {match[0]!r}?")
-        self.vision_config = _sub_config(self.vision_config, CLIPVisionConfig, TINY_CLIP_VISION)
+        self.vision_config = _sub_config(self.vision_config, CLIPVisionConfig, TINY_CLIP)
         self.text_config = _sub_config(self.text_config, PhiConfig, PHI_2)
-        # gelu_new is the same function in eight passes over the activations instead of one: four times the time.
+        # gelu_new is the same function with eight passes over the activations instead of one: four times the time.
         for name in ("hidden_act", "activation_function"):
             if getattr(self.text_config, name, None) == "gelu_new":
                 self.text_config = copy.copy(self.text_config)

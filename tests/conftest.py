@@ -1,4 +1,4 @@
-"""Tiny backbones in the official formats, and what is made of them. Everything runs offline, on one core."""
+"""Tiny backbones in the official formats, and models made from them. Everything runs offline, on one core."""
 
 import atexit
 import copy
@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 
-# Before torch is imported: its OpenMP threads spin while they wait, which makes two busy cores 15 times slower.
+# Before torch is imported: its idle OpenMP threads spin, which makes two busy cores 15 times slower.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
 os.environ.update(
     HF_HOME=tempfile.mkdtemp(prefix="hf-home-"),

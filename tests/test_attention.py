@@ -180,7 +180,7 @@ def test_positions_that_do_not_restart_would_be_noticed(packed_model, processor,
 
 def test_other_attention_is_refused_and_generation_with_padding_is_not_harmed(model, packed_model):
     tree = build_shared_prefix([encode(12, 4)], [], "x")
-    with pytest.raises(ValueError, match=r"'sdpa' attention knows no segments: set_attn_implementation"):
+    with pytest.raises(ValueError, match=r"'sdpa' attention takes no packs: set_attn_implementation"):
         model(**pack_samples([tree], None, 0).inputs)
     ids = torch.tensor([[294, 294, 5, 6, 7], [8, 9, 10, 11, 12]])
     inputs = {"input_ids": ids, "attention_mask": (ids != 294).long()}

@@ -111,7 +111,7 @@ def demo(clone):
     return run(shrink("make demo"), clone)
 
 
-def test_demo_writes_what_it_promises(demo, clone):
+def test_demo_writes_its_files(demo, clone):
     output = clone / "outputs/demo"
     result = json.loads((output / "result.json").read_text())
     promised = {"caption_f1_stage1", "caption_f1", "caption_f1_blind", "caption_f1_shuffled", "answer_accuracy"}
@@ -129,18 +129,18 @@ def test_demo_writes_what_it_promises(demo, clone):
         assert "shuffled images" in page and "<img src=" in page
 
 
-def test_the_card_of_the_demos_model_shows_what_it_was_judged_by(demo, clone):
+def test_card_of_the_demos_model_has_its_evaluation(demo, clone):
     run_of_demo = Run.read(clone / "outputs/demo/model")
     card = make_card(run_of_demo, "me/demo", "weights-1", True, card_images(run_of_demo), {})
-    judged = {
+    evaluated = {
         path.stem: json.loads(path.read_text()) for path in (clone / "outputs/demo/model/evaluation").glob("*.json")
     }
-    assert {"captions", "vqa"} <= judged.keys()
+    assert {"captions", "vqa"} <= evaluated.keys()
     results = ModelCard(card).data.eval_results
     for task, metric in (("captions", "CIDEr-D"), ("vqa", "vqa_accuracy")):
         values = [each.metric_value for each in results if each.dataset_type == task]
         kinds = ("score", "blind", "shuffled")
-        assert values == pytest.approx([judged[task]["metrics"][metric][kind] for kind in kinds], abs=1e-6)
+        assert values == pytest.approx([evaluated[task]["metrics"][metric][kind] for kind in kinds], abs=1e-6)
     assert str(clone) not in card
 
 
@@ -256,7 +256,7 @@ def test_every_recipe_is_accepted(path, clone, demo):
     run(f"python -c {shlex.quote(script)} examples/recipes/{path.name}", clone)
 
 
-def test_backbones_can_be_made_anew(clone, tmp_path):
+def test_backbones_can_be_pretrained_again(clone, tmp_path):
     run(f"python examples/pretrain_demo_backbones.py --output {tmp_path} --tower_steps 2 --decoder_steps 2", clone)
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
@@ -289,5 +289,5 @@ def test_demo_reaches_its_bounds_on_unseen_scenes(clone):
     assert result["answer_accuracy_shuffled"] <= result["answer_accuracy_blind"] + 0.05
     assert result["total_seconds"] < 600
     for task, least in (("captions", 1.0), ("vqa", 0.3)):
-        judged = json.loads((clone / f"outputs/demo/model/evaluation/{task}.json").read_text())
-        assert judged["margin_ci95"][0] > least
+        evaluated = json.loads((clone / f"outputs/demo/model/evaluation/{task}.json").read_text())
+        assert evaluated["margin_ci95"][0] > least

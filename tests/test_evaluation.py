@@ -19,7 +19,7 @@ from clip_phi.data.sample import SPOKEN_INSTRUCTION, File, Sample, Turn
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.evaluation import answers as answers_module
-from clip_phi.evaluation.answers import Decoding, Question, as_prompt
+from clip_phi.evaluation.answers import Decoding, Question, prompt_for
 from clip_phi.evaluation.bootstrap import by_group, margin_interval
 from clip_phi.evaluation.evaluate import derange, evaluate_answers, repeats_itself
 from clip_phi.evaluation.generate import encode_prompts, generate_answers
@@ -97,7 +97,7 @@ def read_lines(path):
 def test_the_prompt_of_each_task_is_fixed(text, with_image, blind, processor, data):
     image = next((data / "val2017").glob("*.jpg")).read_bytes()
     for picture, expected in ((image, with_image), (None, blind)):
-        ids = encode_prompts(processor, [as_prompt(Question("", picture, text))])["input_ids"][0]
+        ids = encode_prompts(processor, [prompt_for(Question("", picture, text))])["input_ids"][0]
         written = processor.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
         assert re.sub(r"(<image>)+", "<image>", written) == expected
 

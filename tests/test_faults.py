@@ -294,7 +294,7 @@ def test_recomputed_activations_give_the_same_training(train, few, tmp_path):
 def test_optimizers_of_bitsandbytes_train_on_the_cpu(optimizer, train, few, tmp_path):
     train([*few, "--optim", optimizer])
     losses = metrics(tmp_path / "run", "loss")
-    assert losses[6] < losses[1]
+    assert losses[6] < losses[1] - 0.005
 
 
 @pytest.fixture

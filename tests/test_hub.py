@@ -28,7 +28,7 @@ from clip_phi.hub.card import merge_cards, scrub
 from clip_phi.hub.push import Target, check_push, push
 from clip_phi.hub.retry import load_with_retries
 from clip_phi.training.guards import write_run
-from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor, modeling_clip_phi
+from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 ROOT = Path(__file__).parent.parent
 ONLINE = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_alice"}
@@ -49,7 +49,6 @@ def hub(vision_backbone, text_backbone):
             patch.setattr(module, "time", hurried)
         patch.setattr(retry, "WAITS", (0.0, 0.0, 0.0))
         patch.setattr(retry, "LOAD_WAITS", (0.0, 0.0))
-        patch.setattr(modeling_clip_phi, "WAITS", (), raising=False)
         patch.setenv("HF_TOKEN", "hf_alice")
         patch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         server.put("acme/tower", Path(vision_backbone))
@@ -121,7 +120,7 @@ def card_of(hub, repo_id: str, ref: str = "main") -> str:
 
 
 WEIGHTS = {"config.json", "generation_config.json", "model.safetensors"}
-CODE = {f"{name}_clip_phi.py" for name in ("configuration", "modeling", "processing")}
+CODE = {"backbones.py"} | {f"{name}_clip_phi.py" for name in ("configuration", "modeling", "processing")}
 PROCESSOR = {"chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 CARD = {"README.md", "curve.png", *(f"samples/{number}.jpg" for number in range(1, 5))}
 
@@ -547,19 +546,18 @@ def test_pickled_weights_are_not_opened(saved, tmp_path):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_push_to_hub_of_the_model_writes_a_card_where_there_is_none(merged, saved, hub, run):
+def test_push_to_hub_of_the_model_can_be_pushed_over_and_leaves_a_card_that_is_there(merged, saved, hub, run):
     model, processor = saved
     repo_id = f"alice/by-hand-{merged}"
     model.push_to_hub(repo_id, merged=merged)
     processor.push_to_hub(repo_id)
-    text = card_of(hub, repo_id)
-    assert "automatically generated" not in text and ModelCard(text).data.pipeline_tag == "image-text-to-text"
-    assert ModelCard(text).data.base_model == ["acme/tower", "acme/decoder"]
     assert json.loads(hub.repo(repo_id).files()["config.json"].data)["delta"] is not merged
     assert same(ClipPhiForCausalLM.from_pretrained(repo_id), saved)
     push(run, Target(repo_id), merged=merged, log=quietly)
     whole = card_of(hub, repo_id)
-    assert whole.count("## How to use it") == 1 and "was not written down here" not in whole
+    assert whole.count("## How to use it") == 1 and "automatically generated" not in whole
+    assert ModelCard(whole).data.pipeline_tag == "image-text-to-text"
+    assert ModelCard(whole).data.base_model == ["acme/tower", "acme/decoder"]
     model.push_to_hub(repo_id, merged=merged)
     assert card_of(hub, repo_id) == whole, "a card that is there stays"
 

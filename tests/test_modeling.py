@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers import logging as transformers_logging
+from transformers.utils import find_labels
 
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiModel
 
@@ -158,6 +160,10 @@ def test_loss_equals_the_plain_loss_over_all_logits(model, processor, num_items)
     torch.testing.assert_close(outputs.loss, plain, rtol=1e-6, atol=0)
     total = cross_entropy(outputs.logits[0, :-1], labels[0, 1:], reduction="sum")
     torch.testing.assert_close(outputs.loss, total / (num_items or (labels != -100).sum()), rtol=1e-6, atol=0)
+
+
+def test_trainer_finds_one_column_of_labels():
+    assert find_labels(ClipPhiForCausalLM) == ["labels"]
 
 
 def test_no_logits_are_made_in_training(fresh_model, inputs):
@@ -299,6 +305,35 @@ def test_generation_stops_at_the_end_token(fresh_model, inputs):
     assert ids[0, inputs["input_ids"].shape[1] :].tolist() == [fresh_model.config.text_config.eos_token_id]
 
 
+@pytest.mark.parametrize(
+    ("of_config", "of_generation", "expected"),
+    [(0, None, 0), (None, None, 0), (7, None, [0, 7]), ([7, 8], 9, [0, 7, 8, 9])],
+    ids=["same", "config names none", "config names another", "several"],
+)
+def test_generation_stops_at_the_end_tokens_of_tokenizer_and_configs(
+    of_config, of_generation, expected, vision_backbone, text_backbone, inputs, tmp_path
+):
+    """What training learns as the end, the tokenizer's end token, is one of them."""
+    shutil.copytree(text_backbone, tmp_path / "text")
+    edit_config(tmp_path / "text", eos_token_id=of_config)
+    if of_generation is not None:
+        (tmp_path / "text/generation_config.json").write_text(json.dumps({"eos_token_id": of_generation}))
+    else:
+        (tmp_path / "text/generation_config.json").unlink(missing_ok=True)
+    model = ClipPhiForCausalLM.from_backbones(vision_backbone, str(tmp_path / "text"))
+    assert AutoTokenizer.from_pretrained(text_backbone).eos_token_id == 0
+    model.save_pretrained(tmp_path / "delta")
+    model.save_pretrained(tmp_path / "merged", merged=True)
+    for made in (model, *map(ClipPhiForCausalLM.from_pretrained, (tmp_path / "delta", tmp_path / "merged"))):
+        assert made.generation_config.eos_token_id == expected
+        for end in [expected] if isinstance(expected, int) else expected:
+            with torch.no_grad():
+                made.lm_head.bias.zero_()
+                made.lm_head.bias[end] = 1e4
+            ids = made.generate(**inputs, max_new_tokens=6, do_sample=False)
+            assert ids[0, inputs["input_ids"].shape[1] :].tolist() == [end]
+
+
 def test_images_are_looked_at_once_while_generating(fresh_model, inputs):
     calls = []
     fresh_model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
@@ -350,6 +385,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(fresh_model, inputs):
 def test_delta_holds_the_projector_and_reloads_with_equal_logits(model, delta, inputs):
     assert set(load_file(delta / "model.safetensors")) == {"model.projector.weight", "model.projector.bias"}
     assert {path.name for path in delta.iterdir()} == {
+        "backbones.py",
         "config.json",
         "configuration_clip_phi.py",
         "generation_config.json",
@@ -423,6 +459,145 @@ def test_missing_weights_are_refused(kind, request):
         ClipPhiForCausalLM.from_pretrained(folder)
 
 
+def edit_weights(path: Path, edit) -> None:
+    weights = load_file(path)
+    edit(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["model.projector.weight", "model.projector.bias"])
+def test_projector_of_another_shape_is_refused(name, delta):
+    """A weight of shape (1, n) could be broadcast, and would be a wrong one."""
+    whole = load_file(delta / "model.safetensors")[name]
+    edit_weights(delta / "model.safetensors", lambda weights: weights.update({name: whole[:1].contiguous()}))
+    shapes = f"{name} has shape {(1, *whole.shape[1:])}, not {tuple(whole.shape)}"
+    with pytest.raises(ValueError, match=re.escape(shapes)):
+        ClipPhiForCausalLM.from_pretrained(delta)
+
+
+def test_adapter_with_missing_unknown_or_other_weights_is_refused(adapted, tmp_path):
+    """None of LoRA's weights is ever left at its random initialisation."""
+    adapted.save_pretrained(tmp_path)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    first = "base_model.model.model.language_model.layers.0.mlp.fc1.lora_A.weight"
+    whole = load_file(file)
+
+    def refused(message: str, edit) -> None:
+        save_file(whole, file, metadata={"format": "pt"})
+        edit_weights(file, edit)
+        with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/adapter{message}")):
+            ClipPhiForCausalLM.from_pretrained(tmp_path)
+
+    refused(" lacks 1 of the weights its config asks for: model.language", lambda weights: weights.pop(first))
+    extra = {first.replace("layers.0", "layers.9"): torch.zeros(4, 32)}
+    refused(" holds 1 weights that the model has no place for: model.language", lambda weights: weights.update(extra))
+    narrow = {first: torch.zeros(1, 32)}
+    refused(": model.language_model.layers.0.mlp.fc1.lora_A.weight has shape (1, 32), not (4, 32)",
+            lambda weights: weights.update(narrow))  # fmt: skip
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    save_file(whole, file, metadata={"format": "pt"})
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"r": 8}))
+    with pytest.raises(ValueError, match=r"lora_A.weight has shape \(4, 16\), not \(8, 16\)"):
+        ClipPhiForCausalLM.from_pretrained(tmp_path)
+
+
+def test_loaded_adapter_is_frozen_and_in_the_models_precision(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path)
+    loaded = ClipPhiForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")
+    lora = {name: weight for name, weight in loaded.named_parameters() if "lora_" in name}
+    assert lora.keys() == {name for name, _ in adapted.named_parameters() if "lora_" in name}
+    assert {weight.dtype for weight in lora.values()} == {torch.bfloat16}
+    assert not any(weight.requires_grad for weight in lora.values())
+
+
+def test_second_adapter_is_refused(adapted):
+    from peft import LoraConfig
+
+    with pytest.raises(ValueError, match="the model has an adapter: save it with merged=True"):
+        adapted.add_adapter(LoraConfig(r=4, target_modules=LINEARS), "other")
+
+
+def test_adapter_that_cannot_be_folded_in_is_refused(fresh_model, tmp_path, inputs):
+    from peft import LoraConfig
+
+    fresh_model.add_adapter(LoraConfig(r=4, target_modules=LINEARS, use_dora=True))
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.k_proj cannot be folded in: it must be plain LoRA"):
+        fresh_model.save_pretrained(tmp_path / "merged", merged=True)
+    for name, weight in fresh_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    fresh_model.eval().save_pretrained(tmp_path / "delta")
+    reloaded = ClipPhiForCausalLM.from_pretrained(tmp_path / "delta")
+    assert torch.equal(logits(reloaded, inputs), logits(fresh_model, inputs))
+
+
+@torch.no_grad()
+def edit_row(model):
+    model.get_input_embeddings().weight[5] += 1
+
+
+def tune_and_freeze(model):
+    model.lm_head.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.lm_head.parameters(), lr=1e-2)
+    model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
+    optimizer.step()
+    model.lm_head.requires_grad_(False)
+
+
+def merge_by_hand(model) -> int:
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer.merge()
+    return len(layers)
+
+
+def merge_and_unload(model):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=1, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    assert get_peft_model(model, config).merge_and_unload() is model
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (lambda model: model.resize_token_embeddings(330), "3 .*embed_tokens.weight"),
+        (merge_and_unload, f"{TEXT['num_hidden_layers']} .*q_proj.weight"),
+        (tune_and_freeze, "2 .*lm_head.weight"),
+        (edit_row, "1 .*embed_tokens.weight"),
+        (lambda model: model.bfloat16().float(), None),
+        (lambda model: model.to(torch.bfloat16), None),
+    ],
+    ids=["resized", "merged lora", "tuned", "edited row", "cast and back", "cast"],
+)
+def test_delta_that_would_lose_changed_backbone_weights_is_refused(change, lost, fresh_model, tmp_path, inputs):
+    change(fresh_model)
+    if lost is None:
+        fresh_model.save_pretrained(tmp_path)
+        return
+    message = lost.replace(" ", r" trainable or changed backbone weights \(", 1) + ", ...*: save with merged=True"
+    with pytest.raises(ValueError, match=f"a delta checkpoint would lose {message}"):
+        fresh_model.save_pretrained(tmp_path / "delta")
+    fresh_model.save_pretrained(tmp_path / "merged", merged=True)
+    expected = logits(fresh_model.eval(), inputs)
+    assert torch.equal(logits(ClipPhiForCausalLM.from_pretrained(tmp_path / "merged"), inputs), expected)
+
+
+def test_adapter_merged_by_hand_is_refused_in_a_delta_and_folded_in_once(adapted, inputs, tmp_path):
+    expected = logits(adapted, inputs)
+    num_layers = merge_by_hand(adapted)
+    with pytest.raises(ValueError, match=f"would lose {num_layers} trainable or changed backbone weights"):
+        adapted.save_pretrained(tmp_path / "delta")
+    adapted.save_pretrained(tmp_path / "merged", merged=True)
+    merged = ClipPhiForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (logits(merged, inputs) - expected).abs().max() < 1e-5
+
+
+def test_model_with_random_backbones_cannot_be_a_delta(model, tmp_path):
+    with pytest.raises(ValueError, match="was not made from backbones: save it with merged=True"):
+        ClipPhiForCausalLM(model.config).save_pretrained(tmp_path)
+
+
 def test_backbone_with_missing_weights_is_refused(vision_backbone, text_backbone, tmp_path):
     shutil.copytree(vision_backbone, tmp_path / "vision")
     weights = load_file(tmp_path / "vision/model.safetensors")
@@ -439,7 +614,7 @@ def test_other_architecture_is_refused(text_backbone):
 
 def test_delta_whose_backbone_is_gone_says_so(delta):
     edit_config(delta, text_backbone="/nowhere/text")
-    message = f"{delta} is completed from /nowhere/text, which was not found as a folder .*: put it back .*merged=True"
+    message = f"{delta} needs /nowhere/text, which was not found as a folder .*: put it back .*merged=True"
     with pytest.raises(OSError, match=message):
         ClipPhiForCausalLM.from_pretrained(delta)
     edit_config(delta, text_backbone="owner/name", text_backbone_revision="abc123")
@@ -464,7 +639,7 @@ def test_delta_whose_tower_has_changed_is_refused(delta, tmp_path):
 
 def test_trainable_backbone_is_not_lost_in_a_delta(fresh_model, tmp_path):
     fresh_model.lm_head.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"would lose 2 trainable backbone weights \(lm_head.weight, ...\)"):
+    with pytest.raises(ValueError, match=r"would lose 2 trainable or changed backbone weights \(lm_head.weight, ...\)"):
         fresh_model.save_pretrained(tmp_path)
 
 
@@ -506,6 +681,7 @@ def test_image_token_defaults_to_the_first_spare_row(model, text_backbone):
 def test_unused_text_half_is_not_reported_but_problems_are(vision_backbone, text_backbone, tmp_path, caplog):
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addHandler(caplog.handler)
+    logging.getLogger("modeling_clip_phi.backbones").addHandler(caplog.handler)
     transformers_logging.set_verbosity_warning()
     try:
         ClipPhiForCausalLM.from_backbones(vision_backbone, text_backbone)
@@ -515,10 +691,11 @@ def test_unused_text_half_is_not_reported_but_problems_are(vision_backbone, text
         weights["vision_model.surprise"] = torch.zeros(1)
         save_file(weights, tmp_path / "vision/model.safetensors", metadata={"format": "pt"})
         ClipPhiForCausalLM.from_backbones(str(tmp_path / "vision"), text_backbone)
-        assert "LOAD REPORT" in caplog.text and "surprise" in caplog.text
+        assert "weights that are not used: ['surprise']" in caplog.text and "text_model" not in caplog.text
     finally:
         transformers_logging.set_verbosity_error()
         logger.removeHandler(caplog.handler)
+        logging.getLogger("modeling_clip_phi.backbones").removeHandler(caplog.handler)
 
 
 # -------------------------------------------------------------------------------------------- placement, other parts
@@ -533,6 +710,31 @@ def test_unused_text_half_is_not_reported_but_problems_are(vision_backbone, text
 def test_device_map_on_cpu_gives_equal_logits(kind, device_map, model, inputs, request):
     placed = ClipPhiForCausalLM.from_pretrained(request.getfixturevalue(kind), device_map=device_map)
     assert torch.equal(logits(placed, inputs), logits(model, inputs))
+
+
+OFFLOADED = {"model.vision_tower": "cpu", "model.projector": "disk", "model.language_model": "disk", "lm_head": "cpu"}
+
+
+def test_delta_offloaded_to_disk_gives_equal_logits(adapted, inputs, tmp_path):
+    """Projector and adapter are loaded before anything is moved to the disk."""
+    with torch.no_grad():
+        adapted.model.projector.weight += 1
+    adapted.save_pretrained(tmp_path / "delta")
+    expected = logits(adapted, inputs)
+    placed = ClipPhiForCausalLM.from_pretrained(
+        tmp_path / "delta", device_map=OFFLOADED, offload_folder=tmp_path / "offloaded"
+    )
+    assert placed.model.projector.weight.is_meta and any((tmp_path / "offloaded").iterdir())
+    assert torch.equal(logits(placed, inputs), expected)
+    with pytest.raises(ValueError, match="the adapter is offloaded: load the model without device_map to save it"):
+        placed.save_pretrained(tmp_path / "again")
+
+
+def test_offloaded_delta_without_adapter_is_saved_again(model, delta, tmp_path):
+    placed = ClipPhiForCausalLM.from_pretrained(delta, device_map=OFFLOADED, offload_folder=tmp_path / "offloaded")
+    placed.save_pretrained(tmp_path / "again")
+    first, second = (load_file(folder / "model.safetensors") for folder in (delta, tmp_path / "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("kind", ["delta", "merged"])
@@ -581,7 +783,7 @@ def test_quantisation_is_for_the_decoder_alone(bits, vision_backbone, wide_text_
         assert all(name.startswith("model.language_model.layers.") for name in modules)
         assert (logits(model, inputs) - expected).norm() / expected.norm() < {4: 0.3, 8: 0.03}[bits]
     assert config.llm_int8_skip_modules is None, "the caller's config was changed"
-    with pytest.raises(ValueError, match="merged checkpoint is not made of quantised weights: save the delta"):
+    with pytest.raises(ValueError, match="merged checkpoint cannot be made of quantised weights: save the delta"):
         model.save_pretrained(tmp_path / "x", merged=True)
 
     model = ClipPhiForCausalLM.from_backbones(vision_backbone, wide_text_backbone, quantization_config=config)

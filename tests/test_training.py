@@ -53,7 +53,7 @@ def test_stage1_trains_the_projector_alone_and_writes_what_it_says(trained1, bac
     assert list(load_file(output / "model.safetensors")) == ["model.projector.bias", "model.projector.weight"]
     assert list(metrics(output, "loss")) == [1, 2, 3, 4, 5, 6]
     assert list(metrics(output, "eval_loss")) == [4, 6]
-    assert metrics(output, "eval_loss")[6] < metrics(output, "loss")[1]
+    assert metrics(output, "eval_loss")[6] < metrics(output, "loss")[1] - 0.005
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [4] * 4 + [6] * 4
     assert (output / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -12,13 +12,22 @@ MODELS = ("outputs/stage2", "outputs/stage1", DEMO_MODEL)  # where training and 
 DATA = "[KIND:]PATH[,option=value...], as --data in train_accelerate.py"
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Appends its default to the help of an option, unless the help describes the default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        is_clear = "(default" in text or default in (None, [], "", argparse.SUPPRESS) or isinstance(default, bool)
+        return text if is_clear else f"{text} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that reports an error in one line and names the nearest known option or command.
 
     Arguments and options may come in any order: argparse alone misplaces optional arguments (bpo-15112)."""
 
     def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **(options | {"allow_abbrev": False}))
+        super().__init__(*args, **(options | {"allow_abbrev": False, "formatter_class": HelpFormatter}))
         self.commands: Any = None
         self._is_parsing = False
 
@@ -54,8 +63,10 @@ class Parser(argparse.ArgumentParser):
 
     def _check_name(self, what: str, name: str, known: Any) -> None:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            self.error(f"unknown {what} {name}; the nearest known one is {nearest} (see {self.prog} --help)")
+            nearest = "".join(
+                f"; the nearest known one is {each}" for each in difflib.get_close_matches(name, known, 1)
+            )
+            self.error(f"unknown {what} {name}{nearest} (see {self.prog} --help)")
 
 
 def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], Any], help: str) -> Parser:
@@ -78,17 +89,24 @@ def add_model(command: argparse.ArgumentParser, *, argument: bool = False) -> No
     )
 
 
-def add_device(command: argparse.ArgumentParser) -> None:
+def add_engine(command: argparse.ArgumentParser, *, argument: bool = False) -> None:
+    """The options of load_engine, except for --compile."""
+    add_model(command, argument=argument)
     command.add_argument("--device", help="for example cuda:1 or cpu (default: CUDA if there is one)")
-
-
-def add_quantization(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--quantization",
         choices=("nf4", "int8"),
         help="decoder in 4 or 8 bits: less memory, slightly less accurate, and with int8 on a CPU faster "
         "(nf4, and int8 on a GPU: pip install 'clip-phi[cuda]')",
     )
+
+
+def load_engine(arguments: argparse.Namespace, limits: Any = None) -> Any:
+    model = choose_model(arguments)
+    from ..serving.engine import Engine, Limits
+
+    compiles = getattr(arguments, "compile", False)
+    return Engine.from_pretrained(model, arguments.device, arguments.quantization, compiles, limits or Limits())
 
 
 def add_json(command: argparse.ArgumentParser, what: str = "one json object instead of the text") -> None:
@@ -108,7 +126,7 @@ def newest_model() -> str | None:
 def choose_model(arguments: argparse.Namespace) -> str:
     """The model given by --model or as an argument, or else the newest, which is then named on stderr.
 
-    Raises ValueError if it is given twice, or is a folder that does not exist, or if there is none."""
+    Stored in arguments.model. Raises ValueError if it is given twice, its folder does not exist, or there is none."""
     if arguments.model is not None and arguments.model_argument is not None:
         raise ValueError(f"two models: {arguments.model_argument} and --model {arguments.model}. Give one of them")
     model: str | None = arguments.model or arguments.model_argument
@@ -119,6 +137,7 @@ def choose_model(arguments: argparse.Namespace) -> str:
         print(f"clip-phi: model: {model} (--model chooses another)", file=sys.stderr)
     if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
         raise ValueError(f"no model {model}: there is no such folder, and a Hub id is user/name")
+    arguments.model, arguments.model_argument = model, None
     return model
 
 

@@ -31,8 +31,8 @@ def add_to(commands: Any) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="file to write; .json: the summary, .html: a page with the samples (and the summary, with --summary), "
-        ".png: histograms of lengths and the samples' images; may be given several times",
+        help="file (several times: files); .json: the summary; .html: samples, and the summary with --summary; .png: "
+        "histograms of lengths, and images",
     )
     inspect.add_argument(
         "--model",
@@ -40,9 +40,7 @@ def add_to(commands: Any) -> None:
         help=f"folder or Hub id of the model whose tokenizer is used (default: the newest of {', '.join(MODELS)}, or "
         "else the small backbones of the project)",
     )
-    inspect.add_argument(
-        "--max_length", type=positive, default=2048, help="longest sample in tokens, as in training (default: 2048)"
-    )
+    inspect.add_argument("--max_length", type=positive, default=2048, help="longest sample in tokens, as in training")
     inspect.add_argument(
         "--num_workers",
         type=natural,
@@ -54,9 +52,9 @@ def add_to(commands: Any) -> None:
         commands, "draw-data", run_draw_data, "a small synthetic data set in the layouts of COCO and LLaVA-Instruct"
     )
     draw.add_argument("folder", metavar="DIR", help="folder to write")
-    draw.add_argument("--num_train", type=positive, default=4000, help="training images (default: %(default)s)")
-    draw.add_argument("--num_val", type=positive, default=400, help="validation images (default: %(default)s)")
-    draw.add_argument("--seed", type=int, default=0, help="random seed; equal seeds give equal files (default: 0)")
+    draw.add_argument("--num_train", type=positive, default=4000, help="training images")
+    draw.add_argument("--num_val", type=positive, default=400, help="validation images")
+    draw.add_argument("--seed", type=int, default=0, help="random seed; equal seeds give equal files")
     add_json(draw)
 
 

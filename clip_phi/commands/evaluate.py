@@ -24,19 +24,17 @@ def add_to(commands: Any) -> None:
     )
     add_data(evaluate, f"data to evaluate on: {DATA} (default, for {DEMO_MODEL} alone: the demo's validation data)")
     evaluate.add_argument("--num_images", type=positive, metavar="N", help="only the first N images (default: all)")
-    evaluate.add_argument(
-        "--max_bad_fraction", type=float, default=0.01, help="largest share of bad records (default: %(default)s)"
-    )
+    evaluate.add_argument("--max_bad_fraction", type=float, default=0.01, help="largest share of bad records")
     evaluate.add_argument(
         "--prompt",
         help="prompt instead of the usual one; for questions with {question} in it (default: the question itself; for "
         "captions the instruction that the model was trained with)",
     )
     evaluate.add_argument("--num_beams", type=positive, default=1, help="beams of beam search (default: 1, greedy)")
-    evaluate.add_argument("--max_new_tokens", type=positive, default=64, help="longest answer in tokens (default: 64)")
-    evaluate.add_argument("--batch_size", type=positive, default=32, help="prompts in a batch (default: %(default)s)")
-    evaluate.add_argument("--shuffles", type=positive, default=1, help="shuffles of the images to average (default: 1)")
-    evaluate.add_argument("--seed", type=int, default=0, help="random seed of shuffles and bootstrap (default: 0)")
+    evaluate.add_argument("--max_new_tokens", type=positive, default=64, help="longest answer in tokens")
+    evaluate.add_argument("--batch_size", type=positive, default=32, help="prompts in a batch")
+    evaluate.add_argument("--shuffles", type=positive, default=1, help="shuffles of the images to average")
+    evaluate.add_argument("--seed", type=int, default=0, help="random seed of shuffles and bootstrap")
     evaluate.add_argument(
         "--clip",
         metavar="CLIP",
@@ -61,7 +59,7 @@ def add_to(commands: Any) -> None:
     )
     compare.add_argument("--model", action="append", default=[], metavar="PATH", help="the same as MODEL, twice")
     compare.add_argument("--task", choices=TASKS, help="result to compare, if a folder has several")
-    compare.add_argument("--seed", type=int, default=0, help="random seed of the bootstrap (default: %(default)s)")
+    compare.add_argument("--seed", type=int, default=0, help="random seed of the bootstrap")
     compare.add_argument("--output", metavar="FILE", help="one more copy of the result as json")
     add_json(compare, "the result as one json object")
 

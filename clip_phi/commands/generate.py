@@ -7,16 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .common import (
-    add_command,
-    add_device,
-    add_json,
-    add_model,
-    add_quantization,
-    choose_model,
-    natural,
-    positive,
-)
+from .common import add_command, add_engine, add_json, load_engine, natural, positive
 from .speech import add_asr_options
 
 
@@ -42,16 +33,12 @@ def add_to(commands: Any) -> None:
     ask.add_argument("--voice", help="voice of --speak: a name, or folder or Hub id of a text-to-speech model")
     ask.add_argument("--draw", metavar="PNG", help="file for an image drawn from the answer")
     ask.add_argument("--drawing_model", help="model of --draw: folder or Hub id of a text-to-image model of diffusers")
-    ask.add_argument("--seed", type=natural, default=0, help="random seed of --draw (default: %(default)s)")
+    ask.add_argument("--seed", type=natural, default=0, help="random seed of --draw")
     ask.add_argument("--size", type=positive, help="width and height of --draw in pixels (default: the model's own)")
 
     for command in (caption, ask):
-        add_model(command)
-        add_device(command)
-        add_quantization(command)
-        command.add_argument(
-            "--max_new_tokens", type=positive, default=64, help="longest answer in tokens (default: 64)"
-        )
+        add_engine(command)
+        command.add_argument("--max_new_tokens", type=positive, default=64, help="longest answer in tokens")
         add_json(command, "one json object a line instead of the text")
 
 
@@ -62,18 +49,14 @@ def run_caption(arguments: argparse.Namespace) -> int:
         return _caption_many(arguments)
     from ..batching.images import load_image
 
-    images = [
-        (name, load_image(name)) for name in arguments.images
-    ]  # a bad one ends the run before the model is loaded
-    with _load_engine(arguments) as engine:
+    images = [(name, load_image(name)) for name in arguments.images]  # errors come before the model is loaded
+    with load_engine(arguments) as engine:
         for name, image in images:
-            caption: list[str] = []
-            pieces = engine.caption(image, arguments.max_new_tokens)
             if len(images) > 1 and not arguments.json:
                 print(f"{name}: ", end="", flush=True)
-            deque(_printed(pieces, caption, quiet=arguments.json), maxlen=0)
+            caption = "".join(_printed(engine.caption(image, arguments.max_new_tokens), [], quiet=arguments.json))
             if arguments.json:
-                print(json.dumps({"image": name, "caption": "".join(caption).strip()}), flush=True)
+                print(json.dumps({"image": name, "caption": caption.strip()}), flush=True)
     return 0
 
 
@@ -84,7 +67,7 @@ def _caption_many(arguments: argparse.Namespace) -> int:
     names = find_images(arguments.images)
     if arguments.output is not None and arguments.output.exists() and not arguments.resume:
         raise ValueError(f"{arguments.output} exists already: --resume continues it")
-    with _load_engine(arguments) as engine:
+    with load_engine(arguments) as engine:
         counts = caption_files(engine, names, arguments.output, arguments.max_new_tokens)
     return int(any(kind not in ("captioned", "done before") for kind in counts))
 
@@ -99,22 +82,27 @@ def run_ask(arguments: argparse.Namespace) -> None:
     for path in filter(None, (arguments.speak, arguments.draw)):  # before minutes of work
         if not Path(path).absolute().parent.is_dir():
             raise ValueError(f"cannot write {path}: there is no such folder")
-    image = load_image(arguments.image)
-    speaker, drawer = _make_speaker(arguments), _make_drawer(arguments)
+    image, speaker, drawer = load_image(arguments.image), None, None
+    if arguments.speak is not None:
+        from ..speech.tts import join, make_tts, write_wav
+
+        speaker = make_tts(arguments.voice)
+    if arguments.draw is not None:
+        from ..serving.text_to_image import TextToImage
+
+        drawer = TextToImage(arguments.drawing_model, arguments.device)
     question, record = arguments.question, {"image": arguments.image, "question": arguments.question}
     transcript = None
     if arguments.speech is not None:
         question, transcript, about = _transcribe(arguments)
         record |= about
     answer: list[str] = []
-    with _load_engine(arguments) as engine:
+    with load_engine(arguments) as engine:
         pieces = engine.stream(question, image, arguments.max_new_tokens, transcript)
         printed = _printed(pieces, answer, quiet=arguments.json)
         if speaker is None:
             deque(printed, maxlen=0)
         else:
-            from ..speech.tts import join, write_wav
-
             write_wav(arguments.speak, join(speaker.stream(printed)))
             record["speak"] = arguments.speak
     if drawer is not None:
@@ -136,22 +124,6 @@ def _transcribe(arguments: argparse.Namespace) -> tuple[str, str | None, dict[st
     return arguments.question or SPOKEN_INSTRUCTION, found.text or None, about
 
 
-def _make_speaker(arguments: argparse.Namespace) -> Any:
-    if arguments.speak is None:
-        return None
-    from ..speech.tts import make_tts
-
-    return make_tts(arguments.voice)
-
-
-def _make_drawer(arguments: argparse.Namespace) -> Any:
-    if arguments.draw is None:
-        return None
-    from ..serving.text_to_image import TextToImage
-
-    return TextToImage(arguments.drawing_model, arguments.device)
-
-
 def _printed(pieces: Iterator[str], collected: list[str], quiet: bool) -> Iterator[str]:
     """The pieces, each of which is appended to `collected` and, unless quiet, printed."""
     for piece in pieces:
@@ -161,10 +133,3 @@ def _printed(pieces: Iterator[str], collected: list[str], quiet: bool) -> Iterat
         yield piece
     if not quiet:
         print(flush=True)
-
-
-def _load_engine(arguments: argparse.Namespace) -> Any:
-    model = choose_model(arguments)
-    from ..serving.engine import Engine
-
-    return Engine.from_pretrained(model, arguments.device, arguments.quantization)

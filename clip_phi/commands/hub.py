@@ -35,9 +35,7 @@ def add_to(commands: Any) -> None:
         help="gguf: text model and mmproj for llama.cpp; llava: stock LlavaForConditionalGeneration; onnx: tower and "
         "projector; vllm: merged, with the class that vLLM's transformers backend needs",
     )
-    export.add_argument(
-        "--dtype", choices=("float16", "float32"), default="float16", help="gguf: matrices (default: %(default)s)"
-    )
+    export.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="gguf: matrices")
     add_json(export)
 
     projector = add_command(

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import add_command, add_device, add_model, add_quantization, choose_model, positive
+from .common import add_command, add_engine, add_model, choose_model, load_engine, positive
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -14,9 +14,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def add_to(commands: Any) -> None:
     chat = add_command(commands, "chat", run_chat, "a chat page in the browser, with images, speech and text")
     _add_server(chat, port=7860)
-    chat.add_argument(
-        "--speech_model", default="base.en", help="Whisper model for speech: a name or a folder (default: %(default)s)"
-    )
+    chat.add_argument("--speech_model", default="base.en", help="Whisper model for speech: a name or a folder")
     chat.add_argument(
         "--voice", default="", help="voice of spoken answers: a name or a folder (default: a small English one)"
     )
@@ -51,23 +49,20 @@ def add_to(commands: Any) -> None:
 
 
 def _add_server(command: argparse.ArgumentParser, port: int) -> None:
-    add_model(command, argument=True)
-    add_device(command)
-    add_quantization(command)
+    add_engine(command, argument=True)
     command.add_argument("--compile", action="store_true", help="torch.compile: slow first answers, then faster ones")
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all networks (default: this machine alone)"
     )
-    command.add_argument("--port", type=positive, default=port, help="port to listen on (default: %(default)s)")
+    command.add_argument("--port", type=positive, default=port, help="port to listen on")
 
 
 def run_chat(arguments: argparse.Namespace) -> None:
-    model = choose_model(arguments)
     from ..serving.chat import launch
     from ..serving.modalities import load_modalities
 
     modalities = load_modalities(arguments.speech_model, arguments.voice, arguments.drawing_model, arguments.device)
-    with _load_engine(model, arguments) as engine:
+    with load_engine(arguments) as engine:
         launch(engine, modalities, arguments.host, arguments.port, arguments.examples)
 
 
@@ -92,7 +87,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     if arguments.host not in LOOPBACK and api_key is None:
         print(f"clip-phi: note: no --api_key: everybody on {arguments.host}'s network may use it", file=sys.stderr)
     name = arguments.name or Path(model).resolve().name
-    with _load_engine(model, arguments, Limits(arguments.max_batch, arguments.max_waiting)) as engine:
+    with load_engine(arguments, Limits(arguments.max_batch, arguments.max_waiting)) as engine:
         app = create_app(engine, name, api_key=api_key, limits=limits, transcribe=transcribe)
         print(f"model {name!r} at http://{arguments.host}:{arguments.port}/v1", file=sys.stderr, flush=True)
         serve(app, arguments.host, arguments.port, arguments.log_level)
@@ -109,11 +104,3 @@ def run_space(arguments: argparse.Namespace) -> None:
     print(f"the Space is in {folder}: run 'python app.py' there to try it")
     if arguments.push:
         print(push_space(arguments.repo_id, folder, arguments.private))
-
-
-def _load_engine(model: str, arguments: argparse.Namespace, limits: Any = None) -> Any:
-    from ..serving.engine import Engine, Limits
-
-    return Engine.from_pretrained(
-        model, arguments.device, arguments.quantization, arguments.compile, limits or Limits()
-    )

@@ -38,7 +38,7 @@ def add_to(commands: Any) -> None:
         "--output", type=Path, required=True, metavar="OUT.json", help="the new json; recordings go to the folder OUT"
     )
     dataset.add_argument("--share", type=float, default=1.0, help="share of questions that are spoken (default: 1.0)")
-    dataset.add_argument("--seed", type=natural, default=0, help="random seed of that choice (default: 0)")
+    dataset.add_argument("--seed", type=natural, default=0, help="random seed of that choice")
     dataset.add_argument("--voice", help="a name, or folder or Hub id of a text-to-speech model")
     add_json(dataset)
 
@@ -48,7 +48,7 @@ def add_to(commands: Any) -> None:
         choices=("full", "cpu", "light"),
         default="full",
         help="full: 7.7 GB with CUDA; cpu: the same without CUDA; light: 40 MB that share this environment's torch, "
-        "with another voice detection and no word timestamps (default: %(default)s)",
+        "with another voice detection and no word timestamps",
     )
     install.add_argument(
         "--folder", type=Path, help="folder of the environment (default: CLIP_PHI_WHISPERX, or Hugging Face's cache)"
@@ -62,7 +62,7 @@ def add_asr_options(command: argparse.ArgumentParser) -> None:
         "--speech_model",
         help=f"Whisper model: a name, a Hub id or a folder in CTranslate2's form (default: {DEFAULT.model})",
     )
-    command.add_argument("--speech_device", default="cpu", help="cpu, cuda or cuda:1 (default: %(default)s)")
+    command.add_argument("--speech_device", default="cpu", help="cpu, cuda or cuda:1")
     command.add_argument(
         "--compute_type", help="number type of CTranslate2 (default: int8 on the CPU, float16 on CUDA)"
     )

@@ -14,13 +14,13 @@ def add_to(commands: Any) -> None:
     plan = add_command(commands, "plan", run_plan, "memory by item, largest batch and hours of a training run")
     gpus = "a100-40, a100-80, h100-80, h200-141, l4-24, t4-16, rtx-8, rtx-24, or cpu-16 (no GPU, in float32)"
     plan.add_argument("--gpu", required=True, help=gpus)
-    plan.add_argument("--stage", type=int, choices=(1, 2), default=1, help="stage of training (default: %(default)s)")
+    plan.add_argument("--stage", type=int, choices=(1, 2), default=1, help="stage of training")
     plan.add_argument(
         "--model", metavar="PATH_OR_ID", help="model whose shapes are planned for (default: TinyCLIP and phi-2)"
     )
-    plan.add_argument("--mfu", type=float, default=0.4, help="assumed share of the GPU's peak (default: %(default)s)")
+    plan.add_argument("--mfu", type=float, default=0.4, help="assumed share of the GPU's peak")
     optimizers = ("auto", "adam8bit", "paged_adam8bit", "adamw_torch_fused")
-    plan.add_argument("--optim", choices=optimizers, default="auto", help="as in training (default: %(default)s)")
+    plan.add_argument("--optim", choices=optimizers, default="auto", help="as in training")
     plan.add_argument(
         "--captions_per_image", type=positive, help="stage 1: captions an image (default: as in training)"
     )

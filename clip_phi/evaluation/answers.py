@@ -120,7 +120,7 @@ def answer_all(
     size = decoding.batch_size
     batches = [missing[start : start + size] for start in range(0, len(missing), size)]
     for batch in progress(batches):
-        prompts = [as_prompt(each) for each in batch]
+        prompts = [prompt_for(each) for each in batch]
         answers = generate_answers(model, processor, prompts, decoding.max_new_tokens, decoding.num_beams)
         new = dict(zip((question.key for question in batch), answers, strict=True))
         found |= new
@@ -129,6 +129,6 @@ def answer_all(
     return found
 
 
-def as_prompt(request: Question) -> Prompt:
-    image = load_image(request.image) if request.image is not None else None
-    return [user_message(request.text, int(image is not None), request.transcript)], image
+def prompt_for(question: Question) -> Prompt:
+    image = load_image(question.image) if question.image is not None else None
+    return [user_message(question.text, int(image is not None), question.transcript)], image

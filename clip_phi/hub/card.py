@@ -168,14 +168,13 @@ def merge_cards(old: str | None, new: str) -> str:
     """Update the card of a repository with a new one.
 
     The marked blocks are replaced, and all other text stays. A removed block stays removed. A card without marks gets
-    all blocks at its end; so does one with the single block that earlier versions of push_to_hub wrote. In the front
-    matter, library, pipeline, backbones and results are set, lists are united, and all other values stay."""
+    all blocks at its end. In the front matter, library, pipeline, backbones and results are set, lists are united, and
+    all other values stay."""
     if old is None or EMPTY_CARD in old:
         return new
     ours = {found[1]: found[0] for found in BLOCK.finditer(new)}
     head, body = _split(old)
     if BLOCK.search(body):
-        ours["brief"] = "\n\n".join(ours.values())
         body = BLOCK.sub(lambda found: ours.get(found[1], found[0]), body)
     else:
         body = body.rstrip("\n") + "\n\n" + "\n\n".join(ours.values()) + "\n"

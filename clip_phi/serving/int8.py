@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
+from modeling_clip_phi.backbones import fold_adapter
+
 
 class Int8Linear(torch.nn.Module):
     """An nn.Linear for inference with int8 weights, one scale for each output channel; input float (..., in_features).
@@ -42,10 +44,10 @@ def quantize_decoder(model: Any) -> None:
 
 
 def fold_lora(model: Any) -> None:
-    """In place: every layer with LoRA becomes the layer it adapts, with W + scaling * B @ A for its weight."""
-    for name, child in list(model.named_children()):
-        if isinstance(child, LoraLayer):
-            child.merge()
-            setattr(model, name, child.get_base_layer())
-        else:
-            fold_lora(child)
+    """Fold LoRA into the weights in place: each adapted layer becomes the layer that it adapts."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            folded = fold_adapter(layer, dict(layer.named_parameters(prefix=path)), prefix=path)
+            base = layer.get_base_layer()
+            base.weight.data = folded[f"{path}.weight"].detach()
+            model.set_submodule(path, base)

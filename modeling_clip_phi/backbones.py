@@ -1,0 +1,515 @@
+"""Two frozen backbones to one Clip-Phi model, and back: pinned revisions, delta and merged checkpoints, adapters.
+
+A delta checkpoint holds trained weights only (the projector, a PEFT adapter) and names its two backbones. Every weight
+of a model comes from a file: a weight that is missing, unknown or of another shape is an error.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
+
+from .configuration_clip_phi import ClipPhiConfig
+
+ADAPTER_FOLDER = "adapter"
+PEFT_PREFIX = "base_model.model."  # of each name in PEFT's files
+HUB_OPTIONS = ["cache_dir", "force_download", "local_files_only", "proxies", "token"]
+PLACEMENT = ["dtype", "device_map", "max_memory", "offload_folder", "quantization_config", "attn_implementation"]
+# Arguments that transformers' own classes and pipelines pass along, and that change nothing for a delta.
+PASSIVE = {"trust_remote_code", "code_revision", "adapter_kwargs", "use_safetensors", "weights_only"}
+PASSIVE |= {"low_cpu_mem_usage", "_from_auto", "_from_pipeline", "_commit_hash"}
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+TEXT_HALF = ("text_model.", "text_projection", "visual_projection", "logit_")  # of a CLIP-like checkpoint
+
+
+class ClipPhiPreTrainedModel(PreTrainedModel):
+    """Loading and saving; modeling_clip_phi.py has the forward passes."""
+
+    config_class = ClipPhiConfig
+    config: ClipPhiConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    whole_class: Any = None  # ClipPhiForCausalLM
+    loaded_backbones: dict[str, tuple] | None = None  # see sample_backbones
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):  # type: ignore[override]
+        """Load a merged or a delta checkpoint, with transformers' own arguments.
+
+        Args:
+            pretrained_model_name_or_path: folder, or id on the Hub.
+            config: replaces the checkpoint's config.
+            kwargs: of transformers' from_pretrained; for a delta also fields of ClipPhiConfig. A `state_dict` is used
+                as it is, without the checks below. With a device_map, a delta is loaded whole before it is placed.
+
+        Raises:
+            ValueError: another architecture; or weights that are missing, unknown or of another shape.
+            OSError: a file or a backbone is not found, or the weights are a pickle and not safetensors.
+        """
+        path = pretrained_model_name_or_path
+        kwargs.setdefault("use_safetensors", True)  # a pickle can run any code while it is opened
+        if path is None or kwargs.get("state_dict") is not None:
+            return super().from_pretrained(path, *model_args, config=config, **kwargs)
+        known = config
+        if not isinstance(config, PreTrainedConfig):
+            hub = {name: kwargs[name] for name in [*HUB_OPTIONS, "revision", "subfolder"] if name in kwargs}
+            found, _ = PreTrainedConfig.get_config_dict(config or path, **hub)
+            if (kind := found.get("model_type")) != ClipPhiConfig.model_type:
+                raise ValueError(f"{path} holds a {kind!r} model, not a {ClipPhiConfig.model_type!r} one")
+            known = ClipPhiConfig.from_pretrained(config or path, **hub)
+        wants_info = kwargs.pop("output_loading_info", False)
+        if known.delta:
+            model = load_delta(cls.whole_class, path, known, kwargs)
+            model = model if issubclass(cls, cls.whole_class) else model.model
+            info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+        else:
+            kwargs["quantization_config"] = spare_small_parts(kwargs.get("quantization_config"))
+            model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
+            refuse_missing(path, info["missing_keys"])
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def from_backbones(cls, vision, text, *, vision_revision=None, text_revision=None, image_token_id=None, **options):
+        """A pretrained tower and a pretrained decoder, frozen, with a new projector between them.
+
+        Generation stops at the end tokens of the tokenizer, of the decoder's config and of its generation config.
+
+        Args:
+            vision: Hub id or folder. The text half of a whole CLIP-like checkpoint is not used.
+            text: Hub id or folder.
+            vision_revision, text_revision: branch, tag or commit; the config keeps the commit.
+            image_token_id: by default the tokenizer's "<image>", or the first id after its last token.
+            options: dtype (by default float32), device_map, max_memory, offload_folder, quantization_config (of the
+                decoder alone), attn_implementation (one, or {"vision_config": ..., "text_config": ...}); cache_dir,
+                token, local_files_only, force_download, proxies; fields of ClipPhiConfig.
+
+        Raises:
+            ValueError: a checkpoint lacks weights, or the vocabulary has no row left for <image>.
+            TypeError: an unknown option.
+        """
+        hub, placement = take(options, HUB_OPTIONS), take(options, PLACEMENT)
+        if unknown := sorted(options.keys() - ClipPhiConfig.__dataclass_fields__.keys()):
+            raise TypeError(f"from_backbones takes no {', '.join(unknown)}")
+        for part, path, revision in (("vision", vision, vision_revision), ("text", text, text_revision)):
+            path, revision = resolve_revision(str(path), revision, hub)
+            options |= {f"{part}_backbone": path, f"{part}_backbone_revision": revision}
+            options[f"{part}_config"] = read_config(part, path, revision, hub)
+        end_token = None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", **hub)
+            vocabulary, end_token = tokenizer.get_vocab(), tokenizer.eos_token_id
+            options["text_tokenizer_sha256"] = hash_vocabulary(vocabulary)
+            image_token_id = vocabulary.get("<image>", len(vocabulary)) if image_token_id is None else image_token_id
+        except (OSError, ValueError):
+            if image_token_id is None:
+                raise
+        config = ClipPhiConfig(image_token_id=image_token_id, delta=True, **options)
+        # Training learns the tokenizer's end token, which the decoder's config may not name.
+        return dispatch(load_backbones(cls, config, hub, placement, end_token), placement)
+
+    def freeze_backbones(self) -> None:
+        """Freeze tower, decoder and head: no gradients, and no dropout in train mode either (phi-2's config has 0.1).
+
+        eval() instead would switch gradient checkpointing off."""
+        for part in (self.model.vision_tower, self.model.language_model, self.lm_head):
+            part.requires_grad_(False)
+            for module in part.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+                for name in ("attention_dropout", "dropout"):
+                    if isinstance(getattr(module, name, None), float):
+                        setattr(module, name, 0.0)
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """Add a PEFT adapter; transformers' own method refuses peft 0.21 from 5.24 on.
+
+        Raises ImportError without peft, ValueError if the model has an adapter."""
+        try:
+            from peft import inject_adapter_in_model
+        except ImportError as error:
+            raise ImportError("a LoRA adapter needs peft: pip install peft") from error
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError("the model has an adapter: save it with merged=True, and load that to add another one")
+        inject_adapter_in_model(adapter_config, self, adapter_name or "default")
+        self._hf_peft_config_loaded = True
+
+    def save_pretrained(self, save_directory, *args, merged: bool | None = None, state_dict=None, **kwargs):  # type: ignore[override]
+        """Save as transformers does, in one of two forms.
+
+        Args:
+            save_directory: folder.
+            merged: False, the default of a model made from backbones: a delta, which holds the projector, the LoRA
+                adapter (in the subfolder "adapter", PEFT's format) and the names and commits of the backbones. True:
+                all weights in one set, LoRA folded in; loading it needs no other repository.
+            state_dict: weights to save instead of the model's own: all, or for a delta the trained ones.
+            kwargs: of transformers' save_pretrained.
+
+        Raises:
+            ValueError: a delta would lose weights that are trainable or have changed since loading; or a quantised
+                decoder, or an adapter other than plain LoRA, would have to be merged.
+        """
+        adapted = bool(getattr(self, "_hf_peft_config_loaded", False))
+        # transformers would save an adapter alone.
+        own = {"_hf_peft_config_loaded": False} | ({"_weight_conversions": None} if adapted else {})
+        fields: dict[str, Any] = {"delta": False, "adapter": None}
+        if not self.config.delta if merged is None else merged:
+            if getattr(self, "hf_quantizer", None) is not None:
+                raise ValueError(
+                    "a merged checkpoint cannot be made of quantised weights: save the delta, load it without "
+                    "quantization_config, and save that with merged=True"
+                )
+            state = state_dict or self.state_dict()
+            state = fold_adapter(self, state) if adapted else state
+            # A local folder does not exist elsewhere, and is not needed any more.
+            fields |= dict.fromkeys(f"{part}_backbone" for part in local_parts(self.config))
+        else:
+            if not self.config.delta or self.loaded_backbones is None:
+                raise ValueError("this model was not made from backbones: save it with merged=True")
+            before, now = self.loaded_backbones, sample_backbones(self)
+            if lost := [name for name in now | before if not is_same(before.get(name), now.get(name))]:
+                raise ValueError(
+                    f"a delta checkpoint would lose {len(lost)} trainable or changed backbone weights ({lost[0]}, "
+                    "...): save with merged=True"
+                )
+            # Not state_dict(): it changes what bitsandbytes' 4-bit layers answer on a CPU (0.50.2, measured)
+            state = state_dict or {name: parameter.detach() for name, parameter in self.named_parameters()}
+            if adapted:
+                save_adapter(self, Path(save_directory) / ADAPTER_FOLDER, state)
+            state = {name: value for name, value in state.items() if name.startswith("model.projector.")}
+            fields = {"delta": True, "adapter": ADAPTER_FOLDER if adapted else None}
+            own["hf_quantizer"] = None
+        with temporarily(self.config, **fields), temporarily(self, **own):
+            return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, merged: bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Push as transformers does; merged as in save_pretrained. `clip-phi push` also writes a model card.
+
+        Raises ValueError for a delta of local folders, which nobody else can load."""
+        delta = self.config.delta and not merged
+        if delta and (parts := local_parts(self.config)):
+            raise ValueError(
+                f"the {parts[0]} backbone is a local folder, {getattr(self.config, f'{parts[0]}_backbone')}, and "
+                "nobody else could load a delta of it: push_to_hub(..., merged=True)"
+            )
+        with temporarily(self.config, delta=delta):
+            return super().push_to_hub(repo_id, **kwargs)
+
+
+# -------------------------------------------------------------------------------------------------------- backbones
+
+
+def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, end_token: int | None) -> Any:
+    """A model of config's two backbones, frozen, with a new projector; dispatch() must follow.
+
+    Raises ValueError if a backbone lacks weights, or the vocabulary has no row for <image>."""
+    if config.image_token_id >= (rows := config.text_config.vocab_size):
+        raise ValueError(
+            f"{config.text_backbone} has {rows} vocabulary rows and none of them is left for <image> (id "
+            f"{config.image_token_id}): resize its embedding with resize_token_embeddings, save it and give that folder"
+        )
+    dtype = placement.get("dtype")
+    dtype = config.dtype or torch.float32 if dtype in (None, "auto") else dtype
+    config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    quantization, attention = placement.get("quantization_config"), placement.get("attn_implementation")
+    if quantization is not None and has_several_places(placement):  # bitsandbytes' layers are not dispatched
+        placement["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    device_map = None if has_several_places(placement) else placement.get("device_map")
+
+    def load(part: str, auto_class: Any, **options: Any) -> tuple[Any, set[str]]:
+        path, revision = getattr(config, f"{part}_backbone"), getattr(config, f"{part}_backbone_revision")
+        options |= {"config": getattr(config, f"{part}_config"), "revision": revision or "main", "dtype": config.dtype}
+        own = attention.get(f"{part}_config") if isinstance(attention, dict) else attention
+        options |= {"attn_implementation": own, "device_map": device_map, "output_loading_info": True}
+        loaded, info = auto_class.from_pretrained(path, **options, **hub)
+        refuse_missing(path, info["missing_keys"])
+        return loaded, info["unexpected_keys"]
+
+    with ExitStack() as stack:  # transformers would report each weight of a CLIP's unused text half
+        stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+        transformers_logging.set_verbosity_error()
+        vision_tower, unknown = load("vision", AutoModel)
+    if unused := sorted(name for name in unknown if not name.startswith(TEXT_HALF)):
+        logging.getLogger(__name__).warning("%s: weights that are not used: %s", config.vision_backbone, unused)
+    decoder, _ = load("text", AutoModelForCausalLM, quantization_config=quantization)
+    with torch.device("meta"):
+        model = model_class(config)
+    vision_tower.config.name_or_path = decoder.config.name_or_path = ""  # the config's own fields name them
+    model.model.vision_tower, model.model.language_model = vision_tower, decoder.base_model
+    model.lm_head = decoder.get_output_embeddings()
+    # Each part was loaded with a config of its own: model and parts must share one.
+    model.config.vision_config, model.config.text_config = vision_tower.config, decoder.config
+    model.model.projector = make_projector(config).to(dtype=config.dtype, device=model.lm_head.weight.device)
+    model.model.projector.apply(model._init_weights)
+    if quantization is not None:
+        del decoder.config.quantization_config  # chosen at each load, and no property of the checkpoint
+    for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if name in vars(decoder):
+            setattr(model, name, getattr(decoder, name))
+    generation = model.generation_config = GenerationConfig.from_model_config(config.text_config)
+    found = [end_token, generation.eos_token_id, decoder.generation_config.eos_token_id]
+    ends = {end: None for some in found for end in (some if isinstance(some, list) else [some]) if end is not None}
+    generation.eos_token_id = list(ends) if len(ends) > 1 else next(iter(ends), None)
+    if generation.pad_token_id is None:
+        generation.pad_token_id = min(config.image_token_id + 1, rows - 1)
+    model.freeze_backbones()
+    model.loaded_backbones = sample_backbones(model)
+    return model.eval()
+
+
+def make_projector(config: ClipPhiConfig) -> nn.Module:
+    """The map from the tower's feature width to the decoder's embedding width.
+
+    "linear" is one layer (LLaVA, arXiv 2304.08485); "mlp" is two with GELU between (LLaVA-1.5, arXiv 2310.03744)."""
+    width, text_width = config.vision_config.hidden_size, config.get_text_config().hidden_size  # type: ignore[union-attr]
+    linear = nn.Linear(width, text_width, bias=config.projector_bias)
+    if config.projector_type == "linear":
+        return linear
+    return nn.Sequential(linear, nn.GELU(), nn.Linear(text_width, text_width, bias=config.projector_bias))
+
+
+def has_several_places(placement: dict) -> bool:
+    device_map = placement.get("device_map")
+    return set(device_map) != {""} if isinstance(device_map, dict) else device_map in DEVICE_MAPS
+
+
+def dispatch(model: Any, placement: dict) -> Any:
+    """Place a model that is loaded completely: copying into a weight that was moved to the disk has no effect."""
+    if not has_several_places(placement):
+        return model
+    try:
+        from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
+    except ImportError as error:
+        raise ImportError("device_map needs accelerate: pip install accelerate") from error
+    device_map, max_memory = placement["device_map"], placement.get("max_memory")
+    if isinstance(device_map, str):
+        options = {"no_split_module_classes": list(model._no_split_modules or [])}
+        if device_map != "sequential":
+            max_memory = get_balanced_memory(model, max_memory, low_zero=device_map == "balanced_low_0", **options)
+        device_map = infer_auto_device_map(model, max_memory=max_memory, **options)
+    skip_keys = model._skip_keys_device_placement
+    return dispatch_model(model, device_map, offload_dir=placement.get("offload_folder"), skip_keys=skip_keys)
+
+
+def spare_small_parts(quantization_config: Any) -> Any:
+    """Exclude tower, projector and head from a bitsandbytes quantisation that names no exceptions."""
+    if getattr(quantization_config, "llm_int8_skip_modules", ...) is None:
+        quantization_config = copy.copy(quantization_config)
+        # transformers compares these with the beginning of a module's name, which differs for the headless class
+        names = ("vision_tower", "projector", "model.vision_tower", "model.projector")
+        quantization_config.llm_int8_skip_modules = ["lm_head", *names]
+    return quantization_config
+
+
+def read_config(part: str, path: str, revision: str | None, hub: dict) -> Any:
+    config = AutoConfig.from_pretrained(path, revision=revision or "main", **hub)
+    return getattr(config, "vision_config", config) if part == "vision" else config.get_text_config(decoder=True)
+
+
+def resolve_revision(path: str, revision: str | None, hub: dict) -> tuple[str, str | None]:
+    """(absolute path, None) of a folder; (id, commit) of a Hub repository, whose `revision` may be a branch or tag."""
+    if Path(path).is_dir():
+        return str(Path(path).resolve()), None
+    config_file = cached_file(path, "config.json", revision=revision or "main", **hub)
+    return path, Path(str(config_file)).parent.name  # .../snapshots/<commit>/config.json
+
+
+def local_parts(config: ClipPhiConfig) -> list[str]:
+    return [part for part in ("vision", "text") if getattr(config, f"{part}_backbone_revision") is None]
+
+
+def hash_vocabulary(vocabulary: dict[str, int]) -> str:
+    return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ delta checkpoints
+
+
+def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict[str, Any]) -> Any:
+    """The model of a delta checkpoint. See ClipPhiPreTrainedModel.from_pretrained."""
+    hub, placement = take(options, HUB_OPTIONS), take(options, PLACEMENT)
+    place = {"revision": options.pop("revision", None) or "main", "subfolder": options.pop("subfolder", None) or ""}
+    place |= hub
+    placement["dtype"] = options.pop("torch_dtype", None) or placement.get("dtype")
+    fields = take(options, list(config.to_dict()))
+    if unknown := sorted(options.keys() - PASSIVE):
+        raise TypeError(f"from_pretrained of a delta checkpoint takes no {', '.join(unknown)}")
+    for part in ("vision", "text"):
+        name, revision = f"{part}_backbone", f"{part}_backbone_revision"
+        if name in fields:  # the checkpoint's commit is one of the other repository
+            fields[name], fields[revision] = resolve_revision(str(fields[name]), fields.get(revision), hub)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    check_backbones(path, config, hub, other_text="text_backbone" in fields)
+    model = load_backbones(model_class, config, hub, placement, None)
+    model.config.name_or_path = str(path)
+    own = {f"model.projector.{name}": weight for name, weight in model.model.projector.named_parameters()}
+    copy_weights(path, load_file(cached_file(path, "model.safetensors", **place)), own)
+    if (folder := config.adapter) is not None:
+        try:
+            from peft import PeftConfig
+        except ImportError as error:
+            raise ImportError(f"{path} holds a LoRA adapter: pip install peft") from error
+        adapter_file = Path(str(cached_file(path, f"{folder}/adapter_config.json", **place)))
+        adapter_config = PeftConfig.from_pretrained(str(adapter_file.parent))
+        adapter_config.inference_mode = True  # frozen
+        model.add_adapter(adapter_config)
+        found = load_file(cached_file(path, f"{folder}/adapter_model.safetensors", **place))
+        found = {name.removeprefix(PEFT_PREFIX): weight for name, weight in found.items()}
+        copy_weights(f"{path}/{folder}", found, adapter_weights(model))
+    if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False, **place):
+        model.generation_config = GenerationConfig.from_pretrained(path, **place)
+    return dispatch(model.eval(), placement)
+
+
+def check_backbones(path: Any, config: ClipPhiConfig, hub: dict, other_text: bool) -> None:
+    """Check that the backbones of the delta at `path` fit it; other_text: the caller gives another decoder.
+
+    Raises OSError if one is not found, ValueError if its size or its tokenizer is another one."""
+    for part, sizes in (("vision", ["hidden_size"]), ("text", ["hidden_size", "vocab_size"])):
+        backbone, revision = getattr(config, f"{part}_backbone"), getattr(config, f"{part}_backbone_revision")
+        try:
+            found = read_config(part, backbone, revision, hub)
+        except (OSError, ValueError) as error:
+            where = f"on the Hub at {revision}" if revision else "as a folder"
+            reason = str(error).split("\n")[0]
+            raise OSError(
+                f"{path} needs {backbone}, which was not found {where} ({reason}): put it back there, or use a "
+                "checkpoint that was saved with save_pretrained(..., merged=True)"
+            ) from error
+        for size in sizes:
+            before, now = getattr(getattr(config, f"{part}_config"), size), getattr(found, size)
+            if before != now:
+                raise ValueError(f"{path} was trained on {backbone} with {size} {before}, which now has {size} {now}")
+    # A commit does not change, but a folder may, and so may the backbone that the caller gives.
+    if config.text_tokenizer_sha256 is not None and (revision is None or other_text):
+        vocabulary = AutoTokenizer.from_pretrained(backbone, revision=revision or "main", **hub).get_vocab()
+        if hash_vocabulary(vocabulary) != config.text_tokenizer_sha256:
+            raise ValueError(f"{path} was trained with another tokenizer than that of {backbone}: its tokens differ")
+
+
+def take(options: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """The named options, removed from `options`."""
+    return {name: options.pop(name) for name in names if name in options}
+
+
+def refuse_missing(path: Any, missing: set[str]) -> None:
+    if names := sorted(missing):
+        raise ValueError(f"{path} lacks {len(names)} of the weights its config asks for: {', '.join(names[:3])}, ...")
+
+
+@torch.no_grad()
+def copy_weights(path: Any, found: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    """Copy weights from `path` into the model's own. Raises ValueError if the two differ in names or shapes."""
+    refuse_missing(path, own.keys() - found.keys())
+    if unknown := sorted(found.keys() - own.keys()):
+        raise ValueError(f"{path} holds {len(unknown)} weights that the model has no place for: {unknown[0]}, ...")
+    for name, weight in own.items():
+        if found[name].shape != weight.shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(found[name].shape)}, not {tuple(weight.shape)}")
+        weight.copy_(found[name])
+
+
+def sample_backbones(model: nn.Module) -> dict[str, tuple]:
+    """Of each backbone weight: is it trained; its shape and one number of each row, or None.
+
+    None are weights that are sharded, offloaded or quantised: their changes are not found. Otherwise a comparison finds
+    a merged adapter, a resized embedding, a tuned layer and an edited row; it may miss an edit of single numbers, and
+    of rows after 2**18."""
+    samples = {}
+    for name, weight in model.named_parameters():
+        if not name.startswith("model.projector.") and "lora_" not in name:
+            shape = column = None
+            if weight.is_floating_point() and not (weight.is_meta or hasattr(weight, "device_mesh")):
+                rows = weight.detach().reshape(len(weight) if weight.dim() else 1, -1)
+                shape, column = weight.shape, rows[: 2**18, rows.shape[1] // 2].to("cpu", copy=True)
+            samples[name.replace(".base_layer.", ".")] = (weight.requires_grad, shape, column)
+    return samples
+
+
+def is_same(before: tuple | None, now: tuple | None) -> bool:
+    """Whether two samples of a weight are equal; a cast to another floating-point type is not a change."""
+    if before is None or now is None or before[0] != now[0] or (now[1] is not None and before[1] != now[1]):
+        return False
+    (old, new), casts = (before[2], now[2]), (torch.bfloat16, torch.float16)
+    return new is None or any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in (old.dtype, *casts))
+
+
+@contextmanager
+def temporarily(target: Any, **values: Any) -> Iterator[None]:
+    """Set attributes of an object, and set them back at the end; one that was absent becomes None."""
+    before = {name: getattr(target, name, None) for name in values}
+    for name, value in values.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
+
+
+# --------------------------------------------------------------------------------------------------------- adapters
+
+
+def adapter_weights(model: Any, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The adapter's weights, the model's own or those in a state dict, under PEFT's names."""
+    from peft import get_peft_model_state_dict
+
+    (name,) = model.peft_config
+    state = state or dict(model.named_parameters())
+    return get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=False)
+
+
+def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write the adapter in PEFT's format. Raises ValueError if the state dict does not hold all of it."""
+    weights = adapter_weights(model, state)
+    refuse_missing("state_dict", adapter_weights(model).keys() - weights.keys())
+    if any(weight.is_meta for weight in weights.values()):
+        raise ValueError("the adapter is offloaded: load the model without device_map to save it")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{PEFT_PREFIX}{name}": weight.contiguous().cpu() for name, weight in weights.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (adapter_config,) = model.peft_config.values()
+    adapter_config.base_model_name_or_path = model.config.text_backbone
+    adapter_config.save_pretrained(folder)
+
+
+@torch.no_grad()
+def fold_adapter(model: nn.Module, state: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+    """A state dict with LoRA folded in: W + scaling * B @ A, in float32, for each adapted W; the model stays as it is.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1. The model's own weights may be sharded; those of `state` are whole.
+    Raises ValueError if an adapter is not plain LoRA on a linear layer, or its layer is quantised or offloaded."""
+    folded = {key.replace(".base_layer.", "."): weight for key, weight in state.items() if ".lora_" not in key}
+    for path, layer in model.named_modules(prefix=prefix):
+        if not hasattr(layer, "get_base_layer"):
+            continue
+        (name,), weight = layer.active_adapters, folded[f"{path}.weight"]
+        plain = name in getattr(layer, "lora_A", ()) and not (layer.lora_variant.get(name) or layer.lora_bias.get(name))
+        if not (plain and weight.dim() == 2 and weight.is_floating_point() and not weight.is_meta):
+            raise ValueError(f"the adapter of {path} cannot be folded in: it must be plain LoRA on a linear layer")
+        if name not in layer.merged_adapters:
+            factor_a, factor_b = (state[f"{path}.lora_{part}.{name}.weight"].float() for part in "AB")
+            delta = (factor_b @ factor_a) * layer.scaling[name]
+            delta = delta.T if layer.fan_in_fan_out else delta
+            folded[f"{path}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+    return folded
