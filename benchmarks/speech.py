@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_phi.data.sample import SPOKEN_INSTRUCTION, File
+from clip_phi.data.sample import SPOKEN_INSTRUCTION, File, user_message
 from clip_phi.data.source import parse_source
 from clip_phi.data.transcripts import ENGINES
 from clip_phi.speech.asr import make_transcriber
@@ -178,10 +178,8 @@ def evaluate(folder: Path, questions: list[Question]) -> dict[str, float]:
     for how in ("typed", "spoken"):
         prompts = []
         for image, text, transcript, _ in questions:
-            asked = [{"type": "text", "text": text}]
-            if how == "spoken":
-                asked = [{"type": "transcript", "text": transcript}, {"type": "text", "text": SPOKEN_INSTRUCTION}]
-            prompts.append(([{"role": "user", "content": [{"type": "image"}, *asked]}], images[image]))
+            asked = (text, 1) if how == "typed" else (SPOKEN_INSTRUCTION, 1, transcript)
+            prompts.append(([user_message(*asked)], images[image]))
         answers = generate_texts(model, processor, prompts, max_new_tokens=16)
         right = [
             answer.lower().strip(" .") == question.answer for answer, question in zip(answers, questions, strict=True)

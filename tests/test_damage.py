@@ -136,7 +136,7 @@ def test_two_processes_of_which_one_may_meet_no_image_give_the_report_of_one(tra
 
 
 def test_stage2_survives_damaged_conversations_and_counts_every_record_once_in_every_run(llava, stage2, folder):
-    options = ("--max_bad_fraction", 0.9, "--dataloader_num_workers", 2, "--per_device_train_batch_size", 8)
+    options = ("--max_bad_fraction", 0.9, "--dataloader_num_workers", 2, "--per_device_eval_batch_size", 8)
     for name in ("stage2", "stage2_again"):  # the second finds the index in the cache
         run(folder / "cache", *stage2(llava, folder / name, *options))
         found = report_of(folder / name)
@@ -214,7 +214,9 @@ def test_half_a_character_outside_the_texts_can_be_reported(name, tmp_path):
         list(read_coco_captions(tmp_path / "captions.json", media, report))
     assert report.num_skipped >= 1
     report.table().encode()  # what is printed
-    TrainingLogger(tmp_path / "out", 1, True, torch.device("cpu")).close(report)
+    logger = TrainingLogger(tmp_path / "out", 1, True, torch.device("cpu"))
+    logger.start(0)
+    logger.close(report)
     assert report_of(tmp_path / "out")["skipped"] == dict(report.skipped)
 
 

@@ -6,6 +6,7 @@ restart after the prefix, and attention is masked, so that each conversation is 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -98,11 +99,10 @@ def pack_samples(
     padding = -length % multiple_of or (0 if samples else multiple_of)
     input_ids = [token for sample in samples for token in sample.input_ids] + [pad_token_id] * padding
     position_ids = [position for sample in samples for position in sample.position_ids] + list(range(padding))
-    logits_to_keep: list[int] = []
-    start = 0
-    for sample in samples:
-        logits_to_keep += [start + position for position in sample.logits_to_keep]
-        start += len(sample.input_ids)
+    starts = accumulate((len(sample.input_ids) for sample in samples), initial=0)
+    logits_to_keep = [
+        start + place for start, sample in zip(starts, samples, strict=False) for place in sample.logits_to_keep
+    ]
     shift_labels = [label for sample in samples for label in sample.shift_labels]
     conversation_ids = [sample.conversation_ids for sample in samples] + ([[1] * padding] if padding else [])
     inputs: dict[str, Any] = {

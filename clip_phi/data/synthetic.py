@@ -115,9 +115,8 @@ def sample_scene(rng: random.Random, split: str) -> Scene:
             pairs.append(rng.choice(pairs) if repeat else (rng.choice(list(COLORS)), rng.choice(list(SHAPES))))
         objects = _place(pairs, rng) if split_of(pairs) == split else None
         if objects is not None:
-            break
-    background = (rng.randint(205, 250), rng.randint(205, 250), rng.randint(205, 250))
-    return Scene(objects, background, rng.getrandbits(32))
+            background = (rng.randint(205, 250), rng.randint(205, 250), rng.randint(205, 250))
+            return Scene(objects, background, rng.getrandbits(32))
 
 
 def _place(pairs: Sequence[tuple[str, str]], rng: random.Random) -> tuple[DrawnObject, ...] | None:
@@ -178,13 +177,10 @@ def _mask(item: DrawnObject) -> Image.Image:
 def captions(scene: Scene, rng: random.Random) -> list[str]:
     """Five captions, as in COCO. Each names every object with its color and number, most in reading order."""
     objects = in_reading_order(scene)
-    number, shapes, are = NUMBERS[len(objects)], "shapes", "are"
-    if len(objects) == 1:
-        shapes, are = "shape", "is"
+    number, (shapes, are) = NUMBERS[len(objects)], ("shape", "is") if len(objects) == 1 else ("shapes", "are")
     frames = ["{}.", "A picture of {}.", f"There {are} {{}}.", "An image with {}.", f"{number} {shapes}: {{}}."]
     texts = [frame.format(_enumerate(objects)) for frame in frames]
-    related = _relate(objects, rng)
-    if related is not None:
+    if (related := _relate(objects, rng)) is not None:
         texts[rng.randrange(4)] = related
     return [text[0].upper() + text[1:] for text in texts]
 
@@ -229,16 +225,6 @@ def _enumerate(objects: Sequence[DrawnObject]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def _relation(first: DrawnObject, second: DrawnObject, rng: random.Random) -> str | None:
-    """A relation that clearly holds, or None if the two are too close on both axes."""
-    holding = []
-    if abs(first.x - second.x) >= _CLEAR_OFFSET:
-        holding.append(RELATIONS[0] if first.x < second.x else RELATIONS[1])
-    if abs(first.y - second.y) >= _CLEAR_OFFSET:
-        holding.append(RELATIONS[2] if first.y < second.y else RELATIONS[3])
-    return rng.choice(holding) if holding else None
-
-
 def _unique(objects: Sequence[DrawnObject], attribute: str) -> list[DrawnObject]:
     """The objects whose color, shape or name no other object has."""
     counts = Counter(getattr(item, attribute) for item in objects)
@@ -246,18 +232,21 @@ def _unique(objects: Sequence[DrawnObject], attribute: str) -> list[DrawnObject]
 
 
 def _relatable(objects: Sequence[DrawnObject], rng: random.Random) -> tuple[DrawnObject, DrawnObject, str] | None:
-    """Two objects whose names are unique in the scene, and a relation that holds between them."""
+    """Two objects whose names are unique in the scene, and a relation that clearly holds, or None."""
     unique = _unique(objects, "name")
     if len(unique) < 2:
         return None
     first, second = rng.sample(unique, 2)
-    relation = _relation(first, second, rng)
-    return None if relation is None else (first, second, relation)
+    holding = []
+    if abs(first.x - second.x) >= _CLEAR_OFFSET:
+        holding.append(RELATIONS[0] if first.x < second.x else RELATIONS[1])
+    if abs(first.y - second.y) >= _CLEAR_OFFSET:
+        holding.append(RELATIONS[2] if first.y < second.y else RELATIONS[3])
+    return (first, second, rng.choice(holding)) if holding else None
 
 
 def _relate(objects: Sequence[DrawnObject], rng: random.Random) -> str | None:
-    found = _relatable(objects, rng)
-    if found is None:
+    if (found := _relatable(objects, rng)) is None:
         return None
     first, second, relation = found
     text = f"{_article(first.name)} {relation} {_article(second.name)}"
@@ -300,8 +289,7 @@ def _ask_count(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 def ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     """A question whether one object is left, right, above or below another, or None if no two clearly are."""
-    found = _relatable(scene.objects, rng)
-    if found is None:
+    if (found := _relatable(scene.objects, rng)) is None:
         return None
     first, second, relation = found
     answer = "yes" if rng.random() < 0.5 else "no"

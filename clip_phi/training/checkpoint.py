@@ -64,7 +64,7 @@ class Checkpoints:
     tracked: dict[str, Any]
 
     def __post_init__(self) -> None:
-        self.folder = self.output_dir / "checkpoints"
+        self.folder, self.before = self.output_dir / "checkpoints", self.output_dir / "checkpoints.before"
         self.model, self.optimizer, self.scheduler = self.weights
 
     def save(self, step: int) -> None:
@@ -125,6 +125,8 @@ class Checkpoints:
             about, problem = _read_about(place)
             if about is None:
                 raise ValueError(f"--resume_from_checkpoint {place} is not a whole training checkpoint: {problem}")
+            if place.resolve().parent == self.before.resolve():
+                raise ValueError(f"--resume_from_checkpoint {place}: move it out of {self.before}, which is replaced")
             found = place, about
         step = 0
         if found is not None:
@@ -154,12 +156,11 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()  # until all have read theirs
         later = [place for place in self.folder.glob("step-*") if int(place.name.removeprefix("step-")) > step]
         if self.accelerator.is_main_process and later:
-            before = self.folder.with_name("checkpoints.before")
-            shutil.rmtree(before, ignore_errors=True)
-            before.mkdir()
+            shutil.rmtree(self.before, ignore_errors=True)
+            self.before.mkdir()
             for place in later:
-                os.replace(place, before / place.name)
-            self.accelerator.print(f"the training checkpoints of an earlier run are moved to {before}")
+                os.replace(place, self.before / place.name)
+            self.accelerator.print(f"the training checkpoints of an earlier run are moved to {self.before}")
         self.accelerator.wait_for_everyone()
 
     def _restore(self, place: Path) -> None:
