@@ -25,6 +25,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -581,7 +582,7 @@ def tower_shares(models: Models, work: Work, stage: dict[str, Figures], repeats:
             tower(pixels, output_hidden_states=True)
 
     per_image = {
-        batch: min(cpu_seconds(lambda batch=batch: encode(batch)) for _ in range(repeats)) / len(work.pixels)  # type: ignore[misc]
+        batch: min(cpu_seconds(partial(encode, batch)) for _ in range(repeats)) / len(work.pixels)
         for batch in (work.rows, len(work.pixels))
     }
     captions_per_image = work.num_samples / len(work.pixels)

@@ -1,4 +1,4 @@
-"""Where a run happens: versions, machine, devices; and what a device tells about memory, speed and energy."""
+"""Versions, machine and devices of a run; memory, peak FLOP/s and energy of a device."""
 
 import os
 import platform
@@ -59,7 +59,7 @@ GPUS = (
 
 
 def describe_environment() -> dict[str, Any]:
-    """For a json file: versions of what is installed, machine, git commit, devices. Holds no secret."""
+    """For a json file: installed versions, machine, git commit, devices. No secrets."""
     import torch
 
     return {
@@ -96,7 +96,7 @@ def quantization_config(kind: str, compute_dtype: Any) -> Any:
 
 
 def without_secrets(text: str) -> str:
-    """The text without access tokens that someone may have put into a path or an option."""
+    """The text without access tokens, which a path or an option may contain."""
     return SECRET.sub("(a token)", text)
 
 
@@ -118,7 +118,7 @@ def installed_version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """Of the checkout that this file is in, with "+changes" if it has any; None outside of one."""
+    """The commit of the checkout with this file, and "+changes" if it has any; None outside of a checkout."""
     folder = Path(__file__).parent
     try:
         commit = _git(folder, "rev-parse", "HEAD")
@@ -128,7 +128,7 @@ def git_commit() -> str | None:
 
 
 def peak_memory_bytes(device: Any) -> int:
-    """The most that this process has held at once: allocated on a CUDA device, or resident on the CPU."""
+    """Peak memory of this process: allocated on a CUDA device, or resident on the CPU."""
     import torch
 
     if device.type == "cuda":
@@ -137,7 +137,7 @@ def peak_memory_bytes(device: Any) -> int:
 
 
 def peak_flops(device: Any) -> float | None:
-    """FLOP/s that the device could do in half precision; None if it is not known."""
+    """Peak FLOP/s of the device in half precision; None if unknown."""
     import torch
 
     if device.type != "cuda":
@@ -147,14 +147,14 @@ def peak_flops(device: Any) -> float | None:
 
 
 class EnergyMeter:
-    """Joules that this process' GPU, or else the machine's processors, have used since it was made."""
+    """Joules used by this process' GPU, or else by the machine's processors, since its creation."""
 
     def __init__(self, device: Any):
         self._read = _nvml_reader(device) if device.type == "cuda" else _rapl_reader()
         self._first = self._read() if self._read else 0.0
 
     def joules(self) -> float | None:
-        """None if the device does not tell."""
+        """None if the device has no counter."""
         return self._read() - self._first if self._read else None
 
 
@@ -166,13 +166,13 @@ def _nvml_reader(device: Any) -> Any:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # not installed, or a device that does not count: NVML has an error class for each reason
+    except Exception:  # not installed, or no counter: NVML has an error class for each reason
         return None
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
 
 
 def _rapl_reader(root: Path = Path("/sys/class/powercap")) -> Any:
-    """Intel's and AMD's counters, in microjoules, which begin anew at max_energy_range_uj."""
+    """Intel's and AMD's counters, in microjoules, which restart after max_energy_range_uj."""
     zones = [zone for zone in sorted(root.glob("intel-rapl:*")) if zone.name.count(":") == 1]
     try:
         ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in zones]

@@ -52,7 +52,9 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
     loaded_backbones: dict[str, tuple] | None = None  # see sample_backbones
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs
+    ):
         """Load a merged or a delta checkpoint, with transformers' own arguments.
 
         Args:
@@ -152,7 +154,9 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         inject_adapter_in_model(adapter_config, self, adapter_name or "default")
         self._hf_peft_config_loaded = True
 
-    def save_pretrained(self, save_directory, *args, merged: bool | None = None, state_dict=None, **kwargs):  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory, *args, merged: bool | None = None, state_dict=None, **kwargs
+    ):
         """Save as transformers does, in one of two forms.
 
         Args:
@@ -279,7 +283,8 @@ def make_projector(config: ClipPhiConfig) -> nn.Module:
     """The map from the tower's feature width to the decoder's embedding width.
 
     "linear" is one layer (LLaVA, arXiv 2304.08485); "mlp" is two with GELU between (LLaVA-1.5, arXiv 2310.03744)."""
-    width, text_width = config.vision_config.hidden_size, config.get_text_config().hidden_size  # type: ignore[union-attr]
+    width = config.vision_config.hidden_size  # type: ignore[union-attr]
+    text_width = config.get_text_config().hidden_size
     linear = nn.Linear(width, text_width, bias=config.projector_bias)
     if config.projector_type == "linear":
         return linear

@@ -304,7 +304,7 @@ def test_keys_and_values_stay_within_their_bytes(make_engine, expected):
     answers = [(engine.submit(*conversation(number), max_new_tokens=9), number) for number in range(8)]
     for answer, number in answers:
         assert answer.result() == expected(number, 9)
-    held = sum(tensor.nbytes for layer in engine._cache.layers for tensor in (layer.keys, layer.values))
+    held = sum(layer.states.nbytes for layer in engine._cache.layers)
     assert 1 < max(most) < 8 and held <= engine.cache_bytes * 2  # storage grows in rounded steps
     with pytest.raises(ValueError, match="more than the .* bytes that the engine has for keys and values"):
         make_engine(cache_bytes=1000).submit(*conversation(1), max_new_tokens=9)
@@ -397,7 +397,7 @@ def test_sequences_move_grow_and_are_copied_without_touching_each_other():
     cache.at(2, torch.tensor([[0]]), 1)
     cache.update(states[:1, :, :1], states[:1, :, :1], 0)
     cache.update(states[:1, :, :1], states[:1, :, :1], 1)
-    assert torch.equal(cache.layers[0].keys[:2, :3].transpose(1, 2), states)
+    assert torch.equal(cache.layers[0].states[0, :2, :3].transpose(1, 2), states)
     prefix = cache.read(1, 2)
     assert prefix.shape == (2, 2, 2, 1, 4)
     cache.move(1, 0, 3)
@@ -411,9 +411,9 @@ def test_the_cache_shrinks_to_what_is_needed_before_it_exceeds_its_bytes():
     cache.reserve(6, 10)
     cache.write(0, torch.ones(1, 2, 10, 1, 4))
     cache.reserve(8, 10)
-    assert cache.layers[0].keys.shape == (8, 64, 1, 4)
+    assert cache.layers[0].states.shape == (2, 8, 64, 1, 4)
     cache.reserve(2, 200)  # eight sequences of 200 tokens would be too much
-    assert cache.layers[0].keys.shape == (2, 256, 1, 4) and cache.read(0, 10).eq(1).all()
+    assert cache.layers[0].states.shape == (2, 2, 256, 1, 4) and cache.read(0, 10).eq(1).all()
     assert cache.read(0, 11)[:, :, 10:].eq(0).all()
 
 

@@ -590,7 +590,7 @@ def test_doctor_checks_the_environment_of_whisperx(tmp_path, monkeypatch):
     assert (check.status, check.remedy) == ("note", "clip-phi speech install")
     (folder / "bin").mkdir(parents=True)
     [check] = check_whisperx()
-    assert (check.status, check.found) == ("problem", f"{folder} is not whole")
+    assert (check.status, check.found) == ("problem", f"{folder} is incomplete")
     (folder / whisperx.ABOUT).write_text('{"form": "light", "version": "3.8.6"}')
     (folder / "bin/python").write_text("#!/bin/sh\necho 'No module named torch' >&2\nexit 1\n")
     (folder / "bin/python").chmod(0o755)

@@ -247,7 +247,10 @@ class Engine:
                 "bytes that the engine has for keys and values"
             )
         completion.num_prompt_tokens = len(ids)
-        prepared = [self._prepare(image) for image in images]
+        prepared = []
+        for image in images:
+            features = self.images.get(key := pixel_hash(image))
+            prepared.append((key, features, self.preprocess.of_image(image) if features is None else None))
         stream, uniform = TextStream(self.processor.tokenizer, stop), random.Random(seed)
         request = _Request(completion, ids, prepared, stream, max_new_tokens, temperature, top_p, uniform)
         with self._changed:
@@ -326,13 +329,6 @@ class Engine:
             places //= self.processor.num_image_tokens
             raise ValueError(f"{num_images} images, but {places} places for them in the conversation")
         return ids
-
-    def _prepare(self, image: Image.Image) -> tuple[str, torch.Tensor | None, torch.Tensor | None]:
-        key = pixel_hash(image)
-        features = self.images.get(key)
-        if features is not None:
-            return key, features, None
-        return key, None, self.preprocess.of_image(image)
 
     # ------------------------------------------------------------------ generating, in the engine's thread
 

@@ -16,7 +16,7 @@ class BatchCache(Cache):
 
     `at` sets where the next forward pass writes, and how many tokens it reads; the mask hides what lies behind the end
     of a sequence. A sequence joins by being written and leaves by another being moved over it: no padding, no other
-    copies. The tensors of a layer are (sequences, tokens, heads, head width).
+    copies.
 
     config: of the decoder.
     dtype, device: of the tensors.
@@ -43,21 +43,21 @@ class BatchCache(Cache):
             fits = largest[0] * largest[1] * self.token_bytes <= self.max_bytes
             self.num_sequences, self.capacity = largest if fits else (num_sequences, capacity)
             for layer in self.layers:
-                layer.keys, layer.values = self._resized(layer.keys), self._resized(layer.values)
+                layer.states = self._resized(layer.states)
 
     def _resized(self, old: torch.Tensor | None) -> torch.Tensor:
         # zeros, not uninitialized memory: a NaN that the mask hides still makes the attention's sum NaN
-        new = torch.zeros(self.num_sequences, self.capacity, *self.shape, **self.options)
+        new = torch.zeros(2, self.num_sequences, self.capacity, *self.shape, **self.options)
         if old is not None:
-            old = old[: self.num_sequences, : self.capacity]
-            new[: old.shape[0], : old.shape[1]] = old
+            old = old[:, : self.num_sequences, : self.capacity]
+            new[:, : old.shape[1], : old.shape[2]] = old
         return new
 
     def release(self) -> None:
         """Free the memory. No sequence may be in use."""
         self.num_sequences = self.capacity = 0
         for layer in self.layers:
-            layer.keys = layer.values = None
+            layer.states = None
 
     def at(self, first: int, positions: torch.Tensor, length: int) -> torch.Tensor:
         """Set what the next forward pass writes and reads.
@@ -73,35 +73,31 @@ class BatchCache(Cache):
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a sequence over another one."""
         for layer in self.layers:
-            layer.keys[target, :length] = layer.keys[source, :length]
-            layer.values[target, :length] = layer.values[source, :length]
+            layer.states[:, target, :length] = layer.states[:, source, :length]
 
     def read(self, sequence: int, length: int) -> torch.Tensor:
         """A copy of a sequence's first tokens: (layers, 2, tokens, heads, head width)."""
-        pairs = [(layer.keys[sequence, :length], layer.values[sequence, :length]) for layer in self.layers]
-        return torch.stack([torch.stack(pair) for pair in pairs])
+        return torch.stack([layer.states[:, sequence, :length] for layer in self.layers])
 
     def write(self, sequence: int, prefix: torch.Tensor) -> None:
         """Write the result of `read` as a sequence's first tokens."""
-        for layer, (keys, values) in zip(self.layers, prefix, strict=True):
-            layer.keys[sequence, : len(keys)] = keys
-            layer.values[sequence, : len(values)] = values
+        for layer, states in zip(self.layers, prefix, strict=True):
+            layer.states[:, sequence, : states.shape[1]] = states
 
 
 class _BatchLayer(CacheLayerMixin):
     def __init__(self, cache: BatchCache):
         super().__init__()
         self.cache = cache
-        self.keys: Any = None  # (sequences, tokens, heads, head width), as the values
-        self.values: Any = None
+        self.states: Any = None  # keys and values: (2, sequences, tokens, heads, head width)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Write and read keys and values, both (sequences, heads, tokens, head width)."""
-        keys, values, cache = key_states.transpose(1, 2), value_states.transpose(1, 2), self.cache
-        self.keys[cache.sequences, cache.positions] = keys
-        self.values[cache.sequences, cache.positions] = values
-        batch = slice(cache.first, cache.first + keys.shape[0])  # len() would fix it for torch.compile
-        return self.keys[batch, : cache.length].transpose(1, 2), self.values[batch, : cache.length].transpose(1, 2)
+        cache, (keys, values) = self.cache, self.states.unbind()
+        keys[cache.sequences, cache.positions] = key_states.transpose(1, 2)
+        values[cache.sequences, cache.positions] = value_states.transpose(1, 2)
+        batch = slice(cache.first, cache.first + key_states.shape[0])  # len() would fix it for torch.compile
+        return keys[batch, : cache.length].transpose(1, 2), values[batch, : cache.length].transpose(1, 2)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None: ...
 

@@ -126,7 +126,8 @@ def _open(source: str | Path | bytes | File, name: str, stack: ExitStack) -> Any
     try:
         if isinstance(source, File):
             source = source.path if source.member is None else source.read()
-        file: Any = io.BytesIO(source) if isinstance(source, bytes) else stack.enter_context(open(source, "rb"))  # noqa: SIM115
+        opened: Any = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
+        file = stack.enter_context(opened)
     except Exception as error:  # zipfile, zlib and pyarrow each have errors of their own
         raise ValueError(f"missing recording: {name}: {_reason(error)}") from error
     if not file.read(1):

@@ -144,7 +144,8 @@ class TrainingLogger:
         """Log a line: the loss and the speed since the last one, what was seen until now, and the values."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        rate = StepCounts(*((after - before) / seconds for after, before in zip(self.seen, self._last, strict=True)))  # type: ignore[arg-type]
+        new: Any = [after - before for after, before in zip(self.seen, self._last, strict=True)]
+        rate = StepCounts(*(count / seconds for count in new))
         left = (self.num_steps - step) * seconds / max(step - self._step, 1)
         waiting, self._waited, self._last, self._step = self._waited / seconds, 0.0, self.seen, step
         loss, self._loss_sum, self._tokens = self._loss_sum / max(self._tokens, 1), 0.0, 0
