@@ -81,6 +81,7 @@ def _serve() -> None:
             child = os.fork()
             if not child:
                 _run(request, rank, environment)
+            os.setpgid(child, child)  # here and in the child, since either may be the first
             children.append(child)
         print(json.dumps(_wait(children)), file=answers, flush=True)
 
@@ -101,7 +102,7 @@ def _run(request: dict, rank: int, environment: dict) -> None:
     """The child's part: it never returns."""
     code = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(f"{request['folder']}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
