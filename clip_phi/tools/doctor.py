@@ -83,7 +83,7 @@ def check_packages() -> Iterator[Check]:
     except PackageNotFoundError:
         yield Check("note", "packages", "clip-phi is not installed: its requirements are unknown", "pip install -e .")
         return
-    seen = {}
+    seen: dict[str, Any] = {}
     for requirement in needed:
         extra = str(requirement.marker or "").partition("extra == ")[2].strip('"')
         if extra != "dev" and (requirement.marker is None or requirement.marker.evaluate({"extra": extra})):
