@@ -48,7 +48,7 @@ def engine(model, processor):
 
 @pytest.fixture(scope="module")
 def address(engine):
-    with serving(engine, limits=ApiLimits(max_body=200_000, max_pixels=10_000), close_engine=False) as found:
+    with serving(engine, limits=ApiLimits(max_body=200_000, max_pixels=10_000)) as found:
         yield found
 
 
@@ -183,7 +183,7 @@ def test_the_transcript_of_speech_is_before_the_instruction(model, processor, en
         )
 
     with (
-        serving(engine, transcribe=transcribe, close_engine=False) as address,
+        serving(engine, transcribe=transcribe) as address,
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
     ):
         found = ask(b"sound", {"type": "text", "text": "a star?"}).choices[0].message.content
@@ -346,7 +346,7 @@ def test_any_bytes_as_an_image_are_an_image_or_refused(data, cut, place, value, 
 
 
 def test_a_key_is_asked_for_where_one_is_set(engine):
-    with serving(engine, api_key="secret", close_engine=False) as address:
+    with serving(engine, api_key="secret") as address:
         for key in (
             {},
             {"Authorization": "Bearer wrong"},
@@ -441,4 +441,4 @@ def test_a_port_in_use_is_an_error(engine, address):
     with pytest.raises(
         OSError, match="cannot listen at 127.0.0.1, port .*: Address already in use; try another --port"
     ):
-        serve(create_app(engine, "tiny", close_engine=False), "127.0.0.1", int(address.rpartition(":")[2]))
+        serve(create_app(engine, "tiny"), "127.0.0.1", int(address.rpartition(":")[2]))

@@ -493,8 +493,8 @@ def environment(tmp_path_factory):
     return folder
 
 
-def make_worker(environment, model="tiny", language=None, words=False, **seconds):
-    return whisperx.WhisperXTranscriber(model, "cuda:1", language, "int8", words, environment, **seconds)
+def make_worker(environment, model="tiny", language=None, words=False):
+    return whisperx.WhisperXTranscriber(model, "cuda:1", language, "int8", words, environment)
 
 
 def sound(kind=0, length=160):
@@ -533,8 +533,9 @@ def test_a_worker_that_exits_is_restarted_once_a_clip(environment, tmp_path):
         assert transcriber.transcribe(sound(1)).text == "160 samples, false"
 
 
-def test_a_worker_that_does_not_answer_is_stopped(environment):
-    with closing(make_worker(environment, transcribe_seconds=0.5)) as transcriber:
+def test_a_worker_that_does_not_answer_is_stopped(environment, monkeypatch):
+    with closing(make_worker(environment)) as transcriber:
+        transcriber.transcribe_seconds = 0.5
         with pytest.raises(whisperx.WorkerError, match="did not answer within 0.5 seconds, and was stopped"):
             transcriber.transcribe(sound(15))
         transcriber.transcribe_seconds = 60
@@ -544,8 +545,9 @@ def test_a_worker_that_does_not_answer_is_stopped(environment):
         with pytest.raises(whisperx.WorkerError, match="did not answer within 0.2 seconds"):
             transcriber.transcribe(sound(1))
         assert process.poll() == -signal.SIGKILL
+    monkeypatch.setattr(whisperx.WhisperXTranscriber, "start_seconds", 0.2)
     with pytest.raises(whisperx.WorkerError, match="did not start within 0.2 seconds"):
-        make_worker(environment, "slow", start_seconds=0.2)
+        make_worker(environment, "slow")
 
 
 def test_what_whisperx_refuses_is_one_line_and_it_goes_on(environment):

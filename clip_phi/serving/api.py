@@ -14,8 +14,8 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -136,23 +136,16 @@ def create_app(
     api_key: str | None = None,
     limits: ApiLimits = ApiLimits(),
     transcribe: Callable[[bytes], str] | None = None,
-    close_engine: bool = True,
 ) -> FastAPI:
-    """The application that uvicorn runs.
+    """The application that uvicorn runs; the engine stays open when it ends.
 
-    name: model name in requests.
-    api_key: bearer token that every request under /v1 needs.
-    transcribe: text of an audio file's bytes; raises ValueError for bytes that are none, ImportError if a package is
-        missing. None: input_audio is refused.
-    close_engine: close the engine when the application ends."""
+    Args:
+        name: model name in requests.
+        api_key: bearer token that every request under /v1 needs.
+        transcribe: text of an audio file's bytes; raises ValueError for bytes that are none, ImportError if a package
+            is missing. None: input_audio is refused."""
     statuses: Counter[int] = Counter()
     about = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "clip-phi"}
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        if close_engine:
-            await run_in_threadpool(engine.close)
 
     def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "")
@@ -164,7 +157,7 @@ def create_app(
             raise ApiError(404, f"there is no model {model!r} here, only {name!r}", code="model_not_found")
 
     # Without its documentation page, which loads scripts from the web, and without redirects
-    app = FastAPI(title="Clip-Phi", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="Clip-Phi", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(_Counted, statuses=statuses, max_body=limits.max_body)
     key_needed = [Depends(check_key)]
 
@@ -186,14 +179,17 @@ def create_app(
             raise ApiError(501, str(error), code="part_missing") from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        response = _ChatResponse(name, completion)
+        common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            return StreamingResponse(_events(response, pieces, usage), media_type="text/event-stream")
+            with_usage = body.stream_options is not None and body.stream_options.include_usage
+            events = _events(completion, common | {"object": "chat.completion.chunk"}, pieces, with_usage)
+            return StreamingResponse(events, media_type="text/event-stream")
         await _wait(completion, pieces, request)
         if completion.error is not None:
             raise _engine_error(completion.error)
-        return JSONResponse(response.whole())
+        message = {"role": "assistant", "content": completion.text, "refusal": None}
+        choices = _choices(completion.finish_reason, message=message)
+        return JSONResponse(common | {"object": "chat.completion"} | choices | _usage(completion))
 
     @app.get("/v1/models", dependencies=key_needed)
     async def models() -> dict[str, Any]:
@@ -250,13 +246,7 @@ def serve(app: FastAPI, host: str, port: int, log_level: str = "info") -> None:
 # ---------------------------------------------------------------------- requests
 
 
-def _submit(
-    engine: Engine,
-    body: ChatRequest,
-    limits: ApiLimits,
-    transcribe: Callable[[bytes], str] | None,
-    callback: Callable[[str | None], None],
-) -> Completion:
+def _submit(engine: Engine, body: ChatRequest, limits: ApiLimits, transcribe: Any, callback: Any) -> Completion:
     """Decode a request and put it into the queue. Runs in a thread: decoding takes time."""
     engine.check_queue()  # before its images are decoded
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -332,43 +322,29 @@ def _from_base64(text: str) -> bytes:
 # ---------------------------------------------------------------------- responses
 
 
-class _ChatResponse:
-    """OpenAI's objects for one completion."""
-
-    def __init__(self, name: str, completion: Completion):
-        self.completion = completion
-        self.common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-
-    def whole(self) -> dict[str, Any]:
-        message = {"role": "assistant", "content": self.completion.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.completion.finish_reason}
-        return {**self.common, "object": "chat.completion", "choices": [choice], **self.usage()}
-
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**self.common, "object": "chat.completion.chunk", "choices": [choice], **more}
-
-    def usage(self) -> dict[str, Any]:
-        """OpenAI's usage, and timings, which OpenAI does not have."""
-        done = self.completion
-        usage = {"prompt_tokens": done.num_prompt_tokens, "completion_tokens": done.num_tokens}
-        timings = {"first_token_seconds": done.first_token_seconds, "tokens_per_second": done.tokens_per_second}
-        return {"usage": usage | {"total_tokens": sum(usage.values())}, "timings": timings}
+def _choices(finish_reason: str | None, **content: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "logprobs": None, "finish_reason": finish_reason} | content]}
 
 
-async def _events(response: _ChatResponse, pieces: asyncio.Queue[str | None], with_usage: bool) -> AsyncIterator[str]:
+def _usage(done: Completion) -> dict[str, Any]:
+    """OpenAI's usage, and timings, which OpenAI does not have."""
+    usage = {"prompt_tokens": done.num_prompt_tokens, "completion_tokens": done.num_tokens}
+    timings = {"first_token_seconds": done.first_token_seconds, "tokens_per_second": done.tokens_per_second}
+    return {"usage": usage | {"total_tokens": sum(usage.values())}, "timings": timings}
+
+
+async def _events(completion: Completion, common: Any, pieces: Any, with_usage: bool) -> AsyncIterator[str]:
     """Server-sent events. When the client disconnects this generator is closed, and the request leaves the batch."""
-    completion = response.completion
     try:
-        yield _event(response.chunk({"role": "assistant", "content": ""}))
+        yield _event(common | _choices(None, delta={"role": "assistant", "content": ""}))
         while (piece := await pieces.get()) is not None:
-            yield _event(response.chunk({"content": piece}))
+            yield _event(common | _choices(None, delta={"content": piece}))
         if completion.error is not None:
             yield _event(_engine_error(completion.error).body)
             return
-        yield _event(response.chunk({}, completion.finish_reason))
+        yield _event(common | _choices(completion.finish_reason, delta={}))
         if with_usage:
-            yield _event(response.chunk({}) | {"choices": []} | response.usage())
+            yield _event(common | {"choices": []} | _usage(completion))
         yield "data: [DONE]\n\n"
     finally:
         completion.cancel()
@@ -398,18 +374,15 @@ def _engine_error(error: BaseException) -> ApiError:
 
 def _metrics(engine: Engine, statuses: Counter[int]) -> str:
     """Prometheus text format, version 0.0.4."""
-    counts = engine.counts
-    lines = []
-
-    def add(name: str, kind: str, about: str, values: Mapping[str, float]) -> None:
-        lines.extend([f"# HELP clip_phi_{name} {about}", f"# TYPE clip_phi_{name} {kind}"])
-        lines.extend(f"clip_phi_{name}{labels} {value}" for labels, value in values.items())
-
+    counts, lines = engine.counts, []
     codes = {f'{{status="{status}"}}': count for status, count in sorted(statuses.items())}
-    add("http_responses_total", "counter", "HTTP responses by status.", codes)
     ends = {f'{{finish="{end}"}}': counts[end] for end in ("stop", "length", "cancelled", "failed")}
-    add("requests_total", "counter", "Finished requests by reason.", ends)
-    for kind, name, about, value in (
+    times = sorted(engine.first_token_seconds) or [0.0]
+    quantiles = {f'{{quantile="{q}"}}': times[min(len(times) - 1, int(q * len(times)))] for q in (0.5, 0.9, 0.99)}
+    for kind, name, about, values in (
+        ("counter", "http_responses_total", "HTTP responses by status.", codes),
+        ("counter", "requests_total", "Finished requests by reason.", ends),
+        ("summary", "first_token_seconds", "Time to the first token, of the last 1000 requests.", quantiles),
         ("counter", "prompt_tokens_total", "Prompt tokens, images included.", counts["prompt_tokens"]),
         ("counter", "tokens_total", "Generated tokens.", counts["tokens"]),
         ("counter", "steps_total", "Forward passes of the decoder.", counts["steps"]),
@@ -419,10 +392,9 @@ def _metrics(engine: Engine, statuses: Counter[int]) -> str:
         ("gauge", "waiting", "Requests in the queue.", engine.num_waiting),
         ("gauge", "image_cache_bytes", "Bytes of cached image features.", engine.images.num_bytes),
     ):
-        add(name, kind, about, {"": value})
-    times = sorted(engine.first_token_seconds) or [0.0]
-    quantiles = {f'{{quantile="{q}"}}': times[min(len(times) - 1, int(q * len(times)))] for q in (0.5, 0.9, 0.99)}
-    add("first_token_seconds", "summary", "Time to the first token, of the last 1000 requests.", quantiles)
+        lines += [f"# HELP clip_phi_{name} {about}", f"# TYPE clip_phi_{name} {kind}"]
+        labelled = values.items() if isinstance(values, dict) else [("", values)]
+        lines += [f"clip_phi_{name}{labels} {value}" for labels, value in labelled]
     return "\n".join(lines) + "\n"
 
 
@@ -451,7 +423,4 @@ class _Counted:
                 raise HTTPException(413, f"a request has at most {self.max_body:,} bytes here", {"Connection": "close"})
             return message
 
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.max_body:
-            received = self.max_body  # the first read of the body raises
         await self.app(scope, counted_receive, counted_send)

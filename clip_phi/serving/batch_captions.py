@@ -29,19 +29,16 @@ def find_images(paths: Iterable[str]) -> list[str]:
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"missing image: {path}: there is no such file or folder")
-        inside = (
-            [each for each in sorted(path.rglob("*")) if each.suffix.lower() in suffixes] if path.is_dir() else [path]
-        )
-        if not inside:
+        inside = sorted(path.rglob("*")) if path.is_dir() else []
+        images = [str(each) for each in inside if each.suffix.lower() in suffixes]
+        if path.is_dir() and not images:
             raise ValueError(f"no image in {path} or its subfolders")
-        found += map(str, inside)
+        found += images or [str(path)]
     return list(dict.fromkeys(found))
 
 
 def caption_files(engine: Engine, names: Sequence[str], output: Path | None, max_new_tokens: int) -> Counter[str]:
-    """Write a line {"image": ..., "caption": ...} for each image, in order.
-
-    An image that cannot be read or captioned gives {"image": ..., "error": ...}.
+    """Write {"image": ..., "caption": ...} or {"image": ..., "error": ...} for each image, in order.
 
     output: None for stdout. An existing file is continued: images with a caption are skipped, errors are tried again.
     Returns the number of images "captioned", "done before", and of each kind of error."""
@@ -52,8 +49,7 @@ def caption_files(engine: Engine, names: Sequence[str], output: Path | None, max
     start, tokens, shown = time.perf_counter(), engine.counts["tokens"], 0
     with open(output, "a", encoding="utf-8") if output is not None else nullcontext(sys.stdout) as file:
         captions = _captions(engine, left, max_new_tokens)
-        progress = tqdm(captions, total=len(names), initial=counts["done before"], unit="image", disable=None)
-        for name, result in progress:
+        for name, result in tqdm(captions, total=len(left), unit="image", disable=None):
             if isinstance(result, str):
                 counts["captioned"] += 1
                 record = {"image": name, "caption": result}

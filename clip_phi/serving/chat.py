@@ -41,11 +41,7 @@ SHOWN_SIZE = 256  # pixels; drawn scenes are very small
 def launch(
     engine: Engine, modalities: Modalities, host: str, port: int, examples: Path | None = None, block: bool = True
 ) -> gr.Blocks:
-    """Serve the page.
-
-    examples: folder of example images; None for drawn scenes.
-    block: whether to return at Ctrl-C only.
-    Raises OSError if the port is not available."""
+    """Serve the page; block: until Ctrl-C. Raises OSError if the port is not available."""
     page = make_page(engine, modalities, examples)
     page.queue(default_concurrency_limit=None)  # the engine's queue is the only one
     theme = gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg")
@@ -69,47 +65,36 @@ def make_page(engine: Engine, modalities: Modalities, examples: Path | None = No
 
     with gr.Blocks(title="Clip-Phi", delete_cache=(3600, 24 * 3600)) as page:
         status = gr.Markdown("", elem_id="status", render=False)
-        sources = ["upload", "microphone"] if transcribe else ["upload"]
         textbox = gr.MultimodalTextbox(
-            sources=sources,  # type: ignore[arg-type]
+            sources=["upload", "microphone"] if transcribe else ["upload"],
             file_types=["image", "audio"] if transcribe else ["image"],
-            file_count="multiple",
             placeholder="Attach, paste or drop an image, and ask about it",
-            show_label=False,
-            stop_btn=True,
-            max_plain_text_length=4000,
-            render=False,
-        )
+            file_count="multiple", show_label=False, stop_btn=True, max_plain_text_length=4000, render=False,
+        )  # fmt: skip
         placeholder = "### What is in the image?\nAttach an image, ask, and ask again. Or start with an example."
         chatbot = gr.Chatbot(
             show_label=False, elem_id="conversation", height="56dvh", placeholder=placeholder, buttons=["copy"],
             render_markdown=False, render=False,
         )  # fmt: skip
         longest = min(1024, engine.context // 2)
-        greedy = "0: always the likeliest token"
+        greedy, length = "0: always the likeliest token", "Maximum answer length, in tokens"
         options = [
             gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature", info=greedy, render=False),
-            gr.Slider(
-                8, longest, value=min(128, longest), step=8, label="Maximum answer length, in tokens", render=False
-            ),
+            gr.Slider(8, longest, value=min(128, longest), step=8, label=length, render=False),
             gr.Checkbox(label="Speak the answer", visible=modalities.synthesize is not None, render=False),
             gr.Checkbox(label="Draw the answer", visible=modalities.draw is not None, render=False),
         ]
         gr.Markdown("# Clip-Phi")
         gr.ChatInterface(
             respond,
-            multimodal=True,
             chatbot=chatbot,
             textbox=textbox,
-            additional_inputs=options,  # type: ignore[arg-type]
+            additional_inputs=options,
             additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
             additional_outputs=[status],
             examples=[[example] for example in _examples(examples)],
-            cache_examples=False,
-            concurrency_limit=None,
-            api_name="chat",
-            fill_height=False,
-        )
+            multimodal=True, cache_examples=False, concurrency_limit=None, api_name="chat", fill_height=False,
+        )  # fmt: skip
         status.render()
         with gr.Accordion("Webcam", open=False):
             camera = gr.Image(sources=["webcam"], type="filepath", show_label=False, height=280)
@@ -123,7 +108,7 @@ def make_page(engine: Engine, modalities: Modalities, examples: Path | None = No
 def _attach(image: str | None, message: dict[str, Any] | None) -> dict[str, Any]:
     """The next message, with the webcam's image among its files."""
     message = message or {"text": "", "files": []}
-    return {"text": message["text"], "files": [*message["files"], *([image] if image else [])]}
+    return message | {"files": [*message["files"], *filter(None, [image])]}
 
 
 def _examples(folder: Path | None) -> list[dict[str, Any]]:
@@ -133,9 +118,8 @@ def _examples(folder: Path | None) -> list[dict[str, Any]]:
     where = Path(tempfile.mkdtemp(prefix="clip-phi-examples-"))
     for number, question in enumerate(QUESTIONS):
         path = where / f"scene{number}.png"
-        scene = sample_scene(choose, "val")
-        while len(scene.objects) < 2:
-            scene = sample_scene(choose, "val")
+        while len((scene := sample_scene(choose, "val")).objects) < 2:
+            pass
         draw_scene(scene).resize((SHOWN_SIZE, SHOWN_SIZE), Image.Resampling.LANCZOS).save(path)
         examples.append({"text": question, "files": [str(path)]})
     return examples
@@ -186,13 +170,10 @@ def _escape(text: str) -> str:
 
 
 def _status(start: str, completion: Completion) -> str:
-    parts = [start] if start else []
-    parts.append(f"{completion.num_tokens} tokens")
-    if completion.tokens_per_second is not None:
-        parts.append(f"{completion.tokens_per_second:.0f} tokens/s")
-    if completion.first_token_seconds is not None:
-        parts.append(f"first token after {completion.first_token_seconds:.2f} s")
-    return " · ".join(parts)
+    rate, first = completion.tokens_per_second, completion.first_token_seconds
+    parts = [start, f"{completion.num_tokens} tokens", f"{rate:.0f} tokens/s" if rate is not None else ""]
+    parts.append(f"first token after {first:.2f} s" if first is not None else "")
+    return " · ".join(filter(None, parts))
 
 
 def _conversation(
@@ -235,12 +216,6 @@ def _conversation(
 def _content(entry: dict[str, Any]) -> tuple[list[str], str]:
     """File paths and text of one message of gradio's history."""
     content = entry["content"] if isinstance(entry["content"], list) else [entry["content"]]
-    paths, texts = [], []
-    for part in content:
-        if isinstance(part, str):
-            texts.append(part)
-        elif part.get("type") == "text":
-            texts.append(part["text"])
-        elif part.get("type") == "file":
-            paths.append(part["file"]["path"])
-    return paths, " ".join(texts).strip()
+    parts: list[dict] = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    paths = [part["file"]["path"] for part in parts if part.get("type") == "file"]
+    return paths, " ".join(part["text"] for part in parts if part.get("type") == "text").strip()

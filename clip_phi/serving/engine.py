@@ -46,9 +46,6 @@ class QueueFullError(RuntimeError):
 class EngineClosedError(RuntimeError):
     """The engine is closed, or was closed before the completion ended."""
 
-    def __init__(self) -> None:
-        super().__init__("the engine is closed")
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -149,11 +146,11 @@ class Engine:
 
     A completion does not depend on the rest of the batch, up to rounding: in float32 two tokens would have to be
     equally likely to six digits, in bfloat16 to two or three. Greedy completions are those of transformers' generate;
-    sampled ones repeat with their seed.
+    sampled ones repeat with their seed. Raises ValueError for a decoder without full attention.
 
-    model: a ClipPhiForCausalLM, in eval mode from now on.
-    compiled: torch.compile the step that generates a token for every request; the first requests are slow.
-    Raises ValueError for a decoder with another attention than full attention."""
+    Args:
+        model: a ClipPhiForCausalLM, in eval mode from now on.
+        compiled: torch.compile the step that generates a token for every request; the first requests are slow."""
 
     def __init__(self, model: Any, processor: Any, compiled: bool = False, limits: Limits = Limits()):
         self.model, self.processor, self.limits = model.eval(), processor, limits
@@ -164,14 +161,16 @@ class Engine:
         window = getattr(config, "sliding_window", None)
         if window is not None and getattr(config, "use_sliding_window", True):
             self.context = min(self.context, window)  # up to there a window attends to everything, as our masks do
-        self.forward = _with_compiled_steps(model) if compiled else model
+        step = torch.compile(model, dynamic=True) if compiled else model  # prompts have too many shapes for it
+        self.forward = lambda **inputs: (step if "input_ids" in inputs else model)(**inputs)
         self.ends = end_tokens(model, processor)
         self.preprocess = Preprocessor(processor.image_processor)
         self.images = TensorCache(limits.image_bytes)
         self.counts: Counter[str] = Counter()  # requests by finish reason, tokens, steps and images
         self.first_token_seconds: deque[float] = deque(maxlen=1000)
         self.seconds_per_request = 1.0  # a running mean
-        self.cache_bytes = limits.cache_bytes or _default_cache_bytes(model.device)
+        is_cuda = model.device.type == "cuda"
+        self.cache_bytes = limits.cache_bytes or (torch.cuda.mem_get_info(model.device)[0] // 2 if is_cuda else 2 * GB)
         self._cache = BatchCache(config, model.dtype, model.device, self.cache_bytes)
         self._running: list[_Request] = []
         self._waiting: deque[_Request] = deque()
@@ -193,16 +192,17 @@ class Engine:
     ) -> "Engine":
         """Load a model and its processor.
 
-        path: folder or Hub id. LoRA is merged into the weights, unless bitsandbytes holds them.
-        device: None for CUDA if there is one, else the CPU (in float32, which is faster there).
-        quantization: "int8" for 8-bit decoder weights (on a CPU by this project's own layers: smaller, faster, slightly
-            less exact), "nf4" for 4-bit ones (bitsandbytes).
-        Raises ValueError or OSError if the model cannot be loaded, ImportError without bitsandbytes."""
+        Raises ValueError or OSError if the model cannot be loaded, ImportError without bitsandbytes.
+
+        Args:
+            path: folder or Hub id. LoRA is merged into the weights, unless bitsandbytes holds them.
+            device: None for CUDA if there is one, else the CPU (in float32, which is faster there).
+            quantization: "int8" for 8-bit decoder weights (on a CPU by this project's own layers: smaller, faster,
+                slightly less exact), "nf4" for 4-bit ones (bitsandbytes)."""
         transformers_logging.disable_progress_bar()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = _load(path, torch.device(device), quantization)
-        processor = load_with_retries(ClipPhiProcessor.from_pretrained, path)
-        return cls(model, processor, compiled, limits)
+        return cls(model, load_with_retries(ClipPhiProcessor.from_pretrained, path), compiled, limits)
 
     # ------------------------------------------------------------------ submitting
 
@@ -220,17 +220,17 @@ class Engine:
     ) -> Completion:
         """Put a conversation that ends with a user's turn into the queue.
 
-        messages: for the processor's chat template.
-        images: RGB, one for each {"type": "image"}, in order.
-        max_new_tokens: None for Limits.max_new_tokens, or what the context has room for.
-        temperature: 0 is greedy; else one token is sampled.
-        top_p: probability of the likeliest tokens together, from which one is sampled.
-        stop: strings that end the completion and are left out of it.
-        callback: called in the engine's thread with each piece, and with None at the end. Without it, iterate.
-
         Raises ValueError if the template refuses the messages, they are empty, a text contains a special token such as
         <image>, the number of images is wrong, or prompt and completion do not fit; QueueFullError; EngineClosedError.
-        """
+
+        Args:
+            messages: for the processor's chat template.
+            images: RGB, one for each {"type": "image"}, in order.
+            max_new_tokens: None for Limits.max_new_tokens, or what the context has room for.
+            temperature: 0 is greedy; else one token is sampled.
+            top_p: probability of the likeliest tokens together, from which one is sampled.
+            stop: strings that end the completion and are left out of it.
+            callback: called in the engine's thread with each piece, and with None at the end. Without it, iterate."""
         completion = Completion(callback)
         self.check_queue()
         ids = self._encode(messages, len(images))
@@ -262,11 +262,7 @@ class Engine:
     def stream(
         self, text: str | None, image: Image.Image | None, max_new_tokens: int = 128, transcript: str | None = None
     ) -> Iterator[str]:
-        """The pieces of the greedy completion.
-
-        text: the instruction; None to ask for a bare caption.
-        transcript: recognized speech before the instruction; for a spoken question, text is SPOKEN_INSTRUCTION.
-        Raises ValueError if prompt and completion do not fit the decoder's context."""
+        """The pieces of the greedy completion; arguments as of as_prompt, errors as of submit."""
         yield from self.submit(*as_prompt(text, image, transcript), max_new_tokens=max_new_tokens)
 
     def caption(self, image: Image.Image, max_new_tokens: int = 64) -> Iterator[str]:
@@ -317,7 +313,7 @@ class Engine:
     def check_queue(self) -> None:
         """Raises QueueFullError or EngineClosedError if the queue takes no request."""
         if self._closed:
-            raise EngineClosedError
+            raise EngineClosedError("the engine is closed")
         if (waiting := len(self._waiting)) >= self.limits.max_waiting:
             batches = waiting / self.limits.max_batch
             raise QueueFullError(waiting, max(1, round(batches * self.seconds_per_request)))
@@ -336,7 +332,10 @@ class Engine:
     def _run(self) -> None:
         while not self._closed:
             try:
-                self._drop_cancelled()
+                for request in self._running:
+                    if request.completion._cancelled:
+                        self._end(request, "cancelled")
+                self._remove_ended()
                 if joining := self._next_to_join():
                     self._prefill(joining)
                 elif self._running:
@@ -345,8 +344,8 @@ class Engine:
                 logger.exception("a step failed, and its %s requests with it", len(self._running))
                 self._fail(self._running, error)
                 self._cache.release()
-        self._fail(self._running, EngineClosedError())
-        self._fail(self._waiting, EngineClosedError())
+        for requests in (self._running, self._waiting):
+            self._fail(requests, EngineClosedError("the engine is closed"))
 
     def _next_to_join(self) -> list[_Request]:
         """Queued requests for the next step, oldest first; blocks until there is one if nothing runs."""
@@ -381,12 +380,12 @@ class Engine:
             if len(joining) == 1:
                 logger.exception("a request failed")
                 self._end(joining[0], None, error)
-                return
-            for request in joining:
-                self._prefill([request])
-            return
-        self._running += joining
-        self._take_tokens(joining, logits)
+            else:
+                for request in joining:
+                    self._prefill([request])
+        else:
+            self._running += joining
+            self._take_tokens(joining, logits)
 
     def _read_prompts(self, joining: list[_Request]) -> torch.Tensor:
         """Logits (requests, vocabulary) after the prompts; their keys and values are in the cache afterwards."""
@@ -431,8 +430,7 @@ class Engine:
                 found[key] = features
             elif key not in found and pixels is not None:
                 new[key] = pixels
-        self.counts["images"] += len(images)
-        self.counts["images_encoded"] += len(new)
+        self.counts.update(images=len(images), images_encoded=len(new))
         if new:
             pixel_values = torch.stack(list(new.values())).to(self.model.device)
             outputs = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
@@ -499,12 +497,6 @@ class Engine:
             completion._add(stream.end())
             self._end(request, "stop" if stopped or stream.stopped else "length")
 
-    def _drop_cancelled(self) -> None:
-        for request in self._running:
-            if request.completion._cancelled:
-                self._end(request, "cancelled")
-        self._remove_ended()
-
     def _remove_ended(self) -> None:
         """Move the last requests into the places of those that have ended."""
         for place in reversed(range(len(self._running))):
@@ -530,10 +522,12 @@ class Engine:
             logger.debug("a completion could not be delivered", exc_info=True)
 
 
-def as_prompt(
-    text: str | None, image: Image.Image | None, transcript: str | None = None
-) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-    """One user's turn about an image, or none, and the images of it; text: None to ask for a bare caption."""
+def as_prompt(text: str | None, image: Image.Image | None, transcript: str | None = None) -> tuple[list, list]:
+    """Messages and images of one user's turn.
+
+    Args:
+        text: the instruction; None to ask for a bare caption.
+        transcript: recognized speech before the instruction; for a spoken question, text is SPOKEN_INSTRUCTION."""
     images = [] if image is None else [image]
     return [user_message(text, len(images), transcript)], images
 
@@ -564,28 +558,12 @@ def _choose(logits: torch.Tensor, requests: Sequence[_Request]) -> list[int | No
 def _load(path: str, device: torch.device, quantization: str | None) -> Any:
     if quantization not in (None, *QUANTIZATIONS):
         raise ValueError(f"unknown quantization {quantization!r}: it is one of {', '.join(QUANTIZATIONS)}")
-    dtype: Any = torch.float32 if device.type == "cpu" else "auto"
-    if quantization is None or (quantization == "int8" and device.type == "cpu"):
-        model = load_with_retries(ClipPhiForCausalLM.from_pretrained, path, dtype=dtype).to(device)
-        fold_lora(model)
-        if quantization is not None:
-            quantize_decoder(model)
-        return model
-    config = quantization_config(quantization, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    return load_with_retries(
-        ClipPhiForCausalLM.from_pretrained,
-        path,
-        dtype=dtype,
-        quantization_config=config,
-        device_map={"": str(device)},
-    )
-
-
-def _with_compiled_steps(model: Any) -> Callable[..., Any]:
-    """Compile steps, which differ in batch size and longest length only; prompts have too many shapes."""
-    step = torch.compile(model, dynamic=True)
-    return lambda **inputs: (step if "input_ids" in inputs else model)(**inputs)
-
-
-def _default_cache_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2 * GB
+    is_cpu = device.type == "cpu"
+    options: dict[str, Any] = {"dtype": torch.float32 if is_cpu else "auto"}
+    if has_bitsandbytes := quantization == "nf4" or (quantization == "int8" and not is_cpu):
+        config = quantization_config(quantization, torch.float32 if is_cpu else torch.bfloat16)
+        options |= {"quantization_config": config, "device_map": {"": str(device)}}
+    model = load_with_retries(ClipPhiForCausalLM.from_pretrained, path, **options)
+    if not has_bitsandbytes:
+        (fold_lora if quantization is None else quantize_decoder)(model.to(device))
+    return model

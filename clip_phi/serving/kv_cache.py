@@ -16,11 +16,7 @@ class BatchCache(Cache):
 
     `at` sets where the next forward pass writes, and how many tokens it reads; the mask hides what lies behind the end
     of a sequence. A sequence joins by being written and leaves by another being moved over it: no padding, no other
-    copies.
-
-    config: of the decoder.
-    dtype, device: of the tensors.
-    max_bytes: storage shrinks to what is needed now before it exceeds this."""
+    copies. Storage shrinks to what is needed now before it exceeds max_bytes."""
 
     def __init__(self, config: Any, dtype: torch.dtype, device: torch.device, max_bytes: int):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -43,15 +39,12 @@ class BatchCache(Cache):
             fits = largest[0] * largest[1] * self.token_bytes <= self.max_bytes
             self.num_sequences, self.capacity = largest if fits else (num_sequences, capacity)
             for layer in self.layers:
-                layer.states = self._resized(layer.states)
-
-    def _resized(self, old: torch.Tensor | None) -> torch.Tensor:
-        # zeros, not uninitialized memory: a NaN that the mask hides still makes the attention's sum NaN
-        new = torch.zeros(2, self.num_sequences, self.capacity, *self.shape, **self.options)
-        if old is not None:
-            old = old[:, : self.num_sequences, : self.capacity]
-            new[:, : old.shape[1], : old.shape[2]] = old
-        return new
+                # zeros, not uninitialized memory: a NaN that the mask hides still makes the attention's sum NaN
+                new = torch.zeros(2, self.num_sequences, self.capacity, *self.shape, **self.options)
+                if (old := layer.states) is not None:
+                    old = old[:, : self.num_sequences, : self.capacity]
+                    new[:, : old.shape[1], : old.shape[2]] = old
+                layer.states = new
 
     def release(self) -> None:
         """Free the memory. No sequence may be in use."""
@@ -60,12 +53,12 @@ class BatchCache(Cache):
             layer.states = None
 
     def at(self, first: int, positions: torch.Tensor, length: int) -> torch.Tensor:
-        """Set what the next forward pass writes and reads.
+        """Set what the next forward pass writes and reads. Returns its mask, bool (sequences, 1, tokens, length).
 
-        first: number of its first sequence.
-        positions: int (sequences, tokens), where it writes.
-        length: tokens of each sequence that it reads.
-        Returns its mask, bool (sequences, 1, tokens, length)."""
+        Args:
+            first: number of its first sequence.
+            positions: int (sequences, tokens), where it writes.
+            length: tokens of each sequence that it reads."""
         self.first, self.positions, self.length = first, positions, length
         self.sequences = torch.arange(first, first + len(positions), device=positions.device).unsqueeze(1)
         return (torch.arange(length, device=positions.device) <= positions.unsqueeze(-1)).unsqueeze(1)
@@ -134,6 +127,3 @@ class TensorCache:
             self.num_bytes += tensor.nbytes
             while self.num_bytes > self.max_bytes:
                 self.num_bytes -= self._tensors.popitem(last=False)[1].nbytes
-
-    def __len__(self) -> int:
-        return len(self._tensors)

@@ -29,12 +29,13 @@ class Modalities:
 def load_modalities(
     speech_model: str | None, voice: str | None, drawing_model: str | None, device: str | None, max_seconds: float = 30
 ) -> Modalities:
-    """The modalities that are asked for and installed.
+    """The modalities that are asked for and installed; None: not asked for.
 
-    speech_model: a Whisper model; None for no speech input.
-    voice: "" for the small English one, the id of a transformers model, or None for no speech output.
-    drawing_model: a diffusers model, on `device`; None for no image output.
-    max_seconds: longest recording."""
+    Args:
+        speech_model: a Whisper model, for speech input.
+        voice: for speech output, "" for the small English one, or the id of a transformers model.
+        drawing_model: a diffusers model, on `device`, for image output.
+        max_seconds: longest recording."""
     asr = _lazy(lambda: make_transcriber(model=speech_model or ""))
     tts = _lazy(lambda: make_tts(voice or None))
     drawer = _lazy(lambda: TextToImage(drawing_model or "", device))

@@ -2,10 +2,9 @@
 
 import json
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 
-from ..environment import requirements
+from ..environment import installed_version, requirements
 from ..templates import render
 
 PACKAGES = ("clip_phi", "modeling_clip_phi")
@@ -22,7 +21,6 @@ launch(Engine.from_pretrained({model!r}), load_modalities("base.en", "", None, N
 def write_space(repo_id: str, model: str, folder: Path) -> Path:
     """Write app.py, requirements.txt, README.md and the project's code into a new folder.
 
-    repo_id: the Space's id, user/name.
     model: a Hub id, or the folder of a merged model, which is copied.
     Raises ValueError for the folder of a delta model: a Space cannot load its backbones from local folders."""
     if repo_id.count("/") != 1 or not all(repo_id.split("/")):
@@ -37,7 +35,8 @@ def write_space(repo_id: str, model: str, folder: Path) -> Path:
         shutil.copytree(model, folder / "model")
     for package in PACKAGES:
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    about = {"title": repo_id.split("/")[1], "hub_id": None if local else model, "gradio": _gradio_version()}
+    gradio = installed_version("gradio") or GRADIO
+    about = {"title": repo_id.split("/")[1], "hub_id": None if local else model, "gradio": gradio}
     (folder / "app.py").write_text(APP.format(model="model" if local else model), encoding="utf-8")
     (folder / "README.md").write_text("".join(render("space.md", **about)), encoding="utf-8")
     (folder / "requirements.txt").write_text("\n".join(sorted(requirements().values())) + "\n", encoding="utf-8")
@@ -52,10 +51,3 @@ def push_space(repo_id: str, folder: Path, private: bool) -> str:
     url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
     api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=folder)
     return str(url)
-
-
-def _gradio_version() -> str:
-    try:
-        return version("gradio")
-    except ModuleNotFoundError:
-        return GRADIO

@@ -2,9 +2,9 @@
 
     python whisperx_worker.py MODEL DEVICE COMPUTE_TYPE LANGUAGE WORD_TIMESTAMPS VAD
 
-The protocol is JSON lines. First on stdout: {"ready": true, "whisperx": version} or {"error"}. Then for each line of
-stdin, {"id", "samples": base64 of float32 at 16 kHz}, one line on stdout: {"id", "segments": [{"text", "start", "end",
-"words": [[word, start, end], ...]}], "language"} or {"id", "error"}. It exits at the end of stdin.
+It prints JSON lines. The first is {"whisperx": version} or {"error"}. Then for each line of stdin, base64 of float32 at
+16 kHz, one line: {"segments": [{"text", "start", "end", "words": [[word, start, end], ...]}], "language"} or {"error"}.
+It exits at the end of stdin.
 
     python whisperx_worker.py --check VAD
 
@@ -37,22 +37,21 @@ def main(model: str, device: str, compute_type: str, language: str, word_timesta
     def send(**message: Any) -> None:
         out.write(json.dumps(message) + "\n")
 
-    def send_error(error: BaseException, **request: Any) -> None:
+    def send_error(error: BaseException) -> None:
         traceback.print_exc()
-        send(**request, error=f"{type(error).__name__}: {error}")
+        send(error=f"{type(error).__name__}: {error}")
 
     try:
         transcribe = make_asr(model, device, compute_type, language or None, word_timestamps == "1", vad)
-        send(ready=True, whisperx=importlib.metadata.version("whisperx"))
+        send(whisperx=importlib.metadata.version("whisperx"))
     except BaseException as error:
         send_error(error)
         return
     for line in sys.stdin:
-        request = json.loads(line)
         try:
-            send(id=request["id"], **transcribe(base64.b64decode(request["samples"])))
+            send(**transcribe(base64.b64decode(line)))
         except Exception as error:
-            send_error(error, id=request["id"])
+            send_error(error)
 
 
 def make_asr(model: str, device: str, compute_type: str, language: str | None, word_timestamps: bool, vad: str) -> Any:
@@ -91,14 +90,13 @@ def make_asr(model: str, device: str, compute_type: str, language: str | None, w
 
 
 def as_plain(segment: dict[str, Any]) -> dict[str, Any]:
+    def seconds(value: Any) -> float | None:  # none, or NaN, where a word could not be aligned
+        return None if value is None or value != value else float(value)
+
     words = [
-        (word["word"], _seconds(word.get("start")), _seconds(word.get("end"))) for word in segment.get("words") or ()
+        (each["word"], seconds(each.get("start")), seconds(each.get("end"))) for each in segment.get("words") or ()
     ]
     return {"text": segment["text"], "start": float(segment["start"]), "end": float(segment["end"]), "words": words}
-
-
-def _seconds(value: Any) -> float | None:
-    return None if value is None or value != value else float(value)  # none, or NaN, where a word could not be aligned
 
 
 def stub_pyannote() -> None:
