@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class Installation(NamedTuple):
     folder: Path
     form: str  # full, cpu or light
     python: Path  # its interpreter
-    version: str  # of WhisperX
+    version: str = ""  # of WhisperX
 
     @property
     def vad(self) -> str:
@@ -87,23 +88,21 @@ def install(form: str = "full", folder: Path | None = None, log: Callable[[str],
     shutil.rmtree(folder, ignore_errors=True)
     log(f"creating a Python environment in {folder}")
     _run([sys.executable, "-m", "venv", str(folder)], "venv")
-    python = _python(folder)
+    found = Installation(folder, form, _python(folder))
     if form == "light":  # it imports the packages of this environment, after its own
-        site = Path(_evaluate(python, "sysconfig", "get_path('purelib')"))
+        site = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
         mine = [path for path in sys.path if path and Path(path).name in ("site-packages", "dist-packages")]
-        (site / "borrowed.pth").write_text("\n".join(mine) + "\n", encoding="utf-8")
+        Path(site, "borrowed.pth").write_text("\n".join(mine) + "\n", encoding="utf-8")
     log(f"installing {REQUIREMENT}, {form} form")
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    pip = [str(found.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     _run([*pip, *FORMS[form], REQUIREMENT], "pip")
-    version = _evaluate(python, "importlib.metadata", "version('whisperx')")
-    (folder / ABOUT).write_text(json.dumps({"form": form, "version": version}), encoding="utf-8")
-    return find_installation(folder)
+    found = found._replace(version=check(found))
+    (folder / ABOUT).write_text(json.dumps({"form": form, "version": found.version}), encoding="utf-8")
+    return found
 
 
 def check(installation: Installation) -> str:
-    """Import everything for speech recognition in its environment.
-
-    Returns WhisperX's version. Raises WorkerError."""
+    """WhisperX's version, once all imports for speech recognition work in its environment; else raises WorkerError."""
     return _run([str(installation.python), "-I", SCRIPT, "--check", installation.vad], "import").splitlines()[-1]
 
 
@@ -115,15 +114,11 @@ def _python(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def _evaluate(python: Path, module: str, expression: str) -> str:
-    return _run([str(python), "-I", "-c", f"import {module}; print({module}.{expression})"], "python").strip()
-
-
 def _run(command: list[str], what: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-3:]
-        raise WorkerError(f"WhisperX's environment: {what} ended with status {done.returncode}: {' '.join(last)}")
+        last = " ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-3:])
+        raise WorkerError(f"WhisperX's environment: {what} ended with status {done.returncode}: {last}")
     return done.stdout
 
 
