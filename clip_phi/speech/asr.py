@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from ..data.transcripts import ENGINES, AsrSettings, Engine
 from .audio import AudioClip
 from .transcript import Segment, Transcript, Word, make_transcript
+from .whisperx import WhisperXTranscriber
 
 DEFAULT = AsrSettings()
 
@@ -46,11 +47,8 @@ def make_transcriber(
     if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
         raise ValueError(f"no Whisper model in {model}: there is no such folder")
     compute_type = compute_type or ("int8" if kind == "cpu" else "float16")
-    if engine == "whisperx":
-        from .whisperx import WhisperXTranscriber
-
-        return WhisperXTranscriber(model, device, language, compute_type, word_timestamps)
-    return FasterWhisperTranscriber(model, device, language, compute_type, word_timestamps)
+    chosen: Any = WhisperXTranscriber if engine == "whisperx" else FasterWhisperTranscriber
+    return chosen(model, device, language, compute_type, word_timestamps)
 
 
 class FasterWhisperTranscriber:

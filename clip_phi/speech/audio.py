@@ -55,7 +55,7 @@ def load_audio(source: str | Path | bytes | File, max_seconds: float = MAX_SECON
     samples = np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
     if not len(samples):
         raise ValueError(f"no audio in {name}: its audio track is empty")
-    return AudioClip(_as_float(samples[:limit]), truncated=len(samples) > limit or not whole)
+    return AudioClip(samples[:limit].astype(np.float32) / 32768, truncated=len(samples) > limit or not whole)
 
 
 def audio_from_array(samples: Any, sampling_rate: int, max_seconds: float = MAX_SECONDS) -> AudioClip:
@@ -88,7 +88,7 @@ def audio_from_array(samples: Any, sampling_rate: int, max_seconds: float = MAX_
     resampled = np.concatenate([*_resample([frame])])
     if not len(resampled):
         raise ValueError(f"no audio: {len(array)} samples at {sampling_rate} Hz are too few")
-    return AudioClip(_as_float(resampled[:limit]), truncated=len(resampled) > limit)
+    return AudioClip(resampled[:limit].astype(np.float32) / 32768, truncated=len(resampled) > limit)
 
 
 class _Reader:
@@ -113,10 +113,6 @@ def _num_samples(max_seconds: float) -> int:
     if not 0 < max_seconds < math.inf:
         raise ValueError(f"max_seconds must be a number above 0, not {max_seconds}")
     return max(1, round(max_seconds * SAMPLING_RATE))
-
-
-def _as_float(samples: np.ndarray) -> np.ndarray:
-    return samples.astype(np.float32) / 32768
 
 
 def _open(source: str | Path | bytes | File, name: str) -> Any:

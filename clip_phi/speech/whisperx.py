@@ -38,8 +38,11 @@ class WorkerError(OSError):
 class Installation(NamedTuple):
     folder: Path
     form: str  # full, cpu or light
-    python: Path  # its interpreter
-    version: str = ""  # of WhisperX
+    version: str  # of WhisperX
+
+    @property
+    def python(self) -> Path:
+        return self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
     @property
     def vad(self) -> str:
@@ -59,7 +62,7 @@ def find_installation(folder: Path | None = None) -> Installation:
     folder = folder or default_folder()
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        found = Installation(folder, about["form"], _python(folder), about["version"])
+        found = Installation(folder, about["form"], about["version"])
     except FileNotFoundError:
         raise WorkerError(f"WhisperX is not installed in {folder}: {INSTALL_HINT}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -88,7 +91,7 @@ def install(form: str = "full", folder: Path | None = None, log: Callable[[str],
     shutil.rmtree(folder, ignore_errors=True)
     log(f"creating a Python environment in {folder}")
     _run([sys.executable, "-m", "venv", str(folder)], "venv")
-    found = Installation(folder, form, _python(folder))
+    found = Installation(folder, form, "")
     if form == "light":  # it imports the packages of this environment, after its own
         site = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
         mine = [path for path in sys.path if path and Path(path).name in ("site-packages", "dist-packages")]
@@ -104,14 +107,6 @@ def install(form: str = "full", folder: Path | None = None, log: Callable[[str],
 def check(installation: Installation) -> str:
     """WhisperX's version, once all imports for speech recognition work in its environment; else raises WorkerError."""
     return _run([str(installation.python), "-I", SCRIPT, "--check", installation.vad], "import").splitlines()[-1]
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
-
-
-def _python(folder: Path) -> Path:
-    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 def _run(command: list[str], what: str) -> str:
@@ -133,16 +128,8 @@ class WhisperXTranscriber:
     start_seconds = 600.0  # loading takes seconds, and downloading a model minutes
     transcribe_seconds = 120.0  # for a clip of ten seconds, which takes two
 
-    def __init__(
-        self,
-        model: str,
-        device: str,
-        language: str | None,
-        compute_type: str,
-        word_timestamps: bool,
-        folder: Path | None = None,
-    ):
-        found = find_installation(folder)
+    def __init__(self, model: str, device: str, language: str | None, compute_type: str, word_timestamps: bool):
+        found = find_installation()
         if word_timestamps and found.form == "light":
             raise ValueError("WhisperX's light form has no word timestamps: run 'clip-phi speech install --form full'")
         self.model, self.starts = model, 0
@@ -181,7 +168,6 @@ class WhisperXTranscriber:
         with self._lock:
             self._closed = True
             self._stop()
-            self._errors.close()
 
     def _start(self) -> None:
         self.starts += 1
@@ -230,17 +216,14 @@ class WhisperXTranscriber:
 
     def _stop(self) -> None:
         process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            if self._closed:
-                process.stdin.close()  # the worker exits at the end of its stdin
-                process.wait(CLOSE_SECONDS)
-        process.kill()
-        process.wait()
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-        process.stdout.close()
+        if process is not None:
+            if not self._closed:
+                process.kill()
+            try:
+                process.communicate(timeout=CLOSE_SECONDS)  # the worker exits at the end of its stdin
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 class _WorkerExited(Exception):
