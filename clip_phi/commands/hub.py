@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,21 +55,18 @@ def add_to(commands: Any) -> None:
 
 def run_push(arguments: argparse.Namespace) -> None:
     model = choose_model(arguments)
-    from ..hub.push import Target, push
+    from ..hub.push import push
 
     pushed = push(
         model,
-        Target(
-            arguments.repo_id,
-            private=arguments.private or None,
-            branch=arguments.revision,
-            tag=arguments.tag,
-            create_pr=arguments.create_pr,
-        ),
+        arguments.repo_id,
+        private=arguments.private or None,
+        branch=arguments.revision,
+        tag=arguments.tag,
+        create_pr=arguments.create_pr,
         merged=arguments.merged,
         message=arguments.message,
         images=not arguments.no_images,
-        log=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(json.dumps(asdict(pushed)) if arguments.json else pushed)
 
