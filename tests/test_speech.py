@@ -494,7 +494,9 @@ def environment(tmp_path_factory):
 
 
 def make_worker(environment, model="tiny", language=None, words=False):
-    return whisperx.WhisperXTranscriber(model, "cuda:1", language, "int8", words, environment)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLIP_PHI_WHISPERX", str(environment))
+        return whisperx.WhisperXTranscriber(model, "cuda:1", language, "int8", words)
 
 
 def sound(kind=0, length=160):

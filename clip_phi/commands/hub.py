@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +46,19 @@ def add_to(commands: Any) -> None:
 
 def run_push(arguments: argparse.Namespace) -> None:
     model = choose_model(arguments)
-    from ..hub.push import Target, push
+    from ..hub.push import push
 
-    target = Target(
-        arguments.repo_id, arguments.private or None, arguments.revision, arguments.tag, arguments.create_pr
+    pushed = push(
+        model,
+        arguments.repo_id,
+        private=arguments.private or None,
+        branch=arguments.revision,
+        tag=arguments.tag,
+        create_pr=arguments.create_pr,
+        merged=arguments.merged,
+        message=arguments.message,
+        images=not arguments.no_images,
     )
-    log = partial(print, file=sys.stderr, flush=True)
-    images = not arguments.no_images
-    pushed = push(model, target, merged=arguments.merged, message=arguments.message, images=images, log=log)
     print(json.dumps(asdict(pushed)) if arguments.json else pushed)
 
 

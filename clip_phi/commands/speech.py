@@ -131,10 +131,10 @@ def run_dataset(arguments: argparse.Namespace) -> None:
 
 
 def run_install(arguments: argparse.Namespace) -> None:
-    from ..speech.whisperx import folder_bytes, install
+    from ..speech.whisperx import install
 
     found = install(arguments.form, arguments.folder)
-    size = folder_bytes(found.folder) / 1e9
+    size = sum(path.lstat().st_size for path in found.folder.rglob("*")) / 1e9
     print(f"WhisperX {found.version} ({found.form} form) is in {found.folder}, {size:.2f} GB; try: --engine whisperx")
     if arguments.folder:
         print(f"export CLIP_PHI_WHISPERX={found.folder}")
