@@ -43,6 +43,8 @@ def run_plan(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name} requires --stage {stage}, not --stage {arguments.stage}")
         if value is not None:
             options[name] = value
+    if arguments.tune_decoder == "full" and arguments.quantization in ("nf4", "int8"):
+        raise ValueError(f"--quantization {arguments.quantization}: quantized weights cannot be trained")
     from modeling_clip_phi import ClipPhiConfig
 
     from ..tools.plan import CARDS, as_text, make_plan
