@@ -66,12 +66,10 @@ def push(
     Args:
         folder: of a training run, or of a saved model.
         repo_id: user/name, or a name of the token's user.
-        private: of a new repository; None for the default of its owner.
         branch: None for main.
         tag: of the commit; None for a name made from the hash of the weights.
         create_pr: open a pull request, or continue one of the same title.
         merged: push all weights, LoRA folded in, instead of the delta that training saved.
-        message: of the commit.
         images: show the run's held-out sample images in the card.
 
     Raises ValueError or OSError, in one line, if it cannot be pushed. The repository is then as it was."""
