@@ -390,7 +390,7 @@ def test_ask_puts_the_transcript_before_the_instruction(image_file, checkpoint, 
     def transcribe(file, arguments):
         return Transcript(speech["text"], (), "en", "faster-whisper", 1.5, True)
 
-    monkeypatch.setattr("clip_phi.commands.speech.transcribe", transcribe)
+    monkeypatch.setattr("clip_phi.commands.generate.transcribe", transcribe)
     ask = ["ask", image_file, "--speech", "q.wav", "--model", checkpoint, "--max_new_tokens", "6", "--json"]
     asked = []
     monkeypatch.setattr(

@@ -179,7 +179,8 @@ def _conversation(
     question: tuple[list[str], str] | None = None
     for entry in history:
         content = entry["content"] if isinstance(entry["content"], list) else [entry["content"]]
-        parts: list[dict] = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        parts: list[Any] = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        parts = [part for part in parts if isinstance(part, dict)]  # over gradio's API also components, of answers
         files = [part["file"]["path"] for part in parts if part.get("type") == "file"]
         text = " ".join(part["text"] for part in parts if part.get("type") == "text").strip()
         if entry["role"] == "user":
