@@ -17,7 +17,7 @@ from clip_phi.tools.doctor import Check
 
 NAMES = {
     *("python", "torch", "transformers", "accelerate", "pillow", "8-bit optimizer", "OpenMP threads"),
-    *("memory", "folder", "Hub cache", "Hub", "Hub token", "accelerate yaml", "attention"),
+    *("memory", "folder", "Hub cache", "Hub", "Hub token", "accelerate yaml"),
     "training step",
 }
 
@@ -80,13 +80,13 @@ def test_a_missing_torch_is_reported_and_does_not_end_the_examination(monkeypatc
         raise ImportError("No module named 'torch'")
 
     monkeypatch.setattr(doctor, "describe_environment", no_torch)
-    monkeypatch.setattr(doctor, "CHECKS", (doctor.check_python, doctor.check_attention, doctor.check_memory))
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.check_python, doctor.check_training_step, doctor.check_memory))
     monkeypatch.setattr(doctor, "_device_and_dtype", no_torch)
     assert main(["doctor", "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
     assert result["environment"] == {"error": "ImportError: No module named 'torch'"} and result["problems"] == 1
     names = [check["name"] for check in result["checks"]]
-    assert names[:3] == ["python", "attention", "memory"]
+    assert names[:3] == ["python", "training step", "memory"]
 
 
 def test_an_untested_python_is_a_problem(monkeypatch):

@@ -221,20 +221,11 @@ def check_accelerate() -> Iterator[Check]:
     yield check("accelerate yaml", found, is_ok, "accelerate launch --config_file accelerate_config.yaml")
 
 
-def check_attention() -> Iterator[Check]:
-    from transformers import AttentionInterface
-
-    from ..batching.attention import PACKED_ATTENTION, has_varlen_kernel, packed_attention
-
-    assert AttentionInterface()[PACKED_ATTENTION] is packed_attention
-    kernel = "torch's varlen kernel" if has_varlen_kernel(*_device_and_dtype()) else "SDPA"
-    yield Check("ok", "attention", f"{PACKED_ATTENTION}, by {kernel}")
-
-
 def check_training_step() -> Iterator[Check]:
     """One step of stage 1 on a tiny random model: the projector must change, and nothing else."""
     import torch
 
+    from ..batching.attention import has_varlen_kernel
     from ..batching.encode import Encoded
     from ..batching.packing import build_shared_prefix, pack_samples
     from ..training.arguments import Stage1Arguments
@@ -258,6 +249,7 @@ def check_training_step() -> Iterator[Check]:
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     wrong = sorted(moved ^ {name for name in before if ".projector." in name})
     found = f"on {device.type} in {str(dtype).removeprefix('torch.')}: loss {loss.item():.3f}"
+    found += f"; attention by {'the varlen kernel' if has_varlen_kernel(device, dtype) else 'SDPA'}"
     if wrong:
         found += f"; frozen weights changed, or trained ones did not: {', '.join(wrong[:3])}"
     is_ok = bool(loss.isfinite()) and not wrong
@@ -305,8 +297,7 @@ def check_whisperx() -> Iterator[Check]:
 
 CHECKS = (
     *(check_python, check_packages, check_torch_companions, check_device, check_bitsandbytes, check_threads),
-    *(check_memory, check_disk, check_hub, check_accelerate, check_attention, check_speech, check_whisperx),
-    check_training_step,
+    *(check_memory, check_disk, check_hub, check_accelerate, check_speech, check_whisperx, check_training_step),
 )
 
 
