@@ -94,8 +94,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         Generation stops at the end tokens of the tokenizer, of the decoder's config and of its generation config.
 
         Args:
-            vision: Hub id or folder. The text half of a whole CLIP-like checkpoint is not used.
-            text: Hub id or folder.
+            vision, text: Hub id or folder. The text half of a whole CLIP-like checkpoint is not used.
             vision_revision, text_revision: branch, tag or commit; the config keeps the commit.
             image_token_id: by default the tokenizer's "<image>", or the first id after its last token.
             options: dtype (by default float32), device_map, max_memory, offload_folder, quantization_config (of the
@@ -107,11 +106,10 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             TypeError: an unknown option.
         """
         hub, placement, _, fields = sort_options(options)
-        for part, path, revision in (("vision", vision, vision_revision), ("text", text, text_revision)):
-            path, revision = resolve_revision(str(path), revision, hub)
-            fields |= {f"{part}_backbone": path, f"{part}_backbone_revision": revision}
-            fields[f"{part}_config"] = read_config(part, path, revision, hub)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", **hub)
+        fields |= find_backbone("vision", vision, vision_revision, hub) | find_backbone(
+            "text", text, text_revision, hub
+        )
+        tokenizer = AutoTokenizer.from_pretrained(text, revision=fields["text_backbone_revision"] or "main", **hub)
         vocabulary = tokenizer.get_vocab()
         image_token_id = vocabulary.get("<image>", len(vocabulary)) if image_token_id is None else image_token_id
         fields |= {"image_token_id": image_token_id, "text_tokenizer_sha256": hash_vocabulary(vocabulary)}
@@ -144,12 +142,9 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         """Save as transformers does, in one of two forms.
 
         Args:
-            save_directory: folder.
-            merged: False, the default of a model made from backbones: a delta, which holds the projector, the LoRA
-                adapter (in the subfolder "adapter", PEFT's format) and the names and commits of the backbones. True:
-                all weights in one set, LoRA folded in; loading it needs no other repository.
+            merged: False, the default of a model made from backbones: the projector, the LoRA adapter (in the subfolder
+                "adapter", PEFT's format) and the names and commits of the backbones. True: all weights, LoRA folded in.
             state_dict: weights to save instead of the model's own: all, or for a delta the trained ones.
-            kwargs: of transformers' save_pretrained.
 
         Raises:
             ValueError: a delta would lose weights that are trainable or have changed since loading; or a quantised
@@ -161,10 +156,8 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         fields: dict[str, Any] = {"delta": False, "adapter": None}
         if not self.config.delta if merged is None else merged:
             if getattr(self, "hf_quantizer", None) is not None:
-                raise ValueError(
-                    "a merged checkpoint cannot be made of quantised weights: save the delta, load it without "
-                    "quantization_config, and save that with merged=True"
-                )
+                way_out = "save the delta, load it without quantization_config, and save that with merged=True"
+                raise ValueError(f"a merged checkpoint cannot be made of quantised weights: {way_out}")
             state = state_dict or self.state_dict()
             state = fold_adapter(self, state) if adapted else state
             # A local folder does not exist elsewhere, and is not needed any more.
@@ -174,10 +167,8 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
                 raise ValueError("this model was not made from backbones: save it with merged=True")
             before, now = self.loaded_backbones, sample_backbones(self)
             if lost := [name for name in now | before if not is_same(before.get(name), now.get(name))]:
-                raise ValueError(
-                    f"a delta checkpoint would lose {len(lost)} trainable or changed backbone weights ({lost[0]}, "
-                    "...): save with merged=True"
-                )
+                count = f"{len(lost)} trainable or changed backbone weights ({lost[0]}, ...)"
+                raise ValueError(f"a delta checkpoint would lose {count}: save with merged=True")
             # Not state_dict(): it changes what bitsandbytes' 4-bit layers answer on a CPU (0.50.2, measured)
             state = state_dict or {name: parameter.detach() for name, parameter in self.named_parameters()}
             if adapted:
@@ -206,10 +197,8 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
 
     Raises ValueError if a backbone lacks weights, or the vocabulary has no row for <image>."""
     if config.image_token_id >= (rows := config.text_config.vocab_size):
-        raise ValueError(
-            f"{config.text_backbone} has {rows} vocabulary rows and none of them is left for <image> (id "
-            f"{config.image_token_id}): resize its embedding with resize_token_embeddings, save it and give that folder"
-        )
+        problem = f"{rows} vocabulary rows and none of them is left for <image> (id {config.image_token_id})"
+        raise ValueError(f"{config.text_backbone} has {problem}: give a copy whose embedding is resized")
     dtype = placement.get("dtype")
     dtype = config.dtype or torch.float32 if dtype in (None, "auto") else dtype
     config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -217,7 +206,6 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
     if quantization is not None and has_several_places(placement):  # bitsandbytes' layers are not dispatched
         placement["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     device_map = None if has_several_places(placement) else placement.get("device_map")
-
     loaded = []
     for part, auto_class in (("vision", AutoModel), ("text", AutoModelForCausalLM)):
         path, revision = getattr(config, f"{part}_backbone"), getattr(config, f"{part}_backbone_revision")
@@ -294,12 +282,14 @@ def import_optional(package: str, reason: str) -> Any:
         raise ImportError(f"{reason}: pip install {package}") from error
 
 
-def resolve_revision(path: str, revision: str | None, hub: dict) -> tuple[str, str | None]:
-    """(absolute path, None) of a folder; (id, commit) of a Hub repository, whose `revision` may be a branch or tag."""
+def find_backbone(part: str, path: Any, revision: str | None, hub: dict) -> dict[str, Any]:
+    """Fields of ClipPhiConfig: the id of a repository and the commit of a `revision`, or a folder; and its config."""
     if Path(path).is_dir():
-        return str(Path(path).resolve()), None
-    config_file = cached_file(path, "config.json", revision=revision or "main", **hub)
-    return path, Path(str(config_file)).parent.name  # .../snapshots/<commit>/config.json
+        path, commit = str(Path(path).resolve()), None
+    else:  # .../snapshots/<commit>/config.json
+        commit = Path(str(cached_file(path, "config.json", revision=revision or "main", **hub))).parent.name
+    config = read_config(part, path, commit, hub)
+    return {f"{part}_backbone": path, f"{part}_backbone_revision": commit, f"{part}_config": config}
 
 
 def local_parts(config: ClipPhiConfig) -> list[str]:
@@ -321,14 +311,11 @@ def sort_options(options: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict[str, Any]) -> Any:
-    """The model of a delta checkpoint. See ClipPhiPreTrainedModel.from_pretrained."""
     own = {"revision": options.pop("revision", None) or "main", "subfolder": options.pop("subfolder", None) or ""}
     hub, placement, _, fields = sort_options(options)
     own |= hub
-    for part in ("vision", "text"):
-        name, revision = f"{part}_backbone", f"{part}_backbone_revision"
-        if name in fields:  # the checkpoint's commit is one of the other repository
-            fields[name], fields[revision] = resolve_revision(str(fields[name]), fields.get(revision), hub)
+    for name in {"vision_backbone", "text_backbone"} & fields.keys():
+        fields.setdefault(f"{name}_revision", None)  # the checkpoint's commit is one of the other repository
     for name, value in fields.items():
         setattr(config, name, value)
     check_backbones(path, config, hub, other_text="text_backbone" in fields)
@@ -351,26 +338,28 @@ def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict
 
 
 def check_backbones(path: Any, config: ClipPhiConfig, hub: dict, other_text: bool) -> None:
-    """Check that the backbones of the delta at `path` fit it; other_text: the caller gives another decoder.
+    """Find the backbones of the delta at `path`, and check them; other_text: the caller gives another decoder.
 
     Raises OSError if one is not found, ValueError if its size or its tokenizer is another one."""
     for part in ("vision", "text"):
         backbone, revision = getattr(config, f"{part}_backbone"), getattr(config, f"{part}_backbone_revision")
         try:
-            found = read_config(part, backbone, revision, hub)
+            found = find_backbone(part, backbone, revision, hub)
         except (OSError, ValueError) as error:
             where, reason = f"on the Hub at {revision}" if revision else "as a folder", str(error).split("\n")[0]
-            raise OSError(
-                f"{path} needs {backbone}, which was not found {where} ({reason}): put it back there, or use a "
-                "checkpoint that was saved with save_pretrained(..., merged=True)"
-            ) from error
+            problem = f"{path} needs {backbone}, which was not found {where} ({reason})"
+            raise OSError(f"{problem}: put it back there, or use a checkpoint saved with merged=True") from error
+        known, now_there = getattr(config, f"{part}_config"), found.pop(f"{part}_config")
         for size in ("hidden_size", "vocab_size"):
-            before, now = (getattr(each, size, None) for each in (getattr(config, f"{part}_config"), found))
+            before, now = (getattr(each, size, None) for each in (known, now_there))
             if before != now:
                 raise ValueError(f"{path} was trained on {backbone} with {size} {before}, which now has {size} {now}")
+        for name, value in found.items():
+            setattr(config, name, value)
     # A commit does not change, but a folder may, and so may the backbone that the caller gives.
     if config.text_tokenizer_sha256 is not None and (revision is None or other_text):
-        vocabulary = AutoTokenizer.from_pretrained(backbone, revision=revision or "main", **hub).get_vocab()
+        revision = config.text_backbone_revision or "main"
+        vocabulary = AutoTokenizer.from_pretrained(backbone, revision=revision, **hub).get_vocab()
         if hash_vocabulary(vocabulary) != config.text_tokenizer_sha256:
             raise ValueError(f"{path} was trained with another tokenizer than that of {backbone}: its tokens differ")
 

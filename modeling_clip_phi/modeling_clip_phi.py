@@ -45,17 +45,10 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> Any:
-        """Project patch features into the decoder's embedding space.
+        """The tower's output; its pooler_output is a list of one projected (patches, text hidden) tensor per image.
 
-        Args:
-            pixel_values: float (images, 3, height, width), normalised by the tower's image processor.
-
-        Returns:
-            The tower's output; its pooler_output is a list of one (patches, text hidden) tensor per image.
-
-        Raises:
-            ValueError: (from the tower) height or width is not its image_size.
-        """
+        pixel_values: float (images, 3, height, width), normalised by the tower's image processor.
+        Raises ValueError (from the tower) if height or width is not its image_size."""
         wanted = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
         outputs, features = self._run_tower(pixel_values, **kwargs)
         outputs.pooler_output = list(self._project(features))
@@ -80,9 +73,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         # Training may hold the projector in fp32 and the frozen parts in bf16.
         return self.projector(features.to(next(self.projector.parameters()).dtype))
 
-    def get_placeholder_mask(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
-    ) -> torch.Tensor:
+    def get_placeholder_mask(self, input_ids: Any, inputs_embeds: torch.Tensor, image_features: torch.Tensor) -> Any:
         """Where image_features, float (images * patches, text hidden), go: bool (batch, sequence, 1).
 
         Without input_ids, inputs_embeds is compared with the embedding of the image token.
@@ -102,7 +93,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -146,11 +137,8 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
                 raise ValueError(f"{attention!r} attention takes no packs: set_attn_implementation('clip_phi_packed')")
             # With any mask of four dimensions the decoder does not make one of its own, of tokens x tokens.
             attention_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=inputs_embeds.device)
-        # A static cache gives decoders with several kinds of layers a dict of masks, and others numbers: no change.
-        elif isinstance(attention_mask, torch.Tensor) and (attention_mask.dtype, attention_mask.ndim) == (
-            torch.bool,
-            4,
-        ):
+        # A static cache gives decoders with several kinds of layers a dict of masks that need no change.
+        elif getattr(attention_mask, "ndim", 0) == 4 and attention_mask.dtype == torch.bool:
             if attention not in ("sdpa", "eager"):
                 raise ValueError(f"attention {attention!r} takes no mask of four dimensions: use 'sdpa' or 'eager'")
             if attention == "eager":  # adds the mask to the scores

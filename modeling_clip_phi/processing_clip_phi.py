@@ -50,10 +50,10 @@ CHAT_TEMPLATE = """\
 
 
 class ClipPhiProcessor(ProcessorMixin):
-    """Image processor, tokenizer and chat template of Clip-Phi.
+    """Image processor, tokenizer and chat template: training, evaluation and serving get their token ids here.
 
-    Training, evaluation, serving and transformers' pipeline get their token ids here. An answer is trained after the
-    same tokens that generation reads before it. BOS is at the front, once, if the decoder's tokenizer adds it.
+    An answer is trained after the same tokens that generation reads before it. BOS is at the front, once, if the
+    decoder's tokenizer adds it.
 
     Args:
         image_processor: The vision tower's.
@@ -96,10 +96,8 @@ class ClipPhiProcessor(ProcessorMixin):
             tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, special=True, normalized=False)})
         rows = read_config("text", text, text_revision, hub).vocab_size
         if len(tokenizer) > rows:
-            raise ValueError(
-                f"{text} has {rows} vocabulary rows but {len(tokenizer)} are needed with {IMAGE_TOKEN} and "
-                f"{PAD_TOKEN}: resize its embedding with resize_token_embeddings, save it and give that folder"
-            )
+            problem = f"{rows} vocabulary rows but {len(tokenizer)} are needed with {IMAGE_TOKEN} and {PAD_TOKEN}"
+            raise ValueError(f"{text} has {problem}: give a copy whose embedding is resized (resize_token_embeddings)")
         # The PIL backend gives the same pixels everywhere, whether torchvision is installed or not.
         options = {"backend": "pil", "revision": vision_revision or "main", **hub}
         image_processor = AutoImageProcessor.from_pretrained(vision, **options)
@@ -125,7 +123,6 @@ class ClipPhiProcessor(ProcessorMixin):
         return MultiModalData(ones and [self.num_image_tokens] * len(ones), num_image_patches=ones)
 
     def encode(self, messages: Messages, **options: Any) -> tuple[list[int], list[int]]:
-        """encode_batch() of one conversation."""
         return self.encode_batch([messages], **options)[0]
 
     def encode_batch(
@@ -143,13 +140,9 @@ class ClipPhiProcessor(ProcessorMixin):
                 the tokenizer joins the end of a prompt with its answer.
         """
         try:
-            texts, spans = render_jinja_template(
-                conversations=[list(messages) for messages in conversations],
-                chat_template=self.chat_template,
-                return_assistant_tokens_mask=True,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
-            )
+            options = {"add_generation_prompt": add_generation_prompt, "return_assistant_tokens_mask": True}
+            options |= {"chat_template": self.chat_template, **self.tokenizer.special_tokens_map}
+            texts, spans = render_jinja_template([list(messages) for messages in conversations], **options)
         except TemplateError as error:
             raise ValueError(f"the chat template refuses a conversation: {error}") from error
         end = self.tokenizer.eos_token
