@@ -215,7 +215,7 @@ def test_a_disk_that_is_full_for_a_while_costs_files_and_lines_but_not_the_run(
     told = capsys.readouterr().err
     assert told.count("a training checkpoint was not written, and training goes on") == 1
     assert told.count(f"the model in {tmp_path / 'run'} was not written, and training goes on") == 1
-    assert "metrics.jsonl was not written, and training goes on" in told and "1 lines of the log were lost" in told
+    assert told.count("metrics.jsonl was not written, and training goes on") == 1
     assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["step-00000004", "step-00000006"]
     assert list(metrics(tmp_path / "run", "loss")) == [1, 3, 4, 5, 6]
     assert (tmp_path / "run/model.safetensors").exists()

@@ -20,15 +20,10 @@ def make_optimizer(model: torch.nn.Module, arguments: TrainingArguments, device:
             part = "lora" if "lora_" in name else "projector" if ".projector." in name else "decoder"
             groups.setdefault((part, parameter.dim() > 1), []).append(parameter)
     rates = {"lora": arguments.lora_learning_rate} if isinstance(arguments, Stage2Arguments) else {}
-    parameters = [
-        {
-            "name": part,
-            "params": group,
-            "lr": rates.get(part, arguments.learning_rate),
-            "weight_decay": arguments.weight_decay if is_matrix else 0.0,
-        }
-        for (part, is_matrix), group in groups.items()
-    ]
+    parameters = []
+    for (part, is_matrix), group in groups.items():
+        rate, decay = rates.get(part, arguments.learning_rate), arguments.weight_decay if is_matrix else 0.0
+        parameters.append({"name": part, "params": group, "lr": rate, "weight_decay": decay})
     kind = choose_optimizer(arguments.optim, device)
     if kind == "adamw_torch_fused":
         return torch.optim.AdamW(parameters, fused=True)
