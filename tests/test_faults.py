@@ -270,7 +270,7 @@ def test_run_json_and_tensorboard_tell_what_metrics_jsonl_tells_and_a_resumed_ru
     assert run["frozen_weights"] == "unchanged" and run["steps_left_out"] == 0 and run["num_steps"] == 6
     assert run["held_out_loss"] == metrics(folder, "eval_loss")[6]
     projector = sum(value.numel() for value in load_file(folder / "model.safetensors").values())
-    assert run["trainable_parameters"] == projector and run["optimizer_bytes"] == pytest.approx(8 * projector, abs=16)
+    assert run["trainable_parameters"] == projector
     assert run["environment"]["packages"]["torch"] == torch.__version__ and run["data"]["records"] == len(captions)
     assert run["options"]["learning_rate"] == 0.01 and len(run["data"]["fingerprint"]) > 8
 

@@ -106,8 +106,7 @@ class Checkpoints:
         for name in (*FILES, "about.json", "."):
             _flush(aside / name)
         place = self.folder / f"step-{step:08}"
-        if place.exists():
-            shutil.rmtree(place)
+        shutil.rmtree(place, ignore_errors=True)
         os.replace(aside, place)
         _flush(self.folder)
         for old in sorted(self.folder.glob("step-*"))[: -self.limit]:
@@ -176,7 +175,12 @@ class Checkpoints:
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if len(state["random"]) == self.accelerator.num_processes:
-            set_random_state(state["random"][self.accelerator.process_index])
+            own_state = state["random"][self.accelerator.process_index]
+            random.setstate(own_state["python"])
+            np.random.set_state(own_state["numpy"])
+            torch.set_rng_state(own_state["torch"])
+            if own_state["cuda"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(own_state["cuda"])
 
 
 def _read_about(place: Path) -> tuple[dict[str, Any] | None, str]:
@@ -200,14 +204,6 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def describe_run(arguments: TrainingArguments, data: TrainData, world_size: int) -> dict[str, Any]:
@@ -303,9 +299,9 @@ class EarlyStopping:
         return 0 < self.patience <= self.misses
 
     def state_dict(self) -> dict[str, Any]:
-        return {"metric": self.metric, "value": self.value, "step": self.step, "misses": self.misses}
+        return {name: value for name, value in vars(self).items() if name != "patience"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the state, unless it is about another metric."""
         if state["metric"] == self.metric:
-            self.value, self.step, self.misses = state["value"], state["step"], state["misses"]
+            vars(self).update(state)

@@ -14,7 +14,7 @@ from ..batching.dataset import ImageReader, SampleDataset, SampleStream, make_lo
 from ..batching.index import Index, load_index
 from ..batching.sampler import Batches, EndlessSampler, FixedBatches, PackedBatches
 from ..data.mixture import Mixture
-from ..data.report import RecordError, Report, Skip
+from ..data.report import Report, Skip
 from ..data.sample import Sample
 from ..data.source import DataSource, parse_source
 from .arguments import TrainingArguments
@@ -149,16 +149,13 @@ def hold_out(indexes: list[Index], num_images: int) -> tuple[list[Index], Index]
 def _readable(index: Index, read: ImageReader, arguments: TrainingArguments, name: str) -> Index:
     """The first --max_eval_images samples, without those whose image cannot be read."""
     index = index.take(np.arange(min(len(index), arguments.max_eval_images)))
-    good, report = [], Report()
+    good, report, samples = [], Report(), SampleDataset([index], read)
     report.add(index.report)
     for number in range(len(index)):
-        image = index.image(number)
-        try:
-            if image is not None:
-                read(image)
+        if isinstance(item := samples[0, number], Skip):
+            report.skip(item)
+        else:
             good.append(number)
-        except RecordError as error:
-            report.skip(Skip(error.kind, index.origins(number)[0], error.detail, index.num_conversations(number)))
     report.refuse_bad(arguments.max_bad_fraction)
     if not good:
         raise ValueError(f"nothing to evaluate on: no sample of {name} can be used\n{report.table()}")

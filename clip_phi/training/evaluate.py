@@ -27,7 +27,8 @@ class Evaluation:
     """The result of one evaluation.
 
     losses: of each validation set, its summed loss in nats and its number of supervised tokens. texts: for
-    samples.jsonl; none but in the main process. scores: {metric: {score, blind, shuffled}} of --eval_task."""
+    samples.jsonl; none but in the main process. scores: {metric: {score, blind, shuffled}} of --eval_task, its own
+    metric first; the same on all ranks."""
 
     losses: dict[str, tuple[float, float]]
     texts: list[dict[str, Any]]
@@ -47,11 +48,8 @@ class Evaluator:
     def __post_init__(self) -> None:
         self.eval_set: EvalSet | None = None
         if self.arguments.eval_task != "none":
-            samples = [
-                sample
-                for index in self.held_out.values()
-                for sample in map(index.sample, range(min(len(index), self.arguments.eval_task_images)))
-            ]
+            most, held_out = self.arguments.eval_task_images, self.held_out.values()
+            samples = [index.sample(number) for index in held_out for number in range(min(len(index), most))]
             self.eval_set = make_eval_set(self.arguments.eval_task, samples, Report())
 
     def evaluate(self, model: Any, plain_model: Any, to_device: Callable[[PackedBatch], PackedBatch]) -> Evaluation:
@@ -68,19 +66,16 @@ class Evaluator:
         if accelerator.is_main_process or is_sharded(accelerator):
             for held_out in self.held_out.values():
                 texts += sample_texts(plain_model, self.processor, held_out, self.arguments)
-        return Evaluation(losses, texts, self.run_eval_task(plain_model))
-
-    def run_eval_task(self, model: Any) -> dict[str, dict[str, float]]:
-        """{metric: {score, blind, shuffled}} of --eval_task, the task's own metric first; the same on all ranks."""
         if self.eval_set is None:
-            return {}
+            return Evaluation(losses, texts, {})
         processes = Processes()  # sharded weights: every rank generates everything, since forward passes are collective
         if not is_sharded(self.accelerator):
             processes = Processes(self.accelerator.process_index, self.accelerator.num_processes, gather_object)
         batch_size = max(self.arguments.per_device_eval_batch_size, 32)
         decoding = Decoding(max_new_tokens=self.arguments.max_new_tokens, batch_size=batch_size)
-        found = evaluate_answers(model, self.processor, self.eval_set, decoding, processes=processes).result["metrics"]
-        return {self.eval_set.metric: found[self.eval_set.metric], **found}
+        found = evaluate_answers(plain_model, self.processor, self.eval_set, decoding, processes=processes)
+        scores, own = found.result["metrics"], self.eval_set.metric
+        return Evaluation(losses, texts, {own: scores[own], **scores})
 
 
 def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[list[tuple[int, int]]]:

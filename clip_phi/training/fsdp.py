@@ -59,9 +59,7 @@ def check_fsdp_config(accelerator: Accelerator, arguments: TrainingArguments) ->
     needs = {
         f"fsdp_version: 2, not {version}: version 1 cannot mix frozen and trained weights": version == 2,
         "fsdp_cpu_ram_efficient_loading: false: it would lose the vision tower": not plugin.cpu_ram_efficient_loading,
-        "fsdp_activation_checkpointing: false: it renames weights; --gradient_checkpointing does not": (
-            not plugin.activation_checkpointing
-        ),
+        "fsdp_activation_checkpointing: false (--gradient_checkpointing instead)": not plugin.activation_checkpointing,
         "fsdp_offload_params: false: it is not supported": not isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "mixed_precision: bf16 or 'no': fp16 is not supported under FSDP": accelerator.mixed_precision != "fp16",
         f"--optim adamw_torch_fused: {arguments.optim} (bitsandbytes) cannot step sharded weights": (
@@ -103,11 +101,6 @@ def trained_weights(model: Any) -> dict[str, torch.Tensor]:
         if isinstance(module, FSDPModule):
             module.reshard()
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be sharded, on its device; all ranks call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..batching.packing import PackedBatch
-from ..environment import describe_environment, without_secrets
+from ..environment import without_secrets
 from .arguments import TrainingArguments
-from .data import TrainData
 from .fsdp import gather, local, trained_weights
 
 STALL_SECONDS = 60
@@ -205,24 +203,6 @@ def tolerate_write_errors(what: str, last: bool = False) -> Iterator[None]:
         if last:
             raise OSError(f"{what} was not written: {error}") from error
         print(f"{what} was not written, and training goes on: {error}", file=sys.stderr, flush=True)
-
-
-def run_record(
-    arguments: TrainingArguments, data: TrainData, accelerator: Accelerator, sizes: tuple[int, int], peak: float | None
-) -> dict[str, Any]:
-    """What run.json holds at the start of a run. sizes: trainable and all parameters. peak: FLOP/s of one device."""
-    return {
-        "command": sys.argv,
-        "options": {name: value for name, value in vars(arguments).items() if name != "given"},
-        "num_steps": data.num_steps,
-        "parameters": sizes[1],
-        "trainable_parameters": sizes[0],
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-        "data": {"fingerprint": data.fingerprint, "records": data.report.records},
-        "peak_flops": peak,
-        "environment": describe_environment(),
-    }
 
 
 def write_run(path: Path, record: dict[str, Any]) -> None:

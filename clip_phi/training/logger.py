@@ -77,8 +77,6 @@ class TrainingLogger:
     records. On a terminal a progress bar shows the last line; elsewhere each line is printed.
 
     Args:
-        folder: of the run.
-        num_steps: of the run.
         active: whether this is the main process.
         device: whose peak memory is logged.
         steps_per_epoch: None for a stream.
@@ -118,10 +116,17 @@ class TrainingLogger:
         self._step = first_step
         if self.active:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                self._truncate(name, first_step)
-            hidden = not sys.stderr.isatty()
-            self._bar = tqdm(total=self.num_steps, initial=first_step, unit="step", disable=hidden, dynamic_ncols=True)
+            for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+                records = []
+                for line in path.read_text(encoding="utf-8").splitlines() if first_step and path.exists() else []:
+                    with suppress(ValueError):  # torn, where a run was killed or the disk was full
+                        records.append(json.loads(line))
+                kept = [record for record in records if record["step"] <= first_step]
+                path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+                for key, points in (("loss", self.losses), ("eval_loss", self.eval_losses)):
+                    points += [(record["step"], record[key]) for record in kept if key in record]
+            # disable=None: no bar without a terminal
+            self._bar = tqdm(total=self.num_steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
         self._since = time.perf_counter()
 
     def count(self, work: StepCounts, loss: float | None, waited: float) -> None:
@@ -214,18 +219,6 @@ class TrainingLogger:
             (self.folder / "data_report.json").write_text(text + "\n", encoding="utf-8")
             if report.num_skipped:
                 print(f"{report.num_skipped:,} of {report.records:,} records were skipped:\n{report.table()}")
-
-    def _truncate(self, name: str, step: int) -> None:
-        path = self.folder / name
-        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        records = []
-        for line in lines:
-            with suppress(ValueError):  # torn, where a run was killed or the disk was full
-                records.append(json.loads(line))
-        records = [record for record in records if record["step"] <= step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        for key, points in (("loss", self.losses), ("eval_loss", self.eval_losses)):
-            points += [(record["step"], record[key]) for record in records if key in record]
 
     def _print(self, text: str) -> None:
         if self.active:

@@ -70,11 +70,10 @@ def resolve(arguments: TrainingArguments, accelerator: Accelerator, config: Clip
     if arguments.max_length > context:
         accelerator.print(f"--max_length is cut to the decoder's context, {context}")
         changes["max_length"] = context
-    if not arguments.merged and isinstance(arguments, Stage2Arguments) and arguments.tune_decoder == "full":
-        accelerator.print("--tune_decoder full: a merged model is saved, since all of the decoder changes")
-        changes["merged"] = True
-    elif not arguments.merged and not config.delta:
-        accelerator.print("training starts from a merged model, so a merged model is saved")
+    changes_decoder = isinstance(arguments, Stage2Arguments) and arguments.tune_decoder == "full"
+    if not arguments.merged and (changes_decoder or not config.delta):
+        reason = "--tune_decoder full changes the decoder" if changes_decoder else "training starts from a merged model"
+        accelerator.print(f"{reason}, so a merged model is saved")
         changes["merged"] = True
     images, tokens = arguments.per_device_train_batch_size, arguments.max_tokens_per_batch
     changes["per_device_eval_batch_size"] = arguments.per_device_eval_batch_size or images
@@ -157,9 +156,3 @@ def add_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
 def is_linear(module: torch.nn.Module) -> bool:
     """GPT-2's Conv1D is one, too."""
     return isinstance(module, (torch.nn.Linear, Conv1D))
-
-
-def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Trainable and all parameters."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)

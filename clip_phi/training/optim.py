@@ -6,7 +6,6 @@ import torch
 from transformers import get_scheduler
 
 from .arguments import Stage2Arguments, TrainingArguments
-from .fsdp import local
 
 
 def make_optimizer(model: torch.nn.Module, arguments: TrainingArguments, device: torch.device) -> torch.optim.Optimizer:
@@ -41,12 +40,6 @@ def choose_optimizer(optim: str, device: torch.device, sharded: bool = False) ->
     if optim != "auto":
         return optim
     return "adam8bit" if device.type == "cuda" and not sharded else "adamw_torch_fused"
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of this process' optimizer states, after the first step."""
-    states = (value for state in optimizer.state.values() for value in state.values())
-    return sum(local(value).nbytes for value in states if isinstance(value, torch.Tensor))
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, arguments: TrainingArguments, num_steps: int) -> Any:
