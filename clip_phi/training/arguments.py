@@ -332,10 +332,8 @@ def _make_parser(stage: int) -> argparse.ArgumentParser:
             elif name == "resume_from_checkpoint":
                 how = {"nargs": "?", "const": NEWEST, "metavar": "FOLDER"}
             else:
-                how = {
-                    "type": hint if hint in (int, float) else str,
-                    "metavar": {int: "N", float: "X"}.get(hint, "TEXT"),
-                }
+                convert, metavar = {int: (int, "N"), float: (float, "X")}.get(hint, (str, "TEXT"))
+                how = {"type": convert, "metavar": metavar}
             usual = " ".join(usual) if isinstance(usual, list) else usual
             shown = "" if usual in (None, "") or name == "stage" else f" (default: {usual})"
             group.add_argument(f"--{name}", help=(helps[name] + shown).replace("%", "%%"), **how)

@@ -125,7 +125,6 @@ class TrainingLogger:
                 path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
                 for key, points in (("loss", self.losses), ("eval_loss", self.eval_losses)):
                     points += [(record["step"], record[key]) for record in kept if key in record]
-            # disable=None: no bar without a terminal
             self._bar = tqdm(total=self.num_steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
         self._since = time.perf_counter()
 
@@ -227,10 +226,8 @@ class TrainingLogger:
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         if self.active:
-            with (
-                tolerate_write_errors(f"a line of {self.folder / name}"),
-                open(self.folder / name, "a", encoding="utf-8") as file,
-            ):
+            path = self.folder / name
+            with tolerate_write_errors(f"a line of {path}"), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
 
