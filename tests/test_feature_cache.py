@@ -49,8 +49,8 @@ def found(cache: FeatureCache, numbers) -> list[int]:
 # What goes in comes out
 
 
-def test_features_come_back_bit_equal_in_any_order_and_from_any_shard(tmp_path):
-    cache = open_cache(tmp_path, rows_per_shard=4)
+def test_features_come_back_bit_equal_in_any_order(tmp_path):
+    cache = open_cache(tmp_path)
     put(cache, *range(3))
     put(cache, *range(3, 13))
     numbers = random.Random(0).sample(range(20), 20)
@@ -59,7 +59,7 @@ def test_features_come_back_bit_equal_in_any_order_and_from_any_shard(tmp_path):
         assert len(reader) == 13
         assert found(reader, numbers) == expected
         assert found(reader, []) == []
-    assert sorted(path.stat().st_size // ROW_BYTES for path in tmp_path.rglob("*.bin")) == [1, 4, 4, 4]
+    assert sorted(path.stat().st_size // ROW_BYTES for path in tmp_path.rglob("*.bin")) == [13]
 
 
 def test_misses_leave_hits_alone_and_are_told_apart(tmp_path):
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 
 def test_a_reader_sees_what_others_add_after_refresh(tmp_path):
-    reader, one, two = open_cache(tmp_path), open_cache(tmp_path, rows_per_shard=2), open_cache(tmp_path)
+    reader, one, two = open_cache(tmp_path), open_cache(tmp_path), open_cache(tmp_path)
     put(one, 0, 1, 2)
     put(two, 3, 4)
     assert found(reader, range(10)) == []
@@ -120,7 +120,7 @@ def write_some(cache: FeatureCache, writer: int) -> None:
 
 
 def test_writers_that_are_forked_from_one_another_write_at_once(tmp_path):
-    cache = open_cache(tmp_path, rows_per_shard=30)
+    cache = open_cache(tmp_path)
     put(cache, 1000)
     fork = multiprocessing.get_context("fork")
     writers = [fork.Process(target=write_some, args=(cache, writer)) for writer in range(1, 4)]
@@ -137,7 +137,7 @@ def test_writers_that_are_forked_from_one_another_write_at_once(tmp_path):
 
 
 def test_threads_may_share_a_cache(tmp_path):
-    cache = open_cache(tmp_path, rows_per_shard=30)
+    cache = open_cache(tmp_path)
     failures = []
 
     def work(writer: int) -> None:
@@ -157,17 +157,6 @@ def test_threads_may_share_a_cache(tmp_path):
         thread.join()
     assert not failures
     assert found(cache, range(200)) == list(range(200)) and len(open_cache(tmp_path)) == 200
-
-
-def test_a_closed_cache_opens_its_files_again(tmp_path):
-    cache = open_cache(tmp_path)
-    put(cache, 1)
-    assert found(cache, [1]) == [1]
-    before = len(os.listdir("/proc/self/fd"))
-    cache.close()
-    assert len(os.listdir("/proc/self/fd")) == before - 3
-    put(cache, 2)
-    assert found(cache, [1, 2]) == [1, 2]
 
 
 # Crashes
@@ -222,7 +211,7 @@ import time
 from cached_features import FINGERPRINT, FeatureCache, put
 
 folder, first = sys.argv[1], int(sys.argv[2]) + int(os.environ["RANK"])
-cache = FeatureCache(folder, FINGERPRINT, (49, 64), rows_per_shard=50)
+cache = FeatureCache(folder, FINGERPRINT, (49, 64))
 killer = threading.Timer(random.Random(first).uniform(0.02, 0.3), os.kill, (os.getpid(), signal.SIGKILL))
 for number in range(first * 10**6, 10**9, 7):
     put(cache, *range(number, number + 7))

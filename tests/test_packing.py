@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_phi.batching.dataset import Collator, ImageReader, SampleDataset
+from clip_phi.batching.dataset import ImageReader, SampleDataset, collate
 from clip_phi.batching.images import load_image
 from clip_phi.batching.index import Index
 from clip_phi.batching.packing import pack_samples
@@ -34,7 +34,7 @@ def build_shared_prefix(sample, processor, max_length=200):
 
 
 def make_pack(dataset, places, processor):
-    return Collator(processor.tokenizer.pad_token_id)([dataset[place] for place in places])
+    return collate([dataset[place] for place in places], processor.tokenizer.pad_token_id)
 
 
 def test_tree_holds_the_image_once_and_predicts_each_branch_from_its_end(sample, processor):

@@ -1,6 +1,6 @@
 """The patch features of a frozen vision tower on disk: a run that finds them opens no image and runs no tower.
 
-One folder for each fingerprint of what decides the features. In it each writer has pairs of files: shard-NAME.bin holds
+One folder for each fingerprint of what decides the features. In it each writer has a pair of files: shard-NAME.bin has
 bfloat16 features, one row for each image, and shard-NAME.index the keys of the images. A row is on disk before the
 index names it, and each entry of the index has a checksum. So whatever stops a writer (SIGKILL, a power cut, a full
 disk) costs the rows that it is writing and nothing else."""
@@ -24,7 +24,6 @@ from ..data.sample import File, _open_zip
 from .images import PixelMode, image_errors
 
 FORMAT = 2  # of the files; raised too when the same settings come to give other features
-ROWS_PER_SHARD = 16_384  # 1 GB of TinyCLIP's
 KEY_BYTES = 16
 RECORD = struct.Struct(f"<{KEY_BYTES}sII")  # of an index: key, row, checksum of both
 
@@ -69,14 +68,12 @@ class FeatureCache:
     """Features by image key. Any number of processes may read and write one cache at once.
 
     It may be opened before or after workers are forked, and pickled: files are opened where they are used, and a
-    process writes only to shards of its own. refresh() reads what other processes have added. Threads may share it."""
+    process writes only to a shard of its own. refresh() reads what other processes have added. Threads may share it."""
 
-    def __init__(
-        self, folder: str | Path, fingerprint: str, shape: tuple[int, int], rows_per_shard: int = ROWS_PER_SHARD
-    ):
+    def __init__(self, folder: str | Path, fingerprint: str, shape: tuple[int, int]):
         """shape: (patches, vision hidden). Raises ValueError if the folder holds other features under this name, and
         OSError if it cannot be written to."""
-        self.root, self.fingerprint, self.shape, self.rows_per_shard = folder, fingerprint, shape, rows_per_shard
+        self.root, self.fingerprint, self.shape = folder, fingerprint, shape
         self.folder = Path(folder) / fingerprint[:16]
         self.row_bytes = 2 * shape[0] * shape[1]
         self._lock = threading.RLock()
@@ -89,7 +86,7 @@ class FeatureCache:
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FeatureCache, (self.root, self.fingerprint, self.shape, self.rows_per_shard)
+        return FeatureCache, (self.root, self.fingerprint, self.shape)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -120,14 +117,16 @@ class FeatureCache:
             raise ValueError(f"features are {tuple(features.shape)}, not {(len(keys), *self.shape)}")
         with self._lock:
             new = {key: row for row, key in enumerate(keys) if key not in self._places}
-            names, rows = list(new), features.detach()[list(new.values())].to("cpu", torch.bfloat16)
+            if not new:
+                return
             try:
-                while names:
-                    writer = self._open_writer()
-                    count = min(len(names), self.rows_per_shard - writer.rows)
-                    first = writer.append(names[:count], rows[:count])
-                    self._places |= {key: (writer.shard, first + row) for row, key in enumerate(names[:count])}
-                    names, rows = names[count:], rows[count:]
+                if self._writer is None or self._writer.process != os.getpid():
+                    self._close_writer()
+                    name = f"shard-{secrets.token_hex(8)}"
+                    self._writer = _Writer(self.folder, name, self._add_shard(name))
+                self._writer.append(list(new), features.detach()[list(new.values())].to("cpu", torch.bfloat16))
+                first = self._writer.rows - len(new)
+                self._places |= {key: (self._writer.shard, row) for row, key in enumerate(new, start=first)}
             except OSError as error:
                 self._close_writer()  # its index may name some of these rows, so they must not be overwritten
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -145,13 +144,6 @@ class FeatureCache:
                     self._add_shard(path.stem)
             for shard in range(len(self._shards)):
                 self._read_index(shard)
-
-    def close(self) -> None:
-        with self._lock:
-            self._close_writer()
-            for file in self._files.values():
-                os.close(file)
-            self._files = {}
 
     def _make_folder(self) -> None:
         about = {"format": FORMAT, "fingerprint": self.fingerprint, "shape": list(self.shape)}
@@ -193,15 +185,6 @@ class FeatureCache:
             self._places.setdefault(key, (shard, row))
             self._records_read[shard] += 1
 
-    def _open_writer(self) -> "_Writer":
-        """Of a shard of this process that has room for a row."""
-        writer = self._writer
-        if writer is None or writer.process != os.getpid() or writer.rows >= self.rows_per_shard:
-            self._close_writer()
-            name = f"shard-{secrets.token_hex(8)}"
-            writer = self._writer = _Writer(self.folder, name, self._add_shard(name))
-        return writer
-
     def _close_writer(self) -> None:
         if self._writer is not None:  # a forked process closes its copies of its parent's files
             os.close(self._writer.data)
@@ -218,15 +201,13 @@ class _Writer:
         self.index = os.open(folder / f"{name}.index", flags, 0o666)  # first: who finds the other finds this, too
         self.data = os.open(folder / f"{name}.bin", flags, 0o666)
 
-    def append(self, keys: Sequence[bytes], rows: torch.Tensor) -> int:
-        """rows: bfloat16 (keys, patches, vision hidden) on the CPU. Returns the number of the first."""
-        first = self.rows
+    def append(self, keys: Sequence[bytes], rows: torch.Tensor) -> None:
+        """rows: bfloat16 (keys, patches, vision hidden) on the CPU."""
         _write(self.data, rows.contiguous().view(torch.uint8).numpy().reshape(-1).data)
         os.fsync(self.data)
-        records = (RECORD.pack(key, row, _checksum(key, row)) for row, key in enumerate(keys, start=first))
+        records = (RECORD.pack(key, row, _checksum(key, row)) for row, key in enumerate(keys, start=self.rows))
         _write(self.index, memoryview(b"".join(records)))
         self.rows += len(keys)
-        return first
 
 
 def _write(file: int, data: memoryview) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from .files import MediaFolder, read_json
 from .report import Report
 from .sample import Sample
-from .schema import find_by_name, read_records
+from .schema import read_records
 
 
 def read_instruct(annotations: Path, media: MediaFolder, report: Report) -> Iterator[Sample]:
@@ -19,7 +19,7 @@ def read_instruct(annotations: Path, media: MediaFolder, report: Report) -> Iter
     image is a Sample of its own. Raises ValueError if the file is of another form. What is wrong with a record goes to
     the report."""
     read = _lines if annotations.suffix == ".jsonl" or _has_lines(annotations) else _items
-    yield from read_records(read(annotations, report), find_by_name(media), report)
+    yield from read_records(read(annotations, report), media.find_value, report)
 
 
 def _items(path: Path, report: Report) -> Iterator[tuple[str, Any]]:

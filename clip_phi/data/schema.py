@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from .files import MediaFolder, clean_text
+from .files import clean_text
 from .report import RecordError, Report, Skip
 from .sample import SPOKEN_INSTRUCTION, Conversation, File, Sample, Turn
 
@@ -28,11 +28,6 @@ CAPTION_KEYS = ("captions", "caption", "sentences", "answer", "text", "txt")
 
 # Finds an image or a recording: (value in the record, column and place in it, "image" or "speech").
 Find = Callable[[Any, str, str], File | bytes]
-
-
-def find_by_name(media: MediaFolder) -> Find:
-    """For records that name their media: relative to a folder, absolute, or in a zip archive there."""
-    return lambda value, column, what: value if isinstance(value, bytes) else media.find(value, what=what)
 
 
 def read_records(

@@ -1,5 +1,6 @@
 """Where data come from, as --data names it: the kind of source, its place, and its share of the mixture."""
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,14 +14,14 @@ from .report import Report
 from .sample import Sample
 from .transcripts import ENGINES, AsrSettings, Transcripts
 
-SPEECH = {"recordings", "engine", "speech_model", "language", "max_speech_seconds"}
-# Each kind of source and its own options. All take COMMON, and those with conversations SPEECH.
+ASR = {"engine", "speech_model", "language", "max_speech_seconds"}
+# Each kind of source and its own options. All take COMMON.
 KINDS = {
     "coco": set(),
     "karpathy": {"split"},
-    "llava": SPEECH,
+    "llava": {"recordings"} | ASR,
     "vqa": {"annotations"},
-    "dataset": {"split", "config", "revision", "streaming"} | SPEECH,
+    "dataset": {"split", "config", "revision", "streaming", "recordings"} | ASR,
 }
 COMMON = {"images", "name", "weight"}
 TABLE_SUFFIXES = (".parquet", ".arrow", ".tar", ".csv")
@@ -58,13 +59,10 @@ class DataSource:
 
     @property
     def asr_settings(self) -> AsrSettings:
-        default = AsrSettings()
-        return AsrSettings(
-            self.options.get("engine", default.engine),  # type: ignore[arg-type]
-            self.options.get("speech_model", default.model),
-            self.options.get("language"),
-            float(self.options.get("max_speech_seconds", default.max_seconds)),
-        )
+        names = {"speech_model": "model", "max_speech_seconds": "max_seconds"}
+        given: dict[str, Any] = {names.get(key, key): value for key, value in self.options.items() if key in ASR}
+        settings = AsrSettings(**given)
+        return settings._replace(max_seconds=float(settings.max_seconds))
 
     def media(self) -> MediaFolder:
         return MediaFolder(self.images, self.options.get("recordings"))
@@ -74,9 +72,8 @@ class DataSource:
 
     def problems(self) -> list[str]:
         """The paths that do not exist."""
-        paths = [self.options[key] for key in ("images", "recordings", "annotations") if key in self.options]
-        if self.kind != "dataset":
-            paths.insert(0, self.path)
+        paths = [self.path] if self.kind != "dataset" else []
+        paths += [self.options[key] for key in ("images", "recordings", "annotations") if key in self.options]
         return [path for path in paths if not Path(path).exists() and not Path(f"{path}.zip").exists()]
 
     def identity(self) -> list[Any]:
@@ -101,8 +98,7 @@ class DataSource:
         if self.kind == "karpathy":
             return coco.read_karpathy_split(path, media, self.options.get("split", "train"), report)
         if self.kind == "vqa":
-            annotations = self.options.get("annotations")
-            return coco.read_vqa(path, Path(annotations) if annotations else None, media, report)
+            return coco.read_vqa(path, self.options.get("annotations"), media, report)
         if self.kind == "llava":
             return json_files.read_instruct(path, media, report)
         return hf_dataset.read_table(hf_dataset.open_table(self.path, **self.table_options()), media, report)
@@ -132,16 +128,11 @@ def parse_source(text: str) -> DataSource:
     if unknown := sorted(options.keys() - known):
         raise refuse(f" has no option {', '.join(unknown)}: {kind} has {', '.join(sorted(known))}")
     for key in options.keys() & {"weight", "max_speech_seconds"}:
-        try:
-            positive = 0 < float(options[key]) < float("inf")
-        except ValueError:
-            positive = False
-        if not positive:
+        if not re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", options[key]) or not 0 < float(options[key]) < math.inf:
             raise refuse(f": {key} must be a number above 0")
-    if options.get("engine", ENGINES[0]) not in ENGINES:
-        raise refuse(f": engine is {' or '.join(ENGINES)}")
-    if options.get("streaming", "true") not in ("true", "false"):
-        raise refuse(": streaming is true or false")
+    for key, allowed in (("engine", ENGINES), ("streaming", ("true", "false"))):
+        if options.get(key, allowed[0]) not in allowed:
+            raise refuse(f": {key} is {' or '.join(allowed)}")
     return DataSource(kind, path, options)
 
 
@@ -150,9 +141,8 @@ def parse_files(texts: Sequence[str]) -> list[DataSource]:
 
     Raises ValueError if one cannot be parsed, is a stream, or names files that do not exist."""
     sources = [parse_source(text) for text in texts]
-    for text, source in zip(texts, sources, strict=True):
-        if source.streaming:
-            raise ValueError(f"a stream cannot be read as a whole: remove streaming=true from {text}")
+    if streams := [text for text, source in zip(texts, sources, strict=True) if source.streaming]:
+        raise ValueError(f"a stream cannot be read as a whole: remove streaming=true from {', '.join(streams)}")
     if problem := missing_files(sources):
         raise ValueError(problem)
     return sources

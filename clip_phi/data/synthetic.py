@@ -12,8 +12,9 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,11 @@ def captions(scene: Scene, rng: random.Random) -> list[str]:
     number, (shapes, are) = NUMBERS[len(objects)], ("shape", "is") if len(objects) == 1 else ("shapes", "are")
     frames = ["{}.", "A picture of {}.", f"There {are} {{}}.", "An image with {}.", f"{number} {shapes}: {{}}."]
     texts = [frame.format(_enumerate(objects)) for frame in frames]
-    if (related := _relate(objects, rng)) is not None:
-        texts[rng.randrange(4)] = related
+    if (found := _relatable(objects, rng)) is not None:
+        first, second, relation = found
+        others = _enumerate([item for item in objects if item not in (first, second)])
+        related = f"{_article(first.name)} {relation} {_article(second.name)}"
+        texts[rng.randrange(4)] = f"{related}, with {others}." if others else f"{related}."
     return [text[0].upper() + text[1:] for text in texts]
 
 
@@ -192,21 +196,19 @@ def in_reading_order(scene: Scene) -> list[DrawnObject]:
 
 def description(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """A request to describe the image and its answer, which names every object in reading order."""
-    objects = in_reading_order(scene)
-    shows = rng.choice(("The image shows {}.", "There is {}.", "I can see {}."))
-    text = shows.format(_enumerate(objects))
-    return rng.choice(_DESCRIPTION_REQUESTS), text.replace("There is", "There are") if len(objects) > 1 else text
+    there = "There is {}." if len(scene.objects) == 1 else "There are {}."
+    text = rng.choice(("The image shows {}.", there, "I can see {}.")).format(_enumerate(in_reading_order(scene)))
+    return rng.choice(_DESCRIPTION_REQUESTS), text
 
 
 def dialogue(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """Two to four different (question, short answer) turns. Yes and no are equally likely where both are possible."""
-    makers = [ask_color, _ask_shape, _ask_presence, _ask_presence, _ask_count, ask_relation]
+    makers: list[Callable[..., Any]] = [ask_color, _ask_shape, _ask_presence, _ask_presence, _ask_count, ask_relation]
     rng.shuffle(makers)
     length = rng.randint(2, 4)
     turns: dict[str, str] = {}
     for maker in (*makers, _ask_presence, _ask_count):
-        turn = maker(scene, rng) if len(turns) < length else None
-        if turn is not None:
+        if len(turns) < length and (turn := maker(scene, rng)) is not None:
             turns.setdefault(*turn)
     return list(turns.items())
 
@@ -216,13 +218,13 @@ def _article(name: str) -> str:
 
 
 def _enumerate(objects: Sequence[DrawnObject]) -> str:
-    """For example "a red circle and two blue squares", in the order of first appearance."""
+    """For example "a red circle and two blue squares", in the order of first appearance. Empty for none."""
     counts = Counter((item.color, item.shape) for item in objects)
     parts = [
         _article(f"{color} {shape}") if count == 1 else f"{NUMBERS[count]} {color} {SHAPES[shape]}"
         for (color, shape), count in counts.items()
     ]
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
 
 
 def _unique(objects: Sequence[DrawnObject], attribute: str) -> list[DrawnObject]:
@@ -237,38 +239,21 @@ def _relatable(objects: Sequence[DrawnObject], rng: random.Random) -> tuple[Draw
     if len(unique) < 2:
         return None
     first, second = rng.sample(unique, 2)
-    holding = []
-    if abs(first.x - second.x) >= _CLEAR_OFFSET:
-        holding.append(RELATIONS[0] if first.x < second.x else RELATIONS[1])
-    if abs(first.y - second.y) >= _CLEAR_OFFSET:
-        holding.append(RELATIONS[2] if first.y < second.y else RELATIONS[3])
+    offsets = (second.x - first.x, first.x - second.x, second.y - first.y, first.y - second.y)
+    holding = [relation for relation, offset in zip(RELATIONS, offsets, strict=True) if offset >= _CLEAR_OFFSET]
     return (first, second, rng.choice(holding)) if holding else None
 
 
-def _relate(objects: Sequence[DrawnObject], rng: random.Random) -> str | None:
-    if (found := _relatable(objects, rng)) is None:
-        return None
-    first, second, relation = found
-    text = f"{_article(first.name)} {relation} {_article(second.name)}"
-    others = [item for item in objects if item not in (first, second)]
-    return f"{text}, with {_enumerate(others)}." if others else f"{text}."
-
-
-def ask_color(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    """A question about the color of an object whose shape occurs once, or None if there is none."""
-    unique = _unique(scene.objects, "shape")
-    if not unique:
+def _ask(scene: Scene, rng: random.Random, questions: Sequence[str], by: str, asked: str) -> tuple[str, str] | None:
+    """A question about one attribute of an object whose other one is unique, or None if there is none."""
+    if not (unique := _unique(scene.objects, by)):
         return None
     item = rng.choice(unique)
-    return rng.choice(_COLOR_QUESTIONS).format(item.shape), item.color
+    return rng.choice(questions).format(getattr(item, by)), getattr(item, asked)
 
 
-def _ask_shape(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    unique = _unique(scene.objects, "color")
-    if not unique:
-        return None
-    item = rng.choice(unique)
-    return rng.choice(_SHAPE_QUESTIONS).format(item.color), item.shape
+ask_color = partial(_ask, questions=_COLOR_QUESTIONS, by="shape", asked="color")
+_ask_shape = partial(_ask, questions=_SHAPE_QUESTIONS, by="color", asked="shape")
 
 
 def _ask_presence(scene: Scene, rng: random.Random) -> tuple[str, str]:

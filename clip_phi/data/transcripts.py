@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -49,7 +50,6 @@ class Transcripts:
         self.used = False
         self._entries: dict[str, dict[str, Any]] | None = None
         self._keys: dict[File, str] = {}
-        self._ends_whole = False  # whether the file is known to end in a whole line
 
     def key(self, recording: File | bytes) -> str:
         """The hash of a recording's bytes. Raises RecordError if they cannot be read."""
@@ -73,12 +73,11 @@ class Transcripts:
         entries = self._read()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
-            if file.tell() and not self._ends_whole:
+            if file.tell():
                 file.seek(-1, os.SEEK_END)
-                self._ends_whole = file.read() == b"\n"  # else a process was killed while it wrote the last line
-            file.write(b"" if self._ends_whole else b"\n")
+                if file.read() != b"\n":  # a process was killed while it wrote the last line
+                    file.write(b"\n")
             file.write(json.dumps(entry).encode() + b"\n")
-        self._ends_whole = True
         entries[entry["audio"]] = entry
 
     def fill(self, samples: Iterable[Sample], report: Report) -> Iterator[Sample]:
@@ -87,9 +86,6 @@ class Transcripts:
         A recording without speech is left out, and its conversation with it if the turn has no other text. A turn
         whose transcript is not made yet stays as it is: it is skipped when it is tokenised."""
         for sample in samples:
-            if not any(_lacks_transcript(turn) for conversation in sample.conversations for turn in conversation):
-                yield sample
-                continue
             good: list[tuple[Conversation, str]] = []
             for conversation, origin in zip(sample.conversations, sample.origins, strict=True):
                 try:
@@ -105,7 +101,7 @@ class Transcripts:
         return {str(self.path): file_stamp(str(self.path))} if self.used else {}
 
     def _fill(self, turn: Turn, origin: str, report: Report) -> Turn:
-        if turn.speech is None or not _lacks_transcript(turn) or (found := self.get(turn.speech)) is None:
+        if turn.speech is None or turn.transcript is not None or (found := self.get(turn.speech)) is None:
             return turn
         name = "a recording" if isinstance(turn.speech, bytes) else str(turn.speech)
         if "error" in found:
@@ -120,18 +116,12 @@ class Transcripts:
     def _read(self) -> dict[str, dict[str, Any]]:
         if self._entries is None:
             self._entries = {}
-            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-            for line in lines:
-                try:
+            for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+                # Not half a line of a killed process: its recording is transcribed again.
+                with suppress(ValueError, KeyError, TypeError):
                     entry = json.loads(line)
                     self._entries[entry["audio"]] = entry
-                except (ValueError, KeyError, TypeError):
-                    continue  # half a line of a killed process: the recording is transcribed again
         return self._entries
-
-
-def _lacks_transcript(turn: Turn) -> bool:
-    return turn.speech is not None and turn.transcript is None
 
 
 def _hash(data: bytes) -> str:
