@@ -10,6 +10,7 @@ import damage
 import helpers
 import pytest
 import torch
+from helpers import make_index
 
 from clip_phi.batching.dataset import ImageReader, SampleDataset
 from clip_phi.batching.index import Index, load_index
@@ -243,7 +244,7 @@ def test_a_bad_image_of_a_long_row_is_counted_with_all_its_captions(tmp_path, pr
     report = Report()
     rows = [("row", {"image": "empty.jpg", "captions": captions})]
     samples = list(read_records(rows, MediaFolder(tmp_path).find_value, report))
-    index = Index.from_samples(samples, processor, MAX_LENGTH, report)
+    index = make_index(samples, processor, MAX_LENGTH, report)
     assert len(index) > 1, "one tree is too long for all of them"
     dataset = SampleDataset([index], ImageReader(processor))
     for _ in range(2):  # epochs
@@ -290,7 +291,7 @@ def media(tmp_path) -> MediaFolder:
 
 def check(samples, processor, report: Report) -> Index:
     """All become token ids or are counted. Returns the index of them."""
-    index = Index.from_samples(samples, processor, MAX_LENGTH, report)
+    index = make_index(samples, processor, MAX_LENGTH, report)
     kept = sum(index.num_conversations(number) for number in range(len(index)))
     assert report.records == kept + report.num_skipped, report.table()
     assert index.num_tokens().max(initial=0) <= MAX_LENGTH
@@ -368,6 +369,6 @@ def _some_mutated(rows: list, chance: random.Random) -> list:
 def test_every_layout_stands_in_the_index_as_it_was_read(media, processor):
     for row in damage.valid_rows(["a.jpg", "b.jpg"]):
         (sample,) = read_records([("origin", row)], media.find_value, Report())
-        index = Index.from_samples([sample], processor, MAX_LENGTH)
+        index = make_index([sample], processor, MAX_LENGTH)
         assert index.sample(0) == sample
         assert [len(conversation.ids) > 0 for conversation in index.encoded(0)] == [True] * len(sample.conversations)

@@ -112,22 +112,19 @@ def packed_attention(
 
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """FlashAttention's: for half precision, on GPUs from Ampere (capability 8.0) on."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and is_half and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def attend_by_bucket(
-    query: Tensor, key: Tensor, value: Tensor, pack_layout: PackLayout, scaling: float | None
-) -> Tensor:
+def attend_by_bucket(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scaling: float | None) -> Tensor:
     """query, key, value: (heads, tokens, head size). Returns (tokens, heads, head size)."""
     outputs = []
-    for places, mask in pack_layout.buckets:
+    for places, mask in layout.buckets:
         # (heads, tokens, size) to (samples, heads, length, size)
         q, k, v = (each[:, places.flatten()].unflatten(1, places.shape).transpose(0, 1) for each in (query, key, value))
         output = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[pack_layout.places_in_buckets]
+    return torch.cat(outputs)[layout.places_in_buckets]
 
 
 def attend_by_piece(

@@ -52,8 +52,8 @@ class ImageReader:
         if key not in self.cache and time.monotonic() - self._refreshed > REFRESH_SECONDS:
             self.cache.refresh()  # the training process writes, in this run too
             self._refreshed = time.monotonic()
-        features = torch.empty((1, *self.cache.shape), dtype=torch.bfloat16)
-        return LoadedImage(features[0] if self.cache.get_into([key], features)[0] else self.preprocess(image), key)
+        features = self.cache.get(key)
+        return LoadedImage(self.preprocess(image) if features is None else features, key)
 
     def load(self, sample: SharedPrefixSample, image: File | bytes | None, num_conversations: int) -> Item:
         """The sample with its image, or a Skip of its conversations if that cannot be read."""
@@ -85,10 +85,9 @@ class SampleDataset(Dataset):
     def __getitem__(self, place: tuple[int, int]) -> Item:
         source_pass, index = place
         source, index = self._find(index)
-        taken, available = self.conversations_per_image, source.num_conversations(index)
-        conversations = None
-        if taken is not None and taken < available:
-            conversations = [(source_pass * taken + step) % available for step in range(taken)]
+        available = source.num_conversations(index)
+        taken = min(self.conversations_per_image or available, available)
+        conversations = [(source_pass * taken + step) % available for step in range(taken)]
         return self.read.load(source.shared_prefix_sample(index, conversations), source.image(index), available)
 
     def origin(self, index: int) -> str:
@@ -106,8 +105,7 @@ class SampleDataset(Dataset):
 class SampleStream(IterableDataset):
     """Samples in the order of a stream, without end: for data that are not on disk. There is no position to resume at.
 
-    Items are those of SampleDataset. Skipped and repaired records are items too, since the report of a worker does not
-    leave the worker."""
+    Items are those of SampleDataset. Skipped and repaired records are items too: a report does not leave its worker."""
 
     samples: Callable[[Report], Iterator[Sample]]
     read: ImageReader
@@ -115,25 +113,15 @@ class SampleStream(IterableDataset):
     max_length: int
 
     def __iter__(self) -> Iterator[Item]:
-        report = _SkipList()
+        report, skips = Report(), list[Skip]()
+        report.skip = skips.append  # type: ignore[method-assign, assignment]  # what it would count is passed on
         for sample in self.samples(report):
             for part, encoded in encode_samples([sample], self.processor, self.max_length, report):
                 prefix = self.processor.prefix_ids(part.image is not None)
                 shared = build_shared_prefix(encoded, prefix, part.origins[0])
                 yield self.read.load(shared, part.image, len(encoded))
-            yield from report.skips
-            report.skips.clear()
-
-
-class _SkipList(Report):
-    """A report that lists what it gets, to be passed on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.skips: list[Skip] = []
-
-    def skip(self, skip: Skip) -> None:
-        self.skips.append(skip)
+            yield from skips
+            skips.clear()
 
 
 def collate(items: Sequence[Item], pad_token_id: int) -> PackedBatch:

@@ -14,6 +14,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,10 @@ class FeatureCache:
         self.folder = Path(folder) / fingerprint[:16]
         self.row_bytes = 2 * shape[0] * shape[1]
         self._lock = threading.RLock()
-        self._places: dict[bytes, tuple[int, int]] = {}  # (shard, row) by key
-        self._shards: list[str] = []  # their paths, without suffix
-        self._records_read: list[int] = []  # of the index of each
-        self._files: dict[int, int] = {}  # of shards, open for reading
+        self._places: dict[bytes, tuple[str, int]] = {}  # (path of the shard without suffix, row) by key
+        self._records_read: dict[str, int] = {}  # of the index of each shard
+        # A shard, open for reading. Forked processes and threads may share it: nothing moves a position in it.
+        self._file = cache(lambda shard: os.open(f"{shard}.bin", os.O_RDONLY))
         self._writer: _Writer | None = None
         self._make_folder()
         self.refresh()
@@ -94,20 +95,14 @@ class FeatureCache:
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
 
-    def get_into(self, keys: Sequence[bytes], out: torch.Tensor) -> list[bool]:
-        """Read features into a tensor: contiguous bfloat16 (keys, patches, vision hidden) on the CPU.
-
-        Returns which keys were found. The rows of the others hold anything."""
-        wanted = (len(keys), *self.shape)
-        if out.dtype != torch.bfloat16 or out.shape != wanted or not out.is_contiguous():
-            raise ValueError(f"features go into contiguous bfloat16 {wanted}, not {out.dtype} {tuple(out.shape)}")
-        found = []
-        for key, row in zip(keys, out.view(torch.int16).numpy(), strict=True):
-            shard, number = self._places.get(key, (None, 0))
-            found.append(
-                shard is not None and os.preadv(self._file(shard), [row], number * self.row_bytes) == self.row_bytes
-            )
-        return found
+    def get(self, key: bytes) -> torch.Tensor | None:
+        """The features of an image: bfloat16 (patches, vision hidden) on the CPU. None if there are none."""
+        if key not in self._places:
+            return None
+        shard, row = self._places[key]
+        features = torch.empty(self.shape, dtype=torch.bfloat16)
+        read = os.preadv(self._file(shard), [features.view(torch.int16).numpy()], row * self.row_bytes)
+        return features if read == self.row_bytes else None
 
     def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
         """Add features: float (keys, patches, vision hidden), rounded to bfloat16. A cached key stays as it is.
@@ -122,8 +117,7 @@ class FeatureCache:
             try:
                 if self._writer is None or self._writer.process != os.getpid():
                     self._close_writer()
-                    name = f"shard-{secrets.token_hex(8)}"
-                    self._writer = _Writer(self.folder, name, self._add_shard(name))
+                    self._writer = _Writer(str(self.folder / f"shard-{secrets.token_hex(8)}"))
                 self._writer.append(list(new), features.detach()[list(new.values())].to("cpu", torch.bfloat16))
                 first = self._writer.rows - len(new)
                 self._places |= {key: (self._writer.shard, row) for row, key in enumerate(new, start=first)}
@@ -140,10 +134,7 @@ class FeatureCache:
         """Read what other processes have added."""
         with self._lock:
             for path in sorted(self.folder.glob("shard-*.bin")):
-                if str(path.with_suffix("")) not in self._shards:
-                    self._add_shard(path.stem)
-            for shard in range(len(self._shards)):
-                self._read_index(shard)
+                self._read_index(str(path.with_suffix("")))
 
     def _make_folder(self) -> None:
         about = {"format": FORMAT, "fingerprint": self.fingerprint, "shape": list(self.shape)}
@@ -160,25 +151,12 @@ class FeatureCache:
         if found != about:
             raise ValueError(f"--cache_features: {path} has {found}, not {about}: remove {self.folder}")
 
-    def _add_shard(self, name: str) -> int:
-        self._shards.append(str(self.folder / name))
-        self._records_read.append(0)
-        return len(self._shards) - 1
-
-    def _file(self, shard: int) -> int:
-        """A shard, open for reading. Forked processes and threads may share it: nothing moves a position in it."""
-        if shard not in self._files:
-            with self._lock:
-                if shard not in self._files:
-                    self._files[shard] = os.open(f"{self._shards[shard]}.bin", os.O_RDONLY)
-        return self._files[shard]
-
-    def _read_index(self, shard: int) -> None:
+    def _read_index(self, shard: str) -> None:
         """Read the records since the last time, up to the first that is incomplete or whose row is."""
-        with open(f"{self._shards[shard]}.index", "rb") as file:
-            file.seek(self._records_read[shard] * RECORD.size)
+        with open(f"{shard}.index", "rb") as file:
+            file.seek(self._records_read.setdefault(shard, 0) * RECORD.size)
             data = file.read()
-        num_rows = os.stat(f"{self._shards[shard]}.bin").st_size // self.row_bytes
+        num_rows = os.stat(f"{shard}.bin").st_size // self.row_bytes
         for key, row, check in RECORD.iter_unpack(data[: len(data) // RECORD.size * RECORD.size]):
             if check != _checksum(key, row) or row >= num_rows:
                 break
@@ -193,13 +171,13 @@ class FeatureCache:
 
 
 class _Writer:
-    """Of one shard, which it creates. shard: its number; rows: how many it has."""
+    """Of one shard, which it creates. shard: its path without suffix; rows: how many it has."""
 
-    def __init__(self, folder: Path, name: str, shard: int):
+    def __init__(self, shard: str):
         self.shard, self.rows, self.process = shard, 0, os.getpid()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        self.index = os.open(folder / f"{name}.index", flags, 0o666)  # first: who finds the other finds this, too
-        self.data = os.open(folder / f"{name}.bin", flags, 0o666)
+        self.index = os.open(f"{shard}.index", flags, 0o666)  # first: who finds the other finds this, too
+        self.data = os.open(f"{shard}.bin", flags, 0o666)
 
     def append(self, keys: Sequence[bytes], rows: torch.Tensor) -> None:
         """rows: bfloat16 (keys, patches, vision hidden) on the CPU."""

@@ -84,7 +84,10 @@ class Preprocessor:
 
     def __call__(self, source: Source) -> torch.Tensor:
         data, name = _read(source)
-        if self.fast and (rgb := _decode_plain_jpeg(data, FAST_REDUCTION * self.shortest_edge)) is not None:
+        if (
+            self.fast
+            and (rgb := _decode_plain_jpeg(data, FAST_REDUCTION * self.image_processor.size.shortest_edge)) is not None
+        ):
             return self._look_up(self._resize_fast(rgb))
         return self.of_image(_decode(data, name))
 
@@ -94,14 +97,10 @@ class Preprocessor:
             return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
         return self._look_up(self._resize(image))
 
-    @property
-    def shortest_edge(self) -> int:
-        return self.image_processor.size.shortest_edge
-
     def _places(self, width: int, height: int) -> tuple[int, int, int, int, int, int]:
         """Resized width and height, and left, top, right and bottom of the crop in the resized image."""
-        edge, crop, shortest = self.shortest_edge, self.image_processor.crop_size, min(width, height)
-        new_width, new_height = int(edge * width / shortest), int(edge * height / shortest)
+        edge, crop = self.image_processor.size.shortest_edge, self.image_processor.crop_size
+        new_width, new_height = (int(edge * side / min(width, height)) for side in (width, height))
         left, top = (new_width - crop.width) // 2, (new_height - crop.height) // 2
         return new_width, new_height, left, top, left + crop.width, top + crop.height
 
@@ -206,15 +205,14 @@ def _decode(data: bytes, name: str) -> Image.Image:
                 return _to_upright_rgb(image)
         except RecordError:
             raise
-        except Image.DecompressionBombError as error:  # PIL's own limit, 179 million pixels
-            raise RecordError("image too large", f"{name}: {_reason(error)}") from None
         except UnidentifiedImageError:  # also raised for a known format with a bad header
             accepts = (Image.OPEN[format][1] for format in FORMATS)
             known = any(accept is not None and accept(data[:16]) for accept in accepts)
             kind, reason = ("damaged image", "bad header") if known else ("not an image", f"begins with {data[:8]!r}")
             raise RecordError(kind, f"{name}: {reason}") from None
         except Exception as error:  # PIL's decoders raise anything on bad bytes: SyntaxError, struct.error, KeyError...
-            raise RecordError("damaged image", f"{name}: {_reason(error)}") from error
+            huge = isinstance(error, Image.DecompressionBombError)  # above PIL's own limit, 179 million pixels
+            raise RecordError("image too large" if huge else "damaged image", f"{name}: {_reason(error)}") from error
 
 
 def _refuse_size(size: tuple[int, int], name: str) -> None:

@@ -58,18 +58,6 @@ class Index:
     selected: np.ndarray | None = None
 
     @classmethod
-    def from_samples(
-        cls, samples: Iterable[Sample], processor: Any, max_length: int, report: Report | None = None
-    ) -> "Index":
-        """In memory. Without a report, a sample that cannot be used raises ValueError."""
-        found = Report() if report is None else report
-        table = pa.Table.from_batches(_tokenise(samples, processor, max_length, found), SCHEMA)
-        if report is None:
-            found.records = found.num_skipped
-            found.refuse_bad(0)
-        return cls(table, _prefixes(processor), found)
-
-    @classmethod
     def concatenate(cls, parts: Sequence["Index"]) -> "Index":
         """In memory, for small parts."""
         tables, report = [], Report()
@@ -135,9 +123,8 @@ class Index:
     def fingerprint(self) -> str:
         """Hex digest of the token ids and the order of the samples."""
         digest = hashlib.blake2b(digest_size=16)
-        for name in ("ids", "lengths"):
-            for chunk in self.table[name].chunks:
-                digest.update(chunk.flatten().to_numpy().tobytes())
+        for chunk in self.table["ids"].chunks + self.table["lengths"].chunks:
+            digest.update(chunk.flatten().to_numpy().tobytes())
         if self.selected is not None:
             digest.update(np.ascontiguousarray(self.selected).tobytes())
         return digest.hexdigest()

@@ -52,11 +52,10 @@ def clean_text(value: Any, what: str) -> str:
     text = value.strip()
     if not text:
         raise RecordError(f"{what} is empty")
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RecordError(f"{what} is not valid Unicode", f"character {error.start}") from None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{what} is not valid Unicode", f"character {error.start}") from None
     return text
 
 
@@ -134,11 +133,10 @@ class MediaFolder:
             try:
                 with os.scandir(folder or ".") as entries:
                     # isfile() for links: is_file() raises OSError for one to itself.
-                    self.folders[folder] = {
-                        each.name for each in entries if (isfile(each) if each.is_symlink() else each.is_file())
-                    }
+                    names = {each.name for each in entries if (isfile(each) if each.is_symlink() else each.is_file())}
             except (OSError, ValueError):
-                self.folders[folder] = set()
+                names = set()
+            self.folders[folder] = names
         return self.folders[folder]
 
     def _archive(self, folder: str) -> tuple[str, set[str]] | None:

@@ -53,8 +53,8 @@ def open_table(
     if streaming:
         return dataset.decode(False) if dataset.features else dataset
     for column, feature in dataset.info.features.items():  # Dataset.cast would copy all images to a new file
-        _leave_encoded(feature)
-        dataset.info.features[column] = feature  # which notes that there is nothing to decode
+        # The assignment notes that there is nothing to decode.
+        dataset.info.features[column] = datasets.features.features._visit(feature, _leave_encoded)
     return dataset
 
 
@@ -95,12 +95,7 @@ def _has_end(archive: Path) -> bool:
 def _leave_encoded(feature: Any) -> None:
     import datasets
 
-    if isinstance(feature, dict):
-        for each in feature.values():
-            _leave_encoded(each)
-    elif isinstance(feature, datasets.List | datasets.LargeList):
-        _leave_encoded(feature.feature)
-    elif isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
+    if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
         feature.decode = False
 
 

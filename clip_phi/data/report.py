@@ -75,8 +75,7 @@ class Report:
         self.skipped += other.skipped
         self.repaired += other.repaired
         for kind, examples in other.examples.items():
-            mine = self.examples.setdefault(kind, [])
-            mine += examples[: NUM_EXAMPLES - len(mine)]
+            self.examples[kind] = [*self.examples.get(kind, []), *examples][:NUM_EXAMPLES]
 
     def refuse_bad(self, max_bad_fraction: float) -> None:
         """Raises ValueError, with the whole table, if more than this share of the records is skipped."""

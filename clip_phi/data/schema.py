@@ -37,7 +37,7 @@ def read_records(
 
     group: make one Sample of all records about one image, in order of first appearance, and skip a record that is
     there twice. Otherwise every record is a Sample of its own."""
-    groups: dict[Any, tuple[File | bytes | None, list[Conversation], list[str]]] = {}
+    groups: dict[Any, tuple[File | bytes | None, list[tuple[Conversation, str]]]] = {}
     seen: set[tuple[Any, Conversation]] = set()
     for origin, record in records:
         origins = [origin] if isinstance(origin, str) else origin
@@ -65,15 +65,12 @@ def read_records(
             continue
         for kind in repairs:
             report.repair(kind, origins[0])
-        sample = Sample(image, *zip(*good, strict=True))
         if group:
-            _, all_conversations, all_origins = groups.setdefault(object() if image is None else image, (image, [], []))
-            all_conversations += sample.conversations
-            all_origins += sample.origins
+            groups.setdefault(object() if image is None else image, (image, []))[1].extend(good)
         else:
-            yield sample
-    for image, all_conversations, all_origins in groups.values():
-        yield Sample(image, tuple(all_conversations), tuple(all_origins))
+            yield Sample(image, *zip(*good, strict=True))
+    for image, all_of_it in groups.values():
+        yield Sample(image, *zip(*all_of_it, strict=True))
 
 
 def _parse(record: Any, find: Find, repairs: list[str]) -> tuple[Any, str, list[Conversation | RecordError]]:

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,6 @@ class DataSource:
     def transcripts(self) -> Transcripts:
         return Transcripts(self.asr_settings)
 
-    def problems(self) -> list[str]:
-        """The paths that do not exist."""
-        paths = [self.path] if self.kind != "dataset" else []
-        paths += [self.options[key] for key in ("images", "recordings", "annotations") if key in self.options]
-        return [path for path in paths if not Path(path).exists() and not Path(f"{path}.zip").exists()]
-
     def identity(self) -> list[Any]:
         """For json: what is read, and how."""
         # Paths may be relative, and are written into what is read.
@@ -109,30 +103,27 @@ class DataSource:
 
 def parse_source(text: str) -> DataSource:
     """KIND:PATH[,option=value...]. Without KIND the file decides. Raises ValueError with what is wrong."""
-
-    def refuse(what: str) -> ValueError:
-        return ValueError(f"data source {text!r}{what}")
-
+    name = f"data source {text!r}"
     kind, separator, rest = text.partition(":")
     if not (separator and kind in KINDS):
         kind, rest = "", text
     path, *pieces = re.split(r"[,:](?=[a-z_]+=)", rest)
     options = dict(piece.split("=", 1) for piece in pieces)
     if not path:
-        raise refuse(f" has no path: {HOW_TO}")
+        raise ValueError(f"{name} has no path: {HOW_TO}")
     if not kind:
         kind, path = _guess(path, options)
     if not kind:
-        raise refuse(f" is of no known kind; {HOW_TO}")
+        raise ValueError(f"{name} is of no known kind; {HOW_TO}")
     known = KINDS[kind] | COMMON
     if unknown := sorted(options.keys() - known):
-        raise refuse(f" has no option {', '.join(unknown)}: {kind} has {', '.join(sorted(known))}")
+        raise ValueError(f"{name} has no option {', '.join(unknown)}: {kind} has {', '.join(sorted(known))}")
     for key in options.keys() & {"weight", "max_speech_seconds"}:
         if not re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", options[key]) or not 0 < float(options[key]) < math.inf:
-            raise refuse(f": {key} must be a number above 0")
+            raise ValueError(f"{name}: {key} must be a number above 0")
     for key, allowed in (("engine", ENGINES), ("streaming", ("true", "false"))):
         if options.get(key, allowed[0]) not in allowed:
-            raise refuse(f": {key} is {' or '.join(allowed)}")
+            raise ValueError(f"{name}: {key} is {' or '.join(allowed)}")
     return DataSource(kind, path, options)
 
 
@@ -148,9 +139,12 @@ def parse_files(texts: Sequence[str]) -> list[DataSource]:
     return sources
 
 
-def missing_files(sources: Iterable[DataSource]) -> str | None:
+def missing_files(sources: Sequence[DataSource]) -> str | None:
     """The error that names all files of the sources that do not exist; None if they all do."""
-    missing = [path for source in sources for path in source.problems()]
+    paths = [source.path for source in sources if source.kind != "dataset"]
+    for source in sources:
+        paths += [source.options[key] for key in ("images", "recordings", "annotations") if key in source.options]
+    missing = [path for path in paths if not Path(path).exists() and not Path(f"{path}.zip").exists()]
     return f"not found (looked in {Path.cwd()}): {', '.join(missing)}" if missing else None
 
 
@@ -181,6 +175,5 @@ def _guess(path: str, options: dict[str, str]) -> tuple[str, str]:
 
 
 def _is_table(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("dataset_info.json", "state.json", "metadata.csv")) or any(
-        next(folder.glob(f"**/*{suffix}"), None) for suffix in (".parquet", ".arrow", ".tar", "metadata.jsonl")
-    )
+    patterns = "dataset_info.json state.json metadata.csv **/*.parquet **/*.arrow **/*.tar **/*metadata.jsonl"
+    return any(next(folder.glob(pattern), None) for pattern in patterns.split())

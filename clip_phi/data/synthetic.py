@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,9 @@ IMAGE_SIZE = 64
 MAX_OBJECTS = 3
 SPLITS = ("train", "val")
 COLORS = {
-    "red": (215, 30, 40),
-    "green": (30, 150, 50),
-    "blue": (35, 80, 225),
-    "yellow": (240, 210, 20),
-    "purple": (130, 40, 165),
-    "orange": (245, 130, 20),
-    "pink": (250, 120, 190),
-    "black": (25, 25, 30),
-}
+    "red": (215, 30, 40), "green": (30, 150, 50), "blue": (35, 80, 225), "yellow": (240, 210, 20),
+    "purple": (130, 40, 165), "orange": (245, 130, 20), "pink": (250, 120, 190), "black": (25, 25, 30),
+}  # fmt: skip
 SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses",
           "ring": "rings"}  # fmt: skip
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -52,11 +47,8 @@ _MENTION = re.compile(
 _COLOR_QUESTIONS = ("What color is the {}?", "Which color does the {} have?", "The {} is of what color?")
 _SHAPE_QUESTIONS = ("What shape is the {} object?", "Which shape is {}?", "What is the shape of the {} object?")
 _PRESENCE_QUESTIONS = ("Is there {}?", "Can you see {}?", "Does the picture show {}?")
-_COUNT_QUESTIONS = (
-    "How many shapes are there?",
-    "How many shapes does the picture show?",
-    "How many objects are there?",
-)
+_COUNT_QUESTIONS = ("How many shapes are there?", "How many shapes does the picture show?",
+                    "How many objects are there?")  # fmt: skip
 _DESCRIPTION_REQUESTS = (
     "Describe the image.", "Describe the picture.", "What does the image show?", "What can you see?",
     "Write a caption for the image.", "Which objects are in the picture?",
@@ -168,8 +160,7 @@ def _mask(item: DrawnObject) -> Image.Image:
         arm = radius // 3
         draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=255)
         draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=255)
-    else:
-        assert item.shape == "star", item.shape
+    else:  # a star
         tips = [(radius if corner % 2 == 0 else 0.42 * radius, math.pi * corner / 5) for corner in range(10)]
         draw.polygon([(x + length * math.sin(turn), y - length * math.cos(turn)) for length, turn in tips], fill=255)
     return mask.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
@@ -299,9 +290,8 @@ def object_f1(predicted_text: str, truth: "Counter[tuple[str, str]]") -> float:
 def write_dataset(folder: str | os.PathLike[str], num_train: int, num_val: int, seed: int = 0) -> None:
     """Write num_train + num_val scenes under folder in the layouts of COCO 2017 and LLaVA-Instruct-150K.
 
-    annotations/{captions,instances}_{train,val}2017.json, {train,val}2017/%012d.jpg and
-    llava_instruct_{train,val}.json. The same arguments give the same bytes; each json appears whole, after its images.
-    """
+    annotations/{captions,instances}_{train,val}2017.json, {train,val}2017/%012d.jpg, llava_instruct_{train,val}.json.
+    The same arguments give the same bytes. Each json appears whole, after its images."""
     for split, ids in (("train", range(1, num_train + 1)), ("val", range(num_train + 1, num_train + num_val + 1))):
         rng = random.Random(f"{seed} {split}")
         _write_split(Path(folder), split, {image_id: sample_scene(rng, split) for image_id in ids}, rng)
@@ -326,22 +316,17 @@ def _write_split(folder: Path, split: str, scenes: dict[int, Scene], rng: random
             ids = {"id": len(instances) + 1, "image_id": image_id, "category_id": 1 + names.index(item.name)}
             instances.append(ids | {"bbox": list(item.box), "area": 4 * item.radius**2, "iscrowd": 0})
         for turns in (dialogue(scene, rng), [description(scene, rng)]):
-            conversations.append(_conversation(f"{image_id:012d}-{len(conversations) % 2}", file_name, turns, rng))
+            texts = [text for turn in turns for text in turn]
+            texts[0] = f"<image>\n{texts[0]}" if rng.random() < 0.5 else f"{texts[0]}\n<image>"
+            messages = [{"from": who, "value": text} for who, text in zip(cycle(("human", "gpt")), texts, strict=False)]
+            record_id = f"{image_id:012d}-{len(conversations) % 2}"
+            conversations.append({"id": record_id, "image": file_name, "conversations": messages})
     header = {"info": {"description": f"Clip-Phi drawn scenes, {split}"}, "licenses": [{"id": 1, "name": "Apache-2.0"}]}
-    captions_json = header | {"images": images, "annotations": all_captions}
-    instances_json = header | {"images": images, "annotations": instances, "categories": categories}
-    _write_json(folder / "annotations" / f"captions_{split}2017.json", captions_json)
-    _write_json(folder / "annotations" / f"instances_{split}2017.json", instances_json)
+    header["images"] = images
+    _write_json(folder / f"annotations/captions_{split}2017.json", header | {"annotations": all_captions})
+    header |= {"annotations": instances, "categories": categories}
+    _write_json(folder / f"annotations/instances_{split}2017.json", header)
     _write_json(folder / f"llava_instruct_{split}.json", conversations)
-
-
-def _conversation(record_id: str, image: str, turns: Sequence[tuple[str, str]], rng: random.Random) -> dict[str, Any]:
-    messages = []
-    for question, answer in turns:
-        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    first = messages[0]["value"]
-    messages[0]["value"] = f"<image>\n{first}" if rng.random() < 0.5 else f"{first}\n<image>"
-    return {"id": record_id, "image": image, "conversations": messages}
 
 
 def _write_json(path: Path, content: object) -> None:

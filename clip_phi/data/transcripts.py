@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -47,30 +48,29 @@ class Transcripts:
         name = re.sub(r"[^\w.-]+", "-", f"{settings.engine}-{Path(settings.model).name}-{digest}")
         self.settings = settings
         self.path = (folder or Path(HF_HOME) / "clip_phi" / "transcripts") / f"{name}.jsonl"
-        self.used = False
-        self._entries: dict[str, dict[str, Any]] | None = None
         self._keys: dict[File, str] = {}
 
     def key(self, recording: File | bytes) -> str:
         """The hash of a recording's bytes. Raises RecordError if they cannot be read."""
-        if isinstance(recording, bytes):
-            return _hash(recording)
-        if recording not in self._keys:
-            try:
-                self._keys[recording] = _hash(recording.read())
-            except Exception as error:  # zipfile, zlib and pyarrow each have errors of their own
-                raise RecordError("missing speech", f"{recording}: {' '.join(str(error).split())}") from error
-        return self._keys[recording]
+        if isinstance(recording, File) and recording in self._keys:
+            return self._keys[recording]
+        try:
+            data = recording if isinstance(recording, bytes) else recording.read()
+        except Exception as error:  # zipfile, zlib and pyarrow each have errors of their own
+            raise RecordError("missing speech", f"{str(recording)}: {' '.join(str(error).split())}") from error
+        key = hashlib.blake2b(data, digest_size=16).hexdigest()
+        if isinstance(recording, File):
+            self._keys[recording] = key
+        return key
 
     def get(self, recording: File | bytes) -> dict[str, Any] | None:
         """{"text"} or {"error"}, or None if there is no transcript yet. Raises RecordError if it cannot be read."""
-        self.used = True
-        return self._read().get(self.key(recording))
+        return self._entries.get(self.key(recording))
 
     def add(self, recording: File | bytes, **entry: Any) -> None:
         """entry: text, or error."""
         entry = {"audio": self.key(recording)} | entry
-        entries = self._read()
+        self._entries[entry["audio"]] = entry  # the file is read before it is added to
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
             if file.tell():
@@ -78,7 +78,6 @@ class Transcripts:
                 if file.read() != b"\n":  # a process was killed while it wrote the last line
                     file.write(b"\n")
             file.write(json.dumps(entry).encode() + b"\n")
-        entries[entry["audio"]] = entry
 
     def fill(self, samples: Iterable[Sample], report: Report) -> Iterator[Sample]:
         """The Samples, with transcripts where a turn has a recording and none.
@@ -98,7 +97,7 @@ class Transcripts:
 
     def file_stamps(self) -> dict[str, list[int] | None]:
         """file_stamp() of the file, if a transcript was looked up."""
-        return {str(self.path): file_stamp(str(self.path))} if self.used else {}
+        return {str(self.path): file_stamp(str(self.path))} if "_entries" in self.__dict__ else {}
 
     def _fill(self, turn: Turn, origin: str, report: Report) -> Turn:
         if turn.speech is None or turn.transcript is not None or (found := self.get(turn.speech)) is None:
@@ -113,16 +112,12 @@ class Transcripts:
         report.repair("no speech in the recording, which was left out", origin, name)
         return turn._replace(speech=None)
 
-    def _read(self) -> dict[str, dict[str, Any]]:
-        if self._entries is None:
-            self._entries = {}
-            for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
-                # Not half a line of a killed process: its recording is transcribed again.
-                with suppress(ValueError, KeyError, TypeError):
-                    entry = json.loads(line)
-                    self._entries[entry["audio"]] = entry
-        return self._entries
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    @cached_property
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        entries = {}
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+            # Not half a line of a killed process: its recording is transcribed again.
+            with suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                entries[entry["audio"]] = entry
+        return entries
