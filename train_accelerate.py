@@ -51,7 +51,7 @@ from transformers.utils import logging
 from clip_phi.batching.dataset import ImageReader, add_image_features
 from clip_phi.batching.packing import PackedBatch
 from clip_phi.environment import peak_flops
-from clip_phi.hub.push import Target, check_push, push
+from clip_phi.hub.push import check_push, push
 from clip_phi.training.checkpoint import EXIT_STOPPED, Checkpoints, EarlyStopping, StopSignal, describe_run
 from clip_phi.training.data import TrainData, read_data
 from clip_phi.training.evaluate import Evaluator
@@ -280,7 +280,7 @@ def finish(run: Run) -> None:
         write_run(run.output_dir / "run.json", run.record | results)
     run.accelerator.print(f"saved in {run.output_dir}; try: clip-phi caption --model {run.output_dir} IMAGE")
     if run.arguments.push_to_hub and run.accelerator.is_main_process:
-        print(push(run.output_dir, Target(run.arguments.push_to_hub, private=run.arguments.hub_private_repo or None)))
+        print(push(run.output_dir, run.arguments.push_to_hub, private=run.arguments.hub_private_repo or None))
     run.accelerator.end_training()
 
 

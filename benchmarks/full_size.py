@@ -7,7 +7,7 @@ The script writes two folders in the Hub's format, with random weights: wkcn/Tin
 complete CLIP) and microsoft/phi-2 (fp16 shards with an index, 50,295 tokens). It writes them tensor by tensor, which
 takes little memory. Then it draws a small data set in the formats of COCO and LLaVA-Instruct. It runs
 train_accelerate.py for stage 1, and for stage 2 with the result, each in a process of its own. It compares the peak
-memory (VmHWM, with mapped files) with the count of clip_phi.tools.plan for the same packs.
+memory (without the mapped weights) with the count of clip_phi.tools.plan for the same packs.
 """
 
 import argparse
@@ -173,25 +173,30 @@ def write_tokenizer(folder: Path, texts: Iterable[str]) -> None:
 
 
 def run_measured(command: Sequence[str], log: Path, environment: dict[str, str]) -> dict[str, float]:
-    """Run a command. Returns its seconds, peak memory and peak anonymous memory (without mapped files), in bytes.
+    """Run a command. Returns its seconds, peak memory without the mapped weights, and peak resident memory, in bytes.
+
+    transformers maps the weights only while it loads, and the kernel can take these pages back at any time. So mapped
+    files count as much as they do at the peak of anonymous memory, in training: these are the libraries'.
 
     Raises:
         SystemExit: with the end of its output, if the command fails.
     """
-    started, most = time.perf_counter(), {"VmHWM": 0, "RssAnon": 0, "RssFile": 0}
+    started, peak = time.perf_counter(), {"VmHWM": 0, "RssAnon": 0, "RssFile": 0}
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
-            for line in status.read_text().splitlines():
-                name, _, value = line.partition(":")
-                if name in most:
-                    most[name] = max(most[name], int(value.split()[0]) * 1024)
-            time.sleep(0.2)
+            fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+            now = {name: int(fields[name].split()[0]) * 1024 for name in peak if name in fields}
+            resident = max(peak["VmHWM"], now.get("VmHWM", 0))
+            if now.get("RssAnon", 0) > peak["RssAnon"]:
+                peak = now
+            peak["VmHWM"] = resident
+            time.sleep(0.05)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}\n{log.read_text()[-3000:]}")
     seconds = time.perf_counter() - started
-    return {"peak_bytes": most["VmHWM"], "anonymous_bytes": most["RssAnon"], "seconds": seconds}
+    return {"peak_bytes": peak["RssAnon"] + peak["RssFile"], "resident_bytes": peak["VmHWM"], "seconds": seconds}
 
 
 def packs_of(arguments: TrainingArguments, processor: Any) -> list[list[SharedPrefixSample]]:

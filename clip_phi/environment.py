@@ -1,4 +1,4 @@
-"""Versions, machine and devices of a run; memory, peak FLOP/s and energy of a device."""
+"""Versions, machine and devices of a run; memory and peak FLOP/s of a device."""
 
 import os
 import platform
@@ -144,54 +144,6 @@ def peak_flops(device: Any) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((gpu.tflops * 1e12 for gpu in GPUS if gpu.torch_name in name), None)
-
-
-class EnergyMeter:
-    """Joules used by this process' GPU, or else by the machine's processors, since its creation."""
-
-    def __init__(self, device: Any):
-        self._read = _nvml_reader(device) if device.type == "cuda" else _rapl_reader()
-        self._first = self._read() if self._read else 0.0
-
-    def joules(self) -> float | None:
-        """None if the device has no counter."""
-        return self._read() - self._first if self._read else None
-
-
-def _nvml_reader(device: Any) -> Any:
-    try:
-        import pynvml  # comes with nvidia-ml-py
-        import torch
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # not installed, or no counter: NVML has an error class for each reason
-        return None
-    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-
-
-def _rapl_reader(root: Path = Path("/sys/class/powercap")) -> Any:
-    """Intel's and AMD's counters, in microjoules, which restart after max_energy_range_uj."""
-    zones = [zone for zone in sorted(root.glob("intel-rapl:*")) if zone.name.count(":") == 1]
-    try:
-        ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in zones]
-        last = [int((zone / "energy_uj").read_text()) for zone in zones]
-    except (OSError, ValueError):
-        return None
-    if not zones:
-        return None
-    total = 0
-
-    def read() -> float:
-        nonlocal total
-        for number, zone in enumerate(zones):
-            now = int((zone / "energy_uj").read_text())
-            total += (now - last[number]) % (ranges[number] + 1)
-            last[number] = now
-        return total / 1e6
-
-    return read
 
 
 def _describe_device(number: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def push_and_reload(folder: Path) -> None:
     from huggingface_hub import HfApi
 
     from clip_phi.data.synthetic import write_dataset
-    from clip_phi.hub.push import Target, push
+    from clip_phi.hub.push import push
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
     api = HfApi()
@@ -68,7 +68,7 @@ def push_and_reload(folder: Path) -> None:
         expected = model(**inputs).logits
 
     for form in ("delta", "merged"):
-        pushed = push(folder / "model", Target(f"alice/{form}"), merged=form == "merged")
+        pushed = push(folder / "model", f"alice/{form}", merged=form == "merged")
         size = sum(sibling.size or 0 for sibling in api.model_info(pushed.repo_id, files_metadata=True).siblings or [])
         arguments = [pushed.repo_id, pushed.revision, folder / "inputs.pt", folder / f"{form}.pt"]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

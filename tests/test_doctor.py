@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import shutil
 from collections import namedtuple
 
@@ -17,8 +16,8 @@ from clip_phi.tools import doctor
 from clip_phi.tools.doctor import Check
 
 NAMES = {
-    *("python", "clip_phi", "torch", "transformers", "accelerate", "pillow", "8-bit optimizer", "OpenMP threads"),
-    *("memory", "folder", "Hub cache", "Hub", "Hub token", "open files", "accelerate yaml", "attention"),
+    *("python", "torch", "transformers", "accelerate", "pillow", "8-bit optimizer", "OpenMP threads"),
+    *("memory", "folder", "Hub cache", "Hub", "Hub token", "accelerate yaml"),
     "training step",
 }
 
@@ -81,13 +80,13 @@ def test_a_missing_torch_is_reported_and_does_not_end_the_examination(monkeypatc
         raise ImportError("No module named 'torch'")
 
     monkeypatch.setattr(doctor, "describe_environment", no_torch)
-    monkeypatch.setattr(doctor, "CHECKS", (doctor.check_open_files, doctor.check_attention, doctor.check_memory))
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.check_python, doctor.check_training_step, doctor.check_memory))
     monkeypatch.setattr(doctor, "_device_and_dtype", no_torch)
     assert main(["doctor", "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
     assert result["environment"] == {"error": "ImportError: No module named 'torch'"} and result["problems"] == 1
     names = [check["name"] for check in result["checks"]]
-    assert names[:3] == ["open files", "attention", "memory"]
+    assert names[:3] == ["python", "training step", "memory"]
 
 
 def test_an_untested_python_is_a_problem(monkeypatch):
@@ -209,20 +208,6 @@ def test_offline_and_no_token_are_notes(monkeypatch):
     assert [check.status for check in doctor.check_hub()] == ["note", "note"]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert [check.status for check in doctor.check_hub()] == ["ok", "note"]
-
-
-def test_a_low_limit_of_open_files_is_a_note(monkeypatch):
-    for limit, status in ((256, "note"), (1024, "ok"), (resource.RLIM_INFINITY, "ok")):
-        monkeypatch.setattr(resource, "getrlimit", lambda which, limit=limit: (limit, limit))
-        assert [check.status for check in doctor.check_open_files()] == [status]
-
-
-def test_a_checkout_beside_the_installed_copy_is_a_note(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert [check.status for check in doctor.check_copies()] == ["ok"]
-    (tmp_path / "clip_phi").mkdir()
-    (tmp_path / "clip_phi/__init__.py").write_text("")
-    assert [(check.status, check.remedy) for check in doctor.check_copies()] == [("note", "pip install -e .")]
 
 
 @pytest.mark.parametrize(

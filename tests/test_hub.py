@@ -25,7 +25,7 @@ from clip_phi.data.synthetic import write_dataset
 from clip_phi.hub import push as pushing
 from clip_phi.hub import retry
 from clip_phi.hub.card import merge_cards, scrub
-from clip_phi.hub.push import Target, check_push, push
+from clip_phi.hub.push import check_push, push
 from clip_phi.hub.retry import load_with_retries
 from clip_phi.training.guards import write_run
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
@@ -107,10 +107,6 @@ def run(trained, tmp_path):
     return tmp_path / "run"
 
 
-def quietly(line: str) -> None:
-    pass
-
-
 def history(hub, repo_id: str, ref: str = "main") -> list[str]:
     return list(hub.repo(repo_id).refs.get(ref, []))
 
@@ -139,7 +135,7 @@ def test_training_pushes_its_checkpoint_in_one_commit_that_a_tag_names(trained, 
 
 def test_unchanged_push_makes_no_commit(trained, hub):
     before = history(hub, "alice/trained")
-    pushed = push(trained[0], Target("alice/trained"), log=quietly)
+    pushed = push(trained[0], "alice/trained")
     assert history(hub, "alice/trained") == before
     assert (pushed.changed, pushed.commit) == (False, before[-1])
 
@@ -154,7 +150,7 @@ def test_nothing_of_this_machine_is_pushed(trained, hub, vision_backbone, text_b
     ClipPhiProcessor.from_backbones(vision_backbone, text_backbone).save_pretrained(whole)
     for name in ("run.json", "samples.jsonl", "data_report.json"):
         shutil.copy(folder / name, whole / name)
-    push(whole, Target("alice/whole"), merged=True, log=quietly)
+    push(whole, "alice/whole", merged=True)
     private = [str(folder.parent), vision_backbone, text_backbone, str(ROOT), str(Path.home()) + "/", "hf_alice"]
     files = hub.repo("alice/trained").files() | hub.repo("alice/whole").files()
     for name, file in files.items():
@@ -204,7 +200,7 @@ EVALUATION = {
 def test_evaluations_are_in_the_model_index_with_set_size_and_command(run, hub):
     (run / "evaluation").mkdir()
     (run / "evaluation/vqa.json").write_text(json.dumps(EVALUATION))
-    push(run, Target("alice/judged"), log=quietly)
+    push(run, "alice/judged")
     text = card_of(hub, "alice/judged")
     (result,) = ModelCard(text).data.to_dict()["model-index"][0]["results"]
     values = {metric["name"]: metric["value"] for metric in result["metrics"]}
@@ -215,7 +211,7 @@ def test_evaluations_are_in_the_model_index_with_set_size_and_command(run, hub):
 
 
 def test_what_a_person_wrote_into_the_card_stays(run, hub):
-    push(run, Target("alice/edited"), log=quietly)
+    push(run, "alice/edited")
     repo = hub.repo("alice/edited")
     text = card_of(hub, "alice/edited")
     edited = text.replace("license: other", "license: cc-by-nc-4.0\nthumbnail: me.png")
@@ -225,12 +221,12 @@ def test_what_a_person_wrote_into_the_card_stays(run, hub):
     edited = re.sub(r"<!-- clip-phi:limits.*?clip-phi:end -->", "", edited, flags=re.S)
     repo.commit("main", "by hand", repo.files() | {"README.md": File(edited.encode(), False)})
     by_hand = history(hub, "alice/edited")
-    push(run, Target("alice/edited"), log=quietly)
+    push(run, "alice/edited")
     assert history(hub, "alice/edited") == by_hand, "an edited card alone is no reason for a commit"
 
     (run / "evaluation").mkdir()
     (run / "evaluation/vqa.json").write_text(json.dumps(EVALUATION))
-    push(run, Target("alice/edited"), log=quietly)
+    push(run, "alice/edited")
     text = card_of(hub, "alice/edited")
     assert len(history(hub, "alice/edited")) == len(by_hand) + 1
     assert "My own words." in text and text.endswith("And my last ones.\n") and "0.8125" in text
@@ -273,11 +269,11 @@ def test_run_json_contains_no_token(tmp_path):
 def test_merged_push_over_a_delta_leaves_none_of_its_files(run, hub, model):
     (run / "adapter").mkdir()
     (run / "adapter/adapter_config.json").write_text("{}")
-    push(run, Target("alice/both"), log=quietly)
+    push(run, "alice/both")
     repo = hub.repo("alice/both")
     repo.commit("main", "by hand", repo.files() | {"notes.txt": File(b"mine", False)})
     shutil.rmtree(run / "adapter")
-    push(run, Target("alice/both"), merged=True, log=quietly)
+    push(run, "alice/both", merged=True)
     files = repo.files()
     assert "adapter/adapter_config.json" not in files and files["notes.txt"].data == b"mine"
     assert not json.loads(files["config.json"].data)["delta"]
@@ -285,7 +281,7 @@ def test_merged_push_over_a_delta_leaves_none_of_its_files(run, hub, model):
     assert "This repository contains all weights" in files["README.md"].data.decode()
     ClipPhiForCausalLM.from_pretrained(run).save_pretrained(run, merged=True)
     for merged in (True, False):  # a whole one is pushed as it is
-        push(run, Target("alice/both"), merged=merged, log=quietly)
+        push(run, "alice/both", merged=merged)
         assert repo.files()["model.safetensors"] == files["model.safetensors"]
         assert set(repo.files()) == set(files)
 
@@ -308,14 +304,13 @@ def test_branch_tag_private_and_command_line(run, hub, capsys):
 
 def test_pull_request_is_opened_once_and_continued(run, hub):
     hub.create("other/model")
-    target = Target("other/model", create_pr=True)
-    first = push(run, target, log=quietly)
+    first = push(run, "other/model", create_pr=True)
     assert first.pull_request == f"{hub.url}/other/model/discussions/1"
     assert list(hub.repo("other/model").files()) == [".gitattributes"], "main is theirs"
     assert set(hub.repo("other/model").files("refs/pr/1")) >= WEIGHTS | CODE | PROCESSOR
-    assert push(run, target, log=quietly).changed is False
+    assert push(run, "other/model", create_pr=True).changed is False
     (run / "curve.png").unlink()
-    assert push(run, target, log=quietly).pull_request == first.pull_request
+    assert push(run, "other/model", create_pr=True).pull_request == first.pull_request
     assert len(hub.repo("other/model").pulls) == 1 and len(history(hub, "other/model", "refs/pr/1")) == 2
 
 
@@ -351,7 +346,7 @@ def test_missing_rights_are_reported_in_one_line(repo_id, token, words, trained,
 
 
 def test_org_with_the_right_to_write_is_pushed_to(trained, hub):
-    assert push(trained[0], Target("team/model"), log=quietly).changed
+    assert push(trained[0], "team/model").changed
 
 
 def test_what_cannot_be_pushed_is_refused_in_one_line(
@@ -359,7 +354,7 @@ def test_what_cannot_be_pushed_is_refused_in_one_line(
 ):
     def refused(words: str, folder: Path) -> None:
         with pytest.raises(ValueError, match=words):
-            push(folder, Target("alice/refused"), log=quietly)
+            push(folder, "alice/refused")
 
     refused("contains no model", tmp_path / "nothing")
     ClipPhiForCausalLM.from_backbones(vision_backbone, text_backbone).save_pretrained(tmp_path / "local")
@@ -418,8 +413,8 @@ assert "modeling_clip_phi" not in sys.modules
 def test_both_forms_load_in_a_clean_process_with_equal_logits_and_offline_afterwards(
     trained, hub, tmp_path, monkeypatch
 ):
-    pushed = [push(trained[0], Target("alice/delta"), log=quietly)]
-    pushed.append(push(trained[0], Target("alice/merged", private=True), merged=True, log=quietly))
+    pushed = [push(trained[0], "alice/delta")]
+    pushed.append(push(trained[0], "alice/merged", private=True, merged=True))
     model = ClipPhiForCausalLM.from_pretrained(trained[0])
     processor = ClipPhiProcessor.from_pretrained(trained[0])
     Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "image.png")
@@ -553,7 +548,7 @@ def test_push_to_hub_of_the_model_can_be_pushed_over_and_leaves_a_card_that_is_t
     processor.push_to_hub(repo_id)
     assert json.loads(hub.repo(repo_id).files()["config.json"].data)["delta"] is not merged
     assert same(ClipPhiForCausalLM.from_pretrained(repo_id), saved)
-    push(run, Target(repo_id), merged=merged, log=quietly)
+    push(run, repo_id, merged=merged)
     whole = card_of(hub, repo_id)
     assert whole.count("## How to use it") == 1 and "automatically generated" not in whole
     assert ModelCard(whole).data.pipeline_tag == "image-text-to-text"
@@ -617,12 +612,11 @@ def test_every_failure_of_a_push_passes_or_is_reported_and_leaves_nothing_half_c
     """Once: the push goes through. Always: one line, and the branch is what it was, or all of what it should be."""
     repo_id = f"alice/fails-at-{route}"
     complete = {".gitattributes"} | WEIGHTS | CODE | PROCESSOR | CARD
-    target = Target(repo_id, branch="draft", tag="v1")
-    options = {"log": quietly}
+    options = {"branch": "draft", "tag": "v1"}
     hub.create(repo_id)
     ref = "draft"
     if route == "discussions":
-        target, ref = Target(repo_id, create_pr=True), "refs/pr/1"
+        options, ref = {"create_pr": True}, "refs/pr/1"
     if route in ("head", "download"):
         hub.repo(repo_id).commit("main", "a card", {"README.md": File(b"---\ntags: [x]\n---\nwords\n", False)})
         complete -= {".gitattributes"}
@@ -636,13 +630,13 @@ def test_every_failure_of_a_push_passes_or_is_reported_and_leaves_nothing_half_c
         change()
         before = hub.requests[route]
         hub.fail(route, what)
-        assert push(run, target, **options).changed, what
+        assert push(run, repo_id, **options).changed, what
         assert hub.requests[route] > before and not any(times for _, _, times, _ in hub.faults), (
             f"{route} was not asked"
         )
         assert set(hub.repo(repo_id).files(ref)) == complete
         commits = len(history(hub, repo_id, ref))
-        assert push(run, target, **options).changed is False, "an answer that was lost is not asked for twice"
+        assert push(run, repo_id, **options).changed is False, "an answer that was lost is not asked for twice"
         assert len(history(hub, repo_id, ref)) == commits
         hub.repo(repo_id).tags.clear()
     passes = {"create": [403], "branch": [403], "lfs-verify": [500, "cut"]}  # what is there already is taken as it is
@@ -652,18 +646,18 @@ def test_every_failure_of_a_push_passes_or_is_reported_and_leaves_nothing_half_c
         hub.fail(route, what, times=1000)
         if what not in passes.get(route, []):
             with pytest.raises((ValueError, OSError)) as caught:
-                push(run, target, **options)
+                push(run, repo_id, **options)
             assert "\n" not in str(caught.value) and "hf_alice" not in str(caught.value), what
             assert history(hub, repo_id, ref) == before or route in ("tag", "refs")
         hub.faults.clear()
-        push(run, target, **options)
+        push(run, repo_id, **options)
         assert set(hub.repo(repo_id).files(ref)) == complete
         hub.repo(repo_id).tags.clear()
 
 
 def test_two_pushes_at_once_lose_nothing(run, hub, monkeypatch):
     """Between our look at the repository and our commit another one comes: 412, and a second look."""
-    push(run, Target("alice/raced"), log=quietly)
+    push(run, "alice/raced")
     repo = hub.repo("alice/raced")
     (run / "curve.png").unlink()
     merge, edits = pushing.merge_cards, iter([b"---\ntags: [x]\n---\nedited meanwhile\n"])
@@ -674,7 +668,7 @@ def test_two_pushes_at_once_lose_nothing(run, hub, monkeypatch):
         return merge(old, new)
 
     monkeypatch.setattr(pushing, "merge_cards", meanwhile)
-    push(run, Target("alice/raced"), log=quietly)
+    push(run, "alice/raced")
     assert "edited meanwhile" in card_of(hub, "alice/raced") and "curve.png" not in repo.files()
     assert [repo.commits[sha][0] for sha in history(hub, "alice/raced")[-2:]] == ["by hand", "Delta checkpoint"]
 
@@ -695,5 +689,5 @@ def test_killed_push_continues_with_what_was_uploaded(run, hub):
     process.wait()
     assert len(history(hub, "alice/killed")) == 1, "the first commit, which the hub itself makes"
     uploads = hub.requests["lfs-put"] + hub.requests["lfs-part"]
-    assert push(run, Target("alice/killed"), log=quietly).changed
+    assert push(run, "alice/killed").changed
     assert hub.requests["lfs-put"] + hub.requests["lfs-part"] == uploads, "nothing was uploaded twice"

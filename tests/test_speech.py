@@ -390,7 +390,7 @@ def test_ask_puts_the_transcript_before_the_instruction(image_file, checkpoint, 
     def transcribe(file, arguments):
         return Transcript(speech["text"], (), "en", "faster-whisper", 1.5, True)
 
-    monkeypatch.setattr("clip_phi.commands.speech.transcribe", transcribe)
+    monkeypatch.setattr("clip_phi.commands.generate.transcribe", transcribe)
     ask = ["ask", image_file, "--speech", "q.wav", "--model", checkpoint, "--max_new_tokens", "6", "--json"]
     asked = []
     monkeypatch.setattr(
@@ -494,7 +494,9 @@ def environment(tmp_path_factory):
 
 
 def make_worker(environment, model="tiny", language=None, words=False):
-    return whisperx.WhisperXTranscriber(model, "cuda:1", language, "int8", words, environment)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLIP_PHI_WHISPERX", str(environment))
+        return whisperx.WhisperXTranscriber(model, "cuda:1", language, "int8", words)
 
 
 def sound(kind=0, length=160):

@@ -1,4 +1,4 @@
-"""What training is set up with: LoRA's targets in any decoder, counted FLOPs, groups, schedules, energy."""
+"""What training is set up with: LoRA's targets in any decoder, counted FLOPs, groups, schedules."""
 
 import math
 
@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, GPT2Config, LlamaConfig, PhiConfig
 from clip_phi.batching.attention import PACKED_ATTENTION
 from clip_phi.batching.encode import Encoded
 from clip_phi.batching.packing import build_shared_prefix, pack_samples
-from clip_phi.environment import _rapl_reader, peak_flops
+from clip_phi.environment import peak_flops
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
 from clip_phi.training.logger import FlopsPerToken
 from clip_phi.training.model import add_lora
@@ -112,20 +112,6 @@ def test_learning_rates_rise_and_fall_as_asked(shape, expected):
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx(expected)
-
-
-def test_the_processors_counters_of_energy_are_summed_and_may_begin_anew(tmp_path):
-    assert _rapl_reader(tmp_path) is None
-    for number, start in ((0, 900_000), (1, 0)):
-        zone = tmp_path / f"intel-rapl:{number}"
-        zone.mkdir()
-        (zone / "max_energy_range_uj").write_text("999999\n")
-        (zone / "energy_uj").write_text(f"{start}\n")
-    read = _rapl_reader(tmp_path)
-    assert read() == 0
-    (tmp_path / "intel-rapl:0/energy_uj").write_text("100000\n")  # 0.1 J until the counter's end, 0.1 J behind it
-    (tmp_path / "intel-rapl:1/energy_uj").write_text("500000\n")
-    assert read() == pytest.approx(0.7) and read() == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize(

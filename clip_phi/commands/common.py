@@ -63,10 +63,8 @@ class Parser(argparse.ArgumentParser):
 
     def _check_name(self, what: str, name: str, known: Any) -> None:
         if name not in known:
-            nearest = "".join(
-                f"; the nearest known one is {each}" for each in difflib.get_close_matches(name, known, 1)
-            )
-            self.error(f"unknown {what} {name}{nearest} (see {self.prog} --help)")
+            nearest = [f"; the nearest known one is {each}" for each in difflib.get_close_matches(name, known, 1)]
+            self.error(f"unknown {what} {name}{''.join(nearest)} (see {self.prog} --help)")
 
 
 def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], Any], help: str) -> Parser:
@@ -82,23 +80,17 @@ def add_model(command: argparse.ArgumentParser, *, argument: bool = False) -> No
     command.set_defaults(model_argument=None)
     if argument:
         command.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
-    command.add_argument(
-        "--model",
-        metavar="PATH_OR_ID",
-        help=f"folder or Hub id of a trained model (default: the newest of {', '.join(MODELS)})",
-    )
+    help = f"folder or Hub id of a trained model (default: the newest of {', '.join(MODELS)})"
+    command.add_argument("--model", metavar="PATH_OR_ID", help=help)
 
 
 def add_engine(command: argparse.ArgumentParser, *, argument: bool = False) -> None:
     """The options of load_engine, except for --compile."""
     add_model(command, argument=argument)
     command.add_argument("--device", help="for example cuda:1 or cpu (default: CUDA if there is one)")
-    command.add_argument(
-        "--quantization",
-        choices=("nf4", "int8"),
-        help="decoder in 4 or 8 bits: less memory, slightly less accurate, and with int8 on a CPU faster "
-        "(nf4, and int8 on a GPU: pip install 'clip-phi[cuda]')",
-    )
+    help = "decoder in 4 or 8 bits: less memory, slightly less accurate, and with int8 on a CPU faster "
+    help += "(nf4, and int8 on a GPU: pip install 'clip-phi[cuda]')"
+    command.add_argument("--quantization", choices=("nf4", "int8"), help=help)
 
 
 def load_engine(arguments: argparse.Namespace, limits: Any = None) -> Any:
@@ -113,8 +105,8 @@ def add_json(command: argparse.ArgumentParser, what: str = "one json object inst
     command.add_argument("--json", action="store_true", help=f"{what}, on standard output")
 
 
-def add_data(command: argparse.ArgumentParser, help: str) -> None:
-    command.add_argument("--data", nargs="+", action="extend", default=[], metavar="DATA", help=help)
+def add_data(command: argparse.ArgumentParser, help: str, name: str = "--data") -> None:
+    command.add_argument(name, nargs="+", action="extend", default=[], metavar="DATA", help=help)
 
 
 def newest_model() -> str | None:
@@ -131,8 +123,7 @@ def choose_model(arguments: argparse.Namespace) -> str:
         raise ValueError(f"two models: {arguments.model_argument} and --model {arguments.model}. Give one of them")
     model: str | None = arguments.model or arguments.model_argument
     if model is None:
-        model = newest_model()
-        if model is None:
+        if (model := newest_model()) is None:
             raise ValueError(f"no model in {', '.join(MODELS)}: run 'make demo' first, or give --model PATH_OR_ID")
         print(f"clip-phi: model: {model} (--model chooses another)", file=sys.stderr)
     if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
@@ -142,21 +133,18 @@ def choose_model(arguments: argparse.Namespace) -> str:
 
 
 def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
 
 
 def natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
+    if (value := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, not {value}")
     return value
 
 
 def positive_number(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
+    if not 0 < (value := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
     return value

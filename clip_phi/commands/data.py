@@ -10,47 +10,26 @@ from .common import DATA, MODELS, add_command, add_data, add_json, natural, newe
 
 def add_to(commands: Any) -> None:
     inspect = add_command(commands, "inspect", run_inspect, "the model's view of a data set, and the errors in it")
-    inspect.add_argument("data_argument", nargs="*", metavar="DATA", help="the same as --data")
+    add = inspect.add_argument
+    add("data_argument", nargs="*", metavar="DATA", help="the same as --data")
     add_data(inspect, f"data to inspect: {DATA}")
-    inspect.add_argument("--sample", type=natural, default=0, metavar="N", help="first sample to show (default: 0)")
-    inspect.add_argument("--num", type=positive, default=1, metavar="N", help="number of samples to show (default: 1)")
-    inspect.add_argument(
-        "--summary", action="store_true", help="counts of what training would use and skip; opens every image"
-    )
-    inspect.add_argument(
-        "--eval_data",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="DATA",
-        help="validation data, whose images are searched for in the data (with the summary)",
-    )
+    add("--sample", type=natural, default=0, metavar="N", help="first sample to show (default: 0)")
+    add("--num", type=positive, default=1, metavar="N", help="number of samples to show (default: 1)")
+    add("--summary", action="store_true", help="counts of what training would use and skip; opens every image")
+    add_data(inspect, "validation data, whose images are searched for in the data (with the summary)", "--eval_data")
     add_json(inspect, "the summary as one json object")
-    inspect.add_argument(
-        "--output",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="file (several times: files); .json: the summary; .html: samples, and the summary with --summary; .png: "
-        "histograms of lengths, and images",
+    help = "file (several times: files); .json: the summary; .html: samples, and the summary with --summary; .png: "
+    add("--output", action="append", default=[], metavar="FILE", help=f"{help}histograms of lengths, and images")
+    help = (
+        f"folder or Hub id of the model whose tokenizer is used (default: the newest of {', '.join(MODELS)}, or else "
     )
-    inspect.add_argument(
-        "--model",
-        metavar="PATH_OR_ID",
-        help=f"folder or Hub id of the model whose tokenizer is used (default: the newest of {', '.join(MODELS)}, or "
-        "else the small backbones of the project)",
-    )
-    inspect.add_argument("--max_length", type=positive, default=2048, help="longest sample in tokens, as in training")
-    inspect.add_argument(
-        "--num_workers",
-        type=natural,
-        default=os.cpu_count(),
-        help="processes that open images; 0: this process alone (default: %(default)s, the number of cores)",
-    )
+    add("--model", metavar="PATH_OR_ID", help=f"{help}the small backbones of the project)")
+    add("--max_length", type=positive, default=2048, help="longest sample in tokens, as in training")
+    help = "processes that open images; 0: this process alone (default: %(default)s, the number of cores)"
+    add("--num_workers", type=natural, default=os.cpu_count(), help=help)
 
-    draw = add_command(
-        commands, "draw-data", run_draw_data, "a small synthetic data set in the layouts of COCO and LLaVA-Instruct"
-    )
+    help = "a small synthetic data set in the layouts of COCO and LLaVA-Instruct"
+    draw = add_command(commands, "draw-data", run_draw_data, help)
     draw.add_argument("folder", metavar="DIR", help="folder to write")
     draw.add_argument("--num_train", type=positive, default=4000, help="training images")
     draw.add_argument("--num_val", type=positive, default=400, help="validation images")

@@ -11,57 +11,40 @@ TASKS = ("captions", "vqa", "pope", "exact", "loss")
 
 
 def add_to(commands: Any) -> None:
-    evaluate = add_command(
-        commands, "evaluate", run_evaluate, "scores of a model, beside its scores without the image and with others"
-    )
+    help = "scores of a model, beside its scores without the image and with others"
+    evaluate = add_command(commands, "evaluate", run_evaluate, help)
+    add = evaluate.add_argument
     add_model(evaluate, argument=True)
-    evaluate.add_argument(
-        "--task",
-        required=True,
-        choices=TASKS,
-        help="captions: CIDEr-D and others; vqa: short answers by VQAv2's rules; pope: yes or no; exact: exact match, "
-        "as in GQA; loss: cross-entropy of all answers in the data",
-    )
+    help = "captions: CIDEr-D and others; vqa: short answers by VQAv2's rules; pope: yes or no; exact: exact match, as "
+    help += "in GQA; loss: cross-entropy of all answers in the data"
+    add("--task", required=True, choices=TASKS, help=help)
     add_data(evaluate, f"data to evaluate on: {DATA} (default, for {DEMO_MODEL} alone: the demo's validation data)")
-    evaluate.add_argument("--num_images", type=positive, metavar="N", help="only the first N images (default: all)")
-    evaluate.add_argument("--max_bad_fraction", type=float, default=0.01, help="largest share of bad records")
-    evaluate.add_argument(
-        "--prompt",
-        help="prompt instead of the usual one; for questions with {question} in it (default: the question itself; for "
-        "captions the instruction that the model was trained with)",
-    )
-    evaluate.add_argument("--num_beams", type=positive, default=1, help="beams of beam search (default: 1, greedy)")
-    evaluate.add_argument("--max_new_tokens", type=positive, default=64, help="longest answer in tokens")
-    evaluate.add_argument("--batch_size", type=positive, default=32, help="prompts in a batch")
-    evaluate.add_argument("--shuffles", type=positive, default=1, help="shuffles of the images to average")
-    evaluate.add_argument("--seed", type=int, default=0, help="random seed of shuffles and bootstrap")
-    evaluate.add_argument(
-        "--clip",
-        metavar="CLIP",
-        help="folder or Hub id of a CLIP model for CLIPScore (default: the vision tower's own, if it is stored here)",
-    )
-    evaluate.add_argument("--meteor", action="store_true", help="METEOR as well (needs Java and clip-phi[metrics])")
-    evaluate.add_argument("--device", help="for example cuda:1 or cpu (default: what Accelerate finds)")
-    evaluate.add_argument(
-        "--output_dir",
-        metavar="DIR",
-        help="folder for result, samples, page and images (default: MODEL/evaluation, or outputs/evaluation for one "
-        "on the Hub)",
-    )
-    evaluate.add_argument("--output", metavar="FILE", help="one more copy of the result as json")
-    add_json(evaluate, "the result as one json object")
+    add("--num_images", type=positive, metavar="N", help="only the first N images (default: all)")
+    add("--max_bad_fraction", type=float, default=0.01, help="largest share of bad records")
+    help = "prompt instead of the usual one; for questions with {question} in it (default: the question itself; for "
+    add("--prompt", help=f"{help}captions the instruction that the model was trained with)")
+    add("--num_beams", type=positive, default=1, help="beams of beam search (default: 1, greedy)")
+    add("--max_new_tokens", type=positive, default=64, help="longest answer in tokens")
+    add("--batch_size", type=positive, default=32, help="prompts in a batch")
+    add("--shuffles", type=positive, default=1, help="shuffles of the images to average")
+    help = "folder or Hub id of a CLIP model for CLIPScore (default: the vision tower's own, if it is stored here)"
+    add("--clip", metavar="CLIP", help=help)
+    add("--meteor", action="store_true", help="METEOR as well (needs Java and clip-phi[metrics])")
+    add("--device", help="for example cuda:1 or cpu (default: what Accelerate finds)")
+    help = "folder for result, samples, page and images (default: MODEL/evaluation, or outputs/evaluation for one on "
+    add("--output_dir", metavar="DIR", help=f"{help}the Hub)")
 
-    compare = add_command(
-        commands, "compare", run_compare, "the better one of two evaluated models, with a confidence interval"
-    )
-    compare.add_argument(
-        "models", nargs="*", metavar="MODEL", help="two folders of evaluated models, or TASK.json files in them"
-    )
+    help = "the better one of two evaluated models, with a confidence interval"
+    compare = add_command(commands, "compare", run_compare, help)
+    help = "two folders of evaluated models, or TASK.json files in them"
+    compare.add_argument("models", nargs="*", metavar="MODEL", help=help)
     compare.add_argument("--model", action="append", default=[], metavar="PATH", help="the same as MODEL, twice")
     compare.add_argument("--task", choices=TASKS, help="result to compare, if a folder has several")
-    compare.add_argument("--seed", type=int, default=0, help="random seed of the bootstrap")
-    compare.add_argument("--output", metavar="FILE", help="one more copy of the result as json")
-    add_json(compare, "the result as one json object")
+
+    for command in (evaluate, compare):
+        command.add_argument("--seed", type=int, default=0, help="random seed of every random choice")
+        command.add_argument("--output", metavar="FILE", help="one more copy of the result as json")
+        add_json(command, "the result as one json object")
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:

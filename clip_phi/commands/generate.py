@@ -2,39 +2,34 @@
 
 import argparse
 import json
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .common import add_command, add_engine, add_json, load_engine, natural, positive
-from .speech import add_asr_options
+from .speech import add_asr_options, transcribe
 
 
 def add_to(commands: Any) -> None:
     caption = add_command(commands, "caption", run_caption, "captions of images")
-    caption.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="image file, or a folder: all images in it and its subfolders"
-    )
-    caption.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="file for one json object a line; bad images are counted and do not end the run",
-    )
+    help = "image file, or a folder: all images in it and its subfolders"
+    caption.add_argument("images", nargs="+", metavar="IMAGE", help=help)
+    help = "file for one json object a line; bad images are counted and do not end the run"
+    caption.add_argument("--output", type=Path, metavar="FILE", help=help)
     caption.add_argument("--resume", action="store_true", help="continuation of the FILE of a stopped run")
 
     ask = add_command(commands, "ask", run_ask, "the answer to a question about an image")
-    ask.add_argument("image", metavar="IMAGE", help="image file")
-    ask.add_argument("question", metavar="QUESTION", nargs="?", help="for example: 'What color is the circle?'")
-    ask.add_argument("--speech", metavar="FILE", help="recording of the question, or of what precedes QUESTION")
+    add = ask.add_argument
+    add("image", metavar="IMAGE", help="image file")
+    add("question", metavar="QUESTION", nargs="?", help="for example: 'What color is the circle?'")
+    add("--speech", metavar="FILE", help="recording of the question, or of what precedes QUESTION")
     add_asr_options(ask)
-    ask.add_argument("--speak", metavar="WAV", help="file for the spoken answer")
-    ask.add_argument("--voice", help="voice of --speak: a name, or folder or Hub id of a text-to-speech model")
-    ask.add_argument("--draw", metavar="PNG", help="file for an image drawn from the answer")
-    ask.add_argument("--drawing_model", help="model of --draw: folder or Hub id of a text-to-image model of diffusers")
-    ask.add_argument("--seed", type=natural, default=0, help="random seed of --draw")
-    ask.add_argument("--size", type=positive, help="width and height of --draw in pixels (default: the model's own)")
+    add("--speak", metavar="WAV", help="file for the spoken answer")
+    add("--voice", help="voice of --speak: a name, or folder or Hub id of a text-to-speech model")
+    add("--draw", metavar="PNG", help="file for an image drawn from the answer")
+    add("--drawing_model", help="model of --draw: folder or Hub id of a text-to-image model of diffusers")
+    add("--seed", type=natural, default=0, help="random seed of --draw")
+    add("--size", type=positive, help="width and height of --draw in pixels (default: the model's own)")
 
     for command in (caption, ask):
         add_engine(command)
@@ -74,6 +69,7 @@ def _caption_many(arguments: argparse.Namespace) -> int:
 
 def run_ask(arguments: argparse.Namespace) -> None:
     from ..batching.images import load_image
+    from ..data.sample import SPOKEN_INSTRUCTION
 
     if arguments.question is None and arguments.speech is None:
         raise ValueError("no question: write one, or give a recording of it with --speech")
@@ -91,37 +87,28 @@ def run_ask(arguments: argparse.Namespace) -> None:
         from ..serving.text_to_image import TextToImage
 
         drawer = TextToImage(arguments.drawing_model, arguments.device)
-    question, record = arguments.question, {"image": arguments.image, "question": arguments.question}
-    transcript = None
+    question, transcript, answer = arguments.question, None, list[str]()
+    record = {"image": arguments.image, "question": question}
     if arguments.speech is not None:
-        question, transcript, about = _transcribe(arguments)
-        record |= about
-    answer: list[str] = []
+        found = transcribe(arguments.speech, arguments)
+        if question is None and not found.text:
+            raise ValueError(f"no speech in {arguments.speech}: write the question, or record it again")
+        question, transcript = question or SPOKEN_INSTRUCTION, found.text or None
+        record |= {"transcript": found.text, "engine": found.engine}
+        record |= {"seconds": found.seconds, "truncated": found.truncated}
     with load_engine(arguments) as engine:
         pieces = engine.stream(question, image, arguments.max_new_tokens, transcript)
         printed = _printed(pieces, answer, quiet=arguments.json)
-        if speaker is None:
-            deque(printed, maxlen=0)
-        else:
+        if speaker is not None:
             write_wav(arguments.speak, join(speaker.stream(printed)))
             record["speak"] = arguments.speak
+        for _ in printed:  # what the speaker has not read: all of it, if there is none
+            pass
     if drawer is not None:
         drawer.generate("".join(answer), arguments.seed, arguments.size).save(arguments.draw, format="PNG")
         record["draw"] = arguments.draw
     if arguments.json:
         print(json.dumps(record | {"answer": "".join(answer).strip()}), flush=True)
-
-
-def _transcribe(arguments: argparse.Namespace) -> tuple[str, str | None, dict[str, Any]]:
-    """Question and transcript for the prompt, and the keys that describe the recording."""
-    from ..data.sample import SPOKEN_INSTRUCTION
-    from .speech import transcribe
-
-    found = transcribe(arguments.speech, arguments)
-    if arguments.question is None and not found.text:
-        raise ValueError(f"no speech in {arguments.speech}: write the question, or record it again")
-    about = {"transcript": found.text, "engine": found.engine, "seconds": found.seconds, "truncated": found.truncated}
-    return arguments.question or SPOKEN_INSTRUCTION, found.text or None, about
 
 
 def _printed(pieces: Iterator[str], collected: list[str], quiet: bool) -> Iterator[str]:

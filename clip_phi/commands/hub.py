@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,64 +12,52 @@ from .common import add_command, add_json, add_model, choose_model
 def add_to(commands: Any) -> None:
     push = add_command(commands, "push", run_push, "upload of a trained model to the Hub, with its model card")
     add_model(push, argument=True)
-    push.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub, created if it does not exist")
-    push.add_argument(
-        "--merged", action="store_true", help="the whole model, LoRA folded in, instead of the trained weights alone"
-    )
-    push.add_argument("--private", action="store_true", help="private repository, if it is created")
-    push.add_argument("--revision", metavar="BRANCH", help="branch to push to, created if needed (default: main)")
-    push.add_argument("--tag", help="tag of the pushed commit (default: made from the weights' hash)")
-    push.add_argument("--create_pr", action="store_true", help="a pull request instead of a commit")
-    push.add_argument("--message", help="commit message")
-    push.add_argument("--no_images", action="store_true", help="a card without sample images")
-    add_json(push)
+    add = push.add_argument
+    add("repo_id", metavar="USER/NAME", help="repository on the Hub, created if it does not exist")
+    add("--merged", action="store_true", help="the whole model, LoRA folded in, instead of the trained weights alone")
+    add("--private", action="store_true", help="private repository, if it is created")
+    add("--revision", metavar="BRANCH", help="branch to push to, created if needed (default: main)")
+    add("--tag", help="tag of the pushed commit (default: made from the weights' hash)")
+    add("--create_pr", action="store_true", help="a pull request instead of a commit")
+    add("--message", help="commit message")
+    add("--no_images", action="store_true", help="a card without sample images")
 
     export = add_command(commands, "export", run_export, "a trained model's files for llama.cpp, vLLM, Llava or ONNX")
     add_model(export, argument=True)
     export.add_argument("folder", metavar="DIR", help="folder to write")
-    export.add_argument(
-        "--to",
-        required=True,
-        choices=("gguf", "llava", "onnx", "vllm"),
-        help="gguf: text model and mmproj for llama.cpp; llava: stock LlavaForConditionalGeneration; onnx: tower and "
-        "projector; vllm: merged, with the class that vLLM's transformers backend needs",
-    )
+    help = "gguf: text model and mmproj for llama.cpp; llava: stock LlavaForConditionalGeneration; onnx: tower and "
+    help += "projector; vllm: merged, with the class that vLLM's transformers backend needs"
+    export.add_argument("--to", required=True, choices=("gguf", "llava", "onnx", "vllm"), help=help)
     export.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="gguf: matrices")
-    add_json(export)
 
-    projector = add_command(
-        commands, "import-projector", run_import_projector, "a model from a linear layer that a notebook saved"
-    )
-    projector.add_argument("file", metavar="FILE", help="a .pth of its state dict, for example clipphi_proj.pth")
-    projector.add_argument("folder", metavar="DIR", help="folder to write the model to")
-    projector.add_argument("--vision_backbone", help="folder or Hub id of the vision tower (default: as in training)")
-    projector.add_argument("--text_backbone", help="folder or Hub id of the decoder (default: as in training)")
-    projector.add_argument(
-        "--vision_feature_layer",
-        type=int,
-        default=-1,
-        help="hidden state that it was trained on (default: %(default)s, the last, as in the notebooks)",
-    )
-    add_json(projector)
+    help = "a model from a linear layer that a notebook saved"
+    projector = add_command(commands, "import-projector", run_import_projector, help)
+    add = projector.add_argument
+    add("file", metavar="FILE", help="a .pth of its state dict, for example clipphi_proj.pth")
+    add("folder", metavar="DIR", help="folder to write the model to")
+    add("--vision_backbone", help="folder or Hub id of the vision tower (default: as in training)")
+    add("--text_backbone", help="folder or Hub id of the decoder (default: as in training)")
+    help = "hidden state that it was trained on (default: %(default)s, the last, as in the notebooks)"
+    add("--vision_feature_layer", type=int, default=-1, help=help)
+
+    for command in (push, export, projector):
+        add_json(command)
 
 
 def run_push(arguments: argparse.Namespace) -> None:
     model = choose_model(arguments)
-    from ..hub.push import Target, push
+    from ..hub.push import push
 
     pushed = push(
         model,
-        Target(
-            arguments.repo_id,
-            private=arguments.private or None,
-            branch=arguments.revision,
-            tag=arguments.tag,
-            create_pr=arguments.create_pr,
-        ),
+        arguments.repo_id,
+        private=arguments.private or None,
+        branch=arguments.revision,
+        tag=arguments.tag,
+        create_pr=arguments.create_pr,
         merged=arguments.merged,
         message=arguments.message,
         images=not arguments.no_images,
-        log=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(json.dumps(asdict(pushed)) if arguments.json else pushed)
 
@@ -90,15 +77,8 @@ def run_import_projector(arguments: argparse.Namespace) -> None:
     from ..export.legacy_projector import import_projector
     from ..training.arguments import TEXT_BACKBONE, VISION_BACKBONE
 
-    done = import_projector(
-        arguments.file,
-        arguments.vision_backbone or VISION_BACKBONE,
-        arguments.text_backbone or TEXT_BACKBONE,
-        arguments.vision_feature_layer,
-        Path(arguments.folder),
-    )
-    print(
-        json.dumps(done)
-        if arguments.json
-        else f"wrote {arguments.folder}; try: clip-phi caption --model {arguments.folder} IMAGE"
-    )
+    vision = arguments.vision_backbone or VISION_BACKBONE
+    text = arguments.text_backbone or TEXT_BACKBONE
+    folder = arguments.folder
+    done = import_projector(arguments.file, vision, text, arguments.vision_feature_layer, Path(folder))
+    print(json.dumps(done) if arguments.json else f"wrote {folder}; try: clip-phi caption --model {folder} IMAGE")

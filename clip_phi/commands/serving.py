@@ -15,9 +15,8 @@ def add_to(commands: Any) -> None:
     chat = add_command(commands, "chat", run_chat, "a chat page in the browser, with images, speech and text")
     _add_server(chat, port=7860)
     chat.add_argument("--speech_model", default="base.en", help="Whisper model for speech: a name or a folder")
-    chat.add_argument(
-        "--voice", default="", help="voice of spoken answers: a name or a folder (default: a small English one)"
-    )
+    help = "voice of spoken answers: a name or a folder (default: a small English one)"
+    chat.add_argument("--voice", default="", help=help)
     chat.add_argument("--drawing_model", help="folder or Hub id of a text-to-image model of diffusers, for answers")
     chat.add_argument("--examples", type=Path, metavar="DIR", help="folder of example images (default: drawn scenes)")
 
@@ -38,9 +37,8 @@ def add_to(commands: Any) -> None:
     ):
         serve.add_argument(f"--{name}", type=positive, default=default, help=f"limit: {help} (default: {default})")
 
-    space = add_command(
-        commands, "space", run_space, "the chat page as a Hugging Face Space: app.py, requirements, README"
-    )
+    help = "the chat page as a Hugging Face Space: app.py, requirements, README"
+    space = add_command(commands, "space", run_space, help)
     space.add_argument("repo_id", metavar="USER/NAME", help="name of the Space")
     add_model(space)
     space.add_argument("--output_dir", type=Path, metavar="DIR", help="a new folder (default: outputs/space/NAME)")
@@ -51,9 +49,8 @@ def add_to(commands: Any) -> None:
 def _add_server(command: argparse.ArgumentParser, port: int) -> None:
     add_engine(command, argument=True)
     command.add_argument("--compile", action="store_true", help="torch.compile: slow first answers, then faster ones")
-    command.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all networks (default: this machine alone)"
-    )
+    help = "address to listen on; 0.0.0.0: all networks (default: this machine alone)"
+    command.add_argument("--host", default="127.0.0.1", help=help)
     command.add_argument("--port", type=positive, default=port, help="port to listen on")
 
 
@@ -77,11 +74,9 @@ def run_serve(arguments: argparse.Namespace) -> None:
         modalities = load_modalities(arguments.speech_model, None, None, None, arguments.max_audio_seconds)
         if (transcribe := modalities.transcribe) is None:
             raise ImportError(modalities.missing[0])
+    body, pixels = arguments.max_body_mb * 2**20, arguments.max_megapixels * 10**6
     limits = ApiLimits(
-        max_body=arguments.max_body_mb * 2**20,
-        max_pixels=arguments.max_megapixels * 10**6,
-        max_images=arguments.max_images,
-        max_tokens=arguments.max_tokens,
+        max_body=body, max_pixels=pixels, max_images=arguments.max_images, max_tokens=arguments.max_tokens
     )
     api_key = arguments.api_key or os.environ.get("CLIP_PHI_API_KEY")
     if arguments.host not in LOOPBACK and api_key is None:

@@ -19,59 +19,45 @@ def add_to(commands: Any) -> None:
     speech: Parser = commands.add_parser("speech", help="transcripts of recordings, data sets with speech, WhisperX")
     actions = speech.add_commands("ACTION")
 
-    transcribe = add_command(
-        actions, "transcribe", run_transcribe, "transcript of a recording, or of all recordings in a data set"
-    )
+    help = "transcript of a recording, or of all recordings in a data set"
+    transcribe = add_command(actions, "transcribe", run_transcribe, help)
     transcribe.add_argument("recording", nargs="?", metavar="RECORDING", help="any sound or video file")
-    add_data(
-        transcribe,
+    help = (
         f"data sets whose transcripts are stored for training: {DATA}; the options engine=, speech_model=, language= "
-        "and max_speech_seconds= in DATA choose how they are transcribed",
     )
+    add_data(transcribe, f"{help}and max_speech_seconds= in DATA choose how they are transcribed")
     add_asr_options(transcribe)
     transcribe.add_argument("--word_timestamps", action="store_true", help="times of words (with --json)")
     add_json(transcribe, "one json object for the recording or each data set")
 
     dataset = add_command(actions, "dataset", run_dataset, "a LLaVA json with its questions as spoken recordings")
     dataset.add_argument("annotations", metavar="JSON", help="a list of records with conversations")
-    dataset.add_argument(
-        "--output", type=Path, required=True, metavar="OUT.json", help="the new json; recordings go to the folder OUT"
-    )
+    help = "the new json; recordings go to the folder OUT"
+    dataset.add_argument("--output", type=Path, required=True, metavar="OUT.json", help=help)
     dataset.add_argument("--share", type=float, default=1.0, help="share of questions that are spoken (default: 1.0)")
     dataset.add_argument("--seed", type=natural, default=0, help="random seed of that choice")
     dataset.add_argument("--voice", help="a name, or folder or Hub id of a text-to-speech model")
     add_json(dataset)
 
     install = add_command(actions, "install", run_install, "a Python environment for --engine whisperx")
-    install.add_argument(
-        "--form",
-        choices=("full", "cpu", "light"),
-        default="full",
-        help="full: 7.7 GB with CUDA; cpu: the same without CUDA; light: 40 MB that share this environment's torch, "
-        "with another voice detection and no word timestamps",
-    )
-    install.add_argument(
-        "--folder", type=Path, help="folder of the environment (default: CLIP_PHI_WHISPERX, or Hugging Face's cache)"
-    )
+    help = "full: 7.7 GB with CUDA; cpu: the same without CUDA; light: 40 MB that share this environment's torch, with "
+    help += "another voice detection and no word timestamps"
+    install.add_argument("--form", choices=("full", "cpu", "light"), default="full", help=help)
+    help = "folder of the environment (default: CLIP_PHI_WHISPERX, or Hugging Face's cache)"
+    install.add_argument("--folder", type=Path, help=help)
 
 
 def add_asr_options(command: argparse.ArgumentParser) -> None:
     """Which model transcribes speech, and how."""
-    command.add_argument("--engine", choices=ENGINES, help=f"speech recognition (default: {DEFAULT.engine})")
-    command.add_argument(
-        "--speech_model",
-        help=f"Whisper model: a name, a Hub id or a folder in CTranslate2's form (default: {DEFAULT.model})",
-    )
-    command.add_argument("--speech_device", default="cpu", help="cpu, cuda or cuda:1")
-    command.add_argument(
-        "--compute_type", help="number type of CTranslate2 (default: int8 on the CPU, float16 on CUDA)"
-    )
-    command.add_argument("--language", help="language of the speech, for example en (default: detected)")
-    command.add_argument(
-        "--max_speech_seconds",
-        type=positive_number,
-        help=f"longest recording; the rest is cut off (default: {DEFAULT.max_seconds:g})",
-    )
+    add = command.add_argument
+    add("--engine", choices=ENGINES, help=f"speech recognition (default: {DEFAULT.engine})")
+    help = f"Whisper model: a name, a Hub id or a folder in CTranslate2's form (default: {DEFAULT.model})"
+    add("--speech_model", help=help)
+    add("--speech_device", default="cpu", help="cpu, cuda or cuda:1")
+    add("--compute_type", help="number type of CTranslate2 (default: int8 on the CPU, float16 on CUDA)")
+    add("--language", help="language of the speech, for example en (default: detected)")
+    help = f"longest recording; the rest is cut off (default: {DEFAULT.max_seconds:g})"
+    add("--max_speech_seconds", type=positive_number, help=help)
 
 
 def transcribe(file: str, arguments: argparse.Namespace) -> Any:
@@ -82,14 +68,9 @@ def transcribe(file: str, arguments: argparse.Namespace) -> Any:
     from ..speech.audio import load_audio
 
     clip = load_audio(file, arguments.max_speech_seconds or DEFAULT.max_seconds)
-    transcriber = make_transcriber(
-        arguments.engine or DEFAULT.engine,
-        arguments.speech_model or DEFAULT.model,
-        arguments.speech_device,
-        arguments.language,
-        arguments.compute_type,
-        getattr(arguments, "word_timestamps", False),
-    )
+    engine, model = arguments.engine or DEFAULT.engine, arguments.speech_model or DEFAULT.model
+    device, words = arguments.speech_device, getattr(arguments, "word_timestamps", False)
+    transcriber = make_transcriber(engine, model, device, arguments.language, arguments.compute_type, words)
     with closing(transcriber):
         transcript = transcriber.transcribe(clip)
     if not arguments.json:
@@ -150,10 +131,10 @@ def run_dataset(arguments: argparse.Namespace) -> None:
 
 
 def run_install(arguments: argparse.Namespace) -> None:
-    from ..speech.whisperx import folder_bytes, install
+    from ..speech.whisperx import install
 
     found = install(arguments.form, arguments.folder)
-    size = folder_bytes(found.folder) / 1e9
+    size = sum(path.lstat().st_size for path in found.folder.rglob("*")) / 1e9
     print(f"WhisperX {found.version} ({found.form} form) is in {found.folder}, {size:.2f} GB; try: --engine whisperx")
     if arguments.folder:
         print(f"export CLIP_PHI_WHISPERX={found.folder}")

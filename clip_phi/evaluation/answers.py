@@ -2,6 +2,7 @@
 another prompt are never used."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,23 +50,22 @@ class AnswerFile:
     that they depend on. The main process deletes files with another binding."""
 
     def __init__(self, folder: Path, binding: dict[str, Any], processes: Processes):
-        self.answers: dict[str, GeneratedAnswer] = {}
-        stale = 0
+        folder.mkdir(parents=True, exist_ok=True)
         if processes.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted(folder.glob("rank-*.jsonl")):
-                if _binding_of(path) != binding:
-                    path.unlink()
-                    stale += 1
-        if stale:
-            processes.log(f"saved answers in {folder} are of another model, data, prompt or decoding, and are not used")
+            stale = [path for path in folder.glob("rank-*.jsonl") if _read_lines(path)[:1] != [binding]]
+            for path in stale:
+                path.unlink()
+            if stale:
+                processes.log(
+                    f"saved answers in {folder} are of another model, data, prompt or decoding, and are not used"
+                )
         processes.wait()  # before the others read, and before any process writes
-        for path in sorted(folder.glob("rank-*.jsonl")):
-            self.answers |= _read(path)
+        lines = [line for path in sorted(folder.glob("rank-*.jsonl")) for line in _read_lines(path)[1:]]
+        self.answers = {key: GeneratedAnswer(*answer) for key, *answer in lines}
         processes.wait()
         self.path = folder / f"rank-{processes.rank}.jsonl"
         if self.path.exists():
-            _cut_partial_line(self.path)
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         else:
             self.path.write_text(json.dumps(binding) + "\n", encoding="utf-8")
 
@@ -75,30 +75,9 @@ class AnswerFile:
             file.writelines(json.dumps([key, *answer]) + "\n" for key, answer in answers.items())
 
 
-def _binding_of(path: Path) -> Any:
-    with open(path, encoding="utf-8") as file:
-        try:
-            return json.loads(file.readline())
-        except ValueError:
-            return None
-
-
-def _read(path: Path) -> dict[str, GeneratedAnswer]:
-    """All answers but a last line that a killed process did not finish."""
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-        try:
-            key, *answer = json.loads(line)
-        except ValueError:
-            continue
-        found[key] = GeneratedAnswer(*answer)
-    return found
-
-
-def _cut_partial_line(path: Path) -> None:
-    text = path.read_bytes()
-    if not text.endswith(b"\n"):
-        path.write_bytes(text[: text.rfind(b"\n") + 1])
+def _read_lines(path: Path) -> list[Any]:
+    """The json of each line but a last one that a killed process did not finish."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def answer_all(

@@ -1,7 +1,5 @@
 """Confidence intervals of differences, by a paired bootstrap over images."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 RESAMPLES = 2000
@@ -13,11 +11,6 @@ def by_group(scores: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.nda
     sums = np.zeros((int(groups.max()) + 1, scores.shape[1]))
     np.add.at(sums, groups, scores)
     return sums, np.bincount(groups, minlength=len(sums)).astype(np.float64)
-
-
-def margin(score: float, controls: Sequence[float]) -> float:
-    """The score minus the best of its controls."""
-    return score - max(controls)
 
 
 def margin_interval(

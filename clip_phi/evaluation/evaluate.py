@@ -9,9 +9,8 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,15 +21,14 @@ from ..batching.packing import build_shared_prefix, pack_samples
 from ..data.report import Report
 from ..data.sample import Sample, user_message
 from .answers import AnswerFile, Decoding, Processes, Question, answer_all
-from .bootstrap import by_group, margin, margin_interval
+from .bootstrap import by_group, margin_interval
 from .generate import GeneratedAnswer, held_out_loss
 from .tasks import QUESTION, EvalSet, guess_from_questions, make_scorer, question_kind, tables
 
 CONTROLS = ("blind", "shuffled")
 
 
-@dataclass
-class EvalResult:
+class EvalResult(NamedTuple):
     """What an evaluation gives, for json."""
 
     result: dict[str, Any]  # scores, margin and settings, without model and environment
@@ -48,11 +46,6 @@ def prompt_of(eval_set: EvalSet, model: Any, wanted: str | None) -> str | None:
     return wanted or QUESTION
 
 
-def show_prompt(processor: Any, prompt: str | None) -> str:
-    """The prompt in the chat template, with one <image> for all image tokens."""
-    return processor.apply_chat_template([user_message(prompt, 1)], add_generation_prompt=True)
-
-
 def evaluate_answers(
     model: Any,
     processor: Any,
@@ -68,16 +61,13 @@ def evaluate_answers(
 
     Args:
         model: a ClipPhiForCausalLM in eval mode.
-        processor: its processor.
         eval_set: of any task but loss.
-        decoding: how to generate.
         folder: where answers are saved as they are generated; None to save none.
         model_hash: saved answers of another model are not used.
-        processes: that share the work.
-        progress: wraps the batches, for a progress bar.
-    """
+        progress: wraps the batches, for a progress bar."""
     processes = processes or Processes()
     prompt = prompt_of(eval_set, model, decoding.prompt)
+    shown = processor.apply_chat_template([user_message(prompt, 1)], add_generation_prompt=True)
     questions = _questions(eval_set, prompt, decoding)
     unique = list({question.key: question for asked in questions.values() for question in asked}.values())
     file = None
@@ -85,7 +75,7 @@ def evaluate_answers(
         binding = {
             "checkpoint": model_hash,
             "data": eval_set.fingerprint(),
-            "prompt": show_prompt(processor, prompt),
+            "prompt": shown,
             "max_new_tokens": decoding.max_new_tokens,
             "num_beams": decoding.num_beams,
             "dtype": str(model.dtype),
@@ -94,26 +84,22 @@ def evaluate_answers(
         if saved := sum(question.key in file.answers for question in unique):
             processes.log(f"{saved:,} of {len(unique):,} answers are there already")
     mine = answer_all(model, processor, unique, decoding, processes, file, progress)
-    gathered = processes.gather([(key, [*answer]) for key, answer in mine.items()])
-    answers = {key: GeneratedAnswer(*answer) for key, answer in gathered}
+    answers = dict(processes.gather([*mine.items()]))
     generated = {name: [answers[question.key] for question in asked] for name, asked in questions.items()}
-    return _score(eval_set, generated, show_prompt(processor, prompt), decoding)
+    return _score(eval_set, generated, shown, decoding)
 
 
 def _questions(eval_set: EvalSet, prompt: str | None, decoding: Decoding) -> dict[str, list[Question]]:
     """Those of the model and of each control, one for each item; equal ones have equal keys and are generated once."""
-    texts = [item.question and (prompt or QUESTION).replace(QUESTION, item.question) for item in eval_set.items]
-    if eval_set.task == "captions":
-        texts = [prompt] * len(eval_set.items)
 
     def ask(partners: Sequence[int] | None) -> list[Question]:
         questions = []
-        for item, text in zip(eval_set.items, texts, strict=True):
+        for item in eval_set.items:
+            text = prompt if item.question is None else (prompt or QUESTION).replace(QUESTION, item.question)
             image = None if partners is None else partners[item.image]
-            digest = "" if image is None else eval_set.digests[image]
+            digest, source = ("", None) if image is None else (eval_set.digests[image], eval_set.images[image])
             transcript = "" if item.transcript is None else f"|{item.transcript}"
             key = hashlib.blake2b(f"{digest}|{text}{transcript}".encode(), digest_size=12).hexdigest()
-            source = None if image is None else eval_set.images[image]
             questions.append(Question(key, source, text, item.transcript))
         return questions
 
@@ -144,9 +130,11 @@ def _score(
 ) -> EvalResult:
     score = make_scorer(eval_set)
     texts = {name: [answer.text for answer in answers] for name, answers in generated.items()}
-    corpus, each = {}, {}
-    for name, answers in texts.items():
-        corpus[name], each[name] = score(answers)
+    scores = {name: score(answers) for name, answers in texts.items()}
+    corpus, each = (
+        {name: found for name, (found, _) in scores.items()},
+        {name: each for name, (_, each) in scores.items()},
+    )
     shuffles = [name for name in generated if name.startswith("shuffled")]
     each["shuffled"] = np.mean([each.pop(name) for name in shuffles], axis=0)
     metrics = {
@@ -162,10 +150,7 @@ def _score(
     result = _result(eval_set, means, sums, counts, decoding.seed) | {"metrics": metrics}
     guesses = guess_from_questions(eval_set)
     if guesses is not None:
-        result["question_only"] = {
-            "score": float(score(guesses)[1].mean()),
-            "what": "the most frequent answer to the question about the other images of these data",
-        }
+        result["question_only"] = {"score": float(score(guesses)[1].mean())}
     generated["shuffled"] = generated[shuffles[0]]
     texts["shuffled"] = texts[shuffles[0]]
     result |= {
@@ -177,10 +162,7 @@ def _score(
     }
     samples = []
     for number, item in enumerate(eval_set.items):
-        sample: dict[str, Any] = {
-            "image": eval_set.image_name(item.image),
-            "image_digest": eval_set.digests[item.image],
-        }
+        sample: dict[str, Any] = eval_set.describe_image(item.image)
         if item.question is not None:
             sample |= {"question": item.question, "type": question_kind(item.full_question)}
             sample |= {"transcript": item.transcript} if item.transcript is not None else {}
@@ -199,7 +181,7 @@ def _result(
         "task": eval_set.task,
         "metric": eval_set.metric,
         **means,
-        "margin": margin(upside * means["score"], [upside * means[name] for name in CONTROLS]),
+        "margin": upside * means["score"] - max(upside * means[name] for name in CONTROLS),
         "margin_ci95": list(margin_interval(upside * sums, counts, seed)),
         "data": {
             "fingerprint": eval_set.fingerprint(),
@@ -226,10 +208,8 @@ def _count(answers: Sequence[GeneratedAnswer]) -> dict[str, Any]:
 def repeats_itself(text: str) -> bool:
     """Whether a text ends with the same words three times in a row."""
     words = text.split()
-    for size in range(1, len(words) // 3 + 1):
-        if words[-size:] == words[-2 * size : -size] == words[-3 * size : -2 * size]:
-            return True
-    return False
+    sizes = range(1, len(words) // 3 + 1)
+    return any(words[-size:] == words[-2 * size : -size] == words[-3 * size : -2 * size] for size in sizes)
 
 
 def evaluate_loss(
@@ -250,14 +230,10 @@ def evaluate_loss(
 
     Args:
         model: a ClipPhiForCausalLM in eval mode.
-        processor: its processor.
-        samples: the data.
         eval_set: of the same samples, for the task loss: one item an image.
         decoding: its seed.
         max_length: longest conversation in tokens.
-        processes: that share the work.
-        progress: wraps the samples, for a progress bar.
-    """
+        progress: wraps the samples, for a progress bar."""
     processes = processes or Processes()
     model.set_attn_implementation({"text_config": PACKED_ATTENTION})
     preprocess = Preprocessor(processor.image_processor)
@@ -299,7 +275,8 @@ def evaluate_loss(
         "lower_is_better": True,
     }
     each = [
-        {"image": eval_set.image_name(image), "image_digest": eval_set.digests[image], "tokens": int(count)}
+        eval_set.describe_image(image)
+        | {"tokens": int(count)}
         | {name: round(float(value / count), 6) for name, value in zip(means, row, strict=True)}
         for image, row, count in zip(images.tolist(), losses, tokens, strict=True)
     ]

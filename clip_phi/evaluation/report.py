@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 from ..batching.images import load_image
-from ..environment import describe_environment
 from ..hub.card import scrub
 from ..templates import render
 from ..templates.sheet import draw_images, save_png
@@ -23,15 +22,16 @@ SHOWN = 8  # samples of each kind: best, worst, random
 THUMBNAIL = 224  # pixels
 NAMES = {"score": "model", "blind": "blind (no image)", "shuffled": "shuffled images"}
 # The files that a model's answers depend on.
-WEIGHTS = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*.json", "*processor*.json", "*.jinja")
+WEIGHTS = (
+    *("*.safetensors", "config.json", "generation_config.json", "tokenizer*.json", "*processor*.json", "*.jinja"),
+    *("adapter/*.safetensors", "adapter/*.json"),
+)
 
 
 def model_sha256(folder: Path) -> str:
     """Of the files that a model's answers depend on: weights, adapter, configs, tokenizer."""
     digest = hashlib.sha256()
-    files = {path for where in (folder, folder / "adapter") for name in WEIGHTS for path in where.glob(name)}
-    files |= set((folder / "adapter").glob("*.json"))
-    for path in sorted(files):
+    for path in sorted({path for name in WEIGHTS for path in folder.glob(name)}):
         digest.update(f"{path.relative_to(folder)}\0".encode())
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -43,22 +43,14 @@ def portable(text: str) -> str:
     return scrub(text.replace(f"{os.getcwd()}{os.sep}", ""))
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, without names of folders."""
-    found = describe_environment()
-    return {name: found[name] for name in ("python", "packages", "platform", "cpu", "cores", "devices", "git_commit")}
-
-
 def write(evaluation: EvalResult, eval_set: EvalSet, folder: Path, extra: Path | None = None) -> list[Path]:
     """Write TASK.json, TASK.samples.jsonl, TASK.html and TASK.png into the folder, and the json to `extra` as well.
 
     Returns the files."""
-    result, samples = evaluation.result, evaluation.samples
-    for each in (folder, *([extra.parent] if extra else [])):
-        each.mkdir(parents=True, exist_ok=True)
+    result, samples = evaluation
     files = [folder / f"{result['task']}{ending}" for ending in (".json", ".samples.jsonl", ".html", ".png")]
-    jsons = [files[0], *([extra] if extra else [])]
-    for path in jsons:
+    files += [extra] if extra else []
+    for path in {files[0], files[-1]} if extra else {files[0]}:
         _write(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     _write(files[1], "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
     chosen = choose(evaluation)
@@ -70,10 +62,11 @@ def write(evaluation: EvalResult, eval_set: EvalSet, folder: Path, extra: Path |
             images[digest].thumbnail((THUMBNAIL, THUMBNAIL))
     _write(files[2], page(result, chosen, images))
     draw_sheet(files[3], result, chosen, images)
-    return files + jsons[1:]
+    return files
 
 
 def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
@@ -98,26 +91,24 @@ def summary(result: dict[str, Any]) -> list[list[str]]:
     rows.append([f"margin of {result['metric']}", f"{result['margin']:+.4f}", f"95 %: {low:+.4f} to {high:+.4f}", ""])
     if "question_only" in result:
         rows.append(["best guess from the question", f"{result['question_only']['score']:.4f}", "", ""])
-    if "answers" in result:
-        for kind in ("empty", "cut", "never_ended"):
-            counts = [f"{result['answers'][key][kind]:,}" for key in NAMES]
-            rows.append([f"answers {kind.replace('_', ' ')}", *counts])
+    for kind in ("empty", "cut", "never_ended") if "answers" in result else ():
+        rows.append([f"answers {kind.replace('_', ' ')}", *(f"{result['answers'][key][kind]:,}" for key in NAMES)])
     return rows
 
 
 def format_result(result: dict[str, Any]) -> str:
     """For the terminal."""
-    data = result["data"]
+    data, rows = result["data"], summary(result)
     head = f"{result['task']} on {data['images']:,} images, {data['samples']:,} samples"
-    rows = summary(result)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    warning = [] if result["margin_ci95"][0] > 0 else [no_margin(result)]
-    return "\n".join([head, *lines, *warning])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join(filter(None, [head, *lines, no_margin(result)]))
 
 
-def no_margin(result: dict[str, Any]) -> str:
+def no_margin(result: dict[str, Any]) -> str | None:
     """The warning for a result whose margin may be 0."""
+    if result["margin_ci95"][0] > 0:
+        return None
     return f"NO MARGIN: the model reaches this {result['metric']} without the image, or with another image"
 
 
@@ -131,7 +122,7 @@ def page(result: dict[str, Any], chosen: dict[str, list[dict[str, Any]]], images
     settings = {key: value for key, value in result.items() if key not in ("metrics", "tables", "answers")}
     values = {
         "title": f"{result['task']}: {result.get('checkpoint', {}).get('name', 'a model')}",
-        "warning": no_margin(result) if result["margin_ci95"][0] <= 0 else None,
+        "warning": no_margin(result),
         "summary": summary(result),
         "tables": tables,
         "chosen": chosen,
@@ -175,9 +166,8 @@ def find_result(place: str, task: str | None) -> Path:
     if path.is_file():
         return path
     for folder in (path / "evaluation", path):
-        found = sorted(each for each in folder.glob("*.json") if Path(f"{each.with_suffix('')}.samples.jsonl").exists())
-        if task is not None:
-            found = [each for each in found if each.stem == task]
+        found = sorted(folder.glob(f"{task or '*'}.json"))
+        found = [each for each in found if each.with_suffix(".samples.jsonl").exists()]
         if len(found) > 1:
             raise ValueError(f"{place} has several results ({', '.join(each.stem for each in found)}): give --task")
         if found:
@@ -187,17 +177,13 @@ def find_result(place: str, task: str | None) -> Path:
 
 def read_result(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A result and its samples. Raises ValueError if they do not exist, or are not of an evaluation."""
-    samples = Path(f"{path.with_suffix('')}.samples.jsonl")
+    samples = path.with_suffix(".samples.jsonl")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
         result["metric"], result["data"]["fingerprint"], rows[0]["score"]
-    except OSError as error:
-        raise ValueError(
-            f"{samples} cannot be read, and the comparison needs each sample ({error.strerror})"
-        ) from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is no result of clip-phi evaluate: {error}") from error
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} and {samples.name} are no result of clip-phi evaluate: {error}") from error
     return result, rows
 
 
@@ -206,12 +192,8 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
 
     Raises ValueError if they are of different tasks or data."""
     (a, a_rows), (b, b_rows) = read_result(first), read_result(second)
-    for what, one, other in (
-        ("tasks", a["task"], b["task"]),
-        ("metrics", a["metric"], b["metric"]),
-        ("data", a["data"]["fingerprint"], b["data"]["fingerprint"]),
-        ("numbers of samples", len(a_rows), len(b_rows)),
-    ):
+    for what in ("task", "data"):
+        one, other = (f"{each[what]['fingerprint'] if what == 'data' else each[what]}" for each in (a, b))
         if one != other:
             raise ValueError(f"{first} and {second} are of different {what} ({one} and {other}) and cannot be compared")
     places: dict[str, int] = {}

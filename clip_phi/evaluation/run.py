@@ -11,12 +11,13 @@ from typing import Any
 from ..batching.images import load_image
 from ..data.report import Report
 from ..data.source import parse_files
+from ..environment import describe_environment
 from ..hub.retry import load_with_retries
 from . import caption_metrics
 from .answers import Decoding, Processes
 from .clip_score import ClipScorer, local_clip
 from .evaluate import EvalResult, evaluate_answers, evaluate_loss
-from .report import environment, format_result, model_sha256, portable, write
+from .report import format_result, model_sha256, portable, write
 from .tasks import EvalSet, make_eval_set, read_samples
 
 DEMO_DATA = "outputs/demo/data"
@@ -57,7 +58,9 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
         log(f"{report.num_skipped:,} of {report.records:,} records are skipped:\n{report.table()}")
     model, processor, files = load(options.model, options.device or state.device)
     sha256 = model_sha256(files)
-    output = Path(options.output_dir) if options.output_dir else default_folder(options.model)
+    # beside the weights, if they are in a folder
+    beside = Path(options.model, "evaluation") if Path(options.model).is_dir() else None
+    output = Path(options.output_dir or beside or f"outputs/evaluation/{options.model.replace('/', '--')}")
     decoding = Decoding(
         options.prompt, options.max_new_tokens, options.num_beams, options.batch_size, options.seed, options.shuffles
     )
@@ -75,9 +78,10 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
         result["data"] = {"source": portable(" + ".join(texts))} | result["data"]
         result |= {
             "checkpoint": {"name": portable(options.model), "sha256": sha256},
-            "command": [portable(word) for word in sys.argv],
+            "command": ["clip-phi", *map(portable, sys.argv[1:])],
             "processes": state.num_processes,
-            "environment": environment(),
+            # variables hold folders of this machine
+            "environment": {name: value for name, value in describe_environment().items() if name != "variables"},
         }
         written = write(evaluation, eval_set, output, Path(options.output) if options.output else None)
         print(json.dumps(result) if options.json else format_result(result))
@@ -96,16 +100,7 @@ def load(name: str, device: Any) -> tuple[Any, Any, Path]:
     dtype = torch.float32 if device.type == "cpu" else "auto"
     model = load_with_retries(ClipPhiForCausalLM.from_pretrained, name, dtype=dtype).to(device).eval()
     processor = load_with_retries(ClipPhiProcessor.from_pretrained, name)
-    found = cached_file(name, "config.json")
-    assert found is not None
-    return model, processor, Path(found).parent
-
-
-def default_folder(model: str) -> Path:
-    """Where the results of a model are written: beside its weights if it is a folder."""
-    if Path(model).is_dir():
-        return Path(model) / "evaluation"
-    return Path("outputs/evaluation") / model.replace("/", "--")
+    return model, processor, Path(cached_file(name, "config.json") or name).parent
 
 
 def add_caption_metrics(

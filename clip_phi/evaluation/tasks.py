@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from .caption_metrics import CaptionScorer
 METRICS = {"captions": "CIDEr-D", "vqa": "vqa_accuracy", "pope": "accuracy", "exact": "exact_match", "loss": "loss"}
 QUESTION = "{question}"  # the prompt of a question, unless --prompt is given
 MAX_ANSWER_WORDS = 3  # of a short answer in a conversation
-WORD_RANGES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 12), (13, 20), (21, None))
+LENGTHS = {0: "0", 1: "1", 3: "2-3", 7: "4-7", 12: "8-12", 20: "13-20", math.inf: "21+"}  # in words, by the longest
 
 
 class EvalItem(NamedTuple):
@@ -62,12 +63,11 @@ class EvalSet:
             digest.update(json.dumps(content).encode())
         return digest.hexdigest()
 
-    def image_name(self, number: int) -> str:
-        """The name of an image without its folders, or a part of its digest."""
-        image = self.images[number]
-        if isinstance(image, bytes):
-            return f"image {self.digests[number][:12]}"
-        return (image.member or image.path).rsplit("/", 1)[-1]
+    def describe_image(self, number: int) -> dict[str, str]:
+        """The name of an image without its folders, or a part of its digest, and the digest."""
+        image, digest = self.images[number], self.digests[number]
+        name = f"image {digest[:12]}" if isinstance(image, bytes) else (image.member or image.path).rsplit("/", 1)[-1]
+        return {"image": name, "image_digest": digest}
 
     def groups(self) -> np.ndarray:
         """int64 (items,): the same number, from 0 on, for items about equal images."""
@@ -77,11 +77,8 @@ class EvalSet:
 
 def read_samples(sources: Sequence[DataSource], report: Report) -> list[Sample]:
     """All samples of the sources, with the transcripts that 'clip-phi speech transcribe' has saved."""
-    return [
-        sample
-        for source in sources
-        for sample in source.transcripts().fill(source.read(source.media(), report), report)
-    ]
+    filled = (source.transcripts().fill(source.read(source.media(), report), report) for source in sources)
+    return [sample for samples in filled for sample in samples]
 
 
 def make_eval_set(
@@ -96,9 +93,7 @@ def make_eval_set(
         num_images: use the first so many images; None for all.
         max_bad_fraction: of the records.
 
-    Raises:
-        ValueError: if more records are bad, if no item is found, or if all items are about one image.
-    """
+    Raises ValueError if more records are bad, if no item is found, or if all items are about one image."""
     eval_set = EvalSet(task, [], [], [], report)
     places: dict[File | bytes, int] = {}
     for sample in samples:
@@ -110,13 +105,14 @@ def make_eval_set(
             continue
         if sample.image not in places:
             try:
-                digest = _digest(sample.image)
+                load_image(sample.image)
+                content = sample.image if isinstance(sample.image, bytes) else sample.image.read()
             except RecordError as defect:
                 report.skip(Skip(defect.kind, sample.origins[0], defect.detail, len(sample.conversations)))
                 continue
             places[sample.image] = len(places)
             eval_set.images.append(sample.image)
-            eval_set.digests.append(digest)
+            eval_set.digests.append(hashlib.blake2b(content, digest_size=16).hexdigest())
         eval_set.items += [item._replace(image=places[sample.image]) for item in items]
     report.refuse_bad(max_bad_fraction)
     if not eval_set.items:
@@ -125,12 +121,6 @@ def make_eval_set(
     if len(set(eval_set.digests)) < 2:
         raise ValueError(f"{task}: all items are about one image, so none can replace it as a control")
     return eval_set
-
-
-def _digest(image: File | bytes) -> str:
-    """Of the bytes. Raises RecordError if they are no image."""
-    load_image(image)
-    return hashlib.blake2b(image if isinstance(image, bytes) else image.read(), digest_size=16).hexdigest()
 
 
 def _items(task: str, sample: Sample, left_out: Counter[str]) -> Iterator[EvalItem]:
@@ -169,8 +159,8 @@ def make_scorer(eval_set: EvalSet) -> Callable[[Sequence[str]], tuple[dict[str, 
 
     def score(answers: Sequence[str]) -> tuple[dict[str, float], np.ndarray]:
         if score_captions is not None:
-            scores = score_captions(answers)
-            return scores.corpus, scores.each[eval_set.metric]
+            corpus, by_name = score_captions(answers)
+            return corpus, by_name[eval_set.metric]
         if eval_set.task == "pope":
             labels = [reference[0].lower().strip(" .") for reference in references]
             right = [says_yes(answer) == (label == "yes") for answer, label in zip(answers, labels, strict=True)]
@@ -188,21 +178,20 @@ def guess_from_questions(eval_set: EvalSet) -> list[str] | None:
     If it has none there, that to questions of its kind, or to all. None if the task has no questions."""
     if eval_set.task == "captions":
         return None
-    everywhere: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-    here: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-    groups = eval_set.groups().tolist()
+    answers: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)  # of all images, and of each
+    groups = [str(group) for group in eval_set.groups()]
     keys = []
     for item, group in zip(eval_set.items, groups, strict=True):
         question = item.full_question
         keys.append([("question", normalise(question)), ("kind", question_kind(question)), ("all",)])
         for key in keys[-1]:
-            everywhere[key].update(item.references)
-            here[*key, str(group)].update(item.references)
+            answers[key].update(item.references)
+            answers[*key, group].update(item.references)
     guesses = []
     for its_keys, group in zip(keys, groups, strict=True):
-        elsewhere = (everywhere[key] - here[*key, str(group)] for key in its_keys)
-        answers = next((found for found in elsewhere if found), Counter({"": 1}))
-        guesses.append(min(answers, key=lambda answer: (-answers[answer], answer)))
+        elsewhere = (answers[key] - answers[*key, group] for key in its_keys)
+        found = next(filter(None, elsewhere), Counter({"": 1}))
+        guesses.append(min(found, key=lambda answer: (-found[answer], answer)))
     return guesses
 
 
@@ -213,17 +202,13 @@ def question_kind(question: str | None) -> str:
 
 def tables(eval_set: EvalSet, answers: Sequence[str], each: np.ndarray) -> dict[str, dict[str, dict[str, Any]]]:
     """Score and number of samples by length of the answer in words, kind of question, and kind of reference."""
-    lengths = [_range_of(len(answer.split())) for answer in answers]
+    words = [len(answer.split()) for answer in answers]
+    lengths = [next(name for most, name in LENGTHS.items() if count <= most) for count in words]
     found = {"by_length": _means(lengths, each)}
     if eval_set.task != "captions":
         found["by_question_type"] = _means([question_kind(item.full_question) for item in eval_set.items], each)
         found["by_answer_type"] = _means([_answer_type(item.references) for item in eval_set.items], each)
     return found
-
-
-def _range_of(length: int) -> str:
-    low, high = next((low, high) for low, high in WORD_RANGES if high is None or length <= high)
-    return f"{low}+" if high is None else str(low) if low == high else f"{low}-{high}"
 
 
 def _answer_type(references: Sequence[str]) -> str:
@@ -233,11 +218,7 @@ def _answer_type(references: Sequence[str]) -> str:
 
 def _means(keys: Sequence[str], each: np.ndarray) -> dict[str, dict[str, Any]]:
     """The 20 most frequent keys, and all others as one."""
-    often = Counter(keys).most_common(20)
-    known = {key for key, _ in often}
-    names = np.array([key if key in known else "(others)" for key in keys])
-    order = [key for key, _ in often] + (["(others)"] if len(set(keys)) > len(known) else [])
-    return {
-        key: {"samples": int((names == key).sum()), "score": round(float(each[names == key].mean()), 6)}
-        for key in order
-    }
+    groups: dict[str, list[float]] = {key: [] for key, _ in Counter(keys).most_common(20)}
+    for key, score in zip(keys, each.tolist(), strict=True):
+        groups.setdefault(key if key in groups else "(others)", []).append(score)
+    return {key: {"samples": len(found), "score": round(float(np.mean(found)), 6)} for key, found in groups.items()}

@@ -9,12 +9,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
+from . import random_pixels
+
 TOLERANCE = 0.01  # of the largest feature; float16 costs 0.0002, a tower with the exact GELU a little more
+# What llama.cpp and transformers call the sizes that both halves of the model have.
+SIZES = {
+    **{"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size"},
+    **{"block_count": "num_hidden_layers", "head_count": "num_attention_heads"},
+}
 # Names inside a block: those of transformers, and those of llama.cpp.
 BLOCK = {f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"} | {"mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
 PHI2_BLOCK = BLOCK | {"input_layernorm": "attn_norm", "self_attn.dense": "attn_output"}
@@ -26,18 +34,12 @@ def export_gguf(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: 
 
     Returns {"files", "tensors", "largest_difference"}: of the features of a random image, computed in numpy by
     llama.cpp's graph from the file, relative to the model's largest. Raises ValueError if llama.cpp's graphs cannot
-    represent the model, ImportError without the package gguf."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ImportError("GGUF files need the package gguf: pip install 'clip-phi[gguf]'") from error
+    represent the model."""
     refuse_unsupported(model, processor)
     folder.mkdir(parents=True, exist_ok=True)
     text, mmproj = folder / "text.gguf", folder / "mmproj.gguf"
     num_tensors = _write_text(model, processor, text, dtype) + _write_mmproj(model, processor, mmproj, dtype)
-    config: Any = model.config
-    size = config.vision_config.image_size
-    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    pixels = random_pixels(model)
     with torch.no_grad():
         features: Any = model.get_image_features(pixels, return_dict=True)
     wanted = features.pooler_output[0].float().numpy()
@@ -69,24 +71,25 @@ def refuse_unsupported(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -
         raise ValueError(f"GGUF cannot represent this model: {'; '.join(found)}")
 
 
-def _write_text(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Path, dtype: str) -> int:
-    import gguf
+def _new_writer(path: Path, architecture: str, config: Any, prefix: str, dtype: str) -> Any:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("Clip-Phi")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if dtype == "float16" else gguf.LlamaFileType.ALL_F32)
+    for theirs, ours in SIZES.items():
+        getattr(writer, f"add_{prefix}{theirs}")(getattr(config, ours))
+    return writer
 
+
+def _write_text(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Path, dtype: str) -> int:
     config: Any = model.config.text_config
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI2])
+    writer = _new_writer(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI2], config, "", dtype)
     head_width = config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
-    writer.add_name("Clip-Phi")
     writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_eps(config.layer_norm_eps)
     writer.add_rope_dimension_count(int(head_width * rope["partial_rotary_factor"]))
     writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if dtype == "float16" else gguf.LlamaFileType.ALL_F32)
     _add_tokenizer(writer, processor.tokenizer, config.vocab_size)
 
     decoder = model.model.language_model.state_dict()
@@ -101,8 +104,6 @@ def _write_text(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Pa
 
 def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     """A token for every row of the embedding; those that the tokenizer lacks are marked as unused."""
-    import gguf
-
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     tokens, kinds = [], []
@@ -125,25 +126,17 @@ def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
 
 
 def _write_mmproj(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Path, dtype: str) -> int:
-    import gguf
-
     whole: Any = model.config
     config = whole.vision_config
     layers = config.num_hidden_layers
-    layer = model.config.vision_feature_layer
-    writer = gguf.GGUFWriter(path, "clip")
+    layer = whole.vision_feature_layer
+    writer = _new_writer(path, "clip", config, "vision_", dtype)
     writer.add_type(gguf.GGUFType.MMPROJ)
-    writer.add_name("Clip-Phi")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if dtype == "float16" else gguf.LlamaFileType.ALL_F32)
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type("mlp")
     writer.add_vision_projection_dim(whole.text_config.hidden_size)
     writer.add_vision_image_size(config.image_size)
     writer.add_vision_patch_size(config.patch_size)
-    writer.add_vision_embedding_length(config.hidden_size)
-    writer.add_vision_feed_forward_length(config.intermediate_size)
-    writer.add_vision_block_count(layers)
-    writer.add_vision_head_count(config.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(config.layer_norm_eps)
     writer.add_vision_image_mean(list(processor.image_processor.image_mean))
     writer.add_vision_image_std(list(processor.image_processor.image_std))
@@ -151,12 +144,8 @@ def _write_mmproj(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: 
     # llama.cpp's default is the second-to-last layer, whichever one the model uses
     writer.add_array("clip.vision.feature_layer", [layer if layer >= 0 else layers + 1 + layer])
 
-    names = {
-        "embeddings.class_embedding": "v.class_embd",
-        "embeddings.patch_embedding": "v.patch_embd",
-        "embeddings.position_embedding": "v.position_embd",
-        "pre_layrnorm": "v.pre_ln",
-    }
+    names = {f"embeddings.{part}_embedding": f"v.{part}_embd" for part in ("class", "patch", "position")}
+    names["pre_layrnorm"] = "v.pre_ln"
     for number in range(layers):
         ours = f"encoder.layers.{number}"
         names |= {f"{ours}.{name}": f"v.blk.{number}.{theirs}" for name, theirs in CLIP_BLOCK.items()}
@@ -168,19 +157,12 @@ def _write_mmproj(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: 
 
 def _projector(model: ClipPhiForCausalLM) -> dict[str, torch.Tensor]:
     state = {name: value.float() for name, value in model.model.projector.state_dict().items()}
-    config: Any = model.config
-    width = config.text_config.hidden_size
-    if config.projector_type == "mlp":
-        first, second = ((state[f"{n}.weight"], state.get(f"{n}.bias")) for n in (0, 2))
-    else:
-        weight, bias = state["weight"], state.get("bias", torch.zeros(width))
-        first = torch.cat([weight, -weight]), torch.cat([bias, -bias])
-        second = torch.cat([torch.eye(width), -torch.eye(width)], dim=1), None
-    tensors = {}
-    for number, (weight, bias) in ((0, first), (2, second)):
-        tensors[f"mm.{number}.weight"] = weight
-        tensors[f"mm.{number}.bias"] = torch.zeros(len(weight)) if bias is None else bias
-    return tensors
+    if "weight" in state:  # a single linear layer
+        one = torch.eye(len(state["weight"]))
+        state = {f"0.{name}": torch.cat([value, -value]) for name, value in state.items()}
+        state["2.weight"] = torch.cat([one, -one], dim=1)
+    biases = {f"{number}.bias": torch.zeros(len(state[f"{number}.weight"])) for number in (0, 2)}
+    return {f"mm.{name}": value for name, value in (biases | state).items()}
 
 
 def _renamed(state: dict[str, torch.Tensor], names: dict[str, str], ignore: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -211,17 +193,14 @@ def _write(writer: Any, path: Path, tensors: dict[str, torch.Tensor], dtype: str
     writer.write_tensors_to_file()
     writer.close()
     found = read_tensors(path)
-    if found.keys() != arrays.keys():
-        raise ValueError(f"{path} has other tensors than were written: {sorted(found.keys() ^ arrays.keys())[:3]}")
-    if wrong := [name for name, value in arrays.items() if not np.array_equal(found[name], value)]:
-        raise ValueError(f"{path} has other values of {wrong[0]} than were written")
+    for name in found.keys() | arrays.keys():
+        if name not in found or name not in arrays or not np.array_equal(found[name], arrays[name]):
+            raise ValueError(f"{path} has another {name} than was written")
     return len(arrays)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a GGUF file by name, in numpy's order of dimensions."""
-    import gguf
-
     tensors = gguf.GGUFReader(path).tensors
     return {each.name: np.array(each.data).reshape([int(size) for size in reversed(each.shape)]) for each in tensors}
 
@@ -230,10 +209,7 @@ def run_mmproj(path: Path, pixels: np.ndarray) -> np.ndarray:
     """Image features, float (patches, text hidden), by llama.cpp's llava graph in numpy, from an mmproj file alone.
 
     pixels: float (1, 3, height, width), normalised. Source of the graph: llama.cpp, tools/mtmd/models/llava.cpp."""
-    import gguf
-
     fields = gguf.GGUFReader(path).fields
-
     tensors = {name: value.astype(np.float32) for name, value in read_tensors(path).items()}
     keys = ("embedding_length", "patch_size", "attention.head_count", "attention.layer_norm_epsilon", "feature_layer")
     width, patch, heads, epsilon, layers = (fields[f"clip.vision.{key}"].contents() for key in keys)

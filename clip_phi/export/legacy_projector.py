@@ -15,24 +15,18 @@ def import_projector(path: str, vision: str, text: str, vision_feature_layer: in
     read from the file; a pickled module, which could run any code, is refused. Returns {"files", "parameters"}. Raises
     ValueError if the file has no such layer, or one of other widths."""
     state = _read(path)
-    weights = [name for name, value in state.items() if name.endswith("weight") and value.dim() == 2]
-    if len(weights) != 1:
-        raise ValueError(
-            f"{path} must contain the weight of one linear layer, and contains {', '.join(state) or 'nothing'}"
-        )
-    prefix = weights[0].removesuffix("weight")
-    bias = state.get(f"{prefix}bias")
-    if extra := sorted(state.keys() - {f"{prefix}weight", f"{prefix}bias"}):
-        raise ValueError(f"{path} contains more than one linear layer: {', '.join(extra)}")
+    prefix = next((name.removesuffix("weight") for name, value in state.items() if value.dim() == 2), "")
+    layer = {name.removeprefix(prefix): value.float() for name, value in state.items()}
+    if not {"weight"} <= layer.keys() <= {"weight", "bias"} or layer["weight"].dim() != 2:
+        raise ValueError(f"{path} must contain one linear layer, and contains {', '.join(state) or 'nothing'}")
     processor = ClipPhiProcessor.from_backbones(vision, text)
     model: Any = ClipPhiForCausalLM.from_backbones(
         vision,
         text,
         image_token_id=processor.image_token_id,
         vision_feature_layer=vision_feature_layer,
-        projector_bias=bias is not None,
+        projector_bias="bias" in layer,
     )
-    layer = {"weight": state[weights[0]].float()} | ({} if bias is None else {"bias": bias.float()})
     wanted = tuple(model.model.projector.weight.shape)
     if tuple(layer["weight"].shape) != wanted:
         given = " -> ".join(map(str, reversed(layer["weight"].shape)))

@@ -10,6 +10,8 @@ from transformers.utils import logging
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiModel, ClipPhiProcessor
 
+from . import random_pixels
+
 
 def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path) -> dict[str, Any]:
     """Write the weights as a stock LlavaForConditionalGeneration, with its processor: no remote code.
@@ -35,16 +37,13 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     state |= {f"model.language_model.{name}": value for name, value in model.model.language_model.state_dict().items()}
     state["lm_head.weight"] = model.lm_head.weight.detach()
     projector = model.model.projector.state_dict()
-    first = "" if linear else "0."
-    width = config.text_config.hidden_size
-    zeros = model.lm_head.weight.new_zeros(width)
-    second = (torch.eye(width).to(zeros), zeros)
-    if not linear:
-        second = (projector["2.weight"], projector.get("2.bias", zeros))
-    layers = {1: (projector[f"{first}weight"], projector.get(f"{first}bias", zeros)), 2: second}
-    for number, parts in layers.items():
-        for name, value in zip(("weight", "bias"), parts, strict=True):
-            state[f"model.multi_modal_projector.linear_{number}.{name}"] = value.clone()  # two zeros, not one
+    zeros = model.lm_head.weight.new_zeros(config.text_config.hidden_size)
+    if linear:
+        projector = {f"0.{name}": value for name, value in projector.items()} | {"2.weight": torch.diag(zeros + 1)}
+    for number, place in ((1, 0), (2, 2)):
+        for name in ("weight", "bias"):  # two zeros, not one
+            value = projector.get(f"{place}.{name}", zeros).clone()
+            state[f"model.multi_modal_projector.linear_{number}.{name}"] = value
     llava.load_state_dict(state, assign=True)
     llava.tie_weights()
     llava.generation_config = model.generation_config
@@ -60,13 +59,8 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
         image_token=processor.image_token,
         chat_template=processor.chat_template,
     ).save_pretrained(folder)
-    inputs = _random_inputs(model, processor)
     read_back = LlavaForConditionalGeneration.from_pretrained(folder, dtype=model.dtype).eval()
-    with torch.no_grad():
-        difference = (read_back(**inputs).logits - model(**inputs).logits).abs().max().item()
-    if difference > 1e-4:
-        raise ValueError(f"the model in {folder} gives other logits (by {difference:g})")
-    return {"files": [str(folder)], "largest_difference": difference}
+    return _compare(model, read_back, processor, folder, "logits")
 
 
 def export_vllm(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path) -> dict[str, Any]:
@@ -82,34 +76,27 @@ def export_vllm(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: 
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"]["AutoModel"] = "modeling_clip_phi.ClipPhiModel"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    inputs = _random_inputs(model, processor)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers reports that the head is not used
     read_back = ClipPhiModel.from_pretrained(folder, dtype=model.dtype)
     logging.set_verbosity(verbosity)
-    with torch.no_grad():
-        wanted = model.model(**inputs).last_hidden_state
-        difference = (read_back(**inputs).last_hidden_state - wanted).abs().max().item()
-    if difference > 1e-4:
-        raise ValueError(f"the model in {folder} gives other hidden states (by {difference:g})")
-    return {"files": [str(folder)], "largest_difference": difference}
+    return _compare(model.model, read_back, processor, folder, "last_hidden_state")
 
 
-def _refuse_head_bias(model: ClipPhiForCausalLM, where: str) -> None:
+def _refuse_head_bias(model: Any, where: str) -> None:
     if model.lm_head.bias is not None:
-        config: Any = model.config
         raise ValueError(
-            f"{where} has no bias in its head, and this decoder's head ({config.text_config.model_type}) has one, so "
-            "the logits would be wrong: use the model as it is, or --to gguf"
+            f"{where} has no bias in its head, and this decoder's head ({model.config.text_config.model_type}) has "
+            "one, so the logits would be wrong: use the model as it is, or --to gguf"
         )
 
 
-def _random_inputs(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -> dict[str, torch.Tensor]:
-    config: Any = model.config
-    size = config.vision_config.image_size
-    generator = torch.Generator().manual_seed(0)
-    ids = processor.tokenizer("What is it?")["input_ids"]
-    return {
-        "input_ids": torch.tensor([[processor.image_token_id] * processor.num_image_tokens + ids]),
-        "pixel_values": torch.randn(1, 3, size, size, generator=generator).to(model.dtype),
-    }
+def _compare(model: Any, read_back: Any, processor: ClipPhiProcessor, folder: Path, what: str) -> dict[str, Any]:
+    """Compare an output of two models for a question about a random image."""
+    ids = [processor.image_token_id] * processor.num_image_tokens + processor.tokenizer("What is it?")["input_ids"]
+    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": random_pixels(model).to(model.dtype)}
+    with torch.no_grad():
+        difference = (read_back(**inputs)[what] - model(**inputs)[what]).abs().max().item()
+    if not difference <= 1e-4:
+        raise ValueError(f"the model in {folder} gives other {what} (by {difference:g})")
+    return {"files": [str(folder)], "largest_difference": difference}

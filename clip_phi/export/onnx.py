@@ -4,10 +4,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
+import onnxscript  # noqa: F401  # torch's exporter needs it
 import torch
 from torch import nn
 
 from modeling_clip_phi import ClipPhiForCausalLM
+
+from . import random_pixels
 
 TOLERANCE = 1e-3  # of the largest feature
 
@@ -21,26 +25,18 @@ class _Features(nn.Module):
         return self.model._project(self.model.get_vision_features(pixel_values))
 
 
-def export_onnx(model: ClipPhiForCausalLM, folder: Path) -> dict[str, Any]:
+def export_onnx(model: ClipPhiForCausalLM, _: Any, folder: Path) -> dict[str, Any]:
     """Write vision.onnx, from pixel_values to image_features, both float32. The decoder is not exported.
 
     pixel_values are (images, 3, height, width), normalised; image_features are (images, patches, text hidden). Returns
     {"files", "largest_difference"}: of onnxruntime's features for two random images and for one, relative to the
-    model's largest. Raises ImportError without the packages, ValueError if the features differ."""
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  # torch's exporter needs it
-    except ImportError as error:
-        raise ImportError("ONNX needs onnx, onnxscript and onnxruntime: pip install 'clip-phi[onnx]'") from error
-    logging.getLogger("torch.onnx").setLevel(
-        logging.ERROR
-    )  # it warns that torchvision is missing, which nothing here needs
+    model's largest. Raises ValueError if the features differ."""
+    # it warns that torchvision is missing, which nothing here needs
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "vision.onnx"
     module = _Features(model.float()).eval()
-    config: Any = model.config
-    size = config.vision_config.image_size
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    pixels = random_pixels(model, 2)
     torch.onnx.export(
         module,
         (pixels,),

@@ -1,6 +1,5 @@
 """The model card, made from the files of a run. Text that a person writes outside its marked blocks is kept."""
 
-import hashlib
 import io
 import json
 import re
@@ -114,14 +113,8 @@ def make_card(
 ) -> str:
     """The whole card, without absolute paths and access tokens.
 
-    Args:
-        run: what the card reports.
-        repo_id: user/name.
-        revision: what the code in the card pins.
-        merged: whether the repository contains all weights.
-        images: of card_images.
-        licenses: of each backbone, None if it states none.
-    """
+    repo_id: user/name. revision: what the code in the card pins. merged: whether the repository contains all weights.
+    images: of card_images. licenses: of each backbone, None if it states none."""
     config, options = run.config, run.stages[-1]["options"] if run.stages else {}
     tuned = "frozen" if config.get("delta") or run.stages else "not recorded"
     if options.get("tune_decoder") == "full":
@@ -132,30 +125,20 @@ def make_card(
     names = ["torch", "transformers", "pillow", *(["peft"] if config.get("adapter") and not merged else [])]
     packages = run.stages[-1]["environment"]["packages"] if run.stages else {}
     values = {
-        "name": repo_id.split("/")[-1],
+        "run": run,
         "repo_id": repo_id,
         "revision": revision,
         "merged": merged,
-        "vision": config["vision_config"],
-        "text": config["text_config"],
         "tower": _link(config.get("vision_backbone"), config.get("vision_backbone_revision")),
         "decoder": _link(config.get("text_backbone"), config.get("text_backbone_revision")),
         "projector": PROJECTORS[config["projector_type"]],
         "tuned": tuned,
         "requirements": " ".join(f'"{needed[name]}"' for name in names),
-        "stages": run.stages,
         "settings": _settings(run.stages),
         "versions": [f"{name} {packages[name]}" for name in (*names[:2], "accelerate", "peft") if name in packages],
         "data": _data_lines(run),
         "licenses": licenses,
-        "evaluations": [
-            {"margin_ci95": (None, None), "blind": None, "shuffled": None, "margin": None}
-            | each
-            | {"command": [Path(each["command"][0]).name, *each["command"][1:]]}
-            for each in run.evaluations
-        ],
         "images": images,
-        "samples": run.samples,
         "show": _show,
         "link": _link,
         "cell": lambda text: " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;"),
@@ -197,7 +180,7 @@ def merge_cards(old: str | None, new: str) -> str:
 
 
 def _split(card: str) -> tuple[str, str]:
-    """Front matter and body."""
+    """(front matter, body)"""
     found = re.match(r"\s*---\r?\n(.*?)\r?\n?---[ \t]*\r?\n", card, re.S)
     return (found[1], card[found.end() :]) if found else ("", "\n" + card)
 
@@ -212,12 +195,7 @@ def _merge_results(old: list[dict] | None, new: list[dict]) -> list[dict]:
 
 def _metadata(run: Run, repo_id: str, licenses: dict[str, str | None]) -> ModelCardData:
     license = next(iter(licenses.values())) if len(set(licenses.values())) == 1 else None
-    datasets: dict[str, None] = {}
-    for _, kind, path in run.sources():
-        if kind == "dataset" and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists():
-            datasets[path] = None
-        elif on_hub := HUB_DATASETS.get(Path(path).name):
-            datasets[on_hub] = None
+    datasets = dict.fromkeys(found for _, kind, path in run.sources() if (found := _hub_dataset(kind, path)))
     more = {} if license else {"license_name": "see-card", "license_link": "README.md"}
     return ModelCardData(
         library_name="transformers",
@@ -269,7 +247,7 @@ def _settings(stages: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
 def _data_lines(run: Run) -> list[str]:
     lines = []
     for stage, kind, path in run.sources():
-        on_hub = HUB_DATASETS.get(Path(path).name)
+        on_hub = _hub_dataset(kind, path)
         shown = f"[{on_hub}](https://huggingface.co/datasets/{on_hub})" if on_hub else f"`{scrub(path)}`"
         lines.append(f"stage {stage}: {shown}, read as `{kind}` ({DATA_LICENSES[kind]})")
     for each in run.stages:
@@ -280,6 +258,11 @@ def _data_lines(run: Run) -> list[str]:
         skipped = ", ".join(f"{count:,} {kind}" for kind, count in run.report["skipped"].items())
         lines.append(f"damaged records that the last stage skipped: {skipped}")
     return lines
+
+
+def _hub_dataset(kind: str, path: str) -> str | None:
+    is_hub_id = kind == "dataset" and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
+    return path if is_hub_id else HUB_DATASETS.get(Path(path).name)
 
 
 def _link(backbone: str | None, revision: str | None = None) -> str:
@@ -306,10 +289,7 @@ def _duration(stage: dict[str, Any]) -> str:
     if "ended" not in stage:
         return "not finished"
     began, ended = (datetime.strptime(stage[name], "%Y-%m-%dT%H:%M:%S%z") for name in ("began", "ended"))
-    seconds = (ended - began).total_seconds()
-    if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+    return str(ended - began)  # hours:minutes:seconds
 
 
 def _show(value: Any) -> str:
@@ -318,14 +298,6 @@ def _show(value: Any) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not json: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must be a json object")
-    return found
-
-
-def weights_name(hashes: list[str]) -> str:
-    """The tag of weights with these hashes. The card names it before the commit exists."""
-    return f"weights-{hashlib.sha256(''.join(sorted(hashes)).encode()).hexdigest()[:12]}"
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a json object: {error}") from error

@@ -1,29 +1,22 @@
 """Pushing a model to the Hub in one commit, with its model card."""
 
+import hashlib
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    get_token,
-    hf_hub_download,
-    is_offline_mode,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..environment import SECRET
-from .card import Run, card_images, make_card, merge_cards, weights_name
-from .retry import Result, load_with_retries, with_retries
+from .card import Run, card_images, make_card, merge_cards
+from .retry import load_with_retries, with_retries
 
 # The files of a model. Logs, training checkpoints and whatever else a run's folder holds are not pushed.
 SHIPPED = re.compile(
@@ -53,73 +46,17 @@ class Pushed:
         return f"{done} {self.url}, commit {self.commit[:12]}; load it with revision={self.revision!r}"
 
 
-@dataclass
-class Target:
-    """Where to push. branch: None for main. tag: None for a name made from the hash of the weights."""
-
-    repo_id: str
-    private: bool | None = None
-    branch: str | None = None
-    tag: str | None = None
-    create_pr: bool = False
-
-
-class Hub:
-    """The Hub with the rights of one token. log: gets a line for each wait."""
-
-    def __init__(self, token: str | None = None, log: Callable[[str], Any] = print):
-        if is_offline_mode():
-            raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it")
-        token = token or get_token()
-        if token is None:
-            raise ValueError(
-                "no token for the Hub: run 'hf auth login', or set HF_TOKEN; "
-                "https://huggingface.co/settings/tokens creates one (with write access)"
-            )
-        self.token, self.log = token, log
-        self.api = HfApi(token=token, library_name="clip-phi")
-
-    def retry(self, what: str, action: Callable[[], Result]) -> Result:
-        return with_retries(what, action, self.log)
-
-    def check_access(self, repo_id: str, create_pr: bool = False) -> tuple[str, str]:
-        """(user, full repo id). Raises ValueError or OSError in one line if the token has no right to write there."""
-        try:
-            validate_repo_id(repo_id)
-        except HFValidationError as error:
-            raise ValueError(f"{repo_id!r} is no repository id: it is user/name, such as alice/clip-phi") from error
-        me = self.retry("checking the token", self.api.whoami)
-        name = me["name"]
-        if "/" not in repo_id:
-            repo_id = f"{name}/{repo_id}"
-        namespace, repository = repo_id.split("/")
-        if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise ValueError(
-                f"{name}'s token may only read: create one with write access at "
-                "https://huggingface.co/settings/tokens, then run 'hf auth login'"
-            )
-        orgs = {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
-        if create_pr or namespace == name:
-            return name, repo_id
-        if namespace not in orgs:
-            raise ValueError(
-                f"{namespace} is not a namespace of this token (it has {', '.join([name, *sorted(orgs)])}): push to "
-                f"{name}/{repository}, or offer it with --create_pr"
-            )
-        if orgs[namespace] == "read":
-            raise ValueError(f"{name} may read in {namespace} and not write: ask its owners, or give --create_pr")
-        return name, repo_id
-
-
 def push(
     folder: str | Path,
-    target: Target,
+    repo_id: str,
     *,
+    private: bool | None = None,
+    branch: str | None = None,
+    tag: str | None = None,
+    create_pr: bool = False,
     merged: bool = False,
     message: str | None = None,
     images: bool = True,
-    token: str | None = None,
-    log: Callable[[str], Any] = print,
 ) -> Pushed:
     """Push the model in a folder, with a model card made from the files of its run.
 
@@ -128,58 +65,98 @@ def push(
 
     Args:
         folder: of a training run, or of a saved model.
-        target: repository, branch and tag.
+        repo_id: user/name, or a name of the token's user.
+        branch: None for main.
+        tag: of the commit; None for a name made from the hash of the weights.
+        create_pr: open a pull request, or continue one of the same title.
         merged: push all weights, LoRA folded in, instead of the delta that training saved.
-        message: of the commit.
         images: show the run's held-out sample images in the card.
-        token: None for the one of huggingface_hub.
-        log: gets a line for each wait.
 
-    Raises:
-        ValueError, OSError: in one line, if it cannot be pushed. The repository is then as it was.
-    """
+    Raises ValueError or OSError, in one line, if it cannot be pushed. The repository is then as it was."""
     folder = Path(folder)
-    if target.tag and target.create_pr:
+    if tag and create_pr:
         raise ValueError("--tag names a commit, and a pull request has none yet: tag it after it is merged")
     run = read_run(folder)
     refuse_local_backbones(folder, run.config, merged)
     all_weights = merged or not run.config["delta"]
-    hub = Hub(token, log)
-    user, repo_id = hub.check_access(target.repo_id, target.create_pr)
+    api, user, repo_id = _check_access(repo_id, create_pr)
     with tempfile.TemporaryDirectory(prefix="clip-phi-push-") as temporary:
         stage = Path(temporary)
         stage_files(folder, stage, run, merged)
-        branch = target.branch or "main"
-        if not target.create_pr or repo_id.startswith(f"{user}/"):
-            create = partial(hub.api.create_repo, repo_id, private=target.private, exist_ok=True)
-            hub.retry(f"creating {repo_id}", create)
-        _check_tag(hub, repo_id, branch, target)
-        if target.branch is not None and not target.create_pr:
-            hub.retry(f"creating branch {branch}", lambda: hub.api.create_branch(repo_id, branch=branch, exist_ok=True))
+        if not create_pr or repo_id.startswith(f"{user}/"):
+            create = partial(api.create_repo, repo_id, private=private, exist_ok=True)
+            with_retries(f"creating {repo_id}", create)
+        if tag is not None:
+            refs = with_retries(f"reading the tags of {repo_id}", lambda: api.list_repo_refs(repo_id))
+            heads = [each.target_commit for each in refs.branches if each.name == (branch or "main")]
+            if at := [each.target_commit for each in refs.tags if each.name == tag and each.target_commit not in heads]:
+                raise ValueError(
+                    f"{repo_id} already has a tag {tag}, at {at[0][:12]}: choose another --tag, since others may have "
+                    "pinned that one"
+                )
+        if branch is not None and not create_pr:
+            with_retries(f"creating branch {branch}", lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
         shown = {name: data for name, data in card_images(run).items() if images or not name.startswith("samples/")}
         for name, data in shown.items():
             (stage / name).parent.mkdir(exist_ok=True)
             (stage / name).write_bytes(data)
         additions = {name: CommitOperationAdd(name, str(stage / name)) for name in sorted(_relative(stage))}
         hashes = [each.upload_info.sha256.hex() for name, each in additions.items() if name.endswith(".safetensors")]
-        tag = target.tag or weights_name(hashes)
-        revision = "main" if target.create_pr else tag
+        # the card names it before the commit exists
+        tag_name = tag or f"weights-{hashlib.sha256(''.join(sorted(hashes)).encode()).hexdigest()[:12]}"
+        revision = "main" if create_pr else tag_name
         backbones = [run.config.get(f"{part}_backbone") for part in ("vision", "text")]
-        licenses = {name: _license(hub, name) for name in backbones if name and not Path(name).is_absolute()}
+        licenses = {name: _license(api, name) for name in backbones if name and not Path(name).is_absolute()}
         card = make_card(run, repo_id, revision, all_weights, shown, licenses)
         title = message or ("Merged checkpoint" if all_weights else "Delta checkpoint")
-        at_pull_request = (user, title) if target.create_pr else None
-        commit = partial(_commit, hub, repo_id, branch, at_pull_request, title, additions, card)
-        commit_id, changed, url = hub.retry(f"the commit to {repo_id}", commit)
-    if not target.create_pr:
-        _tag(hub, repo_id, tag, commit_id, explicit=target.tag is not None)
-    return Pushed(repo_id, f"{hub.api.endpoint}/{repo_id}", commit_id, changed, revision, url)
+        commit = partial(_commit, api, repo_id, branch or "main", user if create_pr else None, title, additions, card)
+        commit_id, changed, url = with_retries(f"the commit to {repo_id}", commit)
+    if not create_pr:
+        _tag(api, repo_id, tag_name, commit_id, explicit=tag is not None)
+    return Pushed(repo_id, f"{api.endpoint}/{repo_id}", commit_id, changed, revision, url)
 
 
 def check_push(repo_id: str, config: dict[str, Any], merged: bool, folder: str | Path) -> None:
     """Raises ValueError or OSError if a model of this config cannot be pushed later. Called before training."""
     refuse_local_backbones(Path(folder), config, merged)
-    Hub().check_access(repo_id)
+    _check_access(repo_id)
+
+
+def _check_access(repo_id: str, create_pr: bool = False) -> tuple[HfApi, str, str]:
+    """The Hub with the rights of the token, its user, and the full repo id.
+
+    Raises ValueError or OSError, in one line, if the token has no right to write there."""
+    if is_offline_mode():
+        raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it")
+    token = get_token()
+    if token is None:
+        raise ValueError(
+            "no token for the Hub: run 'hf auth login', or set HF_TOKEN; "
+            "https://huggingface.co/settings/tokens creates one (with write access)"
+        )
+    api = HfApi(token=token, library_name="clip-phi")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no repository id: it is user/name, such as alice/clip-phi") from error
+    me = with_retries("checking the token", api.whoami)
+    name = me["name"]
+    namespace, _, repository = repo_id.rpartition("/")
+    namespace = namespace or name
+    if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError(
+            f"{name}'s token may only read: create one with write access at "
+            "https://huggingface.co/settings/tokens, then run 'hf auth login'"
+        )
+    orgs = {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
+    if not create_pr and namespace not in (name, *orgs):
+        raise ValueError(
+            f"{namespace} is not a namespace of this token (it has {', '.join([name, *sorted(orgs)])}): push to "
+            f"{name}/{repository}, or offer it with --create_pr"
+        )
+    if not create_pr and orgs.get(namespace) == "read":
+        raise ValueError(f"{name} may read in {namespace} and not write: ask its owners, or give --create_pr")
+    return api, name, f"{namespace}/{repository}"
 
 
 def read_run(folder: Path) -> Run:
@@ -270,73 +247,53 @@ def _is_hub_id(value: Any) -> bool:
 
 
 def _commit(
-    hub: Hub,
+    api: HfApi,
     repo_id: str,
     branch: str,
-    pull_request: tuple[str, str] | None,
+    author: str | None,
     title: str,
     additions: dict[str, CommitOperationAdd],
     card: str,
 ) -> tuple[str, bool, str | None]:
     """One try of the commit: it reads the repository, and is refused (412) if that changes before the commit is made.
 
-    pull_request: (user, title) of one to open, or to continue if it is open already. Returns the commit, whether it is
-    new, and the URL of the pull request."""
-    api = hub.api
+    author: of a pull request to open, or to continue if it is open already; None for a commit to the branch. Returns
+    the commit, whether it is new, and the URL of the pull request."""
     opened = None
-    if pull_request is not None:
+    if author is not None:
         found = api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
-        opened = next((each.num for each in found if (each.author, each.title) == pull_request), None)
+        opened = next((each.num for each in found if (each.author, each.title) == (author, title)), None)
     at = f"refs/pr/{opened}" if opened else branch
     info = api.model_info(repo_id, revision=at)
     held = {sibling.rfilename for sibling in info.siblings or []}
     old = None
     if "README.md" in held:
         with tempfile.TemporaryDirectory() as cache:
-            path = hf_hub_download(
-                repo_id, "README.md", revision=info.sha, cache_dir=cache, token=hub.token, endpoint=api.endpoint
-            )
+            path = api.hf_hub_download(repo_id, "README.md", revision=info.sha, cache_dir=cache)
             old = Path(path).read_bytes().decode("utf-8")
     stale = [name for name in sorted(held - set(additions)) if SHIPPED.fullmatch(name) or CARD_IMAGES.fullmatch(name)]
-    operations = [
-        CommitOperationAdd("README.md", merge_cards(old, card).encode()),
-        *additions.values(),
-        *(CommitOperationDelete(name) for name in stale),
-    ]
-    new = pull_request is not None and opened is None
-    done = api.create_commit(
-        repo_id, operations, commit_message=title, revision=at, parent_commit=info.sha, create_pr=new
-    )
+    operations = [CommitOperationAdd("README.md", merge_cards(old, card).encode()), *additions.values()]
+    operations += [CommitOperationDelete(name) for name in stale]
+    new = author is not None and opened is None
+    options = {"commit_message": title, "revision": at, "parent_commit": info.sha, "create_pr": new}
+    done = api.create_commit(repo_id, operations, **options)
     url = done.pr_url or (f"{api.endpoint}/{repo_id}/discussions/{opened}" if opened else None)
     return done.oid, done.oid != info.sha, url
 
 
-def _check_tag(hub: Hub, repo_id: str, branch: str, target: Target) -> None:
-    if target.tag is None:
-        return
-    refs = hub.retry(f"reading the tags of {repo_id}", lambda: hub.api.list_repo_refs(repo_id))
-    tags = {each.name: each.target_commit for each in refs.tags}
-    heads = {each.name: each.target_commit for each in refs.branches}
-    if target.tag in tags and tags[target.tag] != heads.get(branch):
-        raise ValueError(
-            f"{repo_id} already has a tag {target.tag}, at {tags[target.tag][:12]}: choose another --tag, since "
-            "others may have pinned that one"
-        )
-
-
-def _tag(hub: Hub, repo_id: str, tag: str, commit: str, explicit: bool) -> None:
+def _tag(api: HfApi, repo_id: str, tag: str, commit: str, explicit: bool) -> None:
     what = f"the tag {tag} of {repo_id}"
-    hub.retry(what, lambda: hub.api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
-    if explicit:
-        refs = hub.retry(what, lambda: hub.api.list_repo_refs(repo_id))
+    with_retries(what, lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
+    if explicit:  # the other one may name an earlier commit of the same weights
+        refs = with_retries(what, lambda: api.list_repo_refs(repo_id))
         if {each.name: each.target_commit for each in refs.tags}[tag] != commit:
             raise ValueError(f"pushed as {commit[:12]}, but {tag} names an earlier commit: push with another --tag")
 
 
-def _license(hub: Hub, backbone: str) -> str | None:
+def _license(api: HfApi, backbone: str) -> str | None:
     """What the backbone's own card states."""
     try:
-        info = hub.retry(f"the license of {backbone}", lambda: hub.api.model_info(backbone))
+        info = with_retries(f"the license of {backbone}", lambda: api.model_info(backbone))
     except (OSError, ValueError):
         return None
     return info.card_data.license if info.card_data else None

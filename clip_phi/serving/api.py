@@ -41,8 +41,6 @@ POLL_SECONDS = 0.5  # between two checks whether the client of a whole completio
 
 @dataclass(frozen=True)
 class ApiLimits:
-    """Limits of a request."""
-
     max_body: int = 32 * 2**20  # bytes
     max_pixels: int = 25_000_000  # of one image
     max_images: int = 8
@@ -86,14 +84,6 @@ class Message(_Strict):
     refusal: None = None
 
 
-class StreamOptions(_Strict):
-    include_usage: bool = False
-
-
-class ResponseFormat(_Strict):
-    type: Literal["text"]
-
-
 class ChatRequest(_Strict):
     """The supported part of OpenAI's request. Other parameters are refused by name, unless at their default."""
 
@@ -106,12 +96,12 @@ class ChatRequest(_Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = Field(None, description="at most 4")
     stream: bool | None = False
-    stream_options: StreamOptions | None = None
+    stream_options: dict[Literal["include_usage"], bool] | None = None
     n: Literal[1] | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     logprobs: Literal[False] | None = None
-    response_format: ResponseFormat | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
     user: str | None = None
 
 
@@ -181,7 +171,7 @@ def create_app(
             raise ApiError(400, str(error)) from error
         common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if body.stream:
-            with_usage = body.stream_options is not None and body.stream_options.include_usage
+            with_usage = (body.stream_options or {}).get("include_usage", False)
             events = _events(completion, common | {"object": "chat.completion.chunk"}, pieces, with_usage)
             return StreamingResponse(events, media_type="text/event-stream")
         await _wait(completion, pieces, request)
@@ -211,19 +201,16 @@ def create_app(
         return PlainTextResponse(_metrics(engine, statuses), media_type="text/plain; version=0.0.4")
 
     @app.exception_handler(ApiError)
-    async def on_api_error(request: Request, error: ApiError) -> Response:
-        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
-
     @app.exception_handler(RequestValidationError)
-    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
-        message = f"{place}: {first['msg']}" if place else first["msg"]
-        return await on_api_error(request, ApiError(400, message, param=place or None))
-
     @app.exception_handler(StarletteHTTPException)
-    async def on_http(request: Request, error: StarletteHTTPException) -> Response:
-        return await on_api_error(request, ApiError(error.status_code, str(error.detail), **(error.headers or {})))
+    async def on_error(request: Request, error: Any) -> Response:
+        if isinstance(error, RequestValidationError):
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"][1:]))
+            error = ApiError(400, f"{place}: {first['msg']}" if place else first["msg"], param=place or None)
+        elif isinstance(error, StarletteHTTPException):
+            error = ApiError(error.status_code, str(error.detail), **(error.headers or {}))
+        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
     return app
 
@@ -241,9 +228,6 @@ def serve(app: FastAPI, host: str, port: int, log_level: str = "info") -> None:
         raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}; try another --port") from error
     config = uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=10)
     uvicorn.Server(config).run(sockets=[listener])
-
-
-# ---------------------------------------------------------------------- requests
 
 
 def _submit(engine: Engine, body: ChatRequest, limits: ApiLimits, transcribe: Any, callback: Any) -> Completion:
@@ -317,9 +301,6 @@ def _from_base64(text: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
         raise ValueError(f"not base64: {error}") from error
-
-
-# ---------------------------------------------------------------------- responses
 
 
 def _choices(finish_reason: str | None, **content: Any) -> dict[str, Any]:
@@ -405,9 +386,6 @@ class _Counted:
         self.app, self.statuses, self.max_body = app, statuses, max_body
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         received = 0
 
         async def counted_send(message: Any) -> None:

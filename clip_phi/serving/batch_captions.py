@@ -101,11 +101,10 @@ def _keep_captions(output: Path) -> set[str]:
 
 
 def _summary(counts: Counter[str], seconds: float, tokens: int) -> str:
-    text = f"captioned {counts['captioned']:,} images in {seconds:.1f} s"
-    text += f" ({counts['captioned'] / seconds:.1f} images and {tokens / seconds:.0f} tokens per second)"
-    if counts["done before"]:
-        text += f"; {counts['done before']:,} were done before"
-    bad = {kind: count for kind, count in counts.items() if kind not in ("captioned", "done before")}
-    if bad:
-        text += f"; {sum(bad.values()):,} bad: " + ", ".join(f"{count:,} {kind}" for kind, count in bad.items())
-    return text
+    captioned, before = counts["captioned"], counts["done before"]
+    bad = counts - Counter({"captioned": captioned, "done before": before})
+    parts = [f"captioned {captioned:,} images in {seconds:.1f} s"]
+    parts[0] += f" ({captioned / seconds:.1f} images and {tokens / seconds:.0f} tokens per second)"
+    parts += [f"{before:,} were done before"] if before else []
+    parts += [f"{bad.total():,} bad: " + ", ".join(f"{bad[kind]:,} {kind}" for kind in bad)] if bad else []
+    return "; ".join(parts)

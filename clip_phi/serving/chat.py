@@ -41,20 +41,10 @@ SHOWN_SIZE = 256  # pixels; drawn scenes are very small
 def launch(
     engine: Engine, modalities: Modalities, host: str, port: int, examples: Path | None = None, block: bool = True
 ) -> gr.Blocks:
-    """Serve the page; block: until Ctrl-C. Raises OSError if the port is not available."""
-    page = make_page(engine, modalities, examples)
-    page.queue(default_concurrency_limit=None)  # the engine's queue is the only one
-    theme = gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg")
-    print(f"the page is at http://{host}:{port}", file=sys.stderr, flush=True)
-    page.launch(
-        server_name=host, server_port=port, share=False, ssr_mode=False, quiet=True, footer_links=[], show_error=True,
-        theme=theme, css="".join(render("chat.css")), prevent_thread_lock=not block,
-    )  # fmt: skip
-    return page
+    """Serve the page. Raises OSError if the port is not available.
 
-
-def make_page(engine: Engine, modalities: Modalities, examples: Path | None = None) -> gr.Blocks:
-    """The page. examples: folder of example images; None for drawn scenes."""
+    examples: folder of example images; None for drawn scenes.
+    block: until Ctrl-C."""
     transcribe = modalities.transcribe and functools.lru_cache(maxsize=256)(modalities.transcribe)
 
     def respond(*inputs: Any) -> Iterator[tuple[Any, str]]:
@@ -102,6 +92,13 @@ def make_page(engine: Engine, modalities: Modalities, examples: Path | None = No
         if modalities.missing:
             with gr.Accordion("Not available", open=False):
                 gr.Markdown("\n".join(f"- {line}" for line in modalities.missing), elem_id="missing")
+    page.queue(default_concurrency_limit=None)  # the engine's queue is the only one
+    theme = gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg")
+    print(f"the page is at http://{host}:{port}", file=sys.stderr, flush=True)
+    page.launch(
+        server_name=host, server_port=port, share=False, ssr_mode=False, quiet=True, footer_links=[], show_error=True,
+        theme=theme, css="".join(render("chat.css")), prevent_thread_lock=not block,
+    )  # fmt: skip
     return page
 
 
@@ -133,13 +130,9 @@ def _respond(
     messages, images, transcript = _conversation(message, history, transcribe)
     status = f"speech: “{transcript}”" if transcript else ""
     yield "", status
+    messages, length = engine.add_default_instructions(messages), int(max_new_tokens)
     try:
-        completion = engine.submit(
-            engine.add_default_instructions(messages),
-            images,
-            max_new_tokens=int(max_new_tokens),
-            temperature=temperature,
-        )
+        completion = engine.submit(messages, images, max_new_tokens=length, temperature=temperature)
     except QueueFullError as error:
         raise ValueError(f"too many people use this model now: try again in {error.retry_after} s") from error
     for _ in completion:
@@ -185,7 +178,11 @@ def _conversation(
     turns: list[tuple[list[str], str, str]] = []  # files, text, answer
     question: tuple[list[str], str] | None = None
     for entry in history:
-        files, text = _content(entry)
+        content = entry["content"] if isinstance(entry["content"], list) else [entry["content"]]
+        parts: list[Any] = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        parts = [part for part in parts if isinstance(part, dict)]  # over gradio's API also components, of answers
+        files = [part["file"]["path"] for part in parts if part.get("type") == "file"]
+        text = " ".join(part["text"] for part in parts if part.get("type") == "text").strip()
         if entry["role"] == "user":
             question = (files, text)
         elif question is not None and text:  # the speech or image of an answer has no text
@@ -211,11 +208,3 @@ def _conversation(
         if answer:
             messages.append({"role": "assistant", "content": answer})
     return messages, images, transcripts[-1] if transcripts else ""
-
-
-def _content(entry: dict[str, Any]) -> tuple[list[str], str]:
-    """File paths and text of one message of gradio's history."""
-    content = entry["content"] if isinstance(entry["content"], list) else [entry["content"]]
-    parts: list[dict] = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-    paths = [part["file"]["path"] for part in parts if part.get("type") == "file"]
-    return paths, " ".join(part["text"] for part in parts if part.get("type") == "text").strip()

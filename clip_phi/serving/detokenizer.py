@@ -18,8 +18,7 @@ class TextStream:
         self.text = ""  # of all pieces so far
         self.stopped = False  # a stop string has ended the text
         self._stream = DecodeStream(skip_special_tokens=True)
-        self._decoded = ""
-        self._held = ""
+        self._decoded = self._held = ""
 
     def add(self, token: int) -> str:
         """The text that this token completes; often empty."""
@@ -40,13 +39,12 @@ class TextStream:
     def _take(self, decoded: str) -> str:
         self._decoded += decoded
         text = self._held + decoded
-        cuts = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
+        cuts = [place for place in map(text.find, self.stop) if place >= 0]
         self.stopped = bool(cuts)
         keep = min(cuts, default=len(text))
-        if not cuts:
-            for stop in self.stop:
-                begun = (size for size in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:size]))
-                keep = min(keep, len(text) - next(begun, 0))
+        for stop in () if cuts else self.stop:
+            begun = (size for size in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:size]))
+            keep = min(keep, len(text) - next(begun, 0))
         keep = len(text[:keep].rstrip())
         self._held = text[keep:]
         return self._release(text[:keep])

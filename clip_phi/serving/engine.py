@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -49,8 +50,6 @@ class EngineClosedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of an engine."""
-
     max_batch: int = 32  # requests in one batch
     max_waiting: int = 256  # requests in the queue
     # Bytes of the batch's keys and values, with every sequence as long as the longest; a request stays in the queue
@@ -110,16 +109,10 @@ class Completion:
         """Block until the text is complete."""
         return "".join(self)
 
-    # -------------------------------------------------------------- called by the engine
-
     def _add(self, piece: str) -> None:
         if piece:
             self.text += piece
             self._callback(piece)
-
-    def _finish(self, reason: str | None, error: BaseException | None = None) -> None:
-        self.finish_reason, self.error = reason, error
-        self._callback(None)
 
 
 @dataclass
@@ -141,7 +134,7 @@ class _Request:
         return len(self.ids) + self.max_new_tokens
 
 
-class Engine:
+class Engine(AbstractContextManager["Engine"]):
     """Continuous batching of one model and its processor, in a thread of its own.
 
     A completion does not depend on the rest of the batch, up to rounding: in float32 two tokens would have to be
@@ -199,12 +192,19 @@ class Engine:
             device: None for CUDA if there is one, else the CPU (in float32, which is faster there).
             quantization: "int8" for 8-bit decoder weights (on a CPU by this project's own layers: smaller, faster,
                 slightly less exact), "nf4" for 4-bit ones (bitsandbytes)."""
+        if quantization not in (None, *QUANTIZATIONS):
+            raise ValueError(f"unknown quantization {quantization!r}: it is one of {', '.join(QUANTIZATIONS)}")
         transformers_logging.disable_progress_bar()
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = _load(path, torch.device(device), quantization)
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        is_cpu = place.type == "cpu"
+        options: dict[str, Any] = {"dtype": torch.float32 if is_cpu else "auto"}
+        if has_bitsandbytes := quantization == "nf4" or (quantization == "int8" and not is_cpu):
+            config = quantization_config(quantization, torch.float32 if is_cpu else torch.bfloat16)
+            options |= {"quantization_config": config, "device_map": {"": str(place)}}
+        model = load_with_retries(ClipPhiForCausalLM.from_pretrained, path, **options)
+        if not has_bitsandbytes:
+            (fold_lora if quantization is None else quantize_decoder)(model.to(place))
         return cls(model, load_with_retries(ClipPhiProcessor.from_pretrained, path), compiled, limits)
-
-    # ------------------------------------------------------------------ submitting
 
     def submit(
         self,
@@ -242,10 +242,8 @@ class Engine:
         if (length := len(ids) + max_new_tokens) > self.context:
             raise ValueError(f"{len(ids)} and {max_new_tokens} tokens do not fit a sliding window of {self.context}")
         if length * self._cache.token_bytes > self.cache_bytes:
-            raise ValueError(
-                f"{len(ids)} prompt tokens and {max_new_tokens} new tokens need more than the {self.cache_bytes:,} "
-                "bytes that the engine has for keys and values"
-            )
+            available = f"the {self.cache_bytes:,} bytes that the engine has for keys and values"
+            raise ValueError(f"{len(ids)} prompt tokens and {max_new_tokens} new tokens need more than {available}")
         completion.num_prompt_tokens = len(ids)
         prepared = []
         for image in images:
@@ -291,9 +289,6 @@ class Engine:
             self._changed.notify()
         self._thread.join()
         atexit.unregister(self.close)
-
-    def __enter__(self) -> "Engine":
-        return self
 
     def __exit__(self, *error: Any) -> None:
         self.close()
@@ -424,12 +419,11 @@ class Engine:
         """Features (patches, text hidden) of each image of each request; new images go through the vision tower."""
         images = [image for request in joining for image in request.images]
         found = {key: features for key, features, _ in images if features is not None}
-        new: dict[str, torch.Tensor] = {}
-        for key, _, pixels in images:
-            if key not in found and (features := self.images.get(key)) is not None:  # of a request just before
+        new: dict[str, Any] = {key: pixels for key, _, pixels in images if key not in found}
+        for key in list(new):
+            if (features := self.images.get(key)) is not None:  # of a request just before
                 found[key] = features
-            elif key not in found and pixels is not None:
-                new[key] = pixels
+                del new[key]
         self.counts.update(images=len(images), images_encoded=len(new))
         if new:
             pixel_values = torch.stack(list(new.values())).to(self.model.device)
@@ -443,8 +437,8 @@ class Engine:
         """Hash of the first image, and the tokens up to its end."""
         if not request.images:
             return None
-        start = request.ids.index(self.processor.image_token_id)
-        return request.images[0][0], tuple(request.ids[: start + self.processor.num_image_tokens])
+        end = request.ids.index(self.processor.image_token_id) + self.processor.num_image_tokens
+        return request.images[0][0], tuple(request.ids[:end])
 
     def _step(self) -> None:
         """One more token for every running request."""
@@ -513,11 +507,12 @@ class Engine:
 
     def _end(self, request: _Request, reason: str | None, error: BaseException | None = None) -> None:
         request.length = -1
+        request.completion.finish_reason, request.completion.error = reason, error
         self.counts[reason or "failed"] += 1
         seconds = time.perf_counter() - request.completion._submitted
         self.seconds_per_request += 0.1 * (seconds - self.seconds_per_request)
         try:
-            request.completion._finish(reason, error)
+            request.completion._callback(None)
         except Exception:  # the client is gone
             logger.debug("a completion could not be delivered", exc_info=True)
 
@@ -539,11 +534,10 @@ def _choose(logits: torch.Tensor, requests: Sequence[_Request]) -> list[int | No
     finite = best.values.isfinite().tolist()
     sampled = [number for number, request in enumerate(requests) if request.temperature > 0 and finite[number]]
     if sampled:
-        options = {"dtype": torch.float32, "device": logits.device}
-        temperatures = torch.tensor([requests[number].temperature for number in sampled], **options).unsqueeze(1)
-        top_p = torch.tensor([requests[number].top_p for number in sampled], **options).unsqueeze(1)
         # each request has its own generator: its samples do not depend on the other requests
-        uniform = torch.tensor([requests[number].uniform.random() for number in sampled], **options).unsqueeze(1)
+        chosen = [requests[number] for number in sampled]
+        options = [(request.temperature, request.top_p, request.uniform.random()) for request in chosen]
+        temperatures, top_p, uniform = torch.tensor(options, dtype=torch.float32, device=logits.device).T.unsqueeze(-1)
         likely, order = (logits[sampled] / temperatures).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         below = likely.cumsum(dim=-1) - likely
         likely = torch.where(below < top_p, likely, 0)  # the nucleus, arXiv 1904.09751; the first is always in it
@@ -553,17 +547,3 @@ def _choose(logits: torch.Tensor, requests: Sequence[_Request]) -> list[int | No
         for number, token in zip(sampled, order.gather(1, drawn).flatten().tolist(), strict=True):
             tokens[number] = token
     return [token if good else None for token, good in zip(tokens, finite, strict=True)]
-
-
-def _load(path: str, device: torch.device, quantization: str | None) -> Any:
-    if quantization not in (None, *QUANTIZATIONS):
-        raise ValueError(f"unknown quantization {quantization!r}: it is one of {', '.join(QUANTIZATIONS)}")
-    is_cpu = device.type == "cpu"
-    options: dict[str, Any] = {"dtype": torch.float32 if is_cpu else "auto"}
-    if has_bitsandbytes := quantization == "nf4" or (quantization == "int8" and not is_cpu):
-        config = quantization_config(quantization, torch.float32 if is_cpu else torch.bfloat16)
-        options |= {"quantization_config": config, "device_map": {"": str(device)}}
-    model = load_with_retries(ClipPhiForCausalLM.from_pretrained, path, **options)
-    if not has_bitsandbytes:
-        (fold_lora if quantization is None else quantize_decoder)(model.to(device))
-    return model

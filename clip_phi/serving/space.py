@@ -7,7 +7,6 @@ from pathlib import Path
 from ..environment import installed_version, requirements
 from ..templates import render
 
-PACKAGES = ("clip_phi", "modeling_clip_phi")
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRADIO = "6.31.0"  # version where gradio is not installed
 APP = """from clip_phi.serving.chat import launch
@@ -33,7 +32,7 @@ def write_space(repo_id: str, model: str, folder: Path) -> Path:
     folder.mkdir(parents=True)
     if local:
         shutil.copytree(model, folder / "model")
-    for package in PACKAGES:
+    for package in ("clip_phi", "modeling_clip_phi"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     gradio = installed_version("gradio") or GRADIO
     about = {"title": repo_id.split("/")[1], "hub_id": None if local else model, "gradio": gradio}

@@ -6,13 +6,13 @@ from typing import Any, Protocol
 from ..data.transcripts import ENGINES, AsrSettings, Engine
 from .audio import AudioClip
 from .transcript import Segment, Transcript, Word, make_transcript
+from .whisperx import WhisperXTranscriber
 
 DEFAULT = AsrSettings()
 
 
 class Transcriber(Protocol):
     engine: Engine
-    model: str
 
     def transcribe(self, clip: AudioClip) -> Transcript:
         """The speech in a clip; the text is empty where there is none."""
@@ -31,12 +31,14 @@ def make_transcriber(
 ) -> Transcriber:
     """Load a speech recognition model. There is no fallback to another engine.
 
-    model: a Whisper model in CTranslate2's format: a name ("tiny.en", "small", "large-v3"), Hub id or folder.
-    device: cpu, cuda or cuda:1.
-    language: for example "en"; None to detect it.
-    compute_type: of CTranslate2; None for int8 on the CPU and float16 on CUDA.
-    word_timestamps: whether segments have words.
-    Raises ValueError or OSError if the model cannot be loaded, ImportError if the engine is not installed."""
+    Raises ValueError or OSError if the model cannot be loaded, ImportError if the engine is not installed.
+
+    Args:
+        model: a Whisper model in CTranslate2's format: a name ("tiny.en", "small", "large-v3"), Hub id or folder.
+        device: cpu, cuda or cuda:1.
+        language: for example "en"; None to detect it.
+        compute_type: of CTranslate2; None for int8 on the CPU and float16 on CUDA.
+        word_timestamps: whether segments have words."""
     if engine not in ENGINES:
         raise ValueError(f"no speech recognition engine {engine!r}: choose {' or '.join(ENGINES)}")
     kind = device.partition(":")[0]
@@ -45,11 +47,8 @@ def make_transcriber(
     if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
         raise ValueError(f"no Whisper model in {model}: there is no such folder")
     compute_type = compute_type or ("int8" if kind == "cpu" else "float16")
-    if engine == "whisperx":
-        from .whisperx import WhisperXTranscriber
-
-        return WhisperXTranscriber(model, device, language, compute_type, word_timestamps)
-    return FasterWhisperTranscriber(model, device, language, compute_type, word_timestamps)
+    chosen: Any = WhisperXTranscriber if engine == "whisperx" else FasterWhisperTranscriber
+    return chosen(model, device, language, compute_type, word_timestamps)
 
 
 class FasterWhisperTranscriber:
@@ -65,7 +64,7 @@ class FasterWhisperTranscriber:
             from faster_whisper import WhisperModel
         except ImportError as error:
             raise ImportError("speech input needs faster-whisper: pip install 'clip-phi[speech]'") from error
-        self.model, self.language, self.word_timestamps = model, language, word_timestamps
+        self.options = {"language": language, "word_timestamps": word_timestamps}
         name, _, number = device.partition(":")
         try:
             whisper = WhisperModel(model, device=name, device_index=int(number or 0), compute_type=compute_type)
@@ -79,14 +78,8 @@ class FasterWhisperTranscriber:
     def transcribe(self, clip: AudioClip) -> Transcript:
         if self._whisper is None:
             raise ValueError("this transcriber is closed")
-        found, about = self._whisper.transcribe(
-            clip.samples,
-            language=self.language,
-            vad_filter=True,
-            temperature=0.0,
-            condition_on_previous_text=False,
-            word_timestamps=self.word_timestamps,
-        )
+        options = {"vad_filter": True, "temperature": 0.0, "condition_on_previous_text": False}
+        found, about = self._whisper.transcribe(clip.samples, **self.options, **options)
         segments = []
         for each in found:
             words = tuple(Word(word.word.strip(), float(word.start), float(word.end)) for word in each.words or ())

@@ -5,7 +5,6 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,14 +32,15 @@ class AudioClip(NamedTuple):
 def load_audio(source: str | Path | bytes | File, max_seconds: float = MAX_SECONDS) -> AudioClip:
     """Decode the first max_seconds of the first audio track of any file that FFmpeg reads, and no more.
 
-    source: a file's path, its bytes, or a File; no URLs and no playlists. A recording with damage after its beginning
-        gives a truncated clip that ends there.
+    A recording with damage after its beginning gives a truncated clip that ends there. URLs and playlists are refused.
     Raises ValueError with the name of the source if it has no audio, ImportError without PyAV."""
     limit = _num_samples(max_seconds)
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-    with ExitStack() as stack:
-        file = _open(source, name, stack)
-        pieces, whole = [], True
+    pieces, whole = [], True
+    with _open(source, name) as file:
+        if not file.read(1):
+            raise ValueError(f"empty audio file: {name}")
+        file.seek(0)
         missing = limit + 1  # one more shows whether there is a rest
         try:
             for piece in _decode(file, name):
@@ -55,15 +55,13 @@ def load_audio(source: str | Path | bytes | File, max_seconds: float = MAX_SECON
     samples = np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
     if not len(samples):
         raise ValueError(f"no audio in {name}: its audio track is empty")
-    return AudioClip(_as_float(samples[:limit]), truncated=len(samples) > limit or not whole)
+    return AudioClip(samples[:limit].astype(np.float32) / 32768, truncated=len(samples) > limit or not whole)
 
 
 def audio_from_array(samples: Any, sampling_rate: int, max_seconds: float = MAX_SECONDS) -> AudioClip:
-    """The first max_seconds of an array.
+    """The first max_seconds of (samples,) or (samples, channels), floats in [-1, 1] or full-scale integers.
 
-    samples: (samples,) or (samples, channels), floats in [-1, 1] or full-scale integers.
-    sampling_rate: in Hz.
-    Raises ValueError if it is empty, not finite, or of another shape or scale; ImportError without PyAV."""
+    Raises ValueError if they are empty, not finite, or of another shape or scale; ImportError without PyAV."""
     limit = _num_samples(max_seconds)
     array = np.asarray(samples)
     if array.ndim not in (1, 2) or (array.ndim == 2 and not 1 <= array.shape[1] <= MAX_CHANNELS):
@@ -90,7 +88,7 @@ def audio_from_array(samples: Any, sampling_rate: int, max_seconds: float = MAX_
     resampled = np.concatenate([*_resample([frame])])
     if not len(resampled):
         raise ValueError(f"no audio: {len(array)} samples at {sampling_rate} Hz are too few")
-    return AudioClip(_as_float(resampled[:limit]), truncated=len(resampled) > limit)
+    return AudioClip(resampled[:limit].astype(np.float32) / 32768, truncated=len(resampled) > limit)
 
 
 class _Reader:
@@ -117,22 +115,14 @@ def _num_samples(max_seconds: float) -> int:
     return max(1, round(max_seconds * SAMPLING_RATE))
 
 
-def _as_float(samples: np.ndarray) -> np.ndarray:
-    return samples.astype(np.float32) / 32768
-
-
-def _open(source: str | Path | bytes | File, name: str, stack: ExitStack) -> Any:
+def _open(source: str | Path | bytes | File, name: str) -> Any:
     """An open file. FFmpeg never gets a name: it would accept URLs and other protocols."""
     try:
         if isinstance(source, File):
             source = source.path if source.member is None else source.read()
-        opened: Any = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
-        file = stack.enter_context(opened)
+        file: Any = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
     except Exception as error:  # zipfile, zlib and pyarrow each have errors of their own
         raise ValueError(f"missing recording: {name}: {_reason(error)}") from error
-    if not file.read(1):
-        raise ValueError(f"empty audio file: {name}")
-    file.seek(0)
     return file
 
 

@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,72 +26,60 @@ from .tts import TextToSpeech, shorten, write_wav
 class TranscriptionStats:
     """Counts of recordings, and the first errors."""
 
-    recordings: int = 0  # distinct ones without a transcript in the data
-    new: int = 0  # transcribed now
-    silent: int = 0  # without speech
-    truncated: int = 0  # longer than max_speech_seconds
-    bad: int = 0  # without a transcript, because of an error
-    examples: list[str] = field(default_factory=list)
+    recordings: int  # distinct ones without a transcript in the data
+    new: int  # transcribed now
+    silent: int  # without speech
+    truncated: int  # longer than max_speech_seconds
+    bad: int  # without a transcript, because of an error
+    examples: list[str]
 
     def __str__(self) -> str:
         line = f"{self.recordings:,} recordings: {self.new:,} transcribed now, {self.silent:,} without speech, "
         return _with_examples(line + f"{self.truncated:,} cut, {self.bad:,} bad", self.examples)
 
-    def add_error(self, error: str) -> None:
-        self.bad += 1
-        self.examples += [error][: NUM_EXAMPLES - len(self.examples)]
-
 
 def transcribe_source(
     source: DataSource, device: str = "cpu", compute_type: str | None = None
 ) -> tuple[TranscriptionStats, Report]:
-    """Transcribe the recordings of a source that have no transcript yet, for training.
+    """Transcribe the recordings of a source that have no transcript yet; device and compute_type: of make_transcriber.
 
-    device, compute_type: as in make_transcriber.
     Returns the statistics, and the report of reading the source."""
     if source.streaming:
         raise ValueError(f"{source.path} is a stream: its recordings cannot be transcribed in advance")
-    transcripts, report, stats = source.transcripts(), Report(), TranscriptionStats()
-    pending: dict[str, File | bytes] = {}
-    keys: set[str] = set()
-    for recording in _recordings(source, report):
+    transcripts, report = source.transcripts(), Report()
+    pending: dict[str, File | bytes] = {}  # by their hash
+    texts: dict[str, str] = {}
+    errors: dict[str, str] = {}
+    new = truncated = 0
+    turns = (turn for sample in source.read(source.media(), report) for each in sample.conversations for turn in each)
+    for recording in (turn.speech for turn in turns if turn.speech is not None and turn.transcript is None):
         try:
             key, known = transcripts.key(recording), transcripts.get(recording)
         except RecordError as error:
-            if str(recording) not in keys:
-                stats.add_error(str(error))
-            keys.add(str(recording))
+            errors[str(recording)] = str(error)
             continue
-        if key not in keys:
-            if known is None or "error" in known:
-                pending[key] = recording
-            else:
-                stats.silent += not known["text"]
-        keys.add(key)
-    stats.recordings = len(keys)
-    if not pending:
-        return stats, report
+        if known is None or "error" in known:
+            pending[key] = recording
+        else:
+            texts[key] = known["text"]
     engine, model, language, max_seconds = transcripts.settings
-    with closing(make_transcriber(engine, model, device, language, compute_type)) as transcriber:
-        for recording in tqdm(pending.values(), unit="recording", disable=None, dynamic_ncols=True):
+    with ExitStack() as stack:
+        if pending:
+            asr = stack.enter_context(closing(make_transcriber(engine, model, device, language, compute_type)))
+        for key, recording in tqdm(pending.items(), unit="recording", disable=None, dynamic_ncols=True):
             try:
                 clip = load_audio(recording, max_seconds)
             except ValueError as error:
+                errors[key] = str(error)
                 transcripts.add(recording, error=str(error))
-                stats.add_error(str(error))
                 continue
-            transcript = transcriber.transcribe(clip)
-            transcripts.add(recording, text=transcript.text)
-            stats.new += 1
-            stats.silent += not transcript.text
-            stats.truncated += clip.truncated
+            texts[key] = asr.transcribe(clip).text
+            transcripts.add(recording, text=texts[key])
+            new += 1
+            truncated += clip.truncated
+    silent, examples = sum(not text for text in texts.values()), list(errors.values())[:NUM_EXAMPLES]
+    stats = TranscriptionStats(len(texts) + len(errors), new, silent, truncated, len(errors), examples)
     return stats, report
-
-
-def _recordings(source: DataSource, report: Report) -> Iterator[File | bytes]:
-    for sample in source.read(source.media(), report):
-        for conversation in sample.conversations:
-            yield from (turn.speech for turn in conversation if turn.speech is not None and turn.transcript is None)
 
 
 @dataclass
@@ -109,9 +96,7 @@ class SpeechStats:
 
     def __str__(self) -> str:
         line = f"{self.spoken:,} of {self.questions:,} questions have a recording; {self.recordings:,} recordings "
-        line += (
-            f"({self.new:,} new, {self.long:,} too long); {self.unspeakable:,} questions without sound in this voice"
-        )
+        line += f"({self.new:,} new, {self.long:,} too long); {self.unspeakable:,} questions without sound in the voice"
         return _with_examples(line, self.examples)
 
 
@@ -120,12 +105,12 @@ def synthesize_questions(
 ) -> SpeechStats:
     """Write a LLaVA json with spoken questions: "speech" names a recording, and SPOKEN_INSTRUCTION replaces the text.
 
-    annotations: a LLaVA json.
-    output: the new json. Its recordings go to the folder of that name without ".json", one for each distinct question;
-        existing ones are reused.
-    share: of the questions that become spoken, chosen by the seed.
-    max_seconds: longer recordings are counted.
-    Raises ValueError if the file is not a list of records."""
+    Args:
+        annotations: a LLaVA json. Raises ValueError if it is not a list of records.
+        output: the new json. Its recordings go to the folder of that name without ".json", one for each distinct
+            question; existing ones are reused.
+        share: of the questions that become spoken, chosen by the seed.
+        max_seconds: longer recordings are counted."""
     if not 0 <= share <= 1:
         raise ValueError(f"the share of spoken questions must be between 0 and 1, not {share}")
     if output.suffix != ".json" or output.resolve() == annotations.resolve():
@@ -133,10 +118,9 @@ def synthesize_questions(
     records = read_json(annotations)
     if not isinstance(records, list):
         raise ValueError(f"{annotations} is not a list of records")
-    folder, stats, rng = output.with_suffix(""), SpeechStats(), random.Random(seed)
+    folder, turns, rng = output.with_suffix(""), list(_questions(records)), random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    turns = list(_questions(records))
-    stats.questions = len(turns)
+    stats = SpeechStats(questions=len(turns))
     chosen = [turn for turn in turns if rng.random() < share]
     texts = Counter(_question(turn) for turn in chosen)
     names: dict[str, str] = {}
@@ -150,7 +134,7 @@ def synthesize_questions(
                 stats.examples += [str(error)][: NUM_EXAMPLES - len(stats.examples)]
                 continue
             write_wav(folder / f"{name}.part", speech)
-            os.replace(folder / f"{name}.part", folder / name)
+            (folder / f"{name}.part").replace(folder / name)
             stats.new += 1
         seconds = ((folder / name).stat().st_size - 44) / 2 / tts.sampling_rate
         stats.long += seconds > max_seconds
@@ -161,8 +145,9 @@ def synthesize_questions(
             stats.spoken += 1
             image = f"{IMAGE_TOKEN}\n" if IMAGE_TOKEN in turn["value"] else ""
             turn.update(value=image + SPOKEN_INSTRUCTION, speech=name)
-    output.with_suffix(".json.part").write_text(json.dumps(records), encoding="utf-8")
-    os.replace(output.with_suffix(".json.part"), output)
+    part = output.with_suffix(".json.part")
+    part.write_text(json.dumps(records), encoding="utf-8")
+    part.replace(output)
     return stats
 
 

@@ -34,18 +34,16 @@ class TextToSpeech:
 
     def stream(self, text: str | Iterable[str]) -> Iterator[Speech]:
         """The speech of each sentence, as soon as its text is complete. text: all of it, or pieces of a stream."""
-        marks: str | None = ""  # sentences without letters so far; None after one with letters
+        marks, has_words = "", False
         for sentence in split_sentences([text] if isinstance(text, str) else text):
-            if any(character.isalnum() for character in sentence):
-                marks = None
-                speech = self._synthesize(sentence)
-                samples = speech.samples
-                if not len(samples) or not np.isfinite(samples).all() or not np.abs(samples).max() > 1e-4:
-                    raise self._silent(repr(shorten(sentence)))
-                yield speech
-            elif marks is not None:
+            if not any(map(str.isalnum, sentence)):
                 marks += sentence
-        if marks is not None:
+                continue
+            has_words, speech = True, self._synthesize(sentence)
+            if not (np.isfinite(speech.samples).all() and np.abs(speech.samples).max(initial=0) > 1e-4):
+                raise self._silent(repr(shorten(sentence)))
+            yield speech
+        if not has_words:
             raise ValueError(f"there are no words in {shorten(marks)!r}")
 
     def _synthesize(self, sentence: str) -> Speech:
@@ -61,9 +59,8 @@ def make_tts(voice: str | None = None) -> TextToSpeech:
     voice: None for the small English one of the extra; the name of another voice of hibari-tts (downloaded once); the
         Hub id or folder of a text-to-speech model of transformers (VITS, SpeechT5, Bark, ...).
     Raises ValueError or OSError if there is no such voice, ImportError without the extra."""
-    if voice is None or ("/" not in voice and not Path(voice).is_dir()):
-        return HibariTTS(voice)
-    return PipelineTTS(voice)
+    is_hibari = voice is None or ("/" not in voice and not Path(voice).is_dir())
+    return HibariTTS(voice) if is_hibari else PipelineTTS(str(voice))
 
 
 class HibariTTS(TextToSpeech):
@@ -87,7 +84,7 @@ class HibariTTS(TextToSpeech):
     def _synthesize(self, sentence: str) -> Speech:
         # It skips what it cannot read: a word without sound must not be missing in the speech.
         for word in sentence.split():
-            if any(character.isalnum() for character in word) and not self._voice.g2p(word):
+            if any(map(str.isalnum, word)) and not self._voice.g2p(word):
                 raise self._silent(f"{shorten(word)!r} in {shorten(sentence)!r}")
         # Its breath is noise: with a seed, the same text gives the same speech.
         return Speech(self._voice(sentence, seed=0).astype(np.float32, copy=False), self.sampling_rate)
@@ -111,8 +108,7 @@ class PipelineTTS(TextToSpeech):
                 torch.manual_seed(0)
                 output = self._pipeline(sentence)
         except (RuntimeError, IndexError) as error:  # what models raise when they know no token of the text
-            reason = " ".join(str(error).split())
-            raise self._silent(f"{shorten(sentence)!r}: {reason}") from error
+            raise self._silent(f"{shorten(sentence)!r}: {' '.join(str(error).split())}") from error
         samples = np.asarray(output["audio"], dtype=np.float32)
         samples = samples.mean(axis=0) if samples.ndim == 2 else samples.reshape(-1)
         return Speech(samples, int(output["sampling_rate"]))
@@ -122,18 +118,15 @@ def split_sentences(pieces: Iterable[str]) -> Iterator[str]:
     """The sentences of a text in pieces, stripped, each as soon as it is complete."""
     text = ""
     for piece in pieces:
-        text += piece
-        start = 0
+        text, start = text + piece, 0
         for end in _SENTENCE_END.finditer(text):
             sentence = text[start : end.end()]
             if end.group() != "\n" and _NOT_AN_END.search(sentence):
                 continue
             start = end.end()
-            if sentence.strip():
-                yield sentence.strip()
+            yield from filter(None, [sentence.strip()])
         text = text[start:]
-    if text.strip():
-        yield text.strip()
+    yield from filter(None, [text.strip()])
 
 
 def join(sentences: Iterable[Speech]) -> Speech:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 from collections.abc import Callable
@@ -37,8 +38,11 @@ class WorkerError(OSError):
 class Installation(NamedTuple):
     folder: Path
     form: str  # full, cpu or light
-    python: Path  # its interpreter
     version: str  # of WhisperX
+
+    @property
+    def python(self) -> Path:
+        return self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
     @property
     def vad(self) -> str:
@@ -58,7 +62,7 @@ def find_installation(folder: Path | None = None) -> Installation:
     folder = folder or default_folder()
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        found = Installation(folder, about["form"], _python(folder), about["version"])
+        found = Installation(folder, about["form"], about["version"])
     except FileNotFoundError:
         raise WorkerError(f"WhisperX is not installed in {folder}: {INSTALL_HINT}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -87,43 +91,29 @@ def install(form: str = "full", folder: Path | None = None, log: Callable[[str],
     shutil.rmtree(folder, ignore_errors=True)
     log(f"creating a Python environment in {folder}")
     _run([sys.executable, "-m", "venv", str(folder)], "venv")
-    python = _python(folder)
+    found = Installation(folder, form, "")
     if form == "light":  # it imports the packages of this environment, after its own
-        site = Path(_evaluate(python, "sysconfig", "get_path('purelib')"))
+        site = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
         mine = [path for path in sys.path if path and Path(path).name in ("site-packages", "dist-packages")]
-        (site / "borrowed.pth").write_text("\n".join(mine) + "\n", encoding="utf-8")
+        Path(site, "borrowed.pth").write_text("\n".join(mine) + "\n", encoding="utf-8")
     log(f"installing {REQUIREMENT}, {form} form")
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    pip = [str(found.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     _run([*pip, *FORMS[form], REQUIREMENT], "pip")
-    version = _evaluate(python, "importlib.metadata", "version('whisperx')")
-    (folder / ABOUT).write_text(json.dumps({"form": form, "version": version}), encoding="utf-8")
-    return find_installation(folder)
+    found = found._replace(version=check(found))
+    (folder / ABOUT).write_text(json.dumps({"form": form, "version": found.version}), encoding="utf-8")
+    return found
 
 
 def check(installation: Installation) -> str:
-    """Import everything for speech recognition in its environment.
-
-    Returns WhisperX's version. Raises WorkerError."""
+    """WhisperX's version, once all imports for speech recognition work in its environment; else raises WorkerError."""
     return _run([str(installation.python), "-I", SCRIPT, "--check", installation.vad], "import").splitlines()[-1]
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
-
-
-def _python(folder: Path) -> Path:
-    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-
-def _evaluate(python: Path, module: str, expression: str) -> str:
-    return _run([str(python), "-I", "-c", f"import {module}; print({module}.{expression})"], "python").strip()
 
 
 def _run(command: list[str], what: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-3:]
-        raise WorkerError(f"WhisperX's environment: {what} ended with status {done.returncode}: {' '.join(last)}")
+        last = " ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-3:])
+        raise WorkerError(f"WhisperX's environment: {what} ended with status {done.returncode}: {last}")
     return done.stdout
 
 
@@ -138,16 +128,8 @@ class WhisperXTranscriber:
     start_seconds = 600.0  # loading takes seconds, and downloading a model minutes
     transcribe_seconds = 120.0  # for a clip of ten seconds, which takes two
 
-    def __init__(
-        self,
-        model: str,
-        device: str,
-        language: str | None,
-        compute_type: str,
-        word_timestamps: bool,
-        folder: Path | None = None,
-    ):
-        found = find_installation(folder)
+    def __init__(self, model: str, device: str, language: str | None, compute_type: str, word_timestamps: bool):
+        found = find_installation()
         if word_timestamps and found.form == "light":
             raise ValueError("WhisperX's light form has no word timestamps: run 'clip-phi speech install --form full'")
         self.model, self.starts = model, 0
@@ -186,7 +168,6 @@ class WhisperXTranscriber:
         with self._lock:
             self._closed = True
             self._stop()
-            self._errors.close()
 
     def _start(self) -> None:
         self.starts += 1
@@ -235,17 +216,14 @@ class WhisperXTranscriber:
 
     def _stop(self) -> None:
         process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            if self._closed:
-                process.stdin.close()  # the worker exits at the end of its stdin
-                process.wait(CLOSE_SECONDS)
-        process.kill()
-        process.wait()
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-        process.stdout.close()
+        if process is not None:
+            if not self._closed:
+                process.kill()
+            try:
+                process.communicate(timeout=CLOSE_SECONDS)  # the worker exits at the end of its stdin
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 class _WorkerExited(Exception):

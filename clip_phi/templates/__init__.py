@@ -29,14 +29,7 @@ ENVIRONMENT.filters["data_uri"] = data_uri
 
 
 def render(template: str, **values: Any) -> Iterator[str]:
-    """Fill a template of this folder.
+    """The filled template of this folder, piece by piece. Values are escaped in an .html file and not in an .md file.
 
-    Args:
-        template: file name. Values are escaped in an .html file and inserted as they are in an .md file.
-        values: what the template names. An iterator is read while the text is produced, so a long page of images
-            needs little memory.
-
-    Yields:
-        The text, piece by piece.
-    """
+    An iterator among the values is read while the text is produced, so a long page of images needs little memory."""
     return ENVIRONMENT.get_template(template).generate(**values)

@@ -9,14 +9,9 @@ from PIL import Image
 
 
 def draw_images(panel: Any, images: Sequence[Image.Image | None], texts: Sequence[str], columns: int = 4) -> None:
-    """Draw images in a grid, each with its text below.
+    """Draw images in a grid, each with its text below, whose lines are shortened and wrapped.
 
-    Args:
-        panel: a matplotlib Figure or SubFigure.
-        images: None leaves the place empty.
-        texts: one for each image. A line is shortened and wrapped.
-        columns: images side by side.
-    """
+    panel: a matplotlib Figure or SubFigure. images: None leaves the place empty."""
     grid = panel.subplots(max(1, -(-len(images) // columns)), columns, squeeze=False).ravel()
     for axes in grid:
         axes.set_axis_off()

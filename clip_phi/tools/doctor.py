@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 from ..environment import describe_environment, installed_version
 
 GB = 10**9
-PYTHONS = ((3, 11), (3, 13))  # the first and the last that the tests run on
 SHARED_MEMORY = Path("/dev/shm")
 # A container's limit: version 2 of cgroups, and version 1.
 MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -47,11 +45,15 @@ def doctor(as_json: bool, debug: bool) -> int:
             print(f"{each.status:<8} {each.name:<16} {each.found}{arrow}", flush=True)
     problems, notes = (sum(each.status == status for each in checks) for status in ("problem", "note"))
     if as_json:
-        found = {"checks": [each._asdict() for each in checks], "problems": problems}
-        print(json.dumps({"environment": _environment(), **found}))
+        try:
+            environment = describe_environment()
+        except Exception as error:  # without torch, or with a broken one
+            environment = {"error": _one_line(error)}
+        found = {"environment": environment, "checks": [each._asdict() for each in checks], "problems": problems}
+        print(json.dumps(found))
     else:
         print(f"{len(checks)} checks: {problems or 'no'} problems, {notes or 'no'} notes")
-    return 1 if problems else 0
+    return int(problems > 0)
 
 
 def examine(debug: bool = False) -> Iterator[Check]:
@@ -67,16 +69,9 @@ def examine(debug: bool = False) -> Iterator[Check]:
 
 
 def check_python() -> Iterator[Check]:
-    is_tested = PYTHONS[0] <= tuple(map(int, platform.python_version_tuple()[:2])) <= PYTHONS[1]
-    first, last = (".".join(map(str, each)) for each in PYTHONS)
+    is_tested = (3, 11) <= tuple(map(int, platform.python_version_tuple()[:2])) <= (3, 13)  # as the tests
     found = platform.python_version() + ("" if is_tested else ", which is not tested")
-    yield check("python", found, is_tested, f"make a virtual environment with Python {first} to {last}", "problem")
-
-
-def check_copies() -> Iterator[Check]:
-    used, here = Path(__file__).resolve().parents[1], Path.cwd().resolve() / "clip_phi"
-    is_other = (here / "__init__.py").is_file() and used != here
-    yield check("clip_phi", f"{used}{', not the one in this folder' * is_other}", not is_other, "pip install -e .")
+    yield check("python", found, is_tested, "make a virtual environment with Python 3.11 to 3.13", "problem")
 
 
 def check_packages() -> Iterator[Check]:
@@ -88,29 +83,25 @@ def check_packages() -> Iterator[Check]:
     except PackageNotFoundError:
         yield Check("note", "packages", "clip-phi is not installed: its requirements are unknown", "pip install -e .")
         return
-    seen = set()
+    seen: dict[str, Any] = {}
     for requirement in needed:
-        name, marker = requirement.name, str(requirement.marker or "")
-        extra = marker.partition("extra == ")[2].strip('"')
-        applies = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
-        if extra == "dev" or name in seen or not applies:
-            continue
-        seen.add(name)
+        extra = str(requirement.marker or "").partition("extra == ")[2].strip('"')
+        if extra != "dev" and (requirement.marker is None or requirement.marker.evaluate({"extra": extra})):
+            seen.setdefault(requirement.name, (requirement.specifier, extra))
+    for name, (specifier, extra) in seen.items():
         version = installed_version(name)
-        if version is not None and requirement.specifier.contains(version, prereleases=True):
-            yield Check("ok", name, version)
-        elif version is None and extra:
+        if version is None and extra:
             yield Check("note", name, "not installed; only some features need it", f"pip install 'clip-phi[{extra}]'")
-        else:
-            found = f"{version or 'not installed'}, but {requirement.specifier} is needed"
-            yield Check("problem", name, found, f'pip install "{name}{requirement.specifier}"')
+            continue
+        is_ok = version is not None and specifier.contains(version, prereleases=True)
+        found = version if version and is_ok else f"{version or 'not installed'}, but {specifier} is needed"
+        yield check(name, found, is_ok, f'pip install "{name}{specifier}"', "problem")
 
 
 def check_torch_companions() -> Iterator[Check]:
     """transformers imports these if they are installed, and fails if they are built for another torch."""
     for name in ("torchvision", "torchaudio"):
-        version = installed_version(name)
-        if version is None:
+        if (version := installed_version(name)) is None:
             continue
         try:
             import_module(name)
@@ -156,23 +147,21 @@ def check_bitsandbytes() -> Iterator[Check]:
     import torch
     from bitsandbytes import cextension
 
-    if torch.cuda.is_available() and not cextension.lib.compiled_with_cuda:
-        remedy = "pip install --upgrade bitsandbytes; until then --optim adamw_torch_fused without --quantization"
-        yield Check("problem", "8-bit optimizer", f"bitsandbytes has no library for CUDA {torch.version.cuda}", remedy)
-    else:
-        yield Check("ok", "8-bit optimizer", "on CUDA" if torch.cuda.is_available() else "on the CPU, for tests")
+    is_ok = cextension.lib.compiled_with_cuda or not torch.cuda.is_available()
+    found = "on CUDA" if torch.cuda.is_available() else "on the CPU, for tests"
+    found = found if is_ok else f"bitsandbytes has no library for CUDA {torch.version.cuda}"
+    remedy = "pip install --upgrade bitsandbytes; until then --optim adamw_torch_fused without --quantization"
+    yield check("8-bit optimizer", found, is_ok, remedy, "problem")
 
 
 def check_threads() -> Iterator[Check]:
     import torch
 
     threads, wanted = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    is_ok = wanted is not None or threads not in range(2, 9) or torch.cuda.is_available()
     found = f"{threads} in each process, OMP_NUM_THREADS={wanted or ''}"
-    if wanted is None and 1 < threads <= 8 and not torch.cuda.is_available():
-        found += "; idle threads spin, and slow down the other processes"
-        yield Check("note", "OpenMP threads", found, "export OMP_NUM_THREADS=1")
-    else:
-        yield Check("ok", "OpenMP threads", found)
+    found += "" if is_ok else "; idle threads use the CPU, and slow down the other processes"
+    yield check("OpenMP threads", found, is_ok, "export OMP_NUM_THREADS=1")
 
 
 def check_memory() -> Iterator[Check]:
@@ -193,20 +182,18 @@ def check_memory() -> Iterator[Check]:
 def check_disk() -> Iterator[Check]:
     from huggingface_hub import constants
 
+    cannot = {"folder": "change to a folder of your own", "Hub cache": "make it writable, or set HF_HOME"}
+    full = {"folder": "give --output_dir on a larger disk", "Hub cache": "set HF_HOME to a folder on a larger disk"}
     for name, wanted, path in (("folder", 1, Path.cwd()), ("Hub cache", 10, Path(constants.HF_HUB_CACHE))):
-        is_cache = name == "Hub cache"
         existing = next(each for each in (path, *path.parents) if each.exists())
         try:
             with tempfile.TemporaryFile(dir=existing):
                 free = shutil.disk_usage(existing).free
         except OSError as error:
-            remedy = "make it writable, or set HF_HOME" if is_cache else "change to a folder of your own"
-            status, found = "problem" if is_cache else "note", f"{path} cannot be written: {error.strerror}"
-            yield Check(status, name, found, remedy)
-            continue
-        found = f"{path}, {free / GB:.1f} GB free{'; phi-2 is 5.6 GB' * (is_cache and free < wanted * GB)}"
-        remedy = "set HF_HOME to a folder on a larger disk" if is_cache else "give --output_dir on a larger disk"
-        yield check(name, found, free >= wanted * GB, remedy)
+            status = "problem" if name == "Hub cache" else "note"
+            yield Check(status, name, f"{path} cannot be written: {error.strerror}", cannot[name])
+        else:
+            yield check(name, f"{path}, {free / GB:.1f} GB free", free >= wanted * GB, full[name])
 
 
 def check_hub() -> Iterator[Check]:
@@ -219,14 +206,6 @@ def check_hub() -> Iterator[Check]:
     yield check("Hub token", found, has_token, "hf auth login, to push a model")
 
 
-def check_open_files() -> Iterator[Check]:
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit != resource.RLIM_INFINITY and limit < 1024:
-        yield Check("note", "open files", f"at most {limit}, which many workers can exceed", "ulimit -n 4096")
-    else:
-        yield Check("ok", "open files", "no limit" if limit == resource.RLIM_INFINITY else f"at most {limit}")
-
-
 def check_accelerate() -> Iterator[Check]:
     """Accelerate's default configuration, used by a launch without --config_file."""
     import yaml
@@ -236,27 +215,17 @@ def check_accelerate() -> Iterator[Check]:
     config = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
     kind = config.get("distributed_type", "NO")
     version = (config.get("fsdp_config") or {}).get("fsdp_version", 1)
-    if kind == "DEEPSPEED" or (kind == "FSDP" and version != 2):
-        found = f"{path} asks for {kind}{' version 1' if kind == 'FSDP' else ''}, which cannot train Clip-Phi"
-        yield Check("note", "accelerate yaml", found, "accelerate launch --config_file accelerate_config.yaml")
-    else:
-        yield Check("ok", "accelerate yaml", f"{path} ({kind})" if path.is_file() else "no default of your own")
-
-
-def check_attention() -> Iterator[Check]:
-    from transformers import AttentionInterface
-
-    from ..batching.attention import PACKED_ATTENTION, has_varlen_kernel, packed_attention
-
-    assert AttentionInterface()[PACKED_ATTENTION] is packed_attention
-    kernel = "torch's varlen kernel" if has_varlen_kernel(*_device_and_dtype()) else "SDPA"
-    yield Check("ok", "attention", f"{PACKED_ATTENTION}, by {kernel}")
+    is_ok = kind != "DEEPSPEED" and (kind != "FSDP" or version == 2)
+    found = f"{path} ({kind})" if path.is_file() else "no default of your own"
+    found += "" if is_ok else f": {f'FSDP {version}' if kind == 'FSDP' else kind} cannot train Clip-Phi"
+    yield check("accelerate yaml", found, is_ok, "accelerate launch --config_file accelerate_config.yaml")
 
 
 def check_training_step() -> Iterator[Check]:
     """One step of stage 1 on a tiny random model: the projector must change, and nothing else."""
     import torch
 
+    from ..batching.attention import has_varlen_kernel
     from ..batching.encode import Encoded
     from ..batching.packing import build_shared_prefix, pack_samples
     from ..training.arguments import Stage1Arguments
@@ -269,9 +238,8 @@ def check_training_step() -> Iterator[Check]:
     model.model.projector.float()
     conversations = [Encoded([5, 6, 7, 8], [-100, 6, 7, 8]), Encoded([9, 10], [9, 10])]
     image = [model.config.image_token_id] * 4
-    pack = pack_samples(
-        [build_shared_prefix(conversations, image, "a"), build_shared_prefix(conversations[:1], image, "b")], pixels, 0
-    ).to(device)
+    samples = [build_shared_prefix(conversations[:number], image, str(number)) for number in (2, 1)]
+    pack = pack_samples(samples, pixels, 0).to(device)
     optimizer = make_optimizer(model, Stage1Arguments(stage=1), device)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -281,9 +249,8 @@ def check_training_step() -> Iterator[Check]:
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     wrong = sorted(moved ^ {name for name in before if ".projector." in name})
     found = f"on {device.type} in {str(dtype).removeprefix('torch.')}: loss {loss.item():.3f}"
-    if not loss.isfinite():
-        found += " is not finite"
-    elif wrong:
+    found += f"; attention by {'the varlen kernel' if has_varlen_kernel(device, dtype) else 'SDPA'}"
+    if wrong:
         found += f"; frozen weights changed, or trained ones did not: {', '.join(wrong[:3])}"
     is_ok = bool(loss.isfinite()) and not wrong
     yield check("training step", found, is_ok, "install the versions of constraints.txt", "problem")
@@ -312,27 +279,25 @@ def check_whisperx() -> Iterator[Check]:
     from ..speech.whisperx import ABOUT, REQUIREMENT, default_folder, find_installation
     from ..speech.whisperx import check as check_version
 
-    folder = default_folder()
+    folder, again = default_folder(), "clip-phi speech install"
     if not folder.exists():
-        yield Check("note", "WhisperX", "not installed; faster-whisper is used", "clip-phi speech install")
+        yield Check("note", "WhisperX", "not installed; faster-whisper is used", again)
         return
-    again = "clip-phi speech install"
     try:
         found = find_installation()
         version = check_version(found)
     except OSError as error:
         what = _one_line(error) if (folder / ABOUT).exists() else f"{folder} is incomplete"
         yield Check("problem", "WhisperX", what, again)
-        return
-    about = f"{version} ({found.form} form) in {folder}"
-    is_tested = f"whisperx=={version}" == REQUIREMENT
-    yield check("WhisperX", about if is_tested else f"{about}, not the tested {REQUIREMENT}", is_tested, again)
+    else:
+        is_tested = f"whisperx=={version}" == REQUIREMENT
+        about = f"{version} ({found.form} form) in {folder}{'' if is_tested else f', not the tested {REQUIREMENT}'}"
+        yield check("WhisperX", about, is_tested, again)
 
 
 CHECKS = (
-    *(check_python, check_copies, check_packages, check_torch_companions, check_device, check_bitsandbytes),
-    *(check_threads, check_memory, check_disk, check_hub, check_open_files, check_accelerate, check_attention),
-    *(check_speech, check_whisperx, check_training_step),
+    *(check_python, check_packages, check_torch_companions, check_device, check_bitsandbytes, check_threads),
+    *(check_memory, check_disk, check_hub, check_accelerate, check_speech, check_whisperx, check_training_step),
 )
 
 
@@ -342,8 +307,7 @@ def _device_and_dtype() -> tuple[Any, Any]:
 
     if not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
-    modern = torch.cuda.get_device_capability() >= (8, 0)
-    return torch.device("cuda"), torch.bfloat16 if modern else torch.float16
+    return torch.device("cuda"), torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
 def _tiny_model() -> Any:
@@ -361,13 +325,6 @@ def _tiny_model() -> Any:
     model.model.projector.requires_grad_(True)
     model.set_attn_implementation({"text_config": PACKED_ATTENTION})
     return model
-
-
-def _environment() -> dict[str, Any]:
-    try:
-        return describe_environment()
-    except Exception as error:  # without torch, or with a broken one
-        return {"error": _one_line(error)}
 
 
 def _one_line(error: Exception) -> str:

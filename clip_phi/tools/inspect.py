@@ -43,11 +43,11 @@ def inspect(options: argparse.Namespace) -> None:
 
     options: those of its command line; model: folder or Hub id of the tokenizer's model, or None for the backbones of
     the project. Raises ValueError or OSError if the data cannot be read at all; errors in a record are shown."""
-    files = {suffix: [path for path in options.output if path.endswith(suffix)] for suffix in SUFFIXES}
-    if unknown := [path for path in options.output if not path.endswith(SUFFIXES)]:
-        raise ValueError(f"--output {unknown[0]}: a file's name ends in {', '.join(SUFFIXES)}")
-    if missing := [path for path in options.output if not Path(path).absolute().parent.is_dir()]:
-        raise ValueError(f"no folder for {', '.join(missing)}")
+    for path in options.output:
+        if not path.endswith(SUFFIXES):
+            raise ValueError(f"--output {path}: a file's name ends in {', '.join(SUFFIXES)}")
+        if not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"no folder for {path}")
     sources, held_out = parse_files(options.data), parse_files(options.eval_data)
     processor, name, context = load_processor(options.model)
     max_length = min(options.max_length, context or options.max_length)
@@ -59,29 +59,28 @@ def inspect(options: argparse.Namespace) -> None:
     total = sum(map(len, indexes))
     if options.sample >= max(total, 1):
         raise ValueError(f"--sample {options.sample}: there are {total:,} samples, from 0 on")
-    summary = None
-    rows: list[tuple[str, str]] = []
-    if options.summary or options.json or files[".json"] or held_out:
+    summary, rows = None, list[tuple[str, str]]()
+    if options.summary or options.json or held_out or any(path.endswith(".json") for path in options.output):
         others = [load_index(source, processor, max_length) for source in held_out]
         about = {"data": options.data, "val": options.eval_data, "processor": name, "max_length": max_length}
         summary = about | summarise(options.data, indexes, others, options.num_workers)
         rows = list(table(summary))
         lines = [_line(f"{label:<20} {value}").rstrip() for label, value in rows]
         print(json.dumps(summary) if options.json else "\n".join(lines))
-    for path in files[".json"]:
-        Path(path).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-
-    def shown() -> Iterator[Shown]:
-        return show(indexes, processor, options.sample, options.num)
-
-    for path in files[".html"]:
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(page(" ".join(options.data), rows, shown()))
-    for path in files[".png"]:
-        draw(path, indexes, islice(shown(), SHEET))
+    for path in options.output:
+        samples = show(indexes, processor, options.sample, options.num)
+        if path.endswith(".json"):
+            Path(path).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        elif path.endswith(".html"):
+            title = _line(" ".join(options.data))
+            pieces = render("inspection.html", title=title, rows=rows, samples=samples, line=_line, zip=zip)
+            with open(path, "w", encoding="utf-8") as file:
+                file.writelines(pieces)
+        else:
+            draw(path, indexes, list(islice(samples, SHEET)))
     if summary is None and not options.output:
         colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        for sample in shown():
+        for sample in show(indexes, processor, options.sample, options.num):
             print(as_text(sample, colored))
         if total == 0:
             records = sum(index.report.records for index in indexes)
@@ -99,21 +98,19 @@ def load_processor(model: str | None) -> tuple[Any, str, int | None]:
 
     from modeling_clip_phi import ClipPhiConfig, ClipPhiProcessor
 
+    name = model or str(DEMO_BACKBONES / "text")
     if model is None:
-        vision, text = str(DEMO_BACKBONES / "vision"), str(DEMO_BACKBONES / "text")
-        processor, config = ClipPhiProcessor.from_backbones(vision, text), AutoConfig.from_pretrained(text)
-        name = text
+        processor = ClipPhiProcessor.from_backbones(str(DEMO_BACKBONES / "vision"), name)
     else:
-        name = model
         try:
             processor = ClipPhiProcessor.from_pretrained(name)
         except (ValueError, OSError) as error:
             raise OSError(f"--model {name} is no Clip-Phi processor: {error}") from error
-        alone = Path(name).is_dir() and not (Path(name) / "config.json").exists()  # a processor without a model
-        config = None if alone else ClipPhiConfig.from_pretrained(name)
     print(f"tokenizer: {name} (--model chooses another)", file=sys.stderr)
-    context = config.get_text_config(decoder=True).max_position_embeddings if config is not None else None
-    return processor, name, context
+    if Path(name).is_dir() and not Path(name, "config.json").exists():  # a processor without a model
+        return processor, name, None
+    config: Any = (AutoConfig if model is None else ClipPhiConfig).from_pretrained(name)
+    return processor, name, config.get_text_config(decoder=True).max_position_embeddings
 
 
 # Samples
@@ -167,15 +164,13 @@ def show(indexes: Sequence["Index"], processor: Any, first: int, number: int) ->
 def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[Piece]:
     """Decoded from the beginning each time, since some tokenizers drop the space before a first word."""
     pieces, stop, before = [], 0, ""
-    kinds = [
-        (token == processor.image_token_id, label != IGNORE_INDEX) for token, label in zip(ids, labels, strict=True)
-    ]
+    kinds = zip(np.equal(ids, processor.image_token_id), np.not_equal(labels, IGNORE_INDEX), strict=True)
     for (is_image, supervised), run in groupby(kinds):
         length = len(list(run))
         stop += length
         text = processor.tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         piece = f"{processor.image_token}×{length}" if is_image else _plain(text.removeprefix(before))
-        pieces.append(Piece(piece.replace("\n", "⏎\n"), supervised))
+        pieces.append(Piece(piece.replace("\n", "⏎\n"), bool(supervised)))
         before = text
     return pieces
 
@@ -192,9 +187,7 @@ def as_text(sample: Shown, colored: bool) -> str:
 
 def _plain(text: str) -> str:
     """The text with control characters and invisible ones escaped: data from the web must not control a terminal."""
-    return "".join(
-        each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode() for each in text
-    )
+    return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1], text)
 
 
 def _line(text: str) -> str:
@@ -236,9 +229,8 @@ def summarise(
         measures.append(measured[used])
         used_images.append(its_images[used])
         counts = {"samples": int(used.sum()), "images": len(np.unique(its_images[used & (its_images >= 0)]))}
-        counts["conversations"] = int(measures[-1][:, 0].sum())
-        kind = parse_source(text).kind
-        sources.append({"data": text, "kind": kind, "records": found.records, "skipped": found.num_skipped, **counts})
+        counts |= {"conversations": int(measures[-1][:, 0].sum()), "records": found.records}
+        sources.append({"data": text, "kind": parse_source(text).kind, "skipped": found.num_skipped, **counts})
         report.add(found)
     lengths = np.concatenate(measures)[:, 2]
     conversations, turns, tokens, supervised = (int(count) for count in np.concatenate(measures).sum(axis=0))
@@ -247,6 +239,8 @@ def summarise(
     distinct, first_names = np.unique(shown), dict[str, str]()
     firsts = [(names[number], first_names.setdefault(checks[number].pixels, names[number])) for number in distinct]
     equal = [f"{name} = {first}" for name, first in firsts if name != first]
+    samples = len(shown) - len(first_names)
+    duplicates = {"images": len(equal), "samples": samples, "examples": equal[:NUM_EXAMPLES]}
     return {
         "sources": sources,
         "samples": len(lengths),
@@ -258,11 +252,7 @@ def summarise(
         "share_supervised": round(supervised / max(tokens, 1), 4),
         "lengths": describe_lengths(lengths),
         **report.as_dict(),
-        "duplicates": {
-            "images": len(equal),
-            "samples": len(shown) - len(first_names),
-            "examples": equal[:NUM_EXAMPLES],
-        },
+        "duplicates": duplicates,
         "leakage": _leakage(numbers[len(indexes) :], names, checks, first_names) if held_out else None,
     }
 
@@ -270,8 +260,7 @@ def summarise(
 def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], Iterator[File | bytes | None], list[np.ndarray]]:
     """Names of the distinct images, the images, and the number among them of each index' samples' images, int64
     (samples,), -1 for no image."""
-    found: dict[str, int] = {}
-    places: list[tuple[Index, int]] = []
+    found: dict[str, tuple[int, Index, int]] = {}  # number of the image, and a sample that has it
     numbers = []
     for index in indexes:
         its_images = np.full(len(index), -1, np.int64)
@@ -279,12 +268,9 @@ def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], Iterator[File |
             if name is None and index.has_image(row):
                 name = f"image in {index.sample(row).origins[0]}"
             if name is not None:
-                if name not in found:
-                    found[name] = len(found)
-                    places.append((index, row))
-                its_images[row] = found[name]
+                its_images[row] = found.setdefault(name, (len(found), index, row))[0]
         numbers.append(its_images)
-    return list(found), (index.image(row) for index, row in places), numbers
+    return list(found), (index.image(row) for _, index, row in found.values()), numbers
 
 
 def check_images(images: Iterable[File | bytes | None], num_workers: int) -> Iterator[ImageCheck]:
@@ -334,16 +320,10 @@ def describe_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
     low, high = int(lengths.min()), int(lengths.max())
     width = -(-(high - low + 1) // NUM_BINS)
     counts = np.bincount((lengths - low) // width)
-    firsts = [low + width * place for place in range(len(counts))]
-    bins = {f"{first}-{first + width - 1}": int(count) for first, count in zip(firsts, counts, strict=True)}
-    return {
-        "min": low,
-        "median": float(np.median(lengths)),
-        "mean": round(float(lengths.mean()), 2),
-        "p95": int(np.percentile(lengths, 95, method="inverted_cdf")),
-        "max": high,
-        "histogram": bins,
-    }
+    bins = {f"{low + width * n}-{low + width * (n + 1) - 1}": int(count) for n, count in enumerate(counts)}
+    found = {"min": low, "median": float(np.median(lengths)), "mean": round(float(lengths.mean()), 2)}
+    p95 = int(np.percentile(lengths, 95, method="inverted_cdf"))
+    return found | {"p95": p95, "max": high, "histogram": bins}
 
 
 def _leakage(
@@ -353,27 +333,27 @@ def _leakage(
     with the same COCO number."""
     numbers = [number for number in np.unique(np.concatenate(held_out)) if number >= 0]
     readable = [number for number in numbers if checks[number].pixels]
-    equal = {number: trained[checks[number].pixels] for number in readable if checks[number].pixels in trained}
-    looks = {check.pixels: check.look for check in checks if check.pixels in trained}
-    find = _LookAlikes([(looks[pixels], name) for pixels, name in trained.items()])
-    others = [number for number in readable if number not in equal]
-    alike = {number: found for number in others if (found := find(checks[number].look)) is not None}
-    by_id = {found: name for name in trained.values() if (found := coco_id(name)) is not None}
-    ids = {number: coco_id(names[number]) or "" for number in others if number not in alike}
-    same_id = {number: by_id[found] for number, found in ids.items() if found in by_id}
-    examples, similar, same = (
-        [f"{names[number]} = {name}" for number, name in list(found.items())[:NUM_EXAMPLES]]
-        for found in (equal, alike, same_id)
-    )
+    looks, known = {check.pixels: check.look for check in checks}, list(trained.values())
+    trained_looks = np.array([looks[pixels] for pixels in trained], np.uint64)
+    by_id = {coco_id(name): name for name in known}
+    equal, look_alikes, same_ids = list[str](), list[str](), list[str]()
+    for name, check in ((names[number], checks[number]) for number in readable):
+        distances = np.bitwise_count(trained_looks ^ np.uint64(check.look))
+        if check.pixels in trained:
+            equal.append(f"{name} = {trained[check.pixels]}")
+        elif distances.min(initial=64) <= ALIKE:
+            look_alikes.append(f"{name} = {known[distances.argmin()]}")
+        elif (number := coco_id(name)) is not None and number in by_id:
+            same_ids.append(f"{name} = {by_id[number]}")
     return {
         "images": len(equal),
         "val_images": len(readable),
         "unreadable": len(numbers) - len(readable),
-        "examples": examples,
-        "look_alikes": len(alike),
-        "look_alike_examples": similar,
-        "same_ids": len(same_id),
-        "same_id_examples": same,
+        "examples": equal[:NUM_EXAMPLES],
+        "look_alikes": len(look_alikes),
+        "look_alike_examples": look_alikes[:NUM_EXAMPLES],
+        "same_ids": len(same_ids),
+        "same_id_examples": same_ids[:NUM_EXAMPLES],
     }
 
 
@@ -384,25 +364,6 @@ def difference_hash(image: Image.Image) -> int:
     Neal Krawetz, "Kind of Like That", hackerfactor.com, 2013."""
     gray = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.LANCZOS), dtype=np.int16)
     return int.from_bytes(np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes(), "big")
-
-
-class _LookAlikes:
-    """The name of the nearest known difference hash that is at most ALIKE bits away, or None.
-
-    Two hashes of eight bytes that differ in at most seven bits share a byte, so only such hashes are compared."""
-
-    def __init__(self, known: Sequence[tuple[int, str]]):
-        self.known = known
-        self.places: dict[tuple[int, int], list[int]] = {}
-        for number, (look, _) in enumerate(known):
-            for key in enumerate(look.to_bytes(8, "big")):
-                self.places.setdefault(key, []).append(number)
-
-    def __call__(self, look: int) -> str | None:
-        near = {number for key in enumerate(look.to_bytes(8, "big")) for number in self.places.get(key, ())}
-        distances = [((self.known[number][0] ^ look).bit_count(), number) for number in near]
-        distance, number = min(distances, default=(64, -1))
-        return self.known[number][1] if distance <= ALIKE else None
 
 
 def coco_id(name: str) -> str | None:
@@ -431,11 +392,10 @@ def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for kind, count in sorted(summary[what].items(), key=lambda entry: (-entry[1], entry[0])):
             yield f"  {count:,}", kind
             yield from (("", f"  {example}") for example in summary["examples"][kind])
-    duplicates, leakage = summary["duplicates"], summary["leakage"]
     text = "{images:,} images equal another one, {samples:,} samples have the image of another"
-    yield "duplicates", text.format(**duplicates)
-    yield from (("", f"  {example}") for example in duplicates["examples"])
-    if leakage:
+    yield "duplicates", text.format(**summary["duplicates"])
+    yield from (("", f"  {example}") for example in summary["duplicates"]["examples"])
+    if leakage := summary["leakage"]:
         yield "leakage", "{images:,} of {val_images:,} validation images are trained on".format(**leakage)
         yield from (("", f"  {example}") for example in leakage["examples"])
         kinds = {"look_alike": "look like an image that is", "same_id": "have the number of an image that is"}
@@ -450,16 +410,10 @@ def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 # Files
 
 
-def page(title: str, rows: Sequence[tuple[str, str]], samples: Iterable[Shown]) -> Iterator[str]:
-    """One HTML page that needs no other file, piece by piece. rows: of a table before the samples."""
-    return render("inspection.html", title=_line(title), rows=rows, samples=samples, line=_line, zip=zip)
-
-
-def draw(path: str, indexes: Sequence["Index"], samples: Iterable[Shown]) -> None:
+def draw(path: str, indexes: Sequence["Index"], samples: Sequence[Shown]) -> None:
     """Histograms of tokens and of supervised tokens per sample, and below them images with their first answers."""
     from matplotlib.figure import Figure
 
-    samples = list(samples)
     height = max(1, -(-len(samples) // 4))
     figure = Figure(figsize=(10, 3 + 3 * height), layout="constrained")
     panels: Any = figure.subfigures(2, 1, height_ratios=[1, height])

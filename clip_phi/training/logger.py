@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..batching.packing import PackedBatch
 from ..data.report import Report
-from ..environment import EnergyMeter, peak_memory_bytes
+from ..environment import peak_memory_bytes
 from .evaluate import Evaluation
 from .model import is_linear
 
@@ -82,7 +82,7 @@ class TrainingLogger:
         folder: of the run.
         num_steps: of the run.
         active: whether this is the main process.
-        device: whose memory and energy are logged.
+        device: whose peak memory is logged.
         steps_per_epoch: None for a stream.
         peak: FLOP/s of all devices together, for the MFU; None if unknown.
         track: Accelerator.log.
@@ -100,7 +100,6 @@ class TrainingLogger:
     ):
         self.folder, self.num_steps, self.active, self.device = folder, num_steps, active, device
         self.steps_per_epoch, self.peak, self.track = steps_per_epoch, peak, track
-        self.energy = EnergyMeter(device)
         self.losses: list[tuple[int, float]] = []
         self.eval_losses: list[tuple[int, float]] = []
         self.seen = self._last = StepCounts()  # since the beginning of the run, and until the last line
@@ -161,8 +160,6 @@ class TrainingLogger:
         if self.peak:
             line["mfu"] = round(rate.flops / self.peak, 4)
         line["peak_memory_gb"] = round(peak_memory_bytes(self.device) / 1e9, 3)
-        if (joules := self.energy.joules()) is not None:
-            line["energy_kwh"] = round(joules / 3.6e6, 6)
         self._write("metrics.jsonl", line)
         self.track({name: value for name, value in line.items() if name != "step"}, step=step)
         mfu = f", MFU {line['mfu']:.0%}" if self.peak else ""
