@@ -413,9 +413,9 @@ ENTRIES: dict[str, tuple[str, Callable[[int], Any]]] = {
 }
 # name: (kind, entry), without a caption
 LONE_ENTRIES: dict[str, tuple[str, Callable[[int], Any]]] = {
-    "null image entry": ("image entry without 'id'", lambda n: None),
-    "image entry without id": ("image entry without 'id'", lambda n: {"file_name": "good1.jpg"}),
-    "float as image id": ("image entry without 'id'", lambda n: {"id": n + 0.5, "file_name": "good1.jpg"}),
+    "null image entry": ("image without 'id'", lambda n: None),
+    "image entry without id": ("image without 'id'", lambda n: {"file_name": "good1.jpg"}),
+    "float as image id": ("image without 'id'", lambda n: {"id": n + 0.5, "file_name": "good1.jpg"}),
     "image id used twice": ("duplicate image id", lambda n: {"id": 0, "file_name": "good1.jpg"}),
 }
 
