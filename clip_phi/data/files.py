@@ -82,9 +82,9 @@ class MediaFolder:
         self.folders: dict[str, set[str]] = {}
         self._archives: dict[str, tuple[str, set[str]] | None] = {}
 
-    def find_value(self, value: Any, column: str, what: str) -> File | bytes:
-        """For schema.Find: bytes as they are, a name, or {"bytes", "path"} with one of them."""
-        if isinstance(value, Mapping):
+    def find_value(self, value: Any, column: str, what: str, in_table: bool = False) -> File | bytes:
+        """For schema.Find: bytes as they are, or a name; in a table also {"bytes", "path"} with one of them."""
+        if in_table and isinstance(value, Mapping):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if value == b"":
             raise RecordError(f"{what} is empty")

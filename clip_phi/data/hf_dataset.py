@@ -8,6 +8,7 @@ import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def read_table(dataset: Any, media: MediaFolder, report: Report) -> Iterator[Sam
 
     def find(value: Any, column: str, what: str) -> File | bytes:
         if not isinstance(value, _Cell):
-            return media.find_value(value, column, what)
+            return media.find_value(value, column, what, in_table=True)
         if value.size is None:
             return media.find(value.path, what=what)
         if not value.size:
@@ -180,7 +181,7 @@ def stream_table(
     for epoch in count():
         dataset.set_epoch(epoch)
         counted, given = report if epoch == 0 else Report(), False
-        for sample in read_records(records(), media.find_value, counted, group=False):
+        for sample in read_records(records(), partial(media.find_value, in_table=True), counted, group=False):
             given = True
             yield sample
         if not given and not counted.records and worker is not None and worker.id > 0:
