@@ -13,9 +13,7 @@ def by_group(scores: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.nda
     return sums, np.bincount(groups, minlength=len(sums)).astype(np.float64)
 
 
-def margin_interval(
-    sums: np.ndarray, counts: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[float, float]:
+def margin_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of a mean's margin over the best of other means, by the percentile bootstrap (Efron 1979).
 
     sums: float (groups, 1 + others), of the score and of what it is compared with; counts: (groups,), their samples.
@@ -24,8 +22,8 @@ def margin_interval(
     rng = np.random.default_rng(seed)
     number = len(counts)
     found = []
-    for start in range(0, resamples, CHUNK):
-        drawn = rng.integers(0, number, (min(CHUNK, resamples - start), number))
+    for _ in range(RESAMPLES // CHUNK):
+        drawn = rng.integers(0, number, (CHUNK, number))
         weights = np.stack([np.bincount(row, minlength=number) for row in drawn])
         means = (weights @ sums) / (weights @ counts)[:, None]
         found.append(means[:, 0] - means[:, 1:].max(axis=1))

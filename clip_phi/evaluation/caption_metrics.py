@@ -136,9 +136,8 @@ class CaptionScorer:
         plain = clipped = 0.0
         for other in references:
             penalty = math.exp(-((own.length - other.length) ** 2) / (2 * SIGMA**2))
-            for mine, theirs, my_norm, their_norm in zip(
-                own.weights, other.weights, own.norms, other.norms, strict=True
-            ):
+            orders = zip(own.weights, other.weights, own.norms, other.norms, strict=True)
+            for mine, theirs, my_norm, their_norm in orders:
                 norm = my_norm * their_norm
                 if norm == 0:
                     continue

@@ -19,15 +19,14 @@ class ClipScorer:
     clip: folder or Hub id of a CLIP model with its text half, tokenizer and image processor. If it is the one that the
     evaluated model's vision tower is from, CLIPScore misses what the model misses."""
 
-    def __init__(self, clip: str, device: Any = "cpu", local_files_only: bool = False):
+    def __init__(self, clip: str, device: Any = "cpu", **options: Any):
+        """options: of from_pretrained."""
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         self.name = clip
-        self.model = AutoModel.from_pretrained(clip, local_files_only=local_files_only).float().to(device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(clip, local_files_only=local_files_only)
-        self.image_processor = AutoImageProcessor.from_pretrained(
-            clip, backend="pil", local_files_only=local_files_only
-        )
+        self.model = AutoModel.from_pretrained(clip, **options).float().to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(clip, **options)
+        self.image_processor = AutoImageProcessor.from_pretrained(clip, backend="pil", **options)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], images: Iterable[Image.Image]) -> np.ndarray:

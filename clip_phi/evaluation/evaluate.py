@@ -72,14 +72,8 @@ def evaluate_answers(
     unique = list({question.key: question for asked in questions.values() for question in asked}.values())
     file = None
     if folder is not None:
-        binding = {
-            "checkpoint": model_hash,
-            "data": eval_set.fingerprint(),
-            "prompt": shown,
-            "max_new_tokens": decoding.max_new_tokens,
-            "num_beams": decoding.num_beams,
-            "dtype": str(model.dtype),
-        }
+        binding = {"checkpoint": model_hash, "dtype": str(model.dtype), "data": eval_set.fingerprint(), "prompt": shown}
+        binding |= {"max_new_tokens": decoding.max_new_tokens, "num_beams": decoding.num_beams}
         file = AnswerFile(folder, binding, processes)
         if saved := sum(question.key in file.answers for question in unique):
             processes.log(f"{saved:,} of {len(unique):,} answers are there already")

@@ -45,15 +45,12 @@ def generate_answers(
     ends = end_tokens(model, processor)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": num_beams}
     output = model.generate(**inputs, **options, eos_token_id=sorted(ends))
-    sequences = output[:, length:].tolist()
-    lengths = [next((place for place, token in enumerate(each) if token in ends), None) for each in sequences]
-    texts = processor.batch_decode(
-        [each[:length] for each, length in zip(sequences, lengths, strict=True)], skip_special_tokens=True
-    )
-    return [
-        GeneratedAnswer(text.strip(), len(tokens) if length is None else length + 1, length is not None)
-        for text, tokens, length in zip(texts, sequences, lengths, strict=True)
-    ]
+    answers = []
+    for tokens in output[:, length:].tolist():
+        end = next((place for place, token in enumerate(tokens) if token in ends), None)
+        text = processor.decode(tokens[:end], skip_special_tokens=True).strip()
+        answers.append(GeneratedAnswer(text, len(tokens) if end is None else end + 1, end is not None))
+    return answers
 
 
 def generate_texts(

@@ -38,9 +38,7 @@ class ClipPhi(lmms):
         for number, request in enumerate(requests):
             options = request.args[1]
             if options.get("do_sample"):
-                raise ValueError(
-                    f"task {request.args[4]} samples answers, and clip_phi has only greedy and beam search"
-                )
+                raise ValueError(f"task {request.args[4]} samples answers, and clip_phi has greedy and beam search")
             how = (int(options.get("max_new_tokens", 64)), int(options.get("num_beams") or 1))
             groups.setdefault(how, []).append(number)
         for (max_new_tokens, num_beams), numbers in groups.items():

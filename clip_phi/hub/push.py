@@ -84,8 +84,7 @@ def push(
         stage = Path(temporary)
         stage_files(folder, stage, run, merged)
         if not create_pr or repo_id.startswith(f"{user}/"):
-            create = partial(api.create_repo, repo_id, private=private, exist_ok=True)
-            with_retries(f"creating {repo_id}", create)
+            with_retries(f"creating {repo_id}", partial(api.create_repo, repo_id, private=private, exist_ok=True))
         if tag is not None:
             refs = with_retries(f"reading the tags of {repo_id}", lambda: api.list_repo_refs(repo_id))
             heads = [each.target_commit for each in refs.branches if each.name == (branch or "main")]
@@ -231,12 +230,9 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
 def _without_local_names(value: Any, key: str = "") -> Any:
     """The value of a json file without names of local folders; Hub ids stay."""
     if isinstance(value, dict):
-        kept = {}
-        for name, each in value.items():
-            if name in ("is_local", "local_files_only") or (name.endswith("name_or_path") and not _is_hub_id(each)):
-                continue
-            kept[name] = _without_local_names(each, name)
-        return kept
+        local = {name for name, each in value.items() if name.endswith("name_or_path") and not _is_hub_id(each)}
+        local |= {"is_local", "local_files_only"}
+        return {name: _without_local_names(each, name) for name, each in value.items() if name not in local}
     if isinstance(value, list):
         return [_without_local_names(each) for each in value]
     return None if key.endswith("_backbone") and not _is_hub_id(value) else value
