@@ -6,31 +6,29 @@ of a model comes from a file: a weight that is missing, unknown or of another sh
 
 import copy
 import hashlib
+import importlib
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from .configuration_clip_phi import ClipPhiConfig
+from .configuration_clip_phi import ClipPhiConfig, read_config
 
-ADAPTER_FOLDER = "adapter"
 PEFT_PREFIX = "base_model.model."  # of each name in PEFT's files
 HUB_OPTIONS = ["cache_dir", "force_download", "local_files_only", "proxies", "token"]
 PLACEMENT = ["dtype", "device_map", "max_memory", "offload_folder", "quantization_config", "attn_implementation"]
 # Arguments that transformers' own classes and pipelines pass along, and that change nothing for a delta.
-PASSIVE = {"trust_remote_code", "code_revision", "adapter_kwargs", "use_safetensors", "weights_only"}
-PASSIVE |= {"low_cpu_mem_usage", "_from_auto", "_from_pipeline", "_commit_hash"}
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+PASSIVE = ["trust_remote_code", "code_revision", "adapter_kwargs", "use_safetensors", "weights_only"]
+PASSIVE += ["low_cpu_mem_usage", "_from_auto", "_from_pipeline", "_commit_hash"]
 TEXT_HALF = ("text_model.", "text_projection", "visual_projection", "logit_")  # of a CLIP-like checkpoint
 
 
@@ -52,16 +50,12 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
     loaded_backbones: dict[str, tuple] | None = None  # see sample_backbones
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs
-    ):
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """Load a merged or a delta checkpoint, with transformers' own arguments.
 
         Args:
-            pretrained_model_name_or_path: folder, or id on the Hub.
-            config: replaces the checkpoint's config.
-            kwargs: of transformers' from_pretrained; for a delta also fields of ClipPhiConfig. A `state_dict` is used
-                as it is, without the checks below. With a device_map, a delta is loaded whole before it is placed.
+            kwargs: for a delta also fields of ClipPhiConfig. A `state_dict` is used without the checks below. With a
+                device_map, a delta is loaded whole before it is placed.
 
         Raises:
             ValueError: another architecture; or weights that are missing, unknown or of another shape.
@@ -73,19 +67,23 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(path, *model_args, config=config, **kwargs)
         known = config
         if not isinstance(config, PreTrainedConfig):
-            hub = {name: kwargs[name] for name in [*HUB_OPTIONS, "revision", "subfolder"] if name in kwargs}
-            found, _ = PreTrainedConfig.get_config_dict(config or path, **hub)
-            if (kind := found.get("model_type")) != ClipPhiConfig.model_type:
+            fields, _ = PreTrainedConfig.get_config_dict(config or path, **kwargs)
+            if (kind := fields.get("model_type")) != ClipPhiConfig.model_type:
                 raise ValueError(f"{path} holds a {kind!r} model, not a {ClipPhiConfig.model_type!r} one")
-            known = ClipPhiConfig.from_pretrained(config or path, **hub)
+            known = ClipPhiConfig.from_dict(fields)
         wants_info = kwargs.pop("output_loading_info", False)
         if known.delta:
             model = load_delta(cls.whole_class, path, known, kwargs)
             model = model if issubclass(cls, cls.whole_class) else model.model
             info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
         else:
-            kwargs["quantization_config"] = spare_small_parts(kwargs.get("quantization_config"))
-            model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
+            quantization: Any = copy.copy(kwargs.get("quantization_config"))
+            if getattr(quantization, "llm_int8_skip_modules", ...) is None:  # bitsandbytes, for the decoder alone
+                # transformers compares these with the beginning of a module's name; the headless class has no "model."
+                names = ["lm_head", "vision_tower", "projector", "model.vision_tower", "model.projector"]
+                quantization.llm_int8_skip_modules = names
+            kwargs |= {"quantization_config": quantization, "output_loading_info": True}
+            model, info = super().from_pretrained(path, *model_args, config=config, **kwargs)
             refuse_missing(path, info["missing_keys"])
         return (model, info) if wants_info else model
 
@@ -108,25 +106,18 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             ValueError: a checkpoint lacks weights, or the vocabulary has no row left for <image>.
             TypeError: an unknown option.
         """
-        hub, placement = take(options, HUB_OPTIONS), take(options, PLACEMENT)
-        if unknown := sorted(options.keys() - ClipPhiConfig.__dataclass_fields__.keys()):
-            raise TypeError(f"from_backbones takes no {', '.join(unknown)}")
+        hub, placement, _, fields = sort_options(options)
         for part, path, revision in (("vision", vision, vision_revision), ("text", text, text_revision)):
             path, revision = resolve_revision(str(path), revision, hub)
-            options |= {f"{part}_backbone": path, f"{part}_backbone_revision": revision}
-            options[f"{part}_config"] = read_config(part, path, revision, hub)
-        end_token = None
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", **hub)
-            vocabulary, end_token = tokenizer.get_vocab(), tokenizer.eos_token_id
-            options["text_tokenizer_sha256"] = hash_vocabulary(vocabulary)
-            image_token_id = vocabulary.get("<image>", len(vocabulary)) if image_token_id is None else image_token_id
-        except (OSError, ValueError):
-            if image_token_id is None:
-                raise
-        config = ClipPhiConfig(image_token_id=image_token_id, delta=True, **options)
+            fields |= {f"{part}_backbone": path, f"{part}_backbone_revision": revision}
+            fields[f"{part}_config"] = read_config(part, path, revision, hub)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", **hub)
+        vocabulary = tokenizer.get_vocab()
+        image_token_id = vocabulary.get("<image>", len(vocabulary)) if image_token_id is None else image_token_id
+        fields |= {"image_token_id": image_token_id, "text_tokenizer_sha256": hash_vocabulary(vocabulary)}
         # Training learns the tokenizer's end token, which the decoder's config may not name.
-        return dispatch(load_backbones(cls, config, hub, placement, end_token), placement)
+        model = load_backbones(cls, ClipPhiConfig(delta=True, **fields), hub, placement, tokenizer.eos_token_id)
+        return dispatch(model, placement)
 
     def freeze_backbones(self) -> None:
         """Freeze tower, decoder and head: no gradients, and no dropout in train mode either (phi-2's config has 0.1).
@@ -135,9 +126,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         for part in (self.model.vision_tower, self.model.language_model, self.lm_head):
             part.requires_grad_(False)
             for module in part.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
-                for name in ("attention_dropout", "dropout"):
+                for name in ("p", "attention_dropout", "dropout"):  # p: of nn.Dropout
                     if isinstance(getattr(module, name, None), float):
                         setattr(module, name, 0.0)
 
@@ -145,18 +134,13 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         """Add a PEFT adapter; transformers' own method refuses peft 0.21 from 5.24 on.
 
         Raises ImportError without peft, ValueError if the model has an adapter."""
-        try:
-            from peft import inject_adapter_in_model
-        except ImportError as error:
-            raise ImportError("a LoRA adapter needs peft: pip install peft") from error
+        peft = import_optional("peft", "a LoRA adapter needs peft")
         if getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError("the model has an adapter: save it with merged=True, and load that to add another one")
-        inject_adapter_in_model(adapter_config, self, adapter_name or "default")
+        peft.inject_adapter_in_model(adapter_config, self, adapter_name or "default")
         self._hf_peft_config_loaded = True
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory, *args, merged: bool | None = None, state_dict=None, **kwargs
-    ):
+    def save_pretrained(self, save_directory, *args, merged: bool | None = None, state_dict=None, **kwargs):
         """Save as transformers does, in one of two forms.
 
         Args:
@@ -197,28 +181,24 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             # Not state_dict(): it changes what bitsandbytes' 4-bit layers answer on a CPU (0.50.2, measured)
             state = state_dict or {name: parameter.detach() for name, parameter in self.named_parameters()}
             if adapted:
-                save_adapter(self, Path(save_directory) / ADAPTER_FOLDER, state)
+                save_adapter(self, Path(save_directory) / "adapter", state)
             state = {name: value for name, value in state.items() if name.startswith("model.projector.")}
-            fields = {"delta": True, "adapter": ADAPTER_FOLDER if adapted else None}
+            fields = {"delta": True, "adapter": "adapter" if adapted else None}
             own["hf_quantizer"] = None
         with temporarily(self.config, **fields), temporarily(self, **own):
             return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
 
-    def push_to_hub(self, repo_id: str, *, merged: bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def push_to_hub(self, repo_id: str, *, merged: bool | None = None, **kwargs: Any) -> Any:
         """Push as transformers does; merged as in save_pretrained. `clip-phi push` also writes a model card.
 
-        Raises ValueError for a delta of local folders, which nobody else can load."""
+        Raises ValueError for a delta of local folders."""
         delta = self.config.delta and not merged
         if delta and (parts := local_parts(self.config)):
-            raise ValueError(
-                f"the {parts[0]} backbone is a local folder, {getattr(self.config, f'{parts[0]}_backbone')}, and "
-                "nobody else could load a delta of it: push_to_hub(..., merged=True)"
-            )
+            folder = getattr(self.config, f"{parts[0]}_backbone")
+            way_out = "and nobody else could load a delta of it: push_to_hub(..., merged=True)"
+            raise ValueError(f"the {parts[0]} backbone is a local folder, {folder}, {way_out}")
         with temporarily(self.config, delta=delta):
             return super().push_to_hub(repo_id, **kwargs)
-
-
-# -------------------------------------------------------------------------------------------------------- backbones
 
 
 def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, end_token: int | None) -> Any:
@@ -238,22 +218,21 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
         placement["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     device_map = None if has_several_places(placement) else placement.get("device_map")
 
-    def load(part: str, auto_class: Any, **options: Any) -> tuple[Any, set[str]]:
+    loaded = []
+    for part, auto_class in (("vision", AutoModel), ("text", AutoModelForCausalLM)):
         path, revision = getattr(config, f"{part}_backbone"), getattr(config, f"{part}_backbone_revision")
-        options |= {"config": getattr(config, f"{part}_config"), "revision": revision or "main", "dtype": config.dtype}
-        own = attention.get(f"{part}_config") if isinstance(attention, dict) else attention
-        options |= {"attn_implementation": own, "device_map": device_map, "output_loading_info": True}
-        loaded, info = auto_class.from_pretrained(path, **options, **hub)
+        options = {"config": getattr(config, f"{part}_config"), "revision": revision or "main", "dtype": config.dtype}
+        options["attn_implementation"] = attention.get(f"{part}_config") if isinstance(attention, dict) else attention
+        options |= {"device_map": device_map, "quantization_config": quantization if part == "text" else None}
+        # transformers would report each weight of a CLIP's unused text half.
+        with temporarily(logging.getLogger("transformers.modeling_utils"), disabled=part == "vision"):
+            model, info = auto_class.from_pretrained(path, output_loading_info=True, **options, **hub)
         refuse_missing(path, info["missing_keys"])
-        return loaded, info["unexpected_keys"]
-
-    with ExitStack() as stack:  # transformers would report each weight of a CLIP's unused text half
-        stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
-        transformers_logging.set_verbosity_error()
-        vision_tower, unknown = load("vision", AutoModel)
-    if unused := sorted(name for name in unknown if not name.startswith(TEXT_HALF)):
-        logging.getLogger(__name__).warning("%s: weights that are not used: %s", config.vision_backbone, unused)
-    decoder, _ = load("text", AutoModelForCausalLM, quantization_config=quantization)
+        unused = sorted(name for name in info["unexpected_keys"] if not name.startswith(TEXT_HALF))
+        if unused and part == "vision":
+            logging.getLogger(__name__).warning("%s: weights that are not used: %s", path, unused)
+        loaded.append(model)
+    vision_tower, decoder = loaded
     with torch.device("meta"):
         model = model_class(config)
     vision_tower.config.name_or_path = decoder.config.name_or_path = ""  # the config's own fields name them
@@ -283,51 +262,36 @@ def make_projector(config: ClipPhiConfig) -> nn.Module:
     """The map from the tower's feature width to the decoder's embedding width.
 
     "linear" is one layer (LLaVA, arXiv 2304.08485); "mlp" is two with GELU between (LLaVA-1.5, arXiv 2310.03744)."""
-    width = config.vision_config.hidden_size  # type: ignore[union-attr]
-    text_width = config.get_text_config().hidden_size
-    linear = nn.Linear(width, text_width, bias=config.projector_bias)
-    if config.projector_type == "linear":
-        return linear
-    return nn.Sequential(linear, nn.GELU(), nn.Linear(text_width, text_width, bias=config.projector_bias))
+    text_width, bias = config.get_text_config().hidden_size, config.projector_bias
+    linear = nn.Linear(config.vision_config.hidden_size, text_width, bias)  # type: ignore[union-attr]
+    mlp = config.projector_type == "mlp"
+    return nn.Sequential(linear, nn.GELU(), nn.Linear(text_width, text_width, bias)) if mlp else linear
 
 
 def has_several_places(placement: dict) -> bool:
-    device_map = placement.get("device_map")
-    return set(device_map) != {""} if isinstance(device_map, dict) else device_map in DEVICE_MAPS
+    places = placement.get("device_map")
+    several = ("auto", "balanced", "balanced_low_0", "sequential")
+    return set(places) != {""} if isinstance(places, dict) else places in several
 
 
 def dispatch(model: Any, placement: dict) -> Any:
     """Place a model that is loaded completely: copying into a weight that was moved to the disk has no effect."""
     if not has_several_places(placement):
         return model
+    accelerate, device_map = import_optional("accelerate", "device_map needs accelerate"), placement["device_map"]
+    if isinstance(device_map, str):  # each device is filled before the next one
+        blocks, max_memory = list(model._no_split_modules or []), placement.get("max_memory")
+        device_map = accelerate.infer_auto_device_map(model, max_memory, no_split_module_classes=blocks)
+    options = {"offload_dir": placement.get("offload_folder"), "skip_keys": model._skip_keys_device_placement}
+    return accelerate.dispatch_model(model, device_map, **options)
+
+
+def import_optional(package: str, reason: str) -> Any:
+    """By name: transformers refuses remote code if a package is absent that an import statement names."""
     try:
-        from accelerate import dispatch_model, infer_auto_device_map
-        from accelerate.utils import get_balanced_memory
+        return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError("device_map needs accelerate: pip install accelerate") from error
-    device_map, max_memory = placement["device_map"], placement.get("max_memory")
-    if isinstance(device_map, str):
-        options = {"no_split_module_classes": list(model._no_split_modules or [])}
-        if device_map != "sequential":
-            max_memory = get_balanced_memory(model, max_memory, low_zero=device_map == "balanced_low_0", **options)
-        device_map = infer_auto_device_map(model, max_memory=max_memory, **options)
-    skip_keys = model._skip_keys_device_placement
-    return dispatch_model(model, device_map, offload_dir=placement.get("offload_folder"), skip_keys=skip_keys)
-
-
-def spare_small_parts(quantization_config: Any) -> Any:
-    """Exclude tower, projector and head from a bitsandbytes quantisation that names no exceptions."""
-    if getattr(quantization_config, "llm_int8_skip_modules", ...) is None:
-        quantization_config = copy.copy(quantization_config)
-        # transformers compares these with the beginning of a module's name, which differs for the headless class
-        names = ("vision_tower", "projector", "model.vision_tower", "model.projector")
-        quantization_config.llm_int8_skip_modules = ["lm_head", *names]
-    return quantization_config
-
-
-def read_config(part: str, path: str, revision: str | None, hub: dict) -> Any:
-    config = AutoConfig.from_pretrained(path, revision=revision or "main", **hub)
-    return getattr(config, "vision_config", config) if part == "vision" else config.get_text_config(decoder=True)
+        raise ImportError(f"{reason}: pip install {package}") from error
 
 
 def resolve_revision(path: str, revision: str | None, hub: dict) -> tuple[str, str | None]:
@@ -346,18 +310,21 @@ def hash_vocabulary(vocabulary: dict[str, int]) -> str:
     return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------ delta checkpoints
+def sort_options(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """`options` as HUB_OPTIONS, PLACEMENT, PASSIVE and fields of ClipPhiConfig. Raises TypeError for others."""
+    options["dtype"] = options.pop("torch_dtype", None) or options.get("dtype")
+    kinds = (HUB_OPTIONS, PLACEMENT, PASSIVE, ClipPhiConfig.__dataclass_fields__)
+    found = [{name: options.pop(name) for name in names if name in options} for names in kinds]
+    if options:
+        raise TypeError(f"a model of two backbones takes no {', '.join(options)}")
+    return found
 
 
 def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict[str, Any]) -> Any:
     """The model of a delta checkpoint. See ClipPhiPreTrainedModel.from_pretrained."""
-    hub, placement = take(options, HUB_OPTIONS), take(options, PLACEMENT)
-    place = {"revision": options.pop("revision", None) or "main", "subfolder": options.pop("subfolder", None) or ""}
-    place |= hub
-    placement["dtype"] = options.pop("torch_dtype", None) or placement.get("dtype")
-    fields = take(options, list(config.to_dict()))
-    if unknown := sorted(options.keys() - PASSIVE):
-        raise TypeError(f"from_pretrained of a delta checkpoint takes no {', '.join(unknown)}")
+    own = {"revision": options.pop("revision", None) or "main", "subfolder": options.pop("subfolder", None) or ""}
+    hub, placement, _, fields = sort_options(options)
+    own |= hub
     for part in ("vision", "text"):
         name, revision = f"{part}_backbone", f"{part}_backbone_revision"
         if name in fields:  # the checkpoint's commit is one of the other repository
@@ -367,22 +334,19 @@ def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict
     check_backbones(path, config, hub, other_text="text_backbone" in fields)
     model = load_backbones(model_class, config, hub, placement, None)
     model.config.name_or_path = str(path)
-    own = {f"model.projector.{name}": weight for name, weight in model.model.projector.named_parameters()}
-    copy_weights(path, load_file(cached_file(path, "model.safetensors", **place)), own)
+    projector = {f"model.projector.{name}": weight for name, weight in model.model.projector.named_parameters()}
+    copy_weights(path, load_file(cached_file(path, "model.safetensors", **own)), projector)
     if (folder := config.adapter) is not None:
-        try:
-            from peft import PeftConfig
-        except ImportError as error:
-            raise ImportError(f"{path} holds a LoRA adapter: pip install peft") from error
-        adapter_file = Path(str(cached_file(path, f"{folder}/adapter_config.json", **place)))
-        adapter_config = PeftConfig.from_pretrained(str(adapter_file.parent))
+        peft = import_optional("peft", f"{path} holds a LoRA adapter")
+        adapter_file = Path(str(cached_file(path, f"{folder}/adapter_config.json", **own)))
+        adapter_config = peft.PeftConfig.from_pretrained(str(adapter_file.parent))
         adapter_config.inference_mode = True  # frozen
         model.add_adapter(adapter_config)
-        found = load_file(cached_file(path, f"{folder}/adapter_model.safetensors", **place))
+        found = load_file(cached_file(path, f"{folder}/adapter_model.safetensors", **own))
         found = {name.removeprefix(PEFT_PREFIX): weight for name, weight in found.items()}
         copy_weights(f"{path}/{folder}", found, adapter_weights(model))
-    if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False, **place):
-        model.generation_config = GenerationConfig.from_pretrained(path, **place)
+    if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False, **own):
+        model.generation_config = GenerationConfig.from_pretrained(path, **own)
     return dispatch(model.eval(), placement)
 
 
@@ -390,19 +354,18 @@ def check_backbones(path: Any, config: ClipPhiConfig, hub: dict, other_text: boo
     """Check that the backbones of the delta at `path` fit it; other_text: the caller gives another decoder.
 
     Raises OSError if one is not found, ValueError if its size or its tokenizer is another one."""
-    for part, sizes in (("vision", ["hidden_size"]), ("text", ["hidden_size", "vocab_size"])):
+    for part in ("vision", "text"):
         backbone, revision = getattr(config, f"{part}_backbone"), getattr(config, f"{part}_backbone_revision")
         try:
             found = read_config(part, backbone, revision, hub)
         except (OSError, ValueError) as error:
-            where = f"on the Hub at {revision}" if revision else "as a folder"
-            reason = str(error).split("\n")[0]
+            where, reason = f"on the Hub at {revision}" if revision else "as a folder", str(error).split("\n")[0]
             raise OSError(
                 f"{path} needs {backbone}, which was not found {where} ({reason}): put it back there, or use a "
                 "checkpoint that was saved with save_pretrained(..., merged=True)"
             ) from error
-        for size in sizes:
-            before, now = getattr(getattr(config, f"{part}_config"), size), getattr(found, size)
+        for size in ("hidden_size", "vocab_size"):
+            before, now = (getattr(each, size, None) for each in (getattr(config, f"{part}_config"), found))
             if before != now:
                 raise ValueError(f"{path} was trained on {backbone} with {size} {before}, which now has {size} {now}")
     # A commit does not change, but a folder may, and so may the backbone that the caller gives.
@@ -410,11 +373,6 @@ def check_backbones(path: Any, config: ClipPhiConfig, hub: dict, other_text: boo
         vocabulary = AutoTokenizer.from_pretrained(backbone, revision=revision or "main", **hub).get_vocab()
         if hash_vocabulary(vocabulary) != config.text_tokenizer_sha256:
             raise ValueError(f"{path} was trained with another tokenizer than that of {backbone}: its tokens differ")
-
-
-def take(options: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """The named options, removed from `options`."""
-    return {name: options.pop(name) for name in names if name in options}
 
 
 def refuse_missing(path: Any, missing: set[str]) -> None:
@@ -435,53 +393,47 @@ def copy_weights(path: Any, found: dict[str, torch.Tensor], own: dict[str, torch
 
 
 def sample_backbones(model: nn.Module) -> dict[str, tuple]:
-    """Of each backbone weight: is it trained; its shape and one number of each row, or None.
+    """Of each backbone weight: is it trained; and one number of each row, or None.
 
     None are weights that are sharded, offloaded or quantised: their changes are not found. Otherwise a comparison finds
-    a merged adapter, a resized embedding, a tuned layer and an edited row; it may miss an edit of single numbers, and
-    of rows after 2**18."""
+    a merged adapter, a resized embedding, a tuned layer and an edited row; it may miss an edit of single numbers."""
     samples = {}
     for name, weight in model.named_parameters():
         if not name.startswith("model.projector.") and "lora_" not in name:
-            shape = column = None
+            column = None
             if weight.is_floating_point() and not (weight.is_meta or hasattr(weight, "device_mesh")):
                 rows = weight.detach().reshape(len(weight) if weight.dim() else 1, -1)
-                shape, column = weight.shape, rows[: 2**18, rows.shape[1] // 2].to("cpu", copy=True)
-            samples[name.replace(".base_layer.", ".")] = (weight.requires_grad, shape, column)
+                column = rows[:, rows.shape[1] // 2].to("cpu", copy=True)
+            samples[name.replace(".base_layer.", ".")] = (weight.requires_grad, column)
     return samples
 
 
 def is_same(before: tuple | None, now: tuple | None) -> bool:
     """Whether two samples of a weight are equal; a cast to another floating-point type is not a change."""
-    if before is None or now is None or before[0] != now[0] or (now[1] is not None and before[1] != now[1]):
+    if before is None or now is None or before[0] != now[0]:
         return False
-    (old, new), casts = (before[2], now[2]), (torch.bfloat16, torch.float16)
-    return new is None or any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in (old.dtype, *casts))
+    (_, old), (_, new), casts = before, now, (torch.bfloat16, torch.float16)
+    if old is None or new is None:
+        return new is None
+    return any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in (old.dtype, *casts))
 
 
 @contextmanager
 def temporarily(target: Any, **values: Any) -> Iterator[None]:
     """Set attributes of an object, and set them back at the end; one that was absent becomes None."""
     before = {name: getattr(target, name, None) for name in values}
-    for name, value in values.items():
-        setattr(target, name, value)
     try:
+        vars(target).update(values)
         yield
     finally:
-        for name, value in before.items():
-            setattr(target, name, value)
-
-
-# --------------------------------------------------------------------------------------------------------- adapters
+        vars(target).update(before)
 
 
 def adapter_weights(model: Any, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """The adapter's weights, the model's own or those in a state dict, under PEFT's names."""
-    from peft import get_peft_model_state_dict
-
-    (name,) = model.peft_config
-    state = state or dict(model.named_parameters())
-    return get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=False)
+    peft, (name,) = import_optional("peft", "a LoRA adapter needs peft"), model.peft_config
+    options = {"state_dict": state or dict(model.named_parameters()), "save_embedding_layers": False}
+    return peft.get_peft_model_state_dict(model, adapter_name=name, **options)
 
 
 def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> None:
@@ -513,8 +465,8 @@ def fold_adapter(model: nn.Module, state: dict[str, torch.Tensor], prefix: str =
         if not (plain and weight.dim() == 2 and weight.is_floating_point() and not weight.is_meta):
             raise ValueError(f"the adapter of {path} cannot be folded in: it must be plain LoRA on a linear layer")
         if name not in layer.merged_adapters:
-            factor_a, factor_b = (state[f"{path}.lora_{part}.{name}.weight"].float() for part in "AB")
-            delta = (factor_b @ factor_a) * layer.scaling[name]
+            factors = (state[f"{path}.lora_{part}.{name}.weight"].float() for part in "BA")
+            delta = torch.mm(*factors) * layer.scaling[name]
             delta = delta.T if layer.fan_in_fan_out else delta
             folded[f"{path}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
     return folded

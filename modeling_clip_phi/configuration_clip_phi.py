@@ -2,34 +2,32 @@
 
 import copy
 import difflib
-from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, CLIPVisionConfig, PhiConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-# The label of a token that is not learnt; also torch's default of ignore_index.
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # the label of a token that is not learnt; also torch's default of ignore_index
 
-# The shapes of wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M (its vision half) and of microsoft/phi-2, where they differ
-# from the defaults of transformers.
-TINY_CLIP = {"hidden_size": 640, "intermediate_size": 2560, "num_attention_heads": 10}
-PHI_2 = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "partial_rotary_factor": 0.4}
-PHI_2 |= {"resid_pdrop": 0.1, "bos_token_id": 50256, "eos_token_id": 50256}
+# Where wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M (its vision half) and microsoft/phi-2 differ from the defaults.
+TINY_CLIP = {"model_type": "clip_vision_model", "hidden_size": 640, "intermediate_size": 2560}
+TINY_CLIP |= {"num_attention_heads": 10}
+PHI_2 = {"model_type": "phi", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32}
+PHI_2 |= {"partial_rotary_factor": 0.4, "resid_pdrop": 0.1, "bos_token_id": 50256, "eos_token_id": 50256}
 
 # `register_for_auto_class` writes one key only, so the map is here. AutoModel gives the class that has `generate`;
 # pipeline("image-text-to-text") uses AutoModelForImageTextToText.
 AUTO_CLASSES = ["AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
-AUTO_MAP = dict.fromkeys(AUTO_CLASSES, "modeling_clip_phi.ClipPhiForCausalLM")
-AUTO_MAP |= {"AutoConfig": "configuration_clip_phi.ClipPhiConfig"}
-AUTO_MAP |= {"AutoProcessor": "processing_clip_phi.ClipPhiProcessor"}
+AUTO_MAP = {
+    "AutoConfig": "configuration_clip_phi.ClipPhiConfig",
+    "AutoProcessor": "processing_clip_phi.ClipPhiProcessor",
+}
+AUTO_MAP |= dict.fromkeys(AUTO_CLASSES, "modeling_clip_phi.ClipPhiForCausalLM")
 
 
 @strict
 class ClipPhiConfig(PreTrainedConfig):
-    """Configuration of a vision tower, a projector and a decoder.
-
-    Without arguments: TinyCLIP-ViT-61M/32, one linear layer, phi-2.
+    """Configuration of a vision tower, a projector and a decoder; by default TinyCLIP, one linear layer, phi-2.
 
     Args:
         vision_config: the tower's config (a transformers vision encoder with patch features), as config or dict.
@@ -40,15 +38,12 @@ class ClipPhiConfig(PreTrainedConfig):
         vision_feature_layer: the tower's hidden state that the projector gets; 0 is the embedding's output, -1 the last
             layer's. The default -2 is LLaVA's (arXiv 2304.08485, section 4.1): CLIP trains its last layer for CLS only.
         vision_feature_select_strategy: "default" drops the first (CLS) feature, "full" keeps all.
-        vision_backbone: Hub id or folder of the tower's frozen weights; None in a model without backbones.
-        vision_backbone_revision: commit that the tower is pinned to; None for a folder.
-        text_backbone: Hub id or folder of the decoder's frozen weights; None in a model without backbones.
-        text_backbone_revision: commit that the decoder is pinned to; None for a folder.
+        vision_backbone, text_backbone: Hub id or folder of the frozen weights; None in a model without backbones.
+        vision_backbone_revision, text_backbone_revision: commit that a backbone is pinned to; None for a folder.
         text_tokenizer_sha256: hash of the vocabulary of the decoder's tokenizer; another backbone must have the same.
         delta: True in a checkpoint with trained weights only; loading takes the others from the two backbones.
         adapter: subfolder of a delta checkpoint with a PEFT adapter; None without one.
-        caption_instruction: the instruction that asks this model for a caption; None if it was trained to caption an
-            image without text (stage 1).
+        caption_instruction: the instruction that asks for a caption; None after stage 1, where an image alone does.
         tie_word_embeddings: set from text_config.
 
     Raises:
@@ -77,12 +72,14 @@ class ClipPhiConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        known = {field.name for field in fields(self)}
-        for key in kwargs.keys() - known:
-            if match := difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.85):
+        for key in kwargs.keys() - self.__dataclass_fields__.keys():
+            if match := difflib.get_close_matches(key, self.__dataclass_fields__, n=1, cutoff=0.85):
                 raise ValueError(f"ClipPhiConfig has no field {key!r}: did you mean {match[0]!r}?")
-        self.vision_config = _sub_config(self.vision_config, CLIPVisionConfig, TINY_CLIP)
-        self.text_config = _sub_config(self.text_config, PhiConfig, PHI_2)
+        for name, default in (("vision_config", TINY_CLIP), ("text_config", PHI_2)):
+            value = getattr(self, name)
+            if not isinstance(value, PreTrainedConfig):
+                value = default if value is None else {"model_type": default["model_type"], **value}
+                setattr(self, name, AutoConfig.for_model(**value))
         # gelu_new is the same function with eight passes over the activations instead of one: four times the time.
         for name in ("hidden_act", "activation_function"):
             if getattr(self.text_config, name, None) == "gelu_new":
@@ -93,21 +90,16 @@ class ClipPhiConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         layers = getattr(self.vision_config, "num_hidden_layers", None)
         if layers is not None and not -layers - 1 <= self.vision_feature_layer <= layers:
-            raise ValueError(
-                f"vision_feature_layer {self.vision_feature_layer} is not one of the {layers + 1} hidden states "
-                f"(-{layers + 1} to {layers}) of a tower with {layers} layers"
-            )
+            states = f"{layers + 1} hidden states (-{layers + 1} to {layers}) of the tower"
+            raise ValueError(f"vision_feature_layer {self.vision_feature_layer} is not one of the {states}")
 
 
-def _sub_config(value: Any, default_class: type[PreTrainedConfig], defaults: dict[str, Any]) -> PreTrainedConfig:
-    """A sub-config from a config, a dict (its model_type, else default_class) or None (the default shapes)."""
-    if value is None:
-        return default_class(**defaults)
-    if isinstance(value, dict):
-        value = dict(value)
-        model_type = value.pop("model_type", default_class.model_type)
-        return AutoConfig.for_model(model_type, **value)
-    return value
+def read_config(part: str, path: str, revision: str | None, hub: dict[str, Any]) -> Any:
+    """The config of a backbone, "vision" or "text", also where it is one part of a larger model's config.
+
+    hub: options of transformers' from_pretrained that concern the Hub, such as token."""
+    config = AutoConfig.from_pretrained(path, revision=revision or "main", **hub)
+    return getattr(config, "vision_config", config) if part == "vision" else config.get_text_config(decoder=True)
 
 
 __all__ = ["ClipPhiConfig"]

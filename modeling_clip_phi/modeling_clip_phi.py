@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
@@ -44,9 +44,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple | BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> Any:
         """Project patch features into the decoder's embedding space.
 
         Args:
@@ -58,11 +56,10 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         Raises:
             ValueError: (from the tower) height or width is not its image_size.
         """
-        wanted = kwargs.pop("output_hidden_states", None)
-        kwargs |= {"output_hidden_states": True, "return_dict": True}
-        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
-        outputs.pooler_output = list(self._project(self._select(outputs.hidden_states)))
-        if not (self.config.output_hidden_states if wanted is None else wanted):
+        wanted = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
+        outputs, features = self._run_tower(pixel_values, **kwargs)
+        outputs.pooler_output = list(self._project(features))
+        if not wanted:
             outputs.hidden_states = None
         return outputs
 
@@ -71,12 +68,13 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         """The projector's input, float (images, patches, vision hidden), of pixels as in get_image_features.
 
         forward takes it as vision_features, so that it can be computed once and stored."""
-        pixel_values = pixel_values.to(self.vision_tower.dtype)
-        return self._select(self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states)
+        return self._run_tower(pixel_values)[1]
 
-    def _select(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        features = hidden_states[self.config.vision_feature_layer]
-        return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
+    def _run_tower(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[Any, torch.Tensor]:
+        kwargs |= {"output_hidden_states": True, "return_dict": True}
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
+        features = outputs.hidden_states[self.config.vision_feature_layer]
+        return outputs, features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
 
     def _project(self, features: torch.Tensor) -> torch.Tensor:
         # Training may hold the projector in fp32 and the frozen parts in bf16.
@@ -105,12 +103,11 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | ClipPhiModelOutputWithPast:
-        """Run the decoder on text and projected images.
+    ) -> Any:
+        """Run the decoder on text and projected images; returns a ClipPhiModelOutputWithPast.
 
         Args:
             input_ids: int (batch, sequence), or inputs_embeds: float (batch, sequence, text hidden).
@@ -118,8 +115,8 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
                 vision_features: float (images, patches, vision hidden), from get_vision_features.
             attention_mask: int or bool (batch, sequence); or bool (batch, 1, sequence, sequence), True where a query
                 (row) attends to a key (column), for conversations with a shared prefix.
-            kwargs: of the decoder: its cache (past_key_values, from transformers 5.24 on cache), and the pack_layout of
-                several samples in one row.
+            kwargs: of the decoder: position_ids, its cache (past_key_values, from transformers 5.24 on cache), and the
+                pack_layout of several samples in one row.
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds; a wrong number of image tokens; a mask or a
@@ -149,18 +146,17 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
                 raise ValueError(f"{attention!r} attention takes no packs: set_attn_implementation('clip_phi_packed')")
             # With any mask of four dimensions the decoder does not make one of its own, of tokens x tokens.
             attention_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=inputs_embeds.device)
-        # A static cache gives decoders with several kinds of layers a dict of masks that need no change.
-        elif (
-            isinstance(attention_mask, torch.Tensor) and attention_mask.dtype == torch.bool and attention_mask.ndim == 4
+        # A static cache gives decoders with several kinds of layers a dict of masks, and others numbers: no change.
+        elif isinstance(attention_mask, torch.Tensor) and (attention_mask.dtype, attention_mask.ndim) == (
+            torch.bool,
+            4,
         ):
             if attention not in ("sdpa", "eager"):
                 raise ValueError(f"attention {attention!r} takes no mask of four dimensions: use 'sdpa' or 'eager'")
             if attention == "eager":  # adds the mask to the scores
                 scores = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype)
                 attention_mask = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        outputs = self.language_model(
-            attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
-        )
+        outputs = self.language_model(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         return as_output(ClipPhiModelOutputWithPast, outputs, image_hidden_states=image_features)
 
 
@@ -185,14 +181,10 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
                 raise ValueError(f"decoders that change their logits after the head ({name}) are not supported")
         self.post_init()
 
-    def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple | BaseModelOutputWithPooling:
-        """See ClipPhiModel.get_image_features."""
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> Any:
         return self.model.get_image_features(pixel_values, **kwargs)
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """See ClipPhiModel.get_vision_features."""
         return self.model.get_vision_features(pixel_values)
 
     @can_return_tuple
@@ -207,8 +199,8 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | ClipPhiCausalLMOutputWithPast:
-        """ClipPhiModel.forward with its inputs, then the head and the loss.
+    ) -> Any:
+        """ClipPhiModel.forward with its inputs, then head and loss; returns a ClipPhiCausalLMOutputWithPast.
 
         Args:
             labels: int (batch, sequence), aligned with input_ids; -100 where nothing is learnt.
@@ -224,7 +216,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "pixel_values": pixel_values}
         outputs = self.model(**inputs, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         hidden_states = select_positions(outputs.last_hidden_state, logits_to_keep)
-        loss = logits = None
+        loss = None
         if labels is not None and shift_labels is None:
             shifted = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
             shift_labels = select_positions(shifted.unsqueeze(-1), logits_to_keep).squeeze(-1)
@@ -234,20 +226,17 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             shift_labels = shift_labels.to(hidden_states.device)
             supervised = shift_labels != IGNORE_INDEX
             loss = self._loss(hidden_states[supervised], shift_labels[supervised], **kwargs)
-        if not skip_logits:
-            logits = self.lm_head(hidden_states)
+        logits = None if skip_logits else self.lm_head(hidden_states)
         return as_output(ClipPhiCausalLMOutputWithPast, outputs, loss=loss, logits=logits)
 
-    def _loss(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any = None, **kwargs: Any
-    ) -> torch.Tensor:
+    def _loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Cross-entropy of (supervised, text hidden) with int (supervised,), in chunks of at most max_logits logits.
 
         Of several chunks, each is computed again in the backward pass instead of being stored for it."""
         head, size = self.lm_head, max(1, self.max_logits // self.lm_head.out_features)
-        if len(labels) > size and num_items_in_batch is None:
-            num_items_in_batch = len(labels)
-        kwargs |= {"vocab_size": head.out_features, "num_items_in_batch": num_items_in_batch, "labels": None}
+        if len(labels) > size and kwargs.get("num_items_in_batch") is None:
+            kwargs["num_items_in_batch"] = len(labels)
+        kwargs |= {"vocab_size": head.out_features, "labels": None}
 
         def of_chunk(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             return self.loss_function(logits=head(states), shift_labels=labels, **kwargs)
@@ -264,7 +253,7 @@ def select_positions(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -
         if logits_to_keep.dim() == 2:
             return torch.take_along_dim(states, logits_to_keep.unsqueeze(-1), dim=1)
         return states[:, logits_to_keep]
-    return states[:, -logits_to_keep:] if logits_to_keep else states
+    return states[:, -logits_to_keep:]  # all with 0
 
 
 def as_output(output_class: Any, outputs: Any, **fields: Any) -> Any:

@@ -4,13 +4,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .configuration_clip_phi import IGNORE_INDEX
+from .configuration_clip_phi import IGNORE_INDEX, read_config
 
 Messages = Sequence[dict[str, Any]]
 
@@ -88,24 +89,25 @@ class ClipPhiProcessor(ProcessorMixin):
 
         <image> and <pad> take the decoder's first spare vocabulary rows (50295 and 50296 of phi-2's 51200), so its
         embedding keeps its size. Raises ValueError if there are too few."""
-        at_vision = {"revision": vision_revision or "main", **hub}
-        at_text = {"revision": text_revision or "main", **hub}
-        tokenizer = AutoTokenizer.from_pretrained(text, **at_text)
+        tokenizer = AutoTokenizer.from_pretrained(text, revision=text_revision or "main", **hub)
         if IMAGE_TOKEN not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
         if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
             tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, special=True, normalized=False)})
-        rows = AutoConfig.from_pretrained(text, **at_text).get_text_config(decoder=True).vocab_size
+        rows = read_config("text", text, text_revision, hub).vocab_size
         if len(tokenizer) > rows:
             raise ValueError(
                 f"{text} has {rows} vocabulary rows but {len(tokenizer)} are needed with {IMAGE_TOKEN} and "
                 f"{PAD_TOKEN}: resize its embedding with resize_token_embeddings, save it and give that folder"
             )
-        vision_config = AutoConfig.from_pretrained(vision, **at_vision)
-        vision_config = getattr(vision_config, "vision_config", vision_config)
         # The PIL backend gives the same pixels everywhere, whether torchvision is installed or not.
-        image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **at_vision)
-        count = count_image_features(vision_config, vision_feature_select_strategy)
+        options = {"backend": "pil", "revision": vision_revision or "main", **hub}
+        image_processor = AutoImageProcessor.from_pretrained(vision, **options)
+        config = read_config("vision", vision, vision_revision, hub)
+        with torch.device("meta"):  # the tower's own forward pass counts its features
+            pixels = torch.empty(1, 3, config.image_size, config.image_size)
+            states = AutoModel.from_config(config)(pixels, output_hidden_states=True, return_dict=True).hidden_states
+        count = states[0].shape[1] - (vision_feature_select_strategy == "default")
         return cls(image_processor, tokenizer, num_image_tokens=count)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
@@ -119,14 +121,12 @@ class ClipPhiProcessor(ProcessorMixin):
         return self.image_token * self.num_image_tokens
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
-        if image_sizes is None:
-            return MultiModalData()
-        count = len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+        ones = None if image_sizes is None else [1] * len(image_sizes)
+        return MultiModalData(ones and [self.num_image_tokens] * len(ones), num_image_patches=ones)
 
-    def encode(self, messages: Messages, add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
+    def encode(self, messages: Messages, **options: Any) -> tuple[list[int], list[int]]:
         """encode_batch() of one conversation."""
-        return self.encode_batch([messages], add_generation_prompt)[0]
+        return self.encode_batch([messages], **options)[0]
 
     def encode_batch(
         self, conversations: Sequence[Messages], add_generation_prompt: bool = False, expand_images: bool = True
@@ -196,18 +196,6 @@ class ClipPhiProcessor(ProcessorMixin):
         for token, count in wanted.items():
             if token and (found := text.count(token)) != count:
                 raise ValueError(f"a text contains {token}: {found} {token} in the rendered text, not {count}")
-
-
-def count_image_features(vision_config: Any, select_strategy: str = "default") -> int:
-    """How many features the tower gives for one image, counted by its own forward pass on the meta device."""
-    import torch
-    from transformers import AutoModel
-
-    with torch.device("meta"):
-        tower = AutoModel.from_config(vision_config)
-        pixels = torch.empty(1, 3, vision_config.image_size, vision_config.image_size)
-        features = tower(pixels, output_hidden_states=True, return_dict=True).hidden_states[0].shape[1]
-    return features - 1 if select_strategy == "default" else features
 
 
 ClipPhiProcessor.register_for_auto_class()
