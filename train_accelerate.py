@@ -7,7 +7,7 @@ Read it from top to bottom: parse, import, build, loop.
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from clip_phi.training.arguments import TrainingArguments, parse_arguments
 
@@ -36,9 +36,6 @@ if __name__ == "__main__":
 
 # Import.
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,126 +47,99 @@ from transformers.utils import logging
 
 from clip_phi.batching.dataset import ImageReader, add_image_features
 from clip_phi.batching.packing import PackedBatch
-from clip_phi.environment import peak_flops
+from clip_phi.environment import describe_environment, peak_flops
 from clip_phi.hub.push import check_push, push
+from clip_phi.training import guards
 from clip_phi.training.checkpoint import EXIT_STOPPED, Checkpoints, EarlyStopping, StopSignal, describe_run
-from clip_phi.training.data import TrainData, read_data
+from clip_phi.training.data import read_data
 from clip_phi.training.evaluate import Evaluator
-from clip_phi.training.fsdp import check_fsdp_config, full_state_dict, full_tensor, prepare, process_group_kwargs
-from clip_phi.training.guards import (
-    TIME_FORMAT,
-    NonFiniteGuard,
-    check_frozen,
-    check_room,
-    frozen_hashes,
-    oom_hint,
-    room_needed,
-    run_record,
-    stalled_data_warning,
-    tolerate_write_errors,
-    write_run,
-)
+from clip_phi.training.fsdp import check_fsdp_config, full_state_dict, gather, prepare, process_group_kwargs
 from clip_phi.training.logger import FlopsPerToken, StepCounts, TrainingLogger
-from clip_phi.training.model import count_parameters, load_model, load_processor, open_cache, resolve
-from clip_phi.training.optim import make_optimizer, make_scheduler, optimizer_bytes
+from clip_phi.training.model import load_model, load_processor, open_cache, resolve
+from clip_phi.training.optim import make_optimizer, make_scheduler
 
 
 # Build.
-@dataclass
 class Run:
-    """What the loop works with. plain_model: the model without Accelerate's wrapper. to_device: makes a batch ready for
-    the model. record: the content of run.json."""
+    """Everything that the loop needs, in the state of the training checkpoint if the run is resumed.
 
-    arguments: TrainingArguments
-    accelerator: Accelerator
-    processor: Any
-    model: Any
-    plain_model: Any
-    optimizer: Any
-    scheduler: Any
-    data: TrainData
-    to_device: Callable[[PackedBatch], PackedBatch]
-    evaluator: Evaluator
-    early_stopping: EarlyStopping
-    guard: NonFiniteGuard
-    logger: TrainingLogger
-    checkpoints: Checkpoints
-    output_dir: Path
-    first_step: int
-    record: dict[str, Any]
+    plain_model: the model without Accelerate's wrapper. record: the content of run.json."""
 
+    def __init__(self, arguments: TrainingArguments):
+        began = time.strftime(guards.TIME_FORMAT)
+        logging.disable_progress_bar()  # one bar is enough
+        self.output_dir = output_dir = Path(arguments.output_dir)
+        guards.check_room(output_dir)
+        trackers, handlers = arguments.report_to or None, process_group_kwargs()
+        accelerator = Accelerator(kwargs_handlers=handlers, log_with=trackers, project_dir=str(output_dir))
+        self.accelerator = accelerator
+        check_fsdp_config(accelerator, arguments)
+        device, world_size, is_main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
+        set_seed(arguments.seed)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if arguments.tf32 else "highest")
 
-def build(arguments: TrainingArguments) -> Run:
-    """Make everything that the loop needs, in the state of the training checkpoint if the run is resumed."""
-    began = time.strftime(TIME_FORMAT)
-    logging.disable_progress_bar()  # one bar is enough
-    output_dir = Path(arguments.output_dir)
-    check_room(output_dir)
-    accelerator = Accelerator(
-        kwargs_handlers=process_group_kwargs(), log_with=arguments.report_to or None, project_dir=str(output_dir)
-    )
-    check_fsdp_config(accelerator, arguments)
-    device, world_size, is_main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
-    set_seed(arguments.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if arguments.tf32 else "highest")
+        self.processor = load_processor(arguments)
+        model = load_model(arguments, self.processor, accelerator)
+        self.arguments = arguments = resolve(arguments, accelerator, model.config)
+        if arguments.push_to_hub and is_main:  # better now than after a night of training
+            check_push(arguments.push_to_hub, model.config.to_dict(), arguments.merged, output_dir)
+        self.cache = open_cache(arguments, model, self.processor)
+        read = ImageReader(self.processor, arguments.image_processing, self.cache)
+        with accelerator.local_main_process_first():  # which writes the index that the others find
+            self.data = data = read_data(arguments, self.processor, read, accelerator)
+        self.evaluator = Evaluator(arguments, data.held_out, read, self.processor, accelerator)
+        trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
+        accelerator.print(f"training {trainable:,} of {total:,} parameters on {world_size} x {device.type}")
+        guards.check_room(output_dir, guards.room_needed(arguments, trainable, total, model.dtype.itemsize))
 
-    processor = load_processor(arguments)
-    model = load_model(arguments, processor, accelerator)
-    arguments = resolve(arguments, accelerator, model.config)
-    if arguments.push_to_hub and is_main:  # better now than after a night of training
-        check_push(arguments.push_to_hub, model.config.to_dict(), arguments.merged, output_dir)
-    cache = open_cache(arguments, model, processor)
-    read = ImageReader(processor, arguments.image_processing, cache)
-    with accelerator.local_main_process_first():  # which writes the index that the others find
-        data = read_data(arguments, processor, read, accelerator)
-    evaluator = Evaluator(arguments, data.held_out, read, processor, accelerator)
-    trainable, total = count_parameters(model)
-    accelerator.print(f"training {trainable:,} of {total:,} parameters on {world_size} x {device.type}")
-    check_room(output_dir, room_needed(arguments, trainable, total, model.dtype.itemsize))
+        optimizer = make_optimizer(model, arguments, device)
+        self.scheduler = make_scheduler(optimizer, arguments, data.num_steps)
+        self.model, self.optimizer = prepare(accelerator, model, optimizer)
+        self.plain_model = accelerator.unwrap_model(self.model)
 
-    optimizer = make_optimizer(model, arguments, device)
-    scheduler = make_scheduler(optimizer, arguments, data.num_steps)
-    model, optimizer = prepare(accelerator, model, optimizer)
-    plain_model = accelerator.unwrap_model(model)
+        peak = arguments.peak_tflops * 1e12 or peak_flops(device)
+        self.logger = TrainingLogger(
+            *(output_dir, data.num_steps, is_main, device, data.steps_per_epoch, peak and peak * world_size),
+            accelerator.log,
+        )
+        self.early_stopping = EarlyStopping(arguments.metric_for_best_model, arguments.early_stopping_patience)
+        self.guard = guards.NonFiniteGuard(output_dir, arguments.nan_policy, accelerator.print)
+        weights = (self.plain_model, self.optimizer, self.scheduler)
+        tracked = {"data": data, "early_stopping": self.early_stopping, "guard": self.guard, "logger": self.logger}
+        run = describe_run(arguments, data, world_size)
+        self.checkpoints = Checkpoints(output_dir, arguments.save_total_limit, accelerator, run, weights, tracked)
+        self.first_step = self.checkpoints.resume(arguments.resume_from_checkpoint)
+        self.logger.start(self.first_step)
+        self.record: dict[str, Any] = {
+            "began": began,
+            "first_step": self.first_step,
+            "command": sys.argv,
+            "options": {name: value for name, value in vars(arguments).items() if name != "given"},
+            "num_steps": data.num_steps,
+            "parameters": total,
+            "trainable_parameters": trainable,
+            "processes": world_size,
+            "mixed_precision": accelerator.mixed_precision,
+            "data": {"fingerprint": data.fingerprint, "records": data.report.records},
+            "peak_flops": peak,
+            "environment": describe_environment(),
+        }
+        if is_main:
+            guards.write_run(output_dir / "run.json", self.record)
+        accelerator.init_trackers("clip-phi", {name: str(value) for name, value in self.record["options"].items()})
 
-    def to_device(pack: PackedBatch) -> PackedBatch:
-        return add_image_features(pack.to(device), plain_model, cache)
-
-    peak = arguments.peak_tflops * 1e12 or peak_flops(device)
-    all_peak = peak and peak * world_size
-    logger = TrainingLogger(
-        output_dir, data.num_steps, is_main, device, data.steps_per_epoch, all_peak, accelerator.log
-    )
-    early_stopping = EarlyStopping(arguments.metric_for_best_model, arguments.early_stopping_patience)
-    guard = NonFiniteGuard(output_dir, arguments.nan_policy, accelerator.print)
-    checkpoints = Checkpoints(
-        output_dir,
-        arguments.save_total_limit,
-        accelerator,
-        describe_run(arguments, data, world_size),
-        (plain_model, optimizer, scheduler),
-        {"data": data, "early_stopping": early_stopping, "guard": guard, "logger": logger},
-    )
-    first_step = checkpoints.resume(arguments.resume_from_checkpoint)
-    logger.start(first_step)
-    record: dict[str, Any] = {"began": began, "first_step": first_step}
-    record |= run_record(arguments, data, accelerator, (trainable, total), peak)
-    if is_main:
-        write_run(output_dir / "run.json", record)
-    accelerator.init_trackers("clip-phi", {name: str(value) for name, value in record["options"].items()})
-    return Run(
-        *(arguments, accelerator, processor, model, plain_model, optimizer, scheduler, data, to_device, evaluator),
-        *(early_stopping, guard, logger, checkpoints, output_dir, first_step, record),
-    )
+    def to_device(self, pack: PackedBatch) -> PackedBatch:
+        """A batch ready for the model."""
+        return add_image_features(pack.to(self.accelerator.device), self.plain_model, self.cache)
 
 
 # Loop.
 def train(arguments: TrainingArguments) -> None:
-    run = build(arguments)
+    run = Run(arguments)
     arguments, accelerator, data, logger = run.arguments, run.accelerator, run.data, run.logger
     flops = FlopsPerToken.of(run.plain_model)
-    frozen = frozen_hashes(run.plain_model)
+    frozen = guards.frozen_hashes(run.plain_model)
     stop = StopSignal()
     packs_in_order = map(run.to_device, data.loader(run.first_step, arguments, run.processor, accelerator.device))
     run.model.train()
@@ -183,7 +153,7 @@ def train(arguments: TrainingArguments) -> None:
 
         # The data of a step, and what it counts on all ranks.
         began = time.perf_counter()
-        with stalled_data_warning(partial(data.needs, step)):
+        with guards.stalled_data_warning(partial(data.needs, step)):
             packs = [next(packs_in_order) for _ in range(arguments.gradient_accumulation_steps)]
         waited = time.perf_counter() - began
         counts = torch.tensor([[*flops.counts_of(pack), len(pack.skipped), stop.received] for pack in packs]).sum(0)
@@ -207,14 +177,14 @@ def train(arguments: TrainingArguments) -> None:
 
         # Once in a while, at the end, and when a signal asks for it: a training checkpoint.
         if step % arguments.save_steps == 0 or is_last or num_stopping or best.exhausted:
-            with logger.pause(), tolerate_write_errors("a training checkpoint", is_last or bool(num_stopping)):
+            with logger.pause(), guards.tolerate_write_errors("a training checkpoint", is_last or bool(num_stopping)):
                 run.checkpoints.save(step)
         if num_stopping and not is_last:
             accelerator.print(f"stopped after step {step:,} by a signal; --resume_from_checkpoint continues from there")
             del packs_in_order  # ends the workers
             sys.exit(EXIT_STOPPED)
 
-    check_frozen(frozen, run.plain_model)
+    guards.check_frozen(frozen, run.plain_model)
     finish(run)
 
 
@@ -225,7 +195,7 @@ def train_step(run: Run, step: int, packs: list[PackedBatch], num_supervised: in
     packs: this rank's micro-batches. num_supervised: tokens of all of them, on all ranks."""
     accelerator, device = run.accelerator, run.accelerator.device
     loss_sum = torch.zeros((), device=device)
-    with oom_hint(step, packs, device):
+    with guards.oom_hint(step, packs, device):
         for index, pack in enumerate(packs):
             with nullcontext() if index == len(packs) - 1 else accelerator.no_sync(run.model):
                 # DDP averages gradients over the ranks; the loss is divided by the tokens of all of them.
@@ -234,7 +204,7 @@ def train_step(run: Run, step: int, packs: list[PackedBatch], num_supervised: in
                 accelerator.backward(loss)
             loss_sum += loss.detach()
         trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-        norm = full_tensor(accelerator.clip_grad_norm_(trained, run.arguments.max_grad_norm or float("inf")))
+        norm = gather(accelerator.clip_grad_norm_(trained, run.arguments.max_grad_norm or float("inf")), keep=True)
     # Checked before the weights change, and the same on all ranks. The next step synchronises with the device anyway.
     mean_loss, grad_norm = accelerator.reduce(torch.stack([loss_sum, norm.to(device)]), "mean").tolist()
     is_finite = run.guard.is_finite_step(step, mean_loss, grad_norm, scaled=accelerator.scaler is not None)
@@ -257,7 +227,7 @@ def evaluate_and_save(run: Run, step: int, is_last: bool) -> None:
     state = full_state_dict(run.accelerator, run.plain_model, run.arguments.merged)
     if run.accelerator.is_main_process:
         for folder in (run.output_dir, run.output_dir / "best")[: 2 if is_best else 1]:
-            with tolerate_write_errors(f"the model in {folder}", is_last):
+            with guards.tolerate_write_errors(f"the model in {folder}", is_last):
                 run.plain_model.save_pretrained(folder, merged=run.arguments.merged, state_dict=state)
                 run.processor.save_pretrained(folder)
     run.accelerator.wait_for_everyone()
@@ -269,15 +239,14 @@ def finish(run: Run) -> None:
     run.logger.close(run.data.report)
     if run.accelerator.is_main_process:
         results = {
-            "ended": time.strftime(TIME_FORMAT),
+            "ended": time.strftime(guards.TIME_FORMAT),
             "held_out_loss": run.logger.eval_losses[-1][1],
             "best": run.early_stopping.state_dict(),
             "steps_left_out": run.guard.state["skipped"],
             "loss_spikes": run.guard.state["spikes"],
-            "optimizer_bytes": optimizer_bytes(run.optimizer),
             "frozen_weights": "unchanged",
         }
-        write_run(run.output_dir / "run.json", run.record | results)
+        guards.write_run(run.output_dir / "run.json", run.record | results)
     run.accelerator.print(f"saved in {run.output_dir}; try: clip-phi caption --model {run.output_dir} IMAGE")
     if run.arguments.push_to_hub and run.accelerator.is_main_process:
         print(push(run.output_dir, run.arguments.push_to_hub, private=run.arguments.hub_private_repo or None))

@@ -100,14 +100,13 @@ def cache_reads_per_second(num_rows: int, repeats: int) -> float:
             cache.put(keys[start : start + 256], torch.randn(len(keys[start : start + 256]), *SHAPE))
         cache.refresh()
         order = [keys[place] for place in np.random.default_rng(1).permutation(num_rows)]
-        batch = torch.empty((64, *SHAPE), dtype=torch.bfloat16)
         best = float("inf")
         for _ in range(repeats):
             began = time.perf_counter()
             for start in range(0, num_rows - 63, 64):
-                cache.get_into(order[start : start + 64], batch)
+                for key in order[start : start + 64]:
+                    cache.get(key)
             best = min(best, time.perf_counter() - began)
-        cache.close()
     return num_rows // 64 * 64 / best
 
 

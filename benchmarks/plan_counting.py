@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -257,7 +257,7 @@ def count_step(
 
     images = sum(0 in ids for ids in conversation_ids)
     pixels = empty(images, 3, vision.image_size, vision.image_size, dtype=torch.float32)
-    pack_layout = make_pack_layout(conversation_ids).map(lambda tensor: tensor.to("meta"))
+    pack_layout = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), make_pack_layout(conversation_ids))
     mask = empty(1, 1, 1, 1, dtype=torch.bool)  # as ClipPhiModel.forward passes it with a pack_layout
     ids, targets = empty(1, sum(map(len, conversation_ids))), empty(supervised)
     gc.collect()

@@ -34,6 +34,7 @@ import torch
 from plan_counting import build_model, count_step
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import (
     CLIPVisionConfig,
@@ -44,7 +45,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from clip_phi.batching.attention import PACKED_ATTENTION, PackLayout
+from clip_phi.batching.attention import PACKED_ATTENTION
 from clip_phi.batching.encode import Encoded
 from clip_phi.batching.packing import SharedPrefixSample, build_shared_prefix, pack_samples
 from clip_phi.batching.sampler import plan_packs
@@ -546,10 +547,7 @@ def _meta_loss(models: Models, batch: Inputs) -> torch.Tensor:
 
 
 def to_device(batch: Inputs, device: str) -> Inputs:
-    return {
-        name: value.map(lambda x: x.to(device)) if isinstance(value, PackLayout) else value.to(device)
-        for name, value in batch.items()
-    }
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def activation_megabytes() -> float:

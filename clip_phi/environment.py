@@ -69,7 +69,10 @@ def describe_environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "devices": [_describe_device(number) for number in range(torch.cuda.device_count())],
+        "devices": [
+            {"name": found.name, "memory_bytes": found.total_memory, "capability": f"{found.major}.{found.minor}"}
+            for found in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        ],
         "cuda": torch.version.cuda,
         "git_commit": git_commit(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -144,13 +147,6 @@ def peak_flops(device: Any) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((gpu.tflops * 1e12 for gpu in GPUS if gpu.torch_name in name), None)
-
-
-def _describe_device(number: int) -> dict[str, Any]:
-    import torch
-
-    found = torch.cuda.get_device_properties(number)
-    return {"name": found.name, "memory_bytes": found.total_memory, "capability": f"{found.major}.{found.minor}"}
 
 
 def _cpu_model() -> str:

@@ -232,7 +232,7 @@ SKIPPED: dict[str, tuple[str, Callable[[int], Any]]] = {
     "image name with a zero byte": ("image name is not valid", lambda n: record(n, image="good1.jpg\0")),
     "image name with half a character": ("image name is not valid Unicode", lambda n: record(n, image=f"{HALF}.jpg")),
     "image name is a folder's": ("missing image", lambda n: record(n, image="../images/")),
-    "image name is too long": ("missing image", lambda n: record(n, image="x" * 5000 + ".jpg")),
+    "image name is too long": ("image name is not valid", lambda n: record(n, image="x" * 5000 + ".jpg")),
     "question with half a character": ("question is not valid Unicode", lambda n: record(n, f"<image> {HALF}?", "x")),
     "answer with half a character": ("answer is not valid Unicode", lambda n: record(n, f"<image> {n}?", f"{HALF}.")),
     "end token in a question": ("text cannot be encoded", lambda n: record(n, f"<image> {n} {END}?", "x")),
@@ -413,9 +413,9 @@ ENTRIES: dict[str, tuple[str, Callable[[int], Any]]] = {
 }
 # name: (kind, entry), without a caption
 LONE_ENTRIES: dict[str, tuple[str, Callable[[int], Any]]] = {
-    "null image entry": ("image entry without 'id'", lambda n: None),
-    "image entry without id": ("image entry without 'id'", lambda n: {"file_name": "good1.jpg"}),
-    "float as image id": ("image entry without 'id'", lambda n: {"id": n + 0.5, "file_name": "good1.jpg"}),
+    "null image entry": ("image without 'id'", lambda n: None),
+    "image entry without id": ("image without 'id'", lambda n: {"file_name": "good1.jpg"}),
+    "float as image id": ("image without 'id'", lambda n: {"id": n + 0.5, "file_name": "good1.jpg"}),
     "image id used twice": ("duplicate image id", lambda n: {"id": 0, "file_name": "good1.jpg"}),
 }
 

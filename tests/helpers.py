@@ -124,3 +124,18 @@ def run_clean(script: str, tmp_path, *arguments) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def make_index(samples, processor, max_length, report=None):
+    """An Index in memory. Without a report, a sample that cannot be used raises ValueError."""
+    import pyarrow
+
+    from clip_phi.batching import index
+    from clip_phi.data.report import Report
+
+    found = Report() if report is None else report
+    table = pyarrow.Table.from_batches(index._tokenise(samples, processor, max_length, found), index.SCHEMA)
+    if report is None:
+        found.records = found.num_skipped
+        found.refuse_bad(0)
+    return index.Index(table, index._prefixes(processor), found)

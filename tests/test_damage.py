@@ -10,6 +10,7 @@ import damage
 import helpers
 import pytest
 import torch
+from helpers import make_index
 
 from clip_phi.batching.dataset import ImageReader, SampleDataset
 from clip_phi.batching.index import Index, load_index
@@ -17,7 +18,7 @@ from clip_phi.data.coco import read_coco_captions, read_karpathy_split, read_vqa
 from clip_phi.data.files import MediaFolder
 from clip_phi.data.json_files import read_instruct
 from clip_phi.data.report import Report
-from clip_phi.data.schema import find_by_name, read_records
+from clip_phi.data.schema import read_records
 from clip_phi.data.source import parse_source
 from clip_phi.training.logger import TrainingLogger
 
@@ -193,7 +194,7 @@ def test_a_link_to_itself_hides_no_other_file_of_its_folder(tmp_path):
     (tmp_path / "good.jpg").touch()
     rows = [("1", {"image": "good.jpg", "caption": "x"}), ("2", {"image": "loop.jpg", "caption": "x"})]
     report = Report()
-    assert len(list(read_records(rows, find_by_name(MediaFolder(tmp_path)), report))) == 1
+    assert len(list(read_records(rows, MediaFolder(tmp_path).find_value, report))) == 1
     assert report.skipped == Counter({"missing image": 1})
 
 
@@ -202,7 +203,7 @@ def test_half_a_character_outside_the_texts_can_be_reported(name, tmp_path):
     report, media = Report(), MediaFolder(tmp_path)
     (tmp_path / "good.jpg").touch()
     if name == "key":
-        list(read_records([("1", {damage.HALF: 1})], find_by_name(media), report))
+        list(read_records([("1", {damage.HALF: 1})], media.find_value, report))
     else:
         ids = [damage.HALF, damage.HALF] if name == "caption id" else [1, 2]
         image_id = damage.HALF if name == "image id" else 7
@@ -242,8 +243,8 @@ def test_a_bad_image_of_a_long_row_is_counted_with_all_its_captions(tmp_path, pr
     captions = [f"Number {number}, of which there is nothing else to be said." for number in range(12)]
     report = Report()
     rows = [("row", {"image": "empty.jpg", "captions": captions})]
-    samples = list(read_records(rows, find_by_name(MediaFolder(tmp_path)), report))
-    index = Index.from_samples(samples, processor, MAX_LENGTH, report)
+    samples = list(read_records(rows, MediaFolder(tmp_path).find_value, report))
+    index = make_index(samples, processor, MAX_LENGTH, report)
     assert len(index) > 1, "one tree is too long for all of them"
     dataset = SampleDataset([index], ImageReader(processor))
     for _ in range(2):  # epochs
@@ -253,8 +254,8 @@ def test_a_bad_image_of_a_long_row_is_counted_with_all_its_captions(tmp_path, pr
 
 def test_a_name_of_many_folders_takes_no_memory(tmp_path):
     media, report = MediaFolder(tmp_path), Report()
-    list(read_records([("1", {"image": "a/" * 20_000 + "b.jpg", "caption": "x"})], find_by_name(media), report))
-    assert report.skipped == Counter({"missing image": 1})
+    list(read_records([("1", {"image": "a/" * 20_000 + "b.jpg", "caption": "x"})], media.find_value, report))
+    assert report.skipped == Counter({"image name is not valid": 1})
     assert sum(map(len, [*media.folders, *media._archives])) < 1_000_000
 
 
@@ -290,7 +291,7 @@ def media(tmp_path) -> MediaFolder:
 
 def check(samples, processor, report: Report) -> Index:
     """All become token ids or are counted. Returns the index of them."""
-    index = Index.from_samples(samples, processor, MAX_LENGTH, report)
+    index = make_index(samples, processor, MAX_LENGTH, report)
     kept = sum(index.num_conversations(number) for number in range(len(index)))
     assert report.records == kept + report.num_skipped, report.table()
     assert index.num_tokens().max(initial=0) <= MAX_LENGTH
@@ -305,7 +306,7 @@ def check(samples, processor, report: Report) -> Index:
 def test_10_000_mutated_records_are_used_or_counted_and_nothing_is_raised(group, media, processor):
     chance, valid, report = random.Random(int(group)), damage.valid_rows(["a.jpg", "b.jpg"]), Report()
     rows = [(f"row:{number}", damage.mutated(valid[number % len(valid)], chance)) for number in range(10_000)]
-    index = check(read_records(rows, find_by_name(media), report, group), processor, report)
+    index = check(read_records(rows, media.find_value, report, group), processor, report)
     assert report.records >= 10_000 and len(report.skipped) >= 40 and sum(report.repaired.values()) >= 30
     assert 2000 < sum(index.num_conversations(number) for number in range(len(index))) < 8000, report.table()
 
@@ -331,7 +332,7 @@ def test_2_000_mutated_coco_records_are_used_or_counted_and_nothing_is_raised(se
     (tmp_path / "captions.json").write_text(json.dumps(content), encoding="utf-8")
     report = Report()
     check(read_coco_captions(tmp_path / "captions.json", media, report), processor, report)
-    lone = sum(report.skipped[kind] for kind in ("image entry without 'id'", "duplicate image id"))
+    lone = sum(report.skipped[kind] for kind in ("image without 'id'", "duplicate image id"))
     assert report.records == len(content["annotations"]) + lone
 
 
@@ -367,7 +368,7 @@ def _some_mutated(rows: list, chance: random.Random) -> list:
 
 def test_every_layout_stands_in_the_index_as_it_was_read(media, processor):
     for row in damage.valid_rows(["a.jpg", "b.jpg"]):
-        (sample,) = read_records([("origin", row)], find_by_name(media), Report())
-        index = Index.from_samples([sample], processor, MAX_LENGTH)
+        (sample,) = read_records([("origin", row)], media.find_value, Report())
+        index = make_index([sample], processor, MAX_LENGTH)
         assert index.sample(0) == sample
         assert [len(conversation.ids) > 0 for conversation in index.encoded(0)] == [True] * len(sample.conversations)

@@ -165,7 +165,7 @@ def test_drawn_data_is_read_whole_in_both_official_layouts(tmp_path):
         ({"images": [{"id": 8}]}, "image name is empty", 2, 0),
         ({"images": [{"id": 8, "file_name": "no.jpg"}]}, "missing image", 2, 0),
         ({"images": [{"id": 8, "file_name": 3}]}, "image name is not text", 2, 0),
-        ({"images": [{"file_name": "no.jpg"}, *COCO["images"]]}, "image entry without 'id'", 1, 3),
+        ({"images": [{"file_name": "no.jpg"}, *COCO["images"]]}, "image without 'id'", 1, 3),
         ({"images": [*COCO["images"], COCO["images"][0]]}, "duplicate image id", 1, 3),
     ],
 )

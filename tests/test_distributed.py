@@ -61,16 +61,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 BROKEN = """
 import os, runpy, sys, time
-from clip_phi.batching.dataset import Collator
+from clip_phi.batching import dataset
 
-def collate(self, items, collate=Collator.__call__, calls=[]):
+def collate(items, pad_token_id, collate=dataset.collate, calls=[]):
     calls.append(1)
     if len(calls) == 3 and os.environ["RANK"] == "1":
         time.sleep(float(os.environ["SLEEP"]))
         raise ValueError("the disk of process 1 is gone")
-    return collate(self, items)
+    return collate(items, pad_token_id)
 
-Collator.__call__ = collate
+dataset.collate = collate
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

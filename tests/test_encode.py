@@ -1,12 +1,12 @@
 """What is supervised, for any text in any language: the answers, whole, each with its end token, and nothing else."""
 
 import pytest
+from helpers import make_index
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from clip_phi.batching.index import Index
 from clip_phi.data.report import Report
 from clip_phi.data.sample import File
 from clip_phi.data.schema import read_records
@@ -63,7 +63,7 @@ def supervised(row: dict, processor: ClipPhiProcessor) -> list[str]:
     """What is learnt from each branch of a row, as text."""
     report = Report()
     samples = list(read_records([("origin", row)], lambda *_: File("a.jpg"), report))
-    index = Index.from_samples(samples, processor, max_length=10**6, report=report)
+    index = make_index(samples, processor, max_length=10**6, report=report)
     assert not report.skipped and len(index) == 1, report.table()
     texts = []
     for ids, labels in index.encoded(0):
@@ -116,5 +116,5 @@ def test_an_end_or_pad_token_in_any_text_is_refused_and_never_learnt(any_process
     report = Report()
     said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     samples = list(read_records([("origin", {"conversations": said})], lambda *_: File("a.jpg"), report))
-    index = Index.from_samples(samples, any_processor, max_length=10**6, report=report)
+    index = make_index(samples, any_processor, max_length=10**6, report=report)
     assert len(index) == 0 and dict(report.skipped) == {"text cannot be encoded": 1}

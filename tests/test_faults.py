@@ -215,7 +215,7 @@ def test_a_disk_that_is_full_for_a_while_costs_files_and_lines_but_not_the_run(
     told = capsys.readouterr().err
     assert told.count("a training checkpoint was not written, and training goes on") == 1
     assert told.count(f"the model in {tmp_path / 'run'} was not written, and training goes on") == 1
-    assert "metrics.jsonl was not written, and training goes on" in told and "1 lines of the log were lost" in told
+    assert told.count("metrics.jsonl was not written, and training goes on") == 1
     assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["step-00000004", "step-00000006"]
     assert list(metrics(tmp_path / "run", "loss")) == [1, 3, 4, 5, 6]
     assert (tmp_path / "run/model.safetensors").exists()
@@ -270,7 +270,7 @@ def test_run_json_and_tensorboard_tell_what_metrics_jsonl_tells_and_a_resumed_ru
     assert run["frozen_weights"] == "unchanged" and run["steps_left_out"] == 0 and run["num_steps"] == 6
     assert run["held_out_loss"] == metrics(folder, "eval_loss")[6]
     projector = sum(value.numel() for value in load_file(folder / "model.safetensors").values())
-    assert run["trainable_parameters"] == projector and run["optimizer_bytes"] == pytest.approx(8 * projector, abs=16)
+    assert run["trainable_parameters"] == projector
     assert run["environment"]["packages"]["torch"] == torch.__version__ and run["data"]["records"] == len(captions)
     assert run["options"]["learning_rate"] == 0.01 and len(run["data"]["fingerprint"]) > 8
 

@@ -10,10 +10,11 @@ import time
 import numpy as np
 import pytest
 from fork_server import run_forked
+from helpers import make_index
 from PIL import Image
 
 from clip_phi.batching import index as index_module
-from clip_phi.batching.index import Index, load_index
+from clip_phi.batching.index import load_index
 from clip_phi.data.files import MediaFolder
 from clip_phi.data.report import Report
 from clip_phi.data.sample import File, Sample, Turn
@@ -57,7 +58,7 @@ def test_index_holds_every_sample_and_its_encoding(source, processor):
     report = Report()
     samples = list(source.read(MediaFolder(source.images), report))
     index = load_index(source, processor, 400)
-    in_memory = Index.from_samples(samples, processor, 400)
+    in_memory = make_index(samples, processor, 400)
     assert [index.sample(number) for number in range(len(index))] == samples
     for number in range(len(index)):
         assert index.encoded(number) == in_memory.encoded(number)
@@ -75,7 +76,7 @@ def test_samples_of_every_form_survive_the_index(processor):
         ),
         Sample(None, ((Turn("user", "q", "t", b"\1wav"), Turn("assistant", "a")),), ("f:3",)),
     ]
-    index = Index.from_samples(samples, processor, 200)
+    index = make_index(samples, processor, 200)
     assert [index.sample(number) for number in range(4)] == samples
     assert [index.has_image(number) for number in range(4)] == [True, True, False, False]
     assert index.image_names() == [None, "a.zip!b/c.jpg", None, None]
@@ -203,7 +204,7 @@ def test_held_out_images_leave_every_source(processor, tmp_path):
             )
             for number in numbers
         ]
-        return Index.from_samples(samples, processor, 100)
+        return make_index(samples, processor, 100)
 
     captions, conversations = index(range(10)), index([None, 9, 8, 3, None])
     (kept_captions, kept_conversations), held_out = hold_out([captions, conversations], num_images=3)

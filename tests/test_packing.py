@@ -1,10 +1,10 @@
 import pytest
 import torch
+from helpers import make_index
 from PIL import Image
 
-from clip_phi.batching.dataset import Collator, ImageReader, SampleDataset
+from clip_phi.batching.dataset import ImageReader, SampleDataset, collate
 from clip_phi.batching.images import load_image
-from clip_phi.batching.index import Index
 from clip_phi.batching.packing import pack_samples
 from clip_phi.data.report import Report, Skip
 from clip_phi.data.sample import File, Sample, Turn
@@ -30,11 +30,11 @@ def dialogue(image):
 
 
 def build_shared_prefix(sample, processor, max_length=200):
-    return Index.from_samples([sample], processor, max_length).shared_prefix_sample(0)
+    return make_index([sample], processor, max_length).shared_prefix_sample(0)
 
 
 def make_pack(dataset, places, processor):
-    return Collator(processor.tokenizer.pad_token_id)([dataset[place] for place in places])
+    return collate([dataset[place] for place in places], processor.tokenizer.pad_token_id)
 
 
 def test_tree_holds_the_image_once_and_predicts_each_branch_from_its_end(sample, processor):
@@ -92,29 +92,28 @@ def test_a_sample_that_cannot_be_learnt_from_is_an_error_or_a_counted_skip(
 ):
     samples = [Sample(image, (conversation,), ("file:5",)), Sample(image, ((Turn("assistant", "!"),),), ("file:6",))]
     with pytest.raises(ValueError, match=message):
-        Index.from_samples(samples, processor, max_length=max_length)
+        make_index(samples, processor, max_length=max_length)
     report = Report()
-    index = Index.from_samples(samples, processor, max_length, report)
+    index = make_index(samples, processor, max_length, report)
     assert [index.sample(0)] == samples[1:] and report.num_skipped == 1
 
 
 def test_a_long_conversation_is_cut_behind_the_last_answer_that_fits(image, processor):
     whole = tuple(Turn(("user", "assistant")[number % 2], f"turn {number} of many") for number in range(8))
     lengths = [
-        Index.from_samples([Sample(image, (whole[:count],), ("x",))], processor, 500).num_tokens()[0]
-        for count in (2, 4, 6, 8)
+        make_index([Sample(image, (whole[:count],), ("x",))], processor, 500).num_tokens()[0] for count in (2, 4, 6, 8)
     ]
     for max_length, count in ((lengths[3], 8), (lengths[3] - 1, 6), (lengths[1], 4), (lengths[1] - 1, 2)):
         report = Report()
-        index = Index.from_samples([Sample(image, (whole,), ("f:1",))], processor, int(max_length), report)
-        alone = Index.from_samples([Sample(image, (whole[:count],), ("f:1",))], processor, 500)
+        index = make_index([Sample(image, (whole,), ("f:1",))], processor, int(max_length), report)
+        alone = make_index([Sample(image, (whole[:count],), ("f:1",))], processor, 500)
         assert index.sample(0) == alone.sample(0) and index.shared_prefix_sample(0) == alone.shared_prefix_sample(0)
         assert sum(report.repaired.values()) == (count < 8) and not report.skipped
 
 
 def test_a_tree_longer_than_max_length_is_split_and_loses_no_branch(sample, processor):
-    lengths = [len(conversation.ids) for conversation in Index.from_samples([sample], processor, 200).encoded(0)]
-    index = Index.from_samples([sample], processor, processor.num_image_tokens + lengths[0] + lengths[1])
+    lengths = [len(conversation.ids) for conversation in make_index([sample], processor, 200).encoded(0)]
+    index = make_index([sample], processor, processor.num_image_tokens + lengths[0] + lengths[1])
     assert [index.sample(number).conversations for number in range(len(index))] == [
         sample.conversations[:2],
         sample.conversations[2:],
@@ -152,9 +151,7 @@ def one_by_one(model, sample, processor, num_items):
 
 def test_tree_loss_and_projector_gradient_equal_one_by_one(packed_model, processor, sample, dialogue):
     model = packed_model
-    dataset = SampleDataset(
-        [Index.from_samples([each], processor, 200) for each in (sample, dialogue)], ImageReader(processor)
-    )
+    dataset = SampleDataset([make_index([each], processor, 200) for each in (sample, dialogue)], ImageReader(processor))
     pack = make_pack(dataset, [(0, 0), (0, 1)], processor)
     projector = model.model.projector
 
@@ -168,9 +165,7 @@ def test_tree_loss_and_projector_gradient_equal_one_by_one(packed_model, process
 
 
 def test_captions_take_turns_over_the_epochs(sample, processor):
-    dataset = SampleDataset(
-        [Index.from_samples([sample], processor, 100)], ImageReader(processor), conversations_per_image=2
-    )
+    dataset = SampleDataset([make_index([sample], processor, 100)], ImageReader(processor), conversations_per_image=2)
     one = [
         build_shared_prefix(Sample(sample.image, (conversation,), ("",)), processor).shift_labels
         for conversation in sample.conversations
@@ -187,7 +182,7 @@ def unreadable(tmp_path):
 
 
 def test_an_unreadable_image_takes_its_sample_out_of_the_pack_and_is_told(sample, unreadable, processor):
-    dataset = SampleDataset([Index.from_samples([unreadable, sample], processor, 100)], ImageReader(processor))
+    dataset = SampleDataset([make_index([unreadable, sample], processor, 100)], ImageReader(processor))
     pack, whole = (
         make_pack(dataset, [(0, 0), (0, 1)], processor),
         make_pack(dataset, [(0, 1)], processor),
@@ -200,7 +195,7 @@ def test_an_unreadable_image_takes_its_sample_out_of_the_pack_and_is_told(sample
 
 def test_a_batch_of_nothing_or_of_text_alone_still_reaches_every_trained_weight(packed_model, unreadable, processor):
     text_only = Sample(None, ((Turn("user", "a?"), Turn("assistant", "yes")),), ("file:1",))
-    dataset = SampleDataset([Index.from_samples([unreadable, text_only], processor, 100)], ImageReader(processor))
+    dataset = SampleDataset([make_index([unreadable, text_only], processor, 100)], ImageReader(processor))
     packed_model.train()
     for index, supervised in ((0, 0), (1, 2)):
         pack = make_pack(dataset, [(0, index)], processor)

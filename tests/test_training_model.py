@@ -14,7 +14,7 @@ from clip_phi.environment import peak_flops
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
 from clip_phi.training.logger import FlopsPerToken
 from clip_phi.training.model import add_lora
-from clip_phi.training.optim import make_optimizer, make_scheduler, optimizer_bytes
+from clip_phi.training.optim import make_optimizer, make_scheduler
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
 SHAPE = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -82,15 +82,10 @@ def test_projector_and_lora_have_learning_rates_of_their_own_and_biases_no_decay
     add_lora(model, arguments)
     model.model.projector.requires_grad_(True)
     optimizer = make_optimizer(model, arguments, torch.device("cpu"))
-    groups = optimizer.param_groups
-    found = {(group["name"], group["lr"], group["weight_decay"], len(group["params"])) for group in groups}
+    found = {
+        (group["name"], group["lr"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups
+    }
     assert found == {("projector", 1e-3, 0.1, 1), ("projector", 1e-3, 0.0, 1), ("lora", 2e-3, 0.1, 24)}
-    for group in groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert optimizer_bytes(optimizer) == 8 * trained + 4 * sum(len(group["params"]) for group in groups)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -25,8 +26,8 @@ class Bucket(NamedTuple):
     mask: bool (samples, 1, length, length), True where a query attends to a key; None for plain causal attention, if
         each sample has one conversation."""
 
-    places: torch.Tensor
-    mask: torch.Tensor | None
+    places: Tensor
+    mask: Tensor | None
 
 
 class PackLayout(NamedTuple):
@@ -39,17 +40,11 @@ class PackLayout(NamedTuple):
         own, and its last query attends to all of them (causal, aligned at the end)."""
 
     buckets: list[Bucket]
-    places_in_buckets: torch.Tensor
-    key_places: torch.Tensor
-    query_starts: torch.Tensor
-    key_starts: torch.Tensor
+    places_in_buckets: Tensor
+    key_places: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
     longest: tuple[int, int]
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackLayout":
-        """Apply a function to every tensor."""
-        buckets = [Bucket(function(places), None if mask is None else function(mask)) for places, mask in self.buckets]
-        places, key_places, query_starts, key_starts = map(function, self[1:5])
-        return PackLayout(buckets, places, key_places, query_starts, key_starts, self.longest)
 
 
 def make_pack_layout(conversation_ids: Sequence[Sequence[int]]) -> PackLayout:
@@ -80,14 +75,10 @@ def make_pack_layout(conversation_ids: Sequence[Sequence[int]]) -> PackLayout:
             key_places.append(seen + start)
             queries.append(queries[-1] + int(stop - first))
             keys.append(keys[-1] + len(seen))
-    return PackLayout(
-        buckets,
-        places_in_buckets,
-        torch.from_numpy(np.concatenate(key_places)),
-        torch.tensor(queries, dtype=torch.int32),
-        torch.tensor(keys, dtype=torch.int32),
-        (int(max(np.diff(queries))), int(max(np.diff(keys)))),
-    )
+    keys_seen = torch.from_numpy(np.concatenate(key_places))
+    query_starts, key_starts = (torch.tensor(each, dtype=torch.int32) for each in (queries, keys))
+    longest = int(max(np.diff(queries))), int(max(np.diff(keys)))
+    return PackLayout(buckets, places_in_buckets, keys_seen, query_starts, key_starts, longest)
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:
@@ -101,24 +92,15 @@ def _alike(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def packed_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    pack_layout: PackLayout | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
     """transformers' attention interface. query: (1, heads, tokens, head size). Returns (1, tokens, heads, head size).
 
-    With a PackLayout, torch's varlen kernel where there is one, else SDPA by bucket. Without, plain SDPA."""
-    if pack_layout is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    assert not dropout, "the decoder's dropout is 0"
+    With a keyword pack_layout, torch's varlen kernel where there is one, else SDPA by bucket. Without, plain SDPA."""
+    if (pack_layout := kwargs.pop("pack_layout", None)) is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    assert not kwargs.get("dropout"), "the decoder's dropout is 0"
+    scaling = kwargs.get("scaling")
     groups = query.shape[1] // key.shape[1]
     query, key, value = query[0], repeat_kv(key, groups)[0], repeat_kv(value, groups)[0]
     if has_varlen_kernel(query.device, query.dtype):
@@ -130,32 +112,24 @@ def packed_attention(
 
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """FlashAttention's: for half precision, on GPUs from Ampere (capability 8.0) on."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and is_half and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def attend_by_bucket(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack_layout: PackLayout, scaling: float | None
-) -> torch.Tensor:
+def attend_by_bucket(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scaling: float | None) -> Tensor:
     """query, key, value: (heads, tokens, head size). Returns (tokens, heads, head size)."""
     outputs = []
-    for places, mask in pack_layout.buckets:
+    for places, mask in layout.buckets:
         # (heads, tokens, size) to (samples, heads, length, size)
         q, k, v = (each[:, places.flatten()].unflatten(1, places.shape).transpose(0, 1) for each in (query, key, value))
         output = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[pack_layout.places_in_buckets]
+    return torch.cat(outputs)[layout.places_in_buckets]
 
 
 def attend_by_piece(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: PackLayout,
-    scaling: float | None,
-    kernel: Callable[..., torch.Tensor],
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scaling: float | None, kernel: Callable[..., Tensor]
+) -> Tensor:
     """The same with a kernel of torch.nn.attention.varlen_attn's signature, which computes nothing for padding."""
     keys, values = (each.transpose(0, 1)[layout.key_places] for each in (key, value))
     starts = (layout.query_starts, layout.key_starts, *layout.longest)

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,10 +52,8 @@ class ImageReader:
         if key not in self.cache and time.monotonic() - self._refreshed > REFRESH_SECONDS:
             self.cache.refresh()  # the training process writes, in this run too
             self._refreshed = time.monotonic()
-        features = torch.empty((1, *self.cache.shape), dtype=torch.bfloat16)
-        if self.cache.get_into([key], features)[0]:
-            return LoadedImage(features[0], key)
-        return LoadedImage(self.preprocess(image), key)
+        features = self.cache.get(key)
+        return LoadedImage(self.preprocess(image) if features is None else features, key)
 
     def load(self, sample: SharedPrefixSample, image: File | bytes | None, num_conversations: int) -> Item:
         """The sample with its image, or a Skip of its conversations if that cannot be read."""
@@ -86,10 +85,9 @@ class SampleDataset(Dataset):
     def __getitem__(self, place: tuple[int, int]) -> Item:
         source_pass, index = place
         source, index = self._find(index)
-        taken, available = self.conversations_per_image, source.num_conversations(index)
-        conversations = None
-        if taken is not None and taken < available:
-            conversations = [(source_pass * taken + step) % available for step in range(taken)]
+        available = source.num_conversations(index)
+        taken = min(self.conversations_per_image or available, available)
+        conversations = [(source_pass * taken + step) % available for step in range(taken)]
         return self.read.load(source.shared_prefix_sample(index, conversations), source.image(index), available)
 
     def origin(self, index: int) -> str:
@@ -103,63 +101,40 @@ class SampleDataset(Dataset):
         return self.sources[number], index - (int(self.stops[number]) - len(self.sources[number]))
 
 
+@dataclass
 class SampleStream(IterableDataset):
     """Samples in the order of a stream, without end: for data that are not on disk. There is no position to resume at.
 
-    Items are those of SampleDataset. Skipped and repaired records are items too, since the report of a worker does not
-    leave the worker."""
+    Items are those of SampleDataset. Skipped and repaired records are items too: a report does not leave its worker."""
 
-    def __init__(
-        self, samples: Callable[[Report], Iterator[Sample]], read: ImageReader, processor: Any, max_length: int
-    ):
-        self.samples = samples
-        self.read = read
-        self.processor = processor
-        self.max_length = max_length
+    samples: Callable[[Report], Iterator[Sample]]
+    read: ImageReader
+    processor: Any
+    max_length: int
 
     def __iter__(self) -> Iterator[Item]:
-        report = _SkipList()
+        report, skips = Report(), list[Skip]()
+        report.skip = skips.append  # type: ignore[method-assign, assignment]  # what it would count is passed on
         for sample in self.samples(report):
             for part, encoded in encode_samples([sample], self.processor, self.max_length, report):
                 prefix = self.processor.prefix_ids(part.image is not None)
                 shared = build_shared_prefix(encoded, prefix, part.origins[0])
                 yield self.read.load(shared, part.image, len(encoded))
-            yield from report.skips
-            report.skips.clear()
+            yield from skips
+            skips.clear()
 
 
-class _SkipList(Report):
-    """A report that lists what it gets, to be passed on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.skips: list[Skip] = []
-
-    def skip(self, skip: Skip) -> None:
-        self.skips.append(skip)
-
-    def repair(self, kind: str, origin: str, detail: str = "") -> None:
-        self.skips.append(Skip(kind, origin, detail, records=0))
-
-
-@dataclass
-class Collator:
-    """Items to a PackedBatch."""
-
-    pad_token_id: int
-
-    def __call__(self, items: Sequence[Item]) -> PackedBatch:
-        loaded = [item for item in items if not isinstance(item, Skip)]
-        images = [image for _, image in loaded if image is not None]
-        pixels = [image.tensor for image in images if image.tensor.dim() == 3]
-        features = [image.tensor for image in images if image.tensor.dim() == 2]
-        samples = [sample for sample, _ in loaded]
-        batch = pack_samples(samples, torch.stack(pixels) if pixels else None, self.pad_token_id)
-        if features:
-            batch.inputs["vision_features"] = torch.stack(features)
-        batch.cached.extend((image.key, image.tensor.dim() == 2) for image in images if image.key is not None)
-        batch.skipped.extend(item for item in items if isinstance(item, Skip))
-        return batch
+def collate(items: Sequence[Item], pad_token_id: int) -> PackedBatch:
+    loaded = [item for item in items if not isinstance(item, Skip)]
+    images = [image for _, image in loaded if image is not None]
+    pixels = [image.tensor for image in images if image.tensor.dim() == 3]
+    features = [image.tensor for image in images if image.tensor.dim() == 2]
+    batch = pack_samples([sample for sample, _ in loaded], torch.stack(pixels) if pixels else None, pad_token_id)
+    if features:
+        batch.inputs["vision_features"] = torch.stack(features)
+    batch.cached.extend((image.key, image.tensor.dim() == 2) for image in images if image.key is not None)
+    batch.skipped.extend(item for item in items if isinstance(item, Skip))
+    return batch
 
 
 def add_image_features(batch: PackedBatch, model: Any, cache: FeatureCache | None) -> PackedBatch:
@@ -200,7 +175,7 @@ def make_loader(
     how = {"batch_size": batches} if isinstance(dataset, SampleStream) else {"batch_sampler": batches}
     return DataLoader(
         dataset,
-        collate_fn=Collator(processor.tokenizer.pad_token_id),
+        collate_fn=partial(collate, pad_token_id=processor.tokenizer.pad_token_id),
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_outlive_the_step,

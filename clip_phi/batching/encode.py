@@ -86,10 +86,8 @@ def _fit(
         return conversation, tokens
     fitting = [end for end in ends if prefix + end <= max_length]
     if not fitting:
-        length = prefix + ends[0]
-        raise RecordError(
-            "longer than max_length", f"{length} tokens up to the end of the first answer, --max_length {max_length}"
-        )
+        detail = f"{prefix + ends[0]} tokens up to the end of the first answer, --max_length {max_length}"
+        raise RecordError("longer than max_length", detail)
     cut = fitting[-1]
     answers = [place for place, turn in enumerate(conversation) if turn.role == "assistant"]
     detail = f"{prefix + len(tokens.ids)} tokens, now {prefix + cut}"

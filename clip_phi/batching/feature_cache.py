@@ -1,6 +1,6 @@
 """The patch features of a frozen vision tower on disk: a run that finds them opens no image and runs no tower.
 
-One folder for each fingerprint of what decides the features. In it each writer has pairs of files: shard-NAME.bin holds
+One folder for each fingerprint of what decides the features. In it each writer has a pair of files: shard-NAME.bin has
 bfloat16 features, one row for each image, and shard-NAME.index the keys of the images. A row is on disk before the
 index names it, and each entry of the index has a checksum. So whatever stops a writer (SIGKILL, a power cut, a full
 disk) costs the rows that it is writing and nothing else."""
@@ -14,6 +14,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from ..data.sample import File, _open_zip
 from .images import PixelMode, image_errors
 
 FORMAT = 2  # of the files; raised too when the same settings come to give other features
-ROWS_PER_SHARD = 16_384  # 1 GB of TinyCLIP's
 KEY_BYTES = 16
 RECORD = struct.Struct(f"<{KEY_BYTES}sII")  # of an index: key, row, checksum of both
 
@@ -69,27 +69,25 @@ class FeatureCache:
     """Features by image key. Any number of processes may read and write one cache at once.
 
     It may be opened before or after workers are forked, and pickled: files are opened where they are used, and a
-    process writes only to shards of its own. refresh() reads what other processes have added. Threads may share it."""
+    process writes only to a shard of its own. refresh() reads what other processes have added. Threads may share it."""
 
-    def __init__(
-        self, folder: str | Path, fingerprint: str, shape: tuple[int, int], rows_per_shard: int = ROWS_PER_SHARD
-    ):
+    def __init__(self, folder: str | Path, fingerprint: str, shape: tuple[int, int]):
         """shape: (patches, vision hidden). Raises ValueError if the folder holds other features under this name, and
         OSError if it cannot be written to."""
-        self.root, self.fingerprint, self.shape, self.rows_per_shard = folder, fingerprint, shape, rows_per_shard
+        self.root, self.fingerprint, self.shape = folder, fingerprint, shape
         self.folder = Path(folder) / fingerprint[:16]
         self.row_bytes = 2 * shape[0] * shape[1]
         self._lock = threading.RLock()
-        self._places: dict[bytes, tuple[int, int]] = {}  # (shard, row) by key
-        self._shards: list[str] = []  # their paths, without suffix
-        self._records_read: list[int] = []  # of the index of each
-        self._files: dict[int, int] = {}  # of shards, open for reading
+        self._places: dict[bytes, tuple[str, int]] = {}  # (path of the shard without suffix, row) by key
+        self._records_read: dict[str, int] = {}  # of the index of each shard
+        # A shard, open for reading. Forked processes and threads may share it: nothing moves a position in it.
+        self._file = cache(lambda shard: os.open(f"{shard}.bin", os.O_RDONLY))
         self._writer: _Writer | None = None
         self._make_folder()
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FeatureCache, (self.root, self.fingerprint, self.shape, self.rows_per_shard)
+        return FeatureCache, (self.root, self.fingerprint, self.shape)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -97,20 +95,14 @@ class FeatureCache:
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
 
-    def get_into(self, keys: Sequence[bytes], out: torch.Tensor) -> list[bool]:
-        """Read features into a tensor: contiguous bfloat16 (keys, patches, vision hidden) on the CPU.
-
-        Returns which keys were found. The rows of the others hold anything."""
-        wanted = (len(keys), *self.shape)
-        if out.dtype != torch.bfloat16 or out.shape != wanted or not out.is_contiguous():
-            raise ValueError(f"features go into contiguous bfloat16 {wanted}, not {out.dtype} {tuple(out.shape)}")
-        found = []
-        for key, row in zip(keys, out.view(torch.int16).numpy(), strict=True):
-            shard, number = self._places.get(key, (None, 0))
-            found.append(
-                shard is not None and os.preadv(self._file(shard), [row], number * self.row_bytes) == self.row_bytes
-            )
-        return found
+    def get(self, key: bytes) -> torch.Tensor | None:
+        """The features of an image: bfloat16 (patches, vision hidden) on the CPU. None if there are none."""
+        if key not in self._places:
+            return None
+        shard, row = self._places[key]
+        features = torch.empty(self.shape, dtype=torch.bfloat16)
+        read = os.preadv(self._file(shard), [features.view(torch.int16).numpy()], row * self.row_bytes)
+        return features if read == self.row_bytes else None
 
     def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
         """Add features: float (keys, patches, vision hidden), rounded to bfloat16. A cached key stays as it is.
@@ -120,14 +112,15 @@ class FeatureCache:
             raise ValueError(f"features are {tuple(features.shape)}, not {(len(keys), *self.shape)}")
         with self._lock:
             new = {key: row for row, key in enumerate(keys) if key not in self._places}
-            names, rows = list(new), features.detach()[list(new.values())].to("cpu", torch.bfloat16)
+            if not new:
+                return
             try:
-                while names:
-                    writer = self._open_writer()
-                    count = min(len(names), self.rows_per_shard - writer.rows)
-                    first = writer.append(names[:count], rows[:count])
-                    self._places |= {key: (writer.shard, first + row) for row, key in enumerate(names[:count])}
-                    names, rows = names[count:], rows[count:]
+                if self._writer is None or self._writer.process != os.getpid():
+                    self._close_writer()
+                    self._writer = _Writer(str(self.folder / f"shard-{secrets.token_hex(8)}"))
+                self._writer.append(list(new), features.detach()[list(new.values())].to("cpu", torch.bfloat16))
+                first = self._writer.rows - len(new)
+                self._places |= {key: (self._writer.shard, row) for row, key in enumerate(new, start=first)}
             except OSError as error:
                 self._close_writer()  # its index may name some of these rows, so they must not be overwritten
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -141,17 +134,7 @@ class FeatureCache:
         """Read what other processes have added."""
         with self._lock:
             for path in sorted(self.folder.glob("shard-*.bin")):
-                if str(path.with_suffix("")) not in self._shards:
-                    self._add_shard(path.stem)
-            for shard in range(len(self._shards)):
-                self._read_index(shard)
-
-    def close(self) -> None:
-        with self._lock:
-            self._close_writer()
-            for file in self._files.values():
-                os.close(file)
-            self._files = {}
+                self._read_index(str(path.with_suffix("")))
 
     def _make_folder(self) -> None:
         about = {"format": FORMAT, "fingerprint": self.fingerprint, "shape": list(self.shape)}
@@ -168,39 +151,17 @@ class FeatureCache:
         if found != about:
             raise ValueError(f"--cache_features: {path} has {found}, not {about}: remove {self.folder}")
 
-    def _add_shard(self, name: str) -> int:
-        self._shards.append(str(self.folder / name))
-        self._records_read.append(0)
-        return len(self._shards) - 1
-
-    def _file(self, shard: int) -> int:
-        """A shard, open for reading. Forked processes and threads may share it: nothing moves a position in it."""
-        if shard not in self._files:
-            with self._lock:
-                if shard not in self._files:
-                    self._files[shard] = os.open(f"{self._shards[shard]}.bin", os.O_RDONLY)
-        return self._files[shard]
-
-    def _read_index(self, shard: int) -> None:
+    def _read_index(self, shard: str) -> None:
         """Read the records since the last time, up to the first that is incomplete or whose row is."""
-        with open(f"{self._shards[shard]}.index", "rb") as file:
-            file.seek(self._records_read[shard] * RECORD.size)
+        with open(f"{shard}.index", "rb") as file:
+            file.seek(self._records_read.setdefault(shard, 0) * RECORD.size)
             data = file.read()
-        num_rows = os.stat(f"{self._shards[shard]}.bin").st_size // self.row_bytes
+        num_rows = os.stat(f"{shard}.bin").st_size // self.row_bytes
         for key, row, check in RECORD.iter_unpack(data[: len(data) // RECORD.size * RECORD.size]):
             if check != _checksum(key, row) or row >= num_rows:
                 break
             self._places.setdefault(key, (shard, row))
             self._records_read[shard] += 1
-
-    def _open_writer(self) -> "_Writer":
-        """Of a shard of this process that has room for a row."""
-        writer = self._writer
-        if writer is None or writer.process != os.getpid() or writer.rows >= self.rows_per_shard:
-            self._close_writer()
-            name = f"shard-{secrets.token_hex(8)}"
-            writer = self._writer = _Writer(self.folder, name, self._add_shard(name))
-        return writer
 
     def _close_writer(self) -> None:
         if self._writer is not None:  # a forked process closes its copies of its parent's files
@@ -210,23 +171,21 @@ class FeatureCache:
 
 
 class _Writer:
-    """Of one shard, which it creates. shard: its number; rows: how many it has."""
+    """Of one shard, which it creates. shard: its path without suffix; rows: how many it has."""
 
-    def __init__(self, folder: Path, name: str, shard: int):
+    def __init__(self, shard: str):
         self.shard, self.rows, self.process = shard, 0, os.getpid()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        self.index = os.open(folder / f"{name}.index", flags, 0o666)  # first: who finds the other finds this, too
-        self.data = os.open(folder / f"{name}.bin", flags, 0o666)
+        self.index = os.open(f"{shard}.index", flags, 0o666)  # first: who finds the other finds this, too
+        self.data = os.open(f"{shard}.bin", flags, 0o666)
 
-    def append(self, keys: Sequence[bytes], rows: torch.Tensor) -> int:
-        """rows: bfloat16 (keys, patches, vision hidden) on the CPU. Returns the number of the first."""
-        first = self.rows
+    def append(self, keys: Sequence[bytes], rows: torch.Tensor) -> None:
+        """rows: bfloat16 (keys, patches, vision hidden) on the CPU."""
         _write(self.data, rows.contiguous().view(torch.uint8).numpy().reshape(-1).data)
         os.fsync(self.data)
-        records = (RECORD.pack(key, row, _checksum(key, row)) for row, key in enumerate(keys, start=first))
+        records = (RECORD.pack(key, row, _checksum(key, row)) for row, key in enumerate(keys, start=self.rows))
         _write(self.index, memoryview(b"".join(records)))
         self.rows += len(keys)
-        return first
 
 
 def _write(file: int, data: memoryview) -> None:

@@ -28,40 +28,33 @@ MAX_ASPECT = 100  # an image processor makes the short side 224 first, so the lo
 # Not all of PIL's: EPS starts Ghostscript. JPEG includes MPO. AVIF is in Pillow since 11.3, if built with it.
 FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 FORMATS += ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
-UPRIGHT = {  # the inverse of each EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+ORIENTATION = 0x0112  # of EXIF
+INVERSES = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
+UPRIGHT = {orientation: Image.Transpose[name] for orientation, name in enumerate(INVERSES, start=2)}
 
 # The least reduction of mode "fast": below it, one value of noise in a million is two levels off; above it, none is.
 FAST_REDUCTION = 1.5
+Source = str | Path | bytes | File
 PixelMode = Literal["exact", "fast"]
 
 _STDERR_LOCK = threading.Lock()
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it logs the errors that it raises as well
 
 
-def load_image(source: str | Path | bytes | File) -> Image.Image:
+def load_image(source: Source) -> Image.Image:
     """Open an image as upright 8-bit RGB: the first frame of an animation, over white where it is transparent.
 
     source: a file on disk, the content of one, or a File. Raises RecordError, with the name of source in its detail:
     "missing image", "empty image file", "not an image", "damaged image", "image too large" (more than MAX_PIXELS by its
     header; nothing is decoded) or "absurd image size" (one side more than MAX_ASPECT times the other)."""
-    name = _name(source)
-    return _decode(_read(source, name), name)
+    return _decode(*_read(source))
 
 
 def pixel_hash(image: Image.Image) -> str:
     """Hex digest of the size and the pixels of an RGB image: equal for one image in any lossless file format."""
     assert image.mode == "RGB", image.mode
-    digest = hashlib.blake2b(f"{image.width}x{image.height}:".encode(), digest_size=16)
-    digest.update(image.tobytes())
-    return digest.hexdigest()
+    size = f"{image.width}x{image.height}:".encode()
+    return hashlib.blake2b(size + image.tobytes(), digest_size=16).hexdigest()
 
 
 class Preprocessor:
@@ -89,10 +82,12 @@ class Preprocessor:
         self.table = _level_table(image_processor) if _is_known(image_processor) else None
         self.fast = mode == "fast" and self.table is not None and image_processor.resample == Image.Resampling.BICUBIC
 
-    def __call__(self, source: str | Path | bytes | File) -> torch.Tensor:
-        name = _name(source)
-        data = _read(source, name)
-        if self.fast and (rgb := _decode_plain_jpeg(data, FAST_REDUCTION * self.shortest_edge)) is not None:
+    def __call__(self, source: Source) -> torch.Tensor:
+        data, name = _read(source)
+        if (
+            self.fast
+            and (rgb := _decode_plain_jpeg(data, FAST_REDUCTION * self.image_processor.size.shortest_edge)) is not None
+        ):
             return self._look_up(self._resize_fast(rgb))
         return self.of_image(_decode(data, name))
 
@@ -102,15 +97,10 @@ class Preprocessor:
             return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
         return self._look_up(self._resize(image))
 
-    @property
-    def shortest_edge(self) -> int:
-        return self.image_processor.size.shortest_edge
-
     def _places(self, width: int, height: int) -> tuple[int, int, int, int, int, int]:
         """Resized width and height, and left, top, right and bottom of the crop in the resized image."""
-        edge, crop = self.shortest_edge, self.image_processor.crop_size
-        shortest = min(width, height)
-        new_width, new_height = int(edge * width / shortest), int(edge * height / shortest)
+        edge, crop = self.image_processor.size.shortest_edge, self.image_processor.crop_size
+        new_width, new_height = (int(edge * side / min(width, height)) for side in (width, height))
         left, top = (new_width - crop.width) // 2, (new_height - crop.height) // 2
         return new_width, new_height, left, top, left + crop.width, top + crop.height
 
@@ -169,28 +159,25 @@ def _decode_plain_jpeg(data: bytes, least_edge: float) -> np.ndarray | None:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             _refuse_size(image.size, "")
             plain = (image.format, image.mode) == ("JPEG", "RGB")  # not MPO, gray, CMYK
-            if not plain or min(image.size) < least_edge or image.getexif().get(0x0112, 1) in UPRIGHT:
+            if not plain or min(image.size) < least_edge or image.getexif().get(ORIENTATION) in UPRIGHT:
                 return None
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
     except Exception:  # any error: load_image tries again, and may succeed
         return None
 
 
-def _name(source: str | Path | bytes | File) -> str:
-    return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-
-
-def _read(source: str | Path | bytes | File, name: str) -> bytes:
+def _read(source: Source) -> tuple[bytes, str]:
+    """The bytes of an image, and its name in errors."""
     if isinstance(source, bytes):
-        data = source
+        data, name = source, f"{len(source)} bytes"
     else:
-        with image_errors(name):
+        with image_errors(name := str(source)):
             data = source.read() if isinstance(source, File) else Path(source).read_bytes()
     if not isinstance(data, bytes):  # an Arrow file may have null, or only the name of an image
         raise RecordError("missing image", f"{name}: no bytes there")
     if not data:
         raise RecordError("empty image file", name)
-    return data
+    return data, name
 
 
 @contextmanager
@@ -218,15 +205,14 @@ def _decode(data: bytes, name: str) -> Image.Image:
                 return _to_upright_rgb(image)
         except RecordError:
             raise
-        except Image.DecompressionBombError as error:  # PIL's own limit, 179 million pixels
-            raise RecordError("image too large", f"{name}: {_reason(error)}") from None
         except UnidentifiedImageError:  # also raised for a known format with a bad header
             accepts = (Image.OPEN[format][1] for format in FORMATS)
             known = any(accept is not None and accept(data[:16]) for accept in accepts)
             kind, reason = ("damaged image", "bad header") if known else ("not an image", f"begins with {data[:8]!r}")
             raise RecordError(kind, f"{name}: {reason}") from None
         except Exception as error:  # PIL's decoders raise anything on bad bytes: SyntaxError, struct.error, KeyError...
-            raise RecordError("damaged image", f"{name}: {_reason(error)}") from error
+            huge = isinstance(error, Image.DecompressionBombError)  # above PIL's own limit, 179 million pixels
+            raise RecordError("image too large" if huge else "damaged image", f"{name}: {_reason(error)}") from error
 
 
 def _refuse_size(size: tuple[int, int], name: str) -> None:
@@ -267,7 +253,7 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
     rgb.info = {}  # neither its EXIF nor its colour profile holds for these pixels
     # Not ImageOps.exif_transpose: it rewrites the EXIF block, and fails on odd ones whose orientation can be read.
     try:
-        method = UPRIGHT.get(image.getexif().get(0x0112, 1))
+        method = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # as above: an EXIF block that PIL cannot parse raises anything
         method = None
     return rgb if method is None else rgb.transpose(method)

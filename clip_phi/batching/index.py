@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -42,6 +43,7 @@ SCHEMA = pa.schema(
 )
 
 
+@dataclass(eq=False)
 class Index:
     """Samples and their token ids, by number. It pickles as the name of its file.
 
@@ -49,31 +51,11 @@ class Index:
     report: what was skipped and repaired when the index was made.
     selected: which entries of the table it has, in this order; None for all."""
 
-    def __init__(
-        self,
-        table: pa.Table,
-        prefixes: tuple[list[int], list[int]],
-        report: Report,
-        path: Path | None = None,
-        selected: np.ndarray | None = None,
-    ):
-        self.table = table
-        self.prefixes = prefixes
-        self.report = report
-        self.path = path
-        self.selected = selected
-
-    @classmethod
-    def from_samples(
-        cls, samples: Iterable[Sample], processor: Any, max_length: int, report: Report | None = None
-    ) -> "Index":
-        """In memory. Without a report, a sample that cannot be used raises ValueError."""
-        found = report if report is not None else Report()
-        table = pa.Table.from_batches(_tokenise(samples, processor, max_length, found), SCHEMA)
-        if report is None:
-            found.records = max(found.records, found.num_skipped)
-            found.refuse_bad(0)
-        return cls(table, _prefixes(processor), found)
+    table: pa.Table
+    prefixes: tuple[list[int], list[int]]
+    report: Report
+    path: Path | None = None
+    selected: np.ndarray | None = None
 
     @classmethod
     def concatenate(cls, parts: Sequence["Index"]) -> "Index":
@@ -113,20 +95,15 @@ class Index:
         return len(self._cell("lengths", number))
 
     def sample(self, number: int) -> Sample:
-        conversations = tuple(
-            tuple(_turn(*values) for values in turns)
-            for turns in json.loads(self._cell("conversations", number).as_py())
-        )
-        return Sample(self.image(number), conversations, tuple(self.origins(number)))
+        conversations = json.loads(self._cell("conversations", number).as_py())
+        turns = (tuple(_turn(*values) for values in conversation) for conversation in conversations)
+        return Sample(self.image(number), tuple(turns), tuple(self.origins(number)))
 
     def encoded(self, number: int) -> list[Encoded]:
         """The conversations of a sample, without what precedes them."""
         ids, labels, lengths = (self._cell(name, number).as_py() for name in ("ids", "labels", "lengths"))
-        stops = np.cumsum(lengths).tolist()
-        return [
-            Encoded(ids[stop - length : stop], labels[stop - length : stop])
-            for stop, length in zip(stops, lengths, strict=True)
-        ]
+        ids, labels = iter(ids), iter(labels)
+        return [Encoded(list(islice(ids, length)), list(islice(labels, length))) for length in lengths]
 
     def prefix(self, number: int) -> list[int]:
         """Token ids before each conversation of a sample: BOS, if the decoder has one, and the image's."""
@@ -146,9 +123,8 @@ class Index:
     def fingerprint(self) -> str:
         """Hex digest of the token ids and the order of the samples."""
         digest = hashlib.blake2b(digest_size=16)
-        for name in ("ids", "lengths"):
-            for chunk in self.table[name].chunks:
-                digest.update(chunk.flatten().to_numpy().tobytes())
+        for chunk in self.table["ids"].chunks + self.table["lengths"].chunks:
+            digest.update(chunk.flatten().to_numpy().tobytes())
         if self.selected is not None:
             digest.update(np.ascontiguousarray(self.selected).tobytes())
         return digest.hexdigest()
@@ -165,10 +141,8 @@ class Index:
 
     def packed_lengths(self, num_conversations: int | None = None) -> np.ndarray:
         """int64 (samples,): tokens of each sample that go into the model; the most that so many conversations have."""
-        lengths = [
-            sorted(lengths)[-(num_conversations or len(lengths)) :] for lengths in self.table["lengths"].to_pylist()
-        ]
-        return self._with_prefix(np.array([sum(each) - len(each) for each in lengths], dtype=np.int64))
+        taken = (sorted(lengths, reverse=True)[:num_conversations] for lengths in self.table["lengths"].to_pylist())
+        return self._with_prefix(np.array([sum(each) - len(each) for each in taken], dtype=np.int64))
 
     def _with_prefix(self, lengths: np.ndarray) -> np.ndarray:
         has_image = pc.or_(self.table["path"].is_valid(), self.table["bytes"].is_valid()).to_numpy()
@@ -193,8 +167,11 @@ def load_index(source: DataSource, processor: Any, max_length: int, num_workers:
     samples = transcripts.fill(source.read(media, report), report)
     temporary = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
     try:
-        path = str(temporary / "index.arrow")
-        with no_collector(), pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        with (
+            no_collector(),
+            pa.OSFile(str(temporary / "index.arrow"), "wb") as file,
+            pa.ipc.new_file(file, SCHEMA) as writer,
+        ):
             for batch in _tokenise(samples, processor, max_length, report, num_workers):
                 writer.write_batch(batch)
         stamps = media.file_stamps() | transcripts.file_stamps()
@@ -231,11 +208,9 @@ def _prefixes(processor: Any) -> tuple[list[int], list[int]]:
 
 def _fingerprint(source: DataSource, processor: Any, max_length: int) -> str:
     """Of all that decides what the index holds, but for the state of files: a newer index replaces an older one."""
-    tokenizer = processor.tokenizer
-    parts = [
-        *(FORMAT, source.identity(), max_length, processor.num_image_tokens, processor.image_token_id),
-        *(processor.chat_template, tokenizer.backend_tokenizer.to_str(), sorted(tokenizer.special_tokens_map.items())),
-    ]
+    parts = [FORMAT, source.identity(), max_length, processor.num_image_tokens, processor.image_token_id]
+    parts += [processor.chat_template, processor.tokenizer.backend_tokenizer.to_str()]
+    parts += sorted(processor.tokenizer.special_tokens_map.items())
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
 
 

@@ -4,17 +4,18 @@ Five captions of one image share its features: 107 tokens instead of 308, with t
 restart after the prefix, and attention is masked, so that each conversation is computed as if it were alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
 
 from ..data.report import Skip
-from .attention import PackLayout, make_pack_layout
+from .attention import make_pack_layout
 from .encode import Encoded
 
 
@@ -40,8 +41,7 @@ def build_shared_prefix(conversations: Sequence[Encoded], prefix: Sequence[int],
 
     The last token of a conversation (the end token) is a label but no input: nothing follows it."""
     input_ids, position_ids, conversation_ids = list(prefix), list(range(len(prefix))), [0] * len(prefix)
-    logits_to_keep: list[int] = []
-    shift_labels: list[int] = []
+    logits_to_keep, shift_labels = [], []
     for number, (ids, labels) in enumerate(conversations, start=1):
         offset = len(input_ids)
         for index, label in enumerate(labels):
@@ -75,34 +75,28 @@ class PackedBatch:
     cached: list[tuple[bytes, bool]] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "PackedBatch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        move = partial(torch.Tensor.to, device=device, non_blocking=True)
+        return replace(self, inputs=tree_map_only(torch.Tensor, move, self.inputs))
 
     def pin_memory(self) -> "PackedBatch":
-        return self._map(torch.Tensor.pin_memory)
-
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
-        inputs = {
-            name: value.map(function) if isinstance(value, PackLayout) else function(value)
-            for name, value in self.inputs.items()
-        }
-        return replace(self, inputs=inputs)
+        return replace(self, inputs=tree_map_only(torch.Tensor, torch.Tensor.pin_memory, self.inputs))
 
 
 def pack_samples(
-    samples: Sequence[SharedPrefixSample], pixel_values: torch.Tensor | None, pad_token_id: int, multiple_of: int = 8
+    samples: Sequence[SharedPrefixSample], pixel_values: torch.Tensor | None, pad_token_id: int
 ) -> PackedBatch:
-    """Concatenate samples into one sequence, padded to a multiple of multiple_of tokens.
+    """Concatenate samples into one sequence, padded to a multiple of 8 tokens.
 
     pixel_values: float (images, 3, height, width), in the order of the samples that have an image, or None.
     Without samples the sequence is padding, with a loss of 0: every process of a step must have something to run."""
     length = sum(len(sample.input_ids) for sample in samples)
-    padding = -length % multiple_of or (0 if samples else multiple_of)
+    padding = -length % 8 or (0 if samples else 8)
     input_ids = [token for sample in samples for token in sample.input_ids] + [pad_token_id] * padding
     position_ids = [position for sample in samples for position in sample.position_ids] + list(range(padding))
-    starts = accumulate((len(sample.input_ids) for sample in samples), initial=0)
-    logits_to_keep = [
-        start + place for start, sample in zip(starts, samples, strict=False) for place in sample.logits_to_keep
-    ]
+    logits_to_keep, start = [], 0
+    for sample in samples:
+        logits_to_keep += [start + place for place in sample.logits_to_keep]
+        start += len(sample.input_ids)
     shift_labels = [label for sample in samples for label in sample.shift_labels]
     conversation_ids = [sample.conversation_ids for sample in samples] + ([[1] * padding] if padding else [])
     inputs: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,13 +61,17 @@ class PackedBatches:
     window: int = 2000
 
     def batch(self, number: int) -> list[tuple[int, int]]:
-        epoch = bisect.bisect_right(self._ends_until(lambda ends: ends[-1] > number), number)
-        return self._plan(epoch)[number - (self._ends[epoch - 1] if epoch else 0)]
+        while self._starts[-1] <= number:
+            self._plan_next()
+        epoch = bisect.bisect_right(self._starts, number) - 1
+        return self._plan(epoch)[number - self._starts[epoch]]
 
     def count(self, num_train_epochs: float) -> int:
         whole = int(num_train_epochs)
-        ends = [0, *self._ends_until(lambda ends: len(ends) > whole)]
-        return ends[whole] + math.ceil((num_train_epochs - whole) * (ends[whole + 1] - ends[whole]))
+        while len(self._starts) < whole + 2:
+            self._plan_next()
+        start, stop = self._starts[whole : whole + 2]
+        return start + math.ceil((num_train_epochs - whole) * (stop - start))
 
     @property
     def fill(self) -> float:
@@ -76,13 +80,11 @@ class PackedBatches:
         return sum(int(self.lengths[index]) for pack in plan for _, index in pack) / (len(plan) * self.budget)
 
     def __post_init__(self) -> None:
-        self._ends: list[int] = []  # of each epoch, the number of packs until its end
+        self._starts = [0]  # of each epoch, the number of packs before it
         self._planned: tuple[int, list[list[tuple[int, int]]]] = (-1, [])
 
-    def _ends_until(self, enough: Callable[[list[int]], bool]) -> list[int]:
-        while not self._ends or not enough(self._ends):
-            self._ends.append((self._ends[-1] if self._ends else 0) + len(self._plan(len(self._ends))))
-        return self._ends
+    def _plan_next(self) -> None:
+        self._starts.append(self._starts[-1] + len(self._plan(len(self._starts) - 1)))
 
     def _plan(self, epoch: int) -> list[list[tuple[int, int]]]:
         if self._planned[0] != epoch:

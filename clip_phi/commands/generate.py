@@ -102,8 +102,7 @@ def run_ask(arguments: argparse.Namespace) -> None:
         if speaker is not None:
             write_wav(arguments.speak, join(speaker.stream(printed)))
             record["speak"] = arguments.speak
-        for _ in printed:  # what the speaker has not read: all of it, if there is none
-            pass
+        "".join(printed)  # prints what the speaker has not read: all of it, if there is none
     if drawer is not None:
         drawer.generate("".join(answer), arguments.seed, arguments.size).save(arguments.draw, format="PNG")
         record["draw"] = arguments.draw

@@ -67,10 +67,8 @@ def run_export(arguments: argparse.Namespace) -> None:
     from ..export import export
 
     done = export(model, Path(arguments.folder), arguments.to, arguments.dtype)
-    if arguments.json:
-        print(json.dumps(done))
-    else:
-        print(f"wrote {', '.join(done['files'])}; largest difference from the model {done['largest_difference']:.2g}")
+    text = f"wrote {', '.join(done['files'])}; largest difference from the model {done['largest_difference']:.2g}"
+    print(json.dumps(done) if arguments.json else text)
 
 
 def run_import_projector(arguments: argparse.Namespace) -> None:

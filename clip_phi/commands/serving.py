@@ -8,8 +8,6 @@ from typing import Any
 
 from .common import add_command, add_engine, add_model, choose_model, load_engine, positive
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 
 def add_to(commands: Any) -> None:
     chat = add_command(commands, "chat", run_chat, "a chat page in the browser, with images, speech and text")
@@ -79,7 +77,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
         max_body=body, max_pixels=pixels, max_images=arguments.max_images, max_tokens=arguments.max_tokens
     )
     api_key = arguments.api_key or os.environ.get("CLIP_PHI_API_KEY")
-    if arguments.host not in LOOPBACK and api_key is None:
+    if arguments.host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
         print(f"clip-phi: note: no --api_key: everybody on {arguments.host}'s network may use it", file=sys.stderr)
     name = arguments.name or Path(model).resolve().name
     with load_engine(arguments, Limits(arguments.max_batch, arguments.max_waiting)) as engine:

@@ -6,9 +6,6 @@ from typing import Any
 
 from .common import add_command, add_json, positive
 
-# Options of plan that one stage of training alone has.
-STAGE_OPTIONS = {"captions_per_image": 1, "lora_r": 2, "tune_decoder": 2, "quantization": 2}
-
 
 def add_to(commands: Any) -> None:
     plan = add_command(commands, "plan", run_plan, "memory by item, largest batch and hours of a training run")
@@ -37,7 +34,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.mfu <= 1:
         raise ValueError(f"--mfu must be more than 0 and at most 1, not {arguments.mfu}")
     options = {"optim": arguments.optim, "gradient_checkpointing": arguments.gradient_checkpointing}
-    for name, stage in STAGE_OPTIONS.items():
+    for name, stage in {"captions_per_image": 1, "lora_r": 2, "tune_decoder": 2, "quantization": 2}.items():
         value = getattr(arguments, name)
         if value is not None and stage != arguments.stage:
             raise ValueError(f"--{name} requires --stage {stage}, not --stage {arguments.stage}")

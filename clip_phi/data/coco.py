@@ -7,7 +7,7 @@ from typing import Any
 
 from .files import MediaFolder, read_json
 from .report import Report
-from .sample import Sample
+from .sample import File, Sample
 from .schema import read_records
 
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
@@ -20,44 +20,39 @@ def read_coco_captions(annotations: Path, media: MediaFolder, report: Report) ->
     media: the folder of its images, or the one above it; either may hold the zip archive that they come as.
     Raises ValueError if the file is of another form. What is wrong with a record goes to the report."""
     content = read_json(annotations, "COCO captions file", ("images", "annotations"))
+
+    def unique(key: str, what: str, required: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        ids: set[Any] = set()
+        for origin, record in _entries(annotations, content, key):
+            number = record.get("id")
+            if not _is_id(record.get(required)):
+                report.reject(f"{what} without {required!r}", origin)
+            elif _is_id(number) and number in ids:
+                report.reject(f"duplicate {what} id", origin, str(number))
+            else:
+                ids.add(number if _is_id(number) else origin)
+                yield origin, record
+
     captions: dict[Any, tuple[list[Any], list[str]]] = {}
-    ids: set[Any] = set()
-    for index, record in enumerate(content["annotations"]):
-        origin = f"{annotations}:annotations[{index}]"
-        number = record.get("id") if isinstance(record, dict) else None
-        if not isinstance(record, dict) or not _is_id(record.get("image_id")):
-            report.reject("caption without 'image_id'", origin)
-        elif _is_id(number) and number in ids:
-            report.reject("duplicate caption id", origin, str(number))
-        else:
-            if _is_id(number):
-                ids.add(number)
-            texts, origins = captions.setdefault(record["image_id"], ([], []))
-            texts.append(record.get("caption"))
-            origins.append(origin)
+    for origin, record in unique("annotations", "caption", "image_id"):
+        texts, origins = captions.setdefault(record["image_id"], ([], []))
+        texts.append(record.get("caption"))
+        origins.append(origin)
 
     def records() -> Iterator[tuple[list[str], dict[str, Any]]]:
-        listed = set()
-        for index, record in enumerate(content["images"]):
-            origin = f"{annotations}:images[{index}]"
-            if not isinstance(record, dict) or not _is_id(record.get("id")):
-                report.reject("image entry without 'id'", origin)
-            elif record["id"] in listed:
-                report.reject("duplicate image id", origin, str(record["id"]))
-            else:
-                listed.add(record["id"])
-                if record["id"] in captions:
-                    texts, origins = captions.pop(record["id"])
-                    # An entry that does not name its file is still an image: a missing one.
-                    yield origins, {"image": record.get("file_name", ""), "captions": texts}
+        for _, record in unique("images", "image", "id"):
+            if record["id"] in captions:
+                texts, origins = captions.pop(record["id"])
+                # An entry that does not name its file is still an image: a missing one.
+                yield origins, {"image": record.get("file_name", ""), "captions": texts}
         for image_id, (_, origins) in captions.items():
             for origin in origins:
                 report.reject("caption of an image that is not listed", origin, str(image_id))
 
-    folder = annotations.stem.removeprefix("captions_")
-    yield from read_records(
-        records(), lambda name, column, what: media.find(name, os.path.join(folder, str(name))), report
-    )
+    def find(name: Any, column: str, what: str) -> File:
+        return media.find(name, os.path.join(annotations.stem.removeprefix("captions_"), str(name)))
+
+    yield from read_records(records(), find, report)
 
 
 def read_karpathy_split(annotations: Path, media: MediaFolder, split: str, report: Report) -> Iterator[Sample]:
@@ -71,9 +66,8 @@ def read_karpathy_split(annotations: Path, media: MediaFolder, split: str, repor
     content = read_json(annotations, "Karpathy split", ("images",))
 
     def records() -> Iterator[tuple[str, Any]]:
-        for index, record in enumerate(content["images"]):
-            origin = f"{annotations}:images[{index}]"
-            known = record.get("split") if isinstance(record, dict) else None
+        for origin, record in _entries(annotations, content, "images"):
+            known = record.get("split")
             if known not in sum(SPLITS.values(), ()):
                 report.reject("image without a known split", origin, repr(known))
             elif known in SPLITS[split]:
@@ -86,7 +80,7 @@ def read_karpathy_split(annotations: Path, media: MediaFolder, split: str, repor
     yield from read_records(records(), find, report)
 
 
-def read_vqa(questions: Path, annotations: Path | None, media: MediaFolder, report: Report) -> Iterator[Sample]:
+def read_vqa(questions: Path, annotations: str | None, media: MediaFolder, report: Report) -> Iterator[Sample]:
     """One Sample for each image, each question a conversation: the most frequent answer is learnt.
 
     questions: {"data_subtype": "val2014", "questions": [{"question_id", "image_id", "question"}]}; annotations:
@@ -98,17 +92,14 @@ def read_vqa(questions: Path, annotations: Path | None, media: MediaFolder, repo
     content = read_json(questions, "VQA file", ("questions",))
     answers = {
         record["question_id"]: record.get("answers")
-        for record in read_json(annotations, "VQA file", ("annotations",))["annotations"]
-        if isinstance(record, dict) and isinstance(record.get("question_id"), int | str)
+        for _, record in _entries(questions, read_json(Path(annotations), "VQA file", ("annotations",)), "annotations")
+        if isinstance(record.get("question_id"), int | str)
     }
     subtype = content.get("data_subtype", "val2014")
 
     def records() -> Iterator[tuple[str, dict[str, Any]]]:
-        for index, record in enumerate(content["questions"]):
-            origin = f"{questions}:questions[{index}]"
-            number, image_id = (
-                map(record.get, ("question_id", "image_id")) if isinstance(record, dict) else (None, None)
-            )
+        for origin, record in _entries(questions, content, "questions"):
+            number, image_id = record.get("question_id"), record.get("image_id")
             if isinstance(number, int | str) and number in answers and isinstance(image_id, int):
                 yield origin, {"image": image_id, "question": record.get("question"), "answers": answers[number]}
             else:
@@ -119,6 +110,12 @@ def read_vqa(questions: Path, annotations: Path | None, media: MediaFolder, repo
         return media.find(f"{subtype}/{name}", name, f"{image_id:012d}.jpg", *_names_of_2017(image_id))
 
     yield from read_records(records(), find, report)
+
+
+def _entries(path: Path, content: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(origin, entry) of a list in a file. What is no object counts as an empty one."""
+    for index, entry in enumerate(content[key]):
+        yield f"{path}:{key}[{index}]", entry if isinstance(entry, dict) else {}
 
 
 def _is_id(value: Any) -> bool:

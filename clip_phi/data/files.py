@@ -4,8 +4,9 @@ import gc
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,10 @@ def clean_text(value: Any, what: str) -> str:
     text = value.strip()
     if not text:
         raise RecordError(f"{what} is empty")
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RecordError(f"{what} is not valid Unicode", f"character {error.start}") from None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{what} is not valid Unicode", f"character {error.start}") from None
     return text
 
 
@@ -67,13 +67,6 @@ def file_stamp(path: str) -> list[int] | None:
     except OSError:
         return None
     return [status.st_mtime_ns, status.st_size]
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file()
-    except OSError:  # a link to itself
-        return False
 
 
 class MediaFolder:
@@ -89,6 +82,14 @@ class MediaFolder:
         self.folders: dict[str, set[str]] = {}
         self._archives: dict[str, tuple[str, set[str]] | None] = {}
 
+    def find_value(self, value: Any, column: str, what: str, in_table: bool = False) -> File | bytes:
+        """For schema.Find: bytes as they are, or a name; in a table also {"bytes", "path"} with one of them."""
+        if in_table and isinstance(value, Mapping):
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        if value == b"":
+            raise RecordError(f"{what} is empty")
+        return value if isinstance(value, bytes) else self.find(value, what=what)
+
     def find(self, *names: Any, what: str = "image") -> File:
         """The first of these names that exists. Raises the RecordError of the first name if none does."""
         errors = []
@@ -101,12 +102,10 @@ class MediaFolder:
 
     def _find(self, name: Any, what: str) -> File:
         name = clean_text(name, f"{what} name")
-        if "\0" in name:
-            raise RecordError(f"{what} name is not valid", repr(name))
         root = self.recordings if what == "speech" else self.root
         path = os.path.join(root, name)
-        if len(path) > MAX_PATH:
-            raise RecordError(f"missing {what}", f"{path[:100]}... is a name of {len(path):,} characters")
+        if "\0" in name or len(path) > MAX_PATH:
+            raise RecordError(f"{what} name is not valid", repr(name[:100]))
         folder, base = os.path.split(path)
         if base and base in self._names(folder):
             return File(path)
@@ -114,7 +113,7 @@ class MediaFolder:
         while len(folder) >= len(root) and folder:
             archive = self._archive(folder)
             if archive is not None:
-                for member in (inside, f"{os.path.splitext(os.path.basename(folder))[0]}/{inside}"):
+                for member in (inside, f"{Path(folder).stem}/{inside}"):
                     if member in archive[1]:
                         return File(archive[0], member)
             folder, step = os.path.split(folder)
@@ -133,16 +132,18 @@ class MediaFolder:
         if folder not in self.folders:
             try:
                 with os.scandir(folder or ".") as entries:
-                    self.folders[folder] = {entry.name for entry in entries if _is_file(entry)}
+                    # isfile() for links: is_file() raises OSError for one to itself.
+                    names = {each.name for each in entries if (isfile(each) if each.is_symlink() else each.is_file())}
             except (OSError, ValueError):
-                self.folders[folder] = set()
+                names = set()
+            self.folders[folder] = names
         return self.folders[folder]
 
     def _archive(self, folder: str) -> tuple[str, set[str]] | None:
         if folder not in self._archives:
             path = folder if folder.endswith(".zip") else f"{folder}.zip"
             self._archives[folder] = None
-            if os.path.isfile(path):
+            if isfile(path):
                 try:
                     with zipfile.ZipFile(path) as archive:
                         self._archives[folder] = (path, set(archive.namelist()))

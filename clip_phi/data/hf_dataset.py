@@ -6,8 +6,9 @@ import os
 import sys
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from .files import MediaFolder
 from .report import RecordError, Report
 from .sample import File, Sample
-from .schema import IMAGE_KEYS, Find, read_records
+from .schema import IMAGE_KEYS, read_records
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tar": "webdataset"}
 BUILDERS |= dict.fromkeys((".jsonl", ".json"), "json")
@@ -39,6 +40,7 @@ def open_table(
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    on_disk = os.path.exists(path) or Path(path).suffix in BUILDERS
     try:
         dataset = _open(path, split, config, revision, streaming)
     except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError, tarfile.TarError) as error:
@@ -46,16 +48,14 @@ def open_table(
         while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__ is not None:
             cause = cause.__cause__
         message = f"cannot read {path!r}, split {split!r}: {' '.join(str(cause).split()) or type(cause).__name__}"
-        if not os.path.exists(path) and Path(path).suffix not in BUILDERS:
-            message += "; there is no such folder here either"
+        message += "" if on_disk else "; there is no such folder here either"
         raise (OSError if isinstance(cause, OSError) else ValueError)(message) from error
-    on_disk = os.path.exists(path) or Path(path).suffix in BUILDERS
     dataset.info.dataset_name = Path(path).name if on_disk else path
     if streaming:
         return dataset.decode(False) if dataset.features else dataset
     for column, feature in dataset.info.features.items():  # Dataset.cast would copy all images to a new file
-        _leave_encoded(feature)
-        dataset.info.features[column] = feature  # which notes that there is nothing to decode
+        # The assignment notes that there is nothing to decode.
+        dataset.info.features[column] = datasets.features.features._visit(feature, _leave_encoded)
     return dataset
 
 
@@ -96,12 +96,7 @@ def _has_end(archive: Path) -> bool:
 def _leave_encoded(feature: Any) -> None:
     import datasets
 
-    if isinstance(feature, dict):
-        for each in feature.values():
-            _leave_encoded(each)
-    elif isinstance(feature, datasets.List | datasets.LargeList):
-        _leave_encoded(feature.feature)
-    elif isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
+    if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
         feature.decode = False
 
 
@@ -140,11 +135,9 @@ def read_table(dataset: Any, media: MediaFolder, report: Report) -> Iterator[Sam
                 values = {column: values[row - start] for column, values in columns.items()}
                 yield f"{name}:{row}", _as_record(values, media)
 
-    find_in_record = _find(media)
-
     def find(value: Any, column: str, what: str) -> File | bytes:
         if not isinstance(value, _Cell):
-            return find_in_record(value, column, what)
+            return media.find_value(value, column, what, in_table=True)
         if value.size is None:
             return media.find(value.path, what=what)
         if not value.size:
@@ -180,16 +173,15 @@ def stream_table(
         try:
             for values in dataset:
                 record = _as_record(values, media)
-                keys = (record.get(key) for key in ("__key__", "id", "question_id"))
-                key = next((key for key in keys if key is not None), None)
-                yield f"{dataset.info.dataset_name}:{_digest(record) if key is None else key}", record
+                keys = [record[key] for key in ("__key__", "id", "question_id") if key in record]  # none is null
+                yield f"{dataset.info.dataset_name}:{keys[0] if keys else _digest(record)}", record
         except (ValueError, OSError, RuntimeError, tarfile.TarError) as error:
             raise ValueError(f"cannot read on in {path!r}: {' '.join(str(error).split())}") from error
 
     for epoch in count():
         dataset.set_epoch(epoch)
         counted, given = report if epoch == 0 else Report(), False
-        for sample in read_records(records(), _find(media), counted, group=False):
+        for sample in read_records(records(), partial(media.find_value, in_table=True), counted, group=False):
             given = True
             yield sample
         if not given and not counted.records and worker is not None and worker.id > 0:
@@ -202,19 +194,6 @@ def _digest(record: dict[str, Any]) -> str:
     image = next((record[key] for key in IMAGE_KEYS if key in record), None)
     data = image.get("bytes") if isinstance(image, dict) else None
     return hashlib.blake2b(data or repr(record).encode(errors="replace"), digest_size=6).hexdigest()
-
-
-def _find(media: MediaFolder) -> Find:
-    """For values as they are in a record: bytes, a name, or {"bytes", "path"} with one of them."""
-
-    def find(value: Any, column: str, what: str) -> File | bytes:
-        if isinstance(value, Mapping):
-            value = value["path"] if value.get("bytes") is None else value["bytes"]
-        if value == b"":
-            raise RecordError(f"{what} is empty")
-        return value if isinstance(value, bytes) else media.find(value, what=what)
-
-    return find
 
 
 def _as_record(values: dict[str, Any], media: MediaFolder) -> dict[str, Any]:
@@ -261,18 +240,15 @@ def _cells(column: Any, rows: range | list[int]) -> list[Any]:
     import pyarrow.compute as compute
     import pyarrow.types as types
 
-    if types.is_struct(column.type):
-        sizes = compute.binary_length(compute.struct_field(column, "bytes")).to_pylist()
-        has_path = column.type.get_field_index("path") >= 0
-        paths = compute.struct_field(column, "path").to_pylist() if has_path else [None] * len(sizes)
-    elif types.is_binary(column.type) or types.is_large_binary(column.type):
-        sizes = compute.binary_length(column).to_pylist()
-        paths = [None] * len(sizes)
-    else:
+    is_struct = types.is_struct(column.type)
+    if types.is_nested(column.type) and not is_struct:
         lengths = compute.list_value_length(column).to_pylist()
         owners = [row for row, length in zip(rows, lengths, strict=True) for _ in range(length or 0)]
         items = iter(_cells(compute.list_flatten(column), owners))
         return [None if length is None else [next(items) for _ in range(length)] for length in lengths]
+    sizes = compute.binary_length(compute.struct_field(column, "bytes") if is_struct else column).to_pylist()
+    has_path = is_struct and column.type.get_field_index("path") >= 0
+    paths = compute.struct_field(column, "path").to_pylist() if has_path else [None] * len(sizes)
     parts = zip(rows, sizes, paths, strict=True)
     return [None if size is None and path is None else _Cell(row, size, path) for row, size, path in parts]
 
@@ -285,11 +261,11 @@ def _files(table: Any, column: str) -> list[tuple[int, str | None, int]]:
     first = 0
     for tables in table.blocks if isinstance(table, ConcatenationTable) else [[table]]:
         part = next(each for each in tables if column in each.column_names)
-        path, skipped = None, 0
         on_disk = isinstance(part, MemoryMappedTable) and part.path.endswith(".arrow")
         if on_disk and all(name in HARMLESS for name, _, _ in part.replays):
-            path = part.path
             skipped = sum(arguments[0] for name, arguments, _ in part.replays if name == "slice")
-        files.append((first, path, skipped))
+            files.append((first, part.path, skipped))
+        else:
+            files.append((first, None, 0))
         first += len(part)
     return files

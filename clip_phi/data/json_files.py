@@ -8,7 +8,7 @@ from typing import Any
 from .files import MediaFolder, read_json
 from .report import Report
 from .sample import Sample
-from .schema import find_by_name, read_records
+from .schema import read_records
 
 
 def read_instruct(annotations: Path, media: MediaFolder, report: Report) -> Iterator[Sample]:
@@ -18,15 +18,13 @@ def read_instruct(annotations: Path, media: MediaFolder, report: Report) -> Iter
     such records. The image comes first in the prompt, wherever <image> is in the first question. A record without an
     image is a Sample of its own. Raises ValueError if the file is of another form. What is wrong with a record goes to
     the report."""
-    read = _lines if annotations.suffix == ".jsonl" or _has_lines(annotations) else _items
-    yield from read_records(read(annotations, report), find_by_name(media), report)
-
-
-def _items(path: Path, report: Report) -> Iterator[tuple[str, Any]]:
-    records = read_json(path)
-    if not isinstance(records, list):
-        raise ValueError(f"{path} is not a list of records")
-    return ((f"{path}:{index}", record) for index, record in enumerate(records))
+    if annotations.suffix == ".jsonl" or _has_lines(annotations):
+        records = _lines(annotations, report)
+    elif isinstance(content := read_json(annotations), list):
+        records = ((f"{annotations}:{index}", record) for index, record in enumerate(content))
+    else:
+        raise ValueError(f"{annotations} is not a list of records")
+    yield from read_records(records, media.find_value, report)
 
 
 def _has_lines(path: Path) -> bool:

@@ -43,9 +43,7 @@ class Mixture:
         places = np.empty((self.length, 2), dtype=np.int64)
         for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
             passes, turns = np.divmod(np.arange(epoch * count, (epoch + 1) * count), size)
-            orders = {
-                each: np.random.default_rng((self.seed, each, source, 1)).permutation(size) for each in set(passes)
-            }
-            indices = np.concatenate([orders[each][turns[passes == each]] for each in sorted(orders)])
+            rngs = (np.random.default_rng((self.seed, each, source, 1)) for each in np.unique(passes))
+            indices = np.stack([rng.permutation(size) for rng in rngs])[passes - passes[0], turns]
             places[sources == source] = np.stack([passes, indices + self.offsets[source]], axis=1)
         return places

@@ -45,8 +45,17 @@ class Report:
         return sum(self.skipped.values())
 
     def skip(self, skip: Skip) -> None:
-        self.skipped[skip.kind] += skip.records
-        self._example(skip.kind, skip.origin, skip.detail)
+        """Count records that are left out, or one that is repaired."""
+        counts = self.skipped if skip.records else self.repaired
+        counts[skip.kind] += skip.records or 1
+        examples = self.examples.setdefault(skip.kind, [])
+        if len(examples) < NUM_EXAMPLES:
+            text = f"{skip.origin}: {skip.detail}" if skip.detail else skip.origin
+            # An unpaired surrogate, in the id or a key of a record, can neither be printed nor written.
+            examples.append(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+    def repair(self, kind: str, origin: str, detail: str = "") -> None:
+        self.skip(Skip(kind, origin, detail, records=0))
 
     def reject(self, kind: str, origin: str, detail: str = "", records: int = 1) -> None:
         """Count records that a reader cannot use."""
@@ -58,21 +67,7 @@ class Report:
         for skip in skips:
             if skip.origin not in self.seen:
                 self.seen.add(skip.origin)
-                if skip.records:
-                    self.skip(skip)
-                else:
-                    self.repair(skip.kind, skip.origin, skip.detail)
-
-    def repair(self, kind: str, origin: str, detail: str = "") -> None:
-        self.repaired[kind] += 1
-        self._example(kind, origin, detail)
-
-    def _example(self, kind: str, origin: str, detail: str) -> None:
-        examples = self.examples.setdefault(kind, [])
-        if len(examples) < NUM_EXAMPLES:
-            text = f"{origin}: {detail}" if detail else origin
-            # An unpaired surrogate, in the id or a key of a record, can neither be printed nor written.
-            examples.append(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+                self.skip(skip)
 
     def add(self, other: "Report") -> None:
         """Add the report of another source."""
@@ -80,8 +75,7 @@ class Report:
         self.skipped += other.skipped
         self.repaired += other.repaired
         for kind, examples in other.examples.items():
-            mine = self.examples.setdefault(kind, [])
-            mine += examples[: NUM_EXAMPLES - len(mine)]
+            self.examples[kind] = [*self.examples.get(kind, []), *examples][:NUM_EXAMPLES]
 
     def refuse_bad(self, max_bad_fraction: float) -> None:
         """Raises ValueError, with the whole table, if more than this share of the records is skipped."""

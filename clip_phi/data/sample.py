@@ -82,11 +82,8 @@ class Sample:
 def user_message(text: str | None, images: int = 0, *transcripts: str | None) -> dict[str, Any]:
     """A user's turn in the chat format of transformers: images as placeholders, transcripts of speech, text.
 
-    Args:
-        text: The question or instruction; None or empty for none.
-        images: How many images the turn has.
-        transcripts: What is said in the turn's recordings; None is left out.
-    """
+    text: the question or instruction; None or empty for none. images: how many the turn has.
+    transcripts: what is said in the turn's recordings; None is left out."""
     content = [{"type": "image"}] * images
     content += [{"type": "transcript", "text": each} for each in transcripts if each is not None]
     return {"role": "user", "content": content + ([{"type": "text", "text": text}] if text else [])}

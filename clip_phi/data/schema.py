@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from .files import MediaFolder, clean_text
+from .files import clean_text
 from .report import RecordError, Report, Skip
 from .sample import SPOKEN_INSTRUCTION, Conversation, File, Sample, Turn
 
@@ -30,11 +30,6 @@ CAPTION_KEYS = ("captions", "caption", "sentences", "answer", "text", "txt")
 Find = Callable[[Any, str, str], File | bytes]
 
 
-def find_by_name(media: MediaFolder) -> Find:
-    """For records that name their media: relative to a folder, absolute, or in a zip archive there."""
-    return lambda value, column, what: value if isinstance(value, bytes) else media.find(value, what=what)
-
-
 def read_records(
     records: Iterable[tuple[str | list[str], Any]], find: Find, report: Report, group: bool = True
 ) -> Iterator[Sample]:
@@ -42,7 +37,7 @@ def read_records(
 
     group: make one Sample of all records about one image, in order of first appearance, and skip a record that is
     there twice. Otherwise every record is a Sample of its own."""
-    groups: dict[Any, tuple[File | bytes | None, list[Conversation], list[str]]] = {}
+    groups: dict[Any, tuple[File | bytes | None, list[tuple[Conversation, str]]]] = {}
     seen: set[tuple[Any, Conversation]] = set()
     for origin, record in records:
         origins = [origin] if isinstance(origin, str) else origin
@@ -70,15 +65,12 @@ def read_records(
             continue
         for kind in repairs:
             report.repair(kind, origins[0])
-        sample = Sample(image, *zip(*good, strict=True))
         if group:
-            _, all_conversations, all_origins = groups.setdefault(object() if image is None else image, (image, [], []))
-            all_conversations += sample.conversations
-            all_origins += sample.origins
+            groups.setdefault(object() if image is None else image, (image, []))[1].extend(good)
         else:
-            yield sample
-    for image, all_conversations, all_origins in groups.values():
-        yield Sample(image, tuple(all_conversations), tuple(all_origins))
+            yield Sample(image, *zip(*good, strict=True))
+    for image, all_of_it in groups.values():
+        yield Sample(image, *zip(*all_of_it, strict=True))
 
 
 def _parse(record: Any, find: Find, repairs: list[str]) -> tuple[Any, str, list[Conversation | RecordError]]:

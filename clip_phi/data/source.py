@@ -1,8 +1,9 @@
 """Where data come from, as --data names it: the kind of source, its place, and its share of the mixture."""
 
+import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from .report import Report
 from .sample import Sample
 from .transcripts import ENGINES, AsrSettings, Transcripts
 
-SPEECH = {"recordings", "engine", "speech_model", "language", "max_speech_seconds"}
-# Each kind of source and its own options. All take COMMON, and those with conversations SPEECH.
+ASR = {"engine", "speech_model", "language", "max_speech_seconds"}
+# Each kind of source and its own options. All take COMMON.
 KINDS = {
     "coco": set(),
     "karpathy": {"split"},
-    "llava": SPEECH,
+    "llava": {"recordings"} | ASR,
     "vqa": {"annotations"},
-    "dataset": {"split", "config", "revision", "streaming"} | SPEECH,
+    "dataset": {"split", "config", "revision", "streaming", "recordings"} | ASR,
 }
 COMMON = {"images", "name", "weight"}
 TABLE_SUFFIXES = (".parquet", ".arrow", ".tar", ".csv")
@@ -58,26 +59,16 @@ class DataSource:
 
     @property
     def asr_settings(self) -> AsrSettings:
-        default = AsrSettings()
-        return AsrSettings(
-            self.options.get("engine", default.engine),  # type: ignore[arg-type]
-            self.options.get("speech_model", default.model),
-            self.options.get("language"),
-            float(self.options.get("max_speech_seconds", default.max_seconds)),
-        )
+        names = {"speech_model": "model", "max_speech_seconds": "max_seconds"}
+        given: dict[str, Any] = {names.get(key, key): value for key, value in self.options.items() if key in ASR}
+        settings = AsrSettings(**given)
+        return settings._replace(max_seconds=float(settings.max_seconds))
 
     def media(self) -> MediaFolder:
         return MediaFolder(self.images, self.options.get("recordings"))
 
     def transcripts(self) -> Transcripts:
         return Transcripts(self.asr_settings)
-
-    def problems(self) -> list[str]:
-        """The paths that do not exist."""
-        paths = [self.options[key] for key in ("images", "recordings", "annotations") if key in self.options]
-        if self.kind != "dataset":
-            paths.insert(0, self.path)
-        return [path for path in paths if not Path(path).exists() and not Path(f"{path}.zip").exists()]
 
     def identity(self) -> list[Any]:
         """For json: what is read, and how."""
@@ -101,8 +92,7 @@ class DataSource:
         if self.kind == "karpathy":
             return coco.read_karpathy_split(path, media, self.options.get("split", "train"), report)
         if self.kind == "vqa":
-            annotations = self.options.get("annotations")
-            return coco.read_vqa(path, Path(annotations) if annotations else None, media, report)
+            return coco.read_vqa(path, self.options.get("annotations"), media, report)
         if self.kind == "llava":
             return json_files.read_instruct(path, media, report)
         return hf_dataset.read_table(hf_dataset.open_table(self.path, **self.table_options()), media, report)
@@ -113,35 +103,27 @@ class DataSource:
 
 def parse_source(text: str) -> DataSource:
     """KIND:PATH[,option=value...]. Without KIND the file decides. Raises ValueError with what is wrong."""
-
-    def refuse(what: str) -> ValueError:
-        return ValueError(f"data source {text!r}{what}")
-
+    name = f"data source {text!r}"
     kind, separator, rest = text.partition(":")
     if not (separator and kind in KINDS):
         kind, rest = "", text
     path, *pieces = re.split(r"[,:](?=[a-z_]+=)", rest)
     options = dict(piece.split("=", 1) for piece in pieces)
     if not path:
-        raise refuse(f" has no path: {HOW_TO}")
+        raise ValueError(f"{name} has no path: {HOW_TO}")
     if not kind:
         kind, path = _guess(path, options)
     if not kind:
-        raise refuse(f" is of no known kind; {HOW_TO}")
+        raise ValueError(f"{name} is of no known kind; {HOW_TO}")
     known = KINDS[kind] | COMMON
     if unknown := sorted(options.keys() - known):
-        raise refuse(f" has no option {', '.join(unknown)}: {kind} has {', '.join(sorted(known))}")
+        raise ValueError(f"{name} has no option {', '.join(unknown)}: {kind} has {', '.join(sorted(known))}")
     for key in options.keys() & {"weight", "max_speech_seconds"}:
-        try:
-            positive = 0 < float(options[key]) < float("inf")
-        except ValueError:
-            positive = False
-        if not positive:
-            raise refuse(f": {key} must be a number above 0")
-    if options.get("engine", ENGINES[0]) not in ENGINES:
-        raise refuse(f": engine is {' or '.join(ENGINES)}")
-    if options.get("streaming", "true") not in ("true", "false"):
-        raise refuse(": streaming is true or false")
+        if not re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", options[key]) or not 0 < float(options[key]) < math.inf:
+            raise ValueError(f"{name}: {key} must be a number above 0")
+    for key, allowed in (("engine", ENGINES), ("streaming", ("true", "false"))):
+        if options.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"{name}: {key} is {' or '.join(allowed)}")
     return DataSource(kind, path, options)
 
 
@@ -150,17 +132,19 @@ def parse_files(texts: Sequence[str]) -> list[DataSource]:
 
     Raises ValueError if one cannot be parsed, is a stream, or names files that do not exist."""
     sources = [parse_source(text) for text in texts]
-    for text, source in zip(texts, sources, strict=True):
-        if source.streaming:
-            raise ValueError(f"a stream cannot be read as a whole: remove streaming=true from {text}")
+    if streams := [text for text, source in zip(texts, sources, strict=True) if source.streaming]:
+        raise ValueError(f"a stream cannot be read as a whole: remove streaming=true from {', '.join(streams)}")
     if problem := missing_files(sources):
         raise ValueError(problem)
     return sources
 
 
-def missing_files(sources: Iterable[DataSource]) -> str | None:
+def missing_files(sources: Sequence[DataSource]) -> str | None:
     """The error that names all files of the sources that do not exist; None if they all do."""
-    missing = [path for source in sources for path in source.problems()]
+    paths = [source.path for source in sources if source.kind != "dataset"]
+    for source in sources:
+        paths += [source.options[key] for key in ("images", "recordings", "annotations") if key in source.options]
+    missing = [path for path in paths if not Path(path).exists() and not Path(f"{path}.zip").exists()]
     return f"not found (looked in {Path.cwd()}): {', '.join(missing)}" if missing else None
 
 
@@ -191,6 +175,5 @@ def _guess(path: str, options: dict[str, str]) -> tuple[str, str]:
 
 
 def _is_table(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("dataset_info.json", "state.json", "metadata.csv")) or any(
-        next(folder.glob(f"**/*{suffix}"), None) for suffix in (".parquet", ".arrow", ".tar", "metadata.jsonl")
-    )
+    patterns = "dataset_info.json state.json metadata.csv **/*.parquet **/*.arrow **/*.tar **/*metadata.jsonl"
+    return any(next(folder.glob(pattern), None) for pattern in patterns.split())

@@ -12,8 +12,10 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,9 @@ IMAGE_SIZE = 64
 MAX_OBJECTS = 3
 SPLITS = ("train", "val")
 COLORS = {
-    "red": (215, 30, 40),
-    "green": (30, 150, 50),
-    "blue": (35, 80, 225),
-    "yellow": (240, 210, 20),
-    "purple": (130, 40, 165),
-    "orange": (245, 130, 20),
-    "pink": (250, 120, 190),
-    "black": (25, 25, 30),
-}
+    "red": (215, 30, 40), "green": (30, 150, 50), "blue": (35, 80, 225), "yellow": (240, 210, 20),
+    "purple": (130, 40, 165), "orange": (245, 130, 20), "pink": (250, 120, 190), "black": (25, 25, 30),
+}  # fmt: skip
 SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses",
           "ring": "rings"}  # fmt: skip
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -51,11 +47,8 @@ _MENTION = re.compile(
 _COLOR_QUESTIONS = ("What color is the {}?", "Which color does the {} have?", "The {} is of what color?")
 _SHAPE_QUESTIONS = ("What shape is the {} object?", "Which shape is {}?", "What is the shape of the {} object?")
 _PRESENCE_QUESTIONS = ("Is there {}?", "Can you see {}?", "Does the picture show {}?")
-_COUNT_QUESTIONS = (
-    "How many shapes are there?",
-    "How many shapes does the picture show?",
-    "How many objects are there?",
-)
+_COUNT_QUESTIONS = ("How many shapes are there?", "How many shapes does the picture show?",
+                    "How many objects are there?")  # fmt: skip
 _DESCRIPTION_REQUESTS = (
     "Describe the image.", "Describe the picture.", "What does the image show?", "What can you see?",
     "Write a caption for the image.", "Which objects are in the picture?",
@@ -167,8 +160,7 @@ def _mask(item: DrawnObject) -> Image.Image:
         arm = radius // 3
         draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=255)
         draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=255)
-    else:
-        assert item.shape == "star", item.shape
+    else:  # a star
         tips = [(radius if corner % 2 == 0 else 0.42 * radius, math.pi * corner / 5) for corner in range(10)]
         draw.polygon([(x + length * math.sin(turn), y - length * math.cos(turn)) for length, turn in tips], fill=255)
     return mask.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
@@ -180,8 +172,11 @@ def captions(scene: Scene, rng: random.Random) -> list[str]:
     number, (shapes, are) = NUMBERS[len(objects)], ("shape", "is") if len(objects) == 1 else ("shapes", "are")
     frames = ["{}.", "A picture of {}.", f"There {are} {{}}.", "An image with {}.", f"{number} {shapes}: {{}}."]
     texts = [frame.format(_enumerate(objects)) for frame in frames]
-    if (related := _relate(objects, rng)) is not None:
-        texts[rng.randrange(4)] = related
+    if (found := _relatable(objects, rng)) is not None:
+        first, second, relation = found
+        others = _enumerate([item for item in objects if item not in (first, second)])
+        related = f"{_article(first.name)} {relation} {_article(second.name)}"
+        texts[rng.randrange(4)] = f"{related}, with {others}." if others else f"{related}."
     return [text[0].upper() + text[1:] for text in texts]
 
 
@@ -192,21 +187,19 @@ def in_reading_order(scene: Scene) -> list[DrawnObject]:
 
 def description(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """A request to describe the image and its answer, which names every object in reading order."""
-    objects = in_reading_order(scene)
-    shows = rng.choice(("The image shows {}.", "There is {}.", "I can see {}."))
-    text = shows.format(_enumerate(objects))
-    return rng.choice(_DESCRIPTION_REQUESTS), text.replace("There is", "There are") if len(objects) > 1 else text
+    there = "There is {}." if len(scene.objects) == 1 else "There are {}."
+    text = rng.choice(("The image shows {}.", there, "I can see {}.")).format(_enumerate(in_reading_order(scene)))
+    return rng.choice(_DESCRIPTION_REQUESTS), text
 
 
 def dialogue(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """Two to four different (question, short answer) turns. Yes and no are equally likely where both are possible."""
-    makers = [ask_color, _ask_shape, _ask_presence, _ask_presence, _ask_count, ask_relation]
+    makers: list[Callable[..., Any]] = [ask_color, _ask_shape, _ask_presence, _ask_presence, _ask_count, ask_relation]
     rng.shuffle(makers)
     length = rng.randint(2, 4)
     turns: dict[str, str] = {}
     for maker in (*makers, _ask_presence, _ask_count):
-        turn = maker(scene, rng) if len(turns) < length else None
-        if turn is not None:
+        if len(turns) < length and (turn := maker(scene, rng)) is not None:
             turns.setdefault(*turn)
     return list(turns.items())
 
@@ -216,13 +209,13 @@ def _article(name: str) -> str:
 
 
 def _enumerate(objects: Sequence[DrawnObject]) -> str:
-    """For example "a red circle and two blue squares", in the order of first appearance."""
+    """For example "a red circle and two blue squares", in the order of first appearance. Empty for none."""
     counts = Counter((item.color, item.shape) for item in objects)
     parts = [
         _article(f"{color} {shape}") if count == 1 else f"{NUMBERS[count]} {color} {SHAPES[shape]}"
         for (color, shape), count in counts.items()
     ]
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
 
 
 def _unique(objects: Sequence[DrawnObject], attribute: str) -> list[DrawnObject]:
@@ -237,38 +230,21 @@ def _relatable(objects: Sequence[DrawnObject], rng: random.Random) -> tuple[Draw
     if len(unique) < 2:
         return None
     first, second = rng.sample(unique, 2)
-    holding = []
-    if abs(first.x - second.x) >= _CLEAR_OFFSET:
-        holding.append(RELATIONS[0] if first.x < second.x else RELATIONS[1])
-    if abs(first.y - second.y) >= _CLEAR_OFFSET:
-        holding.append(RELATIONS[2] if first.y < second.y else RELATIONS[3])
+    offsets = (second.x - first.x, first.x - second.x, second.y - first.y, first.y - second.y)
+    holding = [relation for relation, offset in zip(RELATIONS, offsets, strict=True) if offset >= _CLEAR_OFFSET]
     return (first, second, rng.choice(holding)) if holding else None
 
 
-def _relate(objects: Sequence[DrawnObject], rng: random.Random) -> str | None:
-    if (found := _relatable(objects, rng)) is None:
-        return None
-    first, second, relation = found
-    text = f"{_article(first.name)} {relation} {_article(second.name)}"
-    others = [item for item in objects if item not in (first, second)]
-    return f"{text}, with {_enumerate(others)}." if others else f"{text}."
-
-
-def ask_color(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    """A question about the color of an object whose shape occurs once, or None if there is none."""
-    unique = _unique(scene.objects, "shape")
-    if not unique:
+def _ask(scene: Scene, rng: random.Random, questions: Sequence[str], by: str, asked: str) -> tuple[str, str] | None:
+    """A question about one attribute of an object whose other one is unique, or None if there is none."""
+    if not (unique := _unique(scene.objects, by)):
         return None
     item = rng.choice(unique)
-    return rng.choice(_COLOR_QUESTIONS).format(item.shape), item.color
+    return rng.choice(questions).format(getattr(item, by)), getattr(item, asked)
 
 
-def _ask_shape(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    unique = _unique(scene.objects, "color")
-    if not unique:
-        return None
-    item = rng.choice(unique)
-    return rng.choice(_SHAPE_QUESTIONS).format(item.color), item.shape
+ask_color = partial(_ask, questions=_COLOR_QUESTIONS, by="shape", asked="color")
+_ask_shape = partial(_ask, questions=_SHAPE_QUESTIONS, by="color", asked="shape")
 
 
 def _ask_presence(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -314,9 +290,8 @@ def object_f1(predicted_text: str, truth: "Counter[tuple[str, str]]") -> float:
 def write_dataset(folder: str | os.PathLike[str], num_train: int, num_val: int, seed: int = 0) -> None:
     """Write num_train + num_val scenes under folder in the layouts of COCO 2017 and LLaVA-Instruct-150K.
 
-    annotations/{captions,instances}_{train,val}2017.json, {train,val}2017/%012d.jpg and
-    llava_instruct_{train,val}.json. The same arguments give the same bytes; each json appears whole, after its images.
-    """
+    annotations/{captions,instances}_{train,val}2017.json, {train,val}2017/%012d.jpg, llava_instruct_{train,val}.json.
+    The same arguments give the same bytes. Each json appears whole, after its images."""
     for split, ids in (("train", range(1, num_train + 1)), ("val", range(num_train + 1, num_train + num_val + 1))):
         rng = random.Random(f"{seed} {split}")
         _write_split(Path(folder), split, {image_id: sample_scene(rng, split) for image_id in ids}, rng)
@@ -341,22 +316,17 @@ def _write_split(folder: Path, split: str, scenes: dict[int, Scene], rng: random
             ids = {"id": len(instances) + 1, "image_id": image_id, "category_id": 1 + names.index(item.name)}
             instances.append(ids | {"bbox": list(item.box), "area": 4 * item.radius**2, "iscrowd": 0})
         for turns in (dialogue(scene, rng), [description(scene, rng)]):
-            conversations.append(_conversation(f"{image_id:012d}-{len(conversations) % 2}", file_name, turns, rng))
+            texts = [text for turn in turns for text in turn]
+            texts[0] = f"<image>\n{texts[0]}" if rng.random() < 0.5 else f"{texts[0]}\n<image>"
+            messages = [{"from": who, "value": text} for who, text in zip(cycle(("human", "gpt")), texts, strict=False)]
+            record_id = f"{image_id:012d}-{len(conversations) % 2}"
+            conversations.append({"id": record_id, "image": file_name, "conversations": messages})
     header = {"info": {"description": f"Clip-Phi drawn scenes, {split}"}, "licenses": [{"id": 1, "name": "Apache-2.0"}]}
-    captions_json = header | {"images": images, "annotations": all_captions}
-    instances_json = header | {"images": images, "annotations": instances, "categories": categories}
-    _write_json(folder / "annotations" / f"captions_{split}2017.json", captions_json)
-    _write_json(folder / "annotations" / f"instances_{split}2017.json", instances_json)
+    header["images"] = images
+    _write_json(folder / f"annotations/captions_{split}2017.json", header | {"annotations": all_captions})
+    header |= {"annotations": instances, "categories": categories}
+    _write_json(folder / f"annotations/instances_{split}2017.json", header)
     _write_json(folder / f"llava_instruct_{split}.json", conversations)
-
-
-def _conversation(record_id: str, image: str, turns: Sequence[tuple[str, str]], rng: random.Random) -> dict[str, Any]:
-    messages = []
-    for question, answer in turns:
-        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    first = messages[0]["value"]
-    messages[0]["value"] = f"<image>\n{first}" if rng.random() < 0.5 else f"{first}\n<image>"
-    return {"id": record_id, "image": image, "conversations": messages}
 
 
 def _write_json(path: Path, content: object) -> None:

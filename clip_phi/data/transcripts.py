@@ -5,7 +5,9 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -46,40 +48,36 @@ class Transcripts:
         name = re.sub(r"[^\w.-]+", "-", f"{settings.engine}-{Path(settings.model).name}-{digest}")
         self.settings = settings
         self.path = (folder or Path(HF_HOME) / "clip_phi" / "transcripts") / f"{name}.jsonl"
-        self.used = False
-        self._entries: dict[str, dict[str, Any]] | None = None
         self._keys: dict[File, str] = {}
-        self._ends_whole = False  # whether the file is known to end in a whole line
 
     def key(self, recording: File | bytes) -> str:
         """The hash of a recording's bytes. Raises RecordError if they cannot be read."""
-        if isinstance(recording, bytes):
-            return _hash(recording)
-        if recording not in self._keys:
-            try:
-                self._keys[recording] = _hash(recording.read())
-            except Exception as error:  # zipfile, zlib and pyarrow each have errors of their own
-                raise RecordError("missing speech", f"{recording}: {' '.join(str(error).split())}") from error
-        return self._keys[recording]
+        if isinstance(recording, File) and recording in self._keys:
+            return self._keys[recording]
+        try:
+            data = recording if isinstance(recording, bytes) else recording.read()
+        except Exception as error:  # zipfile, zlib and pyarrow each have errors of their own
+            raise RecordError("missing speech", f"{str(recording)}: {' '.join(str(error).split())}") from error
+        key = hashlib.blake2b(data, digest_size=16).hexdigest()
+        if isinstance(recording, File):
+            self._keys[recording] = key
+        return key
 
     def get(self, recording: File | bytes) -> dict[str, Any] | None:
         """{"text"} or {"error"}, or None if there is no transcript yet. Raises RecordError if it cannot be read."""
-        self.used = True
-        return self._read().get(self.key(recording))
+        return self._entries.get(self.key(recording))
 
     def add(self, recording: File | bytes, **entry: Any) -> None:
         """entry: text, or error."""
         entry = {"audio": self.key(recording)} | entry
-        entries = self._read()
+        self._entries[entry["audio"]] = entry  # the file is read before it is added to
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
-            if file.tell() and not self._ends_whole:
+            if file.tell():
                 file.seek(-1, os.SEEK_END)
-                self._ends_whole = file.read() == b"\n"  # else a process was killed while it wrote the last line
-            file.write(b"" if self._ends_whole else b"\n")
+                if file.read() != b"\n":  # a process was killed while it wrote the last line
+                    file.write(b"\n")
             file.write(json.dumps(entry).encode() + b"\n")
-        self._ends_whole = True
-        entries[entry["audio"]] = entry
 
     def fill(self, samples: Iterable[Sample], report: Report) -> Iterator[Sample]:
         """The Samples, with transcripts where a turn has a recording and none.
@@ -87,9 +85,6 @@ class Transcripts:
         A recording without speech is left out, and its conversation with it if the turn has no other text. A turn
         whose transcript is not made yet stays as it is: it is skipped when it is tokenised."""
         for sample in samples:
-            if not any(_lacks_transcript(turn) for conversation in sample.conversations for turn in conversation):
-                yield sample
-                continue
             good: list[tuple[Conversation, str]] = []
             for conversation, origin in zip(sample.conversations, sample.origins, strict=True):
                 try:
@@ -102,10 +97,10 @@ class Transcripts:
 
     def file_stamps(self) -> dict[str, list[int] | None]:
         """file_stamp() of the file, if a transcript was looked up."""
-        return {str(self.path): file_stamp(str(self.path))} if self.used else {}
+        return {str(self.path): file_stamp(str(self.path))} if "_entries" in self.__dict__ else {}
 
     def _fill(self, turn: Turn, origin: str, report: Report) -> Turn:
-        if turn.speech is None or not _lacks_transcript(turn) or (found := self.get(turn.speech)) is None:
+        if turn.speech is None or turn.transcript is not None or (found := self.get(turn.speech)) is None:
             return turn
         name = "a recording" if isinstance(turn.speech, bytes) else str(turn.speech)
         if "error" in found:
@@ -117,22 +112,12 @@ class Transcripts:
         report.repair("no speech in the recording, which was left out", origin, name)
         return turn._replace(speech=None)
 
-    def _read(self) -> dict[str, dict[str, Any]]:
-        if self._entries is None:
-            self._entries = {}
-            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-            for line in lines:
-                try:
-                    entry = json.loads(line)
-                    self._entries[entry["audio"]] = entry
-                except (ValueError, KeyError, TypeError):
-                    continue  # half a line of a killed process: the recording is transcribed again
-        return self._entries
-
-
-def _lacks_transcript(turn: Turn) -> bool:
-    return turn.speech is not None and turn.transcript is None
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    @cached_property
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        entries = {}
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+            # Not half a line of a killed process: its recording is transcribed again.
+            with suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                entries[entry["audio"]] = entry
+        return entries

@@ -49,8 +49,8 @@ def doctor(as_json: bool, debug: bool) -> int:
             environment = describe_environment()
         except Exception as error:  # without torch, or with a broken one
             environment = {"error": _one_line(error)}
-        found = {"environment": environment, "checks": [each._asdict() for each in checks], "problems": problems}
-        print(json.dumps(found))
+        listed = [each._asdict() for each in checks]
+        print(json.dumps({"environment": environment, "checks": listed, "problems": problems}))
     else:
         print(f"{len(checks)} checks: {problems or 'no'} problems, {notes or 'no'} notes")
     return int(problems > 0)
@@ -202,8 +202,7 @@ def check_hub() -> Iterator[Check]:
     found = "HF_HUB_OFFLINE is set: nothing is downloaded" if constants.HF_HUB_OFFLINE else constants.ENDPOINT
     yield check("Hub", found, not constants.HF_HUB_OFFLINE, "unset HF_HUB_OFFLINE to download")
     has_token = bool(get_token())  # never printed
-    found = "found" if has_token else "none; public models need none"
-    yield check("Hub token", found, has_token, "hf auth login, to push a model")
+    yield check("Hub token", "found" if has_token else "none", has_token, "hf auth login, to push a model")
 
 
 def check_accelerate() -> Iterator[Check]:

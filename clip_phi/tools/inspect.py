@@ -113,9 +113,6 @@ def load_processor(model: str | None) -> tuple[Any, str, int | None]:
     return processor, name, config.get_text_config(decoder=True).max_position_embeddings
 
 
-# Samples
-
-
 class Piece(NamedTuple):
     """Neighbouring tokens of a conversation that are all supervised, or all not, as text."""
 
@@ -194,9 +191,6 @@ def _line(text: str) -> str:
     return _plain(text).replace("\n", "⏎")
 
 
-# The summary
-
-
 class ImageCheck(NamedTuple):
     """An opened image: hash of its pixels, and perceptual hash; or else kind and detail of the error."""
 
@@ -227,15 +221,14 @@ def summarise(
                 origin = index.sample(row).origins[0]
                 found.skip(Skip(checks[number].kind, origin, checks[number].detail, int(measured[row, 0])))
         measures.append(measured[used])
-        used_images.append(its_images[used])
-        counts = {"samples": int(used.sum()), "images": len(np.unique(its_images[used & (its_images >= 0)]))}
+        used_images.append(its_images[used & (its_images >= 0)])
+        counts = {"samples": int(used.sum()), "images": len(np.unique(used_images[-1]))}
         counts |= {"conversations": int(measures[-1][:, 0].sum()), "records": found.records}
         sources.append({"data": text, "kind": parse_source(text).kind, "skipped": found.num_skipped, **counts})
         report.add(found)
     lengths = np.concatenate(measures)[:, 2]
     conversations, turns, tokens, supervised = (int(count) for count in np.concatenate(measures).sum(axis=0))
     shown = np.concatenate(used_images)
-    shown = shown[shown >= 0]
     distinct, first_names = np.unique(shown), dict[str, str]()
     firsts = [(names[number], first_names.setdefault(checks[number].pixels, names[number])) for number in distinct]
     equal = [f"{name} = {first}" for name, first in firsts if name != first]
@@ -309,8 +302,7 @@ def measure(index: "Index") -> np.ndarray:
         conversations = batch.column("lengths").value_lengths().to_numpy()
         turns = [sum(map(len, json.loads(text))) for text in batch.column("conversations").to_pylist()]
         rows.append(np.stack([conversations, np.array(turns, np.int64), np.diff(stops[ends], prepend=0)], axis=1))
-    counts = np.concatenate(rows)
-    return np.insert(counts, 2, index.num_tokens(), axis=1)
+    return np.insert(np.concatenate(rows), 2, index.num_tokens(), axis=1)
 
 
 def describe_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
@@ -405,9 +397,6 @@ def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield from (("", f"  {example}") for example in leakage[f"{kind}_examples"])
         if leakage["unreadable"]:
             yield "", f"  {leakage['unreadable']:,} more cannot be read"
-
-
-# Files
 
 
 def draw(path: str, indexes: Sequence["Index"], samples: Sequence[Shown]) -> None:

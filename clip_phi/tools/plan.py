@@ -244,6 +244,5 @@ def as_text(plan: dict[str, Any]) -> str:
     fits = f"  largest --max_tokens_per_batch   {plan['max_tokens_per_batch']:,} ({plan['images_per_step']:,} images)"
     lines.append(fits if plan["fits"] else "  Not even one image fits: try --gradient_checkpointing, or a larger card")
     rate = f"{rate:,.{0 if rate >= 10 else 2}f} samples/s, {plan['hours_per_epoch']:.2f} hours for an epoch of"
-    return "\n".join(
-        [*lines, f"  at {plan['assumed_mfu']:.0%} of its peak        {rate} {plan['samples_per_epoch']:,}"]
-    )
+    lines.append(f"  at {plan['assumed_mfu']:.0%} of its peak        {rate} {plan['samples_per_epoch']:,}")
+    return "\n".join(lines)

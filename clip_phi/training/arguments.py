@@ -75,7 +75,7 @@ class TrainingArguments:
     config: str | None = _option(None, "yaml file of these options; the command line overrides it")
     output_dir: str = _option("outputs/stage1", "folder of the model, training checkpoints, metrics.jsonl, curve.png")
     resume_from_checkpoint: str | None = _option(
-        None, "training checkpoint to resume from; bare: the newest whole one in --output_dir, if there is one"
+        None, "training checkpoint to resume; bare: the newest, if there is one"
     )
     seed: int = _option(0, "seed of the order, the dropout and the new weights")
     debug: bool = _option(False, "traceback of an error instead of one line")
@@ -95,21 +95,15 @@ class TrainingArguments:
     per_device_train_batch_size: int = _option(
         16, "images in a forward pass on one device, without --max_tokens_per_batch", AT_LEAST_1
     )
-    max_tokens_per_batch: int = _option(
-        0, "tokens in a forward pass on one device: as many images as fit, not a fixed number; 0: off", NOT_NEGATIVE
-    )
+    max_tokens_per_batch: int = _option(0, "tokens in a device's forward pass, instead of images; 0: off", NOT_NEGATIVE)
     gradient_accumulation_steps: int = _option(1, "forward passes in one step", AT_LEAST_1)
     num_train_epochs: float = _option(1.0, "passes over the training images", POSITIVE)
     max_steps: int = _option(0, "number of steps, instead of --num_train_epochs; 0: off", NOT_NEGATIVE)
-    per_device_eval_batch_size: int = _option(
-        0, "images in a forward pass in evaluation; 0: --per_device_train_batch_size", NOT_NEGATIVE
-    )
+    per_device_eval_batch_size: int = _option(0, "images per evaluation pass; 0: as many as in training", NOT_NEGATIVE)
 
     learning_rate: float = _option(1e-3, "peak learning rate of the projector, after the warm-up", POSITIVE)
     optim: Literal["auto", "adam8bit", "paged_adam8bit", "adamw_torch_fused"] = _option(
-        "auto",
-        "optimizer. adam8bit: bitsandbytes; paged_adam8bit: its states may leave a full GPU; auto: adam8bit on CUDA, "
-        "adamw_torch_fused elsewhere and under FSDP",
+        "auto", "optimizer; paged: its states may leave the GPU; auto: adam8bit on CUDA, adamw_torch_fused elsewhere"
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = _option(
         "cosine", "shape of the learning rate after the warm-up"
@@ -119,9 +113,7 @@ class TrainingArguments:
     max_grad_norm: float = _option(1.0, "largest norm of the gradients, clipped to it; 0: no clipping", NOT_NEGATIVE)
     gradient_checkpointing: bool = _option(False, "recomputed activations of the decoder: less memory, half more work")
     tf32: bool = _option(True, "TF32 for products of float32 matrices on CUDA")
-    nan_policy: Literal["stop", "skip"] = _option(
-        "stop", "reaction to a loss or gradient that is not finite; either way the samples are named and saved"
-    )
+    nan_policy: Literal["stop", "skip"] = _option("stop", "reaction to a non-finite loss or gradient; it is saved")
 
     save_steps: int = _option(500, "steps between training checkpoints; one is written at the end", AT_LEAST_1)
     save_total_limit: int = _option(2, "training checkpoints kept, the newest ones", AT_LEAST_1)
@@ -132,12 +124,8 @@ class TrainingArguments:
         "none", "task whose metrics each evaluation measures, with and without the image, as clip-phi evaluate does"
     )
     eval_task_images: int = _option(32, "images for --eval_task, the first of each --eval_data", AT_LEAST_1)
-    metric_for_best_model: str = _option(
-        "none", "loss or a metric of --eval_task, such as CIDEr-D, by which best/ keeps the best model; none: no best/"
-    )
-    early_stopping_patience: int = _option(
-        0, "evaluations without a better --metric_for_best_model until the run stops; 0: never", NOT_NEGATIVE
-    )
+    metric_for_best_model: str = _option("none", "loss or metric of --eval_task that selects best/; none: no best/")
+    early_stopping_patience: int = _option(0, "evaluations without a new best/ until the stop; 0: never", NOT_NEGATIVE)
     num_sample_texts: int = _option(4, "held-out images with a sample text at each evaluation", NOT_NEGATIVE)
     max_new_tokens: int = _option(64, "longest generated text in tokens", AT_LEAST_1)
 
@@ -153,8 +141,7 @@ class TrainingArguments:
 
     def check(self) -> None:
         """Raises ValueError that lists every bad value and every missing file at once."""
-        problems = self.problems()
-        if problems:
+        if problems := self.problems():
             raise ValueError("\n       ".join(problems))
 
     def problems(self) -> list[str]:
@@ -205,14 +192,13 @@ class TrainingArguments:
         if 0 < weighted < len(sources):
             found.append("--data: either each source has a weight=, or none has")
         if streams := [source.path for source in sources if source.streaming]:
-            if len(sources) > 1:
-                found.append(f"--data: {streams[0]} is streamed, and a stream cannot be mixed: name it alone")
-            if not (self.max_steps and held_out):
-                found.append(f"--data: {streams[0]} is streamed, and needs --max_steps and --eval_data")
-            if self.resume_from_checkpoint:
-                found.append(f"--resume_from_checkpoint: {streams[0]} is streamed, and has no position to resume from")
-            if self.max_tokens_per_batch:
-                found.append(f"--data: {streams[0]} is streamed, and cannot be planned ahead: --max_tokens_per_batch 0")
+            refused = {
+                "cannot be mixed: name it alone": len(sources) > 1,
+                "needs --max_steps and --eval_data": not (self.max_steps and held_out),
+                "has no position to resume from: no --resume_from_checkpoint": bool(self.resume_from_checkpoint),
+                "cannot be planned ahead: --max_tokens_per_batch 0": self.max_tokens_per_batch > 0,
+            }
+            found += [f"--data: {streams[0]} is streamed, and {why}" for why, holds in refused.items() if holds]
         if any(source.streaming for source in held_out):
             found.append("--eval_data cannot be streamed")
         names = [source.name for source in held_out]
@@ -227,7 +213,7 @@ class TrainingArguments:
     @property
     def conversations_per_image(self) -> int | None:
         """How many captions or conversations of an image share a step; None: all."""
-        return None
+        return self.captions_per_image if isinstance(self, Stage1Arguments) else None
 
 
 @dataclass
@@ -251,10 +237,6 @@ class Stage1Arguments(TrainingArguments):
         "COCO 2017 is at https://cocodataset.org/#download (train2017.zip, val2017.zip, annotations_trainval2017.zip)."
     )
 
-    @property
-    def conversations_per_image(self) -> int | None:
-        return self.captions_per_image
-
 
 @dataclass
 class Stage2Arguments(TrainingArguments):
@@ -272,8 +254,7 @@ class Stage2Arguments(TrainingArguments):
     lora_alpha: int = _option(128, "scale of LoRA's output: lora_alpha / lora_r")
     lora_dropout: float = _option(0.05, "dropout before the LoRA matrices", BELOW_1)
     lora_targets: str = _option(
-        "auto",
-        "linear layers with LoRA by the end of their names, such as q_proj,fc1; auto: all in the decoder's blocks",
+        "auto", "linear layers with LoRA, such as q_proj,fc1; auto: all in the decoder's blocks"
     )
     tune_decoder: Literal["lora", "full"] = _option(
         "lora", "trained weights of the decoder; full: all of them, at --learning_rate, instead of LoRA"
@@ -316,33 +297,32 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     first.add_argument("--config")
     early, _ = first.parse_known_args(argv)
     content = _read_config(early.config) if early.config else {}
-    wanted = early.stage if early.stage is not None else content.get("stage")
-    stage = next((known for known in STAGES if str(known) == str(wanted)), None)
-    if stage is None and (wanted is not None or not {"--help", "-h"} & set(argv)):
-        problem = "--stage is missing" if wanted is None else f"unknown --stage {wanted}"
+    wanted = early.stage or content.get("stage") or (1 if {"--help", "-h"} & set(argv) else None)
+    stage = next((known for known in STAGES if str(known) == str(wanted)), 0)
+    if not stage:
+        problem = f"unknown --stage {wanted}" if wanted else "--stage is missing"
         _fail(f"{problem}: it is one of {', '.join(map(str, STAGES))}")
-    kind = STAGES[stage or 1]
-    parser = _make_parser(kind)
-    values = _parse(parser, kind, list(_as_argv(kind, content, early.config)), f"{early.config}: ")
-    values |= _parse(parser, kind, argv, "")
+    kind, parser = STAGES[stage], _make_parser(stage)
+    values = _parse(parser, stage, list(_as_argv(kind, content, early.config)), f"{early.config}: ")
+    values |= _parse(parser, stage, argv, "")
     return kind(**values, given=frozenset(values))
 
 
-def _make_parser(kind: type[TrainingArguments]) -> argparse.ArgumentParser:
-    other = next(number for number, stage in STAGES.items() if stage is not kind)
+def _make_parser(stage: int) -> argparse.ArgumentParser:
+    kind = STAGES[stage]
     parser = argparse.ArgumentParser(
         prog="train_accelerate.py",
         usage="%(prog)s --stage {1,2} [--config FILE] [--OPTION VALUE ...]",
-        description=f"{kind.__doc__} The other stage's options: --stage {other} --help.",
+        description=f"{kind.__doc__} The other stage's options: --stage {3 - stage} --help.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # so that only what is given is found
     )
-    hints = get_type_hints(kind)
-    options = {each.name: each for each in dataclasses.fields(kind) if "help" in each.metadata}
+    hints, defaults = get_type_hints(kind), kind(stage)
+    helps = {each.name: each.metadata["help"] for each in dataclasses.fields(kind) if "help" in each.metadata}
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
-        for name in filter(options.__contains__, names.split()):
-            each, hint = options[name], hints[name]
+        for name in filter(helps.__contains__, names.split()):
+            hint, usual = hints[name], getattr(defaults, name)
             if get_origin(hint) is Literal:
                 how: dict[str, Any] = {"choices": get_args(hint)}
             elif get_origin(hint) is list:
@@ -352,24 +332,19 @@ def _make_parser(kind: type[TrainingArguments]) -> argparse.ArgumentParser:
             elif name == "resume_from_checkpoint":
                 how = {"nargs": "?", "const": NEWEST, "metavar": "FOLDER"}
             else:
-                how = {int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "X"}}.get(
-                    hint, {"metavar": "TEXT"}
-                )
-            usual = each.default_factory() if callable(each.default_factory) else each.default
+                convert, metavar = {int: (int, "N"), float: (float, "X")}.get(hint, (str, "TEXT"))
+                how = {"type": convert, "metavar": metavar}
             usual = " ".join(usual) if isinstance(usual, list) else usual
-            shown = "" if usual in (None, "", dataclasses.MISSING) else f" (default: {usual})"
-            group.add_argument(f"--{name}", help=(each.metadata["help"] + shown).replace("%", "%%"), **how)
+            shown = "" if usual in (None, "") or name == "stage" else f" (default: {usual})"
+            group.add_argument(f"--{name}", help=(helps[name] + shown).replace("%", "%%"), **how)
     return parser
 
 
-def _parse(
-    parser: argparse.ArgumentParser, kind: type[TrainingArguments], argv: list[str], place: str
-) -> dict[str, Any]:
+def _parse(parser: argparse.ArgumentParser, stage: int, argv: list[str], place: str) -> dict[str, Any]:
     """The options that argv gives, by name. place: what errors begin with."""
     parser.error = lambda message: _fail(place + message)  # type: ignore[method-assign]  # not four screens of usage
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        stage = next(number for number, known in STAGES.items() if known is kind)
         name = unknown[0].partition("=")[0].lstrip("-")
         near = difflib.get_close_matches(name, [action.dest for action in parser._actions], 1)
         hint = f"; did you mean --{near[0]}?" if near else ""

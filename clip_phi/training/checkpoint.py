@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from safetensors import SafetensorError
+from accelerate.utils import gather_object, recursively_apply
 from safetensors.torch import load_file, save_file
 
 from .arguments import NEWEST, TrainingArguments
 from .data import TrainData
 from .fsdp import gather, shard_like, trained_weights
+from .guards import WRITE_ERRORS
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a signal stopped the run, and --resume_from_checkpoint continues it
 FILES = ("trained.safetensors", "state.pt")
@@ -70,19 +70,19 @@ class Checkpoints:
     def save(self, step: int) -> None:
         """All ranks call it; the main process writes. Raises OSError that names the folder if it cannot be written."""
         keep = self.accelerator.is_main_process
-        weights = {name: gather(value, keep) for name, value in trained_weights(self.model).items()}
+        weights = recursively_apply(gather, trained_weights(self.model), keep)
         scaler = self.accelerator.scaler
         state = {
-            "optimizer": full_optimizer_state(self.optimizer, keep),
+            "optimizer": recursively_apply(gather, self.optimizer.state_dict(), keep),
             "scheduler": self.scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": gather_object([random_state()]),
         }
         problem = None
-        if self.accelerator.is_main_process:
+        if keep:
             try:
                 self._write(step, weights, state)
-            except (OSError, SafetensorError, RuntimeError) as error:  # the latter two of libraries, for a full disk
+            except WRITE_ERRORS as error:
                 problem = error
         self.accelerator.wait_for_everyone()
         if problem is not None:
@@ -106,8 +106,7 @@ class Checkpoints:
         for name in (*FILES, "about.json", "."):
             _flush(aside / name)
         place = self.folder / f"step-{step:08}"
-        if place.exists():
-            shutil.rmtree(place)
+        shutil.rmtree(place, ignore_errors=True)
         os.replace(aside, place)
         _flush(self.folder)
         for old in sorted(self.folder.glob("step-*"))[: -self.limit]:
@@ -119,37 +118,30 @@ class Checkpoints:
         wanted: NEWEST, the folder of one, or None for a new run. Those of other runs in the folder, and newer ones, are
         moved aside. Raises ValueError if the checkpoint is not whole, or of a run that cannot be continued by this one.
         """
-        found = self._newest() if wanted == NEWEST else None
-        if wanted not in (None, NEWEST):
-            place = Path(wanted)
-            about, problem = _read_about(place)
-            if about is None:
-                raise ValueError(f"--resume_from_checkpoint {place} is not a whole training checkpoint: {problem}")
-            if place.resolve().parent == self.before.resolve():
-                raise ValueError(f"--resume_from_checkpoint {place}: move it out of {self.before}, which is replaced")
-            found = place, about
-        step = 0
-        if found is not None:
-            place, about = found
-            check_same_run(about["run"], self.run, self.accelerator.print)
-            self._restore(place)
-            for name, each in self.tracked.items():
-                each.load_state_dict(about["tracked"][name])
-            step = about["step"]
-            self.accelerator.print(f"resuming from {place}, after step {step:,} of {self.run['num_steps']:,}")
-        if wanted != NEWEST:
-            is_own = found is not None and found[0].resolve().parent == self.folder.resolve()
-            self._move_aside(step if is_own else 0)
-        return step
-
-    def _newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest whole training checkpoint and its about.json; each damaged one is passed over with a line."""
-        for place in sorted(self.folder.glob("step-*"), reverse=True):
+        if wanted == NEWEST:
+            places = sorted(self.folder.glob("step-*"), reverse=True)
+        else:
+            places = [Path(wanted)] if wanted else []
+            if wanted and places[0].resolve().parent == self.before.resolve():
+                raise ValueError(f"--resume_from_checkpoint {wanted}: move it out of {self.before}, which is replaced")
+        step, kept = 0, 0
+        for place in places:
             about, problem = _read_about(place)
             if about is not None:
-                return place, about
+                check_same_run(about["run"], self.run, self.accelerator.print)
+                self._restore(place)
+                for name, each in self.tracked.items():
+                    each.load_state_dict(about["tracked"][name])
+                step = about["step"]
+                kept = step if place.resolve().parent == self.folder.resolve() else 0
+                self.accelerator.print(f"resuming from {place}, after step {step:,} of {self.run['num_steps']:,}")
+                break
+            if wanted != NEWEST:
+                raise ValueError(f"--resume_from_checkpoint {place} is not a whole training checkpoint: {problem}")
             self.accelerator.print(f"{place} is not whole and is passed over: {problem}")
-        return None
+        if wanted != NEWEST:
+            self._move_aside(kept)
+        return step
 
     def _move_aside(self, step: int) -> None:
         """Move the training checkpoints after this step to checkpoints.before, in place of what is there."""
@@ -173,12 +165,22 @@ class Checkpoints:
         for name, value in own.items():
             value.copy_(shard_like(weights[name], value))
         state = torch.load(place / FILES[1], map_location="cpu", weights_only=True)
-        load_optimizer_state(self.optimizer, state["optimizer"])
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for number, moments in state["optimizer"]["state"].items():
+            for name, value in moments.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameters[number].shape:
+                    moments[name] = shard_like(value, parameters[number])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if len(state["random"]) == self.accelerator.num_processes:
-            set_random_state(state["random"][self.accelerator.process_index])
+            own_state = state["random"][self.accelerator.process_index]
+            random.setstate(own_state["python"])
+            np.random.set_state(own_state["numpy"])
+            torch.set_rng_state(own_state["torch"])
+            if own_state["cuda"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(own_state["cuda"])
 
 
 def _read_about(place: Path) -> tuple[dict[str, Any] | None, str]:
@@ -193,50 +195,15 @@ def _read_about(place: Path) -> tuple[dict[str, Any] | None, str]:
     return about, ""
 
 
-def full_optimizer_state(optimizer: Any, keep: bool) -> dict[str, Any]:
-    """Its state_dict(), gathered if it is sharded, in the process that keeps it; all ranks call it."""
-    found = optimizer.state_dict()
-    states = {
-        number: {name: gather(value, keep) for name, value in state.items()} for number, state in found["state"].items()
-    }
-    return {**found, "state": states}
-
-
-def load_optimizer_state(optimizer: Any, found: dict[str, Any]) -> None:
-    """Load the result of full_optimizer_state, under any number of processes, sharded or not."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    states = {
-        number: {
-            name: shard_like(value, parameters[number]) if _has_shape_of(parameters[number], value) else value
-            for name, value in state.items()
-        }
-        for number, state in found["state"].items()
-    }
-    optimizer.load_state_dict({**found, "state": states})
-
-
-def _has_shape_of(parameter: torch.Tensor, value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.shape == parameter.shape
-
-
 def random_state() -> dict[str, Any]:
     """Of every generator that training may use, in this process."""
-    name, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "numpy": (state[0], state[1].tolist(), *state[2:]),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    name, keys, *rest = state["numpy"]
-    random.setstate(state["python"])
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def describe_run(arguments: TrainingArguments, data: TrainData, world_size: int) -> dict[str, Any]:
@@ -253,20 +220,21 @@ def describe_run(arguments: TrainingArguments, data: TrainData, world_size: int)
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], log: Callable[[str], Any]) -> None:
     """Log what differs from the run of a training checkpoint. Raises ValueError if it must not differ."""
-    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    differences = {name: f"{name}: {before.get(name)!r} then, {now.get(name)!r} now" for name in changed}
-    if fixed := [differences[name] for name in changed if name in FIXED]:
+    differences = {
+        name: f"{name}: {before.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    }
+    if fixed := [text for name, text in differences.items() if name in FIXED]:
         raise ValueError(
             "--resume_from_checkpoint would continue another run:\n  " + "\n  ".join(fixed) + "\n"
             "Give the same values (gradient_accumulation_steps x processes must stay the same, data the same records), "
             "or start a new run in another --output_dir."
         )
-    for name in changed:
-        note = "equal to float error" if name in ("world_size", "gradient_accumulation_steps") else "different"
-        log(
-            f"resuming with another {differences[name]}. It is allowed; the result will be {note}, compared with a run "
-            "that never stopped"
-        )
+    for name, text in differences.items():
+        same = name in ("world_size", "gradient_accumulation_steps")
+        note = "equal up to float error to" if same else "different from"
+        log(f"resuming with another {text}. It is allowed; the result will be {note} that of an uninterrupted run")
 
 
 class StopSignal:
@@ -331,9 +299,9 @@ class EarlyStopping:
         return 0 < self.patience <= self.misses
 
     def state_dict(self) -> dict[str, Any]:
-        return {"metric": self.metric, "value": self.value, "step": self.step, "misses": self.misses}
+        return {name: value for name, value in vars(self).items() if name != "patience"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the state, unless it is about another metric."""
         if state["metric"] == self.metric:
-            self.value, self.step, self.misses = state["value"], state["step"], state["misses"]
+            vars(self).update(state)

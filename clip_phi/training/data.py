@@ -14,7 +14,7 @@ from ..batching.dataset import ImageReader, SampleDataset, SampleStream, make_lo
 from ..batching.index import Index, load_index
 from ..batching.sampler import Batches, EndlessSampler, FixedBatches, PackedBatches
 from ..data.mixture import Mixture
-from ..data.report import RecordError, Report, Skip
+from ..data.report import Report, Skip
 from ..data.sample import Sample
 from ..data.source import DataSource, parse_source
 from .arguments import TrainingArguments
@@ -99,8 +99,7 @@ def read_data(arguments: TrainingArguments, processor: Any, read: ImageReader, a
         if not held_out:
             indexes, held_out["held_out"] = hold_out(indexes, arguments.holdout_images)
             accelerator.print(f"{len(held_out['held_out']):,} images are held out of training")
-        empty = [source.name for source, index in zip(sources, indexes, strict=True) if not len(index)]
-        if empty:
+        if empty := [source.name for source, index in zip(sources, indexes, strict=True) if not len(index)]:
             raise ValueError(f"no sample to train on in {', '.join(empty)} (of {report.records:,} records)")
         train = SampleDataset(indexes, read, arguments.conversations_per_image)
         weights = [source.weight for source in sources if source.weight is not None]
@@ -150,18 +149,13 @@ def hold_out(indexes: list[Index], num_images: int) -> tuple[list[Index], Index]
 def _readable(index: Index, read: ImageReader, arguments: TrainingArguments, name: str) -> Index:
     """The first --max_eval_images samples, without those whose image cannot be read."""
     index = index.take(np.arange(min(len(index), arguments.max_eval_images)))
-    good = []
-    report = Report()
+    good, report, samples = [], Report(), SampleDataset([index], read)
     report.add(index.report)
     for number in range(len(index)):
-        image = index.image(number)
-        try:
-            if image is not None:
-                read(image)
+        if isinstance(item := samples[0, number], Skip):
+            report.skip(item)
+        else:
             good.append(number)
-        except RecordError as error:
-            origin = index.sample(number).origins[0]
-            report.skip(Skip(error.kind, origin, error.detail, index.num_conversations(number)))
     report.refuse_bad(arguments.max_bad_fraction)
     if not good:
         raise ValueError(f"nothing to evaluate on: no sample of {name} can be used\n{report.table()}")

@@ -13,7 +13,7 @@ from ..batching.images import load_image
 from ..batching.index import Index
 from ..batching.packing import PackedBatch
 from ..data.report import Report
-from ..data.sample import File, as_messages
+from ..data.sample import as_messages
 from ..evaluation.answers import Decoding, Processes
 from ..evaluation.evaluate import evaluate_answers
 from ..evaluation.generate import generate_texts, held_out_loss
@@ -27,7 +27,8 @@ class Evaluation:
     """The result of one evaluation.
 
     losses: of each validation set, its summed loss in nats and its number of supervised tokens. texts: for
-    samples.jsonl; none but in the main process. scores: {metric: {score, blind, shuffled}} of --eval_task."""
+    samples.jsonl; none but in the main process. scores: {metric: {score, blind, shuffled}} of --eval_task, its own
+    metric first; the same on all ranks."""
 
     losses: dict[str, tuple[float, float]]
     texts: list[dict[str, Any]]
@@ -47,11 +48,8 @@ class Evaluator:
     def __post_init__(self) -> None:
         self.eval_set: EvalSet | None = None
         if self.arguments.eval_task != "none":
-            samples = [
-                index.sample(number)
-                for index in self.held_out.values()
-                for number in range(min(len(index), self.arguments.eval_task_images))
-            ]
+            most, held_out = self.arguments.eval_task_images, self.held_out.values()
+            samples = [index.sample(number) for index in held_out for number in range(min(len(index), most))]
             self.eval_set = make_eval_set(self.arguments.eval_task, samples, Report())
 
     def evaluate(self, model: Any, plain_model: Any, to_device: Callable[[PackedBatch], PackedBatch]) -> Evaluation:
@@ -68,22 +66,16 @@ class Evaluator:
         if accelerator.is_main_process or is_sharded(accelerator):
             for held_out in self.held_out.values():
                 texts += sample_texts(plain_model, self.processor, held_out, self.arguments)
-        return Evaluation(losses, texts, self.run_eval_task(plain_model))
-
-    def run_eval_task(self, model: Any) -> dict[str, dict[str, float]]:
-        """{metric: {score, blind, shuffled}} of --eval_task, the task's own metric first; the same on all ranks."""
         if self.eval_set is None:
-            return {}
+            return Evaluation(losses, texts, {})
         processes = Processes()  # sharded weights: every rank generates everything, since forward passes are collective
         if not is_sharded(self.accelerator):
             processes = Processes(self.accelerator.process_index, self.accelerator.num_processes, gather_object)
         batch_size = max(self.arguments.per_device_eval_batch_size, 32)
         decoding = Decoding(max_new_tokens=self.arguments.max_new_tokens, batch_size=batch_size)
-        metrics = evaluate_answers(model, self.processor, self.eval_set, decoding, processes=processes).result[
-            "metrics"
-        ]
-        own = self.eval_set.metric
-        return {name: metrics[name] for name in sorted(metrics, key=lambda name: name != own)}
+        found = evaluate_answers(plain_model, self.processor, self.eval_set, decoding, processes=processes)
+        scores, own = found.result["metrics"], self.eval_set.metric
+        return Evaluation(losses, texts, {own: scores[own], **scores})
 
 
 def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[list[tuple[int, int]]]:
@@ -98,21 +90,14 @@ def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) 
 def sample_texts(model: Any, processor: Any, held_out: Index, arguments: TrainingArguments) -> list[dict[str, Any]]:
     """The generated answer to the first question about a few held-out images, beside the reference."""
     with_image = (number for number in range(len(held_out)) if held_out.has_image(number))
-    chosen = [held_out.sample(number) for number in islice(with_image, arguments.num_sample_texts)]
-    prompts, questions, references = [], [], []
-    for sample in chosen:
-        conversation = sample.conversations[0]
+    prompts, found = [], []
+    for sample in map(held_out.sample, islice(with_image, arguments.num_sample_texts)):
+        conversation, image = sample.conversations[0], sample.image
+        assert image is not None
         answer = next(place for place, turn in enumerate(conversation) if turn.role == "assistant")
-        assert sample.image is not None
-        prompts.append((as_messages(conversation[:answer], has_image=True), load_image(sample.image)))
-        questions.append(conversation[answer - 1].text if answer else None)
-        references.append(conversation[answer].text)
+        prompts.append((as_messages(conversation[:answer], has_image=True), load_image(image)))
+        name = f"{len(image)} bytes" if isinstance(image, bytes) else str(image)
+        question = conversation[answer - 1].text if answer else None
+        found.append({"image": name, "question": question, "written": conversation[answer].text})
     generated = generate_texts(model, processor, prompts, arguments.max_new_tokens)
-    return [
-        {"image": _name(sample.image), "question": question, "generated": text, "written": reference}
-        for sample, question, text, reference in zip(chosen, questions, generated, references, strict=True)
-    ]
-
-
-def _name(image: File | bytes | None) -> str:
-    return f"{len(image)} bytes" if isinstance(image, bytes) else str(image)
+    return [text | {"generated": each} for text, each in zip(found, generated, strict=True)]

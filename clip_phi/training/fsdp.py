@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env, recursively_apply
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -27,12 +27,12 @@ REFUSED = {
 }
 
 
-def process_group_kwargs() -> list[KwargsHandler]:
+def process_group_kwargs() -> list[InitProcessGroupKwargs]:
     """The timeout for Accelerator after which a process that blocks on the others ends the run.
 
     Raises ValueError if another engine than DDP or FSDP2 is configured."""
     for name, reason in REFUSED.items():
-        if _is_set(name):
+        if parse_flag_from_env(name):
             raise ValueError(f"{reason}: {INSTEAD}")
     text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_SECONDS))
     if not text.isdigit() or int(text) == 0:
@@ -50,28 +50,25 @@ def check_fsdp_config(accelerator: Accelerator, arguments: TrainingArguments) ->
     Accelerate turns FSDP into DDP, or one process, where it has no GPU: a line says so. Raises ValueError, with all
     problems, for what is not supported."""
     if not is_sharded(accelerator):
-        if _is_set("ACCELERATE_USE_FSDP"):
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
             instead = "DDP, with all weights in each process" if accelerator.num_processes > 1 else "one process"
             accelerator.print(f"FSDP was asked for, but Accelerate has it on several GPUs only: this run is {instead}")
         return
-    plugin = accelerator.state.fsdp_plugin
-    problems = []
-    if plugin.fsdp_version != 2:
-        problems.append(f"fsdp_version: 2, not {plugin.fsdp_version}: version 1 cannot mix frozen and trained weights")
-    if plugin.cpu_ram_efficient_loading:
-        problems.append("fsdp_cpu_ram_efficient_loading: false: it would lose the vision tower")
-    if plugin.activation_checkpointing:
-        problems.append("fsdp_activation_checkpointing: false: it renames weights; --gradient_checkpointing does not")
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        problems.append("fsdp_offload_params: false: it is not supported")
-    if accelerator.mixed_precision == "fp16":
-        problems.append("mixed_precision: bf16 or 'no': fp16 is not supported under FSDP")
-    if arguments.optim not in ("auto", "adamw_torch_fused"):
-        problems.append(f"--optim adamw_torch_fused: {arguments.optim} (bitsandbytes) cannot step sharded weights")
-    if isinstance(arguments, Stage2Arguments) and arguments.quantization != "none":
-        problems.append("--quantization none: quantised weights are not sharded; with them a GPU holds the whole model")
-    if problems:
-        raise ValueError("FSDP needs " + "\n       ".join(problems) + f"\n       Or {INSTEAD}")
+    plugin, version = accelerator.state.fsdp_plugin, accelerator.state.fsdp_plugin.fsdp_version
+    quantized = isinstance(arguments, Stage2Arguments) and arguments.quantization != "none"
+    needs = {
+        f"fsdp_version: 2, not {version}: version 1 cannot mix frozen and trained weights": version == 2,
+        "fsdp_cpu_ram_efficient_loading: false: it would lose the vision tower": not plugin.cpu_ram_efficient_loading,
+        "fsdp_activation_checkpointing: false (--gradient_checkpointing instead)": not plugin.activation_checkpointing,
+        "fsdp_offload_params: false: it is not supported": not isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "mixed_precision: bf16 or 'no': fp16 is not supported under FSDP": accelerator.mixed_precision != "fp16",
+        f"--optim adamw_torch_fused: {arguments.optim} (bitsandbytes) cannot step sharded weights": (
+            arguments.optim in ("auto", "adamw_torch_fused")
+        ),
+        "--quantization none: quantised weights are not sharded; a GPU would hold the whole model": not quantized,
+    }
+    if problems := [need for need, is_met in needs.items() if not is_met]:
+        raise ValueError("\n       ".join([f"FSDP needs {problems[0]}", *problems[1:], f"Or {INSTEAD}"]))
 
 
 def prepare(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[Any, Any]:
@@ -99,13 +96,11 @@ def prepare(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[Any, 
 
 def trained_weights(model: Any) -> dict[str, torch.Tensor]:
     """By name, sharing memory with the model; slices if it is sharded."""
-    _reshard(model)
+    # After an evaluation the root's weights are still unsharded, and rounded to the precision of the forward pass.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be sharded, on its device; all ranks call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -137,17 +132,5 @@ def full_state_dict(accelerator: Accelerator, model: Any, merged: bool) -> dict[
     All ranks call it; only the main process gets the weights."""
     if not is_sharded(accelerator):
         return None
-    _reshard(model)
-    weights = model.state_dict() if merged else trained_weights(model)
-    return {name: gather(value, accelerator.is_main_process) for name, value in weights.items()}
-
-
-def _reshard(model: Any) -> None:
-    # After an evaluation the root's weights are still unsharded, and rounded to the precision of the forward pass.
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("1", "true", "yes", "on")
+    weights = trained_weights(model)  # also before state_dict(), since it makes the weights slices again
+    return recursively_apply(gather, dict(model.state_dict()) if merged else weights, accelerator.is_main_process)

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import recursively_apply
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..batching.packing import PackedBatch
-from ..environment import describe_environment, without_secrets
+from ..environment import without_secrets
 from .arguments import TrainingArguments
-from .data import TrainData
 from .fsdp import gather, local, trained_weights
 
 STALL_SECONDS = 60
@@ -28,8 +27,6 @@ MAX_SAVED = 10  # bad steps whose batches are saved; each holds its images
 MAX_IN_A_ROW = 50  # steps without an update: a run that only skips learns nothing
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # torch.save and safetensors have their own for a full disk
-
-
 GUARD_STATE = {"skipped": 0, "in_a_row": 0, "spikes": 0, "seen": 0, "mean": 0.0, "square": 0.0}
 
 
@@ -70,13 +67,14 @@ class NonFiniteGuard:
         loss, grad_norm = numbers
         self.state["skipped"] += 1
         place = self.folder / "not_finite" / f"step-{step:08}"
-        weights = {name: gather(value, ranks.is_main_process) for name, value in trained_weights(model).items()}
+        weights = recursively_apply(gather, trained_weights(model), ranks.is_main_process)
         if self.state["skipped"] <= MAX_SAVED:
             place.mkdir(parents=True, exist_ok=True)
             about = {"step": step, "loss": loss, "grad_norm": grad_norm, "origins": [pack.origins for pack in packs]}
-            torch.save(about | {"inputs": [_on_cpu(pack) for pack in packs]}, place / f"rank-{ranks.process_index}.pt")
+            inputs = [dict(pack.to(torch.device("cpu")).inputs) for pack in packs]
+            torch.save(about | {"inputs": inputs}, place / f"rank-{ranks.process_index}.pt")
             if ranks.is_main_process:
-                save_file({name: value.contiguous() for name, value in weights.items()}, place / "trained.safetensors")
+                save_file(weights, place / "trained.safetensors")
         origins = ", ".join(origin for pack in packs for origin in pack.origins)
         saved = f"saved in {place}" if place.exists() else f"not saved, after {MAX_SAVED} others"
         message = f"step {step}: loss {loss}, gradient norm {grad_norm}; its samples: {origins}; {saved}"
@@ -110,8 +108,7 @@ def frozen_hashes(model: torch.nn.Module) -> dict[str, int]:
 
 def check_frozen(before: dict[str, int], model: torch.nn.Module) -> None:
     """Raises ValueError if the hash of a frozen weight has changed."""
-    moved = [name for name, found in frozen_hashes(model).items() if found != before[name]]
-    if moved:
+    if moved := [name for name, found in frozen_hashes(model).items() if found != before[name]]:
         raise ValueError(
             f"{len(moved)} frozen weights changed in training ({', '.join(moved[:3])}): the saved model gets them from "
             "the original backbones, so it is not the model that was trained"
@@ -121,11 +118,11 @@ def check_frozen(before: dict[str, int], model: torch.nn.Module) -> None:
 @contextmanager
 def stalled_data_warning(describe: Callable[[], str]) -> Iterator[None]:
     """Print which data a step needs if they take too long. Raises OSError that names them if a worker has died."""
-    seconds = STALL_SECONDS
-    # described only when it is printed: that reads the index
-    timer = threading.Timer(
-        seconds, lambda: print(f"no data for {seconds} s: {describe()}", file=sys.stderr, flush=True)
-    )
+
+    def warn() -> None:
+        print(f"no data for {STALL_SECONDS} s: {describe()}", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(STALL_SECONDS, warn)
     timer.daemon = True
     timer.start()
     try:
@@ -144,15 +141,16 @@ def stalled_data_warning(describe: Callable[[], str]) -> Iterator[None]:
 @contextmanager
 def oom_hint(step: int, packs: Sequence[PackedBatch], device: torch.device) -> Iterator[None]:
     """Turn an out-of-memory error into a line that names a size of the forward pass that fits."""
-    tokens = max(pack.inputs["input_ids"].numel() for pack in packs)
-    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    most = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    held, most, limit = 0, 0, None
+    if device.type == "cuda":
+        held, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        limit = torch.cuda.get_device_properties(device).total_memory
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no class of its own
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        limit = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        tokens = max(pack.inputs["input_ids"].numel() for pack in packs)
         fits = fitting_tokens(tokens, held, most, limit)
         raise OSError(
             f"step {step}: out of memory with {tokens:,} tokens in a forward pass. About {fits:,} would fit: "
@@ -197,7 +195,7 @@ def room_needed(arguments: TrainingArguments, trained: int, total: int, bytes_pe
 
 
 @contextmanager
-def tolerate_write_errors(what: str, last: bool) -> Iterator[None]:
+def tolerate_write_errors(what: str, last: bool = False) -> Iterator[None]:
     """A disk that is full for a while costs a file, not the run; at the last step it is an error."""
     try:
         yield
@@ -207,31 +205,9 @@ def tolerate_write_errors(what: str, last: bool) -> Iterator[None]:
         print(f"{what} was not written, and training goes on: {error}", file=sys.stderr, flush=True)
 
 
-def run_record(
-    arguments: TrainingArguments, data: TrainData, accelerator: Accelerator, sizes: tuple[int, int], peak: float | None
-) -> dict[str, Any]:
-    """What run.json holds at the start of a run. sizes: trainable and all parameters. peak: FLOP/s of one device."""
-    return {
-        "command": sys.argv,
-        "options": {name: value for name, value in vars(arguments).items() if name != "given"},
-        "num_steps": data.num_steps,
-        "parameters": sizes[1],
-        "trainable_parameters": sizes[0],
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-        "data": {"fingerprint": data.fingerprint, "records": data.report.records},
-        "peak_flops": peak,
-        "environment": describe_environment(),
-    }
-
-
 def write_run(path: Path, record: dict[str, Any]) -> None:
     """Write run.json under another name and rename it, over that of an earlier part of the run; without tokens."""
     aside = path.with_suffix(".making")
     text = without_secrets(json.dumps(record, indent=2, ensure_ascii=False))
     aside.write_text(text + "\n", encoding="utf-8")
     os.replace(aside, path)
-
-
-def _on_cpu(pack: PackedBatch) -> dict[str, Any]:
-    return dict(pack.to(torch.device("cpu")).inputs)

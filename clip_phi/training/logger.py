@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from ..batching.packing import PackedBatch
 from ..data.report import Report
 from ..environment import peak_memory_bytes
 from .evaluate import Evaluation
+from .guards import tolerate_write_errors
 from .model import is_linear
 
 
@@ -43,13 +44,10 @@ class FlopsPerToken(NamedTuple):
 
     @classmethod
     def of(cls, model: Any) -> "FlopsPerToken":
-        parts = model.model
-        tower = 2 * sum(_weights(module) for module in parts.vision_tower.modules())
-        projector = sum((2 + 2 * _is_trained(module)) * _weights(module) for module in parts.projector.modules())
-        patches = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
-        decoder = sum((4 + 2 * _is_trained(module)) * _weights(module) for module in parts.language_model.modules())
-        head = (4 + 2 * _is_trained(model.lm_head)) * _weights(model.lm_head)
-        return cls(decoder, head, (tower + projector) * patches)
+        parts, vision = model.model, model.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        image = _flops(parts.vision_tower, 2, 2) + _flops(parts.projector, 2, 4)
+        return cls(_flops(parts.language_model, 4, 6), _flops(model.lm_head, 4, 6), image * patches)
 
     def counts_of(self, pack: PackedBatch) -> StepCounts:
         tokens = pack.inputs["input_ids"].numel()
@@ -58,15 +56,15 @@ class FlopsPerToken(NamedTuple):
         return StepCounts(pack.num_conversations, pack.num_supervised, tokens, flops)
 
 
-def _weights(module: torch.nn.Module) -> int:
-    """Elements of a layer's matrix, 0 for other layers; a quantised matrix counts with its original size."""
-    if isinstance(module, torch.nn.Linear):
-        return module.in_features * module.out_features
-    return module.weight.numel() if is_linear(module) or isinstance(module, torch.nn.Conv2d) else 0
-
-
-def _is_trained(module: torch.nn.Module) -> bool:
-    return is_linear(module) and module.weight.requires_grad
+def _flops(part: torch.nn.Module, frozen: int, trained: int) -> int:
+    """Of a token: so many for each weight of the part's layers. A quantised matrix counts with its original size."""
+    total = 0
+    for layer in part.modules():
+        if is_linear(layer) or isinstance(layer, torch.nn.Conv2d):
+            is_plain = isinstance(layer, torch.nn.Linear)
+            size = layer.in_features * layer.out_features if is_plain else layer.weight.numel()
+            total += size * (trained if layer.weight.requires_grad else frozen)
+    return total
 
 
 class TrainingLogger:
@@ -79,8 +77,6 @@ class TrainingLogger:
     records. On a terminal a progress bar shows the last line; elsewhere each line is printed.
 
     Args:
-        folder: of the run.
-        num_steps: of the run.
         active: whether this is the main process.
         device: whose peak memory is logged.
         steps_per_epoch: None for a stream.
@@ -106,7 +102,6 @@ class TrainingLogger:
         self._loss_sum, self._tokens = 0.0, 0  # since the last line
         self._step = 0  # of the last line, or the one that the run is resumed after
         self._since, self._waited = time.perf_counter(), 0.0
-        self.lost_lines = 0
         self._bar = tqdm(disable=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,10 +116,16 @@ class TrainingLogger:
         self._step = first_step
         if self.active:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                self._truncate(name, first_step)
-            hidden = not sys.stderr.isatty()
-            self._bar = tqdm(total=self.num_steps, initial=first_step, unit="step", disable=hidden, dynamic_ncols=True)
+            for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+                records = []
+                for line in path.read_text(encoding="utf-8").splitlines() if first_step and path.exists() else []:
+                    with suppress(ValueError):  # torn, where a run was killed or the disk was full
+                        records.append(json.loads(line))
+                kept = [record for record in records if record["step"] <= first_step]
+                path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+                for key, points in (("loss", self.losses), ("eval_loss", self.eval_losses)):
+                    points += [(record["step"], record[key]) for record in kept if key in record]
+            self._bar = tqdm(total=self.num_steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
         self._since = time.perf_counter()
 
     def count(self, work: StepCounts, loss: float | None, waited: float) -> None:
@@ -149,19 +150,21 @@ class TrainingLogger:
         waiting, self._waited, self._last, self._step = self._waited / seconds, 0.0, self.seen, step
         loss, self._loss_sum, self._tokens = self._loss_sum / max(self._tokens, 1), 0.0, 0
         self.losses.append((step, loss))
-        line: dict[str, Any] = {"step": step}
-        if self.steps_per_epoch:
-            line["epoch"] = round(step / self.steps_per_epoch, 4)
-        line |= {"loss": loss, **values, "samples_seen": self.seen.samples, "tokens_seen": self.seen.tokens}
-        line["samples_per_second"] = round(rate.samples, 2)
-        line["supervised_tokens_per_second"] = round(rate.supervised, 1)
-        line["data_wait_share"] = round(waiting, 4)
-        line["tflops"] = round(rate.flops / 1e12, 4)
-        if self.peak:
-            line["mfu"] = round(rate.flops / self.peak, 4)
-        line["peak_memory_gb"] = round(peak_memory_bytes(self.device) / 1e9, 3)
-        self._write("metrics.jsonl", line)
-        self.track({name: value for name, value in line.items() if name != "step"}, step=step)
+        line = {
+            **({"epoch": round(step / self.steps_per_epoch, 4)} if self.steps_per_epoch else {}),
+            "loss": loss,
+            **values,
+            "samples_seen": self.seen.samples,
+            "tokens_seen": self.seen.tokens,
+            "samples_per_second": round(rate.samples, 2),
+            "supervised_tokens_per_second": round(rate.supervised, 1),
+            "data_wait_share": round(waiting, 4),
+            "tflops": round(rate.flops / 1e12, 4),
+            **({"mfu": round(rate.flops / self.peak, 4)} if self.peak else {}),
+            "peak_memory_gb": round(peak_memory_bytes(self.device) / 1e9, 3),
+        }
+        self._write("metrics.jsonl", {"step": step, **line})
+        self.track(line, step=step)
         mfu = f", MFU {line['mfu']:.0%}" if self.peak else ""
         text = (
             f"loss {loss:.3f}, {rate.samples:.1f} samples/s, {rate.supervised:.0f} supervised tokens/s{mfu}, "
@@ -196,10 +199,8 @@ class TrainingLogger:
             self._write("samples.jsonl", {"step": step, **sample})
             self._print(f"  {sample['image']}: {sample['generated']!r} (reference: {sample['written']!r})")
         if self.active:
-            try:
+            with tolerate_write_errors(f"{self.folder}/curve.png"):
                 draw_curve(self.folder / "curve.png", self.losses, self.eval_losses)
-            except OSError as error:
-                self._lost("curve.png", error)
         return {"loss": eval_loss, **{metric: values["score"] for metric, values in scores.items()}}
 
     @contextmanager
@@ -212,29 +213,11 @@ class TrainingLogger:
     def close(self, report: Report) -> None:
         """Write data_report.json: all that was skipped or repaired, before and during training."""
         self._bar.close()
-        if self.lost_lines:
-            print(f"{self.lost_lines:,} lines of the log were lost: the disk was full", file=sys.stderr)
         if self.active:
             text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False)
             (self.folder / "data_report.json").write_text(text + "\n", encoding="utf-8")
             if report.num_skipped:
                 print(f"{report.num_skipped:,} of {report.records:,} records were skipped:\n{report.table()}")
-
-    def _truncate(self, name: str, step: int) -> None:
-        path = self.folder / name
-        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        kept = []
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:  # the last one, of a run that was killed
-                continue
-            if record["step"] <= step:
-                kept.append(line + "\n")
-                for key, points in (("loss", self.losses), ("eval_loss", self.eval_losses)):
-                    if key in record:
-                        points.append((record["step"], record[key]))
-        path.write_text("".join(kept), encoding="utf-8")
 
     def _print(self, text: str) -> None:
         if self.active:
@@ -243,36 +226,26 @@ class TrainingLogger:
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         if self.active:
-            try:
-                with open(self.folder / name, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                self._lost(name, error)
-
-    def _lost(self, name: str, error: OSError) -> None:
-        if not self.lost_lines:
-            print(f"{self.folder / name} was not written, and training goes on: {error}", file=sys.stderr, flush=True)
-        self.lost_lines += 1
-
-
-def smoothed(values: Sequence[float], span: float) -> list[float]:
-    """The exponential moving average of about so many values, each weighted as if there were none before the first."""
-    found, total, weights = [], 0.0, 0.0
-    for value in values:
-        total, weights = total * (1 - 1 / span) + value, weights * (1 - 1 / span) + 1
-        found.append(total / weights)
-    return found
+            path = self.folder / name
+            with tolerate_write_errors(f"a line of {path}"), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 def draw_curve(path: Path, losses: list[tuple[int, float]], eval_losses: list[tuple[int, float]]) -> None:
-    """Draw training and held-out loss (nats per supervised token) over the steps, as a png."""
+    """Draw training and held-out loss (nats per supervised token) over the steps, as a png.
+
+    The smoothed loss is an exponential moving average, without a bias to the first values."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     steps, values = zip(*losses, strict=True) if losses else ((), ())
+    decay, total, weights, smoothed = 1 - 1 / max(1, len(values) / 20), 0.0, 0.0, []
+    for value in values:
+        total, weights = total * decay + value, weights * decay + 1
+        smoothed.append(total / weights)
     axes.plot(steps, values, color="0.8", label="training")
-    axes.plot(steps, smoothed(values, max(1, len(values) / 20)), color="tab:orange", label="training, smoothed")
+    axes.plot(steps, smoothed, color="tab:orange", label="training, smoothed")
     axes.plot(*zip(*eval_losses, strict=True), "o-", color="tab:blue", label="held out")
     axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
     axes.legend()

@@ -22,17 +22,19 @@ from .optim import choose_optimizer
 
 
 def load_processor(arguments: TrainingArguments) -> ClipPhiProcessor:
-    with _named_weights(arguments):
-        if isinstance(arguments, Stage1Arguments):
-            return load_with_retries(
-                ClipPhiProcessor.from_backbones,
-                arguments.vision_backbone,
-                arguments.text_backbone,
-                vision_revision=arguments.vision_revision,
-                text_revision=arguments.text_revision,
-            )
-        assert isinstance(arguments, Stage2Arguments)
-        return load_with_retries(ClipPhiProcessor.from_pretrained, arguments.init_from)
+    names, revisions = _origins(arguments)
+    load = ClipPhiProcessor.from_backbones if revisions else ClipPhiProcessor.from_pretrained
+    with _named_weights(names):
+        return load_with_retries(load, *names, **revisions)
+
+
+def _origins(arguments: TrainingArguments) -> tuple[list[str], dict[str, str | None]]:
+    """The weights that the stage starts from: two backbones and their revisions, or one model."""
+    if isinstance(arguments, Stage2Arguments):
+        return [arguments.init_from], {}
+    assert isinstance(arguments, Stage1Arguments)
+    revisions = {"vision_revision": arguments.vision_revision, "text_revision": arguments.text_revision}
+    return [arguments.vision_backbone, arguments.text_backbone], revisions
 
 
 def load_model(
@@ -42,18 +44,11 @@ def load_model(
 
     Frozen weights are held in the precision they are used in: under autocast, float32 ones are cast at each use."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    with _named_weights(arguments):
+    names, revisions = _origins(arguments)
+    with _named_weights(names):
         if isinstance(arguments, Stage1Arguments):
-            model = load_with_retries(
-                ClipPhiForCausalLM.from_backbones,
-                arguments.vision_backbone,
-                arguments.text_backbone,
-                vision_revision=arguments.vision_revision,
-                text_revision=arguments.text_revision,
-                image_token_id=processor.image_token_id,
-                projector_type=arguments.projector_type,
-                dtype=dtype,
-            )
+            own = {"image_token_id": processor.image_token_id, "projector_type": arguments.projector_type}
+            model = load_with_retries(ClipPhiForCausalLM.from_backbones, *names, **revisions, **own, dtype=dtype)
         else:
             assert isinstance(arguments, Stage2Arguments)
             model = _load_stage1(arguments, dtype, accelerator)
@@ -75,17 +70,14 @@ def resolve(arguments: TrainingArguments, accelerator: Accelerator, config: Clip
     if arguments.max_length > context:
         accelerator.print(f"--max_length is cut to the decoder's context, {context}")
         changes["max_length"] = context
-    if not arguments.merged and isinstance(arguments, Stage2Arguments) and arguments.tune_decoder == "full":
-        accelerator.print("--tune_decoder full: a merged model is saved, since all of the decoder changes")
+    changes_decoder = isinstance(arguments, Stage2Arguments) and arguments.tune_decoder == "full"
+    if not arguments.merged and (changes_decoder or not config.delta):
+        reason = "--tune_decoder full changes the decoder" if changes_decoder else "training starts from a merged model"
+        accelerator.print(f"{reason}, so a merged model is saved")
         changes["merged"] = True
-    elif not arguments.merged and not config.delta:
-        accelerator.print("training starts from a merged model, so a merged model is saved")
-        changes["merged"] = True
-    changes["per_device_eval_batch_size"] = (
-        arguments.per_device_eval_batch_size or arguments.per_device_train_batch_size
-    )
+    images, tokens = arguments.per_device_train_batch_size, arguments.max_tokens_per_batch
+    changes["per_device_eval_batch_size"] = arguments.per_device_eval_batch_size or images
     found = dataclasses.replace(arguments, **changes)
-    images, tokens = found.per_device_train_batch_size, found.max_tokens_per_batch
     accelerator.print(
         f"optimizer {found.optim}; mixed precision {accelerator.mixed_precision}; in a forward pass "
         f"{f'up to {tokens:,} tokens' if tokens else f'{images:,} images'} (evaluation: "
@@ -101,37 +93,33 @@ def open_cache(
     """The cache of --cache_features for this tower and this image processing, or None without that option."""
     if arguments.cache_features is None:
         return None
-    fingerprint = fingerprint_of(model, processor, arguments.image_processing)
-    vision_hidden = next(model.model.projector.parameters()).shape[1]
-    shape = (processor.num_image_tokens, vision_hidden)
-    return FeatureCache(arguments.cache_features, fingerprint, shape)
+    shape = (processor.num_image_tokens, next(model.model.projector.parameters()).shape[1])  # of an image's features
+    return FeatureCache(arguments.cache_features, fingerprint_of(model, processor, arguments.image_processing), shape)
 
 
 @contextmanager
-def _named_weights(arguments: TrainingArguments) -> Iterator[None]:
+def _named_weights(names: list[str]) -> Iterator[None]:
     """Errors of loading name the backbones or the model, and the ways out."""
     try:
         yield
     except (OSError, HFValidationError) as error:
-        names = [getattr(arguments, name, None) for name in ("vision_backbone", "text_backbone", "init_from")]
         raise OSError(
-            f"cannot load {' and '.join(filter(None, names))}: {error}\nA Hub id (user/name) needs a network the first "
+            f"cannot load {' and '.join(names)}: {error}\nA Hub id (user/name) needs a network the first "
             "time, and a folder must hold config.json. 'make demo' needs no download: it has its own backbones."
         ) from error
 
 
 def _load_stage1(arguments: Stage2Arguments, dtype: torch.dtype, accelerator: Accelerator) -> ClipPhiForCausalLM:
-    options: dict[str, Any] = {}
-    if arguments.quantization != "none":
-        options["quantization_config"] = quantization_config(arguments.quantization, dtype)
-        options["device_map"] = {"": accelerator.device}
+    kind, options = arguments.quantization, {}
+    if kind != "none":
+        options = {"quantization_config": quantization_config(kind, dtype), "device_map": {"": accelerator.device}}
     model = load_with_retries(ClipPhiForCausalLM.from_pretrained, arguments.init_from, dtype=dtype, **options)
-    if arguments.quantization != "none" and not model.config.delta:
+    if kind != "none" and not model.config.delta:
         raise ValueError(
-            f"--quantization {arguments.quantization}: {arguments.init_from} is a merged model, and only a delta "
-            "can be saved beside a quantised decoder; give the delta"
+            f"--quantization {kind}: {arguments.init_from} is a merged model, and only a delta can be saved beside a "
+            "quantised decoder; give the delta"
         )
-    if arguments.quantization == "nf4":
+    if kind == "nf4":
         from bitsandbytes.nn import Linear4bit
 
         for module in model.modules():
@@ -156,28 +144,15 @@ def add_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
     targets = sorted({name.rpartition(".")[2] for name in layers})
     if arguments.lora_targets != "auto":
         wanted = [name.strip() for name in arguments.lora_targets.split(",")]
-        if unknown := sorted(set(wanted) - set(targets)):
-            raise ValueError(
-                f"--lora_targets: the decoder has no linear layer {', '.join(unknown)}; it has {', '.join(targets)}"
-            )
+        if unknown := ", ".join(sorted(set(wanted) - set(targets))):
+            raise ValueError(f"--lora_targets: the decoder has no linear layer {unknown}; it has {', '.join(targets)}")
         targets = wanted
     # The tower has layers of the same names: only the decoder's are meant.
-    model.add_adapter(
-        LoraConfig(
-            r=arguments.lora_r,
-            lora_alpha=arguments.lora_alpha,
-            lora_dropout=arguments.lora_dropout,
-            target_modules=rf"model\.language_model\..*\.({'|'.join(targets)})",
-        )
-    )
+    pattern = rf"model\.language_model\..*\.({'|'.join(targets)})"
+    sizes = {"r": arguments.lora_r, "lora_alpha": arguments.lora_alpha, "lora_dropout": arguments.lora_dropout}
+    model.add_adapter(LoraConfig(target_modules=pattern, **sizes))
 
 
 def is_linear(module: torch.nn.Module) -> bool:
     """GPT-2's Conv1D is one, too."""
     return isinstance(module, (torch.nn.Linear, Conv1D))
-
-
-def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Trainable and all parameters."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)

@@ -6,7 +6,6 @@ import torch
 from transformers import get_scheduler
 
 from .arguments import Stage2Arguments, TrainingArguments
-from .fsdp import local
 
 
 def make_optimizer(model: torch.nn.Module, arguments: TrainingArguments, device: torch.device) -> torch.optim.Optimizer:
@@ -20,15 +19,10 @@ def make_optimizer(model: torch.nn.Module, arguments: TrainingArguments, device:
             part = "lora" if "lora_" in name else "projector" if ".projector." in name else "decoder"
             groups.setdefault((part, parameter.dim() > 1), []).append(parameter)
     rates = {"lora": arguments.lora_learning_rate} if isinstance(arguments, Stage2Arguments) else {}
-    parameters = [
-        {
-            "name": part,
-            "params": group,
-            "lr": rates.get(part, arguments.learning_rate),
-            "weight_decay": arguments.weight_decay if is_matrix else 0.0,
-        }
-        for (part, is_matrix), group in groups.items()
-    ]
+    parameters = []
+    for (part, is_matrix), group in groups.items():
+        rate, decay = rates.get(part, arguments.learning_rate), arguments.weight_decay if is_matrix else 0.0
+        parameters.append({"name": part, "params": group, "lr": rate, "weight_decay": decay})
     kind = choose_optimizer(arguments.optim, device)
     if kind == "adamw_torch_fused":
         return torch.optim.AdamW(parameters, fused=True)
@@ -46,12 +40,6 @@ def choose_optimizer(optim: str, device: torch.device, sharded: bool = False) ->
     if optim != "auto":
         return optim
     return "adam8bit" if device.type == "cuda" and not sharded else "adamw_torch_fused"
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of this process' optimizer states, after the first step."""
-    states = (value for state in optimizer.state.values() for value in state.values())
-    return sum(local(value).nbytes for value in states if isinstance(value, torch.Tensor))
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, arguments: TrainingArguments, num_steps: int) -> Any:
