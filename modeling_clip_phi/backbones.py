@@ -29,6 +29,7 @@ PLACEMENT = ["dtype", "device_map", "max_memory", "offload_folder", "quantizatio
 # Arguments that transformers' own classes and pipelines pass along, and that change nothing for a delta.
 PASSIVE = ["trust_remote_code", "code_revision", "adapter_kwargs", "use_safetensors", "weights_only"]
 PASSIVE += ["low_cpu_mem_usage", "_from_auto", "_from_pipeline", "_commit_hash"]
+CHANGED = torch.tensor(torch.nan)  # equal to nothing
 TEXT_HALF = ("text_model.", "text_projection", "visual_projection", "logit_")  # of a CLIP-like checkpoint
 
 
@@ -47,7 +48,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     whole_class: Any = None  # ClipPhiForCausalLM
-    loaded_backbones: dict[str, tuple] | None = None  # see sample_backbones
+    loaded_backbones: dict[str, torch.Tensor | None] | None = None  # see sample_backbones
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -129,9 +130,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
                         setattr(module, name, 0.0)
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
-        """Add a PEFT adapter; transformers' own method refuses peft 0.21 from 5.24 on.
-
-        Raises ImportError without peft, ValueError if the model has an adapter."""
+        """Add a PEFT adapter. Raises ValueError if there is one. transformers' own refuses peft 0.21 from 5.24 on."""
         peft = import_optional("peft", "a LoRA adapter needs peft")
         if getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError("the model has an adapter: save it with merged=True, and load that to add another one")
@@ -166,7 +165,9 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             if not self.config.delta or self.loaded_backbones is None:
                 raise ValueError("this model was not made from backbones: save it with merged=True")
             before, now = self.loaded_backbones, sample_backbones(self)
-            if lost := [name for name in now | before if not is_same(before.get(name), now.get(name))]:
+            if lost := [
+                name for name in now | before if not is_same(before.get(name, CHANGED), now.get(name, CHANGED))
+            ]:
                 count = f"{len(lost)} trainable or changed backbone weights ({lost[0]}, ...)"
                 raise ValueError(f"a delta checkpoint would lose {count}: save with merged=True")
             # Not state_dict(): it changes what bitsandbytes' 4-bit layers answer on a CPU (0.50.2, measured)
@@ -180,9 +181,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, merged: bool | None = None, **kwargs: Any) -> Any:
-        """Push as transformers does; merged as in save_pretrained. `clip-phi push` also writes a model card.
-
-        Raises ValueError for a delta of local folders."""
+        """Push without a model card; merged as in save_pretrained. Raises ValueError for a delta of local folders."""
         delta = self.config.delta and not merged
         if delta and (parts := local_parts(self.config)):
             folder = getattr(self.config, f"{parts[0]}_backbone")
@@ -193,9 +192,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
 
 
 def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, end_token: int | None) -> Any:
-    """A model of config's two backbones, frozen, with a new projector; dispatch() must follow.
-
-    Raises ValueError if a backbone lacks weights, or the vocabulary has no row for <image>."""
+    """A model of config's two backbones, frozen, with a new projector; dispatch() must follow."""
     if config.image_token_id >= (rows := config.text_config.vocab_size):
         problem = f"{rows} vocabulary rows and none of them is left for <image> (id {config.image_token_id})"
         raise ValueError(f"{config.text_backbone} has {problem}: give a copy whose embedding is resized")
@@ -351,8 +348,7 @@ def check_backbones(path: Any, config: ClipPhiConfig, hub: dict, other_text: boo
             raise OSError(f"{problem}: put it back there, or use a checkpoint saved with merged=True") from error
         known, now_there = getattr(config, f"{part}_config"), found.pop(f"{part}_config")
         for size in ("hidden_size", "vocab_size"):
-            before, now = (getattr(each, size, None) for each in (known, now_there))
-            if before != now:
+            if (before := getattr(known, size, None)) != (now := getattr(now_there, size, None)):
                 raise ValueError(f"{path} was trained on {backbone} with {size} {before}, which now has {size} {now}")
         for name, value in found.items():
             setattr(config, name, value)
@@ -381,30 +377,27 @@ def copy_weights(path: Any, found: dict[str, torch.Tensor], own: dict[str, torch
         weight.copy_(found[name])
 
 
-def sample_backbones(model: nn.Module) -> dict[str, tuple]:
-    """Of each backbone weight: is it trained; and one number of each row, or None.
+def sample_backbones(model: nn.Module) -> dict[str, torch.Tensor | None]:
+    """One number of each row of each backbone weight; NaN if it is trained; None if sharded, offloaded or quantised.
 
-    None are weights that are sharded, offloaded or quantised: their changes are not found. Otherwise a comparison finds
-    a merged adapter, a resized embedding, a tuned layer and an edited row; it may miss an edit of single numbers."""
-    samples = {}
+    A comparison finds a merged adapter, a resized embedding, a tuned layer and an edited row. It may miss an edit of
+    single numbers, and it misses changes of weights that are None."""
+    samples: dict[str, torch.Tensor | None] = {}
     for name, weight in model.named_parameters():
         if not name.startswith("model.projector.") and "lora_" not in name:
             column = None
             if weight.is_floating_point() and not (weight.is_meta or hasattr(weight, "device_mesh")):
                 rows = weight.detach().reshape(len(weight) if weight.dim() else 1, -1)
                 column = rows[:, rows.shape[1] // 2].to("cpu", copy=True)
-            samples[name.replace(".base_layer.", ".")] = (weight.requires_grad, column)
+            samples[name.replace(".base_layer.", ".")] = CHANGED if weight.requires_grad else column
     return samples
 
 
-def is_same(before: tuple | None, now: tuple | None) -> bool:
+def is_same(old: torch.Tensor | None, new: torch.Tensor | None) -> bool:
     """Whether two samples of a weight are equal; a cast to another floating-point type is not a change."""
-    if before is None or now is None or before[0] != now[0]:
-        return False
-    (_, old), (_, new), casts = before, now, (torch.bfloat16, torch.float16)
     if old is None or new is None:
         return new is None
-    return any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in (old.dtype, *casts))
+    return any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in (old.dtype, torch.bfloat16, torch.float16))
 
 
 @contextmanager
@@ -431,12 +424,11 @@ def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> No
     refuse_missing("state_dict", adapter_weights(model).keys() - weights.keys())
     if any(weight.is_meta for weight in weights.values()):
         raise ValueError("the adapter is offloaded: load the model without device_map to save it")
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{PEFT_PREFIX}{name}": weight.contiguous().cpu() for name, weight in weights.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (adapter_config,) = model.peft_config.values()
     adapter_config.base_model_name_or_path = model.config.text_backbone
     adapter_config.save_pretrained(folder)
+    tensors = {f"{PEFT_PREFIX}{name}": weight.contiguous().cpu() for name, weight in weights.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 @torch.no_grad()

@@ -87,8 +87,7 @@ class ClipPhiProcessor(ProcessorMixin):
     ) -> "ClipPhiProcessor":
         """The processor of a tower and a decoder; the arguments are those of ClipPhiForCausalLM.from_backbones.
 
-        <image> and <pad> take the decoder's first spare vocabulary rows (50295 and 50296 of phi-2's 51200), so its
-        embedding keeps its size. Raises ValueError if there are too few."""
+        <image> and <pad> take spare vocabulary rows (50295 and 50296 of phi-2's 51200); ValueError without them."""
         tokenizer = AutoTokenizer.from_pretrained(text, revision=text_revision or "main", **hub)
         if IMAGE_TOKEN not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
@@ -136,8 +135,8 @@ class ClipPhiProcessor(ProcessorMixin):
             expand_images: Whether an image is num_image_tokens <image> tokens, or a single one.
 
         Raises:
-            ValueError: If a text contains a special token or half a character, the template refuses the messages, or
-                the tokenizer joins the end of a prompt with its answer.
+            ValueError: A text has a special token or half a character, the template refuses the messages, or the
+                tokenizer joins the end of a prompt with its answer.
         """
         try:
             options = {"add_generation_prompt": add_generation_prompt, "return_assistant_tokens_mask": True}
