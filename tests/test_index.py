@@ -211,3 +211,16 @@ def test_held_out_images_leave_every_source(processor, tmp_path):
     assert held_out.image_names() == [str(paths[8]), str(paths[9]), None]
     assert kept_captions.image_names() == [str(path) for path in paths[:8]]
     assert kept_conversations.image_names() == [None, str(paths[3])]
+
+
+def test_a_view_counts_its_images_and_conversations(processor):
+    captions = tuple((Turn("assistant", text),) for text in ("a red circle", "one circle"))
+    talk = (Turn("user", "a star?"), Turn("assistant", "no"))
+    samples = [
+        Sample(b"pixels", captions, ("a", "b")),
+        Sample(None, (talk,), ("c",)),
+        Sample(b"other", (talk,), ("d",)),
+    ]
+    index = make_index(samples, processor, 200)
+    assert index.count() == (2, 4)
+    assert index.take(np.array([1, 2])).count() == (1, 2)

@@ -144,10 +144,18 @@ class Index:
         taken = (sorted(lengths, reverse=True)[:num_conversations] for lengths in self.table["lengths"].to_pylist())
         return self._with_prefix(np.array([sum(each) - len(each) for each in taken], dtype=np.int64))
 
+    def count(self) -> tuple[int, int]:
+        """Samples with an image, and conversations (a caption is one) of all samples."""
+        conversations = pc.list_value_length(self.table["lengths"]).to_numpy()
+        selected = slice(None) if self.selected is None else self.selected
+        return int(self._images()[selected].sum()), int(conversations[selected].sum())
+
+    def _images(self) -> np.ndarray:
+        return pc.or_(self.table["path"].is_valid(), self.table["bytes"].is_valid()).to_numpy()
+
     def _with_prefix(self, lengths: np.ndarray) -> np.ndarray:
-        has_image = pc.or_(self.table["path"].is_valid(), self.table["bytes"].is_valid()).to_numpy()
         without, with_image = map(len, self.prefixes)
-        lengths = lengths + np.where(has_image, with_image, without)
+        lengths = lengths + np.where(self._images(), with_image, without)
         return (lengths if self.selected is None else lengths[self.selected]).astype(np.int64)
 
 

@@ -122,9 +122,9 @@ def read_data(arguments: TrainingArguments, processor: Any, read: ImageReader, a
 
 
 def describe(name: str, index: Index) -> str:
-    """A line with the numbers of samples and records, and one for each kind of damage."""
-    report = index.report
-    text = f"{name}: {len(index):,} samples of {report.records:,} records, {report.num_skipped:,} records skipped"
+    """A line with the numbers of images and conversations (a caption is one), and one for each kind of damage."""
+    report, (images, conversations) = index.report, index.count()
+    text = f"{name}: {images:,} images, {conversations:,} conversations, {report.num_skipped:,} records skipped"
     return "\n".join(filter(None, [text, report.table()]))
 
 
