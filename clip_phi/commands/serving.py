@@ -53,6 +53,7 @@ def _add_server(command: argparse.ArgumentParser, port: int) -> None:
 
 
 def run_chat(arguments: argparse.Namespace) -> None:
+    choose_model(arguments)  # a wrong one is an error of its own, before gradio is imported
     from ..serving.chat import launch
     from ..serving.modalities import load_modalities
 
