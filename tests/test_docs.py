@@ -67,7 +67,7 @@ else:
 
 def shrink(command):
     """The same command on little work: fewer steps, the CPU, the demo's data in place of COCO and LLaVA-Instruct."""
-    command = command.replace("000000004001.jpg", "000000000025.jpg").replace("000000004002.jpg", "000000000026.jpg")
+    command = command.replace("000000004012.jpg", "000000000025.jpg").replace("000000004002.jpg", "000000000026.jpg")
     if command.startswith(".venv/bin/clip-phi serve"):  # until it answers
         port = free_port()
         poll = shlex.quote(POLL.replace("PORT", port))

@@ -244,8 +244,9 @@ def draw_curve(path: Path, losses: list[tuple[int, float]], eval_losses: list[tu
     for value in values:
         total, weights = total * decay + value, weights * decay + 1
         smoothed.append(total / weights)
-    axes.plot(steps, values, color="0.8", label="training")
-    axes.plot(steps, smoothed, color="tab:orange", label="training, smoothed")
+    axes.plot(steps, values, color="0.7", label="training")
+    if len(values) > 20:  # of fewer, the smoothed line is the line itself
+        axes.plot(steps, smoothed, color="tab:orange", label="training, smoothed")
     axes.plot(*zip(*eval_losses, strict=True), "o-", color="tab:blue", label="held out")
     axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
     axes.legend()
