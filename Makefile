@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install demo test test-demo test-full-size test-export test-oldest test-main test-oracle test-speech test-browser \
-	test-benchmarks test-load lint format bench clean
+	test-benchmarks test-load test-gpu lint format bench clean
 
 install: .venv/installed
 
@@ -87,6 +87,10 @@ test-benchmarks: install
 
 test-load: install
 	$(BIN)/python -m pytest -m load $(ARGS)
+
+# On a machine with a CUDA device; without one, all of it is skipped.
+test-gpu: install
+	CLIP_PHI_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -15,7 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-PACKED_ATTENTION = "clip_phi_packed"
+# Names for set_attn_implementation: the varlen kernel where there is one, and SDPA by bucket everywhere.
+PACKED_ATTENTION, SDPA_PACKED_ATTENTION = "clip_phi_packed", "clip_phi_sdpa_packed"
 ALIKE = 0.8  # samples at least so long, relative to the longest of them, are padded together in attention
 
 
@@ -99,21 +100,37 @@ def packed_attention(
     With a keyword pack_layout, torch's varlen kernel where there is one, else SDPA by bucket. Without, plain SDPA."""
     if (pack_layout := kwargs.pop("pack_layout", None)) is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    query, key, value = _without_batch(query, key, value, kwargs)
+    if not has_varlen_kernel(query.device, query.dtype, query.shape[-1]):
+        return attend_by_bucket(query, key, value, pack_layout, kwargs.get("scaling")).unsqueeze(0), None
+    from torch.nn.attention.varlen import varlen_attn
+
+    return attend_by_piece(query, key, value, pack_layout, kwargs.get("scaling"), varlen_attn).unsqueeze(0), None
+
+
+def sdpa_packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """packed_attention without the varlen kernel."""
+    if (pack_layout := kwargs.pop("pack_layout", None)) is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    query, key, value = _without_batch(query, key, value, kwargs)
+    return attend_by_bucket(query, key, value, pack_layout, kwargs.get("scaling")).unsqueeze(0), None
+
+
+def _without_batch(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> list[Tensor]:
+    """(heads, tokens, head size) of each, in the dtype of the values, which rotary embeddings leave as it is."""
     assert not kwargs.get("dropout"), "the decoder's dropout is 0"
-    scaling = kwargs.get("scaling")
     groups = query.shape[1] // key.shape[1]
-    query, key, value = query[0], repeat_kv(key, groups)[0], repeat_kv(value, groups)[0]
-    if has_varlen_kernel(query.device, query.dtype):
-        from torch.nn.attention.varlen import varlen_attn
-
-        return attend_by_piece(query, key, value, pack_layout, scaling, varlen_attn).unsqueeze(0), None
-    return attend_by_bucket(query, key, value, pack_layout, scaling).unsqueeze(0), None
+    return [each[0].to(value.dtype) for each in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
 
 
-def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """FlashAttention's: for half precision, on GPUs from Ampere (capability 8.0) on."""
+def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_size: int = 64) -> bool:
+    """FlashAttention's: for half precision, on NVIDIA's GPUs from Ampere (capability 8.0) on."""
     is_half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and is_half and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cuda" or torch.version.hip is not None or not is_half or head_size % 8 or head_size > 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_by_bucket(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scaling: float | None) -> Tensor:
@@ -137,5 +154,6 @@ def attend_by_piece(
     return kernel(query.transpose(0, 1), keys, values, *starts, scale=scaling, window_size=(-1, 0))
 
 
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+for name, function in ((PACKED_ATTENTION, packed_attention), (SDPA_PACKED_ATTENTION, sdpa_packed_attention)):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)

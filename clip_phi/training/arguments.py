@@ -36,7 +36,7 @@ GROUPS = {
     "batches": "per_device_train_batch_size max_tokens_per_batch gradient_accumulation_steps num_train_epochs "
     "max_steps captions_per_image per_device_eval_batch_size",
     "optimisation": "learning_rate lora_learning_rate optim lr_scheduler_type warmup_ratio weight_decay max_grad_norm "
-    "gradient_checkpointing tf32 nan_policy",
+    "gradient_checkpointing attention tf32 nan_policy",
     "checkpoints": "save_steps save_total_limit",
     "evaluation": "eval_steps eval_task eval_task_images metric_for_best_model early_stopping_patience "
     "num_sample_texts max_new_tokens",
@@ -112,6 +112,9 @@ class TrainingArguments:
     weight_decay: float = _option(0.0, "weight decay of all trained weights but the biases")
     max_grad_norm: float = _option(1.0, "largest norm of the gradients, clipped to it; 0: no clipping", NOT_NEGATIVE)
     gradient_checkpointing: bool = _option(False, "recomputed activations of the decoder: less memory, half more work")
+    attention: Literal["auto", "varlen", "sdpa"] = _option(
+        "auto", "attention in packs; varlen: FlashAttention's kernel; auto: varlen in stage 2 where there is one"
+    )
     tf32: bool = _option(True, "TF32 for products of float32 matrices on CUDA")
     nan_policy: Literal["stop", "skip"] = _option("stop", "reaction to a non-finite loss or gradient; it is saved")
 
