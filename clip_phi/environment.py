@@ -4,8 +4,10 @@ import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +19,7 @@ PACKAGES = (
     *("clip-phi", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "huggingface_hub"),
     *("safetensors", "tokenizers", "pyarrow", "numpy", "pillow", "simplejpeg"),
 )
+GB = 10**9
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WANDB_MODE")
 # What access tokens of the Hub look like; see without_secrets.
 SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}\b")
@@ -56,6 +59,79 @@ GPUS = (
     Gpu("RTX 4090", 165.2, "rtx-24", "RTX 4090 24 GB", 23.6),
     Gpu("RTX 3090", 71.0),
 )
+
+
+class Check(NamedTuple):
+    """status: ok, note (it works, with a limit) or problem. remedy: what to do; empty if ok."""
+
+    status: str
+    name: str
+    found: str
+    remedy: str = ""
+
+
+def check(name: str, found: str, is_ok: bool, remedy: str, status: str = "note") -> Check:
+    """A Check that is ok, or else of this status with this remedy."""
+    return Check("ok", name, found) if is_ok else Check(status, name, found, remedy)
+
+
+def check_device() -> Iterator[Check]:
+    """The CUDA devices, or why there is none."""
+    import torch
+
+    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(number)
+        free, total = torch.cuda.mem_get_info(number)
+        found = f"{torch.cuda.get_device_name(number)}, {free / GB:.1f} of {total / GB:.1f} GB free"
+        if torch.version.hip is None and not has_kernels(major, minor, torch.cuda.get_arch_list()):
+            found += f"; torch {torch.__version__} has no kernels for its capability {major}.{minor}"
+            remedy = "install a torch build for an older CUDA: https://pytorch.org/get-started/previous-versions"
+            yield Check("problem", f"cuda:{number}", found, remedy)
+            continue
+        if major < 8:
+            found += f"; capability {major}.{minor} emulates bf16, and has no attention kernel for packs"
+        yield check(f"cuda:{number}", found, major >= 8, "accelerate launch --mixed_precision fp16")
+    if torch.cuda.is_available():
+        return
+    other = next((name for name in ("xpu", "mps") if getattr(torch, name).is_available()), None)
+    if other is not None:
+        yield Check("note", "device", f"{other}: training needs CUDA or the CPU", "export ACCELERATE_USE_CPU=true")
+    elif shutil.which("nvidia-smi") is None:
+        remedy = "enough for the demo; 'clip-phi plan' gives the needs of the real model"
+        yield Check("note", "device", "the CPU: there is no NVIDIA driver", remedy)
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        yield Check("note", "device", "the CPU: CUDA_VISIBLE_DEVICES hides the GPU", "unset CUDA_VISIBLE_DEVICES")
+    elif torch.version.cuda is None:
+        found = f"nvidia-smi is installed, but torch {torch.__version__} is built without CUDA"
+        yield Check("problem", "device", found, "install a CUDA build: https://pytorch.org/get-started/locally")
+    else:
+        found = f"nvidia-smi is installed, but torch, built for CUDA {torch.version.cuda}, finds no GPU"
+        yield Check("problem", "device", found, "update the NVIDIA driver; a container needs docker run --gpus all")
+
+
+def has_kernels(major: int, minor: int, architectures: list[str]) -> bool:
+    """Whether a build for these, such as sm_80 or compute_90, runs on a device of this capability.
+
+    Machine code runs on later devices of the same generation, PTX on all later ones."""
+    for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures)):
+        built = divmod(int(number), 10)
+        if (kind == "compute" or built[0] == major) and built <= (major, minor):
+            return True
+    return not architectures
+
+
+def check_bitsandbytes() -> Iterator[Check]:
+    """Nothing if it is absent: check_packages reports that."""
+    if installed_version("bitsandbytes") is None:
+        return
+    import torch
+    from bitsandbytes import cextension
+
+    is_ok = cextension.lib.compiled_with_cuda or not torch.cuda.is_available()
+    found = "on CUDA" if torch.cuda.is_available() else "on the CPU, for tests"
+    found = found if is_ok else f"bitsandbytes has no library for CUDA {torch.version.cuda}"
+    remedy = "pip install --upgrade bitsandbytes; until then --optim adamw_torch_fused without --quantization"
+    yield check("8-bit optimizer", found, is_ok, remedy, "problem")
 
 
 def describe_environment() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..environment import quantization_config
 from ..hub.retry import load_with_retries
 from .arguments import Stage1Arguments, Stage2Arguments, TrainingArguments
 from .fsdp import is_sharded
+from .memory import enable_checkpointing
 from .optim import choose_optimizer
 
 
@@ -76,8 +77,7 @@ def make_trainable(
     if dtype != torch.float32:
         keep_dtype(model, dtype)
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.disable_input_require_grads()  # with an adapter, it keeps the tower's activations, too
+        enable_checkpointing(model)
 
 
 def choose_attention(arguments: TrainingArguments, device: torch.device, dtype: torch.dtype) -> str:
@@ -125,16 +125,20 @@ def resolve(arguments: TrainingArguments, accelerator: Accelerator, config: Clip
         reason = "--tune_decoder full changes the decoder" if changes_decoder else "training starts from a merged model"
         accelerator.print(f"{reason}, so a merged model is saved")
         changes["merged"] = True
-    images, tokens = arguments.per_device_train_batch_size, arguments.max_tokens_per_batch
+    images = arguments.per_device_train_batch_size
     changes["per_device_eval_batch_size"] = arguments.per_device_eval_batch_size or images
-    found = dataclasses.replace(arguments, **changes)
-    accelerator.print(
-        f"optimizer {found.optim}; mixed precision {accelerator.mixed_precision}; in a forward pass "
-        f"{f'up to {tokens:,} tokens' if tokens else f'{images:,} images'} (evaluation: "
-        f"{found.per_device_eval_batch_size:,} images); forward passes in a step: "
-        f"{found.gradient_accumulation_steps * accelerator.num_processes:,}"
+    return dataclasses.replace(arguments, **changes)
+
+
+def describe_batches(arguments: TrainingArguments, accelerator: Accelerator) -> str:
+    """The line about the optimizer and the size of a step."""
+    tokens, images = arguments.max_tokens_per_batch, arguments.per_device_train_batch_size
+    size = f"up to {tokens:,} tokens" if tokens else f"{images:,} images"
+    return (
+        f"optimizer {arguments.optim}; mixed precision {accelerator.mixed_precision}; in a forward pass {size} "
+        f"(evaluation: {arguments.per_device_eval_batch_size:,} images); forward passes in a step: "
+        f"{arguments.gradient_accumulation_steps * accelerator.num_processes:,}"
     )
-    return found
 
 
 def open_cache(
