@@ -5,7 +5,17 @@ import json
 import os
 from typing import Any
 
-from .common import DATA, MODELS, add_command, add_data, add_json, natural, newest_model, positive
+from .common import (
+    DATA,
+    MODELS,
+    add_command,
+    add_data,
+    add_json,
+    natural,
+    newest_model,
+    positive,
+    refuse_missing_folder,
+)
 
 
 def add_to(commands: Any) -> None:
@@ -42,6 +52,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         raise ValueError("give DATA either as an argument or with --data" if arguments.data else "--data is required")
     arguments.data = arguments.data or arguments.data_argument
     arguments.model = arguments.model or newest_model()
+    refuse_missing_folder(arguments.model or ".")
     from ..tools.inspect import inspect
 
     inspect(arguments)
