@@ -128,12 +128,12 @@ def choose_model(arguments: argparse.Namespace) -> str:
         if (model := newest_model()) is None:
             raise ValueError(f"no model in {', '.join(MODELS)}: run 'make demo' first, or give --model PATH_OR_ID")
         print(f"clip-phi: model: {model} (--model chooses another)", file=sys.stderr)
-    refuse_missing_folder(model)
+    check_model(model)
     arguments.model, arguments.model_argument = model, None
     return model
 
 
-def refuse_missing_folder(model: str) -> None:
+def check_model(model: str) -> None:
     if is_missing_folder(model):
         raise ValueError(f"no model {model}: there is no such folder, and a Hub id is user/name")
 
