@@ -47,7 +47,7 @@ from training import (
 from transformers import CLIPVisionConfig, PhiConfig
 
 from clip_phi.batching.attention import SDPA_PACKED_ATTENTION, has_varlen_kernel
-from clip_phi.batching.packing import PackedBatch, build_shared_prefix, pack_samples
+from clip_phi.batching.packing import PackedBatch, SharedPrefixSample, build_shared_prefix, pack_samples
 from clip_phi.environment import peak_flops
 from clip_phi.tools.plan import CARDS, Formula
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments, TrainingArguments
@@ -162,7 +162,8 @@ def quantize(decoder: nn.Module, kind: str, dtype: torch.dtype, device: torch.de
 
 def make_pack(work: Work, tokens: int) -> tuple[PackedBatch, list[list[int]]]:
     """One pack of at most so many tokens, and what Formula needs of it."""
-    samples, images = [], []
+    samples: list[SharedPrefixSample] = []
+    images = []
     for number, conversations in enumerate(work.conversations):
         sample = build_shared_prefix(conversations, [IMAGE] * PATCHES, str(number))
         if sum(len(each.input_ids) for each in samples) + len(sample.input_ids) <= tokens:
@@ -190,7 +191,7 @@ def count_syncs(function: Callable[[], Any]) -> int:
             function()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(each.message) for each in caught)
+    return len([each for each in caught if "synchroniz" in str(each.message)])
 
 
 def measure(variant: Variant, size: Size, tokens: int, device: torch.device, peak: float | None, seconds: float) -> Row:
@@ -380,9 +381,9 @@ def main() -> None:
         else:
             rows[variant.name] = measure(variant, size, tokens, device, peak, options.seconds)
         print_rows("", {variant.name: rows[variant.name]})
-    for stage in ("stage 1", "stage 2"):
+    for each_stage in ("stage 1", "stage 2"):
         same = ("", ", varlen", ", sdpa", ", fp16", ", checkpointed", ", AdamW")
-        check_losses(rows, [stage + each for each in same])
+        check_losses(rows, [each_stage + each for each in same])
     print_rows(f"{name}: a step is a pack of {tokens} tokens", rows)
     result: dict[str, Any] = {"device": name, "peak_flops": peak, "torch": torch.__version__, "tokens": tokens}
     result["rows"] = {each: asdict(row) for each, row in rows.items()}

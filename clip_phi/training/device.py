@@ -20,7 +20,7 @@ YAML = "accelerate_config.yaml"  # beside the script
 
 def launcher_command(pid: int | None = None) -> list[str]:
     """The command line of `accelerate launch`, if this process is its child; else nothing."""
-    import psutil  # accelerate needs it
+    import psutil  # type: ignore[import-untyped]  # accelerate needs it
 
     try:
         command: list[str] = psutil.Process(pid or os.getppid()).cmdline()
@@ -68,10 +68,10 @@ def _value_of(option: str, command: list[str]) -> str | None:
 
 def choose_precision(arguments: TrainingArguments) -> tuple[str, str]:
     """What --mixed_precision means here: no, fp16 or bf16, and the line that says why."""
-    value, source = arguments.mixed_precision, "--mixed_precision"
+    value, source = str(arguments.mixed_precision), "--mixed_precision"
     asked = asked_precision(launcher_command(), Path(sys.argv[0]).resolve().parent) if value == "auto" else None
     if asked is not None and asked[0] is not None:
-        value, source = asked
+        value, source = str(asked[0]), asked[1]
     elif asked is not None:
         if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
             return "no", "mixed precision no: there is no GPU to train on"

@@ -6,7 +6,6 @@ tests/test_plan.py compares the two. What cannot be counted is assumed, and mark
 
 import bisect
 import dataclasses
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -195,7 +194,8 @@ def weights(part: Any, kind: Any) -> list[int]:
 
 def typical_sample(arguments: TrainingArguments, patches: int) -> tuple[list[int], int, int]:
     """An image of the stage's data: conversation_ids, supervised tokens, and captions or conversations."""
-    lengths, supervised = CONVERSATION_LENGTHS, ANSWERS
+    lengths: tuple[int, ...] = CONVERSATION_LENGTHS
+    supervised = ANSWERS
     if not isinstance(arguments, Stage2Arguments):
         captions = arguments.conversations_per_image or 1
         lengths = (CAPTION_LENGTHS * captions)[:captions]
@@ -209,7 +209,9 @@ def largest_pack(formula: Formula) -> int:
     ids, supervised, _ = typical_sample(formula.arguments, formula.patches)
     pageable = formula.fixed_bytes()["optimizer"] if formula.arguments.optim.startswith("paged") else 0
     room = formula.card.memory * GIB + pageable
-    return bisect.bisect(range(1, 2**24), room, key=lambda number: sum(formula.bill([ids], supervised, number).values()))
+    return bisect.bisect(
+        range(1, 2**24), room, key=lambda number: sum(formula.bill([ids], supervised, number).values())
+    )
 
 
 def fit_batches(
@@ -273,8 +275,8 @@ def tokens_that_fit(arguments: TrainingArguments, model: Any, accelerator: Any) 
         if isinstance(arguments, Stage2Arguments) and arguments.quantization == "none":
             ways = ["--tune_decoder lora"] if arguments.tune_decoder == "full" else ["--quantization nf4", *ways]
         raise ValueError(
-            f"not even one image with its texts ({size} tokens) fits on {name} ({free / GIB:.1f} of {total / GIB:.1f} GiB "
-            f"are free, with the model): try {', '.join(ways)}"
+            f"not even one image with its texts ({size} tokens) fits on {name} ({free / GIB:.1f} of {total / GIB:.1f} "
+            f"GiB are free, with the model): try {', '.join(ways)}"
         )
     return fitting * size
 
