@@ -77,7 +77,7 @@ class Run:
         self.output_dir = output_dir = Path(arguments.output_dir)
         guards.check_room(output_dir)
         stop_with_launcher()
-        precision, reason = choose_precision(arguments)
+        precision, reason = choose_precision(arguments, Path(__file__).resolve().parent)
         trackers, handlers = arguments.report_to or None, process_group_kwargs()
         accelerator = Accelerator(
             mixed_precision=precision, kwargs_handlers=handlers, log_with=trackers, project_dir=str(output_dir)

@@ -191,7 +191,10 @@ def count_syncs(function: Callable[[], Any]) -> int:
             function()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return len([each for each in caught if "synchroniz" in str(each.message)])
+    found = [each for each in caught if "synchroniz" in str(each.message)]
+    for each in found if len(found) < 10 else []:
+        print(f"  sync at {each.filename}:{each.lineno}")
+    return len(found)
 
 
 def measure(variant: Variant, size: Size, tokens: int, device: torch.device, peak: float | None, seconds: float) -> Row:
@@ -229,9 +232,10 @@ def measure(variant: Variant, size: Size, tokens: int, device: torch.device, pea
             passes()
             first_loss = loss.item()
             update()
-        syncs = (count_syncs(passes), count_syncs(update)) if is_cuda else None
         if is_cuda:
             torch.cuda.reset_peak_memory_stats()
+            passes()  # the next passes run beside its gradients, as in accumulation
+        syncs = (count_syncs(passes), count_syncs(update)) if is_cuda else None
         synchronize()
         steps, started, updating = 0, time.perf_counter(), 0.0
         while steps < STEPS or time.perf_counter() - started < seconds:

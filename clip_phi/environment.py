@@ -26,9 +26,10 @@ SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}\b")
 
 
 class Gpu(NamedTuple):
-    """torch_name: part of its name in torch. tflops: dense peak of dtype, sums in float32. memory: GiB in torch.
+    """torch_name: a word, or several, of its name in torch. tflops: dense peak of dtype, sums in float32. memory: GiB.
 
-    key: of `clip-phi plan`, with the title there. has_varlen: attention with a kernel of variable length, not SDPA."""
+    key: of `clip-phi plan`, or several, with the title there. has_varlen: attention with a kernel of variable length,
+    not SDPA."""
 
     torch_name: str
     tflops: float
@@ -39,26 +40,40 @@ class Gpu(NamedTuple):
     has_varlen: bool = True
 
 
-# The first whose name fits counts. Peaks: NVIDIA's data sheets, without sparsity; the Ada whitepaper for the RTX 4090,
-# and from it by tensor cores and clock for the RTX 4060. Memory: as torch's out-of-memory messages state it.
+# The first whose name fits counts. Peaks: NVIDIA's data sheets, without sparsity; of GeForce cards twice the peak in
+# float32, as in the Ada whitepaper. Memory: as torch's out-of-memory messages state it, of GeForce cards 0.4 GiB less.
 GPUS = (
-    Gpu("B200", 2250.0),
     Gpu("A100", 312.0, "a100-40", "A100 40 GB", 39.4),
     Gpu("A100", 312.0, "a100-80", "A100 80 GB", 79.1),
     Gpu("H100 PCIe", 756.0),
     Gpu("H100 NVL", 835.0),
-    Gpu("H100", 989.4, "h100-80", "H100 SXM 80 GB", 79.1),
-    Gpu("H200", 989.4, "h200-141", "H200 141 GB", 139.7),  # GH200, too
-    Gpu("A10G", 70.0),
-    Gpu("A10", 125.0),
-    Gpu("L40S", 362.0),
-    Gpu("L4", 121.0, "l4-24", "L4 24 GB", 22.0),
-    Gpu("T4", 65.0, "t4-16", "T4 16 GB", 14.56, "float16"),
-    Gpu("V100", 125.0),
-    Gpu("RTX 4060", 30.2, "rtx-8", "RTX 4060 8 GB", 7.6),
-    Gpu("RTX 4090", 165.2, "rtx-24", "RTX 4090 24 GB", 23.6),
-    Gpu("RTX 3090", 71.0),
+    Gpu("H100", 989.4, "h100-80 h100", "H100 SXM 80 GB", 79.1),
+    Gpu("GH200", 989.4),
+    Gpu("H200", 989.4, "h200-141 h200", "H200 141 GB", 139.7),
+    Gpu("B200", 2250.0, "b200", "B200 180 GB", 178.0),
+    Gpu("A10G", 70.0, "a10g", "A10G 24 GB", 22.0),
+    Gpu("A10", 125.0, "a10", "A10 24 GB", 22.0),
+    Gpu("L40S", 362.0, "l40s", "L40S 48 GB", 44.4),
+    Gpu("L40", 181.0, "l40", "L40 48 GB", 44.4),
+    Gpu("L4", 121.0, "l4-24 l4", "L4 24 GB", 22.0),
+    Gpu("T4", 65.0, "t4-16 t4", "T4 16 GB", 14.56, "float16", has_varlen=False),
+    Gpu("V100", 125.0, "v100-16 v100", "V100 16 GB", 15.77, "float16", has_varlen=False),
+    Gpu("RTX 5090", 209.5, "rtx5090", "RTX 5090 32 GB", 31.4),
+    Gpu("RTX 4090", 165.2, "rtx-24 rtx4090", "RTX 4090 24 GB", 23.6),
+    Gpu("RTX 4080", 97.5, "rtx4080", "RTX 4080 16 GB", 15.6),
+    Gpu("RTX 4070 Ti", 80.2, "rtx4070ti", "RTX 4070 Ti 12 GB", 11.6),
+    Gpu("RTX 4070", 58.3, "rtx4070", "RTX 4070 12 GB", 11.6),
+    Gpu("RTX 4060 Ti", 44.1, "rtx4060ti", "RTX 4060 Ti 16 GB", 15.6),
+    Gpu("RTX 4060", 30.2, "rtx-8 rtx4060", "RTX 4060 8 GB", 7.6),
+    Gpu("RTX 3090", 71.0, "rtx3090", "RTX 3090 24 GB", 23.6),
+    Gpu("RTX 3080", 59.5, "rtx3080", "RTX 3080 10 GB", 9.6),
+    Gpu("RTX 3060", 25.5, "rtx3060", "RTX 3060 12 GB", 11.6),
 )
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """The first of GPUS that a device's name in torch names: an L40 is no L4."""
+    return next((gpu for gpu in GPUS if re.search(rf"\b{gpu.torch_name}\b", name)), None)
 
 
 class Check(NamedTuple):
@@ -221,8 +236,8 @@ def peak_flops(device: Any) -> float | None:
 
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((gpu.tflops * 1e12 for gpu in GPUS if gpu.torch_name in name), None)
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return gpu.tflops * 1e12 if gpu is not None else None
 
 
 def _cpu_model() -> str:

@@ -100,7 +100,10 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         if image_features is not None:
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+            # As masked_scatter does, whose backward pass makes the host wait for the device.
+            rows = (mask.flatten().cumsum(0) - 1).clamp(0, max(len(image_features) - 1, 0))
+            placed = image_features[rows] if len(image_features) else inputs_embeds
+            inputs_embeds = torch.where(mask, placed.view_as(inputs_embeds), inputs_embeds)
         elif self.training and torch.is_grad_enabled():
             # DDP needs a gradient of every trained weight, in a batch without images too.
             width = self.config.vision_config.hidden_size  # type: ignore[union-attr]

@@ -52,7 +52,7 @@ def precision_of(output):
 @pytest.mark.parametrize("attention", ["sdpa", "auto"])
 def test_stage_2_learns_in_every_precision(precision, attention, one, data, tmp_path):
     train(
-        *stage2(data, one, tmp_path, *LITTLE, "--lora_learning_rate", 0.01, "--attention", attention),
+        *stage2(data, one, tmp_path, *LITTLE, "--lora_learning_rate", 0.001, "--attention", attention),
         ACCELERATE_MIXED_PRECISION=precision,
     )
     losses = [*metrics(tmp_path, "loss").values()]
@@ -72,7 +72,7 @@ def test_stage_2_learns_in_every_precision(precision, attention, one, data, tmp_
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_stage_2_learns_with_less_memory(options, precision, one, data, tmp_path):
     train(
-        *stage2(data, one, tmp_path, *LITTLE, "--lora_learning_rate", 0.01, *options),
+        *stage2(data, one, tmp_path, *LITTLE, "--lora_learning_rate", 0.001, *options),
         ACCELERATE_MIXED_PRECISION=precision,
     )
     losses = [*metrics(tmp_path, "loss").values()]

@@ -60,16 +60,16 @@ def asked_precision(command: list[str], folder: Path) -> tuple[str | None, str]:
 
 
 def _value_of(option: str, command: list[str]) -> str | None:
-    for word, following in zip(command, [*command[1:], ""], strict=True):
+    for word, following in zip(command, [*command[1:], ""], strict=False):
         if word == option or word.startswith(f"{option}="):
             return following if word == option else word.partition("=")[2]
     return None
 
 
-def choose_precision(arguments: TrainingArguments) -> tuple[str, str]:
-    """What --mixed_precision means here: no, fp16 or bf16, and the line that says why."""
+def choose_precision(arguments: TrainingArguments, folder: Path) -> tuple[str, str]:
+    """What --mixed_precision means here: no, fp16 or bf16, and the line that says why. folder: of the script."""
     value, source = str(arguments.mixed_precision), "--mixed_precision"
-    asked = asked_precision(launcher_command(), Path(sys.argv[0]).resolve().parent) if value == "auto" else None
+    asked = asked_precision(launcher_command(), folder) if value == "auto" else None
     if asked is not None and asked[0] is not None:
         value, source = str(asked[0]), asked[1]
     elif asked is not None:

@@ -22,7 +22,7 @@ from .fsdp import is_sharded
 
 GIB = 2**30
 CPU = Gpu("cpu", 0.1, "cpu-16", "CPU, 16 GB", 16e9 / GIB, "float32", has_varlen=False)  # assumed peak, of one core
-CARDS = {gpu.key: gpu for gpu in (*GPUS, CPU) if gpu.key}
+CARDS = {key: gpu for gpu in (*GPUS, CPU) for key in gpu.key.split()}
 # Bytes that a process takes before it has a tensor, and what the allocator holds beyond the tensors of a step, as a
 # share of them: on CUDA assumed; on a CPU measured (docs/true_size.md).
 CONTEXT, RESERVE = {True: int(0.6 * GIB), False: int(0.65 * GIB)}, {True: 0.05, False: 0.0}
@@ -34,12 +34,13 @@ PHI = ({"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}, 1)
 LLAMA = ({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, 2)
 # Most memory beside the activations in the decoder's forward and backward pass, in bytes for each token and unit of
 # hidden + intermediate width: (Phi on CUDA, on a CPU, Llama on CUDA, on a CPU), counted on phi-2 and TinyLlama.
-PEAKS = {"frozen": (3.2, 6.4, 7.33, 15.7), "lora": (9.6, 6.4, 8.93, 10.7), "full": (2.0, 4.0, 5.3, 12.8)}
-PEAKS |= {"nf4": (8.4, 6.4, 8.93, 10.7), "int8": (7.2, 5.58, 6.93, 10.7)}
-# The same with gradient checkpointing, for Phi, with the activations of one layer. These are upper bounds: the counting
-# holds what a layer makes anew for longer than a GPU does. For Llama 1.5 times a layer's activations are assumed.
-CHECKPOINTED_PEAKS = {"frozen": (10.07, 16.09), "lora": (55.5, 70.2), "full": (20.2, 20.0)}
-CHECKPOINTED_PEAKS |= {"nf4": (57.1, 70.2), "int8": (67.5, 80.6)}
+# lora0: without dropout. nf4 is as no quantisation.
+PEAKS = {"frozen": (2.8, 6.4, 7.33, 15.73), "lora": (3.6, 7.2, 5.33, 10.67), "lora0": (2.77, 6.38, 5.77, 12.73)}
+PEAKS |= {"int8": (2.0, 5.58, 5.33, 10.67), "full": (3.07, 5.27, 4.27, 11.73)}
+# What is free again, in the same unit, where FlashAttention's backward pass allocates the sums of the query's gradient
+# in float32, for pieces padded to 128 queries and a head size padded to a multiple of 32: (Phi, Llama).
+FREED = {"frozen": (1.2, 5.47), "lora": (4.91, 10.25), "lora0": (3.31, 7.65), "int8": (4.91, 10.25)}
+FREED |= {"full": (5.15, 11.64)}
 
 
 class Formula:
@@ -71,7 +72,8 @@ class Formula:
         self.rank = stage2.lora_r if stage2 is not None and not self.full else 0
         self.masks = int(stage2 is not None and stage2.lora_dropout > 0)
         self.quantization = stage2.quantization if stage2 is not None else "none"
-        self.kind = "frozen" if stage2 is None else "full" if self.full else self.quantization.replace("none", "lora")
+        self.kind = "frozen" if stage2 is None else "full" if self.full else "lora" if self.masks else "lora0"
+        self.kind = "int8" if self.quantization == "int8" else self.kind
         parts = [model.model.projector, *([model.model.language_model, model.lm_head] if self.full else [])]
         lora = [self.rank * size for pair in self.linear for size in pair] * self.layers if self.rank else []
         self.trained = [*{id(each): each.numel() for part in parts for each in part.parameters()}.values(), *lora]
@@ -110,54 +112,54 @@ class Formula:
         layout, supervised = make_pack_layout(conversation_ids), copies * supervised
         tokens, images = copies * sum(map(len, conversation_ids)), copies * sum(0 in ids for ids in conversation_ids)
         hidden, inner, cuda, vision = self.hidden, self.inner, self.is_cuda, self.vision
-        # Bytes of a number in a product, a linear layer's output, the embeddings and the residual stream. A quantized
-        # layer's output has its input's dtype, and under autocast a LayerNorm's is float32.
+        # Bytes of a number in a product and its inputs (see keep_dtype), and in the residual stream.
         product = 2 if cuda else 4
-        output = product if self.is_llama or self.quantization == "none" else 4
-        embedding, stream = (4 if self.full else product), (4 if self.full else output)
+        stream = 4 if self.full else product
         # Kept for the backward pass, in bytes for each token: of a norm the input in float32 and statistics, and of a
         # trained RMSNorm the normalized input; the inputs of linear layers, one that several share counted once.
         norm = 4 * hidden + 8 if not self.is_llama else 4 * hidden * (2 if self.full else 1) + 4
-        inputs = inner * output + self.norms * hidden * (output if self.is_llama else 4)
-        if not (self.is_llama and self.card.has_varlen):
-            inputs += self.width * (output if self.card.has_varlen else product)
+        # The kernel's output is one of them, but Phi's has another order of its axes, and a copy is kept.
+        inputs = inner + self.norms * hidden + (not (self.is_llama and self.card.has_varlen)) * self.width
+        inputs *= product
         int8 = inputs if self.quantization == "int8" else 0  # kept by bitsandbytes itself, with checkpointing too
-        kept, copied = int8 + self.norms * norm + (3 if self.is_llama else 1) * inner * output, 0
+        kept, copied = self.norms * norm + (3 if self.is_llama else 1) * inner * product, 0
+        if int8 or self.full or (self.rank and not self.masks):
+            kept += inputs
         if self.rank:  # inputs of A after dropout, masks of dropout, inputs of B; copies in half precision of A and B
-            kept += (
-                sum(pair[0] for pair in self.linear) * (product + self.masks) + len(self.linear) * self.rank * product
-            )
+            kept += len(self.linear) * self.rank * product
+            kept += self.masks * sum(pair[0] for pair in self.linear) * (product + 1)
             copied = 2 * cuda * self.rank * sum(map(sum, self.linear))
         if self.full:
-            kept += sum(pair[0] for pair in self.linear) * product if cuda else inputs
             copied = 2 * cuda * sum(inputs * outputs for inputs, outputs in self.linear)
         if self.card.has_varlen:  # query, output and sums of the softmax; key and value of each piece
             products = (len(layout.query_starts) - 1) * layout.longest[0] * layout.longest[1]  # of queries and keys
-            attention = tokens * (2 * self.width * max(output, stream) + 4 * self.heads)
-            attention += copies * len(layout.key_places) * self.width * (max(output, stream) + output)
+            attention = tokens * (2 * self.width * product + 4 * self.heads)
+            attention += copies * len(layout.key_places) * self.width * 2 * product
         else:
             products = sum(places.numel() * places.shape[1] for places, _ in layout.buckets)
             masks = sum(sees.numel() for _, sees in layout.buckets if sees is not None)
             padded = sum(places.numel() for places, _ in layout.buckets)
             attention = copies * (padded * 4 * (self.width * product + self.heads) + product * masks)
         layer, width = tokens * kept + attention + copied, tokens * (hidden + inner)
-        peak = width * PEAKS[self.kind][2 * self.is_llama + (not cuda)]
+        peak = layer if self.arguments.gradient_checkpointing else 0  # one layer is computed anew at a time: measured
+        peak = peak or width * PEAKS[self.kind][2 * self.is_llama + (not cuda)]
+        if self.card.has_varlen:
+            sums = 4 * self.heads * -(-self.width // self.heads // 32) * 32
+            sums *= tokens + 128 * copies * (len(layout.query_starts) - 1)
+            sums -= width * FREED[self.kind][self.is_llama]
+            peak = peak + max(0, sums) if self.arguments.gradient_checkpointing else max(peak, sums)
         if self.arguments.gradient_checkpointing:
-            again = 1.5 * layer + peak if self.is_llama else width * CHECKPOINTED_PEAKS[self.kind][not cuda]
-            peak = min(again, self.layers * layer + peak)
             layer = tokens * (hidden * stream + int8)
         features = vision.hidden_size * (2 * self.patches if cuda else 4 * self.tower_tokens)
         features += (len(self.projector_sizes) - 1) * 2 * self.patches * hidden * product
-        activations = self.layers * layer + images * features + tokens * (norm + 2 * self.rotary * embedding)
-        if self.arguments.gradient_checkpointing:
-            activations -= tokens * hidden * (stream - embedding)  # the first layer's input
+        activations = self.layers * layer + images * features + tokens * (norm + 2 * self.rotary * stream)
 
         # At the peak, beside the activations: three times the logits of a chunk in float32, the gradients of hidden
         # states in other chunks, and a trained head's gradient and copy; or the peak of the layers.
         head = self.vocabulary * hidden
         pixels = images * 3 * vision.image_size**2
         chunk = min(supervised, max(1, ClipPhiForCausalLM.max_logits // self.vocabulary))
-        loss, states = 12 * chunk * self.vocabulary, hidden * (stream if self.is_llama else 4)
+        loss, states = 12 * chunk * self.vocabulary, hidden * product
         if supervised > chunk:
             bias = 0 if self.is_llama else 2 * head if cuda else 4 * chunk * self.vocabulary
             gradient = head * (6 if cuda else 4) + bias
@@ -169,7 +171,7 @@ class Formula:
         # The tower has finished before the decoder begins: all its hidden states, and one layer's activations.
         tower = (vision.num_hidden_layers + 1) * vision.hidden_size * product
         tower = images * self.tower_tokens * (tower + 13.5 * vision.intermediate_size) + 2 * pixels * cuda
-        tower = max(0.0, tower + tokens * hidden * embedding - activations - peak - 4 * pixels)
+        tower = max(0.0, tower + tokens * hidden * stream - activations - peak - 4 * pixels)
         items = {"activations": activations, "loss or a layer, at its peak": peak, "pixels": 4 * pixels, "tower": tower}
         linear, patches = (weights(self.model.model.vision_tower, kind) for kind in (torch.nn.Linear, torch.nn.Conv2d))
         tower_flops = 2 * self.tower_tokens * sum(linear) + 2 * self.patches * sum([*patches, *self.projector_sizes])
@@ -305,8 +307,10 @@ def trial_step(arguments: TrainingArguments, model: Any, accelerator: Any, numbe
             pixels = torch.zeros(number, 3, vision.image_size, vision.image_size)
             pack = pack_samples([sample] * number, pixels, 0).to(device)
             model.train()
-            with accelerator.autocast():
-                model(**pack.inputs, use_cache=False, num_items_in_batch=1).loss.backward()
+            for _ in range(2):  # the second one beside the gradients of the first
+                with accelerator.autocast():
+                    loss = model(**pack.inputs, use_cache=False, num_items_in_batch=1).loss
+                loss.backward()
         del held
     except torch.OutOfMemoryError:
         return False

@@ -64,7 +64,6 @@ def make_trainable(
 
     device, dtype: where it will be, and the precision of its frozen weights."""
     model.freeze_backbones()
-    model.model.projector.requires_grad_(True)
     if isinstance(arguments, Stage2Arguments):
         if model.config.adapter is not None:
             continue_lora(model, arguments)
@@ -73,6 +72,7 @@ def make_trainable(
             model.lm_head.requires_grad_(True)
         else:
             add_lora(model, arguments)
+    model.model.projector.requires_grad_(True)  # after PEFT, which freezes all but the adapter
     model.set_attn_implementation({"text_config": choose_attention(arguments, device, dtype)})
     for parameter in model.parameters():
         if parameter.requires_grad:
