@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from .common import add_command, add_json, positive
+from .common import add_command, add_json, check_model, positive
 
 
 def add_to(commands: Any) -> None:
@@ -48,6 +48,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
 
     if arguments.gpu not in CARDS:
         raise ValueError(f"unknown --gpu {arguments.gpu}: it is one of {', '.join(CARDS)}")
+    check_model(arguments.model or ".")
     config = ClipPhiConfig() if arguments.model is None else ClipPhiConfig.from_pretrained(arguments.model)
     training = STAGES[arguments.stage](stage=arguments.stage, **options)
     plan = make_plan(training, CARDS[arguments.gpu], arguments.mfu, config)

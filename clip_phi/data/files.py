@@ -33,6 +33,19 @@ def read_json(path: Path, what: str = "", lists: Sequence[str] = ()) -> Any:
     return content
 
 
+def is_missing_folder(model: str, id_needs_user: bool = True) -> bool:
+    """Whether a model's name means a folder that does not exist. Such a name must not be looked for on the Hub.
+
+    Any other name is a Hub id, user/name, where no folder here is called user. id_needs_user: False for weights
+    that may be at the root of the Hub, such as gpt2."""
+    if Path(model).is_dir():
+        return False
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        return "/" in model or id_needs_user
+    user = model.partition("/")[0]
+    return user == "outputs" or Path(user).is_dir()  # where training writes by default
+
+
 @contextmanager
 def no_collector() -> Iterator[None]:
     """Switch the garbage collector off: with millions of new objects it would double the time."""
