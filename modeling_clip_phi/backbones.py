@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,10 +64,10 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"{path} holds a {kind!r} model, not a {ClipPhiConfig.model_type!r} one")
             known = ClipPhiConfig.from_dict(fields)
         wants_info = kwargs.pop("output_loading_info", False)
+        info: dict[str, Any] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
         if known.delta:
-            model = load_delta(cls.whole_class, path, known, kwargs)
+            model = load_delta(cls.whole_class, path, known, kwargs, info["missing_keys"] if wants_info else None)
             model = model if issubclass(cls, cls.whole_class) else model.model
-            info: dict[str, Any] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
         else:
             quantization: Any = copy.copy(kwargs.get("quantization_config"))
             if getattr(quantization, "llm_int8_skip_modules", ...) is None:  # bitsandbytes, for the decoder alone
@@ -75,7 +76,8 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
                 quantization.llm_int8_skip_modules = ["lm_head", *names]
             kwargs |= {"quantization_config": quantization, "output_loading_info": True}
             model, info = super().from_pretrained(path, *model_args, config=config, **kwargs)
-            refuse_missing(path, info["missing_keys"])
+            getattr(model, "model", model).vision_tower.requires_grad_(False)  # until the caller asks for it
+        refuse_missing(path, set() if wants_info else info["missing_keys"])
         return (model, info) if wants_info else model
 
     @classmethod
@@ -119,7 +121,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         peft.inject_adapter_in_model(adapter_config, self, adapter_name or "default")
         self._hf_peft_config_loaded = True
 
-    def save_pretrained(self, save_directory, *args, merged: bool | None = None, state_dict=None, **kwargs):
+    def save_pretrained(self, save_directory, *args, merged: bool | None = None, **kwargs):
         """Save as transformers does, in one of two forms.
 
         Args:
@@ -129,7 +131,9 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
 
         Raises ValueError if a delta would lose weights that are trainable or have changed since loading, or if a
         quantised decoder, or an adapter other than plain LoRA, would have to be merged."""
-        adapted = bool(getattr(self, "_hf_peft_config_loaded", False))  # transformers would save an adapter alone
+        # Trainer passes state_dict and no merged. It resumes from model.safetensors alone: the adapter is there, too.
+        by_trainer, state_dict = merged is None and "state_dict" in kwargs, kwargs.pop("state_dict", None)
+        adapted = bool(getattr(self, "peft_config", None))  # transformers would save an adapter alone
         own = {"_hf_peft_config_loaded": False} | ({"_weight_conversions": None} if adapted else {})
         fields: dict[str, Any] = {"delta": False, "adapter": None}
         if not self.config.delta if merged is None else merged:
@@ -151,11 +155,24 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             state = state_dict or {name: parameter.detach() for name, parameter in self.named_parameters()}
             if adapted:
                 save_adapter(self, Path(save_directory) / "adapter", state)
-            state = {name: value for name, value in state.items() if name.startswith("model.projector.")}
+            kept = {plain_name(name): name for name in state if "original_module" not in name}
+            names = [name for name in kept if (by_trainer if "lora_" in name else name.startswith("model.projector."))]
+            state = {name: state[kept[name]] for name in names}
             fields = {"delta": True, "adapter": "adapter" if adapted else None}
             own["hf_quantizer"] = None
         with temporarily(self.config, **fields), temporarily(self, **own):
             return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As torch's. Raises ValueError if an adapter's weights are absent, which Trainer would not notice."""
+        if getattr(self, "peft_config", None):
+            if not any("lora_" in name for name in state_dict):
+                raise ValueError(
+                    "the model has an adapter, and these weights have none: load them with from_pretrained"
+                )
+            own = {plain_name(name): name for name, _ in self.named_parameters()}
+            state_dict = {own.get(name, name): weight for name, weight in state_dict.items()}
+        return super().load_state_dict(state_dict, strict, assign)
 
     def push_to_hub(self, repo_id: str, *, merged: bool | None = None, **kwargs: Any) -> Any:
         """Push without a model card; merged as in save_pretrained. Raises ValueError for a delta of local folders."""
@@ -277,7 +294,7 @@ def sort_options(options: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict[str, Any]) -> Any:
+def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict, missing: set | None) -> Any:
     own = {"revision": options.pop("revision", None) or "main", "subfolder": options.pop("subfolder", None) or ""}
     hub, placement, _, fields = sort_options(options)
     own |= hub
@@ -288,7 +305,8 @@ def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict
     model = load_backbones(model_class, config, hub, placement, None)
     model.config.name_or_path = str(path)
     projector = {f"model.projector.{name}": weight for name, weight in model.model.projector.named_parameters()}
-    copy_weights(path, load_file(cached_file(path, "model.safetensors", **own)), projector)
+    found = load_file(cached_file(path, "model.safetensors", **own))
+    copy_weights(path, {name: found[name] for name in found if "lora_" not in name}, projector, missing)
     if (folder := config.adapter) is not None:
         peft = import_optional("peft", f"{path} holds a LoRA adapter")
         adapter_file = Path(str(cached_file(path, f"{folder}/adapter_config.json", **own)))
@@ -297,7 +315,7 @@ def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict
         model.add_adapter(adapter_config)
         found = load_file(cached_file(path, f"{folder}/adapter_model.safetensors", **own))
         found = {name.removeprefix(PEFT_PREFIX): weight for name, weight in found.items()}
-        copy_weights(f"{path}/{folder}", found, adapter_weights(model))
+        copy_weights(f"{path}/{folder}", found, adapter_weights(model), missing)
     if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False, **own):
         model.generation_config = GenerationConfig.from_pretrained(path, **own)
     return dispatch(model.eval(), placement)
@@ -334,12 +352,15 @@ def refuse_missing(path: Any, missing: set[str]) -> None:
 
 
 @torch.no_grad()
-def copy_weights(path: Any, found: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
-    """Copy weights from `path` into the model's own. Raises ValueError if the two differ in names or shapes."""
-    refuse_missing(path, own.keys() - found.keys())
+def copy_weights(path: Any, found: dict[str, torch.Tensor], own: dict[str, torch.Tensor], missing: set | None) -> None:
+    """Copy weights from `path` into the model's own. Raises ValueError if the two differ in names or shapes.
+
+    missing: gets the names that are not found; None to refuse them."""
+    absent = own.keys() - found.keys()
+    refuse_missing(path, absent) if missing is None else missing.update(absent)
     if unknown := sorted(found.keys() - own.keys()):
         raise ValueError(f"{path} holds {len(unknown)} weights that the model has no place for: {unknown[0]}, ...")
-    for name, weight in own.items():
+    for name, weight in ((name, own[name]) for name in own if name in found):
         if found[name].shape != weight.shape:
             raise ValueError(f"{path}: {name} has shape {tuple(found[name].shape)}, not {tuple(weight.shape)}")
         weight.copy_(found[name])
@@ -356,7 +377,7 @@ def sample_backbones(model: nn.Module) -> dict[str, torch.Tensor | None]:
             if sample is None and weight.is_floating_point() and not (weight.is_meta or hasattr(weight, "device_mesh")):
                 rows = weight.detach().reshape(len(weight) if weight.dim() else 1, -1)
                 sample = rows[:, rows.shape[1] // 2].to("cpu", copy=True)
-            samples[name.replace(".base_layer.", ".")] = sample
+            samples[plain_name(name)] = sample
     return samples
 
 
@@ -378,6 +399,11 @@ def temporarily(target: Any, **values: Any) -> Iterator[None]:
         vars(target).update(before)
 
 
+def plain_name(name: str) -> str:
+    """A weight's name without what PEFT adds to it."""
+    return re.sub(r"\.base_layer(?=\.)|\.modules_to_save\.\w+(?=\.)", "", name)
+
+
 def adapter_weights(model: Any, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """The adapter's weights, the model's own or those in a state dict, under PEFT's names."""
     peft, (name,) = import_optional("peft", "a LoRA adapter needs peft"), model.peft_config
@@ -391,10 +417,12 @@ def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> No
     refuse_missing("state_dict", adapter_weights(model).keys() - weights.keys())
     if any(weight.is_meta for weight in weights.values()):
         raise ValueError("the adapter is offloaded: load the model without device_map to save it")
-    (adapter_config,) = model.peft_config.values()
+    adapter_config = copy.copy(next(iter(model.peft_config.values())))
     adapter_config.base_model_name_or_path = model.config.text_backbone
+    adapter_config.modules_to_save = None  # the projector is in model.safetensors
     adapter_config.save_pretrained(folder)
-    tensors = {f"{PEFT_PREFIX}{name}": weight.contiguous().cpu() for name, weight in weights.items()}
+    weights = {name: weight.contiguous().cpu() for name, weight in weights.items() if "lora_" in name}
+    tensors = {f"{PEFT_PREFIX}{name}": weight for name, weight in weights.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -404,7 +432,8 @@ def fold_adapter(model: nn.Module, state: dict[str, torch.Tensor], prefix: str =
 
     The model stays as it is, and may be sharded. Raises ValueError for an adapter that is not plain LoRA on a linear
     layer, or whose layer is quantised or offloaded."""
-    folded = {key.replace(".base_layer.", "."): weight for key, weight in state.items() if ".lora_" not in key}
+    kept = {key for key in state if ".lora_" not in key and ".original_module." not in key}
+    folded = {plain_name(key): state[key] for key in kept}
     for path, layer in model.named_modules(prefix=prefix):
         if not hasattr(layer, "get_base_layer"):
             continue

@@ -64,7 +64,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         num_tokens, num_features = mask.sum(), image_features.shape[0]
         message = "{} <image> tokens but {} image features: was the prompt truncated, or the image left out?"
         torch_compilable_check(num_tokens == num_features, lambda: message.format(num_tokens, num_features))
-        return mask.unsqueeze(-1).to(inputs_embeds.device)
+        return mask.unsqueeze(-1).to(image_features.device)
 
     @can_return_tuple
     def forward(
@@ -74,6 +74,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         attention_mask: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         """Run the decoder on text and projected images; returns a LlavaModelOutputWithPast.
@@ -81,7 +82,8 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         Args:
             input_ids: int (batch, sequence), or inputs_embeds: float (batch, sequence, text hidden).
             pixel_values: float (images, 3, height, width), in the order of their places in the batch; or
-                vision_features: float (images, patches, vision hidden), from get_vision_features.
+                vision_features: float (images, patches, vision hidden), from get_vision_features; or
+                mm_encoder_outputs: {"image": the result of get_image_features}, as transformers' generate makes it.
             attention_mask: int or bool (batch, sequence); or bool (batch, 1, queries, keys), True where one attends.
             kwargs: of the decoder: position_ids, its cache (past_key_values; cache from transformers 5.24 on), and the
                 pack_layout of several samples in one sequence.
@@ -93,10 +95,12 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_features = None
+        if pixel_values is not None:
+            mm_encoder_outputs = {"image": self.get_image_features(pixel_values, return_dict=True)}
         if vision_features is not None:
             image_features = self._project(vision_features).flatten(0, 1)
-        elif pixel_values is not None:
-            image_features = torch.cat(self.get_image_features(pixel_values, return_dict=True).pooler_output)
+        elif mm_encoder_outputs:
+            image_features = torch.cat(mm_encoder_outputs["image"].pooler_output)
         if image_features is not None:
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
@@ -161,6 +165,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,  # named, so that generate makes it
         **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         """ClipPhiModel.forward with its inputs, then head and loss; returns a LlavaCausalLMOutputWithPast.
@@ -175,8 +180,8 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
                 and num_items_in_batch: divides the summed loss, instead of the number of supervised tokens."""
         # Not a named parameter: Trainer would take it for a second column of labels.
         shift_labels = kwargs.pop("shift_labels", None)
-        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "pixel_values": pixel_values}
-        outputs = self.model(**inputs, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        inputs = {"mm_encoder_outputs": mm_encoder_outputs, "position_ids": position_ids}
+        outputs = self.model(input_ids, pixel_values, attention_mask, inputs_embeds, **inputs, **kwargs)
         hidden_states = select_positions(outputs.last_hidden_state, logits_to_keep)
         loss = None
         if labels is not None and shift_labels is None:
@@ -189,6 +194,18 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             loss = self._loss(hidden_states[supervised], shift_labels[supervised], **kwargs)
         logits = None if skip_logits else self.lm_head(hidden_states)
         return as_output(LlavaCausalLMOutputWithPast, outputs, loss=loss, logits=logits)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """As transformers', but each sequence of a prompt gets all images of the prompt, in their order."""
+        outputs = kwargs.pop("mm_encoder_outputs", None) or {}
+        if expand_size > 1 and outputs:
+            ids, features = input_ids if input_ids.numel() else None, outputs["image"].pooler_output
+            places = self.model.get_placeholder_mask(ids, kwargs.get("inputs_embeds"), torch.cat(features))
+            images = torch.arange(len(features)).split((places.sum((1, 2)) // len(features[0])).tolist())
+            repeated = [features[image] for each in images for image in each.tolist() * expand_size]
+            outputs = {"image": type(outputs["image"])(pooler_output=repeated)}
+        ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return ids, kwargs | {"mm_encoder_outputs": outputs}
 
     def _loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Cross-entropy of (supervised, text hidden) with int (supervised,); several chunks are recomputed backward."""
