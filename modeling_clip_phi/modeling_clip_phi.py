@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
@@ -77,7 +77,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
-        """Run the decoder on text and projected images; returns a LlavaModelOutputWithPast.
+        """Run the decoder on text and projected images; returns the decoder's output.
 
         Args:
             input_ids: int (batch, sequence), or inputs_embeds: float (batch, sequence, text hidden).
@@ -123,8 +123,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             if attention == "eager":  # adds the mask to the scores
                 scores = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype)
                 attention_mask = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        outputs = self.language_model(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        return as_output(LlavaModelOutputWithPast, outputs, image_hidden_states=image_features)
+        return self.language_model(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
 
 
 class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
@@ -168,7 +167,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         mm_encoder_outputs: dict[str, Any] | None = None,  # named, so that generate makes it
         **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
-        """ClipPhiModel.forward with its inputs, then head and loss; returns a LlavaCausalLMOutputWithPast.
+        """ClipPhiModel.forward with its inputs, then head and loss; returns a CausalLMOutputWithPast.
 
         Args:
             labels: int (batch, sequence), aligned with input_ids; -100 where nothing is learnt.
@@ -193,7 +192,9 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             supervised = shift_labels != IGNORE_INDEX
             loss = self._loss(hidden_states[supervised], shift_labels[supervised], **kwargs)
         logits = None if skip_logits else self.lm_head(hidden_states)
-        return as_output(LlavaCausalLMOutputWithPast, outputs, loss=loss, logits=logits)
+        # The cache has another name from transformers 5.24 on.
+        fields = {name: outputs[name] for name in outputs if name in CausalLMOutputWithPast.__dataclass_fields__}
+        return CausalLMOutputWithPast(**fields | {"loss": loss, "logits": logits})
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         """As transformers', but each sequence of a prompt gets all images of the prompt, in their order."""
@@ -228,12 +229,6 @@ def select_positions(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -
     if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dim() == 2:
         return torch.take_along_dim(states, logits_to_keep.unsqueeze(-1), dim=1)
     return states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
-
-
-def as_output(output_class: Any, outputs: Any, **fields: Any) -> Any:
-    """The output with those of another one that it has a field for: its cache has another name from 5.24 on."""
-    shared = {name: value for name, value in outputs.items() if name in output_class.__dataclass_fields__}
-    return output_class(**shared | fields)
 
 
 ClipPhiPreTrainedModel.whole_class = ClipPhiForCausalLM
