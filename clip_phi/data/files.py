@@ -102,21 +102,22 @@ class MediaFolder:
         self._num_hints = 0
         self._archives: dict[str, tuple[str, set[str]] | None] = {}
 
-    def find_value(self, value: Any, column: str, what: str) -> File | bytes:
-        """For schema.Find: bytes as they are, base64 or a data URI of them, a name, a file URL, {"bytes", "path"} with
-        one of these, or the id of an image."""
-        if isinstance(value, Mapping):
-            value = next((value[key] for key in ("bytes", "path", "url") if value.get(key) is not None), None)
+    def find_value(self, value: Any, column: str, what: str, in_table: bool = False) -> File | bytes:
+        """For schema.Find: bytes as they are, base64 or a data URI of them, a name, a file URL, or the id of
+        an image; in a table also {"bytes", "path"} with one of them."""
+        if in_table and isinstance(value, Mapping):
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if value == b"":
             raise RecordError(f"{what} is empty")
         if isinstance(value, bytes):
             return value
         if column.lower() in ID_COLUMNS:
             number = [f"{folder}{int(value):012d}.jpg" for folder in COCO_FOLDERS] if str(value).isdecimal() else []
-            return self.find(str(value), f"{value}.jpg", f"{value}.png", *number, what=what)
+            return self.find(f"{value}.jpg", f"{value}.png", str(value), *number, what=what)
         if isinstance(value, str) and BASE64.match(value[:64]):
             try:
-                return base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value)
+                text = value.partition(",")[2] if value.startswith("data:") else value
+                return base64.b64decode("".join(text.split()), validate=True)
             except ValueError as error:
                 raise RecordError(f"{what} is not valid base64", str(error)) from None
         if isinstance(value, str) and re.match("[a-z][a-z0-9+]+://", value) and not value.startswith("file:"):
@@ -132,9 +133,9 @@ class MediaFolder:
                     return self._find(name, what, spell)
                 except RecordError as error:
                     errors.append(error)
-        error = errors[0]
-        hint = self._hint(error.detail) if error.kind.startswith("missing") else ""
-        raise RecordError(error.kind, f"{error.detail}{hint}")
+        first = errors[0]
+        hint = self._hint(first.detail) if first.kind.startswith("missing") else ""
+        raise RecordError(first.kind, f"{first.detail}{hint}")
 
     def _find(self, name: Any, what: str, spell: Callable[[str], list[str]]) -> File:
         name = clean_text(name, f"{what} name")
@@ -152,11 +153,15 @@ class MediaFolder:
         if self._num_hints == NUM_EXAMPLES:
             return ""
         self._num_hints += 1
-        folder, base = os.path.split(path)
+        folder, base = os.path.split(path.replace("\\", "/"))
+        if base in self._names(self.root):
+            return f" (it is in {self.root}, without a folder)"
         if not os.path.isdir(folder or "."):
-            return " (there is no such folder)"
-        near = difflib.get_close_matches(base, sorted(self._names(folder))[:1000], 1, 0.8)
-        return f" (there is {near[0]!r})" if near else ""
+            return f" (there is no folder {folder})"
+        names = {name.casefold(): name for name in sorted(self._names(folder))}
+        near = difflib.get_close_matches(base.casefold(), list(names)[:1000], 1, 0.8)
+        near = [base.casefold()] if base.casefold() in names else near
+        return f" (there is {names[near[0]]!r})" if near else ""
 
     def _look_up(self, root: str, path: str) -> File | None:
         folder, base = os.path.split(path)

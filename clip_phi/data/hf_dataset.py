@@ -9,6 +9,7 @@ import tarfile
 from bisect import bisect_right
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from .files import MediaFolder
 from .report import RecordError, Report
 from .sample import File, Sample
-from .schema import IMAGE_KEYS, Layout, read_records
+from .schema import ANY_LAYOUT, IMAGE_KEYS, Layout, read_records
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".tar": "webdataset"}
 BUILDERS |= dict.fromkeys((".jsonl", ".json"), "json")
@@ -74,15 +75,15 @@ def _open(path: str, split: str, config: str | None, revision: str | None, strea
     for archive in folder.rglob("*.tar") if folder.is_dir() else map(Path, glob.glob(path, recursive=True)):
         if archive.suffix == ".tar" and not _has_end(archive):
             raise ValueError(f"{archive} is incomplete: download it again")
-    options = {"split": split, "streaming": streaming}
+    options: dict[str, Any] = {"split": split, "streaming": streaming}
     if folder.is_dir():  # an absolute path, since a folder may be called "parquet" or "json"
         return datasets.load_dataset(os.path.abspath(path), config, **options)
     if folder.suffix in BUILDERS:
         if "://" not in path and not glob.glob(path, recursive=True) and not folder.exists():
             raise FileNotFoundError("no such file")
         if BUILDERS[folder.suffix] == "csv":  # texts as they are: "None" is an answer, and 007 no number
-            options |= {"sep": "\t" if folder.suffix == ".tsv" else ",", "keep_default_na": False}
-            options |= {"features": _text_features(path, options["sep"])}
+            delimiter = "\t" if folder.suffix == ".tsv" else ","
+            options |= {"sep": delimiter, "keep_default_na": False, "features": _text_features(path, delimiter)}
         return datasets.load_dataset(BUILDERS[folder.suffix], data_files=path, **options)
     if folder.exists():
         raise ValueError(f"a table is a folder or one of *{', *'.join(BUILDERS)}")
@@ -124,7 +125,7 @@ class _Cell:
     path: str | None
 
 
-def read_table(dataset: Any, media: MediaFolder, report: Report, layout: Layout = Layout()) -> Iterator[Sample]:
+def read_table(dataset: Any, media: MediaFolder, report: Report, layout: Layout = ANY_LAYOUT) -> Iterator[Sample]:
     """Samples of a datasets.Dataset, in its order. Their origins are "name:row".
 
     Images are not read: a Sample points into the Arrow file of `datasets`, or holds the bytes where there is no such
@@ -151,7 +152,7 @@ def read_table(dataset: Any, media: MediaFolder, report: Report, layout: Layout 
 
     def find(value: Any, column: str, what: str) -> File | bytes:
         if not isinstance(value, _Cell):
-            return media.find_value(value, column, what)
+            return media.find_value(value, column, what, in_table=True)
         if value.size is None:
             return media.find(value.path, what=what)
         if not value.size:
@@ -172,8 +173,7 @@ def stream_table(
     path: str,
     media: MediaFolder,
     report: Report,
-    layout: Layout = Layout(),
-    *,
+    layout: Layout = ANY_LAYOUT,
     rank: int = 0,
     world_size: int = 1,
     seed: int = 0,
@@ -204,7 +204,7 @@ def stream_table(
     for epoch in count():
         dataset.set_epoch(epoch)
         counted, given = report if epoch == 0 else Report(), False
-        for sample in read_records(records(), media.find_value, counted, False, layout):
+        for sample in read_records(records(), partial(media.find_value, in_table=True), counted, False, layout):
             given = True
             yield sample
         if not given and not counted.records and worker is not None and worker.id > 0:
@@ -245,7 +245,8 @@ def _as_record(values: dict[str, Any], media: MediaFolder, named: Container[str]
 def _none_if_null(image: Any) -> Any:
     if isinstance(image, list):
         return [_none_if_null(each) for each in image]
-    return None if isinstance(image, dict) and all(each is None for each in image.values()) else image
+    is_null = image == "" or (isinstance(image, dict) and all(each is None for each in image.values()))
+    return None if is_null else image
 
 
 def _holds_bytes(kind: Any) -> bool:

@@ -8,11 +8,11 @@ from typing import Any
 from .files import MediaFolder, read_json
 from .report import Report
 from .sample import Sample
-from .schema import Layout, read_records
+from .schema import ANY_LAYOUT, Layout, read_records
 
 
 def read_instruct(
-    annotations: Path, media: MediaFolder, report: Report, layout: Layout = Layout()
+    annotations: Path, media: MediaFolder, report: Report, layout: Layout = ANY_LAYOUT
 ) -> Iterator[Sample]:
     """One Sample for each image, with the conversations about it. In the order of first appearance.
 
@@ -24,7 +24,9 @@ def read_instruct(
         records = _lines(annotations, report)
     else:
         name, content = str(annotations), read_json(annotations)
-        lists = {key: value for key, value in content.items() if _is_records(value)} if isinstance(content, dict) else {}
+        lists = (
+            {key: value for key, value in content.items() if _is_records(value)} if isinstance(content, dict) else {}
+        )
         if len(lists) == 1:
             ((key, content),) = lists.items()
             name += f":{key}"

@@ -111,5 +111,5 @@ class Report:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Report":
-        counts = (Counter(values.get(name, {})) for name in ("skipped", "repaired", "filtered"))
-        return cls(values["records"], *counts, dict(values["examples"]))
+        skipped, repaired, filtered = (Counter(values.get(name, {})) for name in ("skipped", "repaired", "filtered"))
+        return cls(values["records"], skipped, repaired, filtered, dict(values["examples"]))

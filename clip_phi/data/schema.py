@@ -66,12 +66,15 @@ class Layout(NamedTuple):
     min_ratings: Mapping[str, float] = {}
 
 
+ANY_LAYOUT = Layout()
+
+
 def read_records(
     records: Iterable[tuple[str | list[str], Any]],
     find: Find,
     report: Report,
     group: bool = True,
-    layout: Layout = Layout(),
+    layout: Layout = ANY_LAYOUT,
 ) -> Iterator[Sample]:
     """Samples of (origin, record), or of (one origin for each caption, record).
 
@@ -168,8 +171,8 @@ class _RecordReader:
                 places = [place for place, each in enumerate(self.image) if not _is_blank(each)]
                 if len(places) > 1:
                     raise RecordError("several images", f"{len(places)} of them; a sample has one")
-                self.column += f"/{places[0]}"
-                self.image = self.image[places[0]]
+                self.column += f"/{places[0] if places else 0}"
+                self.image = self.image[places[0]] if places else None
         conversations = self._conversations()
         if not (self.has_image or columns):
             unread = (key for key in values if IMAGE_LIKE.search(key) and key not in IMAGE_KEYS and self._has(key))
@@ -185,19 +188,20 @@ class _RecordReader:
 
     def _conversations(self) -> list[Conversation | RecordError]:
         values = self.values
-        said = next((key for key in CONVERSATION_KEYS if values.get(key) is not None), None)
-        if said is not None:
+        said = self._first(CONVERSATION_KEYS) or next((key for key in CONVERSATION_KEYS[:2] if key in values), "")
+        if values.get(said) is not None:
             return self._turns(values[said])
         if self.layout.min_ratings:
             raise RecordError("no ratings", "min_rating is for records with texts and *_ratings")
-        if isinstance(values.get("prompt"), list | tuple) or isinstance(values.get("completion"), list | tuple):
-            parts = [
-                [{"role": role, "content": values[key]}] if isinstance(values.get(key), str) else values.get(key)
-                for key, role in (("prompt", "user"), ("completion", "assistant"))
-            ]
-            if not all(isinstance(part, list | tuple) for part in parts):
-                raise RecordError("prompt or completion is neither text nor a list")
-            return [self._conversation([*parts[0], *parts[1]])]
+        if "prompt" in values and "completion" in values:
+            messages: list[Any] = []
+            for key, role in (("prompt", "user"), ("completion", "assistant")):
+                part = values.get(key)
+                part = [{"role": role, "content": part}] if isinstance(part, str) else part
+                if not isinstance(part, list | tuple):
+                    raise RecordError("prompt or completion is neither text nor a list")
+                messages += part
+            return [self._conversation(messages)]
         asked = [key for key in QUESTION_KEYS if self._has(key)]
         answer = self._first(ANSWER_KEYS)
         if not asked and self._has("text") and (answer or self._has("question_id")):
@@ -220,9 +224,18 @@ class _RecordReader:
             raise RecordError("several captions columns", f"{caption} and {', '.join(others)}: add caption=COLUMN")
         return self._captions(caption)
 
+    def _no_image(self, kind: str) -> RecordError:
+        is_blank = any(isinstance(self.values.get(key), str) for key in IMAGE_KEYS)
+        return RecordError("image name is empty" if is_blank else kind)
+
     def _turns(self, messages: Any) -> list[Conversation | RecordError]:
         """Of a list of turns, or of pairs of turns with ratings."""
-        if isinstance(messages, list | tuple) and messages and isinstance(messages[0], Mapping) and "user" in messages[0]:
+        if (
+            isinstance(messages, list | tuple)
+            and messages
+            and isinstance(messages[0], Mapping)
+            and "user" in messages[0]
+        ):
             if not all(isinstance(pair, Mapping) for pair in messages):
                 raise RecordError("turn is not an object")
             kept = [pair for place, pair in enumerate(messages) if self._is_rated_well(place)]
@@ -282,12 +295,14 @@ class _RecordReader:
                 if role != "user":
                     raise RecordError("speech outside a question")
                 text = SPOKEN_INSTRUCTION if text is None or (isinstance(text, str) and not text.strip()) else text
-            text = _clean_question(text) if role == "user" else clean_text(text, TEXT_NAMES[role])
+            text = clean_text(text, TEXT_NAMES[role])
+            if role == "user":
+                _refuse_tags(text)
             transcript = clean_text(transcript, "transcript") if transcript is not None else None
             recording = self.find(speech, "speech", "speech") if speech is not None else None
             turns.append(Turn(role, text, transcript, recording))  # type: ignore[arg-type]
         if image_turns and not self.has_image:
-            raise RecordError(f"{IMAGE_TOKEN} without an image")
+            raise self._no_image(f"{IMAGE_TOKEN} without an image")
         if len(image_turns) > 1:
             raise RecordError(f"several {IMAGE_TOKEN} for one image", f"{len(image_turns)} of them")
         if not any(turn.role == "assistant" for turn in turns):
@@ -365,17 +380,21 @@ class _RecordReader:
         images = 0
         for text in (*(pair[0] for pair in before), question):
             images += text.count(IMAGE_TOKEN) if isinstance(text, str) else 0
-        if images > self.has_image:
-            raise RecordError(
-                f"several {IMAGE_TOKEN} for one image" if self.has_image else f"{IMAGE_TOKEN} without an image"
-            )
+        if images > 1 and self.has_image:
+            raise RecordError(f"several {IMAGE_TOKEN} for one image", f"{images} of them")
+        if images and not self.has_image:
+            raise self._no_image(f"{IMAGE_TOKEN} without an image")
         for past, reply in before:
             turns += [Turn("user", _clean_question(past)), Turn("assistant", clean_text(reply, "answer"))]
         question = _clean_question(question)
         turns.append(Turn("user", question))
-        if answer is None:
+        if answer is None and not isinstance(values.get("answers"), list | tuple):
             return tuple(turns)
-        value = values[answer]
+        value = values[answer or "answers"]
+        if answer in (None, "answers") and not (
+            self.layout.columns or isinstance(_parse_list(value), list | tuple | dict)
+        ):
+            raise RecordError("answers are not a list, or it is empty", "add question= and answer= to read one text")
         texts = [_as_label(value, question, asked[0])] if answer == "label" else _as_answers(value, answer == "answers")
         (usual, _), *_ = Counter(texts).most_common(1)
         return (*turns, Turn("assistant", usual, references=tuple(texts) if len(texts) > 1 else ()))
@@ -386,8 +405,7 @@ class _RecordReader:
         if not captions:
             raise RecordError("no caption")
         if not self.has_image:
-            is_empty = any(self.values.get(each) == "" for each in IMAGE_KEYS)
-            raise RecordError("image name is empty" if is_empty else "caption without an image")
+            raise self._no_image("caption without an image")
         conversations: list[Conversation | RecordError] = []
         for caption in captions:
             try:
@@ -409,9 +427,13 @@ def _is_blank(value: Any) -> bool:
 
 def _clean_question(text: Any) -> str:
     text = clean_text(text.replace(IMAGE_TOKEN, "") if isinstance(text, str) else text, "question")
-    if found := OTHER_TAGS.search(text):
-        raise RecordError(f"{found[0]} in a question", "a sample is an image and text")
+    _refuse_tags(text)
     return text
+
+
+def _refuse_tags(question: str) -> None:
+    if found := OTHER_TAGS.search(question):
+        raise RecordError(f"{found[0]} in a question", "a sample is an image and text")
 
 
 def _parse_list(value: Any) -> Any:
@@ -440,7 +462,7 @@ def _as_answers(value: Any, may_be_list: bool) -> list[str]:
                 answer = str(int(answer) if answer == answer // 1 else answer)
             answers.append(clean_text(answer, "answer"))
     if not answers:
-        raise RecordError("answer is empty")
+        raise RecordError("answers are not a list, or it is empty")
     return answers
 
 
@@ -451,7 +473,9 @@ def _as_label(value: Any, question: str, asked: str) -> str:
     if word in ("1", "0", "1.0", "0.0", "true", "false") and ASKS_YES_OR_NO.search(question):
         return "yes" if word in ("1", "1.0", "true") else "no"
     if asked == "text" or not isinstance(value, str) or word.isdigit():
-        raise RecordError("label is not yes or no", f"{value!r}; add ,question={asked},answer=label to learn it as it is")
+        raise RecordError(
+            "label is not yes or no", f"{value!r}; add ,question={asked},answer=label to learn it as it is"
+        )
     return clean_text(value, "label")
 
 
