@@ -7,6 +7,7 @@ import json
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os.path import isfile
@@ -42,6 +43,19 @@ def read_json(path: Path, what: str = "", lists: Sequence[str] = ()) -> Any:
     return content
 
 
+def is_missing_folder(model: str, id_needs_user: bool = True) -> bool:
+    """Whether a model's name means a folder that does not exist. Such a name must not be looked for on the Hub.
+
+    Any other name is a Hub id, user/name, where no folder here is called user. id_needs_user: False for weights
+    that may be at the root of the Hub, such as gpt2."""
+    if Path(model).is_dir():
+        return False
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        return "/" in model or id_needs_user
+    user = model.partition("/")[0]
+    return user == "outputs" or Path(user).is_dir()  # where training writes by default
+
+
 @contextmanager
 def no_collector() -> Iterator[None]:
     """Switch the garbage collector off: with millions of new objects it would double the time."""
@@ -66,6 +80,18 @@ def clean_text(value: Any, what: str) -> str:
     except UnicodeEncodeError as error:
         raise RecordError(f"{what} is not valid Unicode", f"character {error.start}") from None
     return text
+
+
+def checked_line(value: Any) -> str:
+    """A line of json, a list of the checksum of the value and the value."""
+    text = json.dumps(value)
+    return f'["{zlib.crc32(text.encode()):08x}", {text}]\n'
+
+
+def read_checked_lines(path: Path) -> list[Any]:
+    """The values of a file of checked_line(), but for lines that were cut or have changed on disk."""
+    texts = ((line, line[13:-1]) for line in path.read_bytes().split(b"\n"))
+    return [json.loads(text) for line, text in texts if line == b'["%08x", %b]' % (zlib.crc32(text), text)]
 
 
 def file_stamp(path: str) -> list[int] | None:
