@@ -227,7 +227,7 @@ def make_plan(arguments: TrainingArguments, card: Gpu, mfu: float, config: ClipP
     }
 
 
-def as_text(plan: dict[str, Any]) -> str:
+def format_plan(plan: dict[str, Any]) -> str:
     """The plan as a table."""
     bill, memory, rate = plan["bill_bytes"], plan["memory_bytes"] / GIB, plan["samples_per_second"]
     rows = [*bill.items(), ("together", sum(bill.values()))]
