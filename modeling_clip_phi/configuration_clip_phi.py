@@ -29,7 +29,7 @@ class ClipPhiConfig(PreTrainedConfig):
 
     model_type = "clip_phi"
     sub_configs: ClassVar = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache", "image_hidden_states"]
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache"]
 
     vision_config: dict | PreTrainedConfig | None = None  # of a transformers vision encoder
     text_config: dict | PreTrainedConfig | None = None  # of a transformers decoder

@@ -304,7 +304,9 @@ def test_each_sequence_of_a_prompt_has_all_its_images_in_their_order(options, fr
     """The oracle generates from embeddings that have the features already."""
     model = fresh_model
     with torch.no_grad():
-        model.model.projector.weight.mul_(100)  # images decide the answers
+        model.model.projector.weight.mul_(100)  # images, and their order, decide the answers
+        for name, weight in model.model.language_model.named_parameters():
+            weight.mul_(10 if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) else 1)
     texts = ["<image><image>Instruct: a\nOutput:", "<image>Instruct: a star\nOutput:", "Instruct: a\nOutput:"]
     batch = processor(images=[picture(seed) for seed in range(3)], text=texts, padding=True, return_tensors="pt")
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -510,7 +512,7 @@ def test_missing_weights_are_reported_to_who_asks_for_them(kind, request, tmp_pa
     if kind == "adapted":
         expected.add("model.language_model.layers.0.mlp.fc1.lora_A.weight")
     assert info["missing_keys"] == expected
-    with pytest.raises(ValueError, match="lacks 1 of the weights its config asks for: model.projector.bias"):
+    with pytest.raises(ValueError, match="lacks . of the weights its config asks for: .*model.projector.bias"):
         ClipPhiForCausalLM.from_pretrained(folder)
 
 
@@ -543,7 +545,9 @@ def test_adapter_with_missing_unknown_or_other_weights_is_refused(adapted, tmp_p
         with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/adapter{message}")):
             ClipPhiForCausalLM.from_pretrained(tmp_path)
 
-    refused(" lacks 1 of the weights its config asks for: model.language", lambda weights: weights.pop(first))
+    edit_weights(file, lambda weights: weights.pop(first))
+    with pytest.raises(ValueError, match=f"{tmp_path} lacks 1 of the weights its config asks for: model.language"):
+        ClipPhiForCausalLM.from_pretrained(tmp_path)
     extra = {first.replace("layers.0", "layers.9"): torch.zeros(4, 32)}
     refused(" holds 1 weights that the model has no place for: model.language", lambda weights: weights.update(extra))
     narrow = {first: torch.zeros(1, 32)}
@@ -838,7 +842,7 @@ def test_quantisation_is_for_the_decoder_alone(bits, vision_backbone, wide_text_
         assert all(name.startswith("model.language_model.layers.") for name in modules)
         assert (logits(model, inputs) - expected).norm() / expected.norm() < {4: 0.3, 8: 0.03}[bits]
     assert config.llm_int8_skip_modules is None, "the caller's config was changed"
-    with pytest.raises(ValueError, match="merged checkpoint cannot be made of quantised weights: save the delta"):
+    with pytest.raises(ValueError, match="quantised weights cannot be merged: save the delta"):
         model.save_pretrained(tmp_path / "x", merged=True)
 
     model = ClipPhiForCausalLM.from_backbones(vision_backbone, wide_text_backbone, quantization_config=config)
