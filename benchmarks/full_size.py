@@ -361,8 +361,13 @@ def count_host_syncs() -> int:
     counts = torch.tensor([work.num_samples, work.num_supervised, inputs["input_ids"].numel(), 0, 0, 0])
     train_step(run, 1, [pack], counts)
     as_list, lists = torch.Tensor.tolist, []
+
+    def counted(tensor: torch.Tensor) -> Any:
+        lists.append(tensor)
+        return as_list(tensor)
+
     try:
-        torch.Tensor.tolist = lambda tensor: lists.append(tensor) or as_list(tensor)  # type: ignore[method-assign]
+        torch.Tensor.tolist = counted  # type: ignore[method-assign]
         with HostSyncs() as syncs:
             train_step(run, 2, [pack], counts)
     finally:

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from clip_phi.batching.attention import PACKED_ATTENTION, _without_batch, attend_by_piece, make_pack_layout
+from clip_phi.batching.attention import PACKED_ATTENTION, attend_by_piece, make_pack_layout, without_batch
 from clip_phi.training.arguments import Stage2Arguments, TrainingArguments
 from clip_phi.training.model import make_trainable
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
@@ -91,7 +91,7 @@ def _varlen(query, key, value, query_starts, key_starts, longest_query, longest_
 
 
 def _planned_attention(module, query, key, value, attention_mask, scaling=None, pack_layout=None, **kwargs):
-    query, key, value = _without_batch(query, key, value, kwargs)
+    query, key, value = without_batch(query, key, value)
     return attend_by_piece(query, key, value, pack_layout, scaling, _varlen).unsqueeze(0), None
 
 
@@ -262,7 +262,7 @@ def count_step(
     with ledger, flops, LikeCuda(autocast), _loss_recomputed_alike(autocast):
         embeds = model.get_input_embeddings()(ids)
         if images:
-            features = torch.cat(list(model.model._project(model.get_vision_features(pixels)))).to(embeds.dtype)
+            features = model.model._project(model.model.get_vision_features(pixels)).flatten(0, 1).to(embeds.dtype)
         else:
             embeds.requires_grad_()
         tower, tower_flops = ledger.take_peak(), flops.get_total_flops()

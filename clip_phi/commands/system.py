@@ -44,7 +44,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--quantization {arguments.quantization}: quantized weights cannot be trained")
     from modeling_clip_phi import ClipPhiConfig
 
-    from ..tools.plan import CARDS, as_text, make_plan
+    from ..tools.plan import CARDS, format_plan, make_plan
 
     if arguments.gpu not in CARDS:
         raise ValueError(f"unknown --gpu {arguments.gpu}: it is one of {', '.join(CARDS)}")
@@ -52,7 +52,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
     config = ClipPhiConfig() if arguments.model is None else ClipPhiConfig.from_pretrained(arguments.model)
     training = STAGES[arguments.stage](stage=arguments.stage, **options)
     plan = make_plan(training, CARDS[arguments.gpu], arguments.mfu, config)
-    print(json.dumps(plan) if arguments.json else as_text(plan))
+    print(json.dumps(plan) if arguments.json else format_plan(plan))
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

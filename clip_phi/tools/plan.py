@@ -11,7 +11,7 @@ from ..environment import Gpu
 from ..training.arguments import Stage2Arguments, TrainingArguments
 from ..training.memory import CARDS, GIB, Formula, largest_pack, typical_sample
 
-__all__ = ["CARDS", "GIB", "Formula", "as_text", "make_plan"]
+__all__ = ["CARDS", "GIB", "Formula", "format_plan", "make_plan"]
 IMAGES, CONVERSATIONS = 118_287, 157_712  # of COCO train2017; of LLaVA-Instruct-150K
 
 
@@ -51,7 +51,7 @@ def make_plan(arguments: TrainingArguments, card: Gpu, mfu: float, config: ClipP
     }
 
 
-def as_text(plan: dict[str, Any]) -> str:
+def format_plan(plan: dict[str, Any]) -> str:
     """The plan as a table."""
     bill, memory, rate = plan["bill_bytes"], plan["memory_bytes"] / GIB, plan["samples_per_second"]
     rows = [*bill.items(), ("together", sum(bill.values()))]

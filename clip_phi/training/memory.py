@@ -136,9 +136,9 @@ class Formula:
             attention = tokens * (2 * self.width * product + 4 * self.heads)
             attention += copies * len(layout.key_places) * self.width * 2 * product
         else:
-            products = sum(places.numel() * places.shape[1] for places, _ in layout.buckets)
-            masks = sum(sees.numel() for _, sees in layout.buckets if sees is not None)
-            padded = sum(places.numel() for places, _ in layout.buckets)
+            products = sum(each.places.numel() * each.places.shape[1] for each in layout.buckets)
+            masks = sum(each.mask.numel() for each in layout.buckets if each.mask is not None)
+            padded = sum(each.places.numel() for each in layout.buckets)
             attention = copies * (padded * 4 * (self.width * product + self.heads) + product * masks)
         layer, width = tokens * kept + attention + copied, tokens * (hidden + inner)
         peak = layer if self.arguments.gradient_checkpointing else 0  # one layer is computed anew at a time: measured
@@ -252,7 +252,6 @@ def tokens_that_fit(arguments: TrainingArguments, model: Any, accelerator: Any) 
     device, dtype = accelerator.device, model.model.language_model.dtype
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, dtype)
     attention = model.config.get_text_config()._attn_implementation
-    model.to(device)
     free, total = torch.cuda.mem_get_info(device)
     room = (free + torch.cuda.memory_reserved(device) + CONTEXT[True]) / GIB
     has_varlen = attention != SDPA_PACKED_ATTENTION and has_varlen_kernel(device, dtype)

@@ -12,7 +12,13 @@ from transformers.pytorch_utils import Conv1D
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
-from ..batching.attention import PACKED_ATTENTION, SDPA_PACKED_ATTENTION, has_varlen_kernel
+from ..batching.attention import (
+    PACKED_ATTENTION,
+    SDPA_PACKED_ATTENTION,
+    context_length,
+    has_varlen_kernel,
+    refuse_other_attention,
+)
 from ..batching.feature_cache import FeatureCache, fingerprint_of
 from ..environment import quantization_config
 from ..hub.retry import load_with_retries
@@ -53,6 +59,9 @@ def load_model(
         else:
             assert isinstance(arguments, Stage2Arguments)
             model = _load_start(arguments, dtype, accelerator)
+    is_placed = getattr(model, "hf_quantizer", None) is not None or is_sharded(accelerator)
+    model = model if is_placed else model.to(accelerator.device)
+    refuse_other_attention(model)
     make_trainable(model, arguments, accelerator.device, dtype)
     return model
 
@@ -120,8 +129,8 @@ def resolve(arguments: TrainingArguments, accelerator: Accelerator, model: ClipP
     Decides optim, max_length, merged, per_device_eval_batch_size and, of a model with an adapter, lora_*."""
     config = model.config
     changes: dict[str, Any] = {"optim": choose_optimizer(arguments.optim, accelerator.device, is_sharded(accelerator))}
-    context = config.get_text_config().max_position_embeddings
-    if arguments.max_length > context:
+    context = context_length(config)
+    if context is not None and arguments.max_length > context:
         accelerator.print(f"--max_length is cut to the decoder's context, {context}")
         changes["max_length"] = context
     changes_decoder = isinstance(arguments, Stage2Arguments) and arguments.tune_decoder == "full"
@@ -230,7 +239,7 @@ def continue_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None
     for layer in model.model.language_model.modules():
         for name in getattr(layer, "lora_dropout", {}):  # which the model was loaded and frozen without
             drop = torch.nn.Dropout(config.lora_dropout) if config.lora_dropout else torch.nn.Identity()
-            layer.lora_dropout[name] = drop
+            layer.lora_dropout[name] = drop.train(layer.training)
     for name, parameter in model.model.language_model.named_parameters():
         parameter.requires_grad = "lora_" in name
 
