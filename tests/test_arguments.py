@@ -80,7 +80,7 @@ def test_all_problems_are_reported_at_once_with_a_way_out():
         "--learning_rate must be more than 0",
         "--max_length must be at least 1",
         "data/llava_instruct_150k.json, data/coco/train2017",
-        "liuhaotian/LLaVA-Instruct-150K",
+        "'clip-phi download llava-instruct' downloads it",
         "'make demo' needs no data",
     ):
         assert part in str(caught.value)

@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 BOUNDS = {
-    "product_lines": 14_000,
+    "product_lines": 15_500,
     "modeling_lines": 450,
     "remote_code_lines": 1_030,
     "longest_function_in_loop": 80,

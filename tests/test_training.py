@@ -310,7 +310,7 @@ def test_a_warm_feature_cache_gives_the_same_run_and_opens_no_image(data, backbo
     ("options", "message"),
     [
         (["--stage", "4"], "unknown --stage 4"),
-        (["--stage", "1"], "not found (looked in"),
+        (["--stage", "1"], "'clip-phi download coco' downloads it"),
         (
             ["--stage", "2", "--data", "llava:README.md", "--holdout_images", "0"],
             "give --eval_data or --holdout_images",

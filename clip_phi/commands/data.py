@@ -1,10 +1,12 @@
-"""clip-phi inspect and draw-data: training data."""
+"""clip-phi inspect, download and draw-data: training data."""
 
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import Any
 
+from ..data.catalog import DATASETS
 from .common import DATA, MODELS, add_command, add_data, add_json, natural, newest_model, positive
 
 
@@ -28,6 +30,18 @@ def add_to(commands: Any) -> None:
     help = "processes that open images; 0: this process alone (default: %(default)s, the number of cores)"
     add("--num_workers", type=natural, default=os.cpu_count(), help=help)
 
+    help = "a public data set, into the folders that training reads by default"
+    download = add_command(commands, "download", run_download, help)
+    add = download.add_argument
+    names = "; ".join(f"{name}: {dataset.about}" for name, dataset in DATASETS.items())
+    add("name", choices=DATASETS, metavar="NAME", help=names)
+    add("--output_dir", default="data", metavar="DIR", help="folder of all data")
+    add("--keep_zip", action="store_true", help="images left in their zip archives, which training reads too")
+    help = "http(s) address in place of the beginning of each official one, such as https://mirror.example; the paths "
+    add("--mirror", metavar="URL", help=f"{help}behind it stay")
+    add("--connections", type=positive, default=4, metavar="N", help="parts of a file that are fetched at once")
+    add_json(download)
+
     help = "a small synthetic data set in the layouts of COCO and LLaVA-Instruct"
     draw = add_command(commands, "draw-data", run_draw_data, help)
     draw.add_argument("folder", metavar="DIR", help="folder to write")
@@ -45,6 +59,16 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     from ..tools.inspect import inspect
 
     inspect(arguments)
+
+
+def run_download(arguments: argparse.Namespace) -> None:
+    from ..tools.download import download
+
+    folder = arguments.output_dir
+    files = download(arguments.name, Path(folder), arguments.mirror, arguments.keep_zip, arguments.connections)
+    data = [text.format(folder) for text in DATASETS[arguments.name].data]
+    lines = [f"{file['state']:<14} {file['path']}" for file in files] + [f"--data {text}" for text in data]
+    print(json.dumps({"files": files, "data": data}) if arguments.json else "\n".join(lines))
 
 
 def run_draw_data(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import coco, hf_dataset, json_files
+from .catalog import how_to_download
 from .files import MediaFolder, file_stamp
 from .report import Report
 from .sample import Sample
@@ -140,12 +141,14 @@ def parse_files(texts: Sequence[str]) -> list[DataSource]:
 
 
 def missing_files(sources: Sequence[DataSource]) -> str | None:
-    """The error that names all files of the sources that do not exist; None if they all do."""
+    """The error that names all files of the sources that do not exist, and the command that downloads them if there is
+    one; None if they all do."""
     paths = [source.path for source in sources if source.kind != "dataset"]
     for source in sources:
         paths += [source.options[key] for key in ("images", "recordings", "annotations") if key in source.options]
     missing = [path for path in paths if not Path(path).exists() and not Path(f"{path}.zip").exists()]
-    return f"not found (looked in {Path.cwd()}): {', '.join(missing)}" if missing else None
+    hint = f". {command} downloads it" if (command := how_to_download(missing)) else ""
+    return f"not found (looked in {Path.cwd()}): {', '.join(missing)}{hint}" if missing else None
 
 
 def _guess(path: str, options: dict[str, str]) -> tuple[str, str]:
@@ -156,6 +159,8 @@ def _guess(path: str, options: dict[str, str]) -> tuple[str, str]:
         train = file / "annotations/captions_train2017.json"
         options.setdefault("images", path)
         return ("coco", str(train if train in found else found[0])) if train in found or len(found) == 1 else ("", path)
+    if not file.exists() and (command := how_to_download([path])):
+        raise ValueError(f"no such file: {path}. {command} downloads it")
     if file.suffix in TABLE_SUFFIXES or file.is_dir() or (not file.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path)):
         return "dataset", path
     if not file.exists():

@@ -1,12 +1,14 @@
-"""Trying again where the network or the Hub fails for a while: the only place of the project that does."""
+"""Trying again where the network or a server fails for a while: the only place of the project that does."""
 
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
+HUB = "the Hub"
 # Seconds between tries. huggingface_hub itself tries again for uploads and cut downloads, and not for creating a
 # repository, for commits and their lost answers, and for downloads that are answered with 5xx.
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -19,16 +21,17 @@ FINAL = {
 }
 # The base of all errors of the HTTP library that huggingface_hub uses (httpx, later httpx2).
 HTTPError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+http: Any = import_module(HTTPError.__module__.partition(".")[0])
 Result = TypeVar("Result")
 
 
-def with_retries(what: str, action: Callable[[], Result]) -> Result:
-    """Run an action on the Hub, again after growing waits while its failure may pass; each wait is a line on stderr.
+def with_retries(what: str, action: Callable[[], Result], server: str = HUB) -> Result:
+    """Run an action on a server, again after growing waits while its failure may pass; each wait is a line on stderr.
 
     what: names the action in messages, for example "the commit to alice/clip-phi". action: can run several times.
     Raises ValueError or OSError, in one line, if the failure is final or stays."""
     kinds = (HTTPError, ConnectionError, TimeoutError, EntryNotFoundError)
-    return _retry(what, action, WAITS, lambda error: _find(error, kinds), explain=True)
+    return _retry(what, action, WAITS, lambda error: _find(error, kinds), explain=True, server=server)
 
 
 def load_with_retries(load: Callable[..., Result], *names: Any, **options: Any) -> Result:
@@ -51,8 +54,9 @@ def _retry(
     waits: tuple[float, ...],
     find: Callable[[BaseException], BaseException | None],
     explain: bool,
+    server: str = HUB,
 ) -> Result:
-    """find: the error of the Hub or the connection behind an error, if there is one. explain: final failures too."""
+    """find: the error of the server or the connection behind an error, if there is one. explain: final failures too."""
     for wait in (*waits, None):
         try:
             return action()
@@ -65,11 +69,12 @@ def _retry(
                 raise
             reason = f"the connection failed ({' '.join(str(cause).split()) or type(cause).__name__})"
             if status is not None:
-                reason = f"the Hub answered {status} {headers.get('X-Error-Message', '')}".rstrip()
+                reason = f"{server} answered {status} {headers.get('X-Error-Message', '')}".rstrip()
             if is_final:
                 status = 404 if isinstance(cause, RepositoryNotFoundError) else status
-                message = f"{what}: {FINAL[status]} ({reason})" if status in FINAL else f"{what}: {reason}"
-                raise (ValueError if status in FINAL else OSError)(message) from error
+                known = FINAL.get(status or 0) if server == HUB else None
+                message = f"{what}: {known} ({reason})" if known else f"{what}: {reason}"
+                raise (ValueError if known else OSError)(message) from error
             if wait is None:
                 tries = f"{len(waits) + 1} times: try again later; finished transfers are kept"
                 raise OSError(f"{what}: {reason} {tries}") from error

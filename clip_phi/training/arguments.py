@@ -185,7 +185,7 @@ class TrainingArguments:
                 except (ValueError, OSError) as error:
                     found.append(f"--{option}: {error}")
         if missing := missing_files(sources + held_out):
-            found.append(f"{missing}. {self.how_to_get_data} 'make demo' needs no data: it draws its own.")
+            found.append(f"{missing}. 'make demo' needs no data: it draws its own.")
         if not self.data:
             found.append("--data is required")
         weighted = sum(source.weight is not None for source in sources)
@@ -207,8 +207,6 @@ class TrainingArguments:
         if not held_out and not self.holdout_images:
             found.append("nothing to evaluate on: give --eval_data or --holdout_images")
         return found
-
-    how_to_get_data = ""
 
     @property
     def conversations_per_image(self) -> int | None:
@@ -232,10 +230,6 @@ class Stage1Arguments(TrainingArguments):
         "eval_data", ["coco:data/coco/annotations/captions_val2017.json,images=data/coco/val2017"]
     )
     captions_per_image: int = _option(5, "captions of an image in one step; the others take turns", AT_LEAST_1)
-
-    how_to_get_data = (
-        "COCO 2017 is at https://cocodataset.org/#download (train2017.zip, val2017.zip, annotations_trainval2017.zip)."
-    )
 
 
 @dataclass
@@ -263,11 +257,6 @@ class Stage2Arguments(TrainingArguments):
         "none", "precision of the frozen decoder: 4 bits (nf4, twice quantised: QLoRA) or 8; needs bitsandbytes"
     )
     caption_instruction: str = _option("Describe the image.", "question with which 'clip-phi caption' asks the model")
-
-    how_to_get_data = (
-        "LLaVA-Instruct-150K is llava_instruct_150k.json of https://huggingface.co/datasets/liuhaotian/"
-        "LLaVA-Instruct-150K; its images are COCO's train2017."
-    )
 
     def problems(self) -> list[str]:
         found = super().problems()
