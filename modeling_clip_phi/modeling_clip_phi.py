@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
@@ -220,10 +222,17 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
     def _loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Cross-entropy of (supervised, text hidden) with int (supervised,), in chunks of at most max_logits logits.
 
-        Of several chunks, each is computed again in the backward pass instead of being stored for it."""
+        With a frozen head see FrozenHeadLoss. A trained one, or one with hooks (sharded, offloaded), computes each of
+        several chunks again in the backward pass, so that no chunk is stored for it."""
         head, size = self.lm_head, max(1, self.max_logits // self.lm_head.out_features)
-        if len(labels) > size and kwargs.get("num_items_in_batch") is None:
+        if kwargs.get("num_items_in_batch") is None:
             kwargs["num_items_in_batch"] = len(labels)
+        hooks = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+        frozen = type(head) is nn.Linear and not any(each.requires_grad for each in head.parameters())
+        plain_loss = self.loss_function is ForCausalLMLoss and "ignore_index" not in kwargs
+        if hidden_states.requires_grad and frozen and plain_loss and not hooks:
+            loss = FrozenHeadLoss.apply(hidden_states, labels, head.weight, head.bias, size)
+            return loss / torch.as_tensor(kwargs["num_items_in_batch"], device=loss.device)
         kwargs |= {"vocab_size": head.out_features, "labels": None}
 
         def of_chunk(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -233,6 +242,31 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             return of_chunk(hidden_states, labels)
         chunks = zip(hidden_states.split(size), labels.split(size), strict=True)
         return sum(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks)
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Summed cross-entropy of states, float (tokens, hidden), after a frozen head, and its gradient in the same pass.
+
+    In each chunk of `size` tokens the gradient takes the place of the logits: none are kept, none computed twice."""
+
+    @staticmethod
+    def forward(ctx, states, labels, weight, bias, size):
+        loss, gradient = states.new_zeros((), dtype=torch.float32), torch.empty_like(states)
+        chunks = (each.split(size) for each in (states, labels.unsqueeze(1), gradient))
+        for some, targets, out in zip(*chunks, strict=True):
+            logits = nn.functional.linear(some, weight, bias).float()
+            highest, right = logits.amax(1, keepdim=True), logits.gather(1, targets)
+            sums = logits.sub_(highest).exp_().sum(1, keepdim=True)
+            loss += (highest + sums.log() - right).sum()
+            out.copy_(torch.matmul(logits.to(weight.dtype), weight) / sums - weight[targets.squeeze(1)])
+            del logits  # before the next are made
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale):
+        return ctx.saved_tensors[0] * scale, None, None, None, None
 
 
 def select_positions(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
