@@ -81,7 +81,7 @@ class Run:
 
         self.processor = load_processor(arguments)
         model = load_model(arguments, self.processor, accelerator)
-        self.arguments = arguments = resolve(arguments, accelerator, model.config)
+        self.arguments = arguments = resolve(arguments, accelerator, model)
         if arguments.push_to_hub and is_main:  # better now than after a night of training
             check_push(arguments.push_to_hub, model.config.to_dict(), arguments.merged, output_dir)
         self.cache = open_cache(arguments, model, self.processor)

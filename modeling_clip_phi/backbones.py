@@ -1,8 +1,7 @@
 """Two frozen backbones to one Clip-Phi model, and back: pinned revisions, delta and merged checkpoints, adapters.
 
-A delta checkpoint holds trained weights only (the projector, a PEFT adapter) and names its two backbones. Every weight
-of a model comes from a file: a weight that is missing, unknown or of another shape is an error.
-"""
+A delta checkpoint holds trained weights only (the projector, a PEFT adapter) and names its two backbones. A weight
+that is missing, unknown or of another shape is an error."""
 
 import copy
 import hashlib
@@ -29,39 +28,29 @@ PLACEMENT = ["dtype", "device_map", "max_memory", "offload_folder", "quantizatio
 # Arguments that transformers' own classes and pipelines pass along, and that change nothing for a delta.
 PASSIVE = ["trust_remote_code", "code_revision", "adapter_kwargs", "use_safetensors", "weights_only"]
 PASSIVE += ["low_cpu_mem_usage", "_from_auto", "_from_pipeline", "_commit_hash"]
+SEVERAL_DEVICES = ["auto", "balanced", "balanced_low_0", "sequential"]
 CHANGED = torch.tensor(torch.nan)  # equal to nothing
-TEXT_HALF = ("text_model.", "text_projection", "visual_projection", "logit_")  # of a CLIP-like checkpoint
 
 
 class ClipPhiPreTrainedModel(PreTrainedModel):
     """Loading and saving; modeling_clip_phi.py has the forward passes."""
 
-    config_class = ClipPhiConfig
     config: ClipPhiConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values", "cache"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
+    _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
+    supports_gradient_checkpointing = _can_compile_fullgraph = True
     whole_class: Any = None  # ClipPhiForCausalLM
     loaded_backbones: dict[str, torch.Tensor | None] | None = None  # see sample_backbones
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """Load a merged or a delta checkpoint, with transformers' own arguments.
+        """Load a merged or a delta checkpoint, with transformers' arguments; for a delta also fields of ClipPhiConfig.
 
-        Args:
-            kwargs: for a delta also fields of ClipPhiConfig. A `state_dict` is used without the checks below. With a
-                device_map, a delta is loaded whole before it is placed.
-
-        Raises:
-            ValueError: another architecture; or weights that are missing, unknown or of another shape.
-            OSError: a file or a backbone is not found, or the weights are a pickle and not safetensors.
-        """
+        With a device_map, a delta is loaded whole before it is placed. A `state_dict` is used without the checks below.
+        Raises ValueError for another architecture, or weights that are missing, unknown or of another shape; OSError
+        if a file or a backbone is not found, or if the weights are a pickle and not safetensors."""
         path = pretrained_model_name_or_path
         kwargs.setdefault("use_safetensors", True)  # a pickle can run any code while it is opened
         if path is None or kwargs.get("state_dict") is not None:
@@ -76,13 +65,13 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         if known.delta:
             model = load_delta(cls.whole_class, path, known, kwargs)
             model = model if issubclass(cls, cls.whole_class) else model.model
-            info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+            info: dict[str, Any] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
         else:
             quantization: Any = copy.copy(kwargs.get("quantization_config"))
             if getattr(quantization, "llm_int8_skip_modules", ...) is None:  # bitsandbytes, for the decoder alone
-                # transformers compares these with the beginning of a module's name; the headless class has no "model."
-                names = ["lm_head", "vision_tower", "projector", "model.vision_tower", "model.projector"]
-                quantization.llm_int8_skip_modules = names
+                # Compared with the beginning of a module's name, which has no "model." in the headless class.
+                names = ["vision_tower", "projector", "model.vision_tower", "model.projector"]
+                quantization.llm_int8_skip_modules = ["lm_head", *names]
             kwargs |= {"quantization_config": quantization, "output_loading_info": True}
             model, info = super().from_pretrained(path, *model_args, config=config, **kwargs)
             refuse_missing(path, info["missing_keys"])
@@ -92,24 +81,18 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
     def from_backbones(cls, vision, text, *, vision_revision=None, text_revision=None, image_token_id=None, **options):
         """A pretrained tower and a pretrained decoder, frozen, with a new projector between them.
 
-        Generation stops at the end tokens of the tokenizer, of the decoder's config and of its generation config.
-
         Args:
             vision, text: Hub id or folder. The text half of a whole CLIP-like checkpoint is not used.
             vision_revision, text_revision: branch, tag or commit; the config keeps the commit.
             image_token_id: by default the tokenizer's "<image>", or the first id after its last token.
-            options: dtype (by default float32), device_map, max_memory, offload_folder, quantization_config (of the
-                decoder alone), attn_implementation (one, or {"vision_config": ..., "text_config": ...}); cache_dir,
-                token, local_files_only, force_download, proxies; fields of ClipPhiConfig.
+            options: HUB_OPTIONS; PLACEMENT (quantization_config is for the decoder alone, attn_implementation may be
+                {"vision_config": ..., "text_config": ...}, dtype is float32 by default); fields of ClipPhiConfig.
 
-        Raises:
-            ValueError: a checkpoint lacks weights, or the vocabulary has no row left for <image>.
-            TypeError: an unknown option.
-        """
+        Raises ValueError if a checkpoint lacks weights or the vocabulary has no row left for <image>; TypeError for an
+        unknown option."""
         hub, placement, _, fields = sort_options(options)
-        fields |= find_backbone("vision", vision, vision_revision, hub) | find_backbone(
-            "text", text, text_revision, hub
-        )
+        fields |= find_backbone("vision", vision, vision_revision, hub)
+        fields |= find_backbone("text", text, text_revision, hub)
         tokenizer = AutoTokenizer.from_pretrained(text, revision=fields["text_backbone_revision"] or "main", **hub)
         vocabulary = tokenizer.get_vocab()
         image_token_id = vocabulary.get("<image>", len(vocabulary)) if image_token_id is None else image_token_id
@@ -119,9 +102,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         return dispatch(model, placement)
 
     def freeze_backbones(self) -> None:
-        """Freeze tower, decoder and head: no gradients, and no dropout in train mode either (phi-2's config has 0.1).
-
-        eval() instead would switch gradient checkpointing off."""
+        """Freeze tower, decoder and head: no gradients, and no dropout in train mode either (phi-2's is 0.1)."""
         for part in (self.model.vision_tower, self.model.language_model, self.lm_head):
             part.requires_grad_(False)
             for module in part.modules():
@@ -145,12 +126,9 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
                 "adapter", PEFT's format) and the names and commits of the backbones. True: all weights, LoRA folded in.
             state_dict: weights to save instead of the model's own: all, or for a delta the trained ones.
 
-        Raises:
-            ValueError: a delta would lose weights that are trainable or have changed since loading; or a quantised
-                decoder, or an adapter other than plain LoRA, would have to be merged.
-        """
-        adapted = bool(getattr(self, "_hf_peft_config_loaded", False))
-        # transformers would save an adapter alone.
+        Raises ValueError if a delta would lose weights that are trainable or have changed since loading, or if a
+        quantised decoder, or an adapter other than plain LoRA, would have to be merged."""
+        adapted = bool(getattr(self, "_hf_peft_config_loaded", False))  # transformers would save an adapter alone
         own = {"_hf_peft_config_loaded": False} | ({"_weight_conversions": None} if adapted else {})
         fields: dict[str, Any] = {"delta": False, "adapter": None}
         if not self.config.delta if merged is None else merged:
@@ -164,10 +142,8 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         else:
             if not self.config.delta or self.loaded_backbones is None:
                 raise ValueError("this model was not made from backbones: save it with merged=True")
-            before, now = self.loaded_backbones, sample_backbones(self)
-            if lost := [
-                name for name in now | before if not is_same(before.get(name, CHANGED), now.get(name, CHANGED))
-            ]:
+            old, new = self.loaded_backbones, sample_backbones(self)
+            if lost := [name for name in new | old if not is_same(old.get(name, CHANGED), new.get(name, CHANGED))]:
                 count = f"{len(lost)} trainable or changed backbone weights ({lost[0]}, ...)"
                 raise ValueError(f"a delta checkpoint would lose {count}: save with merged=True")
             # Not state_dict(): it changes what bitsandbytes' 4-bit layers answer on a CPU (0.50.2, measured)
@@ -183,10 +159,9 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
     def push_to_hub(self, repo_id: str, *, merged: bool | None = None, **kwargs: Any) -> Any:
         """Push without a model card; merged as in save_pretrained. Raises ValueError for a delta of local folders."""
         delta = self.config.delta and not merged
-        if delta and (parts := local_parts(self.config)):
-            folder = getattr(self.config, f"{parts[0]}_backbone")
-            way_out = "and nobody else could load a delta of it: push_to_hub(..., merged=True)"
-            raise ValueError(f"the {parts[0]} backbone is a local folder, {folder}, {way_out}")
+        for part in local_parts(self.config) if delta else []:
+            problem = f"the {part} backbone is a local folder, {getattr(self.config, f'{part}_backbone')}"
+            raise ValueError(f"{problem}, and nobody else could load a delta of it: push_to_hub(..., merged=True)")
         with temporarily(self.config, delta=delta):
             return super().push_to_hub(repo_id, **kwargs)
 
@@ -196,13 +171,14 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
     if config.image_token_id >= (rows := config.text_config.vocab_size):
         problem = f"{rows} vocabulary rows and none of them is left for <image> (id {config.image_token_id})"
         raise ValueError(f"{config.text_backbone} has {problem}: give a copy whose embedding is resized")
-    dtype = placement.get("dtype")
-    dtype = config.dtype or torch.float32 if dtype in (None, "auto") else dtype
+    dtype = config.dtype or torch.float32 if (given := placement.get("dtype")) in (None, "auto") else given
     config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     quantization, attention = placement.get("quantization_config"), placement.get("attn_implementation")
-    if quantization is not None and has_several_places(placement):  # bitsandbytes' layers are not dispatched
-        placement["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    device_map = None if has_several_places(placement) else placement.get("device_map")
+    device_map: Any = placement.get("device_map")
+    several = set(device_map) != {""} if isinstance(device_map, dict) else device_map in SEVERAL_DEVICES
+    placement["dispatch"] = several and quantization is None  # bitsandbytes' layers stay where they were made
+    if several:
+        device_map = None if quantization is None else {"": torch.accelerator.current_accelerator(True) or "cpu"}
     loaded = []
     for part, auto_class in (("vision", AutoModel), ("text", AutoModelForCausalLM)):
         path, revision = getattr(config, f"{part}_backbone"), getattr(config, f"{part}_backbone_revision")
@@ -213,9 +189,9 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
         with temporarily(logging.getLogger("transformers.modeling_utils"), disabled=part == "vision"):
             model, info = auto_class.from_pretrained(path, output_loading_info=True, **options, **hub)
         refuse_missing(path, info["missing_keys"])
-        unused = sorted(name for name in info["unexpected_keys"] if not name.startswith(TEXT_HALF))
+        unused = [name for name in info["unexpected_keys"] if not name.startswith(("text_", "visual_proj", "logit_"))]
         if unused and part == "vision":
-            logging.getLogger(__name__).warning("%s: weights that are not used: %s", path, unused)
+            logging.getLogger(__name__).warning("%s: weights that are not used: %s", path, sorted(unused))
         loaded.append(model)
     vision_tower, decoder = loaded
     with torch.device("meta"):
@@ -229,9 +205,8 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
     model.model.projector.apply(model._init_weights)
     if quantization is not None:
         del decoder.config.quantization_config  # chosen at each load, and no property of the checkpoint
-    for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if name in vars(decoder):
-            setattr(model, name, getattr(decoder, name))
+    names = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+    vars(model).update({name: vars(decoder)[name] for name in names if name in vars(decoder)})
     generation = model.generation_config = GenerationConfig.from_model_config(config.text_config)
     found = [end_token, generation.eos_token_id, decoder.generation_config.eos_token_id]
     ends = {end: None for some in found for end in (some if isinstance(some, list) else [some]) if end is not None}
@@ -244,29 +219,21 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
 
 
 def make_projector(config: ClipPhiConfig) -> nn.Module:
-    """The map from the tower's feature width to the decoder's embedding width.
-
-    "linear" is one layer (LLaVA, arXiv 2304.08485); "mlp" is two with GELU between (LLaVA-1.5, arXiv 2310.03744)."""
+    """Tower width to embedding width: "linear" (LLaVA, arXiv 2304.08485) or "mlp" (LLaVA-1.5, arXiv 2310.03744)."""
     text_width, bias = config.get_text_config().hidden_size, config.projector_bias
     linear = nn.Linear(config.vision_config.hidden_size, text_width, bias)  # type: ignore[union-attr]
     mlp = config.projector_type == "mlp"
     return nn.Sequential(linear, nn.GELU(), nn.Linear(text_width, text_width, bias)) if mlp else linear
 
 
-def has_several_places(placement: dict) -> bool:
-    places = placement.get("device_map")
-    several = ("auto", "balanced", "balanced_low_0", "sequential")
-    return set(places) != {""} if isinstance(places, dict) else places in several
-
-
 def dispatch(model: Any, placement: dict) -> Any:
     """Place a model that is loaded completely: copying into a weight that was moved to the disk has no effect."""
-    if not has_several_places(placement):
+    if not placement["dispatch"]:
         return model
     accelerate, device_map = import_optional("accelerate", "device_map needs accelerate"), placement["device_map"]
     if isinstance(device_map, str):  # each device is filled before the next one
-        blocks, max_memory = list(model._no_split_modules or []), placement.get("max_memory")
-        device_map = accelerate.infer_auto_device_map(model, max_memory, no_split_module_classes=blocks)
+        blocks = list(model._no_split_modules or [])
+        device_map = accelerate.infer_auto_device_map(model, placement.get("max_memory"), blocks)
     options = {"offload_dir": placement.get("offload_folder"), "skip_keys": model._skip_keys_device_placement}
     return accelerate.dispatch_model(model, device_map, **options)
 
@@ -313,8 +280,7 @@ def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict
     own |= hub
     for name in {"vision_backbone", "text_backbone"} & fields.keys():
         fields.setdefault(f"{name}_revision", None)  # the checkpoint's commit is one of the other repository
-    for name, value in fields.items():
-        setattr(config, name, value)
+    config.update(fields)
     check_backbones(path, config, hub, other_text="text_backbone" in fields)
     model = load_backbones(model_class, config, hub, placement, None)
     model.config.name_or_path = str(path)
@@ -322,8 +288,8 @@ def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict
     copy_weights(path, load_file(cached_file(path, "model.safetensors", **own)), projector)
     if (folder := config.adapter) is not None:
         peft = import_optional("peft", f"{path} holds a LoRA adapter")
-        adapter_file = Path(str(cached_file(path, f"{folder}/adapter_config.json", **own)))
-        adapter_config = peft.PeftConfig.from_pretrained(str(adapter_file.parent))
+        adapter_file = cached_file(path, f"{folder}/adapter_config.json", **own)
+        adapter_config = peft.PeftConfig.from_pretrained(str(Path(adapter_file).parent))
         adapter_config.inference_mode = True  # frozen
         model.add_adapter(adapter_config)
         found = load_file(cached_file(path, f"{folder}/adapter_model.safetensors", **own))
@@ -335,9 +301,9 @@ def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict
 
 
 def check_backbones(path: Any, config: ClipPhiConfig, hub: dict, other_text: bool) -> None:
-    """Find the backbones of the delta at `path`, and check them; other_text: the caller gives another decoder.
+    """Raise OSError if a backbone of the delta at `path` is not found, ValueError if its sizes or tokenizer differ.
 
-    Raises OSError if one is not found, ValueError if its size or its tokenizer is another one."""
+    other_text: whether the caller gives another decoder than the checkpoint."""
     for part in ("vision", "text"):
         backbone, revision = getattr(config, f"{part}_backbone"), getattr(config, f"{part}_backbone_revision")
         try:
@@ -350,8 +316,7 @@ def check_backbones(path: Any, config: ClipPhiConfig, hub: dict, other_text: boo
         for size in ("hidden_size", "vocab_size"):
             if (before := getattr(known, size, None)) != (now := getattr(now_there, size, None)):
                 raise ValueError(f"{path} was trained on {backbone} with {size} {before}, which now has {size} {now}")
-        for name, value in found.items():
-            setattr(config, name, value)
+        config.update(found)
     # A commit does not change, but a folder may, and so may the backbone that the caller gives.
     if config.text_tokenizer_sha256 is not None and (revision is None or other_text):
         revision = config.text_backbone_revision or "main"
@@ -380,16 +345,15 @@ def copy_weights(path: Any, found: dict[str, torch.Tensor], own: dict[str, torch
 def sample_backbones(model: nn.Module) -> dict[str, torch.Tensor | None]:
     """One number of each row of each backbone weight; NaN if it is trained; None if sharded, offloaded or quantised.
 
-    A comparison finds a merged adapter, a resized embedding, a tuned layer and an edited row. It may miss an edit of
-    single numbers, and it misses changes of weights that are None."""
+    A comparison finds merged adapters, tuned layers and edited rows, but may miss an edit of single numbers."""
     samples: dict[str, torch.Tensor | None] = {}
     for name, weight in model.named_parameters():
         if not name.startswith("model.projector.") and "lora_" not in name:
-            column = None
-            if weight.is_floating_point() and not (weight.is_meta or hasattr(weight, "device_mesh")):
+            sample = CHANGED if weight.requires_grad else None
+            if sample is None and weight.is_floating_point() and not (weight.is_meta or hasattr(weight, "device_mesh")):
                 rows = weight.detach().reshape(len(weight) if weight.dim() else 1, -1)
-                column = rows[:, rows.shape[1] // 2].to("cpu", copy=True)
-            samples[name.replace(".base_layer.", ".")] = CHANGED if weight.requires_grad else column
+                sample = rows[:, rows.shape[1] // 2].to("cpu", copy=True)
+            samples[name.replace(".base_layer.", ".")] = sample
     return samples
 
 
@@ -402,7 +366,7 @@ def is_same(old: torch.Tensor | None, new: torch.Tensor | None) -> bool:
 
 @contextmanager
 def temporarily(target: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of an object, and set them back at the end; one that was absent becomes None."""
+    """Set attributes of an object until the end of the block; one that was absent is None then."""
     before = {name: getattr(target, name, None) for name in values}
     try:
         vars(target).update(values)
@@ -433,10 +397,10 @@ def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> No
 
 @torch.no_grad()
 def fold_adapter(model: nn.Module, state: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
-    """A state dict with LoRA folded in: W + scaling * B @ A, in float32, for each adapted W; the model stays as it is.
+    """A state dict with LoRA folded in: W + scaling * B @ A in float32 (arXiv 2106.09685, section 4.1).
 
-    Source: LoRA, arXiv 2106.09685, section 4.1. The model's own weights may be sharded; those of `state` are whole.
-    Raises ValueError if an adapter is not plain LoRA on a linear layer, or its layer is quantised or offloaded."""
+    The model stays as it is, and may be sharded. Raises ValueError for an adapter that is not plain LoRA on a linear
+    layer, or whose layer is quantised or offloaded."""
     folded = {key.replace(".base_layer.", "."): weight for key, weight in state.items() if ".lora_" not in key}
     for path, layer in model.named_modules(prefix=prefix):
         if not hasattr(layer, "get_base_layer"):
@@ -447,7 +411,6 @@ def fold_adapter(model: nn.Module, state: dict[str, torch.Tensor], prefix: str =
             raise ValueError(f"the adapter of {path} cannot be folded in: it must be plain LoRA on a linear layer")
         if name not in layer.merged_adapters:
             factors = (state[f"{path}.lora_{part}.{name}.weight"].float() for part in "BA")
-            delta = torch.mm(*factors) * layer.scaling[name]
-            delta = delta.T if layer.fan_in_fan_out else delta
-            folded[f"{path}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+            delta = (torch.mm(*factors) * layer.scaling[name]).to(weight.device)
+            folded[f"{path}.weight"] = (weight.float() + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype)
     return folded

@@ -10,75 +10,54 @@ from transformers import AutoConfig, PreTrainedConfig
 IGNORE_INDEX = -100  # the label of a token that is not learnt; also torch's default of ignore_index
 
 # Where wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M (its vision half) and microsoft/phi-2 differ from the defaults.
-TINY_CLIP = {"model_type": "clip_vision_model", "hidden_size": 640, "intermediate_size": 2560}
-TINY_CLIP |= {"num_attention_heads": 10}
-PHI_2 = {"model_type": "phi", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32}
+TINY_CLIP = {"hidden_size": 640, "intermediate_size": 2560, "num_attention_heads": 10}
+PHI_2: dict[str, Any] = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32}
 PHI_2 |= {"partial_rotary_factor": 0.4, "resid_pdrop": 0.1, "bos_token_id": 50256, "eos_token_id": 50256}
 
-# `register_for_auto_class` writes one key only, so the map is here. AutoModel gives the class that has `generate`;
-# pipeline("image-text-to-text") uses AutoModelForImageTextToText.
+# AutoModel gives the class that has `generate`; pipeline("image-text-to-text") uses AutoModelForImageTextToText.
 AUTO_CLASSES = ["AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
-AUTO_MAP = {
-    "AutoConfig": "configuration_clip_phi.ClipPhiConfig",
-    "AutoProcessor": "processing_clip_phi.ClipPhiProcessor",
-}
-AUTO_MAP |= dict.fromkeys(AUTO_CLASSES, "modeling_clip_phi.ClipPhiForCausalLM")
+AUTO_MAP = dict.fromkeys(AUTO_CLASSES, "modeling_clip_phi.ClipPhiForCausalLM")
+AUTO_MAP["AutoConfig"] = "configuration_clip_phi.ClipPhiConfig"
+AUTO_MAP["AutoProcessor"] = "processing_clip_phi.ClipPhiProcessor"
 
 
 @strict
 class ClipPhiConfig(PreTrainedConfig):
     """Configuration of a vision tower, a projector and a decoder; by default TinyCLIP, one linear layer, phi-2.
 
-    Args:
-        vision_config: the tower's config (a transformers vision encoder with patch features), as config or dict.
-        text_config: the decoder's config (any transformers decoder), as config or dict.
-        image_token_id: the id of one image feature in input_ids; a spare row of the decoder's vocabulary.
-        projector_type: "linear" (one layer, vision hidden -> text hidden) or "mlp" (two layers with GELU between).
-        projector_bias: whether the projector's layers have a bias.
-        vision_feature_layer: the tower's hidden state that the projector gets; 0 is the embedding's output, -1 the last
-            layer's. The default -2 is LLaVA's (arXiv 2304.08485, section 4.1): CLIP trains its last layer for CLS only.
-        vision_feature_select_strategy: "default" drops the first (CLS) feature, "full" keeps all.
-        vision_backbone, text_backbone: Hub id or folder of the frozen weights; None in a model without backbones.
-        vision_backbone_revision, text_backbone_revision: commit that a backbone is pinned to; None for a folder.
-        text_tokenizer_sha256: hash of the vocabulary of the decoder's tokenizer; another backbone must have the same.
-        delta: True in a checkpoint with trained weights only; loading takes the others from the two backbones.
-        adapter: subfolder of a delta checkpoint with a PEFT adapter; None without one.
-        caption_instruction: the instruction that asks for a caption; None after stage 1, where an image alone does.
-        tie_word_embeddings: set from text_config.
-
-    Raises:
-        ValueError: a value outside these, or a keyword that looks like a misspelt field.
-    """
+    Raises ValueError for a value outside those below, or a keyword that looks like a misspelt field."""
 
     model_type = "clip_phi"
     sub_configs: ClassVar = {"vision_config": AutoConfig, "text_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache"]
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    image_token_id: int = 50295
-    projector_type: Literal["linear", "mlp"] = "linear"
+    vision_config: dict | PreTrainedConfig | None = None  # of a transformers vision encoder
+    text_config: dict | PreTrainedConfig | None = None  # of a transformers decoder
+    image_token_id: int = 50295  # stands for one image feature in input_ids; a spare row of the decoder's vocabulary
+    projector_type: Literal["linear", "mlp"] = "linear"  # one layer, vision to text hidden; or two with GELU between
     projector_bias: bool = True
+    # The tower's hidden state that the projector gets: 0 is the embedding's output, -1 the last layer's. The default is
+    # LLaVA's (arXiv 2304.08485, section 4.1): CLIP trains its last layer for CLS only.
     vision_feature_layer: int = -2
-    vision_feature_select_strategy: Literal["default", "full"] = "default"
-    vision_backbone: str | None = None
-    vision_backbone_revision: str | None = None
+    vision_feature_select_strategy: Literal["default", "full"] = "default"  # without the first (CLS) feature, or all
+    vision_backbone: str | None = None  # Hub id or folder of the frozen weights; None in a model without backbones
+    vision_backbone_revision: str | None = None  # the commit that it is pinned to; None for a folder
     text_backbone: str | None = None
     text_backbone_revision: str | None = None
-    text_tokenizer_sha256: str | None = None
-    delta: bool = False
-    adapter: str | None = None
-    caption_instruction: str | None = None
-    tie_word_embeddings: bool = False
+    text_tokenizer_sha256: str | None = None  # of its tokenizer's vocabulary; another decoder must have the same
+    delta: bool = False  # a checkpoint of trained weights only: the others are loaded from the two backbones
+    adapter: str | None = None  # subfolder of a delta checkpoint with a PEFT adapter
+    caption_instruction: str | None = None  # asks for a caption; None after stage 1, where an image alone does
+    tie_word_embeddings: bool = False  # set from text_config
 
     def __post_init__(self, **kwargs: Any) -> None:
         for key in kwargs.keys() - self.__dataclass_fields__.keys():
             if match := difflib.get_close_matches(key, self.__dataclass_fields__, n=1, cutoff=0.85):
                 raise ValueError(f"ClipPhiConfig has no field {key!r}: did you mean {match[0]!r}?")
-        for name, default in (("vision_config", TINY_CLIP), ("text_config", PHI_2)):
-            value = getattr(self, name)
-            if not isinstance(value, PreTrainedConfig):
-                value = default if value is None else {"model_type": default["model_type"], **value}
+        defaults = {"vision_config": ("clip_vision_model", TINY_CLIP), "text_config": ("phi", PHI_2)}
+        for name, (model_type, default) in defaults.items():
+            if not isinstance(value := getattr(self, name), PreTrainedConfig):
+                value = {"model_type": model_type} | (default if value is None else value)
                 setattr(self, name, AutoConfig.for_model(**value))
         # gelu_new is the same function with eight passes over the activations instead of one: four times the time.
         for name in ("hidden_act", "activation_function"):
@@ -95,11 +74,6 @@ class ClipPhiConfig(PreTrainedConfig):
 
 
 def read_config(part: str, path: str, revision: str | None, hub: dict[str, Any]) -> Any:
-    """The config of a backbone, "vision" or "text", also where it is one part of a larger model's config.
-
-    hub: options of transformers' from_pretrained that concern the Hub, such as token."""
+    """The config of a backbone, "vision" or "text", also where it is one part of a larger model's config."""
     config = AutoConfig.from_pretrained(path, revision=revision or "main", **hub)
     return getattr(config, "vision_config", config) if part == "vision" else config.get_text_config(decoder=True)
-
-
-__all__ = ["ClipPhiConfig"]

@@ -1,38 +1,19 @@
 """Clip-Phi: a CLIP-like vision tower, a projector and a decoder that takes the projected patches as token embeddings.
 
-The method is LLaVA's (arXiv 2304.08485): patch features of a frozen tower, one trained projection, a language model.
-Shapes are written (batch, sequence, hidden); "patches" is the number of features that one image gives.
-"""
+The method is LLaVA's (arXiv 2304.08485). Shapes: "patches" is the number of features that one image gives."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
-from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .backbones import ClipPhiPreTrainedModel, make_projector
 from .configuration_clip_phi import IGNORE_INDEX, ClipPhiConfig
-
-
-@dataclass
-class ClipPhiModelOutputWithPast(BaseModelOutputWithPast):
-    """image_hidden_states: float (images * patches, text hidden), the projected features, or None."""
-
-    image_hidden_states: torch.Tensor | None = None
-
-
-@dataclass
-class ClipPhiCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """loss: scalar, or None without labels. logits: float (batch, logits_to_keep, vocabulary), None if skipped."""
-
-    image_hidden_states: torch.Tensor | None = None
 
 
 class ClipPhiModel(ClipPhiPreTrainedModel):
@@ -49,37 +30,31 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> Any:
         """The tower's output; its pooler_output is a list of one projected (patches, text hidden) tensor per image.
 
-        pixel_values: float (images, 3, height, width), normalised by the tower's image processor.
-        Raises ValueError (from the tower) if height or width is not its image_size."""
+        pixel_values: float (images, 3, height, width), normalised and of the size that the image processor gives."""
         wanted = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
         outputs, features = self._run_tower(pixel_values, **kwargs)
         outputs.pooler_output = list(self._project(features))
-        if not wanted:
-            outputs.hidden_states = None
+        outputs.hidden_states = outputs.hidden_states if wanted else None
         return outputs
 
     @torch.no_grad()
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The projector's input, float (images, patches, vision hidden), of pixels as in get_image_features.
-
-        forward takes it as vision_features, so that it can be computed once and stored."""
+        """The projector's input, float (images, patches, vision hidden); forward takes it as vision_features."""
         return self._run_tower(pixel_values)[1]
 
     def _run_tower(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[Any, torch.Tensor]:
-        kwargs |= {"output_hidden_states": True, "return_dict": True}
-        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
+        options = kwargs | {"output_hidden_states": True, "return_dict": True}
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **options)
         features = outputs.hidden_states[self.config.vision_feature_layer]
         return outputs, features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
 
     def _project(self, features: torch.Tensor) -> torch.Tensor:
-        # Training may hold the projector in fp32 and the frozen parts in bf16.
-        return self.projector(features.to(next(self.projector.parameters()).dtype))
+        return self.projector(features.to(next(self.projector.parameters()).dtype))  # which may be fp32 in training
 
     def get_placeholder_mask(self, input_ids: Any, inputs_embeds: torch.Tensor, image_features: torch.Tensor) -> Any:
         """Where image_features, float (images * patches, text hidden), go: bool (batch, sequence, 1).
 
-        Without input_ids, inputs_embeds is compared with the embedding of the image token.
-        Raises ValueError if the numbers of places and features differ."""
+        Without input_ids, the embedding of the image token is looked for. Raises ValueError if the numbers differ."""
         if input_ids is None:
             image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
@@ -100,25 +75,21 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         vision_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
-        """Run the decoder on text and projected images; returns a ClipPhiModelOutputWithPast.
+        """Run the decoder on text and projected images; returns the decoder's output.
 
         Args:
             input_ids: int (batch, sequence), or inputs_embeds: float (batch, sequence, text hidden).
             pixel_values: float (images, 3, height, width), in the order of their places in the batch; or
                 vision_features: float (images, patches, vision hidden), from get_vision_features.
-            attention_mask: int or bool (batch, sequence); or bool (batch, 1, sequence, sequence), True where a query
-                (row) attends to a key (column), for conversations with a shared prefix.
-            kwargs: of the decoder: position_ids, its cache (past_key_values, from transformers 5.24 on cache), and the
-                pack_layout of several samples in one row.
+            attention_mask: int or bool (batch, sequence); or bool (batch, 1, queries, keys), True where one attends.
+            kwargs: of the decoder: position_ids, its cache (past_key_values; cache from transformers 5.24 on), and the
+                pack_layout of several samples in one sequence.
 
-        Raises:
-            ValueError: both or neither of input_ids and inputs_embeds; a wrong number of image tokens; a mask or a
-                pack_layout that the decoder's attention cannot use.
-        """
+        Raises ValueError for both or neither of input_ids and inputs_embeds, a wrong number of image tokens, and a mask
+        or a pack_layout that the decoder's attention cannot use."""
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         image_features = None
         if vision_features is not None:
             image_features = self._project(vision_features).flatten(0, 1)
@@ -130,8 +101,8 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif self.training and torch.is_grad_enabled():
             # DDP needs a gradient of every trained weight, in a batch without images too.
-            weight = next(self.projector.parameters())
-            nothing = self.projector(weight.new_zeros(1, weight.shape[1])).sum() * 0
+            width = self.config.vision_config.hidden_size  # type: ignore[union-attr]
+            nothing = self._project(inputs_embeds.new_zeros(1, width)).sum() * 0
             inputs_embeds = inputs_embeds + nothing.to(inputs_embeds.device, inputs_embeds.dtype)
         attention = self.language_model.config._attn_implementation
         if "pack_layout" in kwargs:
@@ -146,8 +117,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             if attention == "eager":  # adds the mask to the scores
                 scores = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype)
                 attention_mask = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        outputs = self.language_model(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        return as_output(ClipPhiModelOutputWithPast, outputs, image_hidden_states=image_features)
+        return self.language_model(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
 
 
 class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
@@ -190,17 +160,15 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
-        """ClipPhiModel.forward with its inputs, then head and loss; returns a ClipPhiCausalLMOutputWithPast.
+        """ClipPhiModel.forward with its inputs, then head and loss; returns a CausalLMOutputWithPast.
 
         Args:
             labels: int (batch, sequence), aligned with input_ids; -100 where nothing is learnt.
             logits_to_keep: 0 for all positions, n for the last n, or int (positions,) or (batch, positions): these.
                 They may repeat: the last token of a shared prefix comes before the first of each conversation.
-            skip_logits: leave logits None. By default in training with labels: the head then runs at supervised
-                positions only, and no (sequence, vocabulary) tensor is ever made.
+            skip_logits: leave logits None, as training with labels does by default; the loss needs none of them.
             kwargs: also shift_labels: int (batch, positions), instead of labels: the token after each kept position;
-                and num_items_in_batch: divides the summed loss, instead of the number of supervised tokens.
-        """
+                and num_items_in_batch: divides the summed loss, instead of the number of supervised tokens."""
         # Not a named parameter: Trainer would take it for a second column of labels.
         shift_labels = kwargs.pop("shift_labels", None)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "pixel_values": pixel_values}
@@ -210,30 +178,25 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         if labels is not None and shift_labels is None:
             shifted = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
             shift_labels = select_positions(shifted.unsqueeze(-1), logits_to_keep).squeeze(-1)
-        if skip_logits is None:
-            skip_logits = self.training and shift_labels is not None
+        skip_logits = self.training and shift_labels is not None if skip_logits is None else skip_logits
         if shift_labels is not None:
-            shift_labels = shift_labels.to(hidden_states.device)
-            supervised = shift_labels != IGNORE_INDEX
+            supervised = (shift_labels := shift_labels.to(hidden_states.device)) != IGNORE_INDEX
             loss = self._loss(hidden_states[supervised], shift_labels[supervised], **kwargs)
         logits = None if skip_logits else self.lm_head(hidden_states)
-        return as_output(ClipPhiCausalLMOutputWithPast, outputs, loss=loss, logits=logits)
+        # The cache has another name from transformers 5.24 on.
+        fields = {name: outputs[name] for name in outputs if name in CausalLMOutputWithPast.__dataclass_fields__}
+        return CausalLMOutputWithPast(**fields | {"loss": loss, "logits": logits})
 
     def _loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Cross-entropy of (supervised, text hidden) with int (supervised,), in chunks of at most max_logits logits.
-
-        With a frozen head see FrozenHeadLoss. A trained one, or one with hooks (sharded, offloaded), computes each of
-        several chunks again in the backward pass, so that no chunk is stored for it."""
+        """Cross-entropy of (supervised, text hidden) with int (supervised,), in chunks of max_logits."""
         head, size = self.lm_head, max(1, self.max_logits // self.lm_head.out_features)
-        if kwargs.get("num_items_in_batch") is None:
-            kwargs["num_items_in_batch"] = len(labels)
-        hooks = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+        count = len(labels) if (given := kwargs.get("num_items_in_batch")) is None else given
+        own_loss = "_loss_function" in vars(self) or "ignore_index" in kwargs
+        hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)  # sharded or offloaded
         frozen = type(head) is nn.Linear and not any(each.requires_grad for each in head.parameters())
-        plain_loss = self.loss_function is ForCausalLMLoss and "ignore_index" not in kwargs
-        if hidden_states.requires_grad and frozen and plain_loss and not hooks:
-            loss = FrozenHeadLoss.apply(hidden_states, labels, head.weight, head.bias, size)
-            return loss / torch.as_tensor(kwargs["num_items_in_batch"], device=loss.device)
-        kwargs |= {"vocab_size": head.out_features, "labels": None}
+        if hidden_states.requires_grad and frozen and not (own_loss or hooked):
+            return self._frozen_head_loss(hidden_states, labels, size) / count
+        kwargs |= {"vocab_size": head.out_features, "labels": None, "num_items_in_batch": count}
 
         def of_chunk(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             return self.loss_function(logits=head(states), shift_labels=labels, **kwargs)
@@ -241,51 +204,29 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         if len(labels) <= size:
             return of_chunk(hidden_states, labels)
         chunks = zip(hidden_states.split(size), labels.split(size), strict=True)
-        return sum(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks)
+        return sum(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks)  # computed again backward
 
-
-class FrozenHeadLoss(torch.autograd.Function):
-    """Summed cross-entropy of states, float (tokens, hidden), after a frozen head, and its gradient in the same pass.
-
-    In each chunk of `size` tokens the gradient takes the place of the logits: none are kept, none computed twice."""
-
-    @staticmethod
-    def forward(ctx, states, labels, weight, bias, size):
-        loss, gradient = states.new_zeros((), dtype=torch.float32), torch.empty_like(states)
-        chunks = (each.split(size) for each in (states, labels.unsqueeze(1), gradient))
-        for some, targets, out in zip(*chunks, strict=True):
-            logits = nn.functional.linear(some, weight, bias).float()
+    def _frozen_head_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, size: int) -> torch.Tensor:
+        """The summed cross-entropy, computed with its gradient: no logits are kept, and none are computed twice."""
+        weight, loss, gradients = self.lm_head.weight, torch.zeros((), device=labels.device), []
+        for states, targets in zip(hidden_states.detach().split(size), labels[:, None].split(size), strict=True):
+            logits = self.lm_head(states).float()
             highest, right = logits.amax(1, keepdim=True), logits.gather(1, targets)
             sums = logits.sub_(highest).exp_().sum(1, keepdim=True)
             loss += (highest + sums.log() - right).sum()
-            out.copy_(torch.matmul(logits.to(weight.dtype), weight) / sums - weight[targets.squeeze(1)])
+            gradients.append(torch.matmul(logits.to(weight.dtype), weight) / sums - weight[targets.squeeze(1)])
             del logits  # before the next are made
-        ctx.save_for_backward(gradient)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, scale):
-        return ctx.saved_tensors[0] * scale, None, None, None, None
+        carrier = (hidden_states * torch.cat(gradients)).sum()  # has this gradient
+        return loss + (carrier - carrier.detach())
 
 
 def select_positions(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The positions of states (batch, sequence, width) that logits_to_keep names; see ClipPhiForCausalLM.forward."""
-    if isinstance(logits_to_keep, torch.Tensor):
-        if logits_to_keep.dim() == 2:
-            return torch.take_along_dim(states, logits_to_keep.unsqueeze(-1), dim=1)
-        return states[:, logits_to_keep]
-    return states[:, -logits_to_keep:]  # all with 0
-
-
-def as_output(output_class: Any, outputs: Any, **fields: Any) -> Any:
-    """The output with those of another one that it has a field for: its cache has another name from 5.24 on."""
-    shared = {name: value for name, value in outputs.items() if name in output_class.__dataclass_fields__}
-    return output_class(**shared | fields)
+    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dim() == 2:
+        return torch.take_along_dim(states, logits_to_keep.unsqueeze(-1), dim=1)
+    return states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
 
 ClipPhiPreTrainedModel.whole_class = ClipPhiForCausalLM
 ClipPhiConfig.register_for_auto_class()
 ClipPhiForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-
-__all__ = ["ClipPhiForCausalLM", "ClipPhiModel", "ClipPhiPreTrainedModel"]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,45 +16,13 @@ from .configuration_clip_phi import IGNORE_INDEX, read_config
 
 Messages = Sequence[dict[str, Any]]
 
-IMAGE_TOKEN = "<image>"
-PAD_TOKEN = "<pad>"
-
-# Leading images, the transcript of speech, then phi-2's own instruction format (microsoft/phi-2, model card). Labels
-# are made from the generation blocks, which hold the answers. An image without text is a request for its caption.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-    {%- set text = message['content'] is string -%}
-    {%- set items = [{'type': 'text', 'text': message['content']}] if text else message['content'] -%}
-    {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}{{- ' ' + items | map(attribute='text') | join('') | trim + eos_token -}}{%- endgeneration -%}
-    {%- elif message['role'] == 'system' -%}
-        {{- items | map(attribute='text') | join('') | trim -}}{{- '\\n' if items -}}
-    {%- elif message['role'] == 'user' -%}
-        {%- set user = namespace(images='', speech='', text='') -%}
-        {%- for item in items -%}
-            {%- if item['type'] == 'text' -%}
-                {%- set user.text = (user.text or 'Instruct: ') + item['text'] | trim -%}
-            {%- elif item['type'] == 'transcript' -%}
-                {%- set user.speech = user.speech + 'Speech: ' + item['text'] | trim + '\\n' -%}
-            {%- elif item['type'] != 'image' -%}
-                {{- raise_exception("content of type '" + item['type'] + "' is not text, image or transcript") -}}
-            {%- elif user.text -%}{%- set user.text = user.text + '<image>' -%}
-            {%- else -%}{%- set user.images = user.images + '<image>' -%}
-            {%- endif -%}
-        {%- endfor -%}
-        {{- user.images + user.speech + user.text -}}{{- '\\nOutput:' if user.text -}}
-    {%- else -%}
-        {{- raise_exception("role '" + message['role'] + "' is not system, user or assistant") -}}
-    {%- endif -%}
-{%- endfor -%}
-"""
+IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 
 
 class ClipPhiProcessor(ProcessorMixin):
     """Image processor, tokenizer and chat template: training, evaluation and serving get their token ids here.
 
-    An answer is trained after the same tokens that generation reads before it. BOS is at the front, once, if the
-    decoder's tokenizer adds it.
+    Generation reads the tokens that training puts before an answer. BOS is in front, once, if the tokenizer adds it.
 
     Args:
         image_processor: The vision tower's.
@@ -61,9 +30,7 @@ class ClipPhiProcessor(ProcessorMixin):
         chat_template: A Jinja template, answers in generation blocks that end with the end token.
         num_image_tokens: Features of one image, and so <image> tokens for it: 49 for TinyCLIP (224 pixels, patch 32).
 
-    Raises:
-        ValueError: If the tokenizer lacks one of the two tokens, or adds tokens behind a text.
-    """
+    Raises ValueError if the tokenizer lacks one of the two tokens, or adds tokens behind a text."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_image_tokens=49, **kwargs: Any):
         self.image_token = kwargs.pop("image_token", IMAGE_TOKEN)
@@ -71,15 +38,16 @@ class ClipPhiProcessor(ProcessorMixin):
             raise ValueError(f"the tokenizer has no {self.image_token} token: make the processor with from_backbones")
         if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
             raise ValueError("the tokenizer needs a padding token of its own, or the end token is never learnt")
-        self.num_image_tokens = num_image_tokens
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.num_image_tokens, self.image_token_id = num_image_tokens, tokenizer.convert_tokens_to_ids(self.image_token)
         tokenizer.padding_side = "left"  # for batched generation; training pads by itself
         added = tokenizer(self.image_token)["input_ids"]
         self.bos_ids: list[int] = added[: added.index(self.image_token_id)]
         if added[-1] != self.image_token_id:
             raise ValueError(f"the tokenizer adds {tokenizer.decode(added[-1:])} behind a text: switch this off")
         self.bos = "".join(tokenizer.convert_ids_to_tokens(self.bos_ids))
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or self.bos + CHAT_TEMPLATE, **kwargs)
+        # Each checkpoint has the template too. Labels are made from its generation blocks, which hold the answers.
+        chat_template = chat_template or self.bos + Path(__file__).with_name("chat_template.jinja").read_text()
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     @classmethod
     def from_backbones(
@@ -89,8 +57,7 @@ class ClipPhiProcessor(ProcessorMixin):
 
         <image> and <pad> take spare vocabulary rows (50295 and 50296 of phi-2's 51200); ValueError without them."""
         tokenizer = AutoTokenizer.from_pretrained(text, revision=text_revision or "main", **hub)
-        if IMAGE_TOKEN not in tokenizer.get_vocab():
-            tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
         if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
             tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, special=True, normalized=False)})
         rows = read_config("text", text, text_revision, hub).vocab_size
@@ -110,8 +77,7 @@ class ClipPhiProcessor(ProcessorMixin):
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """ProcessorMixin's, but for a text that begins with BOS: it gets no second one."""
         first = text if isinstance(text, str) else text[0] if text else ""
-        if self.bos and first.startswith(self.bos):
-            kwargs["add_special_tokens"] = False
+        kwargs |= {"add_special_tokens": False} if self.bos and first.startswith(self.bos) else {}
         return super().__call__(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
@@ -131,13 +97,11 @@ class ClipPhiProcessor(ProcessorMixin):
 
         Args:
             conversations: Each [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}, ...].
-            add_generation_prompt: Passed to the chat template; CHAT_TEMPLATE does not use it.
+            add_generation_prompt: Passed to the chat template; this project's own does not use it.
             expand_images: Whether an image is num_image_tokens <image> tokens, or a single one.
 
-        Raises:
-            ValueError: A text has a special token or half a character, the template refuses the messages, or the
-                tokenizer joins the end of a prompt with its answer.
-        """
+        Raises ValueError if a text has a special token or half a character, if the template refuses the messages, or if
+        the tokenizer joins the end of a prompt with its answer."""
         try:
             options = {"add_generation_prompt": add_generation_prompt, "return_assistant_tokens_mask": True}
             options |= {"chat_template": self.chat_template, **self.tokenizer.special_tokens_map}
@@ -191,5 +155,3 @@ class ClipPhiProcessor(ProcessorMixin):
 
 
 ClipPhiProcessor.register_for_auto_class()
-
-__all__ = ["ClipPhiProcessor"]

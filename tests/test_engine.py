@@ -9,7 +9,6 @@ from queue import SimpleQueue
 import pytest
 import torch
 from PIL import Image
-from transformers import LlamaConfig
 
 from clip_phi.evaluation.generate import generate_texts
 from clip_phi.serving.engine import Engine, EngineClosedError, Limits, QueueFullError, _choose, as_prompt
@@ -180,6 +179,122 @@ def test_tokens_are_drawn_as_often_as_they_are_likely_and_only_from_the_nucleus(
     assert _choose(torch.tensor([[0.0, torch.nan], [1.0, 0.0]]), [asked, Asked(0, 1)]) == [None, 0]
 
 
+def test_sampling_options_at_the_edge_of_float32_are_greedy_and_change_no_other_answer(make_engine, expected):
+    engine = make_engine()
+    with engine._changed:  # one batch
+        edges = [
+            engine.submit(*conversation(1), max_new_tokens=9, **options)
+            for options in ({"temperature": 1e-40}, {"temperature": 1.0, "top_p": 1e-300}, {"temperature": 2e-5})
+        ]
+        others = [engine.submit(*conversation(number), max_new_tokens=9) for number in (2, 3)]
+    assert [answer.result() for answer in others] == [expected(2, 9), expected(3, 9)]
+    assert [answer.result() for answer in edges] == [expected(1, 9)] * 3
+    for options in ({"temperature": float("nan")}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": float("nan")}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+            engine.submit(*conversation(1), **options)
+
+
+def test_a_row_that_cannot_be_sampled_fails_alone(make_engine, expected, monkeypatch):
+    engine = make_engine()
+
+    def failing(logits, requests):
+        if any(request.temperature for request in requests):
+            raise RuntimeError("no memory to sort in")
+        return _choose(logits, requests)
+
+    monkeypatch.setattr("clip_phi.serving.engine._choose", failing)
+    with engine._changed:
+        good = [engine.submit(*conversation(number), max_new_tokens=9) for number in (2, 3)]
+        bad = engine.submit(*conversation(1), temperature=1.0)
+    assert [answer.result() for answer in good] == [expected(2, 9), expected(3, 9)]
+    with pytest.raises(RuntimeError, match="no memory to sort in"):
+        bad.result()
+
+
+def test_log_probabilities_are_those_of_a_plain_forward_pass(make_engine, model, processor):
+    engine = make_engine()
+    messages, images = conversation(5)
+    with engine._changed:
+        others = [engine.submit(*conversation(number), max_new_tokens=12) for number in (1, 2, 3)]
+        answer = engine.submit(messages, images, max_new_tokens=12, top_logprobs=3, temperature=1.0, seed=3)
+    answer.result()
+    assert others[0].result() and not others[0].logprobs
+    tokens = [each.token for each in answer.logprobs]
+    assert len(tokens) == answer.num_tokens == 12
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=text, images=images or None, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens])], dim=1)
+    with torch.no_grad():
+        plain = model(input_ids=inputs["input_ids"], pixel_values=inputs.get("pixel_values")).logits
+    for found, logits in zip(answer.logprobs, plain[0, length - 1 : -1], strict=True):
+        logprobs = logits.log_softmax(-1)
+        assert abs(found.logprob - float(logprobs[found.token])) < 1e-4
+        assert [token for token, _ in found.top] == logprobs.topk(3).indices.tolist()
+        assert torch.allclose(torch.tensor([value for _, value in found.top]), logprobs.topk(3).values, atol=1e-4)
+
+
+def test_several_completions_share_one_prompt(make_engine):
+    engine = make_engine(max_batch=4)
+    options = {"max_new_tokens": 9, "temperature": 1.3}
+    alone = [engine.submit(*conversation(5), seed=7 + number, **options).result() for number in range(3)]
+    before = engine.counts.copy()
+    with engine._changed:
+        other = engine.submit(*conversation(1), max_new_tokens=9)  # all of one batch, and one more than it holds
+        together = engine.submit_many(*conversation(5), [None] * 3, seed=7, **options)
+        last = engine.submit_many(*conversation(5), [None] * 2, **options)
+    assert [answer.result() for answer in together] == alone and len(set(alone)) > 1
+    assert other.result() and all(answer.result() for answer in last)
+    prompts = other.num_prompt_tokens + 2 * together[0].num_prompt_tokens
+    assert engine.counts["prompt_tokens"] - before["prompt_tokens"] == prompts
+    cancelled = engine.submit_many(*conversation(5), [None] * 3, **options)
+    cancelled[0].cancel()
+    assert cancelled[1].result() and cancelled[2].result()
+    with pytest.raises(ValueError, match="5 completions at once: the engine has room for 4"):
+        engine.submit_many(*conversation(5), [None] * 5)
+
+
+def test_a_long_text_is_refused_before_it_is_tokenised_and_without_a_lock(make_engine):
+    engine = make_engine()
+    with engine._encoding, pytest.raises(ValueError, match="30,000,003 characters of text: at most 4,096 here"):
+        engine.submit([*conversation(1)[0], *as_prompt("a" * 30_000_000, None)[0]][-1:] + as_prompt("abc", None)[0])
+
+
+def test_decoding_images_and_waiting_requests_have_a_budget_of_memory(model, processor, monkeypatch, tmp_path):
+    random_image(1).save(tmp_path / "image.png")
+    size = 34 * 40 * 16
+    pixels = 3 * 32 * 32 * 4
+    limits = Limits(max_batch=1, decoding_bytes=2 * size, waiting_bytes=2 * pixels)
+    now, most = [], []
+
+    def slow(source):
+        now.append(source)
+        most.append(len(now))
+        time.sleep(0.02)
+        now.pop()
+        return random_image(1)
+
+    with Engine(model, processor, limits=limits) as engine:
+        monkeypatch.setattr("clip_phi.serving.engine.load_image", slow)
+        threads = [threading.Thread(target=engine.read_image, args=(tmp_path / "image.png",)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert max(most) == 2 and len(most) == 8 and engine._free_bytes == 2 * size
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="an image of 1,360 pixels: at most 1,000 here"):
+            engine.read_image(tmp_path / "image.png", max_pixels=1000)
+        with engine._changed:
+            prepared = engine.read_image(tmp_path / "image.png")
+            assert prepared.pixel_values.nbytes == pixels
+            asked = [engine.submit(*as_prompt("a star?", random_image(number)), max_new_tokens=2) for number in (1, 2)]
+            with pytest.raises(QueueFullError):
+                engine.submit(*as_prompt("a star?", random_image(3)))
+            asked.append(engine.submit(*as_prompt("a star?", None), max_new_tokens=2))
+        assert all(answer.result() for answer in asked)
+
+
 def test_stop_strings_and_lengths_end_an_answer_and_give_its_finish_reason(make_engine):
     engine = make_engine()
     whole = engine.submit(*conversation(1), max_new_tokens=24)
@@ -304,7 +419,7 @@ def test_keys_and_values_stay_within_their_bytes(make_engine, expected):
     answers = [(engine.submit(*conversation(number), max_new_tokens=9), number) for number in range(8)]
     for answer, number in answers:
         assert answer.result() == expected(number, 9)
-    held = sum(layer.states.nbytes for layer in engine._cache.layers)
+    held = sum(states.nbytes for layer in engine._cache.layers for states in layer.states)
     assert 1 < max(most) < 8 and held <= engine.cache_bytes * 2  # storage grows in rounded steps
     with pytest.raises(ValueError, match="more than the .* bytes that the engine has for keys and values"):
         make_engine(cache_bytes=1000).submit(*conversation(1), max_new_tokens=9)
@@ -324,17 +439,6 @@ def test_keys_and_values_stay_within_their_bytes(make_engine, expected):
 def test_what_cannot_be_answered_is_refused_at_submission(messages, images, message, make_engine):
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         make_engine().submit(messages, [random_image(0)] * images, max_new_tokens=5)
-
-
-def test_a_decoder_with_a_sliding_window_is_served_as_far_as_its_window_sees_everything(make_engine, fresh_model):
-    fresh_model.config.text_config.sliding_window = 100
-    engine = make_engine(fresh_model)
-    assert engine.submit(*conversation(1), max_new_tokens=3).result()
-    with pytest.raises(ValueError, match="do not fit a sliding window of 100"):
-        engine.submit(*conversation(1), max_new_tokens=99)
-    fresh_model.config.text_config.layer_types = ["sliding_attention", "full_attention"]
-    with pytest.raises(ValueError, match="serves decoders with full attention, not sliding_attention"):
-        make_engine(fresh_model)
 
 
 def test_many_threads_may_ask_at_once(make_engine, expected):
@@ -384,8 +488,7 @@ def test_four_bits_are_held_by_bitsandbytes(tmp_path):
 
 
 def test_sequences_move_grow_and_are_copied_without_touching_each_other():
-    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=1, hidden_size=4)
-    cache = BatchCache(config, torch.float32, torch.device("cpu"), max_bytes=10**6)
+    cache = BatchCache([(1, 4, 4)] * 2, torch.float32, torch.device("cpu"), max_bytes=10**6)
     states = torch.arange(2 * 1 * 3 * 4, dtype=torch.float32).reshape(2, 1, 3, 4)  # sequences, heads, tokens, width
     cache.reserve(2, 3)
     mask = cache.at(0, torch.tensor([[0, 1, 2], [0, 1, 2]]), 3)
@@ -397,24 +500,24 @@ def test_sequences_move_grow_and_are_copied_without_touching_each_other():
     cache.at(2, torch.tensor([[0]]), 1)
     cache.update(states[:1, :, :1], states[:1, :, :1], 0)
     cache.update(states[:1, :, :1], states[:1, :, :1], 1)
-    assert torch.equal(cache.layers[0].states[0, :2, :3].transpose(1, 2), states)
+    assert torch.equal(cache.layers[0].states[0][:2, :3].transpose(1, 2), states)
     prefix = cache.read(1, 2)
-    assert prefix.shape == (2, 2, 2, 1, 4)
+    assert prefix.shape == (2, 2 * 2 * 4)
     cache.move(1, 0, 3)
     cache.write(2, prefix)
     assert torch.equal(cache.read(0, 3), cache.read(1, 3)) and torch.equal(cache.read(2, 2), prefix)
 
 
 def test_the_cache_shrinks_to_what_is_needed_before_it_exceeds_its_bytes():
-    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=1, hidden_size=4)
-    cache = BatchCache(config, torch.float32, torch.device("cpu"), max_bytes=8 * 64 * 32)  # 8 x 64 tokens of 32 bytes
+    # 8 x 64 tokens of 28 bytes
+    cache = BatchCache([(1, 4, 3)], torch.float32, torch.device("cpu"), max_bytes=8 * 64 * 28)
     cache.reserve(6, 10)
-    cache.write(0, torch.ones(1, 2, 10, 1, 4))
+    cache.write(0, torch.ones(10, 7))
     cache.reserve(8, 10)
-    assert cache.layers[0].states.shape == (2, 8, 64, 1, 4)
+    assert [each.shape for each in cache.layers[0].states] == [(8, 64, 1, 4), (8, 64, 1, 3)]
     cache.reserve(2, 200)  # eight sequences of 200 tokens would be too much
-    assert cache.layers[0].states.shape == (2, 2, 256, 1, 4) and cache.read(0, 10).eq(1).all()
-    assert cache.read(0, 11)[:, :, 10:].eq(0).all()
+    assert [each.shape for each in cache.layers[0].states] == [(2, 256, 1, 4), (2, 256, 1, 3)]
+    assert cache.read(0, 10).eq(1).all() and cache.read(0, 11)[10:].eq(0).all()
 
 
 def test_the_least_recently_used_tensors_are_dropped_beyond_the_bytes():

@@ -313,7 +313,7 @@ def stage2_of(train, data, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantised_decoder_trains_lora_and_saves_a_delta_for_the_whole_one(kind, stage2_of, tmp_path):
+def test_a_quantised_decoder_trains_lora_and_saves_a_delta_for_the_whole_one(kind, stage2_of, train, data, tmp_path):
     folder = stage2_of("--quantization", kind, "--eval_steps", 1)
     losses = metrics(folder, "loss")
     assert len(losses) == 2 and all(map(math.isfinite, losses.values()))
@@ -328,6 +328,40 @@ def test_a_quantised_decoder_trains_lora_and_saves_a_delta_for_the_whole_one(kin
     whole.save_pretrained(tmp_path / "merged", merged=True)
     merged = Causal.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     assert (merged(input_ids=ids).logits - expected).abs().max() < 1e-5
+
+    # Stage 2 goes on from its own result, in the same folder, with the adapter that is there.
+    train([*stage2(data, folder, folder, "--quantization", kind, "--max_steps", 1, "--lora_learning_rate", 1e-9)])
+    again = load_file(folder / "adapter/adapter_model.safetensors")
+    assert again.keys() == adapter.keys()
+    assert all((value - adapter[name]).abs().max() < 1e-7 for name, value in again.items())
+
+
+def test_stage_2_goes_on_with_its_adapter_or_refuses_another_one(stage2_of, train, data, tmp_path):
+    folder = stage2_of("--lora_targets", "q_proj,fc1", "--lora_r", 3)
+    (last,) = [value for step, value in metrics(folder, "eval_loss").items() if step == 2]
+    options = [*stage2(data, folder, tmp_path / "three", "--max_steps", 2, "--lora_learning_rate", 0.01), "--lora_r", 3]
+    train([*options, "--lora_dropout", 0.25, "--save_steps", 1])
+    run = json.loads((tmp_path / "three/run.json").read_text())
+    assert [run["options"][name] for name in ("lora_r", "lora_alpha", "lora_targets", "lora_dropout")] == [
+        *(3, 128, "fc1,q_proj", 0.25)
+    ]
+    before, after = (load_file(each / "adapter/adapter_model.safetensors") for each in (folder, tmp_path / "three"))
+    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+    assert metrics(tmp_path / "three", "eval_loss")[2] < last, "training goes on from what was learnt"
+    saved = json.loads((tmp_path / "three/adapter/adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_dropout"]) == (3, 0.25)
+    shutil.rmtree(tmp_path / "three/checkpoints/step-00000002")
+    train([*options, "--lora_dropout", 0.25, "--save_steps", 1, "--resume_from_checkpoint"])
+    resumed = load_file(tmp_path / "three/adapter/adapter_model.safetensors")
+    assert all(torch.equal(value, after[name]) for name, value in resumed.items()), "dropout included"
+    for wrong, message in (
+        (("--lora_r", 8), "--lora_r 8: the adapter of"),
+        (("--lora_targets", "q_proj"), "--lora_targets q_proj: the adapter of .* has fc1,q_proj"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train([*options, *wrong])
+    with pytest.raises(ValueError, match="--tune_decoder full: .* has a LoRA adapter: leave it out, or start from"):
+        train(stage2(data, folder, tmp_path / "four", "--tune_decoder", "full"))
 
 
 def test_all_of_the_decoder_can_be_trained_and_the_result_is_whole(stage2_of):

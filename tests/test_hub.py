@@ -4,6 +4,7 @@ import configparser
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from helpers import run_clean
+from accelerate.state import AcceleratorState
+from helpers import run_clean, stage2
 from hub_server import File, HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -27,6 +29,7 @@ from clip_phi.hub import retry
 from clip_phi.hub.card import merge_cards, scrub
 from clip_phi.hub.push import check_push, push
 from clip_phi.hub.retry import load_with_retries
+from clip_phi.training.arguments import parse_arguments
 from clip_phi.training.guards import write_run
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
@@ -208,6 +211,19 @@ def test_evaluations_are_in_the_model_index_with_set_size_and_command(run, hub):
     assert result["dataset"]["args"] == {"images": 4, "samples": 9, "fingerprint": "f" * 32}
     assert "| vqa | accuracy | **0.8125** | 0.25 | 0.3 | 0.5125 (0.4 to 0.6) | 9 samples of 4 images of" in text
     assert "clip-phi evaluate --data vqa:vqa.json" in text and "someone" not in text
+
+
+def test_stage_2_starts_from_a_hub_id(trained, hub, tmp_path, monkeypatch):
+    data = trained[0].parent / "data"
+    options = stage2(data, "alice/trained", tmp_path / "two", "--max_steps", 1, "--num_sample_texts", 0)
+    arguments = parse_arguments(list(map(str, options)))
+    arguments.check()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    runpy.run_path(str(ROOT / "train_accelerate.py"))["train"](arguments)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = ClipPhiForCausalLM.from_pretrained(tmp_path / "two")
+    assert model.config.adapter == "adapter" and model.config.text_backbone == "acme/decoder"
 
 
 def test_what_a_person_wrote_into_the_card_stays(run, hub):

@@ -163,6 +163,25 @@ def test_a_newer_index_replaces_an_older_one_and_a_failed_one_leaves_nothing(dat
     assert len(list(cache.iterdir())) == 1
 
 
+@pytest.mark.parametrize("name", ["index.arrow", "about.json"])
+def test_an_index_whose_bytes_have_changed_on_disk_is_made_anew(source, processor, reads, cache, name, capsys):
+    """One bit at 40 places from the first byte to the last, a page of zeros, and cut files."""
+    table = load_index(source, processor, 200).table.combine_chunks().to_pydict()
+    (path,) = cache.rglob(name)
+    good = path.read_bytes()
+    places = sorted({round(step * (len(good) - 1) / 39) for step in range(40)})
+    damaged = [good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :] for place in places]
+    damaged += [good[: len(good) // 2], b"", bytes(len(good))]
+    damaged += [good[:start] + bytes(200) + good[start + 200 :] for start in range(0, len(good) - 200, len(good) // 5)]
+    for number, content in enumerate(damaged, start=2):
+        path.write_bytes(content)
+        index = load_index(source, processor, 200)
+        assert index.table.to_pydict() == table and len(reads) == number
+        assert index.report.records == sum(map(len, table["origins"]))
+        assert "is damaged" in capsys.readouterr().err and path.read_bytes() == good
+    assert load_index(source, processor, 200).table.to_pydict() == table and len(reads) == number
+
+
 def test_index_goes_to_workers_as_the_name_of_its_file(source, processor):
     index = load_index(source, processor, 200).take(np.array([4, 1]))
     sent = pickle.dumps(index)

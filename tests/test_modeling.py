@@ -100,7 +100,6 @@ def test_image_features_take_the_places_of_image_tokens(model, inputs):
     expected = model.lm_head(model.model.language_model(inputs_embeds=embeddings).last_hidden_state)
     assert torch.equal(logits(model, inputs), expected)
     outputs = model(**inputs, output_hidden_states=True)
-    assert torch.equal(outputs.image_hidden_states, features[0])
     assert len(outputs.hidden_states) == TEXT["num_hidden_layers"] + 1
 
 
@@ -285,23 +284,26 @@ def test_a_frozen_head_computes_each_logit_once_and_keeps_none(frozen_head):
     assert seen.rows == []
 
 
-@pytest.mark.parametrize("kind", ["trained", "trained bias", "with a hook", "another loss"])
+@pytest.mark.parametrize("kind", ["trained", "trained bias", "with a hook", "another loss", "another index"])
 def test_another_head_or_loss_is_called_as_it_is(kind, frozen_head):
     model, hidden_states, labels = frozen_head
     model.max_logits = 5 * TEXT["vocab_size"]
     head, (expected,) = model.lm_head, torch.autograd.grad(loss_of(*frozen_head), hidden_states)
-    calls = []
+    calls, options = [], {}
     if "trained" in kind:
         (head.bias if "bias" in kind else head.weight).requires_grad_()
+    elif kind == "another index":
+        labels[0, 5] = -1
+        expected[0, 5], options = 0, {"ignore_index": -1, "num_items_in_batch": 14}
     elif kind == "with a hook":
         head.register_forward_hook(lambda module, args, output: calls.append(len(output)))
     else:
         plain = model.loss_function
         model.loss_function = lambda **inputs: calls.append(len(inputs["shift_labels"])) or 2 * plain(**inputs)
-    loss_of(model, hidden_states, labels).backward()
+    loss_of(model, hidden_states, labels, **options).backward()
     factor = 2 if kind == "another loss" else 1
     torch.testing.assert_close(hidden_states.grad, factor * expected, rtol=1e-5, atol=1e-7)
-    assert sorted(calls) == ([] if "trained" in kind else [4, 4, 5, 5, 5, 5])
+    assert sorted(calls) == ([4, 4, 5, 5, 5, 5] if kind in ("with a hook", "another loss") else [])
     if "trained" in kind:
         plain = cross_entropy(head(hidden_states.detach()).flatten(0, 1), labels.flatten(), ignore_index=-100)
         (trained,) = (each for each in head.parameters() if each.requires_grad)

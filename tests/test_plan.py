@@ -12,7 +12,7 @@ from transformers import GPT2Config, LlamaConfig, PhiConfig, PhiForCausalLM
 
 from clip_phi.cli import main
 from clip_phi.environment import Gpu
-from clip_phi.tools.plan import CARDS, Formula, as_text, make_plan
+from clip_phi.tools.plan import CARDS, Formula, format_plan, make_plan
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
@@ -164,8 +164,8 @@ def test_a_bad_option_is_one_line_and_status_2(argv, message, capsys):
 def test_what_does_not_fit_says_so_and_what_to_try(a100):
     none = make_plan(Stage1Arguments(stage=1), Gpu("", 30.0, "small", "a small card", 1.0), 0.4, small_config())
     assert not none["fits"] and none["max_tokens_per_batch"] == 0
-    assert "Not even one image fits: try --gradient_checkpointing" in as_text(none)
-    assert "largest --max_tokens_per_batch" in as_text(a100)
+    assert "Not even one image fits: try --gradient_checkpointing" in format_plan(none)
+    assert "largest --max_tokens_per_batch" in format_plan(a100)
 
 
 def test_stage_2_trains_lora_of_the_rank_asked_for():
@@ -251,8 +251,8 @@ def test_a_paged_optimizer_is_as_large_and_leaves_its_room_to_the_step():
     assert paged["images_per_step"] > usual["images_per_step"]
     taken = sum(paged["bill_bytes"].values())
     assert paged["memory_bytes"] < taken <= paged["memory_bytes"] + paged["pageable_bytes"]
-    assert "the optimizer may leave the card" in as_text(paged)
-    assert "the optimizer may leave the card" not in as_text(usual)
+    assert "the optimizer may leave the card" in format_plan(paged)
+    assert "the optimizer may leave the card" not in format_plan(usual)
 
 
 def test_on_a_cpu_all_is_in_float32_and_adamw_is_the_default():

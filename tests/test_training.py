@@ -7,10 +7,12 @@ import shutil
 
 import pytest
 import torch
-from helpers import ACCELERATE, TORCHRUN, metrics, run, stage1, stage2
+from helpers import ACCELERATE, ROOT, TORCHRUN, metrics, run, stage1, stage2
 from safetensors.torch import load_file
 
+from clip_phi.cli import main
 from clip_phi.data.synthetic import write_dataset
+from clip_phi.training.arguments import parse_arguments
 from modeling_clip_phi import ClipPhiForCausalLM
 
 
@@ -312,7 +314,7 @@ def test_a_warm_feature_cache_gives_the_same_run_and_opens_no_image(data, backbo
         (["--stage", "4"], "unknown --stage 4"),
         (["--stage", "1"], "'clip-phi download coco' downloads it"),
         (
-            ["--stage", "2", "--data", "llava:README.md", "--holdout_images", "0"],
+            ["--stage", "2", "--init_from", "a/b", "--data", "llava:README.md", "--holdout_images", "0"],
             "give --eval_data or --holdout_images",
         ),
     ],
@@ -324,7 +326,22 @@ def test_bad_input_is_one_line_with_status_2_and_no_traceback(options, message):
 
 
 def test_missing_weights_say_where_they_were_looked_for_and_name_the_demo(data, tmp_path):
-    options = stage1(data, (tmp_path / "nothing", "microsoft/phi-2"), tmp_path / "run", "--debug", False)
+    options = stage1(data, ("nobody/nothing", "microsoft/phi-2"), tmp_path / "run", "--debug", False)
     done = run(*options, expect=2)
-    assert str(tmp_path / "nothing") in done.stderr and "make demo" in done.stderr
+    assert "nobody/nothing" in done.stderr and "make demo" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["outputs/absent", "tests/absent", "./absent", "/nowhere", "absent", "a/b/c"])
+def test_a_missing_local_folder_is_named_before_anything_is_imported(name, data, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    arguments = parse_arguments(list(map(str, stage2(data, name, "out"))))
+    with pytest.raises(ValueError, match=f"--init_from {name}: there is no such folder, and a Hub id is user/name"):
+        arguments.check()
+    parse_arguments(list(map(str, stage2(data, "someone/model", "out")))).check()
+    for command in (["chat", name], ["inspect", "README.md", "--model", name]):
+        assert main(command) == 2
+        assert f"no model {name}: there is no such folder" in capsys.readouterr().err
+    backbones = (name, "gpt2") if name != "absent" else ("./absent", "gpt2")
+    with pytest.raises(ValueError, match=f"--vision_backbone {backbones[0]}: there is no such folder"):
+        parse_arguments(list(map(str, stage1(data, backbones, "out")))).check()

@@ -2,8 +2,9 @@
 
 One folder for each fingerprint of what decides the features. In it each writer has a pair of files: shard-NAME.bin has
 bfloat16 features, one row for each image, and shard-NAME.index the keys of the images. A row is on disk before the
-index names it, and each entry of the index has a checksum. So whatever stops a writer (SIGKILL, a power cut, a full
-disk) costs the rows that it is writing and nothing else."""
+index names it, and each entry of the index has a checksum of itself and one of its row. So whatever stops a writer
+(SIGKILL, a power cut, a full disk) costs the rows that it is writing and nothing else, and bytes that have changed on
+disk cost their row: it is computed again, and stored once more."""
 
 import errno
 import hashlib
@@ -11,12 +12,13 @@ import json
 import os
 import secrets
 import struct
+import sys
 import threading
 import zlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -24,9 +26,9 @@ from transformers import PreTrainedConfig
 from ..data.sample import File, _open_zip
 from .images import PixelMode, image_errors
 
-FORMAT = 2  # of the files; raised too when the same settings come to give other features
+FORMAT = 3  # of the files; raised too when the same settings come to give other features
 KEY_BYTES = 16
-RECORD = struct.Struct(f"<{KEY_BYTES}sII")  # of an index: key, row, checksum of both
+RECORD = struct.Struct(f"<{KEY_BYTES}sIII")  # of an index: key, row, checksum of the row, checksum of these three
 
 
 def image_key(source: File | bytes) -> bytes:
@@ -78,11 +80,12 @@ class FeatureCache:
         self.folder = Path(folder) / fingerprint[:16]
         self.row_bytes = 2 * shape[0] * shape[1]
         self._lock = threading.RLock()
-        self._places: dict[bytes, tuple[str, int]] = {}  # (path of the shard without suffix, row) by key
+        self._places: dict[bytes, _Place] = {}  # by key
         self._records_read: dict[str, int] = {}  # of the index of each shard
         # A shard, open for reading. Forked processes and threads may share it: nothing moves a position in it.
         self._file = cache(lambda shard: os.open(f"{shard}.bin", os.O_RDONLY))
         self._writer: _Writer | None = None
+        self._found_damage = False
         self._make_folder()
         self.refresh()
 
@@ -97,12 +100,28 @@ class FeatureCache:
 
     def get(self, key: bytes) -> torch.Tensor | None:
         """The features of an image: bfloat16 (patches, vision hidden) on the CPU. None if there are none."""
-        if key not in self._places:
-            return None
-        shard, row = self._places[key]
-        features = torch.empty(self.shape, dtype=torch.bfloat16)
-        read = os.preadv(self._file(shard), [features.view(torch.int16).numpy()], row * self.row_bytes)
-        return features if read == self.row_bytes else None
+        while (place := self._places.get(key)) is not None:
+            features = torch.empty(self.shape, dtype=torch.bfloat16)
+            data = features.view(torch.int16).numpy()
+            read = os.preadv(self._file(place.shard), [data], place.row * self.row_bytes)
+            if read == self.row_bytes and zlib.crc32(data) == place.checksum:
+                return features
+            self._forget(key, place)
+        return None
+
+    def _forget(self, key: bytes, place: "_Place") -> None:
+        """Drop a row whose bytes have changed on disk; another writer's row of this image may be left."""
+        if not self._found_damage:
+            self._found_damage = True
+            print(
+                f"--cache_features {self.root}: {place.shard}.bin is damaged; what is wrong in it is computed again",
+                file=sys.stderr,
+            )
+        with self._lock:
+            if self._places.get(key) is place:
+                del self._places[key]
+                if place.older is not None:
+                    self._places[key] = place.older
 
     def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
         """Add features: float (keys, patches, vision hidden), rounded to bfloat16. A cached key stays as it is.
@@ -111,16 +130,17 @@ class FeatureCache:
         if features.shape != (len(keys), *self.shape):
             raise ValueError(f"features are {tuple(features.shape)}, not {(len(keys), *self.shape)}")
         with self._lock:
-            new = {key: row for row, key in enumerate(keys) if key not in self._places}
+            # Read, since a process that found the row damaged has computed these features.
+            new = {key: row for row, key in enumerate(keys) if self.get(key) is None}
             if not new:
                 return
             try:
                 if self._writer is None or self._writer.process != os.getpid():
                     self._close_writer()
                     self._writer = _Writer(str(self.folder / f"shard-{secrets.token_hex(8)}"))
-                self._writer.append(list(new), features.detach()[list(new.values())].to("cpu", torch.bfloat16))
-                first = self._writer.rows - len(new)
-                self._places |= {key: (self._writer.shard, row) for row, key in enumerate(new, start=first)}
+                rows = features.detach()[list(new.values())].to("cpu", torch.bfloat16)
+                for key, row, checksum in self._writer.append(list(new), rows):
+                    self._places[key] = _Place(self._writer.shard, row, checksum)
             except OSError as error:
                 self._close_writer()  # its index may name some of these rows, so they must not be overwritten
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -140,27 +160,35 @@ class FeatureCache:
         about = {"format": FORMAT, "fingerprint": self.fingerprint, "shape": list(self.shape)}
         path = self.folder / "about.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        try:
+            found = json.loads(path.read_bytes())
+            checked = found.pop("checksum") == _checksum_of(found)
+        except (OSError, ValueError, LookupError, AttributeError, TypeError):
+            found, checked = None, False
+        if not checked:  # absent or damaged; the folder has the fingerprint's name
             temporary = self.folder / f"about-{secrets.token_hex(6)}"
             with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(about, file)
+                json.dump(about | {"checksum": _checksum_of(about)}, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found != about:
+        elif found != about:
             raise ValueError(f"--cache_features: {path} has {found}, not {about}: remove {self.folder}")
 
     def _read_index(self, shard: str) -> None:
-        """Read the records since the last time, up to the first that is incomplete or whose row is."""
+        """Read the records since the last time, up to the first that is incomplete or whose row is; without those that
+        have changed on disk."""
         with open(f"{shard}.index", "rb") as file:
             file.seek(self._records_read.setdefault(shard, 0) * RECORD.size)
             data = file.read()
         num_rows = os.stat(f"{shard}.bin").st_size // self.row_bytes
-        for key, row, check in RECORD.iter_unpack(data[: len(data) // RECORD.size * RECORD.size]):
-            if check != _checksum(key, row) or row >= num_rows:
-                break
-            self._places.setdefault(key, (shard, row))
+        for key, row, checksum, check in RECORD.iter_unpack(data[: len(data) // RECORD.size * RECORD.size]):
+            if check == _checksum(key, row, checksum):
+                if row >= num_rows:
+                    break
+                older = self._places.get(key)
+                if older is None or older[:2] != (shard, row):
+                    self._places[key] = _Place(shard, row, checksum, older)
             self._records_read[shard] += 1
 
     def _close_writer(self) -> None:
@@ -168,6 +196,15 @@ class FeatureCache:
             os.close(self._writer.data)
             os.close(self._writer.index)
         self._writer = None
+
+
+class _Place(NamedTuple):
+    """Where features are. shard: path without suffix. older: another place of the same image."""
+
+    shard: str
+    row: int
+    checksum: int
+    older: "_Place | None" = None
 
 
 class _Writer:
@@ -179,13 +216,18 @@ class _Writer:
         self.index = os.open(f"{shard}.index", flags, 0o666)  # first: who finds the other finds this, too
         self.data = os.open(f"{shard}.bin", flags, 0o666)
 
-    def append(self, keys: Sequence[bytes], rows: torch.Tensor) -> None:
-        """rows: bfloat16 (keys, patches, vision hidden) on the CPU."""
-        _write(self.data, rows.contiguous().view(torch.uint8).numpy().reshape(-1).data)
+    def append(self, keys: Sequence[bytes], rows: torch.Tensor) -> list[tuple[bytes, int, int]]:
+        """rows: bfloat16 (keys, patches, vision hidden) on the CPU. Returns key, row and its checksum of each."""
+        data = rows.contiguous().view(torch.uint8).numpy().reshape(len(keys), -1)
+        _write(self.data, data.reshape(-1).data)
         os.fsync(self.data)
-        records = (RECORD.pack(key, row, _checksum(key, row)) for row, key in enumerate(keys, start=self.rows))
-        _write(self.index, memoryview(b"".join(records)))
+        records = [
+            (key, row, zlib.crc32(part)) for row, (key, part) in enumerate(zip(keys, data, strict=True), self.rows)
+        ]
+        packed = (RECORD.pack(*record, _checksum(*record)) for record in records)
+        _write(self.index, memoryview(b"".join(packed)))
         self.rows += len(keys)
+        return records
 
 
 def _write(file: int, data: memoryview) -> None:
@@ -193,6 +235,10 @@ def _write(file: int, data: memoryview) -> None:
         data = data[os.write(file, data) :]
 
 
-def _checksum(key: bytes, row: int) -> int:
+def _checksum(key: bytes, row: int, checksum: int) -> int:
     """32 bits; not 0 for zeros only, which a power cut may leave."""
-    return zlib.crc32(row.to_bytes(4, "little"), zlib.crc32(key))
+    return zlib.crc32(struct.pack("<II", row, checksum), zlib.crc32(key))
+
+
+def _checksum_of(about: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(about, sort_keys=True).encode())

@@ -1,13 +1,16 @@
 """The tokenised index of a source: read and tokenised once, then mapped from disk by every process that trains.
 
-It is an Arrow file: workers share its pages, and a second start reads nothing but its header."""
+It is an Arrow file, whose pages workers share. A later start compares its checksum, and parses nothing else of it
+before: bytes that have changed on disk are noticed, and the index is made anew."""
 
 import contextlib
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ from ..data.source import DataSource
 from .encode import Encoded, encode_samples
 from .packing import SharedPrefixSample, build_shared_prefix
 
-FORMAT = 3  # of the files; raised too when a reader or the encoding comes to give something else
+FORMAT = 4  # of the files; raised too when a reader or the encoding comes to give something else
 CHUNK = 1000  # samples that are tokenised together
 SCHEMA = pa.schema(
     {
@@ -184,7 +187,8 @@ def load_index(source: DataSource, processor: Any, max_length: int, num_workers:
                 writer.write_batch(batch)
         stamps = media.file_stamps() | transcripts.file_stamps()
         about = {"state": state, "report": report.as_dict(), "file_stamps": stamps}
-        (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        text = json.dumps(about | {"checksum": _checksum(temporary / "index.arrow")})
+        (temporary / "about.json").write_text(f"{zlib.crc32(text.encode())}\n{text}", encoding="utf-8")
         made = Index(_map(temporary / "index.arrow"), _prefixes(processor), report, folder / "index.arrow")
         if _open(folder, state, processor) is None:  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)
@@ -196,14 +200,30 @@ def load_index(source: DataSource, processor: Any, max_length: int, num_workers:
 
 
 def _open(folder: Path, state: list[Any], processor: Any) -> Index | None:
+    """The index in a folder; None if there is none, or it is of other files, or its bytes have changed."""
+    if not folder.exists():
+        return None
+    path = folder / "index.arrow"
     try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        table = _map(folder / "index.arrow")
-    except (OSError, ValueError):  # absent or damaged: it is made anew
+        checksum, text = (folder / "about.json").read_text(encoding="utf-8").split("\n", 1)
+        about = json.loads(text) if checksum == str(zlib.crc32(text.encode())) else None
+        if about is not None and about["state"] != state:
+            return None
+        # Before Arrow parses anything: wrong offsets would end the process.
+        if about is None or about["checksum"] != _checksum(path):
+            raise ValueError("its checksum is wrong")
+        if any(file_stamp(name) != then for name, then in about["file_stamps"].items()):
+            return None
+        return Index(_map(path), _prefixes(processor), Report.from_dict(about["report"]), path)
+    except (OSError, ValueError) as error:
+        print(f"{folder} is damaged ({' '.join(str(error).split())}), and is made anew", file=sys.stderr)
         return None
-    if about["state"] != state or any(file_stamp(path) != then for path, then in about["file_stamps"].items()):
-        return None
-    return Index(table, _prefixes(processor), Report.from_dict(about["report"]), folder / "index.arrow")
+
+
+def _checksum(path: Path) -> int:
+    """Two gigabytes a second."""
+    with pa.memory_map(str(path)) as file:
+        return zlib.crc32(file.read_buffer())
 
 
 def _map(path: Path) -> pa.Table:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..data.files import is_missing_folder
+
 DEMO_MODEL = "outputs/demo/model"
 MODELS = ("outputs/stage2", "outputs/stage1", DEMO_MODEL)  # where training and 'make demo' write by default
 DATA = "[KIND:]PATH[,option=value...], as --data in train_accelerate.py"
@@ -126,10 +128,14 @@ def choose_model(arguments: argparse.Namespace) -> str:
         if (model := newest_model()) is None:
             raise ValueError(f"no model in {', '.join(MODELS)}: run 'make demo' first, or give --model PATH_OR_ID")
         print(f"clip-phi: model: {model} (--model chooses another)", file=sys.stderr)
-    if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
-        raise ValueError(f"no model {model}: there is no such folder, and a Hub id is user/name")
+    check_model(model)
     arguments.model, arguments.model_argument = model, None
     return model
+
+
+def check_model(model: str) -> None:
+    if is_missing_folder(model):
+        raise ValueError(f"no model {model}: there is no such folder, and a Hub id is user/name")
 
 
 def positive(text: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.catalog import DATASETS
-from .common import DATA, MODELS, add_command, add_data, add_json, natural, newest_model, positive
+from .common import DATA, MODELS, add_command, add_data, add_json, check_model, natural, newest_model, positive
 
 
 def add_to(commands: Any) -> None:
@@ -56,6 +56,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         raise ValueError("give DATA either as an argument or with --data" if arguments.data else "--data is required")
     arguments.data = arguments.data or arguments.data_argument
     arguments.model = arguments.model or newest_model()
+    check_model(arguments.model or ".")
     from ..tools.inspect import inspect
 
     inspect(arguments)

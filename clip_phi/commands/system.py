@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from .common import add_command, add_json, positive
+from .common import add_command, add_json, check_model, positive
 
 
 def add_to(commands: Any) -> None:
@@ -44,14 +44,15 @@ def run_plan(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--quantization {arguments.quantization}: quantized weights cannot be trained")
     from modeling_clip_phi import ClipPhiConfig
 
-    from ..tools.plan import CARDS, as_text, make_plan
+    from ..tools.plan import CARDS, format_plan, make_plan
 
     if arguments.gpu not in CARDS:
         raise ValueError(f"unknown --gpu {arguments.gpu}: it is one of {', '.join(CARDS)}")
+    check_model(arguments.model or ".")
     config = ClipPhiConfig() if arguments.model is None else ClipPhiConfig.from_pretrained(arguments.model)
     training = STAGES[arguments.stage](stage=arguments.stage, **options)
     plan = make_plan(training, CARDS[arguments.gpu], arguments.mfu, config)
-    print(json.dumps(plan) if arguments.json else as_text(plan))
+    print(json.dumps(plan) if arguments.json else format_plan(plan))
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

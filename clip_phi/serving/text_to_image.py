@@ -1,10 +1,11 @@
 """Text to image with any diffusers pipeline."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+
+from ..data.files import is_missing_folder
 
 
 class TextToImage:
@@ -18,7 +19,7 @@ class TextToImage:
             from diffusers import AutoPipelineForText2Image
         except ImportError as error:
             raise ImportError("image output needs diffusers: pip install 'clip-phi[draw]'") from error
-        if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
+        if is_missing_folder(model):
             raise ValueError(f"no text-to-image model {model}: there is no such folder, and a Hub id is user/name")
         self.model = model
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,8 +1,8 @@
 """Speech to text: one interface for all speech recognition engines."""
 
-from pathlib import Path
 from typing import Any, Protocol
 
+from ..data.files import is_missing_folder
 from ..data.transcripts import ENGINES, AsrSettings, Engine
 from .audio import AudioClip
 from .transcript import Segment, Transcript, Word, make_transcript
@@ -44,7 +44,7 @@ def make_transcriber(
     kind = device.partition(":")[0]
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"speech recognition runs on cpu or cuda, not on {device!r}")
-    if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+    if is_missing_folder(model, id_needs_user=False):
         raise ValueError(f"no Whisper model in {model}: there is no such folder")
     compute_type = compute_type or ("int8" if kind == "cpu" else "float16")
     chosen: Any = WhisperXTranscriber if engine == "whisperx" else FasterWhisperTranscriber

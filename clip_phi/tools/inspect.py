@@ -49,7 +49,7 @@ def inspect(options: argparse.Namespace) -> None:
         if not Path(path).absolute().parent.is_dir():
             raise ValueError(f"no folder for {path}")
     sources, held_out = parse_files(options.data), parse_files(options.eval_data)
-    processor, name, context = load_processor(options.model)
+    processor, name, context = find_processor(options.model)
     max_length = min(options.max_length, context or options.max_length)
     if max_length < options.max_length:
         print(f"--max_length is cut to the decoder's context, {max_length}, as it is in training", file=sys.stderr)
@@ -81,13 +81,13 @@ def inspect(options: argparse.Namespace) -> None:
     if summary is None and not options.output:
         colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         for sample in show(indexes, processor, options.sample, options.num):
-            print(as_text(sample, colored))
+            print(format_sample(sample, colored))
         if total == 0:
             records = sum(index.report.records for index in indexes)
             print(f"no sample can be used, of {records:,} records: see --summary")
 
 
-def load_processor(model: str | None) -> tuple[Any, str, int | None]:
+def find_processor(model: str | None) -> tuple[Any, str, int | None]:
     """The processor, its name, and the decoder's context length if it is known. Prints the name on stderr.
 
     model: a folder or Hub id, or None for the backbones of the project.
@@ -172,7 +172,7 @@ def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[Piece]:
     return pieces
 
 
-def as_text(sample: Shown, colored: bool) -> str:
+def format_sample(sample: Shown, colored: bool) -> str:
     """A sample for the terminal, with supervised tokens in bold green, or between brackets."""
     start, end = ("\033[1;32m", "\033[0m") if colored else ("⟦", "⟧")
     lines = [sample.title, f"image: {_line(sample.image_line)}", sample.counts]

@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
+from ..data.files import is_missing_folder
 from ..data.source import DataSource, missing_files, parse_source
 
 VISION_BACKBONE = "wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
@@ -151,6 +152,11 @@ class TrainingArguments:
             value = getattr(self, each.name)
             if is_inside is not None and not is_inside(value):
                 found.append(f"--{each.name} must be {words}, not {value}")
+        for name in ("vision_backbone", "text_backbone", "init_from"):
+            value = getattr(self, name, ".")
+            if is_missing_folder(value, id_needs_user=name == "init_from"):
+                hint = "'make demo' needs no download: it has its own backbones"
+                found.append(f"--{name} {value}: there is no such folder, and a Hub id is user/name. {hint}")
         if self.eval_data and "holdout_images" in self.given:
             found.append("--holdout_images has no effect with --eval_data: add --eval_data without a value")
         if self.eval_task == "none" and "eval_task_images" in self.given:
@@ -234,9 +240,11 @@ class Stage1Arguments(TrainingArguments):
 
 @dataclass
 class Stage2Arguments(TrainingArguments):
-    """Stage 2: train the projector and LoRA on the decoder, or all of it, on conversations, from stage 1's result."""
+    """Stage 2: train the projector and LoRA on the decoder, or all of it, on conversations, from a trained model."""
 
-    init_from: str = _option("outputs/stage1", "model of stage 1, folder or Hub id")
+    init_from: str = _option(
+        "outputs/stage1", "model to start from, folder or Hub id; a LoRA adapter that it has is trained on"
+    )
     output_dir: str = _default("output_dir", "outputs/stage2")
     data: list[str] = _default("data", ["llava:data/llava_instruct_150k.json,images=data/coco/train2017"])
     learning_rate: float = _default("learning_rate", 2e-5)

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from huggingface_hub.errors import HFValidationError
 from transformers.pytorch_utils import Conv1D
 
-from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiProcessor
+from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
-from ..batching.attention import PACKED_ATTENTION
+from ..batching.attention import context_length, use_packed_attention
 from ..batching.feature_cache import FeatureCache, fingerprint_of
 from ..environment import quantization_config
 from ..hub.retry import load_with_retries
@@ -51,8 +51,8 @@ def load_model(
             model = load_with_retries(ClipPhiForCausalLM.from_backbones, *names, **revisions, **own, dtype=dtype)
         else:
             assert isinstance(arguments, Stage2Arguments)
-            model = _load_stage1(arguments, dtype, accelerator)
-    model.set_attn_implementation({"text_config": PACKED_ATTENTION})
+            model = _load_start(arguments, dtype, accelerator)
+    use_packed_attention(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -61,13 +61,14 @@ def load_model(
     return model
 
 
-def resolve(arguments: TrainingArguments, accelerator: Accelerator, config: ClipPhiConfig) -> TrainingArguments:
+def resolve(arguments: TrainingArguments, accelerator: Accelerator, model: ClipPhiForCausalLM) -> TrainingArguments:
     """A copy of the options with all decided that depends on the model and the machine; each decision is printed.
 
-    config: of the loaded model. Decides optim, max_length, merged and per_device_eval_batch_size."""
+    Decides optim, max_length, merged, per_device_eval_batch_size and, of a model with an adapter, lora_*."""
+    config = model.config
     changes: dict[str, Any] = {"optim": choose_optimizer(arguments.optim, accelerator.device, is_sharded(accelerator))}
-    context = config.get_text_config().max_position_embeddings
-    if arguments.max_length > context:
+    context = context_length(config)
+    if context is not None and arguments.max_length > context:
         accelerator.print(f"--max_length is cut to the decoder's context, {context}")
         changes["max_length"] = context
     changes_decoder = isinstance(arguments, Stage2Arguments) and arguments.tune_decoder == "full"
@@ -75,6 +76,11 @@ def resolve(arguments: TrainingArguments, accelerator: Accelerator, config: Clip
         reason = "--tune_decoder full changes the decoder" if changes_decoder else "training starts from a merged model"
         accelerator.print(f"{reason}, so a merged model is saved")
         changes["merged"] = True
+    if config.adapter is not None:
+        changes |= adapter_options(model)
+        accelerator.print(
+            f"training continues the adapter of {getattr(arguments, 'init_from', '')}: rank {changes['lora_r']}"
+        )
     images, tokens = arguments.per_device_train_batch_size, arguments.max_tokens_per_batch
     changes["per_device_eval_batch_size"] = arguments.per_device_eval_batch_size or images
     found = dataclasses.replace(arguments, **changes)
@@ -109,7 +115,7 @@ def _named_weights(names: list[str]) -> Iterator[None]:
         ) from error
 
 
-def _load_stage1(arguments: Stage2Arguments, dtype: torch.dtype, accelerator: Accelerator) -> ClipPhiForCausalLM:
+def _load_start(arguments: Stage2Arguments, dtype: torch.dtype, accelerator: Accelerator) -> ClipPhiForCausalLM:
     kind, options = arguments.quantization, {}
     if kind != "none":
         options = {"quantization_config": quantization_config(kind, dtype), "device_map": {"": accelerator.device}}
@@ -126,7 +132,9 @@ def _load_stage1(arguments: Stage2Arguments, dtype: torch.dtype, accelerator: Ac
             if isinstance(module, Linear4bit):
                 module.support_avx512bf16_for_cpu = False  # it would rewrite the weights at an evaluation
     model.freeze_backbones()
-    if arguments.tune_decoder == "full":
+    if model.config.adapter is not None:
+        continue_lora(model, arguments)
+    elif arguments.tune_decoder == "full":
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
     else:
@@ -151,6 +159,40 @@ def add_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
     pattern = rf"model\.language_model\..*\.({'|'.join(targets)})"
     sizes = {"r": arguments.lora_r, "lora_alpha": arguments.lora_alpha, "lora_dropout": arguments.lora_dropout}
     model.add_adapter(LoraConfig(target_modules=pattern, **sizes))
+
+
+def continue_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
+    """Train the decoder's part of the adapter that the model has. An adapter of the tower stays frozen.
+
+    Raises ValueError if an option asks for another adapter."""
+    way_out = "leave it out, or start from a copy saved with save_pretrained(FOLDER, merged=True), which has none"
+    if arguments.tune_decoder == "full":
+        raise ValueError(f"--tune_decoder full: {arguments.init_from} has a LoRA adapter: {way_out}")
+    own = adapter_options(model)
+    for name in ("lora_r", "lora_alpha", "lora_targets"):
+        wanted = getattr(arguments, name)
+        if name == "lora_targets":
+            wanted = own[name] if wanted == "auto" else ",".join(sorted(map(str.strip, wanted.split(","))))
+        if name in arguments.given and wanted != own[name]:
+            raise ValueError(f"--{name} {wanted}: the adapter of {arguments.init_from} has {own[name]}: {way_out}")
+    (config,) = model.peft_config.values()
+    config.inference_mode = False
+    if "lora_dropout" in arguments.given:
+        config.lora_dropout = arguments.lora_dropout
+    for layer in model.model.language_model.modules():
+        for name in getattr(layer, "lora_dropout", {}):  # which the model was loaded and frozen without
+            drop = torch.nn.Dropout(config.lora_dropout) if config.lora_dropout else torch.nn.Identity()
+            layer.lora_dropout[name] = drop
+    for name, parameter in model.model.language_model.named_parameters():
+        parameter.requires_grad = "lora_" in name
+
+
+def adapter_options(model: ClipPhiForCausalLM) -> dict[str, Any]:
+    """The options of stage 2 that describe the adapter which a model has."""
+    (config,) = model.peft_config.values()
+    layers = {name.rpartition(".")[2] for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    sizes = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    return sizes | {"lora_targets": ",".join(sorted(layers))}
 
 
 def is_linear(module: torch.nn.Module) -> bool:
