@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install demo test test-demo test-full-size test-export test-oldest test-main test-oracle test-speech test-browser \
-	test-benchmarks test-load lint format bench clean
+	test-benchmarks test-trl test-load lint format bench clean
 
 install: .venv/installed
 
@@ -84,6 +84,10 @@ test-browser: install outputs/demo/model/config.json
 # The benchmarks on little work, with their bounds on time: also a run that is killed 20 times and resumed.
 test-benchmarks: install
 	$(BIN)/python -m pytest -m benchmarks $(ARGS)
+
+test-trl: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl]'
+	$(BIN)/python -m pytest -m trl $(ARGS)
 
 test-load: install
 	$(BIN)/python -m pytest -m load $(ARGS)

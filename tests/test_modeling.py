@@ -266,7 +266,7 @@ def test_a_frozen_head_gives_the_loss_and_gradient_of_plain_cross_entropy(chunk,
         loss = loss_of(model, hidden_states, labels, num_items_in_batch=num_items)
     (gradient,) = torch.autograd.grad(3 * loss, hidden_states)  # scaled, as by a loss scaler or by several processes
     assert gradient.dtype == hidden_states.dtype and not gradient[labels == -100].any()
-    (exact, exact_gradient), (usual, usual_gradient) = plain(torch.float64), plain(dtype)
+    (_, exact_gradient), (usual, usual_gradient) = plain(torch.float64), plain(dtype)
     torch.testing.assert_close(loss, usual, rtol=1e-6, atol=0)
     error, usual_error = ((each - exact_gradient).norm() / exact_gradient.norm() for each in (gradient, usual_gradient))
     assert error < 1e-6 if dtype == torch.float32 else error < 1.1 * usual_error
