@@ -312,6 +312,10 @@ def test_a_killed_evaluation_continues_to_the_result_of_an_uninterrupted_one(
     asked.clear()
     evaluate(checkpoint, "vqa", sources["vqa"])
     assert asked == []
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2][:50] + b"\xff" + lines[2][51:]
+    file.write_bytes(b"".join(lines))
+    assert evaluate(checkpoint, "vqa", sources["vqa"])["score"] == expected["score"] and sum(asked) == 1
 
 
 @pytest.mark.parametrize("change", ["weights", "prompt", "decoding", "data"])

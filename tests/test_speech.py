@@ -266,6 +266,17 @@ def test_a_line_torn_by_a_kill_costs_only_itself(tmp_path):
     assert [last.get(each) and last.get(each)["text"] for each in (b"one", b"two", b"three")] == ["a", "b", None]
 
 
+def test_a_line_that_has_changed_on_disk_costs_only_itself(tmp_path):
+    transcripts = Transcripts(AsrSettings(), tmp_path)
+    transcripts.add(b"one", text="a red cat")
+    transcripts.add(b"two", text="b")
+    good = transcripts.path.read_bytes()
+    for place in range(good.index(b"\n")):
+        transcripts.path.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
+        again = Transcripts(AsrSettings(), tmp_path)
+        assert again.get(b"one") is None and again.get(b"two")["text"] == "b"
+
+
 @pytest.fixture
 def llava(tmp_path, monkeypatch):
     """Four questions, of which two are alike."""

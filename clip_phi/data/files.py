@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os.path import isfile
@@ -70,6 +71,18 @@ def clean_text(value: Any, what: str) -> str:
     except UnicodeEncodeError as error:
         raise RecordError(f"{what} is not valid Unicode", f"character {error.start}") from None
     return text
+
+
+def checked_line(value: Any) -> str:
+    """A line of json, a list of the checksum of the value and the value."""
+    text = json.dumps(value)
+    return f'["{zlib.crc32(text.encode()):08x}", {text}]\n'
+
+
+def read_checked_lines(path: Path) -> list[Any]:
+    """The values of a file of checked_line(), but for lines that were cut or have changed on disk."""
+    texts = ((line, line[13:-1]) for line in path.read_bytes().split(b"\n"))
+    return [json.loads(text) for line, text in texts if line == b'["%08x", %b]' % (zlib.crc32(text), text)]
 
 
 def file_stamp(path: str) -> list[int] | None:

@@ -5,13 +5,12 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from .files import file_stamp
+from .files import checked_line, file_stamp, read_checked_lines
 from .report import RecordError, Report, Skip
 from .sample import SPOKEN_INSTRUCTION, Conversation, File, Sample, Turn
 
@@ -36,8 +35,8 @@ class AsrSettings(NamedTuple):
 class Transcripts:
     """The transcripts made with some settings, in the folder clip_phi/transcripts of Hugging Face's cache (HF_HOME).
 
-    A json line each, {"audio": hash, "text"} or {"audio": hash, "error"}, appended one by one: a killed process loses
-    the last at most."""
+    A checked_line() each, {"audio": hash, "text"} or {"audio": hash, "error"}, appended one by one: a killed process
+    loses the last at most."""
 
     def __init__(self, settings: AsrSettings, folder: Path | None = None):
         from huggingface_hub.constants import HF_HOME
@@ -77,7 +76,7 @@ class Transcripts:
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":  # a process was killed while it wrote the last line
                     file.write(b"\n")
-            file.write(json.dumps(entry).encode() + b"\n")
+            file.write(checked_line(entry).encode())
 
     def fill(self, samples: Iterable[Sample], report: Report) -> Iterator[Sample]:
         """The Samples, with transcripts where a turn has a recording and none.
@@ -114,10 +113,6 @@ class Transcripts:
 
     @cached_property
     def _entries(self) -> dict[str, dict[str, Any]]:
-        entries = {}
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
-            # Not half a line of a killed process: its recording is transcribed again.
-            with suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                entries[entry["audio"]] = entry
-        return entries
+        # A recording whose line was cut, or has changed on disk, is transcribed again.
+        entries = read_checked_lines(self.path) if self.path.exists() else []
+        return {entry["audio"]: entry for entry in entries}

@@ -1,7 +1,6 @@
 """Answers saved as they are generated. A killed evaluation continues with them; answers of another model, other data or
 another prompt are never used."""
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..batching.images import load_image
+from ..data.files import checked_line, read_checked_lines
 from ..data.sample import File, user_message
 from .generate import GeneratedAnswer, Prompt, generate_answers
 
@@ -46,13 +46,13 @@ class Question(NamedTuple):
 
 
 class AnswerFile:
-    """One jsonl file for each process in a folder. The first line of each is the binding of its answers: for json, all
-    that they depend on. The main process deletes files with another binding."""
+    """One file of checked_line() for each process in a folder. The first line of each is the binding of its answers:
+    for json, all that they depend on. The main process deletes files with another binding."""
 
     def __init__(self, folder: Path, binding: dict[str, Any], processes: Processes):
         folder.mkdir(parents=True, exist_ok=True)
         if processes.rank == 0:
-            stale = [path for path in folder.glob("rank-*.jsonl") if _read_lines(path)[:1] != [binding]]
+            stale = [path for path in folder.glob("rank-*.jsonl") if read_checked_lines(path)[:1] != [binding]]
             for path in stale:
                 path.unlink()
             if stale:
@@ -60,24 +60,19 @@ class AnswerFile:
                     f"saved answers in {folder} are of another model, data, prompt or decoding, and are not used"
                 )
         processes.wait()  # before the others read, and before any process writes
-        lines = [line for path in sorted(folder.glob("rank-*.jsonl")) for line in _read_lines(path)[1:]]
+        lines = [line for path in sorted(folder.glob("rank-*.jsonl")) for line in read_checked_lines(path)[1:]]
         self.answers = {key: GeneratedAnswer(*answer) for key, *answer in lines}
         processes.wait()
         self.path = folder / f"rank-{processes.rank}.jsonl"
         if self.path.exists():
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         else:
-            self.path.write_text(json.dumps(binding) + "\n", encoding="utf-8")
+            self.path.write_text(checked_line(binding), encoding="utf-8")
 
     def add(self, answers: dict[str, GeneratedAnswer]) -> None:
         self.answers |= answers
         with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps([key, *answer]) + "\n" for key, answer in answers.items())
-
-
-def _read_lines(path: Path) -> list[Any]:
-    """The json of each line but a last one that a killed process did not finish."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+            file.writelines(checked_line([key, *answer]) for key, answer in answers.items())
 
 
 def answer_all(
