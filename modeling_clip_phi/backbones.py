@@ -222,11 +222,27 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
 
 
 def make_projector(config: ClipPhiConfig) -> nn.Module:
-    """Tower width to embedding width: "linear" (LLaVA, arXiv 2304.08485) or "mlp" (LLaVA-1.5, arXiv 2310.03744)."""
+    """Tower width to embedding width: "linear" (LLaVA, arXiv 2304.08485), "mlp" (LLaVA-1.5, arXiv 2310.03744), or
+    "residual": a linear layer and a ResidualBlock."""
     text_width, bias = config.get_text_config().hidden_size, config.projector_bias
     linear = nn.Linear(config.vision_config.hidden_size, text_width, bias)  # type: ignore[union-attr]
-    mlp = config.projector_type == "mlp"
-    return nn.Sequential(linear, nn.GELU(), nn.Linear(text_width, text_width, bias)) if mlp else linear
+    if config.projector_type == "linear":
+        return linear
+    behind = [ResidualBlock(text_width)] if config.projector_type == "residual" else []
+    return nn.Sequential(linear, *(behind or [nn.GELU(), nn.Linear(text_width, text_width, bias)]))
+
+
+class ResidualBlock(nn.Module):
+    """The normalised input, and two layers of it added: SimpleResBlock of github.com/haotian-liu/LLaVA."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.pre_norm = nn.LayerNorm(width)
+        self.proj = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.pre_norm(hidden_states)
+        return hidden_states + self.proj(hidden_states)
 
 
 def dispatch(model: Any, placement: dict) -> Any:

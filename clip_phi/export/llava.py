@@ -21,6 +21,8 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     decoder's head has a bias, as in phi-2; Llava's head has none."""
     config: Any = model.config
     _refuse_head_bias(model, "Llava")
+    if config.projector_type == "residual":
+        raise ValueError("Llava has no projector with a residual block: use the model as it is, or --to vllm")
     linear = config.projector_type == "linear"
     llava_config = LlavaConfig(
         vision_config=config.vision_config,
