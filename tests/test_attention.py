@@ -30,14 +30,25 @@ TREES = [
 ]
 
 
-def visible(conversation_ids):
-    """By definition: bool (tokens, tokens)."""
+def visible(conversation_ids, window=None):
+    """By definition: bool (tokens, tokens). With a window, so many tokens of the conversation, the query included."""
     tree = [number for number, ids in enumerate(conversation_ids) for _ in ids]
     conversation = [each for ids in conversation_ids for each in ids]
+    position = [
+        ids[:place].count(0) + ids[:place].count(each or None)
+        for ids in conversation_ids
+        for place, each in enumerate(ids)
+    ]
     count = len(tree)
     return torch.tensor(
         [
-            [tree[q] == tree[k] and conversation[k] in (0, conversation[q]) and k <= q for k in range(count)]
+            [
+                tree[q] == tree[k]
+                and conversation[k] in (0, conversation[q])
+                and k <= q
+                and position[q] - position[k] < (window or count)
+                for k in range(count)
+            ]
             for q in range(count)
         ]
     )
@@ -49,7 +60,7 @@ def dense(query, key, value, sees, scaling):
 
 def reference_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
     """What torch's varlen kernel does, piece by piece: causal, aligned at the ends of queries and keys."""
-    assert window_size == (-1, 0) and query.shape[0] == cu_seq_q[-1] and key.shape[0] == cu_seq_k[-1]
+    assert window_size[1] == 0 and query.shape[0] == cu_seq_q[-1] and key.shape[0] == cu_seq_k[-1]
     assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max()
     outputs = []
     for piece in range(len(cu_seq_q) - 1):
@@ -57,20 +68,22 @@ def reference_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sca
             each[starts[piece] : starts[piece + 1]].transpose(0, 1)
             for each, starts in ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k))
         )
-        sees = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        sees = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(offset := k.shape[1] - q.shape[1])
+        sees = sees if window_size[0] < 0 else sees.triu(offset - window_size[0])
         outputs.append(dense(q, k, v, sees, scale).transpose(0, 1))
     return torch.cat(outputs)
 
 
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize("count", range(1, len(TREES) + 1))
-def test_both_forms_of_packed_attention_equal_attention_with_the_whole_mask(count):
+def test_both_forms_of_packed_attention_equal_attention_with_the_whole_mask(count, window):
     torch.manual_seed(count)
-    pack_layout, sees = make_pack_layout(TREES[:count]), visible(TREES[:count])
+    pack_layout, sees = make_pack_layout(TREES[:count]), visible(TREES[:count], window)
     query, key, value = (torch.randn(2, len(sees), 8) for _ in range(3))
     expected = dense(query, key, value, sees, 0.3).transpose(0, 1)
     for output in (
-        attend_by_bucket(query, key, value, pack_layout, 0.3),
-        attend_by_piece(query, key, value, pack_layout, 0.3, reference_kernel),
+        attend_by_bucket(query, key, value, pack_layout, 0.3, window),
+        attend_by_piece(query, key, value, pack_layout, 0.3, reference_kernel, window),
     ):
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
 

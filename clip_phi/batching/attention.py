@@ -4,18 +4,24 @@ All other layers treat tokens independently, so a sequence of many samples costs
 which tokens attend to which, and nothing is computed between samples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 PACKED_ATTENTION = "clip_phi_packed"
+# What a decoder's layers pass to their attention without changing its result. Others, such as s_aux (attention sinks)
+# and softcap, would change it.
+HARMLESS = {"dropout", "is_causal", "num_items_in_batch", "output_attentions", "output_hidden_states", "position_ids"}
+HARMLESS |= {"output_router_logits", "return_dict", "scaling", "sliding_window", "use_cache"}
 ALIKE = 0.8  # samples at least so long, relative to the longest of them, are padded together in attention
 
 
@@ -24,10 +30,12 @@ class Bucket(NamedTuple):
 
     places: int64 (samples, length), the place of each token in the sequence; padding repeats place 0.
     mask: bool (samples, 1, length, length), True where a query attends to a key; None for plain causal attention, if
-        each sample has one conversation."""
+        each sample has one conversation.
+    positions: int64 (samples, length), of each token in its conversation, prefix included; for sliding windows."""
 
     places: Tensor
     mask: Tensor | None
+    positions: Tensor
 
 
 class PackLayout(NamedTuple):
@@ -55,15 +63,19 @@ def make_pack_layout(conversation_ids: Sequence[Sequence[int]]) -> PackLayout:
     for samples in _alike(lengths):
         length = max(lengths[sample] for sample in samples)
         places = torch.zeros((len(samples), length), dtype=torch.long)
+        positions = torch.zeros_like(places)
         ids = torch.full((len(samples), length), -1)  # padding is a conversation of its own: a query needs a key
         for number, sample in enumerate(samples):
             inside = torch.arange(lengths[sample])
             places[number, : lengths[sample]] = inside + starts[sample]
             ids[number, : lengths[sample]] = torch.tensor(conversation_ids[sample])
+            starts_at = np.searchsorted(conversation_ids[sample], conversation_ids[sample])  # of each conversation
+            prefix = conversation_ids[sample].count(0) * (ids[number, : lengths[sample]] > 0)
+            positions[number, : lengths[sample]] = inside - torch.from_numpy(starts_at) + prefix
             places_in_buckets[inside + starts[sample]] = inside + filled + number * length
         several = any(len(set(conversation_ids[sample]) - {0}) > 1 for sample in samples)
         mask = ((ids[:, None] == 0) | (ids[:, None] == ids[..., None])).tril().unsqueeze(1) if several else None
-        buckets.append(Bucket(places, mask))
+        buckets.append(Bucket(places, mask, positions))
         filled += places.numel()
     queries, keys = [0], [0]
     key_places: list[np.ndarray] = []
@@ -92,22 +104,38 @@ def _alike(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. query: (1, heads, tokens, head size). Returns (1, tokens, heads, head size).
 
-    With a keyword pack_layout, torch's varlen kernel where there is one, else SDPA by bucket. Without, plain SDPA."""
+    With a keyword pack_layout, torch's varlen kernel where there is one, else SDPA by bucket; of each query, the last
+    sliding_window keys. Without, plain SDPA. Raises ValueError for keywords that ask for another attention."""
     if (pack_layout := kwargs.pop("pack_layout", None)) is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert not kwargs.get("dropout"), "the decoder's dropout is 0"
-    scaling = kwargs.get("scaling")
+    if unknown := sorted(name for name in kwargs.keys() - HARMLESS if kwargs[name] is not None):
+        raise ValueError(f"packed attention has no {', '.join(unknown)}")
+    scaling, window = kwargs.get("scaling"), kwargs.get("sliding_window")
     groups = query.shape[1] // key.shape[1]
     query, key, value = query[0], repeat_kv(key, groups)[0], repeat_kv(value, groups)[0]
     if has_varlen_kernel(query.device, query.dtype):
         from torch.nn.attention.varlen import varlen_attn
 
-        return attend_by_piece(query, key, value, pack_layout, scaling, varlen_attn).unsqueeze(0), None
-    return attend_by_bucket(query, key, value, pack_layout, scaling).unsqueeze(0), None
+        return attend_by_piece(query, key, value, pack_layout, scaling, varlen_attn, window).unsqueeze(0), None
+    return attend_by_bucket(query, key, value, pack_layout, scaling, window).unsqueeze(0), None
+
+
+def context_length(config: Any) -> int | None:
+    """The longest conversation, in tokens, of a ClipPhiConfig's decoder; None if it has no limit.
+
+    With "longrope" positions (Phi-3, Phi-4) it is that of the pretraining: beyond, a long conversation would change
+    the positions of all that are packed or batched with it."""
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    positions = getattr(text, "rope_parameters", None) or {}
+    if positions.get("rope_type") == "longrope":
+        return positions.get("original_max_position_embeddings") or longest
+    return longest
 
 
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -116,10 +144,15 @@ def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and is_half and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def attend_by_bucket(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scaling: float | None) -> Tensor:
+def attend_by_bucket(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scaling: float | None, window: int | None = None
+) -> Tensor:
     """query, key, value: (heads, tokens, head size). Returns (tokens, heads, head size)."""
     outputs = []
-    for places, mask in layout.buckets:
+    for places, mask, positions in layout.buckets:
+        if window is not None and window < places.shape[1]:
+            near = (positions.unsqueeze(-1) - positions.unsqueeze(-2) < window).unsqueeze(1)
+            mask = near.tril() if mask is None else near & mask
         # (heads, tokens, size) to (samples, heads, length, size)
         q, k, v = (each[:, places.flatten()].unflatten(1, places.shape).transpose(0, 1) for each in (query, key, value))
         output = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
@@ -128,13 +161,87 @@ def attend_by_bucket(query: Tensor, key: Tensor, value: Tensor, layout: PackLayo
 
 
 def attend_by_piece(
-    query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scaling: float | None, kernel: Callable[..., Tensor]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackLayout,
+    scaling: float | None,
+    kernel: Callable[..., Tensor],
+    window: int | None = None,
 ) -> Tensor:
     """The same with a kernel of torch.nn.attention.varlen_attn's signature, which computes nothing for padding."""
     keys, values = (each.transpose(0, 1)[layout.key_places] for each in (key, value))
     starts = (layout.query_starts, layout.key_starts, *layout.longest)
-    # The window is causal: the last query of a piece attends to its last key.
-    return kernel(query.transpose(0, 1), keys, values, *starts, scale=scaling, window_size=(-1, 0))
+    # The window is causal: the last query of a piece attends to its last key. Its left side does not count the query.
+    left = -1 if window is None else window - 1
+    return kernel(query.transpose(0, 1), keys, values, *starts, scale=scaling, window_size=(left, 0))
+
+
+def use_packed_attention(model: Any) -> None:
+    """Give the decoder of a ClipPhiForCausalLM PACKED_ATTENTION. Raises ValueError as refuse_other_attention does."""
+    refuse_other_attention(model)
+    model.set_attn_implementation({"text_config": PACKED_ATTENTION})
+
+
+@torch.no_grad()
+def refuse_other_attention(model: Any) -> None:
+    """Raises ValueError for a decoder in which packed samples would change each other's results.
+
+    Layers that carry a state from token to token are known by their class and names. All else is found by running
+    it, with short sliding windows where it has any: a pack of random tokens, and each conversation of it alone.
+
+    model: a ClipPhiForCausalLM in eval mode. Its decoder has its own attention again afterwards."""
+    decoder, config, device = model.model.language_model, model.config.get_text_config(), model.device
+    refused = f"decoders of the kind {config.model_type!r} are not supported"
+    hint = "choose one with causal attention alone, such as Phi, Llama, Qwen 2 or 3, SmolLM, Mistral or Gemma 3"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds or decoder._is_stateful:
+        raise ValueError(f"{refused}: {', '.join(sorted(kinds)) or 'recurrent'} layers mix packed samples; {hint}")
+    ids = torch.randint(config.vocab_size, (24,), generator=torch.Generator().manual_seed(0)).to(device)
+    prefix, first, second, other = ids.split((3, 6, 7, 8))
+    layout = make_pack_layout([[0] * 3 + [1] * 6 + [2] * 7, [1] * 8])
+    pack = {
+        "position_ids": torch.tensor([[*range(9), *range(3, 10), *range(8)]], device=device),
+        "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),  # or it makes one of its own
+        "pack_layout": tree_map_only(Tensor, lambda tensor: tensor.to(device), layout),
+    }
+    own = config._attn_implementation
+    try:
+        with _sliding_windows_of(4, decoder):
+            conversations = torch.cat([prefix, first]), torch.cat([prefix, second]), other
+            alone = [decoder(each[None], use_cache=False).last_hidden_state[0] for each in conversations]
+            model.set_attn_implementation({"text_config": PACKED_ATTENTION})
+            packed = decoder(ids[None], use_cache=False, **pack).last_hidden_state[0]
+    except Exception as error:  # of the decoder's own code, which may be anything
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"{refused}: it does not run with packed attention ({reason}); {hint}") from error
+    finally:
+        model.set_attn_implementation({"text_config": own})
+    expected = torch.cat([alone[0], alone[1][3:], alone[2]])
+    difference = ((packed - expected).norm(dim=-1) / expected.norm(dim=-1)).float()
+    # Nothing comes before the first conversation: its difference is rounding, of half precision and quantised layers.
+    coarse = {torch.bfloat16, torch.float16, torch.int8, torch.uint8}
+    is_exact = device.type == "cpu" and not coarse & {
+        each.dtype for each in (*decoder.parameters(), *decoder.buffers())
+    }
+    rounding = 1e-4 if is_exact else 0.05
+    limit = difference[:9].median().mul(10).clamp(1e-4, rounding)
+    if not difference[9:].median() < limit:
+        raise ValueError(f"{refused}: packed samples would change each other's results; {hint}")
+
+
+@contextmanager
+def _sliding_windows_of(size: int, decoder: Any) -> Iterator[None]:
+    """Where the decoder has sliding windows, windows of another size."""
+    owners = [part for part in (decoder.config, *decoder.modules()) if getattr(part, "sliding_window", None)]
+    before = [part.sliding_window for part in owners]
+    try:
+        for part in owners:
+            part.sliding_window = size
+        yield
+    finally:
+        for part, value in zip(owners, before, strict=True):
+            part.sliding_window = value
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from ..batching.attention import context_length
 from ..batching.packing import PackedBatch
 
 Prompt = tuple[list[dict[str, Any]], Image.Image | None]
@@ -84,7 +85,7 @@ def end_tokens(model: Any, processor: Any) -> set[int]:
 
 def refuse_too_long(model: Any, num_tokens: int, max_new_tokens: int) -> None:
     """Raises ValueError if so many tokens of prompt and answer do not fit the decoder's context."""
-    context = getattr(model.config.text_config, "max_position_embeddings", None)
+    context = context_length(model.config)
     if context is not None and num_tokens + max_new_tokens > context:
         raise ValueError(
             f"a prompt of {num_tokens} tokens (image included) and an answer of up to {max_new_tokens} do not fit "

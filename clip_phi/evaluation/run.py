@@ -90,15 +90,20 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
 
 
 def load(name: str, device: Any) -> tuple[Any, Any, Path]:
-    """Model, processor, and the folder of their files. name: folder or Hub id. On a CPU the model is in float32."""
+    """Model, processor, and the folder of their files. name: folder or Hub id. On a CPU the model is in float32.
+
+    Raises ValueError for a decoder that training refuses too."""
     import torch
     from transformers.utils.hub import cached_file
 
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
+    from ..batching.attention import refuse_other_attention
+
     device = torch.device(device)
     dtype = torch.float32 if device.type == "cpu" else "auto"
     model = load_with_retries(ClipPhiForCausalLM.from_pretrained, name, dtype=dtype).to(device).eval()
+    refuse_other_attention(model)
     processor = load_with_retries(ClipPhiProcessor.from_pretrained, name)
     return model, processor, Path(cached_file(name, "config.json") or name).parent
 

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
+from ..batching.attention import context_length, refuse_other_attention
 from ..batching.images import Preprocessor, pixel_hash
 from ..data.sample import SPOKEN_INSTRUCTION, user_message
 from ..environment import quantization_config
@@ -29,7 +30,7 @@ from ..evaluation.generate import end_tokens, refuse_too_long
 from ..hub.retry import load_with_retries
 from .detokenizer import TextStream
 from .int8 import fold_lora, quantize_decoder
-from .kv_cache import BatchCache, TensorCache
+from .kv_cache import BatchCache, TensorCache, cache_shapes
 
 logger = logging.getLogger(__name__)
 QUANTIZATIONS = ("nf4", "int8")
@@ -139,7 +140,7 @@ class Engine(AbstractContextManager["Engine"]):
 
     A completion does not depend on the rest of the batch, up to rounding: in float32 two tokens would have to be
     equally likely to six digits, in bfloat16 to two or three. Greedy completions are those of transformers' generate;
-    sampled ones repeat with their seed. Raises ValueError for a decoder without full attention.
+    sampled ones repeat with their seed. Raises ValueError for a decoder that training refuses too.
 
     Args:
         model: a ClipPhiForCausalLM, in eval mode from now on.
@@ -147,13 +148,12 @@ class Engine(AbstractContextManager["Engine"]):
 
     def __init__(self, model: Any, processor: Any, compiled: bool = False, limits: Limits = Limits()):
         self.model, self.processor, self.limits = model.eval(), processor, limits
+        refuse_other_attention(model)
         config = model.config.get_text_config()
-        if kinds := set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-            raise ValueError(f"the engine serves decoders with full attention, not {', '.join(sorted(kinds))}")
-        self.context: int = getattr(config, "max_position_embeddings", None) or 2048
-        window = getattr(config, "sliding_window", None)
-        if window is not None and getattr(config, "use_sliding_window", True):
-            self.context = min(self.context, window)  # up to there a window attends to everything, as our masks do
+        self.context: int = context_length(model.config) or 2048
+        self.window: int | None = getattr(config, "sliding_window", None)
+        # Such a decoder takes a mask of each kind.
+        self.mixes_windows = len(set(getattr(config, "layer_types", None) or ())) > 1
         step = torch.compile(model, dynamic=True) if compiled else model  # prompts have too many shapes for it
         self.forward = lambda **inputs: (step if "input_ids" in inputs else model)(**inputs)
         self.ends = end_tokens(model, processor)
@@ -164,7 +164,7 @@ class Engine(AbstractContextManager["Engine"]):
         self.seconds_per_request = 1.0  # a running mean
         is_cuda = model.device.type == "cuda"
         self.cache_bytes = limits.cache_bytes or (torch.cuda.mem_get_info(model.device)[0] // 2 if is_cuda else 2 * GB)
-        self._cache = BatchCache(config, model.dtype, model.device, self.cache_bytes)
+        self._cache = BatchCache(cache_shapes(model), model.dtype, model.device, self.cache_bytes)
         self._running: list[_Request] = []
         self._waiting: deque[_Request] = deque()
         self._changed = threading.Condition()
@@ -239,9 +239,7 @@ class Engine(AbstractContextManager["Engine"]):
         if max_new_tokens is None:
             max_new_tokens = max(1, min(self.limits.max_new_tokens, self.context - len(ids)))
         refuse_too_long(self.model, len(ids), max_new_tokens)
-        if (length := len(ids) + max_new_tokens) > self.context:
-            raise ValueError(f"{len(ids)} and {max_new_tokens} tokens do not fit a sliding window of {self.context}")
-        if length * self._cache.token_bytes > self.cache_bytes:
+        if (len(ids) + max_new_tokens) * self._cache.token_bytes > self.cache_bytes:
             available = f"the {self.cache_bytes:,} bytes that the engine has for keys and values"
             raise ValueError(f"{len(ids)} prompt tokens and {max_new_tokens} new tokens need more than {available}")
         completion.num_prompt_tokens = len(ids)
@@ -389,7 +387,7 @@ class Engine(AbstractContextManager["Engine"]):
         keys = [self._prefix_key(request) for request in joining]
         prefixes = [None if key is None else self.images.get(key) for key in keys]
         for request, prefix in zip(joining, prefixes, strict=True):  # at least one token is left: it gives the logits
-            request.start = 0 if prefix is None else min(prefix.shape[2], len(request.ids) - 1)
+            request.start = 0 if prefix is None else min(len(prefix), len(request.ids) - 1)
         width = max(len(request.ids) - request.start for request in joining)
         lengths = [request.max_length for request in (*self._running, *joining)]
         self._cache.reserve(len(lengths), max([*lengths, *(request.start + width for request in joining)]))
@@ -454,9 +452,14 @@ class Engine(AbstractContextManager["Engine"]):
     ) -> torch.Tensor:
         """Float32 logits (requests, vocabulary) at one position of each request from the first on."""
         positions = positions.to(self.model.device)
+        mask: Any = self._cache.at(first, positions, length)
+        if self.window is not None and self.window < length:
+            places = torch.arange(length, device=positions.device)
+            near = mask & (positions.unsqueeze(-1) - places < self.window).unsqueeze(1)
+            mask = {"full_attention": mask, "sliding_attention": near} if self.mixes_windows else near
         outputs = self.forward(
             **inputs,
-            attention_mask=self._cache.at(first, positions, length),
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,

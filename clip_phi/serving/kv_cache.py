@@ -2,13 +2,26 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 ROUND = 64  # tokens; storage grows in such steps, so that it does not grow at every request
+Shape = tuple[int, int, int]  # heads, width of a key, width of a value
+
+
+@torch.no_grad()
+def cache_shapes(model: Any) -> list[Shape]:
+    """What one token puts into the cache of each layer of a model's decoder, found by running it.
+
+    Raises ValueError if a layer keeps anything but keys and values."""
+    outputs = model.model.language_model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
+    layers = next(value.layers for value in outputs.values() if isinstance(value, Cache))
+    if not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
+        raise ValueError(f"decoders of the kind {model.config.get_text_config().model_type!r} cannot be served")
+    return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
 
 
 class BatchCache(Cache):
@@ -18,18 +31,16 @@ class BatchCache(Cache):
     of a sequence. A sequence joins by being written and leaves by another being moved over it: no padding, no other
     copies. Storage shrinks to what is needed now before it exceeds max_bytes."""
 
-    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device, max_bytes: int):
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.shape = (heads, width)
+    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device, max_bytes: int):
+        """shapes: of each layer."""
         self.max_bytes = max_bytes
-        self.token_bytes = 2 * config.num_hidden_layers * heads * width * dtype.itemsize
+        self.token_bytes = sum(heads * (key + value) for heads, key, value in shapes) * dtype.itemsize
         self.options: dict[str, Any] = {"dtype": dtype, "device": device}
         self.first, self.length = 0, 0
         self.sequences: torch.Tensor | None = None  # int (sequences, 1)
         self.positions: torch.Tensor | None = None  # int (sequences, tokens)
         self.num_sequences, self.capacity = 0, 0
-        super().__init__(layers=[_BatchLayer(self) for _ in range(config.num_hidden_layers)])
+        super().__init__(layers=[_BatchLayer(self, shape) for shape in shapes])
 
     def reserve(self, num_sequences: int, num_tokens: int) -> None:
         """Make room for so many sequences of so many tokens; the content within these numbers stays."""
@@ -40,17 +51,18 @@ class BatchCache(Cache):
             self.num_sequences, self.capacity = largest if fits else (num_sequences, capacity)
             for layer in self.layers:
                 # zeros, not uninitialized memory: a NaN that the mask hides still makes the attention's sum NaN
-                new = torch.zeros(2, self.num_sequences, self.capacity, *self.shape, **self.options)
-                if (old := layer.states) is not None:
-                    old = old[:, : self.num_sequences, : self.capacity]
-                    new[:, : old.shape[1], : old.shape[2]] = old
-                layer.states = new
+                for part, width in enumerate(layer.widths):
+                    new = torch.zeros(self.num_sequences, self.capacity, layer.heads, width, **self.options)
+                    if (old := layer.states[part]) is not None:
+                        old = old[: self.num_sequences, : self.capacity]
+                        new[: old.shape[0], : old.shape[1]] = old
+                    layer.states[part] = new
 
     def release(self) -> None:
         """Free the memory. No sequence may be in use."""
         self.num_sequences = self.capacity = 0
         for layer in self.layers:
-            layer.states = None
+            layer.states = [None, None]
 
     def at(self, first: int, positions: torch.Tensor, length: int) -> torch.Tensor:
         """Set what the next forward pass writes and reads. Returns its mask, bool (sequences, 1, tokens, length).
@@ -65,28 +77,33 @@ class BatchCache(Cache):
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a sequence over another one."""
-        for layer in self.layers:
-            layer.states[:, target, :length] = layer.states[:, source, :length]
+        for states in self._states():
+            states[target, :length] = states[source, :length]
 
     def read(self, sequence: int, length: int) -> torch.Tensor:
-        """A copy of a sequence's first tokens: (layers, 2, tokens, heads, head width)."""
-        return torch.stack([layer.states[:, sequence, :length] for layer in self.layers])
+        """A copy of a sequence's first tokens: (tokens, numbers of all layers)."""
+        return torch.cat([states[sequence, :length].flatten(1) for states in self._states()], dim=1)
 
     def write(self, sequence: int, prefix: torch.Tensor) -> None:
         """Write the result of `read` as a sequence's first tokens."""
-        for layer, states in zip(self.layers, prefix, strict=True):
-            layer.states[:, sequence, : states.shape[1]] = states
+        parts = prefix.split([states.shape[2] * states.shape[3] for states in self._states()], dim=1)
+        for states, part in zip(self._states(), parts, strict=True):
+            states[sequence, : len(prefix)] = part.unflatten(1, states.shape[2:])
+
+    def _states(self) -> list[torch.Tensor]:
+        return [states for layer in self.layers for states in layer.states]
 
 
 class _BatchLayer(CacheLayerMixin):
-    def __init__(self, cache: BatchCache):
+    def __init__(self, cache: BatchCache, shape: Shape):
         super().__init__()
         self.cache = cache
-        self.states: Any = None  # keys and values: (2, sequences, tokens, heads, head width)
+        self.heads, *self.widths = shape
+        self.states: list[Any] = [None, None]  # keys and values: (sequences, tokens, heads, width)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Write and read keys and values, both (sequences, heads, tokens, head width)."""
-        cache, (keys, values) = self.cache, self.states.unbind()
+        """Write and read keys and values, (sequences, heads, tokens, width)."""
+        cache, (keys, values) = self.cache, self.states
         keys[cache.sequences, cache.positions] = key_states.transpose(1, 2)
         values[cache.sequences, cache.positions] = value_states.transpose(1, 2)
         batch = slice(cache.first, cache.first + key_states.shape[0])  # len() would fix it for torch.compile

@@ -131,9 +131,9 @@ class Formula:
             attention = tokens * (2 * self.width * max(output, stream) + 4 * self.heads)
             attention += copies * len(layout.key_places) * self.width * (max(output, stream) + output)
         else:
-            products = sum(places.numel() * places.shape[1] for places, _ in layout.buckets)
-            masks = sum(sees.numel() for _, sees in layout.buckets if sees is not None)
-            padded = sum(places.numel() for places, _ in layout.buckets)
+            products = sum(each.places.numel() * each.places.shape[1] for each in layout.buckets)
+            masks = sum(each.mask.numel() for each in layout.buckets if each.mask is not None)
+            padded = sum(each.places.numel() for each in layout.buckets)
             attention = copies * (padded * 4 * (self.width * product + self.heads) + product * masks)
         layer, width = tokens * kept + attention + copied, tokens * (hidden + inner)
         peak = width * PEAKS[self.kind][2 * self.is_llama + (not cuda)]

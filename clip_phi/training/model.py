@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
-from ..batching.attention import PACKED_ATTENTION
+from ..batching.attention import context_length, use_packed_attention
 from ..batching.feature_cache import FeatureCache, fingerprint_of
 from ..environment import quantization_config
 from ..hub.retry import load_with_retries
@@ -52,7 +52,7 @@ def load_model(
         else:
             assert isinstance(arguments, Stage2Arguments)
             model = _load_start(arguments, dtype, accelerator)
-    model.set_attn_implementation({"text_config": PACKED_ATTENTION})
+    use_packed_attention(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -67,8 +67,8 @@ def resolve(arguments: TrainingArguments, accelerator: Accelerator, model: ClipP
     Decides optim, max_length, merged, per_device_eval_batch_size and, of a model with an adapter, lora_*."""
     config = model.config
     changes: dict[str, Any] = {"optim": choose_optimizer(arguments.optim, accelerator.device, is_sharded(accelerator))}
-    context = config.get_text_config().max_position_embeddings
-    if arguments.max_length > context:
+    context = context_length(config)
+    if context is not None and arguments.max_length > context:
         accelerator.print(f"--max_length is cut to the decoder's context, {context}")
         changes["max_length"] = context
     changes_decoder = isinstance(arguments, Stage2Arguments) and arguments.tune_decoder == "full"
