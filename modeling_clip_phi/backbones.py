@@ -226,10 +226,8 @@ def make_projector(config: ClipPhiConfig) -> nn.Module:
     "residual": a linear layer and a ResidualBlock."""
     text_width, bias = config.get_text_config().hidden_size, config.projector_bias
     linear = nn.Linear(config.vision_config.hidden_size, text_width, bias)  # type: ignore[union-attr]
-    if config.projector_type == "linear":
-        return linear
-    behind = [ResidualBlock(text_width)] if config.projector_type == "residual" else []
-    return nn.Sequential(linear, *(behind or [nn.GELU(), nn.Linear(text_width, text_width, bias)]))
+    more = {"mlp": [nn.GELU(), nn.Linear(text_width, text_width, bias)], "residual": [ResidualBlock(text_width)]}
+    return nn.Sequential(linear, *more[config.projector_type]) if config.projector_type in more else linear
 
 
 class ResidualBlock(nn.Module):
