@@ -78,13 +78,12 @@ def test_stock_llava_gives_equal_logits_and_tokens(projector_type, bias, tied, t
         torch.testing.assert_close(llava(**theirs).logits, model(**inputs).logits)
 
 
-@pytest.mark.parametrize(("to", "who"), [("llava", "Llava"), ("vllm", "vLLM's backend")])
-def test_a_decoder_whose_head_has_a_bias_is_refused_where_heads_have_none(to, who, model, processor, tmp_path, capsys):
+def test_a_decoder_whose_head_has_a_bias_is_refused_where_heads_have_none(model, processor, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    assert main(["export", str(tmp_path / "model"), str(tmp_path / to), "--to", to]) == 2
-    assert f"{who} has no bias in its head, and this decoder's head (phi) has one" in capsys.readouterr().err
-    assert not (tmp_path / to).exists()
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "llava"), "--to", "llava"]) == 2
+    assert "Llava's head has no bias, and this decoder's head (phi) has one" in capsys.readouterr().err
+    assert not (tmp_path / "llava").exists()
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "model"), "--to", "vllm"]) == 2
     assert "is not empty" in capsys.readouterr().err
 
