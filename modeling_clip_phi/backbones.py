@@ -223,24 +223,16 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
 
 def make_projector(config: ClipPhiConfig) -> nn.Module:
     """Tower width to embedding width: "linear" (LLaVA, arXiv 2304.08485), "mlp" (LLaVA-1.5, arXiv 2310.03744), or
-    "residual": a linear layer and a ResidualBlock."""
+    "norm_mlp", whose wide middle can hold LLaVA's residual block."""
     text_width, bias = config.get_text_config().hidden_size, config.projector_bias
     linear = nn.Linear(config.vision_config.hidden_size, text_width, bias)  # type: ignore[union-attr]
-    more = {"mlp": [nn.GELU(), nn.Linear(text_width, text_width, bias)], "residual": [ResidualBlock(text_width)]}
-    return nn.Sequential(linear, *more[config.projector_type]) if config.projector_type in more else linear
-
-
-class ResidualBlock(nn.Module):
-    """The normalised input, and two layers of it added: SimpleResBlock of github.com/haotian-liu/LLaVA."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.pre_norm = nn.LayerNorm(width)
-        self.proj = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.pre_norm(hidden_states)
-        return hidden_states + self.proj(hidden_states)
+    if config.projector_type == "linear":
+        return linear
+    norm = config.projector_type == "norm_mlp"
+    first = [nn.LayerNorm(text_width), nn.Linear(text_width, 3 * text_width)] if norm else []
+    return nn.Sequential(
+        linear, *first, nn.GELU(), nn.Linear(text_width * (3 if norm else 1), text_width, bias or norm)
+    )
 
 
 def dispatch(model: Any, placement: dict) -> Any:

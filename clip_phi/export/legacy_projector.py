@@ -103,7 +103,7 @@ def _find_projector(path: str, state: dict[str, torch.Tensor]) -> tuple[str, dic
     block = {name: match for name in state if (match := BLOCK.search(name))}
     # A linear layer may be called "proj" itself: then no norm stands beside it.
     block = block if any("pre_norm" in name for name in block) else {}
-    found = {f"1.{match[1]}.{match[2]}": state[name] for name, match in block.items()}
+    found = {f"{match[1]}.{match[2]}": state[name] for name, match in block.items()}
     rest = {name: value for name, value in state.items() if name not in block}
     prefixes = {name.rpartition(".")[0] for name in rest}
     short = {prefix.rpartition(".")[2]: prefix for prefix in prefixes}
@@ -113,12 +113,29 @@ def _find_projector(path: str, state: dict[str, torch.Tensor]) -> tuple[str, dic
         if layer.keys() <= {"weight", "bias"} and "weight" in layer and layer["weight"].dim() == 2:
             if not block:
                 return "linear", layer
-            return "residual", found | {f"0.{name}": value for name, value in layer.items()}
+            return "norm_mlp", _as_norm_mlp(found) | {f"0.{name}": value for name, value in layer.items()}
     elif set(short) == {"0", "2"} and len(prefixes) == 2 and not block:
         return "mlp", {".".join(name.split(".")[-2:]): value for name, value in rest.items()}
     names = ", ".join(list(state)[:4]) or "nothing"
     kinds = "one linear layer, LLaVA's mlp2x_gelu, or one linear layer and its residual block"
     raise ValueError(f"{path} must contain {kinds}, and contains {names}")
+
+
+def _as_norm_mlp(block: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LLaVA's residual block x + B(gelu(A(x))) after a norm, as two wider layers: gelu(x) - gelu(-x) = x."""
+    names = ("pre_norm", "proj.0", "proj.2")
+    if block.keys() != {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}:
+        raise ValueError(f"a residual block has a norm and two layers with biases, and this one {', '.join(block)}")
+    zeros = torch.zeros_like(block["proj.0.bias"])
+    one = torch.diag(zeros + 1)
+    return {
+        "1.weight": block["pre_norm.weight"],
+        "1.bias": block["pre_norm.bias"],
+        "2.weight": torch.cat([block["proj.0.weight"], one, -one]),
+        "2.bias": torch.cat([block["proj.0.bias"], zeros, zeros]),
+        "4.weight": torch.cat([block["proj.2.weight"], one, -one], dim=1),
+        "4.bias": block["proj.2.bias"],
+    }
 
 
 def _load_adapter(model: Any, folder: Path) -> None:

@@ -23,8 +23,8 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     if model.lm_head.bias is not None:
         problem = f"Llava's head has no bias, and this decoder's head ({config.text_config.model_type}) has one"
         raise ValueError(f"{problem}, so the logits would be wrong: use --to vllm or --to gguf, which have it")
-    if config.projector_type == "residual":
-        raise ValueError("Llava has no projector with a residual block: use the model as it is, or --to vllm")
+    if config.projector_type == "norm_mlp":
+        raise ValueError("Llava has no projector with a norm: use the model as it is, or --to vllm")
     linear = config.projector_type == "linear"
     llava_config = LlavaConfig(
         vision_config=config.vision_config,
