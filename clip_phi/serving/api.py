@@ -44,7 +44,6 @@ STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 501, 503)  # of errors
 
 @dataclass(frozen=True)
 class ApiLimits(ServerLimits):
-    max_pixels: int = 25_000_000  # of one image
     max_images: int = 8
     max_tokens: int = 1024
     max_messages: int = 64

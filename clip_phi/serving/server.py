@@ -6,6 +6,7 @@ import asyncio
 import functools
 import hmac
 import ipaddress
+import os
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -33,6 +34,7 @@ class ServerLimits:
     header_seconds: float = 10  # until a request's headers are complete
     body_seconds: float = 60  # until its body is complete, and for a client that reads no further
     max_connections: int = 512
+    max_pixels: int = 25_000_000  # of one image
 
 
 class ApiError(Exception):
@@ -95,13 +97,31 @@ def too_large(limits: ServerLimits) -> ApiError:
 
 def is_local_name(host: str, allowed: Sequence[str] = ()) -> bool:
     """Whether a Host header names this server by an address, a name without a dot, or an allowed name."""
-    name = (urlsplit(f"//{host}").hostname or "") if host.isascii() else host
-    if not host or name in allowed or "." not in name.rstrip(".") and ":" not in name or name.endswith(".localhost"):
-        return True
     try:
-        return bool(ipaddress.ip_address(name))
+        name = urlsplit(f"//{host}").hostname or ""
+        plain = "." not in name.rstrip(".") and ":" not in name or name.endswith(".localhost")
+        return plain or name in allowed or bool(ipaddress.ip_address(name))
     except ValueError:
         return False
+
+
+class SameOrigin:
+    """ASGI middleware for the chat page: refuses what a page of another origin sends, such as uploads.
+
+    Browsers let every page send forms to every server. `local`: also the Host header must be a local name."""
+
+    def __init__(self, app: Any, local: bool):
+        self.app, self.local = app, local
+        self.names = ["host", "x-forwarded-host"] if os.environ.get("SPACE_ID") else ["host"]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        app, headers = self.app, Headers(scope=scope) if scope["type"] == "http" else Headers()
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc not in [headers.get(name) for name in self.names]:
+            app = ApiError(403, "this request comes from a page of another origin").response
+        elif self.local and not is_local_name(headers.get("host", "")):
+            app = ApiError(403, "the Host header is not a name of this server").response
+        await app(scope, receive, send)
 
 
 class Bodies:
@@ -116,7 +136,7 @@ class Bodies:
         chunks: list[bytes] = []
         size, more = 0, True
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
+            async with asyncio.timeout(self.limits.body_seconds) as timeout:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -129,10 +149,11 @@ class Bodies:
                         raise too_large(self.limits)
                     if size > SMALL_BODY and self.num_bytes > self.limits.max_bodies:
                         raise ApiError(429, "too many large requests at once", code="queue_full", Retry_After="1")
-            body = b"".join(chunks)
-            chunks.clear()
-            yield body
+            chunks = [b"".join(chunks)]
+            yield chunks.pop()
         except TimeoutError:
+            if not timeout.expired():
+                raise
             seconds = f"{self.limits.body_seconds:g} s"
             raise ApiError(408, f"the body was not complete after {seconds}", Connection="close") from None
         finally:
