@@ -63,13 +63,13 @@ def _add_server(command: argparse.ArgumentParser, port: int) -> None:
 
 
 def run_chat(arguments: argparse.Namespace) -> None:
+    auth = arguments.auth or os.environ.get("CLIP_PHI_AUTH")
+    if auth is not None and not all(auth.partition(":")):
+        raise ValueError("--auth is USER:PASSWORD")
     choose_model(arguments)  # a wrong one is an error of its own, before gradio is imported
     from ..serving.chat import launch
     from ..serving.modalities import load_modalities
 
-    auth = arguments.auth or os.environ.get("CLIP_PHI_AUTH")
-    if auth is not None and not all(auth.partition(":")):
-        raise ValueError("--auth is USER:PASSWORD")
     _note_open(arguments.host, auth, "--auth")
     modalities = load_modalities(arguments.speech_model, arguments.voice, arguments.drawing_model, arguments.device)
     with load_engine(arguments) as engine:

@@ -30,7 +30,7 @@ try:
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from .server import SameOrigin, ServerLimits
+    from .server import Gate, ServerLimits
 except ImportError as error:
     raise ImportError("the chat page needs gradio: pip install 'clip-phi[chat]'") from error
 
@@ -105,11 +105,12 @@ def launch(
     page.queue(default_concurrency_limit=None)  # the engine's queue is the only one
     theme = gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg")
     print(f"the page is at http://{host}:{port}", file=sys.stderr, flush=True)
+    hosts = () if auth is None and host in LOCAL else ("*",)
     page.launch(
         server_name=host, server_port=port, share=False, ssr_mode=False, quiet=True, footer_links=[], show_error=True,
         theme=theme, css="".join(render("chat.css")), prevent_thread_lock=not block, max_file_size=max_body,
         auth=auth and tuple(auth.split(":", 1)),
-        app_kwargs={"middleware": [Middleware(SameOrigin, local=auth is None and host in LOCAL)]},
+        app_kwargs={"middleware": [Middleware(Gate, limits=ServerLimits(max_body), hosts=hosts, same_origin=True)]},
     )  # fmt: skip
     return page
 
