@@ -7,7 +7,6 @@ A request contains its images and recordings as data; nothing is fetched. GET /h
 import asyncio
 import base64
 import hmac
-import io
 import json
 import re
 import socket
@@ -21,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from PIL import Image
 
-from ..batching.images import FORMATS, load_image
+from ..batching.images import load_image
 from .engine import Completion, Engine, EngineClosedError, QueueFullError
 
 try:
@@ -288,12 +287,7 @@ def _image(url: str, limits: ApiLimits) -> Image.Image:
         raise ValueError(
             "an image must be a data: URI, 'data:image/jpeg;base64,...': nothing is fetched from elsewhere"
         )
-    data, num_pixels = _from_base64(found["data"]), 0
-    with suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS) as header:  # load_image names the error
-        num_pixels = header.width * header.height
-    if num_pixels > limits.max_pixels:
-        raise ValueError(f"an image of {num_pixels:,} pixels: at most {limits.max_pixels:,} here")
-    return load_image(data)
+    return load_image(_from_base64(found["data"]), limits.max_pixels)
 
 
 def _from_base64(text: str) -> bytes:
