@@ -264,7 +264,10 @@ def messages(*contents):
         ({"image": CAT, "captions": ["A cat.", "A cat."]}, captions("A cat.", "A cat.")),
         ({"image": CAT, "caption": "A cat."}, captions("A cat.")),
         ({"images": [CAT], "text": "A cat."}, captions("A cat.")),
-        ({"file_name": CAT, "question": "Describe.", "answer": ["A cat.", "It."]}, captions("A cat.", "It.")),
+        (
+            {"file_name": CAT, "question": "Describe.", "answer": ["A cat.", "It."]},
+            ((Turn("user", "Describe."), Turn("assistant", "A cat.", references=("A cat.", "It."))),),
+        ),
         (
             {
                 "image": CAT,

@@ -23,8 +23,8 @@ from clip_phi.evaluation.answers import Decoding, Question, prompt_for
 from clip_phi.evaluation.bootstrap import by_group, margin_interval
 from clip_phi.evaluation.evaluate import derange, evaluate_answers, repeats_itself
 from clip_phi.evaluation.generate import encode_prompts, generate_answers
-from clip_phi.evaluation.report import portable
 from clip_phi.evaluation.tasks import make_eval_set, read_samples
+from clip_phi.hub.card import portable
 from clip_phi.training.checkpoint import EarlyStopping
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
@@ -222,13 +222,60 @@ def test_a_result_has_all_keys_and_no_local_folder(checkpoint, sources, tmp_path
     assert len(found["checkpoint"]["sha256"]) == 64
 
 
+ESCAPE = "\x1b[2J\x9b31m\u202e"  # two ways to clear or color a terminal, and one to turn its text around
+
+
+def test_nothing_from_the_data_controls_a_terminal(checkpoint, data, tmp_path, capfd):
+    """In captions, and in the names of images and of the file, of good records and of bad ones."""
+    content = json.loads((data / "annotations/captions_val2017.json").read_text())
+    shutil.copytree(data / "val2017", tmp_path / "val2017")
+    for image in content["images"][:3]:
+        name = f"{ESCAPE}{image['file_name']}"
+        (tmp_path / "val2017" / image["file_name"]).rename(tmp_path / "val2017" / name)
+        image["file_name"] = name
+    for caption in content["annotations"]:
+        caption["caption"] = f"{ESCAPE}{caption['caption']} \u00e9"
+    content["images"][3]["file_name"] = f"{ESCAPE}gone.jpg"
+    path = tmp_path / f"captions{ESCAPE}.json"
+    path.write_text(json.dumps(content))
+    source = f"coco:{path},images={tmp_path}/val2017"
+    evaluate(checkpoint, "captions", source, "--max_bad_fraction", 0.5)
+    assert main(["inspect", source, "--summary", "--num_workers", "0", "--model", str(checkpoint)]) == 0
+    assert main(["inspect", source, "--model", str(checkpoint)]) == 0
+    assert main(["inspect", f"coco:{ESCAPE}.json"]) == 2
+    texts = [*capfd.readouterr(), *(each.read_text() for each in (checkpoint / "evaluation").glob("captions*.*l"))]
+    texts += [(checkpoint / "evaluation/captions.json").read_text()]
+    assert len(texts) == 5 and "gone.jpg" in texts[0] + texts[1]
+    for text in texts:
+        assert not set("\x1b\x9b\u202e") & set(text)
+    rows = read_lines(checkpoint / "evaluation/captions.samples.jsonl")
+    assert rows[0]["image"].startswith(ESCAPE) and rows[0]["references"][0].startswith(ESCAPE)
+    assert "\u00e9" in texts[3] or "\u00e9" in texts[2]  # letters are as they are
+
+
 def test_paths_lose_their_folders(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert (
-        portable(f"coco:{tmp_path}/a/b.json,images=/other/c/d + vqa:e/f.json")
-        == "coco:a/b.json,images=d + vqa:e/f.json"
-    )
-    assert portable("user/name") == "user/name" and portable("https://x.org/a/b") == "https://x.org/a/b"
+    for word, expected in {
+        f"coco:{tmp_path}/a/b.json,images=/other/c/d": "coco:a/b.json,images=d",
+        "coco:/home/me/my data/x.json,images=/home/me/y z/w": "coco:x.json,images=w",
+        "coco://home/me/x.json": "coco:x.json",
+        "//home/me/x.json": "x.json",
+        "--data=llava:/home/me/x, y.json,weight=2": "--data=llava:x, y.json,weight=2",
+        "--output_dir=/home/me/out": "--output_dir=out",
+        "file:///home/me/x.png": "file:x.png",
+        "llava:../../me/x.json": "llava:x.json",
+        f"dataset:{tmp_path}/d:split=train[:10%]": "dataset:d:split=train[:10%]",
+        "dataset:hf://datasets/u/n/x.parquet": "dataset:hf://datasets/u/n/x.parquet",
+        f"{tmp_path}": ".",
+        "user/name": "user/name",
+        "https://x.org/a/b": "https://x.org/a/b",
+        "What is in /home/me/x.png?": "What is in x.png?",
+        "a/b/../c": "a/c",
+        "C:/Users/me/x.json": "x.json",
+    }.items():
+        assert portable(word) == expected
+    monkeypatch.chdir("/")
+    assert portable("coco:/home/me/x.json") == "coco:home/me/x.json"
 
 
 def test_captions_are_generated_once_and_shuffled_ones_are_those_of_other_images(checkpoint, sources):

@@ -15,6 +15,7 @@ from clip_phi.data.files import MediaFolder
 from clip_phi.data.hf_dataset import open_table, read_table, stream_table
 from clip_phi.data.report import Report
 from clip_phi.data.sample import File, Sample, Turn
+from clip_phi.data.schema import ANY_LAYOUT, Layout
 
 TEXT = datasets.Value("string")
 IMAGE = {"bytes": datasets.Value("binary"), "path": TEXT}
@@ -29,7 +30,7 @@ VSFT = datasets.Features(
         "images": datasets.List(datasets.Image()),
     }
 )
-COCO = datasets.Features({"image": datasets.Image(), "question": TEXT, "answer": datasets.List(TEXT), "id": TEXT})
+COCO = datasets.Features({"image": datasets.Image(), "caption": datasets.List(TEXT), "id": TEXT})
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +53,7 @@ def cell(number: int) -> dict:
 
 
 def captions(numbers, **options) -> datasets.Dataset:
-    rows = [
-        {"image": cell(n), "question": "Describe.", "answer": [f"{n}", f"{n} again"], "id": f"k{n}"} for n in numbers
-    ]
+    rows = [{"image": cell(n), "caption": [f"{n}", f"{n} again"], "id": f"k{n}"} for n in numbers]
     return datasets.Dataset.from_list(rows, features=COCO, **options)
 
 
@@ -81,9 +80,10 @@ def write_lines(path, rows) -> None:
     path.write_text("\n".join(json.dumps(row) for row in rows))
 
 
-def read(path, media=None, **options) -> tuple[list[Sample], Report]:
+def read(path, media=None, layout=ANY_LAYOUT, **options) -> tuple[list[Sample], Report]:
     report = Report()
-    return list(read_table(open_table(str(path), **options), MediaFolder(media or path.parent), report)), report
+    table = open_table(str(path), **options)
+    return list(read_table(table, MediaFolder(media or path.parent), report, layout)), report
 
 
 def dialogue(question: str, answer: str, references=()) -> tuple[Turn, ...]:
@@ -121,9 +121,13 @@ def test_prompt_and_completion_columns_are_one_conversation(tmp_path):
     assert image_of(samples[0]) == png(3)
 
 
-def test_a_list_of_answers_in_coco_caption_is_the_captions(tmp_path):
-    captions([5]).to_parquet(tmp_path / "coco.parquet")
-    samples, report = read(tmp_path / "coco.parquet")
+def test_a_list_of_answers_is_the_accepted_ones_unless_a_column_option_makes_them_captions(tmp_path):
+    row = {"image": cell(5), "question": "Describe.", "answer": ["5", "5 again"]}
+    features = datasets.Features({"image": datasets.Image(), "question": TEXT, "answer": datasets.List(TEXT)})
+    datasets.Dataset.from_list([row], features=features).to_parquet(tmp_path / "coco.parquet")
+    (sample,), _ = read(tmp_path / "coco.parquet")
+    assert sample.conversations == (dialogue("Describe.", "5", ("5", "5 again")),)
+    samples, report = read(tmp_path / "coco.parquet", layout=Layout({"caption": "answer"}))
     assert samples[0].conversations == ((Turn("assistant", "5"),), (Turn("assistant", "5 again"),))
     assert samples[0].origins == ("coco.parquet:0", "coco.parquet:0")
     assert report == Report(records=2)
@@ -262,7 +266,7 @@ def test_shuffled_filtered_and_renamed_tables_keep_image_and_text_together(tmp_p
     for changed in (table.shuffle(seed=1), table.select([3, 3, 19]), table.select(range(4, 9)), renamed, joined):
         samples = list(read_table(changed, MediaFolder(tmp_path), Report()))
         texts = [int(sample.conversations[0][0].text) for sample in samples]
-        assert texts == [int(answer[0]) for answer in changed["answer"]]
+        assert texts == [int(caption[0]) for caption in changed["caption"]]
         images = [sample.image if isinstance(sample.image, bytes) else sample.image.read() for sample in samples]
         assert images == [png(number) for number in texts]
 
@@ -360,7 +364,7 @@ def test_damaged_rows_are_counted_each_under_its_kind(tmp_path):
 
 
 def test_a_null_image_is_no_image(tmp_path):
-    rows = [{"image": None, "question": "q", "answer": ["c"], "id": "0"}, {"image": {"bytes": None, "path": None}}]
+    rows = [{"image": None, "caption": ["c"], "id": "0"}, {"image": {"bytes": None, "path": None}}]
     features = datasets.Features(COCO | {"image": IMAGE})
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "null.parquet")
     samples, report = read(tmp_path / "null.parquet")

@@ -176,6 +176,7 @@ def test_json_counts_what_is_used_skipped_mended_equal_and_leaked(run, mixed, da
             "two answers in a row": 1,
         },
         "repaired": {"longer than max_length, and was cut after an answer": 1},
+        "filtered": {},
         "duplicates": {"images": 1, "samples": 1, "examples": [f"{train}/copy.png = {train}/000000000002.jpg"]},
         "leakage": {
             "images": 1,

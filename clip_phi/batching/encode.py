@@ -76,6 +76,8 @@ def _fit(
     """Raises RecordError if nothing that can be learnt is left. prefix: how many tokens precede the conversation."""
     if any(turn.speech is not None and turn.transcript is None for turn in conversation):
         raise RecordError("speech without a transcript", "run 'clip-phi speech transcribe --data DATA' first")
+    if not any(turn.role == "assistant" for turn in conversation):
+        raise RecordError("question without an answer", "it can be evaluated on, not trained on")
     # An answer ends where the next token is not supervised.
     following = [*tokens.labels[1:], IGNORE_INDEX]
     pairs = enumerate(zip(tokens.labels, following, strict=True), start=1)

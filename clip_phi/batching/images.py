@@ -65,6 +65,13 @@ def load_image(source: Source, max_pixels: int | None = None) -> Image.Image:
     return _decode(*_read(source), max_pixels)
 
 
+def read_header(source: Source) -> tuple[str, int]:
+    """Format, as PIL names it, and number of pixels. Raises the RecordErrors of load_image, but those of decoding."""
+    data, name = _read(source)
+    with _opened(data, name) as image:
+        return str(image.format), image.width * image.height
+
+
 @cache
 def has_heif() -> bool:
     """Whether HEIC and HEIF can be read; the package is imported at the first call."""
@@ -252,6 +259,18 @@ def image_errors(name: str) -> Iterator[None]:
 
 
 def _decode(data: bytes, name: str, max_pixels: int | None = None) -> Image.Image:
+    with _opened(data, name) as image:
+        _refuse_size(image.size, name, max_pixels)
+        if isinstance(image, TiffImageFile):  # decoded in whole tiles, which may be far larger than the image
+            _refuse_size((image.tag_v2.get(TILEWIDTH, 1), image.tag_v2.get(TILELENGTH, 1)), name)
+            with _silent_stderr():
+                image.load()
+        return _to_upright_rgb(image)
+
+
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """The image, not decoded. Raises RecordError for all errors, those of the block too."""
     formats = FORMATS
     if data[4:8] == b"ftyp":  # its brands follow, the most specific first
         brands = [data[place : place + 4] for place in range(8, min(len(data), 64), 4)]
@@ -267,12 +286,7 @@ def _decode(data: bytes, name: str, max_pixels: int | None = None) -> Image.Imag
         warnings.simplefilter("ignore")
         try:
             with Image.open(io.BytesIO(data), formats=formats) as image:
-                _refuse_size(image.size, name, max_pixels)
-                if isinstance(image, TiffImageFile):  # decoded in whole tiles, which may be far larger than the image
-                    _refuse_size((image.tag_v2.get(TILEWIDTH, 1), image.tag_v2.get(TILELENGTH, 1)), name)
-                    with _silent_stderr():
-                        image.load()
-                return _to_upright_rgb(image)
+                yield image
         except RecordError:
             raise
         except UnidentifiedImageError:  # also raised for a known format with a bad header

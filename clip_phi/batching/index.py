@@ -30,7 +30,7 @@ from ..data.source import DataSource
 from .encode import Encoded, encode_samples
 from .packing import SharedPrefixSample, build_shared_prefix
 
-FORMAT = 3  # of the files; raised too when a reader or the encoding comes to give something else
+FORMAT = 4  # of the files; raised too when a reader or the encoding comes to give something else
 CHUNK = 1000  # samples that are tokenised together
 SCHEMA = pa.schema(
     {

@@ -1,20 +1,29 @@
 """What the readers share: json files, texts, and folders or archives of media, with errors that name them."""
 
+import base64
+import difflib
 import gc
 import json
 import os
+import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os.path import isfile
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
+from urllib.parse import unquote
 
-from .report import RecordError
+from .report import NUM_EXAMPLES, RecordError
 from .sample import File
 
 MAX_PATH = 4096  # PATH_MAX of Linux; elsewhere it is less
+ID_COLUMNS = ("image_id", "imageid")  # of VQA and GQA
+COCO_FOLDERS = ("", "train2017/", "val2017/")
+# A data URI, or the first bytes of JPEG, PNG, GIF, WebP or BMP
+BASE64 = re.compile(r"data:[^,]*;base64,|(/9j/|iVBORw0KG|R0lGOD|UklGR|Qk[0-3])[A-Za-z0-9+/]{32,}")
 
 
 def read_json(path: Path, what: str = "", lists: Sequence[str] = ()) -> Any:
@@ -95,6 +104,16 @@ def file_stamp(path: str) -> list[int] | None:
     return [status.st_mtime_ns, status.st_size]
 
 
+def _spellings(name: str) -> list[str]:
+    """Other spellings of a file's name: of a file URL, with slashes, without %20, of both Unicode forms, with ~."""
+    found = [name.removeprefix("file://localhost").removeprefix("file://").removeprefix("file:")]
+    found += [each.replace("\\", "/") for each in found]
+    found += [unquote(each) for each in found]
+    found += [normalize(form, each) for each in found for form in ("NFC", "NFD")]
+    found += [os.path.expanduser(each) for each in found if each.startswith("~")]
+    return [each for each in dict.fromkeys(found) if each != name and "\0" not in each]
+
+
 class MediaFolder:
     """A folder in which images and recordings are found by name. Names may be absolute.
 
@@ -106,32 +125,71 @@ class MediaFolder:
         self.root = str(root)
         self.recordings = self.root if recordings is None else str(recordings)
         self.folders: dict[str, set[str]] = {}
+        self._num_hints = 0
         self._archives: dict[str, tuple[str, set[str]] | None] = {}
 
     def find_value(self, value: Any, column: str, what: str, in_table: bool = False) -> File | bytes:
-        """For schema.Find: bytes as they are, or a name; in a table also {"bytes", "path"} with one of them."""
+        """For schema.Find: bytes as they are, base64 or a data URI of them, a name, a file URL, or the id of
+        an image; in a table also {"bytes", "path"} with one of them."""
         if in_table and isinstance(value, Mapping):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if value == b"":
             raise RecordError(f"{what} is empty")
-        return value if isinstance(value, bytes) else self.find(value, what=what)
+        if isinstance(value, bytes):
+            return value
+        if column.lower() in ID_COLUMNS:
+            number = [f"{folder}{int(value):012d}.jpg" for folder in COCO_FOLDERS] if str(value).isdecimal() else []
+            return self.find(f"{value}.jpg", f"{value}.png", str(value), *number, what=what)
+        if isinstance(value, str) and BASE64.match(value[:64]):
+            try:
+                text = value.partition(",")[2] if value.startswith("data:") else value
+                return base64.b64decode("".join(text.split()), validate=True)
+            except ValueError as error:
+                raise RecordError(f"{what} is not valid base64", str(error)) from None
+        if isinstance(value, str) and re.match("[a-z][a-z0-9+]+://", value) and not value.startswith("file:"):
+            raise RecordError(f"{what} is a URL", f"{value[:80]}: download it, and name the file")
+        return self.find(value, what=what)
 
     def find(self, *names: Any, what: str = "image") -> File:
         """The first of these names that exists. Raises the RecordError of the first name if none does."""
         errors = []
-        for name in names:
-            try:
-                return self._find(name, what)
-            except RecordError as error:
-                errors.append(error)
-        raise errors[0]
+        for spell in (lambda name: [name], _spellings):
+            for name in names:
+                try:
+                    return self._find(name, what, spell)
+                except RecordError as error:
+                    errors.append(error)
+        first = errors[0]
+        hint = self._hint(first.detail) if first.kind.startswith("missing") else ""
+        raise RecordError(first.kind, f"{first.detail}{hint}")
 
-    def _find(self, name: Any, what: str) -> File:
+    def _find(self, name: Any, what: str, spell: Callable[[str], list[str]]) -> File:
         name = clean_text(name, f"{what} name")
         root = self.recordings if what == "speech" else self.root
         path = os.path.join(root, name)
         if "\0" in name or len(path) > MAX_PATH:
             raise RecordError(f"{what} name is not valid", repr(name[:100]))
+        for spelling in spell(name):
+            if (found := self._look_up(root, os.path.join(root, spelling))) is not None:
+                return found
+        raise RecordError(f"missing {what}", path)
+
+    def _hint(self, path: str) -> str:
+        """Why a file may be missing; for the first few of them, since it takes time."""
+        if self._num_hints == NUM_EXAMPLES:
+            return ""
+        self._num_hints += 1
+        folder, base = os.path.split(path.replace("\\", "/"))
+        if base in self._names(self.root):
+            return f" (it is in {self.root}, without a folder)"
+        if not os.path.isdir(folder or "."):
+            return f" (there is no folder {folder})"
+        names = {name.casefold(): name for name in sorted(self._names(folder))}
+        near = difflib.get_close_matches(base.casefold(), list(names)[:1000], 1, 0.8)
+        near = [base.casefold()] if base.casefold() in names else near
+        return f" (there is {names[near[0]]!r})" if near else ""
+
+    def _look_up(self, root: str, path: str) -> File | None:
         folder, base = os.path.split(path)
         if base and base in self._names(folder):
             return File(path)
@@ -146,7 +204,7 @@ class MediaFolder:
             if not step:
                 break
             inside = f"{step}/{inside}"
-        raise RecordError(f"missing {what}", path)
+        return None
 
     def file_stamps(self) -> dict[str, list[int] | None]:
         """file_stamp() of each folder and archive that was searched."""

@@ -1,12 +1,13 @@
 """Tables: everything that Hugging Face `datasets` can load, from the Hub or from disk, whole or as a stream."""
 
+import csv
 import glob
 import hashlib
 import os
 import sys
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -16,11 +17,11 @@ from typing import Any
 from .files import MediaFolder
 from .report import RecordError, Report
 from .sample import File, Sample
-from .schema import IMAGE_KEYS, read_records
+from .schema import ANY_LAYOUT, IMAGE_KEYS, Layout, read_records
 
-BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tar": "webdataset"}
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".tar": "webdataset"}
 BUILDERS |= dict.fromkeys((".jsonl", ".json"), "json")
-LISTS = ("conversations", "messages", "prompt", "completion", "answers")
+LISTS = ("conversations", "conversation", "messages", "texts", "prompt", "completion", "answers")
 BATCH_SIZE = 1000  # records read at once
 BUFFER_SIZE = 1000  # records that a stream is shuffled over, in memory with their images
 # What may be done to a table after it is opened without moving rows or columns inside its file.
@@ -74,16 +75,31 @@ def _open(path: str, split: str, config: str | None, revision: str | None, strea
     for archive in folder.rglob("*.tar") if folder.is_dir() else map(Path, glob.glob(path, recursive=True)):
         if archive.suffix == ".tar" and not _has_end(archive):
             raise ValueError(f"{archive} is incomplete: download it again")
-    options = {"split": split, "streaming": streaming}
+    options: dict[str, Any] = {"split": split, "streaming": streaming}
     if folder.is_dir():  # an absolute path, since a folder may be called "parquet" or "json"
         return datasets.load_dataset(os.path.abspath(path), config, **options)
     if folder.suffix in BUILDERS:
         if "://" not in path and not glob.glob(path, recursive=True) and not folder.exists():
             raise FileNotFoundError("no such file")
+        if BUILDERS[folder.suffix] == "csv":  # texts as they are: "None" is an answer, and 007 no number
+            delimiter = "\t" if folder.suffix == ".tsv" else ","
+            options |= {"sep": delimiter, "keep_default_na": False, "features": _text_features(path, delimiter)}
         return datasets.load_dataset(BUILDERS[folder.suffix], data_files=path, **options)
     if folder.exists():
         raise ValueError(f"a table is a folder or one of *{', *'.join(BUILDERS)}")
     return datasets.load_dataset(path, config, revision=revision, **options)
+
+
+def _text_features(path: str, delimiter: str) -> Any:
+    """All columns of a csv file (the first, of a glob) as texts; None for a file that is not on this machine."""
+    import datasets
+
+    files = sorted(glob.glob(path, recursive=True)) or ([path] if os.path.exists(path) else [])
+    if not files:
+        return None
+    with open(files[0], encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file, delimiter=delimiter), [])
+    return datasets.Features({name: datasets.Value("string") for name in names})
 
 
 def _has_end(archive: Path) -> bool:
@@ -109,7 +125,7 @@ class _Cell:
     path: str | None
 
 
-def read_table(dataset: Any, media: MediaFolder, report: Report) -> Iterator[Sample]:
+def read_table(dataset: Any, media: MediaFolder, report: Report, layout: Layout = ANY_LAYOUT) -> Iterator[Sample]:
     """Samples of a datasets.Dataset, in its order. Their origins are "name:row".
 
     Images are not read: a Sample points into the Arrow file of `datasets`, or holds the bytes where there is no such
@@ -117,15 +133,14 @@ def read_table(dataset: Any, media: MediaFolder, report: Report) -> Iterator[Sam
     name = dataset.info.dataset_name or dataset.info.builder_name or "dataset"
     table = dataset.data
     with_bytes = [column for column in dataset.column_names if _holds_bytes(table.schema.field(column).type)]
-    images = [column for column in with_bytes if column in IMAGE_KEYS]
-    files = {column: _files(table, column) for column in images}
+    files = {column: _files(table, column) for column in with_bytes}
     others = dataset.remove_columns(with_bytes).with_format(None)
 
     def records() -> Iterator[tuple[str, dict[str, Any]]]:
         for start in range(0, len(dataset), BATCH_SIZE):
             stop = min(start + BATCH_SIZE, len(dataset))
             columns = others[start:stop]
-            for column in images:
+            for column in with_bytes:
                 if dataset._indices is None:
                     columns[column] = _cells(table.fast_slice(start, stop - start)[column], range(start, stop))
                 else:  # shuffled: taking its rows together would copy the images
@@ -133,7 +148,7 @@ def read_table(dataset: Any, media: MediaFolder, report: Report) -> Iterator[Sam
                     columns[column] = [_cells(table.fast_slice(place, 1)[column], [place])[0] for place in places]
             for row in range(start, stop):
                 values = {column: values[row - start] for column, values in columns.items()}
-                yield f"{name}:{row}", _as_record(values, media)
+                yield f"{name}:{row}", _as_record(values, media, layout.columns.values())
 
     def find(value: Any, column: str, what: str) -> File | bytes:
         if not isinstance(value, _Cell):
@@ -150,11 +165,19 @@ def read_table(dataset: Any, media: MediaFolder, report: Report) -> Iterator[Sam
         cell = cell[int(place[0])] if place else cell
         return cell["bytes"] if isinstance(cell, dict) else cell
 
-    yield from read_records(records(), find, report, group=not images)
+    has_images = any(column.lower() in IMAGE_KEYS or column == layout.columns.get("image") for column in with_bytes)
+    yield from read_records(records(), find, report, not has_images, layout)
 
 
 def stream_table(
-    path: str, media: MediaFolder, report: Report, *, rank: int = 0, world_size: int = 1, seed: int = 0, **options: Any
+    path: str,
+    media: MediaFolder,
+    report: Report,
+    layout: Layout = ANY_LAYOUT,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    **options: Any,
 ) -> Iterator[Sample]:
     """One shuffled pass after another, without end. The records of the first pass are counted in the report.
 
@@ -172,7 +195,7 @@ def stream_table(
     def records() -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             for values in dataset:
-                record = _as_record(values, media)
+                record = _as_record(values, media, layout.columns.values())
                 keys = [record[key] for key in ("__key__", "id", "question_id") if key in record]  # none is null
                 yield f"{dataset.info.dataset_name}:{keys[0] if keys else _digest(record)}", record
         except (ValueError, OSError, RuntimeError, tarfile.TarError) as error:
@@ -181,7 +204,7 @@ def stream_table(
     for epoch in count():
         dataset.set_epoch(epoch)
         counted, given = report if epoch == 0 else Report(), False
-        for sample in read_records(records(), partial(media.find_value, in_table=True), counted, group=False):
+        for sample in read_records(records(), partial(media.find_value, in_table=True), counted, False, layout):
             given = True
             yield sample
         if not given and not counted.records and worker is not None and worker.id > 0:
@@ -196,10 +219,11 @@ def _digest(record: dict[str, Any]) -> str:
     return hashlib.blake2b(data or repr(record).encode(errors="replace"), digest_size=6).hexdigest()
 
 
-def _as_record(values: dict[str, Any], media: MediaFolder) -> dict[str, Any]:
-    """A row of a table, in which every row has all columns, as schema.py wants it."""
-    record = {key: _none_if_null(value) if key in IMAGE_KEYS else value for key, value in values.items()}
-    record = {key: value for key, value in record.items() if value is not None}
+def _as_record(values: dict[str, Any], media: MediaFolder, named: Container[str] = ()) -> dict[str, Any]:
+    """A row of a table, in which every row has all columns, as schema.py wants it. named: columns kept though null."""
+    images = {key for key in values if key.lower() in IMAGE_KEYS or key in named}
+    record = {key: _none_if_null(value) if key in images else value for key, value in values.items()}
+    record = {key: value for key, value in record.items() if value is not None or key in named}
     if isinstance(record.get("json"), dict):  # webdataset: x.jpg beside x.json, which may name the image once more
         has_image = any(key in record for key in IMAGE_KEYS)
         inner = {key: value for key, value in record.pop("json").items() if value is not None}
@@ -221,7 +245,8 @@ def _as_record(values: dict[str, Any], media: MediaFolder) -> dict[str, Any]:
 def _none_if_null(image: Any) -> Any:
     if isinstance(image, list):
         return [_none_if_null(each) for each in image]
-    return None if isinstance(image, dict) and all(each is None for each in image.values()) else image
+    is_null = image == "" or (isinstance(image, dict) and all(each is None for each in image.values()))
+    return None if is_null else image
 
 
 def _holds_bytes(kind: Any) -> bool:

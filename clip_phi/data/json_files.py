@@ -8,26 +8,42 @@ from typing import Any
 from .files import MediaFolder, read_json
 from .report import Report
 from .sample import Sample
-from .schema import read_records
+from .schema import ANY_LAYOUT, Layout, read_records
 
 
-def read_instruct(annotations: Path, media: MediaFolder, report: Report) -> Iterator[Sample]:
+def read_instruct(
+    annotations: Path, media: MediaFolder, report: Report, layout: Layout = ANY_LAYOUT
+) -> Iterator[Sample]:
     """One Sample for each image, with the conversations about it. In the order of first appearance.
 
     annotations: llava_instruct_150k.json, the 665K mix, or any json list or jsonl file (POPE's are called .json) of
-    such records. The image comes first in the prompt, wherever <image> is in the first question. A record without an
-    image is a Sample of its own. Raises ValueError if the file is of another form. What is wrong with a record goes to
-    the report."""
-    if annotations.suffix == ".jsonl" or _has_lines(annotations):
+    such records; or an object with one such list ("data" of TextVQA), or of records by id (GQA). The image comes first
+    in the prompt, wherever <image> is in the first question. A record without an image is a Sample of its own. Raises
+    ValueError if the file is of another form. What is wrong with a record goes to the report."""
+    if annotations.suffix == ".jsonl" or has_lines(annotations):
         records = _lines(annotations, report)
-    elif isinstance(content := read_json(annotations), list):
-        records = ((f"{annotations}:{index}", record) for index, record in enumerate(content))
     else:
-        raise ValueError(f"{annotations} is not a list of records")
-    yield from read_records(records, media.find_value, report)
+        name, content = str(annotations), read_json(annotations)
+        lists = (
+            {key: value for key, value in content.items() if _is_records(value)} if isinstance(content, dict) else {}
+        )
+        if len(lists) == 1:
+            ((key, content),) = lists.items()
+            name += f":{key}"
+        if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
+            records = ((f"{name}:{key}", record) for key, record in content.items())
+        elif isinstance(content, list):
+            records = ((f"{name}:{index}", record) for index, record in enumerate(content))
+        else:
+            raise ValueError(f"{annotations} is not a list of records, nor an object with one such list")
+    yield from read_records(records, media.find_value, report, layout=layout)
 
 
-def _has_lines(path: Path) -> bool:
+def _is_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def has_lines(path: Path) -> bool:
     """Whether the first line of a file is a whole object, and not the only one."""
     try:
         with open(path, "rb") as file:

@@ -1,5 +1,6 @@
 """What is wrong with the data: each record that is skipped or repaired is counted by kind, with the first examples."""
 
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,6 +13,12 @@ def plain(text: str) -> str:
     """The text with control characters and invisible ones escaped, but for line ends and tabs: what comes from data or
     a model must not control a terminal."""
     return re.sub(r"[^\n\t -~]", lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1], text)
+
+
+def plain_json(value: Any, indent: int | None = None) -> str:
+    """Json with readable letters of all scripts, in which characters that plain() escapes are escaped as well."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
 
 
 class RecordError(ValueError):
@@ -39,11 +46,13 @@ class Report:
     records: all that were read. So records - num_skipped are trained on; nothing else is ever left out.
     skipped, repaired: how many, by kind. A repaired record is used, but not as it is in the file: it is cut to length,
         or its image is put first.
+    filtered: turns that the source's own options leave out; they are no records.
     examples: the first of each kind."""
 
     records: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
+    filtered: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set, repr=False)
 
@@ -55,9 +64,16 @@ class Report:
         """Count records that are left out, or one that is repaired."""
         counts = self.skipped if skip.records else self.repaired
         counts[skip.kind] += skip.records or 1
-        examples = self.examples.setdefault(skip.kind, [])
+        self._add_example(skip.kind, skip.origin, skip.detail)
+
+    def filter(self, kind: str, origin: str, count: int) -> None:
+        self.filtered[kind] += count
+        self._add_example(kind, origin)
+
+    def _add_example(self, kind: str, origin: str, detail: str = "") -> None:
+        examples = self.examples.setdefault(kind, [])
         if len(examples) < NUM_EXAMPLES:
-            text = f"{skip.origin}: {skip.detail}" if skip.detail else skip.origin
+            text = f"{origin}: {detail}" if detail else origin
             # An unpaired surrogate, in the id or a key of a record, can neither be printed nor written.
             examples.append(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
@@ -81,6 +97,7 @@ class Report:
         self.records += other.records
         self.skipped += other.skipped
         self.repaired += other.repaired
+        self.filtered += other.filtered
         for kind, examples in other.examples.items():
             self.examples[kind] = [*self.examples.get(kind, []), *examples][:NUM_EXAMPLES]
 
@@ -96,16 +113,17 @@ class Report:
     def table(self) -> str:
         """A line for each kind with its first example, the most frequent kind first."""
         lines = []
-        for what, counts in (("skipped", self.skipped), ("repaired", self.repaired)):
+        for what, counts in (("skipped", self.skipped), ("repaired", self.repaired), ("left out", self.filtered)):
             for kind, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])):
                 lines.append(f"  {what} {count:,}: {kind} (e.g. {self.examples[kind][0]})".replace("\n", "⏎"))
         return plain("\n".join(lines))
 
     def as_dict(self) -> dict[str, Any]:
         """For json. Equal data give an equal dict."""
-        values = {name: dict(sorted(getattr(self, name).items())) for name in ("skipped", "repaired", "examples")}
-        return {"records": self.records} | values
+        names = ("skipped", "repaired", "filtered", "examples")
+        return {"records": self.records} | {name: dict(sorted(getattr(self, name).items())) for name in names}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Report":
-        return cls(values["records"], Counter(values["skipped"]), Counter(values["repaired"]), dict(values["examples"]))
+        skipped, repaired, filtered = (Counter(values.get(name, {})) for name in ("skipped", "repaired", "filtered"))
+        return cls(values["records"], skipped, repaired, filtered, dict(values["examples"]))

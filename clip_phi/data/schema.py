@@ -1,20 +1,27 @@
 """One record of any layout that people use, as a mapping, to the conversations of a Sample.
 
 A record has an image (or none) and one of
-    conversations   [{"from": "human" | "gpt" | "system", "value"}]                    LLaVA-Instruct
-    messages        [{"role": "user" | "assistant" | "system", "content"}]             chat format of transformers
-    prompt, completion                                                               the same, or two texts    (TRL)
-    question, answers (or answer)     answers: texts or {"answer"}; the most frequent one is learnt            VQA
-    text, label           label: yes or no                                                                        POPE
-    captions (caption, sentences, answer or text)                                     one text or a list: captions
-content is a text or a list of {"type": "text", "text"} and {"type": "image"}. Beside a user's text may be "speech" (a
-recording, whose transcript precedes the text) and "transcript" (what is said in it). Without a text the question itself
-is spoken, and the text becomes SPOKEN_INSTRUCTION.
+    conversations, messages   turns of {"from", "value"} or {"role", "content"}    LLaVA, ShareGPT4V, transformers
+    texts                     [{"user", "assistant"}], perhaps with *_ratings      The Cauldron, FineVision
+    prompt, completion        two texts, or two lists of such turns                TRL
+    query, response, history  history: [[question, answer]]                        ms-swift
+    instruction, input, output                                                     Alpaca
+    prefix, suffix            a blank prefix makes the suffix a caption            PaliGemma
+    question, answers (answer, multiple_choice_answer)                             VQA and its kind
+    text, label               label: yes or no, 1 or 0                             POPE
+    text, question_id         a question without an answer, to evaluate on         LLaVA's question files
+    captions (caption, sentences, text or txt)        one text or a list, and no column that may be a question
+Answers are texts, numbers, booleans, {"answer"}, or lists of them; the most frequent one is learnt. content is a text
+or a list of {"type": "text", "text"} and {"type": "image"}, which may name its image. Beside a user's text may be
+"speech" (a recording, whose transcript precedes the text) and "transcript" (what is said in it). Without a text the
+question itself is spoken, and the text becomes SPOKEN_INSTRUCTION. Layout names the columns of everything else.
 """
 
+import ast
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from .files import clean_text
 from .report import RecordError, Report, Skip
@@ -23,15 +30,51 @@ from .sample import SPOKEN_INSTRUCTION, Conversation, File, Sample, Turn
 IMAGE_TOKEN = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TEXT_NAMES = {"user": "question", "assistant": "answer", "system": "system text"}  # in errors
-IMAGE_KEYS = ("image", "images", "jpg", "jpeg", "png", "webp", "file_name", "image_path")
-CAPTION_KEYS = ("captions", "caption", "sentences", "answer", "text", "txt")
+# The first that a record has is its image: content, then names, then ids.
+IMAGE_KEYS: tuple[str, ...] = ("image", "images", "jpg", "jpeg", "png", "webp", "img", "file_name", "image_path")
+IMAGE_KEYS += ("img_path", "image_file", "image_name", "filename", "image_url", "image_id", "imageid")
+CONVERSATION_KEYS = ("conversations", "messages", "texts", "conversation")
+QUESTION_KEYS = ("question", "query", "instruction", "prompt", "prefix", "input")
+ANSWER_KEYS = ("answers", "answer", "multiple_choice_answer", "response", "output", "completion", "suffix", "label")
+CAPTION_KEYS = ("captions", "caption", "sentences", "text", "txt")
+COLUMNS = ("image", "question", "answer", "caption", "conversations")  # what Layout.columns may name
+RATINGS = ("relevance", "visual_dependency", "image_correspondence", "formatting")  # of FineVision
+# Beside a caption, such a column may be the question to which the caption is the answer.
+QUESTION_LIKE = re.compile("question|query|instruct|prompt|problem|input|answer|response|output|label|choice|option")
+MULTIPLE_CHOICE = re.compile("choices?|options?")
+IMAGE_LIKE = re.compile(r"(^|_)(im(age|g)s?|photos?|pictures?|frames?)(_(path|file|name|url|0|1))?$")
+OTHER_MEDIA = re.compile("(video|audio)s?(_|$)")
+OTHER_TAGS = re.compile("<(video|audio|bbox|ref-object|img)>")
+IMAGE_FILE = re.compile(r"(?i)data:image|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic)$")
+ASKS_YES_OR_NO = re.compile(
+    r"(?i)(^|, )(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should|may)\b.*\?", re.DOTALL
+)
 
 # Finds an image or a recording: (value in the record, column and place in it, "image" or "speech").
 Find = Callable[[Any, str, str], File | bytes]
 
 
+class Layout(NamedTuple):
+    """How records are read where their names do not say it.
+
+    columns: the column of each of COLUMNS that is named; no other column but the image's is then read.
+    independent_turns: each question with its answer becomes a conversation of its own.
+    min_ratings: of RATINGS, or "rating" for all four; turns of `texts` with a lower one are left out."""
+
+    columns: Mapping[str, str] = {}
+    independent_turns: bool = False
+    min_ratings: Mapping[str, float] = {}
+
+
+ANY_LAYOUT = Layout()
+
+
 def read_records(
-    records: Iterable[tuple[str | list[str], Any]], find: Find, report: Report, group: bool = True
+    records: Iterable[tuple[str | list[str], Any]],
+    find: Find,
+    report: Report,
+    group: bool = True,
+    layout: Layout = ANY_LAYOUT,
 ) -> Iterator[Sample]:
     """Samples of (origin, record), or of (one origin for each caption, record).
 
@@ -41,18 +84,22 @@ def read_records(
     seen: set[tuple[Any, Conversation]] = set()
     for origin, record in records:
         origins = [origin] if isinstance(origin, str) else origin
-        repairs: list[str] = []
+        reader = _RecordReader(find, layout)
         try:
-            value, column, conversations = _parse(record, find, repairs)
+            conversations = reader.read(record)
+            if layout.independent_turns:
+                conversations = [part for each in conversations for part in _split_turns(each)]
             if len(origins) != len(conversations):
-                origins = origins[:1] * len(conversations)
-            image = find(value, column, "image") if value is not None else None
+                origins = origins[:1] * len(conversations) or origins
+            image = find(reader.image, reader.column, "image") if conversations and reader.has_image else None
         except RecordError as error:
             report.reject(error.kind, origins[0], error.detail, len(origins))
             continue
         report.records += len(conversations)
+        if reader.filtered:
+            report.filter("turn with a rating below the least one", origins[0], reader.filtered)
         good: list[tuple[Conversation, str]] = []
-        for conversation, its_origin in zip(conversations, origins, strict=True):
+        for conversation, its_origin in zip(conversations, origins, strict=False):
             if isinstance(conversation, RecordError):
                 report.skip(Skip(conversation.kind, its_origin, conversation.detail))
             elif seen and (image, conversation) in seen:
@@ -63,7 +110,7 @@ def read_records(
                     seen.add((image, conversation))
         if not good:
             continue
-        for kind in repairs:
+        for kind in reader.repairs:
             report.repair(kind, origins[0])
         if group:
             groups.setdefault(object() if image is None else image, (image, []))[1].extend(good)
@@ -73,140 +120,387 @@ def read_records(
         yield Sample(image, *zip(*all_of_it, strict=True))
 
 
-def _parse(record: Any, find: Find, repairs: list[str]) -> tuple[Any, str, list[Conversation | RecordError]]:
-    """The image of a record as it is there (None: no image), its column and place, and the conversations, or what is
-    wrong with them. Raises RecordError if that holds for all of the record."""
-    if not isinstance(record, Mapping):
-        raise RecordError("record is not an object", f"{type(record).__name__} {str(record)[:40]!r}")
-    column = next((key for key in IMAGE_KEYS if record.get(key) is not None), "")
-    value = record.get(column)
-    if isinstance(value, list | tuple):
-        if len(value) > 1:
-            raise RecordError("several images", f"{len(value)} of them; a sample has one")
-        column, value = f"{column}/0", value[0] if value else None
-    has_image = value is not None
-    for key in ("conversations", "messages"):
-        if record.get(key) is not None:
-            return value, column, [_conversation(record[key], has_image, find, repairs)]
-    if "prompt" in record and "completion" in record:
-        parts = [
-            [{"role": role, "content": record[key]}] if isinstance(record[key], str) else record[key]
-            for key, role in (("prompt", "user"), ("completion", "assistant"))
-        ]
-        if not all(isinstance(part, list) for part in parts):
-            raise RecordError("prompt or completion is neither text nor a list")
-        return value, column, [_conversation(parts[0] + parts[1], has_image, find, repairs)]
-    if "question" in record and ("answers" in record or isinstance(record.get("answer"), str)):
-        answers = record["answers"] if "answers" in record else [record["answer"]]
-        return value, column, [_question(record["question"], answers, has_image)]
-    if record.get("label") in ("yes", "no") and "text" in record:
-        return value, column, [_question(record["text"], [record["label"]], has_image)]
-    return value, column, _captions(record, has_image)
+def _split_turns(conversation: Conversation | RecordError) -> list[Conversation | RecordError]:
+    if isinstance(conversation, RecordError) or len(conversation) < 3:
+        return [conversation]
+    system, turns = conversation[:1], conversation[1:]
+    if system[0].role != "system":
+        system, turns = (), conversation
+    return [(*system, *turns[place : place + 2]) for place in range(0, len(turns), 2)]
 
 
-def _conversation(messages: Any, has_image: bool, find: Find, repairs: list[str]) -> Conversation:
-    if not isinstance(messages, list | tuple) or not messages:
-        raise RecordError("conversation is not a list of turns" if messages else "conversation is empty")
-    turns: list[Turn] = []
-    image_turns: list[int] = []  # for each <image>, the turn that it is in
-    for message in messages:
-        if not isinstance(message, Mapping):
-            raise RecordError("turn is not an object", f"{type(message).__name__} {str(message)[:40]!r}")
-        speaker = message.get("from", message.get("role"))
-        if not isinstance(speaker, str) or speaker not in ROLES:
-            raise RecordError("unknown speaker", repr(speaker))
-        role = ROLES[speaker]
-        text, images = _text(message.get("value", message.get("content")), role)
-        if role == "system" and not text:
-            continue
-        previous = turns[-1].role if turns else None
-        if role == "system" and previous is not None:
-            raise RecordError("system turn is not the first")
-        if role == "assistant" and previous in (None, "system"):
-            raise RecordError("first turn is an answer")
-        if role == previous:
-            raise RecordError("two questions in a row" if role == "user" else "two answers in a row")
-        if images and role != "user":
-            raise RecordError(f"{IMAGE_TOKEN} outside a question")
-        image_turns += [len(turns)] * images
-        transcript, speech = message.get("transcript"), message.get("speech")
-        if transcript is not None or speech is not None:
-            if role != "user":
-                raise RecordError("speech outside a question")
-            text = SPOKEN_INSTRUCTION if text is None or (isinstance(text, str) and not text.strip()) else text
-        text = clean_text(text, TEXT_NAMES[role])
-        transcript = clean_text(transcript, "transcript") if transcript is not None else None
-        recording = find(speech, "speech", "speech") if speech is not None else None
-        turns.append(Turn(role, text, transcript, recording))  # type: ignore[arg-type]
-    if image_turns and not has_image:
-        raise RecordError(f"{IMAGE_TOKEN} without an image")
-    if len(image_turns) > 1:
-        raise RecordError(f"several {IMAGE_TOKEN} for one image", f"{len(image_turns)} of them")
-    if not any(turn.role == "assistant" for turn in turns):
-        raise RecordError("no answer")
-    if turns[-1].role == "user":
-        turns.pop()
-        repairs.append("last question has no answer, and was cut")
-    first = next(index for index, turn in enumerate(turns) if turn.role == "user")
-    if image_turns and image_turns[0] != first:
-        repairs.append("image stood in a later turn, and was put first")
-    elif has_image and not image_turns and "value" in messages[0]:
-        repairs.append(f"image without {IMAGE_TOKEN} in the text was put first")
-    return tuple(turns)
+class _RecordReader:
+    """Reads one record, with read(). What it finds beside the conversations:
 
+    image: as it is in the record; column: its column and place. has_image: whether there is one.
+    repairs: kinds of repair. filtered: the number of turns that min_ratings leaves out."""
 
-def _text(content: Any, role: str) -> tuple[Any, int]:
-    """The text of a turn without <image>, and how many of these (or of image items) there were."""
-    images = 0
-    if isinstance(content, list | tuple):
-        texts = []
-        for item in content:
-            kind = item.get("type") if isinstance(item, Mapping) else None
-            if kind == "image":
-                images += 1
-            elif kind == "text":
-                texts.append(item.get("text"))
-            else:
-                raise RecordError("content is not text or image", f"{str(item)[:40]!r}")
-        if not all(isinstance(text, str) for text in texts):
-            raise RecordError("content text is not text")
-        content = "\n".join(text.strip() for text in texts if text.strip())
-    if isinstance(content, str) and IMAGE_TOKEN in content:
-        images += content.count(IMAGE_TOKEN)
-        content = content.replace(IMAGE_TOKEN, "")
-    if role == "system" and isinstance(content, str):
-        content = content.strip()
-    return content, images
+    def __init__(self, find: Find, layout: Layout):
+        self.find, self.layout = find, layout
+        self.image: Any = None
+        self.column = ""
+        self.repairs: list[str] = []
+        self.filtered = 0
 
+    @property
+    def has_image(self) -> bool:
+        return self.image is not None
 
-def _question(question: Any, answers: Any, has_image: bool) -> Conversation:
-    if not isinstance(answers, list | tuple) or not answers:
-        raise RecordError("answers are not a list, or it is empty")
-    texts = [clean_text(item.get("answer") if isinstance(item, Mapping) else item, "answer") for item in answers]
-    (usual, _), *_ = Counter(texts).most_common(1)
-    question = clean_text(question, "question")
-    if question.count(IMAGE_TOKEN) > has_image:
-        raise RecordError(f"{IMAGE_TOKEN} without an image")
-    question = clean_text(question.replace(IMAGE_TOKEN, ""), "question")
-    return (Turn("user", question), Turn("assistant", usual, references=tuple(texts) if len(texts) > 1 else ()))
+    def read(self, record: Any) -> list[Conversation | RecordError]:
+        """The conversations, or what is wrong with them. Raises RecordError if that holds for all of the record."""
+        if not isinstance(record, Mapping):
+            raise RecordError("record is not an object", f"{type(record).__name__} {str(record)[:40]!r}")
+        self.record = record
+        names = {str(key).lower(): key for key in record}
+        columns = self.layout.columns
+        if absent := [column for column in columns.values() if column not in record]:
+            raise RecordError(f"no column {absent[0]!r}", f"columns {_names(record)}")
+        if "image" in columns:
+            names["image"] = columns["image"]
+        self.values = values = {key: record[name] for key, name in names.items()}
+        if columns:
+            values = {key: value for key, value in values.items() if key in IMAGE_KEYS}
+            fields = {"answer": "answers", "caption": "captions"}
+            values |= {fields.get(key, key): record[name] for key, name in columns.items()}
+            self.values = values
+        elif media := next((key for key in values if OTHER_MEDIA.match(key) and self._has(key)), None):
+            raise RecordError("video or audio", f"column {names[media]}; a sample is an image and text")
+        if key := self._first(IMAGE_KEYS):
+            self.image, self.column = values[key], str(names[key])
+            if isinstance(self.image, list | tuple):
+                places = [place for place, each in enumerate(self.image) if not _is_blank(each)]
+                if len(places) > 1:
+                    raise RecordError("several images", f"{len(places)} of them; a sample has one")
+                self.column += f"/{places[0] if places else 0}"
+                self.image = self.image[places[0]] if places else None
+        conversations = self._conversations()
+        if not (self.has_image or columns):
+            unread = (key for key in values if IMAGE_LIKE.search(key) and key not in IMAGE_KEYS and self._has(key))
+            if key := next((key for key in unread if not isinstance(values[key], int | float)), None):
+                raise RecordError("image column of an unknown name", f"{names[key]}: add ,image={names[key]}")
+        return conversations
 
+    def _has(self, key: str) -> bool:
+        return not _is_blank(self.values.get(key))
 
-def _captions(record: Mapping[str, Any], has_image: bool) -> list[Conversation | RecordError]:
-    key = next((key for key in CAPTION_KEYS if record.get(key) is not None), None)
-    if key is None:
-        raise RecordError("no conversation, question or caption", f"keys {', '.join(map(str, record))[:80]}")
-    captions = record[key] if isinstance(record[key], list | tuple) else [record[key]]
-    if not captions:
-        raise RecordError("no caption")
-    if not has_image:
-        raise RecordError("caption without an image")
-    conversations: list[Conversation | RecordError] = []
-    for caption in captions:
-        try:
-            text = clean_text(caption.get("raw") if isinstance(caption, Mapping) else caption, "caption")
-            if IMAGE_TOKEN in text:
+    def _first(self, keys: Iterable[str]) -> str | None:
+        return next((key for key in keys if self._has(key)), None)
+
+    def _conversations(self) -> list[Conversation | RecordError]:
+        values = self.values
+        said = self._first(CONVERSATION_KEYS) or next((key for key in CONVERSATION_KEYS[:2] if key in values), "")
+        if values.get(said) is not None:
+            return self._turns(values[said])
+        if self.layout.min_ratings:
+            raise RecordError("no ratings", "min_rating is for records with texts and *_ratings")
+        if "prompt" in values and "completion" in values:
+            messages: list[Any] = []
+            for key, role in (("prompt", "user"), ("completion", "assistant")):
+                part = values.get(key)
+                part = [{"role": role, "content": part}] if isinstance(part, str) else part
+                if not isinstance(part, list | tuple):
+                    raise RecordError("prompt or completion is neither text nor a list")
+                messages += part
+            return [self._conversation(messages)]
+        asked = [key for key in QUESTION_KEYS if self._has(key)]
+        answer = self._first(ANSWER_KEYS)
+        if not asked and self._has("text") and (answer or self._has("question_id")):
+            asked = ["text"]
+        if not asked and answer == "suffix":
+            return self._captions("suffix")
+        if asked or (answer and "question" in values):
+            return [self._question(asked or ["question"], answer)]
+        caption = self._first(CAPTION_KEYS) or next((key for key in CAPTION_KEYS if values.get(key) is not None), None)
+        if caption is None:
+            raise RecordError("no conversation, question or caption", _hint(self.record))
+        if unlike := [key for key in values if QUESTION_LIKE.search(key) and self._has(key)]:
+            raise RecordError(
+                "caption beside what may be a question",
+                f"{caption} beside {', '.join(unlike)}; add ,caption={caption} to learn it without, or name the "
+                "columns with question= and answer=",
+            )
+        others = [key for key in CAPTION_KEYS if self._has(key) and values[key] != values[caption]]
+        if others:
+            raise RecordError("several captions columns", f"{caption} and {', '.join(others)}: add caption=COLUMN")
+        return self._captions(caption)
+
+    def _no_image(self, kind: str) -> RecordError:
+        is_blank = any(isinstance(self.values.get(key), str) for key in IMAGE_KEYS)
+        return RecordError("image name is empty" if is_blank else kind)
+
+    def _turns(self, messages: Any) -> list[Conversation | RecordError]:
+        """Of a list of turns, or of pairs of turns with ratings."""
+        if (
+            isinstance(messages, list | tuple)
+            and messages
+            and isinstance(messages[0], Mapping)
+            and "user" in messages[0]
+        ):
+            if not all(isinstance(pair, Mapping) for pair in messages):
+                raise RecordError("turn is not an object")
+            kept = [pair for place, pair in enumerate(messages) if self._is_rated_well(place)]
+            self.filtered = len(messages) - len(kept)
+            if not kept:
+                return []
+            roles = ("user", "assistant")
+            messages = [{"role": role, "content": pair.get(role)} for pair in kept for role in roles]
+        elif self.layout.min_ratings:
+            raise RecordError("no ratings", "min_rating is for records with texts and *_ratings")
+        conversation = self._conversation(messages)
+        said = "\n".join(turn.text for turn in conversation)
+        for key in QUESTION_KEYS:
+            if self._has(key) and str(self.values[key]).replace(IMAGE_TOKEN, "").strip() not in said:
+                raise RecordError("question beside a conversation", f"column {key}; add conversations= to ignore it")
+        return [conversation]
+
+    def _is_rated_well(self, place: int) -> bool:
+        for name, least in self.layout.min_ratings.items():
+            for column in (f"{each}_ratings" for each in (RATINGS if name == "rating" else (name,))):
+                ratings = self.record.get(column)
+                if not isinstance(ratings, list | tuple) or len(ratings) <= place:
+                    raise RecordError("no ratings", f"column {column}")
+                if ratings[place] is None or ratings[place] < least:
+                    return False
+        return True
+
+    def _conversation(self, messages: Any) -> Conversation:
+        if not isinstance(messages, list | tuple) or not messages:
+            raise RecordError("conversation is not a list of turns" if messages else "conversation is empty")
+        turns: list[Turn] = []
+        image_turns: list[int] = []  # for each <image>, the turn that it is in
+        if isinstance(system := self.values.get("system"), str) and system.strip():
+            messages = [{"role": "system", "content": system}, *messages]
+        for message in messages:
+            if not isinstance(message, Mapping):
+                raise RecordError("turn is not an object", f"{type(message).__name__} {str(message)[:40]!r}")
+            speaker = message.get("from", message.get("role"))
+            if not isinstance(speaker, str) or speaker.lower() not in ROLES:
+                raise RecordError("unknown speaker", repr(speaker))
+            role = ROLES[speaker.lower()]
+            text, images = self._text(message.get("value", message.get("content")), role)
+            if role == "system" and not text:
+                continue
+            previous = turns[-1].role if turns else None
+            if role == "system" and previous is not None:
+                raise RecordError("system turn is not the first")
+            if role == "assistant" and previous in (None, "system"):
+                raise RecordError("first turn is an answer")
+            if role == previous:
+                raise RecordError("two questions in a row" if role == "user" else "two answers in a row")
+            if images and role != "user":
                 raise RecordError(f"{IMAGE_TOKEN} outside a question")
-            conversations.append((Turn("assistant", text),))
-        except RecordError as error:
-            conversations.append(error)
-    return conversations
+            image_turns += [len(turns)] * images
+            transcript, speech = message.get("transcript"), message.get("speech")
+            if transcript is not None or speech is not None:
+                if role != "user":
+                    raise RecordError("speech outside a question")
+                text = SPOKEN_INSTRUCTION if text is None or (isinstance(text, str) and not text.strip()) else text
+            text = clean_text(text, TEXT_NAMES[role])
+            if role == "user":
+                _refuse_tags(text)
+            transcript = clean_text(transcript, "transcript") if transcript is not None else None
+            recording = self.find(speech, "speech", "speech") if speech is not None else None
+            turns.append(Turn(role, text, transcript, recording))  # type: ignore[arg-type]
+        if image_turns and not self.has_image:
+            raise self._no_image(f"{IMAGE_TOKEN} without an image")
+        if len(image_turns) > 1:
+            raise RecordError(f"several {IMAGE_TOKEN} for one image", f"{len(image_turns)} of them")
+        if not any(turn.role == "assistant" for turn in turns):
+            raise RecordError("no answer")
+        if turns[-1].role == "user":
+            turns.pop()
+            self.repairs.append("last question has no answer, and was cut")
+        first = next(index for index, turn in enumerate(turns) if turn.role == "user")
+        if image_turns and image_turns[0] != first:
+            self.repairs.append("image stood in a later turn, and was put first")
+        elif self.has_image and not image_turns and "value" in messages[0]:
+            self.repairs.append(f"image without {IMAGE_TOKEN} in the text was put first")
+        return tuple(turns)
+
+    def _text(self, content: Any, role: str) -> tuple[Any, int]:
+        """The text of a turn without <image>, and how many of these (or of image items) there were."""
+        images = 0
+        if isinstance(content, list | tuple):
+            texts = []
+            for item in content:
+                kind = item.get("type") if isinstance(item, Mapping) else None
+                if kind in ("image", "image_url", "input_image"):
+                    images += 1
+                    self._take_image(item)
+                elif kind in ("text", "input_text"):
+                    texts.append(item.get("text"))
+                else:
+                    raise RecordError("content is not text or image", f"{str(item)[:40]!r}")
+            if not all(isinstance(text, str) for text in texts):
+                raise RecordError("content text is not text")
+            content = "\n".join(text.strip() for text in texts if text.strip())
+        if isinstance(content, str) and IMAGE_TOKEN in content:
+            images += content.count(IMAGE_TOKEN)
+            content = content.replace(IMAGE_TOKEN, "")
+        if role == "system" and isinstance(content, str):
+            content = content.strip()
+        return content, images
+
+    def _take_image(self, item: Mapping[str, Any]) -> None:
+        """The image that a content item names, if it names one."""
+        key = next((key for key in ("image", "path", "url", "image_url") if not _is_blank(item.get(key))), None)
+        if key is None:
+            return
+        value = item[key].get("url") if key == "image_url" and isinstance(item[key], Mapping) else item[key]
+        if self.has_image and isinstance(self.image, str) and value != self.image:
+            raise RecordError("several images", f"{str(self.image)[:80]} and {str(value)[:80]}; a sample has one")
+        if not self.has_image:
+            self.image, self.column = value, f"content/{key}"
+
+    def _question(self, asked: list[str], answer: str | None) -> Conversation:
+        """A question, with what precedes it, and its answer if there is one."""
+        values = self.values
+        if asked == ["instruction", "input"]:
+            parts = [clean_text(values[key], "question") for key in asked]
+            question: Any = "\n".join(parts)
+        elif len(asked) > 1:
+            raise RecordError("several questions", f"{' and '.join(asked)}: name one with question=, and its answer=")
+        else:
+            question = values[asked[0]]
+        letters = self._has("a") and self._has("b") and not self.layout.columns
+        if letters or any(MULTIPLE_CHOICE.fullmatch(key) and self._has(key) for key in values):
+            raise RecordError("multiple-choice question", "write the choices into the question, or name question=")
+        caption = self._first(key for key in CAPTION_KEYS if key not in asked)
+        if answer is None and caption:
+            raise RecordError(
+                "question beside a caption", f"{asked[0]} and {caption}: add question={asked[0]},answer={caption}"
+            )
+        before = values.get("history") or []
+        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in before):
+            raise RecordError("history is not a list of questions with answers")
+        if isinstance(system := values.get("system"), str) and system.strip():
+            turns = [Turn("system", clean_text(system, "system text"))]
+        else:
+            turns = []
+        images = 0
+        for text in (*(pair[0] for pair in before), question):
+            images += text.count(IMAGE_TOKEN) if isinstance(text, str) else 0
+        if images > 1 and self.has_image:
+            raise RecordError(f"several {IMAGE_TOKEN} for one image", f"{images} of them")
+        if images and not self.has_image:
+            raise self._no_image(f"{IMAGE_TOKEN} without an image")
+        for past, reply in before:
+            turns += [Turn("user", _clean_question(past)), Turn("assistant", clean_text(reply, "answer"))]
+        question = _clean_question(question)
+        turns.append(Turn("user", question))
+        if answer is None and not isinstance(values.get("answers"), list | tuple):
+            return tuple(turns)
+        value = values[answer or "answers"]
+        if answer in (None, "answers") and not (
+            self.layout.columns or isinstance(_parse_list(value), list | tuple | dict)
+        ):
+            raise RecordError("answers are not a list, or it is empty", "add question= and answer= to read one text")
+        texts = [_as_label(value, question, asked[0])] if answer == "label" else _as_answers(value, answer == "answers")
+        (usual, _), *_ = Counter(texts).most_common(1)
+        return (*turns, Turn("assistant", usual, references=tuple(texts) if len(texts) > 1 else ()))
+
+    def _captions(self, key: str) -> list[Conversation | RecordError]:
+        captions = _parse_list(self.values[key])
+        captions = captions if isinstance(captions, list | tuple) else [captions]
+        if not captions:
+            raise RecordError("no caption")
+        if not self.has_image:
+            raise self._no_image("caption without an image")
+        conversations: list[Conversation | RecordError] = []
+        for caption in captions:
+            try:
+                text = clean_text(caption.get("raw") if isinstance(caption, Mapping) else caption, "caption")
+                if IMAGE_TOKEN in text:
+                    raise RecordError(f"{IMAGE_TOKEN} outside a question")
+                conversations.append((Turn("assistant", text),))
+            except RecordError as error:
+                conversations.append(error)
+        return conversations
+
+
+def _is_blank(value: Any) -> bool:
+    """None, NaN, an empty list, or a text of nothing but white space."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and value != value) or value in ([], {}, ())
+
+
+def _clean_question(text: Any) -> str:
+    text = clean_text(text.replace(IMAGE_TOKEN, "") if isinstance(text, str) else text, "question")
+    _refuse_tags(text)
+    return text
+
+
+def _refuse_tags(question: str) -> None:
+    if found := OTHER_TAGS.search(question):
+        raise RecordError(f"{found[0]} in a question", "a sample is an image and text")
+
+
+def _parse_list(value: Any) -> Any:
+    """The list that a text spells, as cells of csv files do; otherwise the value."""
+    if isinstance(value, str) and re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
+        try:
+            found = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return value
+        if all(isinstance(each, str | int | float | dict) for each in found):
+            return found
+    return value
+
+
+def _as_answers(value: Any, may_be_list: bool) -> list[str]:
+    """The accepted answers: of one, or of a list of them, each also as {"answer"} or {"text"}."""
+    value = _parse_list(value) if may_be_list else value
+    answers = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, Mapping):
+            item = next((item[key] for key in ("answer", "text", "raw_answer", "value") if key in item), None)
+        for answer in item if isinstance(item, list | tuple) else [item]:
+            if isinstance(answer, bool):
+                answer = "yes" if answer else "no"
+            elif isinstance(answer, int | float) and answer == answer:  # not NaN
+                answer = str(int(answer) if answer == answer // 1 else answer)
+            answers.append(clean_text(answer, "answer"))
+    if not answers:
+        raise RecordError("answers are not a list, or it is empty")
+    return answers
+
+
+def _as_label(value: Any, question: str, asked: str) -> str:
+    word = str(value).strip().rstrip(".").lower()
+    if word in ("yes", "no"):
+        return word
+    if word in ("1", "0", "1.0", "0.0", "true", "false") and ASKS_YES_OR_NO.search(question):
+        return "yes" if word in ("1", "1.0", "true") else "no"
+    if asked == "text" or not isinstance(value, str) or word.isdigit():
+        raise RecordError(
+            "label is not yes or no", f"{value!r}; add ,question={asked},answer=label to learn it as it is"
+        )
+    return clean_text(value, "label")
+
+
+def _names(record: Mapping[Any, Any]) -> str:
+    return ", ".join(map(str, record))[:200]
+
+
+def _hint(record: Mapping[Any, Any]) -> str:
+    """The columns of a record of unknown layout, and the options that may read it."""
+    images, texts = list[str](), list[str]()
+    for name, value in record.items():
+        value = value[0] if isinstance(value, list | tuple) and value else value
+        if isinstance(value, str | int | float | list) and not IMAGE_FILE.match(str(value)[:500]):
+            texts.append(str(name))
+        elif value is not None and (not isinstance(value, Mapping) or {"bytes", "path"} & set(value)):
+            images.append(str(name))
+    words = [name for name in texts if not re.search(r"(?i)(^|_)(id|index|key|url|width|height|split|source)_*$", name)]
+    words = [name for name in words if name != "label" and not _is_blank(record[name])] if len(words) > 1 else words
+    asks = next((name for name in words if str(record[name]).strip().endswith("?")), None)
+    if asks is None and len(words) > 1:
+        asks = next((name for name in words if name.lower().startswith(("q", "instr", "prompt"))), words[0])
+    answers = [name for name in words if name != asks]
+    options = [f"image={name}" for name in images[:1]]
+    if asks is not None:
+        options += [f"question={asks}", *(f"answer={name}" for name in answers[:1])]
+    else:
+        options += [f"caption={name}" for name in answers[:1]]
+    return f"columns {_names(record)}; to read them, add for example ,{','.join(options or ['image=COLUMN'])}"

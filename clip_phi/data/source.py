@@ -13,19 +13,23 @@ from .catalog import how_to_download
 from .files import MediaFolder, file_stamp
 from .report import Report
 from .sample import Sample
+from .schema import COLUMNS, RATINGS, Layout
 from .transcripts import ENGINES, AsrSettings, Transcripts
 
 ASR = {"engine", "speech_model", "language", "max_speech_seconds"}
+MIN_RATINGS = {f"min_{name}": name for name in ("rating", *RATINGS)}
+LAYOUT = {*COLUMNS, *MIN_RATINGS, "turns"}
 # Each kind of source and its own options. All take COMMON.
 KINDS = {
     "coco": set(),
     "karpathy": {"split"},
-    "llava": {"recordings"} | ASR,
+    "llava": {"recordings"} | ASR | LAYOUT,
     "vqa": {"annotations"},
-    "dataset": {"split", "config", "revision", "streaming", "recordings"} | ASR,
+    "dataset": {"split", "config", "revision", "streaming", "recordings"} | ASR | LAYOUT,
 }
 COMMON = {"images", "name", "weight"}
-TABLE_SUFFIXES = (".parquet", ".arrow", ".tar", ".csv")
+TABLE_SUFFIXES = (".parquet", ".arrow", ".tar", ".csv", ".tsv")
+NUMBERS = {"weight", "max_speech_seconds", *MIN_RATINGS}
 HOW_TO = (
     "a source is KIND:PATH[,option=value...], where KIND is coco, karpathy, llava, vqa or dataset, "
     "for example coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"
@@ -95,8 +99,15 @@ class DataSource:
         if self.kind == "vqa":
             return coco.read_vqa(path, self.options.get("annotations"), media, report)
         if self.kind == "llava":
-            return json_files.read_instruct(path, media, report)
-        return hf_dataset.read_table(hf_dataset.open_table(self.path, **self.table_options()), media, report)
+            return json_files.read_instruct(path, media, report, self.layout)
+        table = hf_dataset.open_table(self.path, **self.table_options())
+        return hf_dataset.read_table(table, media, report, self.layout)
+
+    @property
+    def layout(self) -> Layout:
+        columns = {name: self.options[name] for name in COLUMNS if name in self.options}
+        min_ratings = {name: float(self.options[key]) for key, name in MIN_RATINGS.items() if key in self.options}
+        return Layout(columns, self.options.get("turns") == "independent", min_ratings)
 
     def table_options(self) -> dict[str, Any]:
         return {key: self.options[key] for key in ("split", "config", "revision") if key in self.options}
@@ -119,13 +130,19 @@ def parse_source(text: str) -> DataSource:
     known = KINDS[kind] | COMMON
     if unknown := sorted(options.keys() - known):
         raise ValueError(f"{name} has no option {', '.join(unknown)}: {kind} has {', '.join(sorted(known))}")
-    for key in options.keys() & {"weight", "max_speech_seconds"}:
+    for key in options.keys() & NUMBERS:
         if not re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", options[key]) or not 0 < float(options[key]) < math.inf:
             raise ValueError(f"{name}: {key} must be a number above 0")
-    for key, allowed in (("engine", ENGINES), ("streaming", ("true", "false"))):
+    choices = {"engine": ENGINES, "streaming": ("true", "false"), "turns": ("conversation", "independent")}
+    for key, allowed in choices.items():
         if options.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{name}: {key} is {' or '.join(allowed)}")
-    return DataSource(kind, path, options)
+    texts = options.keys() & {"question", "caption", "conversations"}
+    if len(texts) > 1 or ("answer" in options and "question" not in options):
+        raise ValueError(f"{name}: name the columns question and answer, or caption, or conversations")
+    for key in options.keys() & {"images", "recordings", "annotations"}:
+        options[key] = os.path.expanduser(options[key])
+    return DataSource(kind, os.path.expanduser(path), options)
 
 
 def parse_files(texts: Sequence[str]) -> list[DataSource]:
@@ -153,6 +170,7 @@ def missing_files(sources: Sequence[DataSource]) -> str | None:
 
 def _guess(path: str, options: dict[str, str]) -> tuple[str, str]:
     """The kind of a bare path ("" if it is unknown) and its file, from its name and the first bytes of its content."""
+    path = os.path.expanduser(path)
     file = Path(path)
     if file.is_dir() and not _is_table(file):
         found = sorted(file.glob("annotations/captions_*.json"))
@@ -171,12 +189,12 @@ def _guess(path: str, options: dict[str, str]) -> tuple[str, str]:
         start = opened.read(1 << 16).lstrip()
         opened.seek(max(0, file.stat().st_size - (1 << 16)))
         both = start + opened.read()
-    if start.startswith(b"["):
+    if start.startswith(b"[") or json_files.has_lines(file):
         return "llava", path
-    for key, kind in ((b'"sentences"', "karpathy"), (b'"questions"', "vqa"), (b'"annotations"', "coco")):
-        if key in both:
-            return kind, path
-    return "coco" if file.suffix == ".json" and start.startswith(b"{") else "", path
+    if not (file.suffix == ".json" and start.startswith(b"{")):
+        return "", path
+    marks = {"imageId": "llava", "sentences": "karpathy", "questions": "vqa", "annotations": "coco", "images": "coco"}
+    return next((kind for key, kind in marks.items() if f'"{key}"'.encode() in both), "llava"), path
 
 
 def _is_table(folder: Path) -> bool:

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from ..batching.images import load_image
-from ..hub.card import scrub
+from ..data.report import plain, plain_json
+from ..hub.card import portable
 from ..templates import render
 from ..templates.sheet import draw_images, save_png
 from .bootstrap import by_group, margin_interval
@@ -38,11 +39,6 @@ def model_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def portable(text: str) -> str:
-    """The text with paths relative to the working folder, and the names alone of paths elsewhere; without tokens."""
-    return scrub(text.replace(f"{os.getcwd()}{os.sep}", ""))
-
-
 def write(evaluation: EvalResult, eval_set: EvalSet, folder: Path, extra: Path | None = None) -> list[Path]:
     """Write TASK.json, TASK.samples.jsonl, TASK.html and TASK.png into the folder, and the json to `extra` as well.
 
@@ -51,8 +47,8 @@ def write(evaluation: EvalResult, eval_set: EvalSet, folder: Path, extra: Path |
     files = [folder / f"{result['task']}{ending}" for ending in (".json", ".samples.jsonl", ".html", ".png")]
     files += [extra] if extra else []
     for path in {files[0], files[-1]} if extra else {files[0]}:
-        _write(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    _write(files[1], "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+        _write(path, plain_json(result, indent=2) + "\n")
+    _write(files[1], "".join(plain_json(sample) + "\n" for sample in samples))
     chosen = choose(evaluation)
     shown = {sample["image_digest"] for group in chosen.values() for sample in group}
     images = {}
@@ -60,7 +56,7 @@ def write(evaluation: EvalResult, eval_set: EvalSet, folder: Path, extra: Path |
         if digest in shown:
             images[digest] = load_image(source)
             images[digest].thumbnail((THUMBNAIL, THUMBNAIL))
-    _write(files[2], page(result, chosen, images))
+    _write(files[2], plain(page(result, chosen, images)))
     draw_sheet(files[3], result, chosen, images)
     return files
 
@@ -128,7 +124,7 @@ def page(result: dict[str, Any], chosen: dict[str, list[dict[str, Any]]], images
         "chosen": chosen,
         "images": images,
         "columns": NAMES,
-        "settings": json.dumps(settings, indent=2, ensure_ascii=False),
+        "settings": plain_json(settings, indent=2),
     }
     return "".join(render("evaluation.html", **values))
 

@@ -64,7 +64,7 @@ def caption_files(engine: Engine, names: Sequence[str], output: Path | None, max
                 counts[result.kind if isinstance(result, RecordError) else "failed"] += 1
                 record = {"image": name, "error": " ".join(str(result).split())}
                 if (shown := shown + 1) <= SHOWN:
-                    tqdm.write(f"clip-phi: {record['error']}", file=sys.stderr)
+                    tqdm.write(plain(f"clip-phi: {record['error']}"), file=sys.stderr)
             print(json.dumps(record), file=file, flush=True)
     print(_summary(counts, time.perf_counter() - start, engine.counts["tokens"] - tokens), file=sys.stderr)
     return counts

@@ -168,6 +168,6 @@ def _stream(source: DataSource, seed: int, rank: int, world_size: int, report: R
     from ..data.hf_dataset import stream_table
 
     samples = stream_table(
-        source.path, source.media(), report, rank=rank, world_size=world_size, seed=seed, **source.table_options()
+        source.path, source.media(), report, source.layout, rank, world_size, seed, **source.table_options()
     )
     return source.transcripts().fill(samples, report)
