@@ -229,7 +229,7 @@ def check_limits(body: ChatRequest, limits: ApiLimits) -> None:
         (len(stop) > 4, "at most 4 texts", "stop"),
         (not all(0 < len(each) <= 256 for each in stop), "each text has 1 to 256 characters", "stop"),
         (bool(body.top_logprobs) and not body.logprobs, "requires logprobs", "top_logprobs"),
-        ((body.response_format or {}).get("type", "text") != "text", "only text", "response_format"),
+        (len(body.grammars()) > 1, "give one form of the answer", "structured_outputs"),
     ):
         if is_wrong:
             raise ApiError(400, f"{param}: {reason}", param=param)
@@ -261,6 +261,12 @@ def _submit(
     engine: Engine, body: ChatRequest, messages: list, images: list, callbacks: list, limits: ApiLimits
 ) -> list[Completion]:
     """Put a request into the queue. Runs in a thread: tokenising takes time."""
+    grammar = None
+    for path, argument in body.grammars().items():
+        try:
+            grammar = engine.grammars.compile(**argument)
+        except ValueError as error:
+            raise ApiError(400, f"{path}: {error}", param=path) from error
     asked = body.max_completion_tokens or body.max_tokens
     max_tokens = None if asked is None else limits.max_tokens if asked < 0 else min(asked, limits.max_tokens)
     return engine.submit_many(
@@ -274,6 +280,7 @@ def _submit(
         seed=body.seed,
         stop=_stop(body),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=grammar,
     )
 
 

@@ -126,7 +126,34 @@ class ChatRequest(_Part):
     n: Annotated[Integer, Field(ge=1, le=8)] = 1
     logprobs: bool = False
     top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = Field(None, description="text, json_object, json_schema, regex or choice")
+    structured_outputs: dict[str, Any] | None = Field(None, description="vLLM's: json, json_object, regex or choice")
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+
+    def grammars(self) -> dict[str, dict[str, Any]]:
+        """What the answer is to follow: paths in the request, each with the argument of Grammars.compile."""
+        form = self.response_format or {}
+        kind = form.get("type", "text")
+        guided = (("json", self.guided_json), ("regex", self.guided_regex), ("choice", self.guided_choice))
+        asked: dict[str, tuple[str, Any]] = {
+            f"guided_{name}": (name, value) for name, value in guided if value is not None
+        }
+        for name, value in (self.structured_outputs or {}).items():
+            if not _asks_for_nothing(name, value):
+                asked[f"structured_outputs.{name}"] = (name, value)
+        if kind != "text":
+            asked[f"response_format.{kind}"] = (kind, form.get(kind, True))
+        found = {}
+        for path, (name, value) in asked.items():
+            if name == "json_schema":
+                path, value = f"{path}.schema", value.get("schema") if isinstance(value, dict) else None
+            if name not in ("json", "json_schema", "json_object", "regex", "choice"):
+                raise ApiError(400, f"{path}: not supported by this server", param=path)
+            argument = name if name in ("regex", "choice") else "schema"
+            found[path] = {argument: {"type": "object"} if name == "json_object" else value}
+        return found
 
 
 def parse_request(body: bytes) -> ChatRequest:

@@ -31,6 +31,7 @@ from ..environment import quantization_config
 from ..evaluation.generate import end_tokens, refuse_too_long
 from ..hub.retry import load_with_retries
 from .detokenizer import TextStream
+from .grammar import Grammar, Grammars
 from .int8 import fold_lora, quantize_decoder
 from .kv_cache import BatchCache, TensorCache, cache_shapes
 
@@ -154,6 +155,7 @@ class _Request:
     top_p: float
     uniform: random.Random
     top_logprobs: int | None  # None: no log-probabilities
+    grammar: Grammar | None
     start: int = 0  # tokens at the start of the prompt whose keys and values are cached
     length: int = 0  # tokens in the cache; -1 when the request has ended
     last: int = 0  # newest token
@@ -187,6 +189,7 @@ class Engine(AbstractContextManager["Engine"]):
         self.ends = end_tokens(model, processor)
         self.preprocess = Preprocessor(processor.image_processor)
         self.images = TensorCache(limits.image_bytes)
+        self.grammars = Grammars(processor.tokenizer, config.vocab_size, self.ends)
         self.counts: Counter[str] = Counter()  # requests by finish reason, tokens, steps and images
         self.first_token_seconds: deque[float] = deque(maxlen=1000)
         self.seconds_per_request = 1.0  # a running mean
@@ -261,6 +264,7 @@ class Engine(AbstractContextManager["Engine"]):
         seed: int | None = None,
         stop: Sequence[str] = (),
         top_logprobs: int | None = None,
+        grammar: Grammar | None = None,
         cut: bool = False,
     ) -> list[Completion]:
         """Put a conversation that ends with a user's turn into the queue; its prompt is processed once.
@@ -279,6 +283,7 @@ class Engine(AbstractContextManager["Engine"]):
             seed: of the first completion; the next one has the next seed.
             stop: strings that end the completion and are left out of it.
             top_logprobs: number of the likeliest tokens in each of Completion.logprobs; None for no logprobs.
+            grammar: what the completion follows, of self.grammars.compile.
             cut: lower max_new_tokens to what the context has room for, instead of an error."""
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be a number of at least 0, not {temperature}")
@@ -306,7 +311,14 @@ class Engine(AbstractContextManager["Engine"]):
             completion.num_prompt_tokens = len(ids)
             stream = TextStream(self.processor.tokenizer, stop)
             uniform = random.Random(None if seed is None else seed + number)
-            options = (max_new_tokens, temperature, top_p, uniform, top_logprobs)
+            options = (
+                max_new_tokens,
+                temperature,
+                top_p,
+                uniform,
+                top_logprobs,
+                grammar and grammar.copy(max_new_tokens),
+            )
             group.append(_Request(completion, ids, prepared, stream, *options))
         with self._changed:
             self.check_queue()
@@ -352,10 +364,11 @@ class Engine(AbstractContextManager["Engine"]):
         return PreparedImage(key, features, self.preprocess.of_image(image) if features is None else None)
 
     def stream(
-        self, text: str | None, image: Image.Image | None, max_new_tokens: int = 128, transcript: str | None = None
-    ) -> Iterator[str]:
+        self, text: str | None, image: Image.Image | None, max_new_tokens: int = 128, transcript: str | None = None,
+        grammar: Grammar | None = None,
+    ) -> Iterator[str]:  # fmt: skip
         """The pieces of the greedy completion; arguments as of as_prompt, errors as of submit."""
-        yield from self.submit(*as_prompt(text, image, transcript), max_new_tokens=max_new_tokens)
+        yield from self.submit(*as_prompt(text, image, transcript), max_new_tokens=max_new_tokens, grammar=grammar)
 
     def caption(self, image: Image.Image, max_new_tokens: int = 64) -> Iterator[str]:
         """The caption, with the instruction that the model was trained on."""
@@ -587,28 +600,32 @@ class Engine(AbstractContextManager["Engine"]):
     def _take_tokens(self, requests: list[_Request], logits: torch.Tensor) -> None:
         requests = list(requests)
         logprobs = _logprobs(logits, requests)
+        faults: dict[int, Exception] = {}
+        for number, request in enumerate(requests):
+            if request.grammar is not None:
+                with _noted(faults, number):
+                    request.grammar.restrict(logits[number])
         try:
-            tokens: list[Any] = list(_choose(logits, requests))
+            tokens = _choose(logits, requests)
         except Exception:  # of one of them
-            tokens = []
+            tokens = [None] * len(requests)
             for number, request in enumerate(requests):
-                try:
-                    tokens += _choose(logits[number : number + 1], [request])
-                except Exception as error:
-                    tokens.append(error)
+                with _noted(faults, number):
+                    tokens[number] = _choose(logits[number : number + 1], [request])[0]
         for number, (request, token) in enumerate(zip(requests, tokens, strict=True)):
-            try:
-                if isinstance(token, Exception):
-                    raise token
-                self._take_token(request, token, logprobs.get(number))
-            except Exception as error:  # of its callback or its text: no other request is concerned
-                self._end(request, None, error)
+            if number not in faults:
+                with _noted(faults, number):  # also of its callback or its text
+                    self._take_token(request, token, logprobs.get(number))
+            if number in faults:  # no other request is concerned
+                self._end(request, None, faults[number])
         self._remove_ended()
 
     def _take_token(self, request: _Request, token: int | None, logprobs: torch.Tensor | None) -> None:
         if token is None:
             raise ValueError("the model's logits are not finite")
-        completion, stream = request.completion, request.stream
+        completion, stream, grammar = request.completion, request.stream, request.grammar
+        if grammar is not None and token not in self.ends:
+            token = grammar.take(token, request.max_new_tokens - completion.num_tokens)
         request.last = token
         completion.num_tokens += 1
         self.counts["tokens"] += 1
@@ -622,10 +639,11 @@ class Engine(AbstractContextManager["Engine"]):
                 pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
                 completion.logprobs.append(TokenLogprob(token, float(logprobs[token]), pairs))
             completion._add(stream.add(token))
-        stopped = token in self.ends or stream.stopped
+        stopped = token in self.ends or stream.stopped or (grammar is not None and grammar.is_stopped)
         if stopped or completion.num_tokens == request.max_new_tokens:
             completion._add(stream.end())
-            self._end(request, "stop" if stopped or stream.stopped else "length")
+            stopped = stopped or stream.stopped or (grammar is not None and grammar.is_complete)
+            self._end(request, "stop" if stopped else "length")
 
     def _remove_ended(self) -> None:
         """Move the last requests into the places of those that have ended."""
@@ -691,6 +709,14 @@ def _logprobs(logits: torch.Tensor, requests: Sequence[_Request]) -> dict[int, t
     """Log-probabilities (vocabulary,) for the requests that want them, by their place; logits as of _choose."""
     wanted = [number for number, request in enumerate(requests) if request.top_logprobs is not None]
     return dict(zip(wanted, logits[wanted].log_softmax(dim=-1), strict=True)) if wanted else {}
+
+
+@contextmanager
+def _noted(faults: dict[int, Exception], number: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        faults[number] = error
 
 
 def _num_characters(message: dict[str, Any]) -> int:
