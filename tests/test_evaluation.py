@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fork_server import run_forked
-from helpers import metrics, run, stage1
+from helpers import make_index, metrics, run, stage1
 from PIL import Image
 
 from clip_phi.cli import main
@@ -24,7 +24,7 @@ from clip_phi.evaluation.bootstrap import by_group, margin_interval
 from clip_phi.evaluation.evaluate import derange, evaluate_answers, repeats_itself
 from clip_phi.evaluation.generate import encode_prompts, generate_answers
 from clip_phi.evaluation.tasks import make_eval_set, read_samples
-from clip_phi.hub.card import portable
+from clip_phi.hub.card import Run, portable
 from clip_phi.training.checkpoint import EarlyStopping
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
@@ -325,6 +325,100 @@ def test_bad_options_are_one_line(checkpoint, sources, capsys):
     assert "not found" in capsys.readouterr().err
     assert main(["evaluate", str(checkpoint), "--task", "vqa"]) == 2
     assert "--data is required" in capsys.readouterr().err
+
+
+# What evaluation servers and the scripts of others read
+
+
+@pytest.fixture
+def questions(data, tmp_path):
+    """VQAv2's two files, POPE's file and its labels, about the same images in an order that is not grouped by image."""
+    names = sorted(path.name for path in (data / "val2017").iterdir())
+    asked = [(number, names[number % 6], f"Is it {number // 3}?") for number in range(12)]
+    asked += [(100, names[0], "Is it 0?")]  # an equal question of another id
+    content = {
+        "data_subtype": "val2017",
+        "questions": [
+            {"question_id": 1000 - number, "image_id": int(name[:12]), "question": text} for number, name, text in asked
+        ],
+    }
+    (tmp_path / "questions.json").write_text(json.dumps(content))
+    answers = [{"question_id": 1000 - number, "answers": [{"answer": "yes"}] * 10} for number, _, _ in asked]
+    (tmp_path / "annotations.json").write_text(json.dumps({"annotations": answers}))
+    lines = [{"question_id": number, "image": name, "text": text, "label": "no"} for number, name, text in asked]
+    (tmp_path / "pope.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path, content["questions"], lines
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+def test_vqa_writes_the_official_results_file_with_every_question_id(checkpoint, data, questions, annotated, capsys):
+    folder, asked, _ = questions
+    source = f"vqa:{folder}/questions.json,images={data}/val2017"
+    source += f",annotations={folder}/annotations.json" if annotated else ""
+    words = ["evaluate", checkpoint, "--task", "vqa", "--data", source, "--max_new_tokens", 4, "--json"]
+    assert main([str(word) for word in words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    results = json.loads((checkpoint / "evaluation/vqa.results.json").read_text())
+    assert [row["question_id"] for row in results] == [row["question_id"] for row in asked]
+    assert all(set(row) == {"question_id", "answer"} and isinstance(row["answer"], str) for row in results)
+    same = {row["answer"] for row in results if row["question_id"] in (1000, 900)}
+    assert len(same) == 1  # one image, one question
+    if annotated:
+        rows = read_lines(checkpoint / "evaluation/vqa.samples.jsonl")
+        assert {row["question_id"]: row["answer"] for row in rows} == {
+            row["question_id"]: row["answer"] for row in results
+        }
+        assert found["data"]["samples"] == 13 and "score" in found
+    else:
+        assert "score" not in found and found["data"]["without_reference"] == 13 and found["data"]["samples"] == 0
+        assert {path.name for path in (checkpoint / "evaluation").iterdir()} == {"vqa.answers", "vqa.results.json"}
+        run = Run.read(checkpoint)
+        assert run.evaluations == []
+
+
+def test_questions_with_and_without_answers_share_a_results_file(checkpoint, data, questions):
+    folder, asked, _ = questions
+    (folder / "some.json").write_text(json.dumps({"data_subtype": "val2017", "questions": asked[:4]}))
+    (folder / "rest.json").write_text(json.dumps({"data_subtype": "val2017", "questions": asked[4:]}))
+    sources = [f"vqa:{folder}/some.json,images={data}/val2017,annotations={folder}/annotations.json"]
+    found = evaluate(checkpoint, "vqa", sources[0], "--data", f"vqa:{folder}/rest.json,images={data}/val2017")
+    assert (found["data"]["samples"], found["data"]["without_reference"]) == (4, 9)
+    results = json.loads((checkpoint / "evaluation/vqa.results.json").read_text())
+    assert sorted(row["question_id"] for row in results) == sorted(row["question_id"] for row in asked)
+
+
+def test_questions_without_answers_are_not_trained_on(data, questions, processor):
+    source = parse_source(f"vqa:{questions[0]}/questions.json,images={data}/val2017")
+    report = Report()
+    make_index(source.read(source.media(), Report()), processor, 100, report)
+    assert report.skipped == {"question without an answer": 13}
+
+
+def test_captions_write_cocos_results_file(checkpoint, data, sources, capsys):
+    evaluate(checkpoint, "captions", sources["captions"])
+    results = json.loads((checkpoint / "evaluation/captions.results.json").read_text())
+    listed = json.loads((data / "annotations/captions_val2017.json").read_text())["images"]
+    assert sorted(row["image_id"] for row in results) == sorted(image["id"] for image in listed)
+    rows = read_lines(checkpoint / "evaluation/captions.samples.jsonl")
+    assert {row["image_id"]: row["answer"] for row in rows} == {row["image_id"]: row["caption"] for row in results}
+    names = {image["id"]: image["file_name"] for image in listed}
+    assert all(names[row["image_id"]] == row["image"] for row in rows)
+
+
+def test_pope_writes_its_answers_file_in_the_order_of_its_questions(checkpoint, data, questions, capsys):
+    folder, _, lines = questions
+    evaluate(checkpoint, "pope", f"llava:{folder}/pope.json,images={data}/val2017")
+    answers = read_lines(checkpoint / "evaluation/pope.results.jsonl")
+    assert [(row["question_id"], row["question"]) for row in answers] == [
+        (line["question_id"], line["text"]) for line in lines
+    ]
+    assert all(isinstance(row["answer"], str) for row in answers)
+
+
+def test_data_without_ids_have_no_results_file_and_a_line_says_so(checkpoint, sources, capsys):
+    evaluate(checkpoint, "vqa", sources["vqa"])
+    assert "no results file for an evaluation server" in capsys.readouterr().err
+    assert not list((checkpoint / "evaluation").glob("*.results.*"))
 
 
 # Saved answers

@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -86,11 +86,14 @@ class Sample:
     """An image (None for a text-only record) and independent conversations about it.
 
     Stage 1: five captions, each a conversation of one assistant's turn. Stage 2: one or more conversations.
-    origins: "file:record" of each conversation, for messages about it."""
+    origins: "file:record" of each conversation, for messages about it.
+    ids: of each conversation the number of its record in its source, and the question_id, or a caption's image id, None
+        if it has none; empty if they are not known."""
 
     image: File | bytes | None
     conversations: tuple[Conversation, ...]
     origins: tuple[str, ...]
+    ids: tuple[tuple[int, Any], ...] = field(default=(), compare=False)
 
 
 def user_message(text: str | None, images: int = 0, *transcripts: str | None) -> dict[str, Any]:

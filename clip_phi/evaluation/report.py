@@ -17,7 +17,7 @@ from ..templates import render
 from ..templates.sheet import draw_images, save_png
 from .bootstrap import by_group, margin_interval
 from .evaluate import EvalResult
-from .tasks import EvalSet
+from .tasks import OFFICIAL, EvalSet
 
 SHOWN = 8  # samples of each kind: best, worst, random
 THUMBNAIL = 224  # pixels
@@ -40,14 +40,22 @@ def model_sha256(folder: Path) -> str:
 
 
 def write(evaluation: EvalResult, eval_set: EvalSet, folder: Path, extra: Path | None = None) -> list[Path]:
-    """Write TASK.json, TASK.samples.jsonl, TASK.html and TASK.png into the folder, and the json to `extra` as well.
+    """Write TASK.json, TASK.samples.jsonl, TASK.html and TASK.png into the folder, and the json to `extra` as well;
+    and TASK.results.json (or jsonl), if the task has official results. Without scores these alone.
 
     Returns the files."""
-    result, samples = evaluation
-    files = [folder / f"{result['task']}{ending}" for ending in (".json", ".samples.jsonl", ".html", ".png")]
-    files += [extra] if extra else []
-    for path in {files[0], files[-1]} if extra else {files[0]}:
+    result, samples, official = evaluation
+    folder_files = [folder / f"{result['task']}{ending}" for ending in (".json", ".samples.jsonl", ".html", ".png")]
+    results = [folder / f"{result['task']}.results.{OFFICIAL[result['task']]}"] if official else []
+    for path in results:
+        lines = [plain_json(row) for row in official]
+        is_list = path.suffix == ".json"
+        _write(path, "[" + ",\n".join(lines) + "]\n" if is_list else "".join(f"{line}\n" for line in lines))
+    files = [*(folder_files if samples else []), *results, *([extra] if extra else [])]
+    for path in [folder_files[0]] * bool(samples) + ([extra] if extra else []):
         _write(path, plain_json(result, indent=2) + "\n")
+    if not samples:
+        return files
     _write(files[1], "".join(plain_json(sample) + "\n" for sample in samples))
     chosen = choose(evaluation)
     shown = {sample["image_digest"] for group in chosen.values() for sample in group}
@@ -94,7 +102,11 @@ def summary(result: dict[str, Any]) -> list[list[str]]:
 
 def format_result(result: dict[str, Any]) -> str:
     """For the terminal."""
-    data, rows = result["data"], summary(result)
+    data = result["data"]
+    if "score" not in result:
+        count = data["without_reference"]
+        return f"{result['task']} on {data['images']:,} images: {count:,} questions without an answer to compare with"
+    rows = summary(result)
     head = f"{result['task']} on {data['images']:,} images, {data['samples']:,} samples"
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

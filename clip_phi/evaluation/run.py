@@ -19,7 +19,7 @@ from .answers import Decoding, Processes
 from .clip_score import ClipScorer, local_clip
 from .evaluate import EvalResult, evaluate_answers, evaluate_loss
 from .report import format_result, model_sha256, write
-from .tasks import EvalSet, make_eval_set, read_samples
+from .tasks import OFFICIAL, EvalSet, make_eval_set, read_samples
 
 DEMO_DATA = "outputs/demo/data"
 # What the demo's model is evaluated on without --data.
@@ -87,6 +87,10 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
         written = write(evaluation, eval_set, output, Path(options.output) if options.output else None)
         print(json.dumps(result) if options.json else plain(format_result(result)))
         log(f"written: {', '.join(map(str, written))}")
+        if (missing := report.num_skipped) and evaluation.official:
+            log(f"{missing:,} records were skipped, and have no line in the results file")
+        if options.task in OFFICIAL and not evaluation.official:
+            log("no results file for an evaluation server: the data lack ids, or have one twice")
     state.wait_for_everyone()
 
 

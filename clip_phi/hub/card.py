@@ -75,7 +75,8 @@ class Run:
             lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
             texts = [json.loads(line) for line in lines if line.strip()]
             run.samples = [text for text in texts if text["step"] == texts[-1]["step"]][:NUM_SAMPLES]
-        for path in sorted((folder / "evaluation").glob("*.json")):
+        results = sorted((folder / "evaluation").glob("*.json"))
+        for path in (each for each in results if not each.name.endswith(".results.json")):
             evaluation = _read_json(path)
             if "task" in evaluation and "score" in evaluation:
                 run.evaluations.append(evaluation)
