@@ -36,6 +36,7 @@ HYPERPARAMETERS = (
     *("lora_targets", "tune_decoder", "quantization", "seed"),
 )
 PROJECTORS = {"linear": "one linear layer", "mlp": "two linear layers with GELU between"}
+PROJECTORS["norm_mlp"] = "one linear layer, a norm, and two layers with GELU between"
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 # Data sets on the Hub, by the names of their official files.
 HUB_DATASETS = {"llava_instruct_150k.json": "liuhaotian/LLaVA-Instruct-150K"}
