@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from clip_phi.cli import main
-from clip_phi.data import catalog
 from clip_phi.data.catalog import DATASETS, RemoteDataset, RemoteFile, how_to_download
 from clip_phi.data.report import Report
 from clip_phi.data.source import missing_files, parse_source
@@ -337,4 +336,4 @@ def test_missing_data_name_the_command_that_downloads_them():
     assert how_to_download(["mine.json", "data/mycoco/val2017"]) is None
     with pytest.raises(ValueError, match="'clip-phi download llava-instruct' downloads it"):
         parse_source("data/llava_instruct_150k.json")
-    assert catalog.TRAIN2017.targets() == ["coco/train2017"]
+    assert DATASETS["coco"].files[2].targets() == ["coco/train2017"]
