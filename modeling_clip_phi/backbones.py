@@ -225,11 +225,17 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
 
 
 def make_projector(config: ClipPhiConfig) -> nn.Module:
-    """Tower width to embedding width: "linear" (LLaVA, arXiv 2304.08485) or "mlp" (LLaVA-1.5, arXiv 2310.03744)."""
+    """Tower width to embedding width: "linear" (LLaVA, arXiv 2304.08485), "mlp" (LLaVA-1.5, arXiv 2310.03744), or
+    "norm_mlp", whose wide middle can hold LLaVA's residual block."""
     text_width, bias = config.get_text_config().hidden_size, config.projector_bias
     linear = nn.Linear(config.vision_config.hidden_size, text_width, bias)  # type: ignore[union-attr]
-    mlp = config.projector_type == "mlp"
-    return nn.Sequential(linear, nn.GELU(), nn.Linear(text_width, text_width, bias)) if mlp else linear
+    if config.projector_type == "linear":
+        return linear
+    norm = config.projector_type == "norm_mlp"
+    first = [nn.LayerNorm(text_width), nn.Linear(text_width, 3 * text_width)] if norm else []
+    return nn.Sequential(
+        linear, *first, nn.GELU(), nn.Linear(text_width * (3 if norm else 1), text_width, bias or norm)
+    )
 
 
 def dispatch(model: Any, placement: dict) -> Any:
