@@ -13,6 +13,7 @@ if sys.platform == "linux":  # read when torch is imported: less fragmentation o
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+from clip_phi.data.report import plain
 from clip_phi.training.arguments import TrainingArguments, parse_arguments
 
 
@@ -28,7 +29,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
             get_error_handler().record_exception(error)
         if debug:
             raise
-        print(f"train_accelerate.py: error: {error}", file=sys.stderr)
+        print(plain(f"train_accelerate.py: error: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -271,6 +271,8 @@ def test_card_without_our_marks_keeps_all_its_text():
         ("see https://a.org/b/c and ~/secret/d", "see https://a.org/b/c and d"),
         (r"C:\Users\me\x.json and/or samples/1.jpg", "x.json and/or samples/1.jpg"),
         ("with hf_abcdefghijklmnopqrstuvwxyz", "with (a token)"),
+        ("coco://home/me/a.json or file:///home/me/b", "coco:a.json or file:b"),
+        ("from ../../me/a.json, ~me/b and //home/me/c", "from a.json, b and c"),
     ],
 )
 def test_scrub_leaves_no_absolute_path_and_no_token(text, clean):
