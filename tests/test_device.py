@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import ACCELERATE, ROOT, metrics, stage1
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from clip_phi import environment
 from clip_phi.batching import attention
@@ -250,13 +251,14 @@ def run_on_fake_cuda(model, arguments, dtype, with_images=True):
     """The loss of a pack, with all weights on a fake CUDA device, under CUDA's autocast."""
     pack = fake_pack(model, with_images)
     make_trainable(model.to(dtype), arguments, torch.device("cpu"), dtype)
+    model.set_attn_implementation({"vision_config": "eager"})
     place = torch.device("cuda:0")
-    with FakeTensorMode() as mode, torch.no_grad():
+    with FakeTensorMode() as mode, WithoutGuard(), torch.no_grad():
         names = [*model.named_parameters(), *model.named_buffers()]
         for name, tensor in names:
             owner, _, own = name.rpartition(".")
             fake = mode.from_tensor(tensor).detach().to(place)
-            fake = torch.nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else fake
+            fake = torch.nn.Parameter(fake, False) if isinstance(tensor, torch.nn.Parameter) else fake
             setattr(model.get_submodule(owner), own, fake)
         inputs = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, pack.inputs)
         inputs = type(pack)(inputs, *list(vars(pack).values())[1:]).to(place).inputs
@@ -270,8 +272,42 @@ def run_on_fake_cuda(model, arguments, dtype, with_images=True):
 def no_checks(monkeypatch, gpu):
     """What the value of a fake tensor decides is left out."""
     gpu("NVIDIA A100", (8, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *arguments: True)
     module = sys.modules["modeling_clip_phi.modeling_clip_phi"]
     monkeypatch.setattr(module, "torch_compilable_check", lambda *arguments: None)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", plain_attention)  # the choice of a kernel needs one
+
+
+class WithoutGuard(TorchFunctionMode):
+    """Two methods of a tensor ask for the device itself, also of a fake one: the same without them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.contiguous:
+            return args[0].clone(memory_format=torch.contiguous_format)
+        if func is torch.Tensor.__getitem__:
+            return self.select(args[0], args[1] if isinstance(args[1], tuple) else (args[1],))
+        return func(*args, **(kwargs or {}))
+
+    def select(self, tensor, items):
+        dim, named = 0, sum(item is not None and item is not Ellipsis for item in items)
+        for item in items:
+            if item is Ellipsis:
+                dim += tensor.dim() - named
+            elif item is None:
+                tensor, dim = tensor.unsqueeze(dim), dim + 1
+            elif isinstance(item, int):
+                tensor, named = tensor.select(dim, item), named - 1
+            elif isinstance(item, slice):
+                tensor = torch.ops.aten.slice.Tensor(tensor, dim, item.start, item.stop, item.step or 1)
+                dim += 1
+            else:
+                tensor, dim = tensor.index_select(dim, item), dim + 1
+        return tensor
+
+
+def plain_attention(query, key, value, attn_mask=None, is_causal=False, scale=None):
+    assert query.dtype == key.dtype == value.dtype and (attn_mask is None or attn_mask.device == query.device)
+    return (query @ key.transpose(-1, -2)).softmax(-1).to(value.dtype) @ value
 
 
 KINDS = {"stage 1": (1, {}), "LoRA": (2, {"lora_r": 2}), "full": (2, {"tune_decoder": "full"})}
@@ -314,7 +350,7 @@ def test_a_tensor_that_is_not_moved_would_be_noticed(fresh_model, no_checks, mon
         return forward(self, **inputs)
 
     monkeypatch.setattr(module, "forward", forgetful)
-    with pytest.raises(RuntimeError, match="two different devices"):
+    with pytest.raises(RuntimeError, match="two devices, cpu and cuda"):
         run_on_fake_cuda(fresh_model, Stage1Arguments(stage=1), torch.bfloat16)
 
 

@@ -152,14 +152,14 @@ class Formula:
             padded = sum(each.places.numel() for each in layout.buckets)
             attention = copies * (padded * 4 * (self.width * product + self.heads) + product * masks)
         layer, width = tokens * kept + attention + copied, tokens * (hidden + inner)
-        peak = layer if self.arguments.gradient_checkpointing else 0  # one layer is computed anew at a time: measured
-        peak = peak or width * PEAKS[self.kind][2 * self.is_llama + (not cuda)]
+        peak = width * PEAKS[self.kind][2 * self.is_llama + (not cuda)]
         if self.card.has_varlen:
             sums = 4 * self.heads * -(-self.width // self.heads // 32) * 32
             sums *= tokens + 128 * copies * (len(layout.query_starts) - 1)
             sums -= width * FREED[self.kind][self.is_llama]
-            peak = peak + max(0, sums) if self.arguments.gradient_checkpointing else max(peak, sums)
-        if self.arguments.gradient_checkpointing:
+            peak = max(peak, sums)
+        if self.arguments.gradient_checkpointing:  # one layer is computed anew at a time: measured on an H100
+            peak += layer
             layer = tokens * (hidden * stream + int8)
         features = vision.hidden_size * (2 * self.patches if cuda else 4 * self.tower_tokens)
         features += (len(self.projector_sizes) - 1) * 2 * self.patches * hidden * product
