@@ -122,6 +122,9 @@ class Formula:
             kept += (
                 sum(pair[0] for pair in self.linear) * (product + self.masks) + len(self.linear) * self.rank * product
             )
+            # Three layers share a mask with another, and on a CPU what is left of its input. For Llama on CUDA, peft
+            # casts the input of each.
+            kept -= 3 * hidden * (self.masks * (not (cuda and self.is_llama)) + product * (not cuda))
             copied = 2 * cuda * self.rank * sum(map(sum, self.linear))
         if self.full:
             kept += sum(pair[0] for pair in self.linear) * product if cuda else inputs
