@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install demo test test-demo test-full-size test-export test-oldest test-main test-oracle test-speech test-browser \
-	test-benchmarks test-load test-trl lint format bench clean
+	test-benchmarks test-load test-gpu test-trl lint format bench clean
 
 install: .venv/installed
 
@@ -106,6 +106,10 @@ test-vllm: install outputs/demo/model/config.json .venv-vllm/installed
 
 test-load: install
 	$(BIN)/python -m pytest -m load $(ARGS)
+
+# On a machine with a CUDA device; without one, all of it is skipped.
+test-gpu: install
+	CLIP_PHI_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .
