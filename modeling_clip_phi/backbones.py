@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Generat
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from .configuration_clip_phi import ClipPhiConfig, read_config
+from .configuration_clip_phi import IMAGE_TOKEN, ClipPhiConfig, add_special_tokens, read_config
 
 PEFT_PREFIX = "base_model.model."  # of each name in PEFT's files
 HUB_OPTIONS = ["cache_dir", "force_download", "local_files_only", "proxies", "token"]
@@ -89,17 +89,16 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             options: HUB_OPTIONS; PLACEMENT (quantization_config is for the decoder alone, attn_implementation may be
                 {"vision_config": ..., "text_config": ...}, dtype is float32 by default); fields of ClipPhiConfig.
 
-        Raises ValueError if a checkpoint lacks weights or the vocabulary has no row left for <image>; TypeError for an
-        unknown option."""
+        Raises ValueError if a checkpoint lacks weights, or is of a kind that is not supported; TypeError for an unknown
+        option."""
         hub, placement, _, fields = sort_options(options)
         fields |= find_backbone("vision", vision, vision_revision, hub)
         fields |= find_backbone("text", text, text_revision, hub)
         tokenizer = AutoTokenizer.from_pretrained(text, revision=fields["text_backbone_revision"] or "main", **hub)
-        vocabulary = tokenizer.get_vocab()
-        image_token_id = vocabulary.get("<image>", len(vocabulary)) if image_token_id is None else image_token_id
-        fields |= {"image_token_id": image_token_id, "text_tokenizer_sha256": hash_vocabulary(vocabulary)}
-        # Training learns the tokenizer's end token, which the decoder's config may not name.
-        model = load_backbones(cls, ClipPhiConfig(delta=True, **fields), hub, placement, tokenizer.eos_token_id)
+        fields["text_tokenizer_sha256"] = hash_vocabulary(tokenizer.get_vocab())
+        found = add_special_tokens(tokenizer).convert_tokens_to_ids(IMAGE_TOKEN)
+        fields["image_token_id"] = found if image_token_id is None else image_token_id
+        model = load_backbones(cls, ClipPhiConfig(delta=True, **fields), hub, placement, tokenizer)
         return dispatch(model, placement)
 
     def freeze_backbones(self) -> None:
@@ -167,11 +166,8 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             return super().push_to_hub(repo_id, **kwargs)
 
 
-def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, end_token: int | None) -> Any:
+def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, tokenizer: Any = None) -> Any:
     """A model of config's two backbones, frozen, with a new projector; dispatch() must follow."""
-    if config.image_token_id >= (rows := config.text_config.vocab_size):
-        problem = f"{rows} vocabulary rows and none of them is left for <image> (id {config.image_token_id})"
-        raise ValueError(f"{config.text_backbone} has {problem}: give a copy whose embedding is resized")
     dtype = placement.get("dtype")
     dtype = config.dtype or torch.float32 if dtype in (None, "auto") else dtype
     config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -203,7 +199,8 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
     model.lm_head = decoder.get_output_embeddings()
     # Each part was loaded with a config of its own: model and parts must share one.
     model.config.vision_config, model.config.text_config = vision_tower.config, decoder.config
-    model.model.projector = make_projector(config).to(dtype=config.dtype, device=model.lm_head.weight.device)
+    embedding = decoder.get_input_embeddings()
+    model.model.projector = make_projector(config, embedding).to(dtype=config.dtype, device=model.lm_head.weight.device)
     model.model.projector.apply(model._init_weights)
     if quantization is not None:
         del decoder.config.quantization_config  # chosen at each load, and no property of the checkpoint
@@ -211,22 +208,85 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
         if name in vars(decoder):
             setattr(model, name, getattr(decoder, name))
     generation = model.generation_config = GenerationConfig.from_model_config(config.text_config)
-    found = [end_token, generation.eos_token_id, decoder.generation_config.eos_token_id]
+    # Training learns the tokenizer's end token, which the decoder's config may not name.
+    found = [getattr(tokenizer, "eos_token_id", None), generation.eos_token_id, decoder.generation_config.eos_token_id]
     ends = {end: None for some in found for end in (some if isinstance(some, list) else [some]) if end is not None}
     generation.eos_token_id = list(ends) if len(ends) > 1 else next(iter(ends), None)
-    if generation.pad_token_id is None:
-        generation.pad_token_id = min(config.image_token_id + 1, rows - 1)
+    generation.pad_token_id = getattr(tokenizer, "pad_token_id", generation.pad_token_id)
     model.freeze_backbones()
     model.loaded_backbones = sample_backbones(model)
     return model.eval()
 
 
-def make_projector(config: ClipPhiConfig) -> nn.Module:
+def make_projector(config: ClipPhiConfig, embedding: nn.Module) -> nn.Module:
     """Tower width to embedding width: "linear" (LLaVA, arXiv 2304.08485) or "mlp" (LLaVA-1.5, arXiv 2310.03744)."""
-    text_width, bias = config.get_text_config().hidden_size, config.projector_bias
-    linear = nn.Linear(config.vision_config.hidden_size, text_width, bias)  # type: ignore[union-attr]
-    mlp = config.projector_type == "mlp"
+    width, size = getattr(config.vision_config, "hidden_size", None), getattr(config.vision_config, "image_size", 224)
+    if width is None or hasattr(config.vision_config, "depths"):  # each of several stages has another width
+        width = measure_tower(config, *([size] * 2 if isinstance(size, int) else size))[1]
+    text_width, bias = embedding.weight.shape[1], config.projector_bias
+    linear, mlp = nn.Linear(width, text_width, bias), config.projector_type == "mlp"
     return nn.Sequential(linear, nn.GELU(), nn.Linear(text_width, text_width, bias)) if mlp else linear
+
+
+def measure_tower(config: ClipPhiConfig, *size: int) -> tuple[int, int]:
+    """Number and width of the features of an image (height, width), by the tower's forward pass, on no device.
+
+    Raises ValueError for a tower that cannot take such pixels, or has no such features."""
+    try:
+        with torch.device("meta"):
+            tower = AutoModel.from_config(copy.deepcopy(config.vision_config))
+            outputs = tower(torch.empty(1, 3, *size), output_hidden_states=True, return_dict=True)
+            return tuple(select_patches(outputs, config, *size).shape[1:])  # type: ignore[return-value]
+    except Exception as error:  # of the tower's own code
+        kind, reason = config.vision_config.model_type, " ".join(str(error).split())[:200]  # type: ignore[union-attr]
+        raise ValueError(f"towers of the kind {kind!r} are not supported with pixels {size}: {reason}") from error
+
+
+def select_patches(outputs: Any, config: ClipPhiConfig, height: int, width: int) -> torch.Tensor:
+    """Features (images, patches, width) of images of this size, from a tower's hidden state: a map or a sequence.
+
+    Of a sequence, "default" leaves out what precedes one feature for each patch: CLS, registers, or nothing."""
+    features, vision = outputs.hidden_states[config.vision_feature_layer], config.vision_config
+    if features.dim() == 4:  # channels first, or last
+        first = features.shape[1] != features.shape[2] or features.shape[2] == features.shape[3]
+        return (features.movedim(1, -1) if first else features).flatten(1, 2)
+    if config.vision_feature_select_strategy == "full":
+        return features
+    side: Any = vision.patch_size  # type: ignore[union-attr]
+    sides, count = (side, side) if isinstance(side, int) else side, features.shape[1]
+    patches = height // sides[0] * (width // sides[1])
+    if (count < patches and patches % count) or hasattr(vision, "num_detection_tokens"):  # masked; YOLOS
+        raise ValueError(f"its {count} features are not those of {patches} patches after CLS and registers")
+    return features[:, max(0, count - patches) :]  # all, where patches are merged (Swin)
+
+
+class _Output(dict):
+    """Of a decoder's body: any attribute, or None."""
+
+    __getattr__ = dict.get
+
+
+def make_head(config: Any) -> nn.Linear:
+    """A head like the decoder's, with new weights. Raises ValueError if more than a head makes its logits."""
+    with torch.device("meta"):
+        decoder = AutoModelForCausalLM.from_config(config)
+    head, body = decoder.get_output_embeddings(), decoder.base_model
+    ones = nn.Linear(head.in_features, 1, bias=False, device="meta").to_empty(device="cpu")
+    nn.init.ones_(ones.weight)
+    states = torch.full((1, 1, head.in_features), 9.0, device="cpu")
+    decoder.set_output_embeddings(ones)
+    for part in (body, getattr(body, "decoder", body)):
+        part.forward = lambda *inputs, **options: _Output({"last_hidden_state": states, 0: states})
+    try:
+        logits = decoder(torch.zeros((1, 1), dtype=torch.long, device="cpu")).logits
+        plain = torch.equal(logits.float(), ones(states).float())
+    except Exception:  # of layers beside the head, which have no weights here
+        plain = False
+    if not plain:
+        raise ValueError(
+            f"decoders of the kind {config.model_type!r} are not supported: more than a head makes their logits"
+        )
+    return nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
 
 
 def dispatch(model: Any, placement: dict) -> Any:
@@ -285,7 +345,7 @@ def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict
         fields.setdefault(f"{name}_revision", None)  # the checkpoint's commit is one of the other repository
     config.update(fields)
     check_backbones(path, config, hub, other_text="text_backbone" in fields)
-    model = load_backbones(model_class, config, hub, placement, None)
+    model = load_backbones(model_class, config, hub, placement)
     model.config.name_or_path = str(path)
     projector = {f"model.projector.{name}": weight for name, weight in model.model.projector.named_parameters()}
     copy_weights(path, load_file(cached_file(path, "model.safetensors", **own)), projector)

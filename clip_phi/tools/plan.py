@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
+from modeling_clip_phi.backbones import measure_tower
 
 from ..batching.attention import make_pack_layout
 from ..environment import GPUS, Gpu
@@ -58,8 +59,10 @@ class Formula:
         self.hidden, self.inner, self.heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
         self.width, self.vocabulary = linear["self_attn.q_proj"].out_features, model.lm_head.out_features
         self.rotary = int(self.width / self.heads * text.rope_parameters.get("partial_rotary_factor", 1.0))
-        self.patches = (self.vision.image_size // self.vision.patch_size) ** 2
-        self.tower_tokens = self.patches + (config.vision_feature_select_strategy == "default")
+        sides = (self.vision.image_size, self.vision.image_size)
+        self.patches, _ = measure_tower(config, *sides)
+        every = ClipPhiConfig(vision_config=self.vision, text_config=text, vision_feature_select_strategy="full")
+        self.tower_tokens, _ = measure_tower(every, *sides)
         self.projector_sizes = weights(model.model.projector, torch.nn.Linear)
         stage2 = arguments if isinstance(arguments, Stage2Arguments) else None
         self.full = stage2 is not None and stage2.tune_decoder == "full"
