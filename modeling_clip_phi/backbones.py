@@ -228,42 +228,32 @@ def make_projector(config: ClipPhiConfig, embedding: nn.Module) -> nn.Module:
     return nn.Sequential(linear, nn.GELU(), nn.Linear(text_width, text_width, bias)) if mlp else linear
 
 
-def measure_tower(config: ClipPhiConfig, *size: int) -> tuple[int, int]:
-    """Number and width of the features of an image (height, width), by the tower's forward pass, on no device.
-
-    Raises ValueError for a tower that cannot take such pixels, or has no such features."""
+def measure_tower(config: Any, *size: int) -> torch.Size:
+    """Number and width of the features of an image (height, width), by the tower's forward pass, on no device."""
     try:
         with torch.device("meta"):
-            tower = AutoModel.from_config(copy.deepcopy(config.vision_config))
-            outputs = tower(torch.empty(1, 3, *size), output_hidden_states=True, return_dict=True)
-            return tuple(select_patches(outputs, config, *size).shape[1:])  # type: ignore[return-value]
+            tower, pixels = AutoModel.from_config(copy.deepcopy(config.vision_config)), torch.empty(1, 3, *size)
+            return select_patches(tower(pixels, output_hidden_states=True, return_dict=True), config, *size).shape[1:]
     except Exception as error:  # of the tower's own code
-        kind, reason = config.vision_config.model_type, " ".join(str(error).split())[:200]  # type: ignore[union-attr]
-        raise ValueError(f"towers of the kind {kind!r} are not supported with pixels {size}: {reason}") from error
+        what = f"the tower, a {config.vision_config.model_type!r}, with pixels of {size}"
+        raise ValueError(f"{what} is not supported: {' '.join(str(error).split())[:200]}") from error
 
 
-def select_patches(outputs: Any, config: ClipPhiConfig, height: int, width: int) -> torch.Tensor:
-    """Features (images, patches, width) of images of this size, from a tower's hidden state: a map or a sequence.
+def select_patches(outputs: Any, config: Any, height: int, width: int) -> torch.Tensor:
+    """Features (images, patches, width) of a tower's hidden state for pixels of this size: a map, or a sequence.
 
     Of a sequence, "default" leaves out what precedes one feature for each patch: CLS, registers, or nothing."""
     features, vision = outputs.hidden_states[config.vision_feature_layer], config.vision_config
-    if features.dim() == 4:  # channels first, or last
-        first = features.shape[1] != features.shape[2] or features.shape[2] == features.shape[3]
-        return (features.movedim(1, -1) if first else features).flatten(1, 2)
+    if features.dim() == 4:  # channels last, or first
+        last = features.shape[1] == features.shape[2] != features.shape[3]
+        return (features if last else features.movedim(1, -1)).flatten(1, 2)
     if config.vision_feature_select_strategy == "full":
         return features
-    side: Any = vision.patch_size  # type: ignore[union-attr]
-    sides, count = (side, side) if isinstance(side, int) else side, features.shape[1]
-    patches = height // sides[0] * (width // sides[1])
-    if (count < patches and patches % count) or hasattr(vision, "num_detection_tokens"):  # masked; YOLOS
+    rows, columns = [vision.patch_size] * 2 if isinstance(vision.patch_size, int) else vision.patch_size
+    patches, count = height // rows * (width // columns), features.shape[1]
+    if (count < patches and patches % count) or hasattr(vision, "num_detection_tokens"):  # some masked; YOLOS
         raise ValueError(f"its {count} features are not those of {patches} patches after CLS and registers")
     return features[:, max(0, count - patches) :]  # all, where patches are merged (Swin)
-
-
-class _Output(dict):
-    """Of a decoder's body: any attribute, or None."""
-
-    __getattr__ = dict.get
 
 
 def make_head(config: Any) -> nn.Linear:
@@ -271,12 +261,12 @@ def make_head(config: Any) -> nn.Linear:
     with torch.device("meta"):
         decoder = AutoModelForCausalLM.from_config(config)
     head, body = decoder.get_output_embeddings(), decoder.base_model
-    ones = nn.Linear(head.in_features, 1, bias=False, device="meta").to_empty(device="cpu")
-    nn.init.ones_(ones.weight)
+    ones = nn.utils.skip_init(nn.Linear, head.in_features, 1, bias=False, device="cpu").requires_grad_(False)
+    ones.weight.fill_(1.0)
     states = torch.full((1, 1, head.in_features), 9.0, device="cpu")
     decoder.set_output_embeddings(ones)
-    for part in (body, getattr(body, "decoder", body)):
-        part.forward = lambda *inputs, **options: _Output({"last_hidden_state": states, 0: states})
+    found = type("Output", (dict,), {"__getattr__": dict.get})({"last_hidden_state": states, 0: states})
+    body.forward = getattr(body, "decoder", body).forward = lambda *inputs, **options: found
     try:
         logits = decoder(torch.zeros((1, 1), dtype=torch.long, device="cpu")).logits
         plain = torch.equal(logits.float(), ones(states).float())
@@ -284,7 +274,7 @@ def make_head(config: Any) -> nn.Linear:
         plain = False
     if not plain:
         raise ValueError(
-            f"decoders of the kind {config.model_type!r} are not supported: more than a head makes their logits"
+            f"decoders of the kind {config.model_type!r} do more than a head to make logits: not supported"
         )
     return nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
 
