@@ -8,10 +8,9 @@ import hashlib
 import importlib
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -70,8 +69,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         else:
             quantization: Any = copy.copy(kwargs.get("quantization_config"))
             if getattr(quantization, "llm_int8_skip_modules", ...) is None:  # bitsandbytes, for the decoder alone
-                # Compared with the beginning of a module's name, which has no "model." in the headless class.
-                names = ["vision_tower", "projector", "model.vision_tower", "model.projector"]
+                names = ["vision_tower", "projector", "model.vision_tower", "model.projector"]  # with head, without
                 quantization.llm_int8_skip_modules = ["lm_head", *names]
             kwargs |= {"quantization_config": quantization, "output_loading_info": True}
             model, info = super().from_pretrained(path, *model_args, config=config, **kwargs)
@@ -83,14 +81,12 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         """A pretrained tower and a pretrained decoder, frozen, with a new projector between them.
 
         Args:
-            vision, text: Hub id or folder. The text half of a whole CLIP-like checkpoint is not used.
-            vision_revision, text_revision: branch, tag or commit; the config keeps the commit.
+            vision, text: Hub id or folder; text_revision and vision_revision: branch, tag or commit, which is kept.
             image_token_id: by default the tokenizer's "<image>", or the first id after its last token.
             options: HUB_OPTIONS; PLACEMENT (quantization_config is for the decoder alone, attn_implementation may be
                 {"vision_config": ..., "text_config": ...}, dtype is float32 by default); fields of ClipPhiConfig.
 
-        Raises ValueError if a checkpoint lacks weights, or is of a kind that is not supported; TypeError for an unknown
-        option."""
+        Raises ValueError if a checkpoint lacks weights or is not supported; TypeError for an unknown option."""
         hub, placement, _, fields = sort_options(options)
         fields |= find_backbone("vision", vision, vision_revision, hub)
         fields |= find_backbone("text", text, text_revision, hub)
@@ -129,7 +125,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         Raises ValueError if a delta would lose weights that are trainable or have changed since loading, or if a
         quantised decoder, or an adapter other than plain LoRA, would have to be merged."""
         adapted = bool(getattr(self, "_hf_peft_config_loaded", False))  # transformers would save an adapter alone
-        own = {"_hf_peft_config_loaded": False} | ({"_weight_conversions": None} if adapted else {})
+        own: dict[str, Any] = {"_hf_peft_config_loaded": False} | ({"_weight_conversions": None} if adapted else {})
         fields: dict[str, Any] = {"delta": False, "adapter": None}
         if not self.config.delta if merged is None else merged:
             if getattr(self, "hf_quantizer", None) is not None:
@@ -153,7 +149,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             state = {name: value for name, value in state.items() if name.startswith("model.projector.")}
             fields = {"delta": True, "adapter": "adapter" if adapted else None}
             own["hf_quantizer"] = None
-        with temporarily(self.config, **fields), temporarily(self, **own):
+        with patch.multiple(self.config, create=True, **fields), patch.multiple(self, create=True, **own):
             return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, merged: bool | None = None, **kwargs: Any) -> Any:
@@ -162,7 +158,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         for part in local_parts(self.config) if delta else []:
             problem = f"the {part} backbone is a local folder, {getattr(self.config, f'{part}_backbone')}"
             raise ValueError(f"{problem}, and nobody else could load a delta of it: push_to_hub(..., merged=True)")
-        with temporarily(self.config, delta=delta):
+        with patch.object(self.config, "delta", delta):
             return super().push_to_hub(repo_id, **kwargs)
 
 
@@ -184,12 +180,9 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, to
         options["attn_implementation"] = attention.get(f"{part}_config") if isinstance(attention, dict) else attention
         options |= {"device_map": device_map, "quantization_config": quantization if part == "text" else None}
         # transformers would report each weight of a CLIP's unused text half.
-        with temporarily(logging.getLogger("transformers.modeling_utils"), disabled=part == "vision"):
+        with patch.object(logging.getLogger("transformers.modeling_utils"), "disabled", part == "vision"):
             model, info = auto_class.from_pretrained(path, output_loading_info=True, **options, **hub)
         refuse_missing(path, info["missing_keys"])
-        unused = [name for name in info["unexpected_keys"] if not name.startswith(("text_", "visual_proj", "logit_"))]
-        if unused and part == "vision":
-            logging.getLogger(__name__).warning("%s: weights that are not used: %s", path, sorted(unused))
         loaded.append(model)
     vision_tower, decoder = loaded
     with torch.device("meta"):
@@ -199,9 +192,8 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, to
     model.lm_head = decoder.get_output_embeddings()
     # Each part was loaded with a config of its own: model and parts must share one.
     model.config.vision_config, model.config.text_config = vision_tower.config, decoder.config
-    embedding = decoder.get_input_embeddings()
-    model.model.projector = make_projector(config, embedding).to(dtype=config.dtype, device=model.lm_head.weight.device)
-    model.model.projector.apply(model._init_weights)
+    projector = model.model.projector = make_projector(config, decoder.get_input_embeddings())
+    projector.to(dtype=config.dtype, device=model.lm_head.weight.device).apply(model._init_weights)
     if quantization is not None:
         del decoder.config.quantization_config  # chosen at each load, and no property of the checkpoint
     for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
@@ -218,7 +210,7 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, to
     return model.eval()
 
 
-def make_projector(config: ClipPhiConfig, embedding: nn.Module) -> nn.Module:
+def make_projector(config: Any, embedding: nn.Module) -> nn.Module:
     """Tower width to embedding width: "linear" (LLaVA, arXiv 2304.08485) or "mlp" (LLaVA-1.5, arXiv 2310.03744)."""
     width, size = getattr(config.vision_config, "hidden_size", None), getattr(config.vision_config, "image_size", 224)
     if width is None or hasattr(config.vision_config, "depths"):  # each of several stages has another width
@@ -232,51 +224,28 @@ def measure_tower(config: Any, *size: int) -> torch.Size:
     """Number and width of the features of an image (height, width), by the tower's forward pass, on no device."""
     try:
         with torch.device("meta"):
-            tower, pixels = AutoModel.from_config(copy.deepcopy(config.vision_config)), torch.empty(1, 3, *size)
+            tower, pixels = AutoModel.from_config(copy.deepcopy(config.vision_config)).eval(), torch.empty(1, 3, *size)
             return select_patches(tower(pixels, output_hidden_states=True, return_dict=True), config, *size).shape[1:]
     except Exception as error:  # of the tower's own code
-        what = f"the tower, a {config.vision_config.model_type!r}, with pixels of {size}"
-        raise ValueError(f"{what} is not supported: {' '.join(str(error).split())[:200]}") from error
+        what, reason = f"the tower, a {config.vision_config.model_type!r}", " ".join(str(error).split())[:200]
+        raise ValueError(f"{what}, is not supported with pixels of {size}: {reason}") from error
 
 
 def select_patches(outputs: Any, config: Any, height: int, width: int) -> torch.Tensor:
-    """Features (images, patches, width) of a tower's hidden state for pixels of this size: a map, or a sequence.
+    """Features (images, patches, width) of a tower's hidden state, a map or a sequence, for pixels of this size.
 
     Of a sequence, "default" leaves out what precedes one feature for each patch: CLS, registers, or nothing."""
-    features, vision = outputs.hidden_states[config.vision_feature_layer], config.vision_config
-    if features.dim() == 4:  # channels last, or first
-        last = features.shape[1] == features.shape[2] != features.shape[3]
-        return (features if last else features.movedim(1, -1)).flatten(1, 2)
+    states, vision = outputs.hidden_states[config.vision_feature_layer], config.vision_config
+    if states.dim() == 4:  # channels last, or first
+        last = states.shape[1] == states.shape[2] != states.shape[3]
+        return (states if last else states.movedim(1, -1)).flatten(1, 2)
     if config.vision_feature_select_strategy == "full":
-        return features
+        return states
     rows, columns = [vision.patch_size] * 2 if isinstance(vision.patch_size, int) else vision.patch_size
-    patches, count = height // rows * (width // columns), features.shape[1]
+    patches, count = height // rows * (width // columns), states.shape[1]
     if (count < patches and patches % count) or hasattr(vision, "num_detection_tokens"):  # some masked; YOLOS
         raise ValueError(f"its {count} features are not those of {patches} patches after CLS and registers")
-    return features[:, max(0, count - patches) :]  # all, where patches are merged (Swin)
-
-
-def make_head(config: Any) -> nn.Linear:
-    """A head like the decoder's, with new weights. Raises ValueError if more than a head makes its logits."""
-    with torch.device("meta"):
-        decoder = AutoModelForCausalLM.from_config(config)
-    head, body = decoder.get_output_embeddings(), decoder.base_model
-    ones = nn.utils.skip_init(nn.Linear, head.in_features, 1, bias=False, device="cpu").requires_grad_(False)
-    ones.weight.fill_(1.0)
-    states = torch.full((1, 1, head.in_features), 9.0, device="cpu")
-    decoder.set_output_embeddings(ones)
-    found = type("Output", (dict,), {"__getattr__": dict.get})({"last_hidden_state": states, 0: states})
-    body.forward = getattr(body, "decoder", body).forward = lambda *inputs, **options: found
-    try:
-        logits = decoder(torch.zeros((1, 1), dtype=torch.long, device="cpu")).logits
-        plain = torch.equal(logits.float(), ones(states).float())
-    except Exception:  # of layers beside the head, which have no weights here
-        plain = False
-    if not plain:
-        raise ValueError(
-            f"decoders of the kind {config.model_type!r} do more than a head to make logits: not supported"
-        )
-    return nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
+    return states[:, max(0, count - patches) :]  # all, where patches are merged (Swin)
 
 
 def dispatch(model: Any, placement: dict) -> Any:
@@ -415,17 +384,6 @@ def is_same(old: torch.Tensor | None, new: torch.Tensor | None) -> bool:
     if old is None or new is None:
         return new is None
     return any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in (old.dtype, torch.bfloat16, torch.float16))
-
-
-@contextmanager
-def temporarily(target: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of an object until the end of the block; one that was absent is None then."""
-    before = {name: getattr(target, name, None) for name in values}
-    try:
-        vars(target).update(values)
-        yield
-    finally:
-        vars(target).update(before)
 
 
 def adapter_weights(model: Any, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, GenerationMixin
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
-from .backbones import ClipPhiPreTrainedModel, make_head, make_projector, select_patches
+from .backbones import ClipPhiPreTrainedModel, make_projector, select_patches
 from .configuration_clip_phi import IGNORE_INDEX, ClipPhiConfig
+
+SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of configs, for logits after the head
 
 
 class ClipPhiModel(ClipPhiPreTrainedModel):
@@ -25,6 +27,12 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.projector = make_projector(config, self.get_input_embeddings())
         self.post_init()
+
+    def train(self, mode: bool = True) -> "ClipPhiModel":
+        """torch's; but a frozen tower stays in eval mode, with its batch norms and drop paths."""
+        super().train(mode)
+        self.vision_tower.train(mode and any(weight.requires_grad for weight in self.vision_tower.parameters()))
+        return self
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> Any:
@@ -121,8 +129,8 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             if attention not in ("sdpa", "eager"):
                 raise ValueError(f"attention {attention!r} takes no mask of four dimensions: use 'sdpa' or 'eager'")
             if attention == "eager":  # adds the mask to the scores
-                scores = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype)
-                attention_mask = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+                least = torch.finfo(inputs_embeds.dtype).min
+                attention_mask = torch.where(attention_mask, 0.0, least).to(inputs_embeds.dtype)
         return self.language_model(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
 
 
@@ -135,7 +143,14 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
     def __init__(self, config: ClipPhiConfig):
         super().__init__(config)
         self.model = ClipPhiModel(config)
-        self.lm_head = make_head(config.text_config)
+        # phi-2's head has a bias, most decoders' heads have none: ask the decoder's own class.
+        with torch.device("meta"):
+            whole: Any = AutoModelForCausalLM.from_config(config.text_config)
+        head, parts, text = whole.get_output_embeddings(), list(whole.children()), whole.config
+        if head not in parts or len(parts) > 2 or any(getattr(text, each, 1) not in (None, 1) for each in SCALES):
+            what = f"decoders of the kind {text.model_type!r} are not supported"
+            raise ValueError(f"{what}: more than a head makes their logits")
+        self.lm_head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
         decoder = self.model.language_model
         embeddings = next(name for name, part in decoder.named_modules() if part is decoder.get_input_embeddings())
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{embeddings}.weight"}
@@ -186,7 +201,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             loss = self._loss(hidden_states[supervised], shift_labels[supervised], **kwargs)
         logits = None if skip_logits else self.lm_head(hidden_states)
         if logits is not None and (rowless := self.config.image_token_id + 2 - logits.shape[-1]) > 0:
-            # So that generate's logits processors find every id of a prompt; none of these is ever generated.
+            # generate's logits processors look up each id of a prompt; none of these is ever generated
             logits = nn.functional.pad(logits, (0, rowless), value=torch.finfo(logits.dtype).min)
         # The cache has another name from transformers 5.24 on.
         fields = {name: outputs[name] for name in outputs if name in CausalLMOutputWithPast.__dataclass_fields__}

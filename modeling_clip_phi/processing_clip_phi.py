@@ -56,12 +56,15 @@ class ClipPhiProcessor(ProcessorMixin):
         if (count := tokenizer.vocab_size) > (rows := read_config("text", text, text_revision, hub).vocab_size):
             raise ValueError(f"the tokenizer of {text} has {count} tokens, and its embedding {rows} rows")
         # The PIL backend gives the same pixels everywhere, whether torchvision is installed or not.
-        options = {"backend": "pil", "revision": vision_revision or "main", **hub}
-        image_processor = AutoImageProcessor.from_pretrained(vision, **options)
-        wide, high = (torch.zeros((3, *size), dtype=torch.uint8) for size in ((90, 120), (120, 90)))
-        shape, other = (image_processor(each, return_tensors="pt")["pixel_values"].shape for each in (wide, high))
+        image_processor = AutoImageProcessor.from_pretrained(
+            vision, backend="pil", revision=vision_revision or "main", **hub
+        )
+        images = (torch.zeros((3, *size), dtype=torch.uint8) for size in ((90, 120), (120, 90)))
+        shape, other = (tuple(image_processor(each, return_tensors="pt")["pixel_values"].shape) for each in images)
         if shape != other or len(shape) != 4:
-            raise ValueError(f"{vision}: its image processor gives no fixed size, but {(*shape,)} and {(*other,)}")
+            raise ValueError(
+                f"{vision}: its image processor gives pixels of shape {shape} and {other}, not of one fixed size"
+            )
         config = ClipPhiConfig(vision_config=read_config("vision", vision, vision_revision, hub), **fields)
         count, _ = measure_tower(config, *shape[2:])
         return cls(image_processor, add_special_tokens(tokenizer), num_image_tokens=count)
