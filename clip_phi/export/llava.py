@@ -24,7 +24,12 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     {"files", "largest_difference"}: of the logits for a random image, after reading back. Raises ValueError if the
     decoder's head has a bias, as in phi-2; Llava's head has none."""
     config: Any = model.config
-    _refuse_other_decoders(model, "Llava")
+    _refuse_no_row(model, "Llava")
+    if model.lm_head.bias is not None:
+        problem = f"Llava's head has no bias, and this decoder's head ({config.text_config.model_type}) has one"
+        raise ValueError(f"{problem}, so the logits would be wrong: use --to vllm or --to gguf, which have it")
+    if config.projector_type == "norm_mlp":
+        raise ValueError("Llava has no projector with a norm: use the model as it is, or --to vllm")
     # Llava's "default" drops one feature before the patches, whatever it is.
     sizes = [measure_tower(_with_strategy(config, each), *[config.vision_config.image_size] * 2) for each in STRATEGIES]
     extra, strategy = sizes[1][0] - sizes[0][0], config.vision_feature_select_strategy
@@ -77,9 +82,8 @@ def export_vllm(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: 
     """Write a merged model whose AutoModel has no head, as vLLM's backend needs it; elsewhere it is the class with
     generate.
 
-    Returns {"files", "largest_difference"}: of the hidden states for a random image, after reading back. Raises
-    ValueError if the decoder's head has a bias, as in phi-2; that backend creates a head without one."""
-    _refuse_other_decoders(model, "vLLM's backend")
+    Returns {"files", "largest_difference"}: of the hidden states for a random image, after reading back."""
+    _refuse_no_row(model, "vLLM")
     model.save_pretrained(folder, merged=True)
     processor.save_pretrained(folder)
     path = folder / "config.json"
@@ -99,17 +103,10 @@ def _with_strategy(config: ClipPhiConfig, strategy: str) -> ClipPhiConfig:
     return changed
 
 
-def _refuse_other_decoders(model: Any, where: str) -> None:
+def _refuse_no_row(model: Any, where: str) -> None:
     if model.config.image_token_id >= (rows := model.config.text_config.vocab_size):
-        raise ValueError(
-            f"{where} looks up <image>, which has no row of the embedding: load the model, "
-            f"resize_token_embeddings({rows + 8}), and save_pretrained(FOLDER, merged=True)"
-        )
-    if model.lm_head.bias is not None:
-        raise ValueError(
-            f"{where} has no bias in its head, and this decoder's head ({model.config.text_config.model_type}) has "
-            "one, so the logits would be wrong: use the model as it is, or --to gguf"
-        )
+        way_out = f"load the model, resize_token_embeddings({rows + 8}), and save_pretrained(FOLDER, merged=True)"
+        raise ValueError(f"{where} looks up <image>, which has no row of the embedding: {way_out}")
 
 
 def _compare(model: Any, read_back: Any, processor: ClipPhiProcessor, folder: Path, what: str) -> dict[str, Any]:

@@ -229,7 +229,9 @@ class Stage1Arguments(TrainingArguments):
     vision_revision: str | None = _option(None, "branch, tag or commit of --vision_backbone; its commit is pinned")
     text_backbone: str = _option(TEXT_BACKBONE, "Hub id or folder of the decoder")
     text_revision: str | None = _option(None, "branch, tag or commit of --text_backbone; its commit is pinned")
-    projector_type: Literal["linear", "mlp"] = _option("linear", "projector of one layer, or two with GELU between")
+    projector_type: Literal["linear", "mlp", "norm_mlp"] = _option(
+        "linear", "projector of one layer; of two with GELU between; or of one layer, a norm and two more"
+    )
     vision_feature_layer: int = _option(
         -2, "hidden state of the tower that the projector gets: 0 is the embedding, -1 the last layer's"
     )
