@@ -316,9 +316,13 @@ def run(families: list[str] | None = None) -> dict[str, dict[str, Any]]:
     return found
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", metavar="FILE", required=True, help="file for the results")
-    parser.add_argument("--families", nargs="*", help="some families only")
-    options = parser.parse_args()
+    parser.add_argument("--families", nargs="*", metavar="NAME", help="these families only")
+    options = parser.parse_args(argv)
     Path(options.json).write_text(json.dumps(run(options.families), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
