@@ -36,7 +36,6 @@ CHANGED = torch.tensor(torch.nan)  # equal to nothing
 class ClipPhiPreTrainedModel(PreTrainedModel):
     """Loading and saving; modeling_clip_phi.py has the forward passes."""
 
-    config_class = ClipPhiConfig
     config: ClipPhiConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -171,8 +170,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
 
 def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, tokenizer: Any = None) -> Any:
     """A model of config's two backbones, frozen, with a new projector; dispatch() must follow."""
-    dtype = placement.get("dtype")
-    dtype = config.dtype or torch.float32 if dtype in (None, "auto") else dtype
+    dtype = config.dtype or torch.float32 if (given := placement.get("dtype")) in (None, "auto") else given
     config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     quantization, attention = placement.get("quantization_config"), placement.get("attn_implementation")
     device_map: Any = placement.get("device_map")
@@ -321,8 +319,8 @@ def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict
     copy_weights(path, {name: found[name] for name in found if "lora_" not in name}, projector, missing)
     if (folder := config.adapter) is not None:
         peft = import_optional("peft", f"{path} holds a LoRA adapter")
-        adapter_file = Path(str(cached_file(path, f"{folder}/adapter_config.json", **own)))
-        adapter_config = peft.PeftConfig.from_pretrained(str(adapter_file.parent))
+        adapter_file = cached_file(path, f"{folder}/adapter_config.json", **own)
+        adapter_config = peft.PeftConfig.from_pretrained(str(Path(adapter_file).parent))
         adapter_config.inference_mode = True  # frozen
         model.add_adapter(adapter_config)
         found = load_file(cached_file(path, f"{folder}/adapter_model.safetensors", **own))

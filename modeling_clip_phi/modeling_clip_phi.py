@@ -54,8 +54,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         return outputs, select_patches(outputs, self.config, *pixel_values.shape[2:])
 
     def _project(self, features: torch.Tensor) -> torch.Tensor:
-        # Training may hold the projector in fp32 and the frozen parts in bf16.
-        return self.projector(features.to(next(self.projector.parameters()).dtype))
+        return self.projector(features.to(next(self.projector.parameters()).dtype))  # which may be fp32 in training
 
     def get_placeholder_mask(self, input_ids: Any, inputs_embeds: torch.Tensor, image_features: torch.Tensor) -> Any:
         """Where image_features, float (images * patches, text hidden), go: bool (batch, sequence, 1).
@@ -211,18 +210,36 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         return ids, kwargs | {"mm_encoder_outputs": outputs}
 
     def _loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Cross-entropy of (supervised, text hidden) with int (supervised,); several chunks are recomputed backward."""
+        """Cross-entropy of (supervised, text hidden) with int (supervised,), in chunks of max_logits."""
         head, size = self.lm_head, max(1, self.max_logits // self.lm_head.out_features)
-        kwargs |= {"vocab_size": head.out_features, "labels": None}
+        count = len(labels) if (given := kwargs.get("num_items_in_batch")) is None else given
+        own_loss = "_loss_function" in vars(self) or "ignore_index" in kwargs
+        hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)  # sharded or offloaded
+        frozen = type(head) is nn.Linear and not any(each.requires_grad for each in head.parameters())
+        if hidden_states.requires_grad and frozen and not (own_loss or hooked):
+            return self._frozen_head_loss(hidden_states, labels, size) / count
+        kwargs |= {"vocab_size": head.out_features, "labels": None, "num_items_in_batch": count}
 
         def of_chunk(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             return self.loss_function(logits=head(states), shift_labels=labels, **kwargs)
 
         if len(labels) <= size:
             return of_chunk(hidden_states, labels)
-        kwargs["num_items_in_batch"] = kwargs.get("num_items_in_batch") or len(labels)
         chunks = zip(hidden_states.split(size), labels.split(size), strict=True)
-        return sum(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks)
+        return sum(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks)  # computed again backward
+
+    def _frozen_head_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, size: int) -> torch.Tensor:
+        """The summed cross-entropy, computed with its gradient: no logits are kept, and none are computed twice."""
+        weight, loss, gradients = self.lm_head.weight, labels.new_zeros((), dtype=torch.float32), []
+        for states, targets in zip(hidden_states.detach().split(size), labels[:, None].split(size), strict=True):
+            logits = self.lm_head(states).float()
+            highest, right = logits.amax(1, keepdim=True), logits.gather(1, targets)
+            sums = logits.sub_(highest).exp_().sum(1, keepdim=True)
+            loss += (highest + sums.log() - right).sum()
+            gradients.append(torch.matmul(logits.to(weight.dtype), weight) / sums - weight[targets.squeeze(1)])
+            del logits  # before the next are made
+        carrier = (hidden_states * torch.cat(gradients)).sum()  # has this gradient
+        return loss + (carrier - carrier.detach())
 
 
 def select_positions(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

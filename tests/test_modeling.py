@@ -10,7 +10,9 @@ import torch
 from conftest import TEXT, VISION, save_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -24,6 +26,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers import logging as transformers_logging
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import find_labels
 
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiModel, ClipPhiProcessor
@@ -206,6 +209,131 @@ def test_loss_in_chunks_equals_the_loss_at_once_and_never_holds_more_logits(chun
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert (gradient - expected_gradient).norm() / expected_gradient.norm() < 1e-5
     assert max(sizes) == chunk and sum(sizes) == 2 * 8  # once forwards, and again for the backward pass
+
+
+class Largest(TorchDispatchMode):
+    """Records the rows of every tensor as wide as the vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        wide = isinstance(result, torch.Tensor) and result.shape[1:] == (TEXT["vocab_size"],)
+        if wide and function.__name__ != "t.default":  # the transposed weight
+            self.rows.append((function.__name__, len(result)))
+        return result
+
+
+@pytest.fixture
+def frozen_head(fresh_model):
+    """A model with a head of random weights and bias, hidden states, and labels of which some are ignored."""
+    generator = torch.Generator().manual_seed(5)
+    head = fresh_model.lm_head
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / 4)
+        head.bias.copy_(torch.randn(head.bias.shape, generator=generator))
+    hidden_states = torch.randn(2, 9, head.in_features, generator=generator, requires_grad=True)
+    labels = torch.randint(0, head.out_features, (2, 9), generator=generator)
+    labels[0, :3] = labels[1, 4] = -100
+    return fresh_model.train(), hidden_states, labels
+
+
+def loss_of(model, hidden_states, labels, **options):
+    """The model's loss of the hidden states of its decoder."""
+    model.model.language_model.forward = lambda **inputs: BaseModelOutputWithPast(hidden_states)
+    input_ids = torch.zeros(labels.shape, dtype=torch.long)
+    return model(input_ids=input_ids, shift_labels=labels, **options).loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_items", [None, 40, torch.tensor(40)])
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_a_frozen_head_gives_the_loss_and_gradient_of_plain_cross_entropy(chunk, num_items, dtype, frozen_head):
+    model, hidden_states, labels = frozen_head
+    model.max_logits = chunk * TEXT["vocab_size"]
+    head, flat = model.lm_head, labels.flatten()
+
+    def plain(dtype):
+        logits = linear(hidden_states.to(dtype), head.weight.to(dtype), head.bias.to(dtype)).flatten(0, 1)
+        summed = cross_entropy(
+            logits.to(max(dtype, torch.float32, key=lambda each: each.itemsize)), flat, reduction="sum"
+        )
+        loss = summed / (14 if num_items is None else num_items)
+        return loss, torch.autograd.grad(3 * loss, hidden_states)[0]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = loss_of(model, hidden_states, labels, num_items_in_batch=num_items)
+    (gradient,) = torch.autograd.grad(3 * loss, hidden_states)  # scaled, as by a loss scaler or by several processes
+    assert gradient.dtype == hidden_states.dtype and not gradient[labels == -100].any()
+    (_, exact_gradient), (usual, usual_gradient) = plain(torch.float64), plain(dtype)
+    torch.testing.assert_close(loss, usual, rtol=1e-6, atol=0)
+    error, usual_error = ((each - exact_gradient).norm() / exact_gradient.norm() for each in (gradient, usual_gradient))
+    assert error < 1e-6 if dtype == torch.float32 else error < 1.1 * usual_error
+
+
+def test_a_frozen_head_computes_each_logit_once_and_keeps_none(frozen_head):
+    model, hidden_states, labels = frozen_head
+    model.max_logits = 5 * TEXT["vocab_size"]
+    with Largest() as seen:
+        loss = loss_of(model, hidden_states, labels)
+    assert max(rows for _, rows in seen.rows) == 5
+    assert sum(rows for name, rows in seen.rows if "addmm" in name) == 14
+    with Largest() as seen:
+        loss.backward()
+    assert seen.rows == []
+
+
+@pytest.mark.parametrize("kind", ["trained", "trained bias", "with a hook", "another loss", "another index"])
+def test_another_head_or_loss_is_called_as_it_is(kind, frozen_head):
+    model, hidden_states, labels = frozen_head
+    model.max_logits = 5 * TEXT["vocab_size"]
+    head, (expected,) = model.lm_head, torch.autograd.grad(loss_of(*frozen_head), hidden_states)
+    calls, options = [], {}
+    if "trained" in kind:
+        (head.bias if "bias" in kind else head.weight).requires_grad_()
+    elif kind == "another index":
+        labels[0, 5] = -1
+        expected[0, 5], options = 0, {"ignore_index": -1, "num_items_in_batch": 14}
+    elif kind == "with a hook":
+        head.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    else:
+        plain = model.loss_function
+        model.loss_function = lambda **inputs: calls.append(len(inputs["shift_labels"])) or 2 * plain(**inputs)
+    loss_of(model, hidden_states, labels, **options).backward()
+    factor = 2 if kind == "another loss" else 1
+    torch.testing.assert_close(hidden_states.grad, factor * expected, rtol=1e-5, atol=1e-7)
+    assert sorted(calls) == ([4, 4, 5, 5, 5, 5] if kind in ("with a hook", "another loss") else [])
+    if "trained" in kind:
+        plain = cross_entropy(head(hidden_states.detach()).flatten(0, 1), labels.flatten(), ignore_index=-100)
+        (trained,) = (each for each in head.parameters() if each.requires_grad)
+        (gradient,) = torch.autograd.grad(plain, trained)
+        torch.testing.assert_close(trained.grad, gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("around", ["checkpoint", "compile"])
+def test_a_frozen_head_can_be_checkpointed_and_compiled(around, frozen_head):
+    model, hidden_states, labels = frozen_head
+    model.max_logits = 5 * TEXT["vocab_size"]
+    flat, targets = hidden_states[labels != -100], labels[labels != -100]
+    expected = model._loss(flat, targets)
+    (gradient,) = torch.autograd.grad(expected, hidden_states, retain_graph=True)
+    if around == "compile":
+        loss = torch.compile(model._loss, backend="aot_eager")(flat, targets)
+    else:
+        loss = checkpoint(lambda states: model._loss(2 * states / 2, targets), flat, use_reentrant=False)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden_states)[0], gradient, rtol=1e-6, atol=1e-8)
+
+
+def test_a_frozen_head_computes_no_gradient_that_is_not_wanted(frozen_head):
+    model, hidden_states, labels = frozen_head
+    expected = loss_of(*frozen_head)
+    with torch.no_grad(), Largest() as seen:
+        loss = loss_of(*frozen_head)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)
+    assert not loss.requires_grad and not any("exp_" in name for name, _ in seen.rows)
 
 
 def test_logits_to_keep_names_positions(model, inputs):

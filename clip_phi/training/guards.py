@@ -81,7 +81,7 @@ class NonFiniteGuard:
         ranks.wait_for_everyone()
         if self.nan_policy == "stop":
             raise ValueError(message + ". --nan_policy skip leaves such steps out")
-        self.log(f"{message}. It is left out")
+        self.log(plain(f"{message}. It is left out"))
 
     def spikes_at(self, loss: float) -> bool:
         """Whether a loss exceeds the mean of those before it by six standard deviations and by half of the mean."""
