@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install demo test test-demo test-full-size test-export test-oldest test-main test-oracle test-speech test-browser \
-	test-backbones test-benchmarks test-load test-trl lint format bench clean
+	test-backbones test-benchmarks test-load test-gpu test-trl lint format bench clean
 
 install: .venv/installed
 
@@ -110,6 +110,10 @@ test-backbones: install
 
 test-load: install
 	$(BIN)/python -m pytest -m load $(ARGS)
+
+# On a machine with a CUDA device; without one, all of it is skipped.
+test-gpu: install
+	CLIP_PHI_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -108,7 +108,8 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             patches = encoded["image"].pooler_output if encoded else self._project(vision_features)
             image_features = torch.cat(list(patches)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+            rows = (mask.flatten().cumsum(0) - 1).clamp(0)  # masked_scatter's backward makes the host wait for the GPU
+            inputs_embeds = torch.where(mask, image_features[rows].view_as(inputs_embeds), inputs_embeds)
         elif self.training and torch.is_grad_enabled():  # DDP needs a gradient of every trained weight
             width = next(self.projector.parameters()).shape[1]
             nothing = self._project(inputs_embeds.new_zeros(1, width)).sum() * 0
@@ -117,10 +118,8 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         if "pack_layout" in kwargs:
             if not attention.endswith("_packed"):
                 raise ValueError(f"{attention!r} attention takes no packs: set_attn_implementation('clip_phi_packed')")
-            # With any mask of four dimensions the decoder does not make one of its own, of tokens x tokens.
-            attention_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=inputs_embeds.device)
-        # A static cache gives decoders with several kinds of layers a dict of masks that need no change.
-        elif getattr(attention_mask, "ndim", 0) == 4 and attention_mask.dtype == torch.bool:
+            attention_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=inputs_embeds.device)  # or it makes one
+        elif getattr(attention_mask, "ndim", 0) == 4 and attention_mask.dtype == torch.bool:  # of a cache: a dict
             if attention not in ("sdpa", "eager"):
                 raise ValueError(f"attention {attention!r} takes no mask of four dimensions: use 'sdpa' or 'eager'")
             if attention == "eager":  # adds the mask to the scores
@@ -186,14 +185,14 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             shift_labels = select_positions(shifted.unsqueeze(-1), logits_to_keep).squeeze(-1)
         skip_logits = self.training and shift_labels is not None if skip_logits is None else skip_logits
         if shift_labels is not None:
-            shift_labels = shift_labels.to(hidden_states.device)
-            supervised = (shift_labels != IGNORE_INDEX) & (shift_labels != self.config.image_token_id)
-            loss = self._loss(hidden_states[supervised], shift_labels[supervised], **kwargs)
+            states, targets = hidden_states.flatten(0, 1), shift_labels.to(hidden_states.device).flatten()
+            learnt = (targets != IGNORE_INDEX) & (targets != self.config.image_token_id)
+            kept: Any = slice(None) if labels is None else learnt  # a mask makes the host wait
+            loss = self._loss(states[kept], targets[kept], **kwargs)
         logits = None if skip_logits else self.lm_head(hidden_states)
         if logits is not None and (rowless := self.config.image_token_id + 2 - logits.shape[-1]) > 0:
             # generate's logits processors look up each id of a prompt; none of these is ever generated
             logits = nn.functional.pad(logits, (0, rowless), value=torch.finfo(logits.dtype).min)
-        # The cache has another name from transformers 5.24 on.
         fields = {name: outputs[name] for name in outputs if name in CausalLMOutputWithPast.__dataclass_fields__}
         return CausalLMOutputWithPast(**fields | {"loss": loss, "logits": logits})
 
@@ -212,7 +211,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
     def _loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Cross-entropy of (supervised, text hidden) with int (supervised,), in chunks of max_logits."""
         head, size = self.lm_head, max(1, self.max_logits // self.lm_head.out_features)
-        count = len(labels) if (given := kwargs.get("num_items_in_batch")) is None else given
+        count = (labels != IGNORE_INDEX).sum() if (given := kwargs.get("num_items_in_batch")) is None else given
         own_loss = "_loss_function" in vars(self) or "ignore_index" in kwargs
         hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)  # sharded or offloaded
         frozen = type(head) is nn.Linear and not any(each.requires_grad for each in head.parameters())
@@ -232,11 +231,12 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         """The summed cross-entropy, computed with its gradient: no logits are kept, and none are computed twice."""
         weight, loss, gradients = self.lm_head.weight, labels.new_zeros((), dtype=torch.float32), []
         for states, targets in zip(hidden_states.detach().split(size), labels[:, None].split(size), strict=True):
-            logits = self.lm_head(states).float()
+            valid, targets, logits = targets != IGNORE_INDEX, targets.clamp(0), self.lm_head(states).float()
             highest, right = logits.amax(1, keepdim=True), logits.gather(1, targets)
             sums = logits.sub_(highest).exp_().sum(1, keepdim=True)
-            loss += (highest + sums.log() - right).sum()
-            gradients.append(torch.matmul(logits.to(weight.dtype), weight) / sums - weight[targets.squeeze(1)])
+            loss += ((highest + sums.log() - right) * valid).sum()
+            means = torch.matmul(logits.to(weight.dtype), weight) / sums
+            gradients.append((means - weight[targets.squeeze(1)]) * valid)
             del logits  # before the next are made
         carrier = (hidden_states * torch.cat(gradients)).sum()  # has this gradient
         return loss + (carrier - carrier.detach())
