@@ -32,7 +32,8 @@ GROUPS = {
     "run": "stage config output_dir resume_from_checkpoint seed debug",
     "data": "data eval_data holdout_images max_eval_images max_length max_bad_fraction dataloader_num_workers "
     "image_processing cache_features",
-    "model": "vision_backbone text_backbone vision_revision text_revision projector_type init_from tune_decoder "
+    "model": "vision_backbone text_backbone vision_revision text_revision projector_type vision_feature_layer "
+    "vision_feature_select_strategy init_from tune_decoder "
     "lora_r lora_alpha lora_dropout lora_targets quantization merged caption_instruction",
     "batches": "per_device_train_batch_size max_tokens_per_batch tokens_per_optimizer_step gradient_accumulation_steps "
     "num_train_epochs max_steps captions_per_image per_device_eval_batch_size",
@@ -255,6 +256,12 @@ class Stage1Arguments(TrainingArguments):
     text_revision: str | None = _option(None, "branch, tag or commit of --text_backbone; its commit is pinned")
     projector_type: Literal["linear", "mlp", "norm_mlp"] = _option(
         "linear", "projector of one layer; of two with GELU between; or of one layer, a norm and two more"
+    )
+    vision_feature_layer: int = _option(
+        -2, "hidden state of the tower that the projector gets: 0 is the embedding, -1 the last layer's"
+    )
+    vision_feature_select_strategy: Literal["default", "full"] = _option(
+        "default", "features of that layer: the patches alone, or CLS and registers too"
     )
     data: list[str] = _default(
         "data", ["coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"]

@@ -32,7 +32,13 @@ def load_processor(arguments: TrainingArguments) -> ClipPhiProcessor:
     names, revisions = _origins(arguments)
     load = ClipPhiProcessor.from_backbones if revisions else ClipPhiProcessor.from_pretrained
     with _named_weights(names):
-        return load_with_retries(load, *names, **revisions)
+        return load_with_retries(load, *names, **revisions, **_features(arguments))
+
+
+def _features(arguments: TrainingArguments) -> dict[str, Any]:
+    """The fields of ClipPhiConfig that say which features of the tower are used."""
+    names = ("vision_feature_layer", "vision_feature_select_strategy")
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
 def _origins(arguments: TrainingArguments) -> tuple[list[str], dict[str, str | None]]:
@@ -55,6 +61,7 @@ def load_model(
     with _named_weights(names):
         if isinstance(arguments, Stage1Arguments):
             own = {"image_token_id": processor.image_token_id, "projector_type": arguments.projector_type}
+            own |= _features(arguments)
             model = load_with_retries(ClipPhiForCausalLM.from_backbones, *names, **revisions, **own, dtype=dtype)
         else:
             assert isinstance(arguments, Stage2Arguments)
