@@ -45,7 +45,7 @@ MULTIPLE_CHOICE = re.compile("choices?|options?")
 IMAGE_LIKE = re.compile(r"(^|_)(im(age|g)s?|photos?|pictures?|frames?)(_(path|file|name|url|0|1))?$")
 OTHER_MEDIA = re.compile("(video|audio)s?(_|$)")
 OTHER_TAGS = re.compile("<(video|audio|bbox|ref-object|img)>")
-IMAGE_FILE = re.compile(r"(?i)data:image|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic)$")
+IMAGE_FILE = re.compile(r"(?i)data:image|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]|hif)$")
 ASKS_YES_OR_NO = re.compile(
     r"(?i)(^|, )(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should|may)\b.*\?", re.DOTALL
 )
