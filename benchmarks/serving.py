@@ -18,6 +18,7 @@ import io
 import json
 import os
 import random
+import re
 import socket
 import statistics
 import subprocess
@@ -161,6 +162,53 @@ def _alone(engine: Engine, instruction: str | None, image: Image.Image, new_toke
     answer = engine.submit(*as_prompt(instruction, image), max_new_tokens=new_tokens)
     answer.result()
     return answer.first_token_seconds or 0.0
+
+
+def random_schema(choose: random.Random, depth: int = 0) -> dict[str, Any]:
+    """A JSON schema of the kinds that `follows` knows, up to three levels deep."""
+    kinds = ["string", "integer", "number", "boolean", "null", "enum", "pattern", "anyOf", "array", "object", "object"]
+    kind = choose.choice(kinds if depth < 3 else kinds[:7])
+    if kind == "enum":
+        return {"enum": [choose.choice(["red", "blue", 3, None, True, 'a "b" é']) for _ in range(choose.randint(1, 4))]}
+    if kind == "pattern":
+        return {"type": "string", "pattern": choose.choice(["^[a-z]{3,5}$", "^a+b$", "^[0-9]{4}-[0-9]{2}$"])}
+    if kind == "anyOf":
+        return {"anyOf": [random_schema(choose, depth + 1) for _ in range(2)]}
+    if kind == "string":
+        return {"type": kind} | choose.choice([{}, {"minLength": 2}, {"maxLength": 4}])
+    if kind in ("integer", "number"):
+        return {"type": kind} | choose.choice([{}, {"minimum": 100}, {"maximum": -10}, {"minimum": -5, "maximum": 5}])
+    if kind == "array":
+        size = choose.choice([{}, {"minItems": 2}, {"maxItems": 3}])
+        return {"type": kind, "items": random_schema(choose, depth + 1)} | size
+    if kind == "object":
+        names = [f"k{number}" for number in range(choose.randint(0, 3))]
+        required = [name for name in names if choose.random() < 0.6]
+        properties = {name: random_schema(choose, depth + 1) for name in names}
+        return {"type": kind, "properties": properties, "required": required, "additionalProperties": False}
+    return {"type": kind}
+
+
+def follows(schema: dict[str, Any], value: Any) -> bool:
+    """Whether a value is valid for a schema of random_schema."""
+    if "anyOf" in schema:
+        return any(follows(each, value) for each in schema["anyOf"])
+    if "enum" in schema:
+        return any(type(each) is type(value) and each == value for each in schema["enum"])
+    kind = schema["type"]
+    if kind == "string":
+        sized = isinstance(value, str) and schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", 10**9)
+        return sized and re.search(schema.get("pattern", ""), value) is not None
+    if kind in ("integer", "number"):
+        is_number = isinstance(value, int | float if kind == "number" else int) and not isinstance(value, bool)
+        return is_number and schema.get("minimum", value) <= value <= schema.get("maximum", value)
+    if kind == "array":
+        sized = isinstance(value, list) and schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", 10**9)
+        return sized and all(follows(schema["items"], each) for each in value)
+    if kind == "object":
+        is_whole = isinstance(value, dict) and set(schema["required"]) <= value.keys() <= schema["properties"].keys()
+        return is_whole and all(follows(schema["properties"][name], each) for name, each in value.items())
+    return value is None if kind == "null" else isinstance(value, bool)
 
 
 def load(model: str, clients: int, seconds: float, hostile: bool) -> dict[str, Any]:

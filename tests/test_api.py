@@ -19,14 +19,17 @@ from PIL import Image
 
 from clip_phi.data.sample import SPOKEN_INSTRUCTION
 from clip_phi.evaluation.generate import generate_texts
-from clip_phi.serving.api import ApiLimits, create_app, serve
+from clip_phi.serving.api import ApiLimits, create_app
+from clip_phi.serving.detokenizer import token_bytes
 from clip_phi.serving.engine import Engine, Limits, as_prompt
+from clip_phi.serving.server import is_local_name, make_config, serve
 
 
 @contextmanager
 def serving(engine, **options):
     """The address of an application over the engine."""
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, "tiny", **options), log_level="warning"))
+    app = create_app(engine, "tiny", **options)
+    server = uvicorn.Server(make_config(app, options.get("limits", ApiLimits()), log_level="warning"))
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -158,6 +161,99 @@ def test_an_image_alone_asks_for_a_caption_as_the_checkpoint_was_trained_to(clie
         assert engine.add_default_instructions(asked) == asked
 
 
+def test_openai_client_gets_log_probabilities_and_several_answers_whole_and_streamed(client, processor):
+    options = {"model": "tiny", "messages": about(random_image()), "max_tokens": 8, "logprobs": True, "n": 3}
+    options |= {"top_logprobs": 2, "temperature": 1.2, "seed": 4}
+    whole = client.chat.completions.create(**options)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert len({choice.message.content for choice in whole.choices}) > 1
+    assert whole.usage.completion_tokens == sum(len(choice.logprobs.content) for choice in whole.choices) == 24
+    for choice in whole.choices:
+        spoken = [each for each in choice.logprobs.content if each.token not in ("<pad>", "<image>")]
+        text = b"".join(bytes(each.bytes) for each in spoken).decode("utf-8", "replace")
+        assert text.strip() == choice.message.content
+        for each in choice.logprobs.content:
+            assert each.logprob <= max(other.logprob for other in each.top_logprobs) and len(each.top_logprobs) == 2
+    texts, tokens = ["", "", ""], [[], [], []]
+    for chunk in client.chat.completions.create(**options, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            tokens[choice.index] += [each.token for each in choice.logprobs.content]
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert tokens == [[each.token for each in choice.logprobs.content] for choice in whole.choices]
+    first = client.chat.completions.create(**options | {"n": 1}).choices[0]
+    assert first.message.content == texts[0] and [each.token for each in first.logprobs.content] == tokens[0]
+
+
+def test_the_bytes_of_tokens_are_those_of_their_text(processor):
+    tokenizer = processor.tokenizer
+    text = " a red circle: “é” 🙂\n"
+    ids = tokenizer(text)["input_ids"]
+    assert b"".join(token_bytes(tokenizer, token) for token in ids).decode() == text
+    assert token_bytes(tokenizer, tokenizer.eos_token_id) == b"<|endoftext|>" and token_bytes(tokenizer, 319) == b""
+
+
+NAMES_OF_NOTHING = """tools functions tool_choice function_call logit_bias store metadata modalities service_tier audio
+    prediction parallel_tool_calls web_search_options reasoning_effort verbosity moderation prompt_cache_options user
+    stop seed temperature top_p max_tokens stream_options response_format logprobs top_logprobs n stream"""
+NOTHING = [dict.fromkeys(NAMES_OF_NOTHING.split(), value) for value in (None, [], {}, False)]
+NOTHING += [
+    {"n": 1, "frequency_penalty": 0.0, "presence_penalty": 0, "top_logprobs": 0, "logprobs": False},
+    {"modalities": ["text"], "service_tier": "auto", "parallel_tool_calls": True, "tool_choice": "auto"},
+    {"response_format": {"type": "text"}, "user": "me", "safety_identifier": "x", "prompt_cache_key": "y"},
+    {"max_tokens": 16.0, "temperature": 1, "top_p": 1},
+    {"max_tokens": -1},
+    {"max_completion_tokens": 10**9, "max_tokens": None},
+]
+
+
+def test_fields_that_ask_for_nothing_are_accepted(address):
+    for fields in NOTHING:
+        found = post(address, request() | fields)
+        assert found.status_code == 200, (fields, found.text)
+
+
+def test_a_message_goes_back_as_the_client_dumps_it(client, address):
+    messages = request()["messages"]
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3).choices[0].message
+    for dumped in (answer.model_dump(), answer.model_dump(exclude_unset=True), {"role": "assistant", "content": None}):
+        messages = [{**messages[0], "name": "ann"}, dumped, {"role": "user", "content": "a star?"}]
+        assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=3).choices[0].message
+    messages = [{"role": "developer", "content": "be brief"}, *messages]
+    messages[1]["content"] = [image(as_uri(random_image())) | {"cache_control": None}]
+    messages[1]["content"][0]["image_url"]["detail"] = "high"
+    assert post(address, request(messages=messages)).status_code == 200
+
+
+def test_base64_of_every_kind_is_the_same_image(address):
+    uri = as_uri(random_image(3))
+    data = uri.partition(",")[2]
+    lines = "\r\n".join(data[start : start + 76] for start in range(0, len(data), 76))
+    safe = data.replace("+", "-").replace("/", "_")
+    assert safe != data
+    forms = [data, lines, safe.rstrip("="), data.replace("+", "%2B").replace("=", "%3D"), data + "\n"]
+    urls = [f"data:image/png;base64,{form}" for form in forms]
+    urls += [f"data:{kind};base64,{data}" for kind in ("IMAGE/PNG", "image/jpg", "image/png;charset=utf-8", "")]
+    bodies = [user(image(url), {"type": "text", "text": "a star?"}) for url in urls] + [
+        user({"type": "image_url", "image_url": uri}, {"type": "text", "text": "a star?"})
+    ]
+    texts = {post(address, body | {"max_tokens": 8}).json()["choices"][0]["message"]["content"] for body in bodies}
+    assert len(texts) == 1
+
+
+def test_openapi_names_the_statuses_that_there_are(address):
+    found = get(address, "/openapi.json").json()
+    operations = found["paths"]["/v1/chat/completions"]["post"]
+    assert {"200", "400", "401", "404", "413", "429", "501"} <= operations["responses"].keys()
+    assert "422" not in json.dumps(found)
+    schema = operations["requestBody"]["content"]["application/json"]["schema"]
+    assert schema == {"$ref": "#/components/schemas/ChatRequest"}
+    schemas = found["components"]["schemas"]
+    assert "logprobs" in schemas["ChatRequest"]["properties"]
+    used = json.dumps(found).split('"#/components/schemas/')[1:]
+    assert {name.partition('"')[0] for name in used} <= schemas.keys()
+
+
 def test_models_are_listed_and_others_are_not_found(client):
     assert [each.id for each in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4' here, only 'tiny'"):
@@ -226,38 +322,51 @@ BAD = [
     (request(temperature="0.5"), "temperature"),
     (request(top_p=0), "top_p"),
     (request(max_tokens=0), "max_tokens"),
-    (request(max_tokens=5000), "max_tokens is at most 1024"),
-    (request(max_tokens=1000), "do not fit the context"),
-    (request(n=2), "n: "),
-    (request(tools=[]), "tools: "),
+    (request(max_tokens=1.5), "max_tokens: "),
+    (request(max_completion_tokens=0), "max_completion_tokens: "),
+    (request(messages=[{"role": "user", "content": "a " * 260}]), "do not fit the context"),
+    (request(n=9), "n: "),
+    (request(top_logprobs=2), "top_logprobs: requires logprobs"),
+    (request(logprobs=True, top_logprobs=21), "top_logprobs: "),
+    (request(tools=[{"type": "function"}]), "tools: not supported"),
+    (request(messages=[{"role": "tool", "content": "x"}]), "messages[0].role: "),
+    (request(messages=[{"role": "user", "content": "x", "audio": {"id": "a"}}]), "messages[0].audio: not supported"),
+    (request(messages=[{"role": "user"}]), "messages[0].content: required"),
     (request(stop=["a"] * 5), "at most 4"),
     (request(stop=""), "1 to 256 characters"),
     (request(seed=2**70), "seed"),
     (request(messages=[]), "the last message must be a user's"),
     (request(messages=[{"role": "assistant", "content": "yes"}]), "the last message must be a user's"),
-    (request(messages=[{"role": "robot", "content": "yes"}]), "messages.0"),
-    (request(messages=[{"role": "user", "content": None}]), "messages.0"),
+    (request(messages=[{"role": "robot", "content": "yes"}]), "messages[0].role"),
+    (request(messages=[{"role": "user", "content": None}]), "messages[0].content: required"),
     (request(messages=[{"role": "system", "content": [image("data:,")]}, *request()["messages"]]), "only a user's"),
-    (request(messages=[{"role": "user", "content": []}]), "the conversation is empty"),
+    (request(messages=[{"role": "user", "content": []}]), "messages[0].content: required"),
+    (request(messages=[{"role": "user", "content": "a" * 4097}]), "4,097 characters of text: at most 4,096 here"),
     (request(messages=[{"role": "user", "content": "hi"}] * 65), "more than 64 messages"),
     (request(messages=[{"role": "user", "content": "an <image>"}]), "contains <image>"),
-    (request(messages=[{"role": "user", "content": "\ud800"}]), "half a character"),
-    (user({"type": "video_url", "video_url": {"url": "x"}}), "messages.0"),
+    (request(messages=[{"role": "user", "content": "\ud800"}]), "escape"),
+    (user({"type": "video_url", "video_url": {"url": "x"}}), "messages[0].content[0].type: must be one of text"),
+    (user({"type": "text"}), "messages[0].content[0].text: required"),
+    (user({"text": "x"}), "messages[0].content[0].type: must be one of text"),
+    (user({"type": "image_url", "image_url": "data:"}), "messages[0].content[0].image_url: must be a data: URI"),
+    (user({"type": "text", "text": "x"}, image(5)), "messages[0].content[1].image_url.url: "),
+    (user(image("data:image/png;base64,AA")), "messages[0].content[0].image_url.url: "),
     (user(image("http://169.254.169.254/latest/meta-data")), "nothing is fetched from elsewhere"),
     (user(image("file:///etc/passwd")), "nothing is fetched from elsewhere"),
     (user(image("/etc/passwd")), "nothing is fetched from elsewhere"),
-    (user(image("data:text/html;base64,YQ==")), "nothing is fetched from elsewhere"),
+    (user(image("data:text/html;base64,YQ==")), "not an image"),
     (user(image("data:image/png;base64,!!!")), "not base64"),
     (user(image("data:image/png;base64,")), "empty image file"),
     (user(image("data:image/png;base64,YWJjZGVmZ2g=")), "not an image"),
     (user(image(as_uri(random_image()).replace("IDAT", "")[:90] + "A" * 40)), "image"),
     (user(*[image(as_uri(random_image(0, (4, 4))))] * 9), "more than 8 images"),
     (user(image(as_uri(Image.new("RGB", (101, 100))))), "an image of 10,100 pixels: at most 10,000 here"),
-    (b"", "required"),
+    (b"", "not json"),
     (b"{", "json"),
-    (b"[]", "dict"),
+    (b"[]", "object"),
     (b"\xff\xfe", "json"),
-    (b"[" * 100_000, ""),
+    (b"[" * 100_000, "not json"),
+    (b"[" * 100_001, "at most 100,000 json values"),
     (b'{"model": "tiny", "messages": [], "temperature": NaN}', "temperature"),
 ]
 
@@ -359,6 +468,93 @@ def test_a_key_is_asked_for_where_one_is_set(engine):
         assert post(address, request(), headers={"Authorization": "Bearer secret"}).status_code == 200
         assert get(address, "/v1/models").status_code == 401
         assert get(address, "/health").status_code == get(address, "/metrics").status_code == 200
+
+
+def talk(address, data, seconds=20):
+    """What a server sends after these bytes, until it closes the connection."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
+        connection.sendall(data)
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+    return received
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def test_key_and_size_are_checked_before_the_body_is_read(engine):
+    with serving(engine, api_key="secret", limits=ApiLimits(max_body=1000)) as address:
+        # the body never comes
+        assert talk(address, HEAD + b"Content-Length: 900\r\n\r\n").startswith(b"HTTP/1.1 401")
+        large = HEAD + b"Authorization: Bearer secret\r\nContent-Length: 1001\r\n\r\n"
+        assert talk(address, large).startswith(b"HTTP/1.1 413")
+        waiting = HEAD + b"Authorization: Bearer secret\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\nnot json!"
+        assert talk(address, waiting.replace(b"Expect", b"Connection: close\r\nExpect")).startswith(b"HTTP/1.1 100")
+
+
+def test_slow_clients_and_too_many_connections_are_ended(engine):
+    limits = ApiLimits(header_seconds=0.3, body_seconds=0.3, max_connections=3)
+    with serving(engine, limits=limits) as address:
+        assert talk(address, b"") == talk(address, b"POST /v1/chat") == b""
+        first = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        assert talk(address, HEAD + b"Content-Length: 900\r\n\r\n{").startswith(b"HTTP/1.1 408")
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(first)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+            began = time.monotonic()
+            connection.sendall(b"GET /hea")  # a later request
+            while connection.recv(65536):
+                pass
+            assert time.monotonic() - began < 4, "ended by the time for keep-alive"
+        idle = [socket.create_connection((host, int(port))) for _ in range(3)]
+        try:
+            assert talk(address, first).startswith(b"HTTP/1.1 503")
+        finally:
+            for connection in idle:
+                connection.close()
+        deadline = time.monotonic() + 20
+        while get(address, "/health").status_code != 200:
+            assert time.monotonic() < deadline
+
+
+def test_large_bodies_have_a_budget_together(engine, monkeypatch):
+    monkeypatch.setattr("clip_phi.serving.server.SMALL_BODY", 100)
+    with serving(engine, limits=ApiLimits(max_bodies=1000)) as address:
+        found = post(address, request(user="x" * 2000))
+        assert found.status_code == 429 and found.headers["retry-after"] == "1"
+        assert post(address, request()).status_code == 200
+
+
+def test_without_a_key_the_host_header_is_checked_and_cors_is_off(engine, address):
+    for host, is_local in (
+        ("localhost:8000", True),
+        ("127.0.0.1", True),
+        ("[::1]:80", True),
+        ("model.localhost", True),
+        ("testserver", True),
+        ("192.168.1.7:8000", True),
+        ("evil.example", False),
+        ("127.0.0.1.evil.example:8000", False),
+        ("localhost.evil.example", False),
+    ):
+        assert is_local_name(host) == is_local, host
+    assert post(address, request(), headers={"Host": "evil.example"}).status_code == 403
+    page = {"Origin": "http://localhost:5173", "Access-Control-Request-Method": "POST"}
+    page["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-lang"
+    refused = httpx.options(f"{address}/v1/chat/completions", headers=page, timeout=120)
+    assert refused.status_code == 405 and not any("access" in name for name in refused.headers)
+    text = post(address, request(), headers={"Content-Type": "text/plain"})  # a browser sends this without asking
+    assert text.status_code == 415
+    with serving(engine, hosts=["evil.example"], origins=["http://localhost:5173"], api_key=None) as other:
+        assert post(other, request(), headers={"Host": "evil.example"}).status_code == 200
+        allowed = httpx.options(f"{other}/v1/chat/completions", headers=page, timeout=120)
+        assert allowed.headers["access-control-allow-origin"] == page["Origin"]
+        found = post(other, request(), headers={"Origin": page["Origin"]})
+        assert found.headers["access-control-allow-origin"] == page["Origin"]
+        assert "access-control-allow-origin" not in post(other, request(), headers={"Origin": "http://x"}).headers
 
 
 # ---------------------------------------------------------------------- many, and going away

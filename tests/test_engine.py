@@ -179,6 +179,122 @@ def test_tokens_are_drawn_as_often_as_they_are_likely_and_only_from_the_nucleus(
     assert _choose(torch.tensor([[0.0, torch.nan], [1.0, 0.0]]), [asked, Asked(0, 1)]) == [None, 0]
 
 
+def test_sampling_options_at_the_edge_of_float32_are_greedy_and_change_no_other_answer(make_engine, expected):
+    engine = make_engine()
+    with engine._changed:  # one batch
+        edges = [
+            engine.submit(*conversation(1), max_new_tokens=9, **options)
+            for options in ({"temperature": 1e-40}, {"temperature": 1.0, "top_p": 1e-300}, {"temperature": 2e-5})
+        ]
+        others = [engine.submit(*conversation(number), max_new_tokens=9) for number in (2, 3)]
+    assert [answer.result() for answer in others] == [expected(2, 9), expected(3, 9)]
+    assert [answer.result() for answer in edges] == [expected(1, 9)] * 3
+    for options in ({"temperature": float("nan")}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": float("nan")}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+            engine.submit(*conversation(1), **options)
+
+
+def test_a_row_that_cannot_be_sampled_fails_alone(make_engine, expected, monkeypatch):
+    engine = make_engine()
+
+    def failing(logits, requests):
+        if any(request.temperature for request in requests):
+            raise RuntimeError("no memory to sort in")
+        return _choose(logits, requests)
+
+    monkeypatch.setattr("clip_phi.serving.engine._choose", failing)
+    with engine._changed:
+        good = [engine.submit(*conversation(number), max_new_tokens=9) for number in (2, 3)]
+        bad = engine.submit(*conversation(1), temperature=1.0)
+    assert [answer.result() for answer in good] == [expected(2, 9), expected(3, 9)]
+    with pytest.raises(RuntimeError, match="no memory to sort in"):
+        bad.result()
+
+
+def test_log_probabilities_are_those_of_a_plain_forward_pass(make_engine, model, processor):
+    engine = make_engine()
+    messages, images = conversation(5)
+    with engine._changed:
+        others = [engine.submit(*conversation(number), max_new_tokens=12) for number in (1, 2, 3)]
+        answer = engine.submit(messages, images, max_new_tokens=12, top_logprobs=3, temperature=1.0, seed=3)
+    answer.result()
+    assert others[0].result() and not others[0].logprobs
+    tokens = [each.token for each in answer.logprobs]
+    assert len(tokens) == answer.num_tokens == 12
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=text, images=images or None, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens])], dim=1)
+    with torch.no_grad():
+        plain = model(input_ids=inputs["input_ids"], pixel_values=inputs.get("pixel_values")).logits
+    for found, logits in zip(answer.logprobs, plain[0, length - 1 : -1], strict=True):
+        logprobs = logits.log_softmax(-1)
+        assert abs(found.logprob - float(logprobs[found.token])) < 1e-4
+        assert [token for token, _ in found.top] == logprobs.topk(3).indices.tolist()
+        assert torch.allclose(torch.tensor([value for _, value in found.top]), logprobs.topk(3).values, atol=1e-4)
+
+
+def test_several_completions_share_one_prompt(make_engine):
+    engine = make_engine(max_batch=4)
+    options = {"max_new_tokens": 9, "temperature": 1.3}
+    alone = [engine.submit(*conversation(5), seed=7 + number, **options).result() for number in range(3)]
+    before = engine.counts.copy()
+    with engine._changed:
+        other = engine.submit(*conversation(1), max_new_tokens=9)  # all of one batch, and one more than it holds
+        together = engine.submit_many(*conversation(5), [None] * 3, seed=7, **options)
+        last = engine.submit_many(*conversation(5), [None] * 2, **options)
+    assert [answer.result() for answer in together] == alone and len(set(alone)) > 1
+    assert other.result() and all(answer.result() for answer in last)
+    prompts = other.num_prompt_tokens + 2 * together[0].num_prompt_tokens
+    assert engine.counts["prompt_tokens"] - before["prompt_tokens"] == prompts
+    cancelled = engine.submit_many(*conversation(5), [None] * 3, **options)
+    cancelled[0].cancel()
+    assert cancelled[1].result() and cancelled[2].result()
+    with pytest.raises(ValueError, match="5 completions at once: the engine has room for 4"):
+        engine.submit_many(*conversation(5), [None] * 5)
+
+
+def test_a_long_text_is_refused_before_it_is_tokenised_and_without_a_lock(make_engine):
+    engine = make_engine()
+    with engine._encoding, pytest.raises(ValueError, match="30,000,003 characters of text: at most 4,096 here"):
+        engine.submit([*conversation(1)[0], *as_prompt("a" * 30_000_000, None)[0]][-1:] + as_prompt("abc", None)[0])
+
+
+def test_decoding_images_and_waiting_requests_have_a_budget_of_memory(model, processor, monkeypatch, tmp_path):
+    random_image(1).save(tmp_path / "image.png")
+    size = 34 * 40 * 16
+    pixels = 3 * 32 * 32 * 4
+    limits = Limits(max_batch=1, decoding_bytes=2 * size, waiting_bytes=2 * pixels)
+    now, most = [], []
+
+    def slow(source):
+        now.append(source)
+        most.append(len(now))
+        time.sleep(0.02)
+        now.pop()
+        return random_image(1)
+
+    with Engine(model, processor, limits=limits) as engine:
+        monkeypatch.setattr("clip_phi.serving.engine.load_image", slow)
+        threads = [threading.Thread(target=engine.read_image, args=(tmp_path / "image.png",)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert max(most) == 2 and len(most) == 8 and engine._free_bytes == 2 * size
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="an image of 1,360 pixels: at most 1,000 here"):
+            engine.read_image(tmp_path / "image.png", max_pixels=1000)
+        with engine._changed:
+            prepared = engine.read_image(tmp_path / "image.png")
+            assert prepared.pixel_values.nbytes == pixels
+            asked = [engine.submit(*as_prompt("a star?", random_image(number)), max_new_tokens=2) for number in (1, 2)]
+            with pytest.raises(QueueFullError):
+                engine.submit(*as_prompt("a star?", random_image(3)))
+            asked.append(engine.submit(*as_prompt("a star?", None), max_new_tokens=2))
+        assert all(answer.result() for answer in asked)
+
+
 def test_stop_strings_and_lengths_end_an_answer_and_give_its_finish_reason(make_engine):
     engine = make_engine()
     whole = engine.submit(*conversation(1), max_new_tokens=24)

@@ -22,6 +22,8 @@ def add_to(commands: Any) -> None:
     add = ask.add_argument
     add("image", metavar="IMAGE", help="image file")
     add("question", metavar="QUESTION", nargs="?", help="for example: 'What color is the circle?'")
+    add("--schema", type=Path, metavar="FILE", help="JSON schema that the answer follows (clip-phi[schema])")
+    add("--choices", metavar="A,B", help="the possible answers, for example yes,no (clip-phi[schema])")
     add("--speech", metavar="FILE", help="recording of the question, or of what precedes QUESTION")
     add_asr_options(ask)
     add("--speak", metavar="WAV", help="file for the spoken answer")
@@ -75,6 +77,16 @@ def run_ask(arguments: argparse.Namespace) -> None:
         raise ValueError("no question: write one, or give a recording of it with --speech")
     if arguments.draw and not arguments.drawing_model:
         raise ValueError("--draw requires --drawing_model: folder or Hub id of a text-to-image model of diffusers")
+    if arguments.schema and arguments.choices:
+        raise ValueError("--schema and --choices: give one of them")
+    form: dict[str, Any] = (
+        {"choice": [each.strip() for each in arguments.choices.split(",")]} if arguments.choices else {}
+    )
+    if arguments.schema is not None:
+        try:
+            form = {"schema": json.loads(arguments.schema.read_text(encoding="utf-8"))}
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{arguments.schema} is not json: {error}") from error
     for path in filter(None, (arguments.speak, arguments.draw)):  # before minutes of work
         if not Path(path).absolute().parent.is_dir():
             raise ValueError(f"cannot write {path}: there is no such folder")
@@ -97,7 +109,11 @@ def run_ask(arguments: argparse.Namespace) -> None:
         record |= {"transcript": found.text, "engine": found.engine}
         record |= {"seconds": found.seconds, "truncated": found.truncated}
     with load_engine(arguments) as engine:
-        pieces = engine.stream(question, image, arguments.max_new_tokens, transcript)
+        try:
+            grammar = engine.grammars.compile(**form) if form else None
+        except ValueError as error:
+            raise ValueError(f"{arguments.schema or '--choices'} {error}") from error
+        pieces = engine.stream(question, image, arguments.max_new_tokens, transcript, grammar)
         printed = _printed(pieces, answer, quiet=arguments.json)
         if speaker is not None:
             write_wav(arguments.speak, join(speaker.stream(printed)))

@@ -24,6 +24,10 @@ def add_to(commands: Any) -> None:
     serve.add_argument("--api_key", help="key that clients must send (default: CLIP_PHI_API_KEY, or no key)")
     serve.add_argument("--speech_model", help="Whisper model for input_audio: a name or a folder (default: no speech)")
     serve.add_argument("--log_level", choices=("critical", "error", "warning", "info", "debug"), default="info")
+    help = "name of this server in requests without a key, besides addresses and names without a dot"
+    serve.add_argument("--allow_host", nargs="+", default=[], metavar="NAME", help=help)
+    help = "web page that may send requests from a browser (CORS), for example http://localhost:5173; '*': any page"
+    serve.add_argument("--allow_origin", nargs="+", default=[], metavar="ORIGIN", help=help)
     for name, default, help in (
         ("max_audio_seconds", 30, "longest recording in seconds"),
         ("max_batch", 32, "requests answered at once"),
@@ -32,6 +36,9 @@ def add_to(commands: Any) -> None:
         ("max_megapixels", 25, "size of an image in megapixels"),
         ("max_images", 8, "images in a request"),
         ("max_tokens", 1024, "tokens in an answer"),
+        ("max_connections", 512, "open connections"),
+        ("header_seconds", 10, "seconds until the headers of a request are complete"),
+        ("body_seconds", 60, "seconds until its body is complete, or until a client reads on"),
     ):
         serve.add_argument(f"--{name}", type=positive, default=default, help=f"limit: {help} (default: {default})")
 
@@ -64,27 +71,29 @@ def run_chat(arguments: argparse.Namespace) -> None:
 
 def run_serve(arguments: argparse.Namespace) -> None:
     model = choose_model(arguments)
-    from ..serving.api import ApiLimits, create_app, serve
+    from ..serving.api import ApiLimits, create_app
     from ..serving.engine import Limits
     from ..serving.modalities import load_modalities
+    from ..serving.server import serve
 
     transcribe = None
     if arguments.speech_model is not None:
         modalities = load_modalities(arguments.speech_model, None, None, None, arguments.max_audio_seconds)
         if (transcribe := modalities.transcribe) is None:
             raise ImportError(modalities.missing[0])
+    names = ("max_images", "max_tokens", "max_connections", "header_seconds", "body_seconds")
+    numbers = {name: getattr(arguments, name) for name in names}
     body, pixels = arguments.max_body_mb * 2**20, arguments.max_megapixels * 10**6
-    limits = ApiLimits(
-        max_body=body, max_pixels=pixels, max_images=arguments.max_images, max_tokens=arguments.max_tokens
-    )
+    limits = ApiLimits(max_body=body, max_pixels=pixels, **numbers)
     api_key = arguments.api_key or os.environ.get("CLIP_PHI_API_KEY")
     if arguments.host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
         print(f"clip-phi: note: no --api_key: everybody on {arguments.host}'s network may use it", file=sys.stderr)
     name = arguments.name or Path(model).resolve().name
     with load_engine(arguments, Limits(arguments.max_batch, arguments.max_waiting)) as engine:
-        app = create_app(engine, name, api_key=api_key, limits=limits, transcribe=transcribe)
+        options = {"hosts": [*arguments.allow_host, arguments.host], "origins": arguments.allow_origin}
+        app = create_app(engine, name, api_key=api_key, limits=limits, transcribe=transcribe, **options)
         print(f"model {name!r} at http://{arguments.host}:{arguments.port}/v1", file=sys.stderr, flush=True)
-        serve(app, arguments.host, arguments.port, arguments.log_level)
+        serve(app, arguments.host, arguments.port, arguments.log_level, limits)
 
 
 def run_space(arguments: argparse.Namespace) -> None:

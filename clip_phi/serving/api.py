@@ -5,118 +5,72 @@ A request contains its images and recordings as data; nothing is fetched. GET /h
 """
 
 import asyncio
-import base64
-import hmac
-import io
+import binascii
 import json
 import re
-import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
+from urllib.parse import unquote
 
-from PIL import Image
-
-from ..batching.images import FORMATS, load_image
-from .engine import Completion, Engine, EngineClosedError, QueueFullError
+from ..data.report import RecordError
+from .chat_schema import AudioPart, ChatRequest, ImagePart, TextPart, parse_request
+from .detokenizer import token_bytes
+from .engine import Completion, Engine, EngineClosedError, PreparedImage, QueueFullError, TokenLogprob
+from .server import ApiError, Bodies, Gate, ServerLimits
 
 try:
-    import uvicorn
-    from fastapi import Depends, FastAPI, HTTPException, Request
+    from fastapi import FastAPI, Request
     from fastapi.concurrency import run_in_threadpool
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-    from pydantic import BaseModel, ConfigDict, Field
+    from pydantic import BaseModel
     from starlette.exceptions import HTTPException as StarletteHTTPException
+    from starlette.middleware.cors import CORSMiddleware
 except ImportError as error:
     raise ImportError(f"the HTTP API needs FastAPI and uvicorn: pip install 'clip-phi[serve]' ({error})") from error
 
-DATA_URI = re.compile(r"data:(?P<type>image/[\w.+-]+)?(;[\w=-]+)*;base64,(?P<data>.*)", re.DOTALL)
+DATA_URI = re.compile(r"data:[\w/.+-]*(;[^;,]*)*?;base64,", re.IGNORECASE)
+WITH_PLUS_AND_SLASH = bytes.maketrans(b"-_", b"+/")  # url-safe base64 to the usual one
 POLL_SECONDS = 0.5  # between two checks whether the client of a whole completion is still connected
+DECODERS = 4  # threads that decode images
+STATUSES = {
+    400: "The request cannot be answered: the message names the part and the reason.",
+    401: "Wrong or missing key.",
+    403: "The Host header is not a name of this server.",
+    404: "Another model, or no such path.",
+    408: "The body was not complete in time.",
+    413: "The body is too large.",
+    415: "The body is not declared as application/json.",
+    429: "The queue is full: see the header Retry-After.",
+    500: "The model failed.",
+    501: "An optional package is not installed.",
+    503: "The server is closing.",
+}
 
 
 @dataclass(frozen=True)
-class ApiLimits:
-    max_body: int = 32 * 2**20  # bytes
+class ApiLimits(ServerLimits):
     max_pixels: int = 25_000_000  # of one image
     max_images: int = 8
     max_tokens: int = 1024
     max_messages: int = 64
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
 
 
-class TextPart(_Strict):
-    type: Literal["text"]
-    text: str
-
-
-class ImageUrl(_Strict):
-    url: str = Field(description="a data: URI, 'data:image/jpeg;base64,...'")
-    detail: Literal["auto", "low", "high"] | None = Field(None, description="has no effect")
-
-
-class ImagePart(_Strict):
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-class InputAudio(_Strict):
-    data: str = Field(description="an audio file in base64")
-    format: Literal["wav", "mp3", "flac", "ogg", "m4a", "webm"]
-
-
-class AudioPart(_Strict):
-    type: Literal["input_audio"]
-    input_audio: InputAudio
-
-
-class Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]]
-    name: str | None = None
-    refusal: None = None
-
-
-class ChatRequest(_Strict):
-    """The supported part of OpenAI's request. Other parameters are refused by name, unless at their default."""
-
-    model: str
-    messages: list[Message]
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2, description="default 0: greedy")
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = Field(None, description="at most 4")
-    stream: bool | None = False
-    stream_options: dict[Literal["include_usage"], bool] | None = None
-    n: Literal[1] | None = None
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    logprobs: Literal[False] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
-    user: str | None = None
-
-
-class ApiError(Exception):
-    """A response with another status than 200, in OpenAI's format."""
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None, **headers: str):
-        super().__init__(message)
-        # the request may contain unpaired surrogates, which UTF-8 cannot encode
-        message = message.encode("utf-8", "backslashreplace").decode()
-        param = param and param.encode("utf-8", "backslashreplace").decode()
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
-        kind = "server_error" if status >= 500 else kind
-        self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+class ErrorBody(BaseModel):
+    error: ErrorDetail
 
 
 def create_app(
@@ -126,6 +80,8 @@ def create_app(
     api_key: str | None = None,
     limits: ApiLimits = ApiLimits(),
     transcribe: Callable[[bytes], str] | None = None,
+    hosts: Sequence[str] = (),
+    origins: Sequence[str] = (),
 ) -> FastAPI:
     """The application that uvicorn runs; the engine stays open when it ends.
 
@@ -133,14 +89,15 @@ def create_app(
         name: model name in requests.
         api_key: bearer token that every request under /v1 needs.
         transcribe: text of an audio file's bytes; raises ValueError for bytes that are none, ImportError if a package
-            is missing. None: input_audio is refused."""
+            is missing. None: input_audio is refused.
+        hosts: names of this server that a Host header may have, see Gate.
+        origins: of web pages that may send requests (CORS), for example http://localhost:5173, or "*"."""
     statuses: Counter[int] = Counter()
     about = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "clip-phi"}
-
-    def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if api_key is not None and not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
-            raise ApiError(401, "wrong or missing API key", code="invalid_api_key", WWW_Authenticate="Bearer")
+    bodies = Bodies(limits)
+    # Threads of their own: however many images and recordings there are, requests without one are answered.
+    decoders = ThreadPoolExecutor(DECODERS, "clip-phi images")
+    listener = ThreadPoolExecutor(1, "clip-phi speech")
 
     def check_model(model: str) -> None:
         if model != name:
@@ -148,19 +105,65 @@ def create_app(
 
     # Without its documentation page, which loads scripts from the web, and without redirects
     app = FastAPI(title="Clip-Phi", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(_Counted, statuses=statuses, max_body=limits.max_body)
-    key_needed = [Depends(check_key)]
+    app.add_middleware(Gate, limits=limits, statuses=statuses, api_key=api_key, hosts=hosts)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"], max_age=3600
+        )
+    errors: Any = {status: {"model": ErrorBody, "description": text} for status, text in STATUSES.items()}
+    schema = {"$ref": "#/components/schemas/ChatRequest"}
+    asked = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
-    @app.post("/v1/chat/completions", dependencies=key_needed)
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        check_model(body.model)
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+    async def read_request(request: Request) -> tuple[ChatRequest, list[dict[str, Any]], list[PreparedImage]]:
+        """The request, with its messages and images for the engine."""
+        if "json" not in request.headers.get("content-type", ""):
+            raise ApiError(415, "the Content-Type of a request must be application/json", Connection="close")
+        async with bodies.read(request.receive) as content:
+            body = await run_in_threadpool(parse_request, content)
+            del content
+            check_model(body.model)
+            check_limits(body, limits)
+            engine.check_queue()  # before its images are decoded
+            images: list[PreparedImage] = []
+            messages: list[dict[str, Any]] = []
+            loop = asyncio.get_running_loop()
+            for path, message, part in _parts(body):
+                if part is None:
+                    messages.append(message)
+                    continue
+                if await request.is_disconnected():
+                    raise ApiError(499, "the client has disconnected")
+                try:
+                    if isinstance(part, ImagePart):
+                        if len(images) == limits.max_images:
+                            raise ValueError(f"more than {limits.max_images} images")
+                        url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
+                        path += ".image_url" if isinstance(part.image_url, str) else ".image_url.url"
+                        images.append(await loop.run_in_executor(decoders, _image, url, engine, limits.max_pixels))
+                        message["content"].append({"type": "image"})
+                    else:
+                        path += ".input_audio.data"
+                        text = await loop.run_in_executor(listener, _transcript, part.input_audio.data, transcribe)
+                        message["content"].append({"type": "transcript", "text": text})
+                except ValueError as error:
+                    raise ApiError(400, f"{path}: {error}", param=path) from error
+            return body, messages, images
 
-        def callback(piece: str | None) -> None:  # in the engine's thread
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+    @app.post("/v1/chat/completions", responses=errors, openapi_extra=asked)
+    async def chat_completions(request: Request) -> Response:
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, str | None]]()
+
+        def callback(number: int, stream: bool) -> Callable[[str | None], None]:
+            def put(piece: str | None) -> None:  # in the engine's thread
+                if stream or piece is None:
+                    loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
+
+            return put
 
         try:
-            completion = await run_in_threadpool(_submit, engine, body, limits, transcribe, callback)
+            body, messages, images = await read_request(request)
+            callbacks = [callback(number, body.stream) for number in range(body.n)]
+            completions = await run_in_threadpool(_submit, engine, body, messages, images, callbacks, limits)
         except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full", Retry_After=str(error.retry_after)) from error
         except EngineClosedError as error:
@@ -169,23 +172,20 @@ def create_app(
             raise ApiError(501, str(error), code="part_missing") from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        answer = _Answer(completions, body, name, engine.processor.tokenizer)
         if body.stream:
-            with_usage = (body.stream_options or {}).get("include_usage", False)
-            events = _events(completion, common | {"object": "chat.completion.chunk"}, pieces, with_usage)
-            return StreamingResponse(events, media_type="text/event-stream")
-        await _wait(completion, pieces, request)
-        if completion.error is not None:
-            raise _engine_error(completion.error)
-        message = {"role": "assistant", "content": completion.text, "refusal": None}
-        choices = _choices(completion.finish_reason, message=message)
-        return JSONResponse(common | {"object": "chat.completion"} | choices | _usage(completion))
+            return StreamingResponse(answer.events(pieces), media_type="text/event-stream")
+        await _wait(completions, pieces, request)
+        for completion in completions:
+            if completion.error is not None:
+                raise _engine_error(completion.error)
+        return JSONResponse(answer.whole())
 
-    @app.get("/v1/models", dependencies=key_needed)
+    @app.get("/v1/models", responses={401: errors[401]})
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [about]}
 
-    @app.get("/v1/models/{model:path}", dependencies=key_needed)
+    @app.get("/v1/models/{model:path}", responses={401: errors[401], 404: errors[404], "default": {"model": ErrorBody}})
     async def model(model: str) -> dict[str, Any]:
         check_model(model)
         return about
@@ -204,148 +204,204 @@ def create_app(
     @app.exception_handler(RequestValidationError)
     @app.exception_handler(StarletteHTTPException)
     async def on_error(request: Request, error: Any) -> Response:
-        if isinstance(error, RequestValidationError):
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"][1:]))
-            error = ApiError(400, f"{place}: {first['msg']}" if place else first["msg"], param=place or None)
-        elif isinstance(error, StarletteHTTPException):
+        if isinstance(error, StarletteHTTPException):
             error = ApiError(error.status_code, str(error.detail), **(error.headers or {}))
-        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+        return error.response
 
+    make_schema = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            request = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+            make_schema()["components"]["schemas"] |= request.pop("$defs") | {"ChatRequest": request}
+        return make_schema()
+
+    app.openapi = openapi  # type: ignore[method-assign]
     return app
 
 
-def serve(app: FastAPI, host: str, port: int, log_level: str = "info") -> None:
-    """Run until SIGINT or SIGTERM; running requests then have 10 seconds to end.
-
-    Raises OSError if the port is not available."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}; try another --port") from error
-    config = uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=10)
-    uvicorn.Server(config).run(sockets=[listener])
-
-
-def _submit(engine: Engine, body: ChatRequest, limits: ApiLimits, transcribe: Any, callback: Any) -> Completion:
-    """Decode a request and put it into the queue. Runs in a thread: decoding takes time."""
-    engine.check_queue()  # before its images are decoded
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    max_tokens = body.max_completion_tokens or body.max_tokens
+def check_limits(body: ChatRequest, limits: ApiLimits) -> None:
+    """Raises ApiError for what can be seen without decoding anything."""
+    stop = _stop(body)
     for is_wrong, reason, param in (
         (not body.messages or body.messages[-1].role != "user", "the last message must be a user's", "messages"),
         (len(body.messages) > limits.max_messages, f"more than {limits.max_messages} messages", "messages"),
-        (len(stop) > 4, "stop takes at most 4 texts", "stop"),
-        (not all(0 < len(each) <= 256 for each in stop), "each text of stop has 1 to 256 characters", "stop"),
-        ((max_tokens or 0) > limits.max_tokens, f"max_tokens is at most {limits.max_tokens} here", "max_tokens"),
+        (len(stop) > 4, "at most 4 texts", "stop"),
+        (not all(0 < len(each) <= 256 for each in stop), "each text has 1 to 256 characters", "stop"),
+        (bool(body.top_logprobs) and not body.logprobs, "requires logprobs", "top_logprobs"),
+        (len(body.grammars()) > 1, "give one form of the answer", "structured_outputs"),
     ):
         if is_wrong:
-            raise ApiError(400, reason, param=param)
-    messages: list[dict[str, Any]] = []
-    images: list[Image.Image] = []
+            raise ApiError(400, f"{param}: {reason}", param=param)
+
+
+def _stop(body: ChatRequest) -> list[str]:
+    return [body.stop] if isinstance(body.stop, str) else body.stop or []
+
+
+def _parts(body: ChatRequest) -> Iterator[tuple[str, dict[str, Any], ImagePart | AudioPart | None]]:
+    """The path of each image and recording, the message that it is to be appended to, and the part itself.
+
+    After its last part each message is given once more, whole, with None."""
     for number, message in enumerate(body.messages):
-        role = "system" if message.role == "developer" else message.role
-        if isinstance(message.content, str):
-            messages.append({"role": role, "content": message.content})
-            continue
-        content: list[dict[str, str]] = []
-        for place, part in enumerate(message.content):
-            try:
-                if isinstance(part, TextPart):
-                    content.append({"type": "text", "text": part.text})
-                elif role != "user":
-                    raise ValueError("only a user's message can have images and recordings")
-                elif isinstance(part, ImagePart):
-                    if len(images) == limits.max_images:
-                        raise ValueError(f"more than {limits.max_images} images")
-                    images.append(_image(part.image_url.url, limits))
-                    content.append({"type": "image"})
-                elif transcribe is None:
-                    raise ImportError("this server has no speech recognition: start it with --speech_model")
-                else:
-                    content.append({"type": "transcript", "text": transcribe(_from_base64(part.input_audio.data))})
-            except ValueError as error:
-                raise ApiError(400, str(error), param=f"messages.{number}.content.{place}") from error
-        messages.append({"role": role, "content": content})
-    return engine.submit(
+        found: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+        found["content"] = message.content if isinstance(message.content, str) else []
+        for place, part in enumerate(() if isinstance(message.content, str) else message.content):
+            path = f"messages[{number}].content[{place}]"
+            if isinstance(part, TextPart):
+                found["content"].append({"type": "text", "text": part.text})
+            elif message.role != "user":
+                raise ApiError(400, f"{path}: only a user's message can have images and recordings", param=path)
+            else:
+                yield path, found, part
+        yield "", found, None
+
+
+def _submit(
+    engine: Engine, body: ChatRequest, messages: list, images: list, callbacks: list, limits: ApiLimits
+) -> list[Completion]:
+    """Put a request into the queue. Runs in a thread: tokenising takes time."""
+    grammar = None
+    for path, argument in body.grammars().items():
+        try:
+            grammar = engine.grammars.compile(**argument)
+        except ValueError as error:
+            raise ApiError(400, f"{path}: {error}", param=path) from error
+    asked = body.max_completion_tokens or body.max_tokens
+    max_tokens = None if asked is None else limits.max_tokens if asked < 0 else min(asked, limits.max_tokens)
+    return engine.submit_many(
         engine.add_default_instructions(messages),
         images,
+        callbacks,
         max_new_tokens=max_tokens,
+        cut=True,
         temperature=body.temperature or 0.0,
         top_p=body.top_p or 1.0,
         seed=body.seed,
-        stop=stop,
-        callback=callback,
+        stop=_stop(body),
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=grammar,
     )
 
 
-def _image(url: str, limits: ApiLimits) -> Image.Image:
-    found = DATA_URI.fullmatch(url)
+def _image(url: str, engine: Engine, max_pixels: int) -> PreparedImage:
+    found = DATA_URI.match(url[:256])
     if found is None:
-        raise ValueError(
-            "an image must be a data: URI, 'data:image/jpeg;base64,...': nothing is fetched from elsewhere"
-        )
-    data, num_pixels = _from_base64(found["data"]), 0
-    with suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS) as header:  # load_image names the error
-        num_pixels = header.width * header.height
-    if num_pixels > limits.max_pixels:
-        raise ValueError(f"an image of {num_pixels:,} pixels: at most {limits.max_pixels:,} here")
-    return load_image(data)
+        raise ValueError("must be a data: URI, 'data:image/jpeg;base64,...': nothing is fetched from elsewhere")
+    try:
+        return engine.read_image(_from_base64(url[found.end() :]), max_pixels)
+    except RecordError as error:
+        raise ValueError(str(error)) from error
+
+
+def _transcript(data: str, transcribe: Callable[[bytes], str] | None) -> str:
+    if transcribe is None:
+        raise ImportError("this server has no speech recognition: start it with --speech_model")
+    return transcribe(_from_base64(data))
 
 
 def _from_base64(text: str) -> bytes:
+    """The bytes, with or without line breaks and padding, url-safe or not. In pieces: each holds Python's lock."""
+    if "%" in text:
+        text = unquote(text)
+    pieces, rest = [], b""
     try:
-        return base64.b64decode(text, validate=True)
+        for start in range(0, len(text), 2**20):
+            piece = text[start : start + 2**20].encode("ascii").translate(WITH_PLUS_AND_SLASH, b" \r\n\t")
+            piece = (rest + piece).rstrip(b"=") if start + 2**20 >= len(text) else rest + piece
+            whole = len(piece) // 4 * 4
+            pieces.append(binascii.a2b_base64(piece[:whole], strict_mode=True))
+            rest = piece[whole:]
+        pieces.append(binascii.a2b_base64(rest + b"=" * (-len(rest) % 4), strict_mode=True))
     except ValueError as error:
         raise ValueError(f"not base64: {error}") from error
+    return b"".join(pieces)
 
 
-def _choices(finish_reason: str | None, **content: Any) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "logprobs": None, "finish_reason": finish_reason} | content]}
+class _Answer:
+    """The completions of one request in OpenAI's format, whole or as server-sent events."""
 
+    def __init__(self, completions: list[Completion], body: ChatRequest, name: str, tokenizer: Any):
+        self.completions, self.body, self.tokenizer = completions, body, tokenizer
+        self.common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        self.num_sent = [0] * len(completions)  # log-probabilities
 
-def _usage(done: Completion) -> dict[str, Any]:
-    """OpenAI's usage, and timings, which OpenAI does not have."""
-    usage = {"prompt_tokens": done.num_prompt_tokens, "completion_tokens": done.num_tokens}
-    timings = {"first_token_seconds": done.first_token_seconds, "tokens_per_second": done.tokens_per_second}
-    return {"usage": usage | {"total_tokens": sum(usage.values())}, "timings": timings}
+    def whole(self) -> dict[str, Any]:
+        choices = []
+        for number, done in enumerate(self.completions):
+            message = {"role": "assistant", "content": done.text, "refusal": None}
+            choices.append(self._choice(number, done.finish_reason, message=message))
+        return self.common | {"object": "chat.completion", "choices": choices} | self._usage()
 
+    async def events(self, pieces: asyncio.Queue[tuple[int, str | None]]) -> AsyncIterator[str]:
+        """When the client disconnects this generator is closed, and the request leaves the batch."""
+        try:
+            for number in range(len(self.completions)):
+                yield self._event(self._choice(number, None, delta={"role": "assistant", "content": ""}))
+            running = len(self.completions)
+            while running:
+                number, piece = await pieces.get()
+                done = self.completions[number]
+                if piece is not None:
+                    yield self._event(self._choice(number, None, delta={"content": piece}))
+                elif done.error is not None:
+                    yield _event(_engine_error(done.error).body)
+                    return
+                else:
+                    running -= 1
+                    yield self._event(self._choice(number, done.finish_reason, delta={}))
+            if self.body.stream_options.include_usage:
+                yield self._event(**self._usage())
+            yield "data: [DONE]\n\n"
+        finally:
+            for completion in self.completions:
+                completion.cancel()
 
-async def _events(completion: Completion, common: Any, pieces: Any, with_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events. When the client disconnects this generator is closed, and the request leaves the batch."""
-    try:
-        yield _event(common | _choices(None, delta={"role": "assistant", "content": ""}))
-        while (piece := await pieces.get()) is not None:
-            yield _event(common | _choices(None, delta={"content": piece}))
-        if completion.error is not None:
-            yield _event(_engine_error(completion.error).body)
-            return
-        yield _event(common | _choices(completion.finish_reason, delta={}))
-        if with_usage:
-            yield _event(common | {"choices": []} | _usage(completion))
-        yield "data: [DONE]\n\n"
-    finally:
-        completion.cancel()
+    def _choice(self, number: int, finish_reason: str | None, **content: Any) -> dict[str, Any]:
+        """A choice, with the log-probabilities that were not yet given."""
+        logprobs = None
+        if self.body.logprobs:
+            new = self.completions[number].logprobs[self.num_sent[number] :]
+            self.num_sent[number] += len(new)
+            logprobs = {"content": [self._logprob(each) for each in new], "refusal": None}
+        return {"index": number, "logprobs": logprobs, "finish_reason": finish_reason} | content
+
+    def _logprob(self, found: TokenLogprob) -> dict[str, Any]:
+        top = [self._token(token) | {"logprob": logprob} for token, logprob in found.top]
+        return self._token(found.token) | {"logprob": found.logprob, "top_logprobs": top}
+
+    def _token(self, token: int) -> dict[str, Any]:
+        data = token_bytes(self.tokenizer, token)
+        return {"token": data.decode("utf-8", "replace"), "bytes": list(data)}
+
+    def _usage(self) -> dict[str, Any]:
+        """OpenAI's usage, and timings, which OpenAI does not have."""
+        first = self.completions[0]
+        usage = {"prompt_tokens": first.num_prompt_tokens}
+        usage["completion_tokens"] = sum(completion.num_tokens for completion in self.completions)
+        timings = {"first_token_seconds": first.first_token_seconds, "tokens_per_second": first.tokens_per_second}
+        return {"usage": usage | {"total_tokens": sum(usage.values())}, "timings": timings}
+
+    def _event(self, *choices: dict[str, Any], **more: Any) -> str:
+        return _event(self.common | {"object": "chat.completion.chunk", "choices": choices} | more)
 
 
 def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-async def _wait(completion: Completion, pieces: asyncio.Queue[str | None], request: Request) -> None:
-    """Return when the completion has ended. Raises ApiError if the client disconnects before."""
+async def _wait(completions: list[Completion], pieces: asyncio.Queue[tuple[int, str | None]], request: Request) -> None:
+    """Return when the completions have ended. Raises ApiError if the client disconnects before."""
+    running = len(completions)
     try:
-        while True:
+        while running:
             with suppress(TimeoutError):
-                if await asyncio.wait_for(pieces.get(), POLL_SECONDS) is None:
-                    return
-            if await request.is_disconnected():
+                running -= (await asyncio.wait_for(pieces.get(), POLL_SECONDS))[1] is None
+            if running and await request.is_disconnected():
                 raise ApiError(499, "the client has disconnected")
     finally:
-        completion.cancel()
+        for completion in completions:
+            completion.cancel()
 
 
 def _engine_error(error: BaseException) -> ApiError:
@@ -377,28 +433,3 @@ def _metrics(engine: Engine, statuses: Counter[int]) -> str:
         labelled = values.items() if isinstance(values, dict) else [("", values)]
         lines += [f"clip_phi_{name}{labels} {value}" for labels, value in labelled]
     return "\n".join(lines) + "\n"
-
-
-class _Counted:
-    """Middleware that counts responses by status and refuses bodies of more than max_body bytes."""
-
-    def __init__(self, app: Any, statuses: Counter[int], max_body: int):
-        self.app, self.statuses, self.max_body = app, statuses, max_body
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        received = 0
-
-        async def counted_send(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                self.statuses[message["status"]] += 1
-            await send(message)
-
-        async def counted_receive() -> Any:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_body:
-                raise HTTPException(413, f"a request has at most {self.max_body:,} bytes here", {"Connection": "close"})
-            return message
-
-        await self.app(scope, counted_receive, counted_send)

@@ -1,9 +1,12 @@
 """Streaming detokenizer: whole characters, up to a stop string, without surrounding spaces."""
 
+import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 class TextStream:
@@ -53,3 +56,23 @@ class TextStream:
         piece = piece if self.text else piece.lstrip()
         self.text += piece
         return piece
+
+
+@functools.cache
+def _byte_values() -> dict[str, int]:
+    """Characters of a byte-level BPE vocabulary to the bytes that they stand for."""
+    return {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """The bytes that a token stands for in a text: those of a special token are its name's."""
+    name = tokenizer.convert_ids_to_tokens(token)
+    if name is None:  # a spare row of the vocabulary
+        return b""
+    if name in tokenizer.get_added_vocab():
+        return name.encode()
+    if "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
+        return bytes(map(_byte_values().__getitem__, name))
+    if (byte := re.fullmatch(r"<0x([0-9A-F]{2})>", name)) is not None:
+        return bytes.fromhex(byte[1])
+    return name.replace("▁", " ").encode()

@@ -5,16 +5,19 @@ Orca (OSDI 2022) over a cache in which every sequence has its own length.
 """
 
 import atexit
+import io
 import logging
+import math
 import random
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -23,18 +26,24 @@ from transformers.utils import logging as transformers_logging
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 from ..batching.attention import context_length, refuse_other_attention
-from ..batching.images import Preprocessor, pixel_hash
+from ..batching.images import FORMATS, MAX_PIXELS, Preprocessor, load_image, pixel_hash
 from ..data.sample import SPOKEN_INSTRUCTION, user_message
 from ..environment import quantization_config
 from ..evaluation.generate import end_tokens, refuse_too_long
 from ..hub.retry import load_with_retries
 from .detokenizer import TextStream
+from .grammar import Grammar, Grammars
 from .int8 import fold_lora, quantize_decoder
 from .kv_cache import BatchCache, TensorCache, cache_shapes
 
 logger = logging.getLogger(__name__)
 QUANTIZATIONS = ("nf4", "int8")
 GB = 2**30
+GREEDY = 1e-5  # a temperature below this is greedy: what it would divide by is no number in float32
+MAX_CHARACTERS = 16  # of a conversation, for each token of the context: longer texts cannot fit, and are not tokenised
+DECODING_BYTES = 16  # for each pixel of an image: what PIL needs at most, for 16-bit gray and for transparency
+# These decoders hold Python's lock until they end, and so hold up every other request: 0.1 s for so many pixels.
+MAX_LOCKED_PIXELS = {"AVIF": 1_500_000, "WEBP": 16_000_000}
 
 
 class QueueFullError(RuntimeError):
@@ -62,6 +71,24 @@ class Limits:
     # one. It applies while fewer requests are queued than a quarter of those running.
     gather_seconds: float = 0.02
     max_new_tokens: int = 256  # where a request names none and the context has room
+    decoding_bytes: int = GB // 2  # memory of the images that are being decoded; each further image waits
+    waiting_bytes: int = GB // 2  # pixel values of the requests in the queue
+
+
+class PreparedImage(NamedTuple):
+    """What the engine needs of an image: its hash, and cached features or else pixel values (3, height, width)."""
+
+    key: str
+    features: torch.Tensor | None
+    pixel_values: torch.Tensor | None
+
+
+class TokenLogprob(NamedTuple):
+    """A generated token, its log-probability in nats before temperature and constraints, and the likeliest tokens."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 class Completion:
@@ -71,6 +98,7 @@ class Completion:
     finish_reason: "stop" (end token or stop string), "length" or "cancelled"; None until then.
     num_prompt_tokens: tokens of the prompt, images included.
     num_tokens: generated tokens, the end token included.
+    logprobs: of each generated token but the end token, if they were asked for.
     first_token_seconds: time from submission to the first token.
     tokens_per_second: rate after the first token."""
 
@@ -84,6 +112,7 @@ class Completion:
         self.error: BaseException | None = None
         self.text = ""
         self.num_prompt_tokens = self.num_tokens = 0
+        self.logprobs: list[TokenLogprob] = []
 
     @property
     def first_token_seconds(self) -> float | None:
@@ -120,12 +149,14 @@ class Completion:
 class _Request:
     completion: Completion
     ids: list[int]  # the prompt
-    images: list[tuple[str, torch.Tensor | None, torch.Tensor | None]]  # hash, cached features, else pixel values
+    images: list[PreparedImage]
     stream: TextStream
     max_new_tokens: int
     temperature: float
     top_p: float
     uniform: random.Random
+    top_logprobs: int | None  # None: no log-probabilities
+    grammar: Grammar | None
     start: int = 0  # tokens at the start of the prompt whose keys and values are cached
     length: int = 0  # tokens in the cache; -1 when the request has ended
     last: int = 0  # newest token
@@ -159,6 +190,7 @@ class Engine(AbstractContextManager["Engine"]):
         self.ends = end_tokens(model, processor)
         self.preprocess = Preprocessor(processor.image_processor)
         self.images = TensorCache(limits.image_bytes)
+        self.grammars = Grammars(processor.tokenizer, config.vocab_size, self.ends)
         self.counts: Counter[str] = Counter()  # requests by finish reason, tokens, steps and images
         self.first_token_seconds: deque[float] = deque(maxlen=1000)
         self.seconds_per_request = 1.0  # a running mean
@@ -166,7 +198,9 @@ class Engine(AbstractContextManager["Engine"]):
         self.cache_bytes = limits.cache_bytes or (torch.cuda.mem_get_info(model.device)[0] // 2 if is_cuda else 2 * GB)
         self._cache = BatchCache(cache_shapes(model), model.dtype, model.device, self.cache_bytes)
         self._running: list[_Request] = []
-        self._waiting: deque[_Request] = deque()
+        self._waiting: deque[list[_Request]] = deque()  # the completions of one prompt together
+        self._free_bytes = limits.decoding_bytes
+        self._freed = threading.Condition()
         self._changed = threading.Condition()
         self._encoding = threading.Lock()
         self._closed = False
@@ -209,57 +243,137 @@ class Engine(AbstractContextManager["Engine"]):
     def submit(
         self,
         messages: Sequence[dict[str, Any]],
-        images: Sequence[Image.Image] = (),
+        images: Sequence[Image.Image | PreparedImage] = (),
+        *,
+        callback: Callable[[str | None], None] | None = None,
+        **options: Any,
+    ) -> Completion:
+        """One completion of a conversation; arguments and errors are those of submit_many, and
+
+        callback: called in the engine's thread with each piece, and with None at the end. Without it, iterate."""
+        return self.submit_many(messages, images, [callback], **options)[0]
+
+    def submit_many(
+        self,
+        messages: Sequence[dict[str, Any]],
+        images: Sequence[Image.Image | PreparedImage],
+        callbacks: Sequence[Callable[[str | None], None] | None],
         *,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
         stop: Sequence[str] = (),
-        callback: Callable[[str | None], None] | None = None,
-    ) -> Completion:
-        """Put a conversation that ends with a user's turn into the queue.
+        top_logprobs: int | None = None,
+        grammar: Grammar | None = None,
+        cut: bool = False,
+    ) -> list[Completion]:
+        """Put a conversation that ends with a user's turn into the queue; its prompt is processed once.
 
-        Raises ValueError if the template refuses the messages, they are empty, a text contains a special token such as
-        <image>, the number of images is wrong, or prompt and completion do not fit; QueueFullError; EngineClosedError.
+        Raises ValueError if the template refuses the messages, they are empty or too long, a text contains a special
+        token such as <image>, the number of images is wrong, prompt and completion do not fit, or an option has no
+        meaning; QueueFullError; EngineClosedError.
 
         Args:
             messages: for the processor's chat template.
-            images: RGB, one for each {"type": "image"}, in order.
+            images: RGB, or of read_image: one for each {"type": "image"}, in order.
+            callbacks: as of submit, one for each completion.
             max_new_tokens: None for Limits.max_new_tokens, or what the context has room for.
-            temperature: 0 is greedy; else one token is sampled.
+            temperature: 0 is greedy, and so is less than 1e-5; else one token is sampled.
             top_p: probability of the likeliest tokens together, from which one is sampled.
+            seed: of the first completion; the next one has the next seed.
             stop: strings that end the completion and are left out of it.
-            callback: called in the engine's thread with each piece, and with None at the end. Without it, iterate."""
-        completion = Completion(callback)
+            top_logprobs: number of the likeliest tokens in each of Completion.logprobs; None for no logprobs.
+            grammar: what the completion follows, of self.grammars.compile.
+            cut: lower max_new_tokens to what the context has room for, instead of an error."""
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be a number of at least 0, not {temperature}")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
         self.check_queue()
         ids = self._encode(messages, len(images))
         if not ids:
             raise ValueError("the conversation is empty: write a question or attach an image")
-        if max_new_tokens is None:
-            max_new_tokens = max(1, min(self.limits.max_new_tokens, self.context - len(ids)))
+        if max_new_tokens is None or cut:
+            room = min(
+                self.context - len(ids), self.cache_bytes // (len(callbacks) * self._cache.token_bytes) - len(ids)
+            )
+            max_new_tokens = max(1, min(self.limits.max_new_tokens if max_new_tokens is None else max_new_tokens, room))
         refuse_too_long(self.model, len(ids), max_new_tokens)
-        if (len(ids) + max_new_tokens) * self._cache.token_bytes > self.cache_bytes:
+        if len(callbacks) > self.limits.max_batch:
+            raise ValueError(f"{len(callbacks)} completions at once: the engine has room for {self.limits.max_batch}")
+        if len(callbacks) * (len(ids) + max_new_tokens) * self._cache.token_bytes > self.cache_bytes:
             available = f"the {self.cache_bytes:,} bytes that the engine has for keys and values"
             raise ValueError(f"{len(ids)} prompt tokens and {max_new_tokens} new tokens need more than {available}")
-        completion.num_prompt_tokens = len(ids)
-        prepared = []
-        for image in images:
-            features = self.images.get(key := pixel_hash(image))
-            prepared.append((key, features, self.preprocess.of_image(image) if features is None else None))
-        stream, uniform = TextStream(self.processor.tokenizer, stop), random.Random(seed)
-        request = _Request(completion, ids, prepared, stream, max_new_tokens, temperature, top_p, uniform)
+        prepared = [self._prepare(image) if isinstance(image, Image.Image) else image for image in images]
+        group = []
+        for number, callback in enumerate(callbacks):
+            completion = Completion(callback)
+            completion.num_prompt_tokens = len(ids)
+            stream = TextStream(self.processor.tokenizer, stop)
+            uniform = random.Random(None if seed is None else seed + number)
+            options = (
+                max_new_tokens,
+                temperature,
+                top_p,
+                uniform,
+                top_logprobs,
+                grammar and grammar.copy(max_new_tokens),
+            )
+            group.append(_Request(completion, ids, prepared, stream, *options))
         with self._changed:
             self.check_queue()
-            self._waiting.append(request)
+            queued = sum(_num_bytes(each[0].images) for each in self._waiting)
+            if queued and queued + _num_bytes(prepared) > self.limits.waiting_bytes:
+                raise QueueFullError(len(self._waiting), self._retry_after())
+            self._waiting.append(group)
             self._changed.notify()
-        return completion
+        return [request.completion for request in group]
+
+    def read_image(self, source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> PreparedImage:
+        """Decode an image and keep what the model needs of it.
+
+        Blocks while other threads decode as much as Limits.decoding_bytes allow. Raises RecordError as load_image, and
+        ValueError for more than max_pixels, or for a format that is slow to decode and has more than MAX_LOCKED_PIXELS.
+
+        Args:
+            source: a file, or the content of one."""
+        num_pixels, limit, format = 0, max_pixels, "image"
+        with suppress(Exception):  # load_image names the error
+            file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=FORMATS) as header:
+                num_pixels, format = header.width * header.height, str(header.format)
+        limit = min(max_pixels, MAX_LOCKED_PIXELS.get(format, max_pixels))
+        if num_pixels > limit:
+            kind = "an image" if limit == max_pixels else f"an image in the format {format}"
+            raise ValueError(f"{kind} of {num_pixels:,} pixels: at most {limit:,} here")
+        with self._reserved(num_pixels * DECODING_BYTES):
+            return self._prepare(load_image(source))
+
+    @contextmanager
+    def _reserved(self, num_bytes: int) -> Iterator[None]:
+        """Block until other threads leave so many bytes of Limits.decoding_bytes."""
+        num_bytes = min(num_bytes, self.limits.decoding_bytes)
+        with self._freed:
+            self._freed.wait_for(lambda: self._free_bytes >= num_bytes)
+            self._free_bytes -= num_bytes
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._free_bytes += num_bytes
+                self._freed.notify_all()
+
+    def _prepare(self, image: Image.Image) -> PreparedImage:
+        features = self.images.get(key := pixel_hash(image))
+        return PreparedImage(key, features, self.preprocess.of_image(image) if features is None else None)
 
     def stream(
-        self, text: str | None, image: Image.Image | None, max_new_tokens: int = 128, transcript: str | None = None
-    ) -> Iterator[str]:
+        self, text: str | None, image: Image.Image | None, max_new_tokens: int = 128, transcript: str | None = None,
+        grammar: Grammar | None = None,
+    ) -> Iterator[str]:  # fmt: skip
         """The pieces of the greedy completion; arguments as of as_prompt, errors as of submit."""
-        yield from self.submit(*as_prompt(text, image, transcript), max_new_tokens=max_new_tokens)
+        yield from self.submit(*as_prompt(text, image, transcript), max_new_tokens=max_new_tokens, grammar=grammar)
 
     def caption(self, image: Image.Image, max_new_tokens: int = 64) -> Iterator[str]:
         """The caption, with the instruction that the model was trained on."""
@@ -307,11 +421,15 @@ class Engine(AbstractContextManager["Engine"]):
         """Raises QueueFullError or EngineClosedError if the queue takes no request."""
         if self._closed:
             raise EngineClosedError("the engine is closed")
-        if (waiting := len(self._waiting)) >= self.limits.max_waiting:
-            batches = waiting / self.limits.max_batch
-            raise QueueFullError(waiting, max(1, round(batches * self.seconds_per_request)))
+        if len(self._waiting) >= self.limits.max_waiting:
+            raise QueueFullError(len(self._waiting), self._retry_after())
+
+    def _retry_after(self) -> int:
+        return max(1, round(len(self._waiting) / self.limits.max_batch * self.seconds_per_request))
 
     def _encode(self, messages: Sequence[dict[str, Any]], num_images: int) -> list[int]:
+        if (size := sum(map(_num_characters, messages))) > (most := MAX_CHARACTERS * self.context):
+            raise ValueError(f"{size:,} characters of text: at most {most:,} here ({self.context} tokens of context)")
         with self._encoding:  # a tokenizer is not made for several threads at once
             ids, _ = self.processor.encode(messages, add_generation_prompt=True)
         if (places := ids.count(self.processor.image_token_id)) != num_images * self.processor.num_image_tokens:
@@ -337,51 +455,67 @@ class Engine(AbstractContextManager["Engine"]):
                 logger.exception("a step failed, and its %s requests with it", len(self._running))
                 self._fail(self._running, error)
                 self._cache.release()
-        for requests in (self._running, self._waiting):
+        with self._changed:
+            waiting = [request for group in self._waiting for request in group]
+            self._waiting.clear()
+        for requests in (self._running, waiting):
             self._fail(requests, EngineClosedError("the engine is closed"))
 
-    def _next_to_join(self) -> list[_Request]:
+    def _next_to_join(self) -> list[list[_Request]]:
         """Queued requests for the next step, oldest first; blocks until there is one if nothing runs."""
         with self._changed:
             while not self._waiting and not self._running and not self._closed:
                 self._changed.wait()
-            joining: list[_Request] = []
+            joining: list[list[_Request]] = []
             if self._running and len(self._waiting) < len(self._running) / 4:
-                queued = time.perf_counter() - self._waiting[0].completion._submitted if self._waiting else 0.0
+                queued = time.perf_counter() - self._waiting[0][0].completion._submitted if self._waiting else 0.0
                 if queued < self.limits.gather_seconds:
                     return joining
             longest = max((request.max_length for request in self._running), default=0)
-            tokens = 0
+            size, tokens = len(self._running), 0
             while self._waiting and not self._closed:
-                request = self._waiting[0]
-                if request.completion._cancelled:
-                    self._end(self._waiting.popleft(), "cancelled")
+                for request in [each for each in self._waiting[0] if each.completion._cancelled]:
+                    self._waiting[0].remove(request)
+                    self._end(request, "cancelled")
+                if not (group := self._waiting[0]):
+                    self._waiting.popleft()
                     continue
-                size = len(self._running) + len(joining) + 1
-                longest, tokens = max(longest, request.max_length), max(tokens, len(request.ids))
+                size += len(group)
+                longest, tokens = max(longest, group[0].max_length), max(tokens, len(group[0].ids))
                 full = size > self.limits.max_batch or size * longest * self._cache.token_bytes > self.cache_bytes
                 if full or (joining and (len(joining) + 1) * tokens > self.limits.prefill_tokens):
                     break
                 joining.append(self._waiting.popleft())
             return joining
 
-    def _prefill(self, joining: list[_Request]) -> None:
+    def _prefill(self, groups: list[list[_Request]]) -> None:
         """Process the prompts of new requests in one forward pass; if it fails, each in its own."""
+        joining = [group[0] for group in groups]
+        places = [*range(len(groups)), *(number for number, group in enumerate(groups) for _ in group[1:])]
+        joining += [request for group in groups for request in group[1:]]
         try:
-            logits = self._read_prompts(joining)
+            logits = self._read_prompts(joining[: len(groups)], joining)
+            for number in range(len(groups), len(joining)):
+                joining[number].length = joining[places[number]].length
+                source, target = len(self._running) + places[number], len(self._running) + number
+                self._cache.move(source, target, joining[number].length)
         except Exception as error:
-            if len(joining) == 1:
+            if len(groups) == 1:
                 logger.exception("a request failed")
-                self._end(joining[0], None, error)
+                self._fail(joining, error)
             else:
-                for request in joining:
-                    self._prefill([request])
+                for group in groups:
+                    self._prefill([group])
         else:
+            for request in joining:
+                request.images = []  # their pixel values are not needed again
             self._running += joining
-            self._take_tokens(joining, logits)
+            self._take_tokens(joining, logits if len(joining) == len(groups) else logits[places])
 
-    def _read_prompts(self, joining: list[_Request]) -> torch.Tensor:
-        """Logits (requests, vocabulary) after the prompts; their keys and values are in the cache afterwards."""
+    def _read_prompts(self, joining: list[_Request], sharing: list[_Request]) -> torch.Tensor:
+        """Logits (requests, vocabulary) after the prompts; their keys and values are in the cache afterwards.
+
+        sharing: these requests and those that share their prompts, for which the cache has room afterwards."""
         features = self._features(joining)
         first, image_token = len(self._running), self.processor.image_token_id
         keys = [self._prefix_key(request) for request in joining]
@@ -389,7 +523,7 @@ class Engine(AbstractContextManager["Engine"]):
         for request, prefix in zip(joining, prefixes, strict=True):  # at least one token is left: it gives the logits
             request.start = 0 if prefix is None else min(len(prefix), len(request.ids) - 1)
         width = max(len(request.ids) - request.start for request in joining)
-        lengths = [request.max_length for request in (*self._running, *joining)]
+        lengths = [request.max_length for request in (*self._running, *sharing)]
         self._cache.reserve(len(lengths), max([*lengths, *(request.start + width for request in joining)]))
         ids = torch.zeros(len(joining), width, dtype=torch.long)
         for number, (request, prefix) in enumerate(zip(joining, prefixes, strict=True)):
@@ -407,7 +541,7 @@ class Engine(AbstractContextManager["Engine"]):
         logits = self._forward(first, positions, length, lasts.to(self.model.device), inputs_embeds=embeds)
         for number, (request, key) in enumerate(zip(joining, keys, strict=True)):
             request.length = len(request.ids)
-            if key is not None and prefixes[number] is None and request.images[0][1] is not None:
+            if key is not None and prefixes[number] is None and request.images[0].features is not None:
                 # the second question about this image: a third one need not compute its keys and values again
                 self.images.put(key, self._cache.read(first + number, len(key[1])))
         self.counts["prompt_tokens"] += sum(len(request.ids) for request in joining)
@@ -436,7 +570,7 @@ class Engine(AbstractContextManager["Engine"]):
         if not request.images:
             return None
         end = request.ids.index(self.processor.image_token_id) + self.processor.num_image_tokens
-        return request.images[0][0], tuple(request.ids[:end])
+        return request.images[0].key, tuple(request.ids[:end])
 
     def _step(self) -> None:
         """One more token for every running request."""
@@ -469,17 +603,34 @@ class Engine(AbstractContextManager["Engine"]):
         return outputs.logits[:, 0].float()
 
     def _take_tokens(self, requests: list[_Request], logits: torch.Tensor) -> None:
-        for request, token in zip(list(requests), _choose(logits, requests), strict=True):
-            try:
-                self._take_token(request, token)
-            except Exception as error:  # of its callback or its text: no other request is concerned
-                self._end(request, None, error)
+        requests = list(requests)
+        logprobs = _logprobs(logits, requests)
+        faults: dict[int, Exception] = {}
+        for number, request in enumerate(requests):
+            if request.grammar is not None:
+                with _noted(faults, number):
+                    request.grammar.restrict(logits[number])
+        try:
+            tokens = _choose(logits, requests)
+        except Exception:  # of one of them
+            tokens = [None] * len(requests)
+            for number, request in enumerate(requests):
+                with _noted(faults, number):
+                    tokens[number] = _choose(logits[number : number + 1], [request])[0]
+        for number, (request, token) in enumerate(zip(requests, tokens, strict=True)):
+            if number not in faults:
+                with _noted(faults, number):  # also of its callback or its text
+                    self._take_token(request, token, logprobs.get(number))
+            if number in faults:  # no other request is concerned
+                self._end(request, None, faults[number])
         self._remove_ended()
 
-    def _take_token(self, request: _Request, token: int | None) -> None:
+    def _take_token(self, request: _Request, token: int | None, logprobs: torch.Tensor | None) -> None:
         if token is None:
             raise ValueError("the model's logits are not finite")
-        completion, stream = request.completion, request.stream
+        completion, stream, grammar = request.completion, request.stream, request.grammar
+        if grammar is not None and token not in self.ends:
+            token = grammar.take(token, request.max_new_tokens - completion.num_tokens)
         request.last = token
         completion.num_tokens += 1
         self.counts["tokens"] += 1
@@ -488,11 +639,16 @@ class Engine(AbstractContextManager["Engine"]):
             completion._first = completion._last
             self.first_token_seconds.append(completion._first - completion._submitted)
         if token not in self.ends:
+            if logprobs is not None:
+                top = logprobs.topk(min(request.top_logprobs or 0, len(logprobs)))
+                pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+                completion.logprobs.append(TokenLogprob(token, float(logprobs[token]), pairs))
             completion._add(stream.add(token))
-        stopped = token in self.ends or stream.stopped
+        stopped = token in self.ends or stream.stopped or (grammar is not None and grammar.is_stopped)
         if stopped or completion.num_tokens == request.max_new_tokens:
             completion._add(stream.end())
-            self._end(request, "stop" if stopped or stream.stopped else "length")
+            stopped = stopped or stream.stopped or (grammar is not None and grammar.is_complete)
+            self._end(request, "stop" if stopped else "length")
 
     def _remove_ended(self) -> None:
         """Move the last requests into the places of those that have ended."""
@@ -503,7 +659,7 @@ class Engine(AbstractContextManager["Engine"]):
                     self._cache.move(len(self._running), place, last.length)
                     self._running[place] = last
 
-    def _fail(self, requests: list[_Request] | deque[_Request], error: BaseException) -> None:
+    def _fail(self, requests: list[_Request], error: BaseException) -> None:
         for request in requests:
             self._end(request, None, error)
         requests.clear()
@@ -535,18 +691,43 @@ def _choose(logits: torch.Tensor, requests: Sequence[_Request]) -> list[int | No
     best = logits.max(dim=-1)
     tokens: list[int | None] = best.indices.tolist()
     finite = best.values.isfinite().tolist()
-    sampled = [number for number, request in enumerate(requests) if request.temperature > 0 and finite[number]]
+    sampled = [number for number, request in enumerate(requests) if request.temperature >= GREEDY and finite[number]]
     if sampled:
         # each request has its own generator: its samples do not depend on the other requests
         chosen = [requests[number] for number in sampled]
         options = [(request.temperature, request.top_p, request.uniform.random()) for request in chosen]
         temperatures, top_p, uniform = torch.tensor(options, dtype=torch.float32, device=logits.device).T.unsqueeze(-1)
-        likely, order = (logits[sampled] / temperatures).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        scores = (logits[sampled] - best.values[sampled].unsqueeze(-1)) / temperatures  # of at most 0: no overflow
+        likely, order = scores.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         below = likely.cumsum(dim=-1) - likely
-        likely = torch.where(below < top_p, likely, 0)  # the nucleus, arXiv 1904.09751; the first is always in it
+        below[:, 0] = -1  # the likeliest is always in the nucleus, arXiv 1904.09751
+        likely = torch.where(below < top_p, likely, 0)
         summed = likely.cumsum(dim=-1)
         drawn = torch.searchsorted(summed, uniform * summed[:, -1:], right=True)
         drawn = drawn.clamp(max=(likely > 0).sum(dim=-1, keepdim=True) - 1)
         for number, token in zip(sampled, order.gather(1, drawn).flatten().tolist(), strict=True):
             tokens[number] = token
     return [token if good else None for token, good in zip(tokens, finite, strict=True)]
+
+
+def _logprobs(logits: torch.Tensor, requests: Sequence[_Request]) -> dict[int, torch.Tensor]:
+    """Log-probabilities (vocabulary,) for the requests that want them, by their place; logits as of _choose."""
+    wanted = [number for number, request in enumerate(requests) if request.top_logprobs is not None]
+    return dict(zip(wanted, logits[wanted].log_softmax(dim=-1), strict=True)) if wanted else {}
+
+
+@contextmanager
+def _noted(faults: dict[int, Exception], number: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        faults[number] = error
+
+
+def _num_characters(message: dict[str, Any]) -> int:
+    content = message["content"]
+    return len(content) if isinstance(content, str) else sum(len(item.get("text") or "") for item in content)
+
+
+def _num_bytes(images: Sequence[PreparedImage]) -> int:
+    return sum(image.pixel_values.nbytes for image in images if image.pixel_values is not None)

@@ -1,0 +1,200 @@
+"""OpenAI's request for a chat completion, as clients really send it: the supported part, and names of wrong parts."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic_core import from_json
+
+from .server import ApiError
+
+# json values of one request, counted by , : [ { and so with those in texts. More would take long to parse.
+MAX_VALUES = 100_000
+# What a field of this name may be, besides null, false, [] and {}, without asking for anything: OpenAI's defaults and
+# those of vLLM and others. A field that is not here and not in ChatRequest is refused.
+NOTHING: dict[str, tuple[Any, ...]] = {
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True,),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "reasoning_effort": ("none", "medium"),
+    "verbosity": ("medium",),
+    "prompt_cache_retention": ("in_memory",),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "best_of": (1,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+}
+NO_EFFECT = ("user", "safety_identifier", "prompt_cache_key")  # they say who asks, not what
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    if value is None or value is False or value in ([], {}) or value in NOTHING.get(name, ()):
+        return True
+    return name in NO_EFFECT and isinstance(value, str)
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_whole)]  # 16.0 is one
+
+
+class _Part(BaseModel):
+    """Fields that ask for nothing are left out, whatever their names. Others that are unknown are refused by name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        required = {name for name, field in cls.model_fields.items() if field.is_required()}
+        empty = {name for name, value in data.items() if name not in required and _asks_for_nothing(name, value)}
+        return {name: value for name, value in data.items() if name not in empty}
+
+
+class TextPart(_Part):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Part):
+    url: str = Field(description="a data: URI, 'data:image/jpeg;base64,...'")
+    detail: Literal["auto", "low", "high", "original"] | None = Field(None, description="has no effect")
+
+
+class ImagePart(_Part):
+    type: Literal["image_url"]
+    image_url: Annotated[
+        Annotated[str, Tag("<text>")] | Annotated[ImageUrl, Tag("<object>")],
+        Discriminator(lambda value: "<text>" if isinstance(value, str) else "<object>"),
+    ]
+
+
+class InputAudio(_Part):
+    data: str = Field(description="an audio file in base64")
+    format: str | None = Field(None, description="has no effect: the file is recognized by its content")
+
+
+class AudioPart(_Part):
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
+PARTS = {"text", "image_url", "input_audio"}
+Parts = list[Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]]
+
+
+class Message(_Part):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        Annotated[str, Tag("<text>")] | Annotated[Parts, Tag("<parts>")],
+        Discriminator(lambda value: "<text>" if isinstance(value, str) else "<parts>"),
+    ] = Field("", description="may be null in an assistant's message")
+    name: str | None = Field(None, description="has no effect")
+
+
+class StreamOptions(_Part):
+    include_usage: bool = False
+    include_obfuscation: bool = Field(default=False, description="has no effect")
+
+
+class ChatRequest(_Part):
+    """The supported part of OpenAI's request. Others of its fields are accepted where they ask for nothing."""
+
+    model: str
+    messages: list[Message]
+    max_tokens: Annotated[Integer, Field(ge=-1)] | None = Field(None, description="-1: as many as there is room for")
+    max_completion_tokens: Annotated[Integer, Field(ge=-1)] | None = None
+    temperature: float | None = Field(None, ge=0, le=2, description="default 0: greedy")
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: Annotated[Integer, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | list[str] | None = Field(None, description="at most 4")
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    n: Annotated[Integer, Field(ge=1, le=8)] = 1
+    logprobs: bool = False
+    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    response_format: dict[str, Any] | None = Field(None, description="text, json_object, json_schema, regex or choice")
+    structured_outputs: dict[str, Any] | None = Field(None, description="vLLM's: json, json_object, regex or choice")
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+
+    def grammars(self) -> dict[str, dict[str, Any]]:
+        """What the answer is to follow: paths in the request, each with the argument of Grammars.compile."""
+        form = self.response_format or {}
+        kind = form.get("type", "text")
+        guided = (("json", self.guided_json), ("regex", self.guided_regex), ("choice", self.guided_choice))
+        asked: dict[str, tuple[str, Any]] = {
+            f"guided_{name}": (name, value) for name, value in guided if value is not None
+        }
+        for name, value in (self.structured_outputs or {}).items():
+            if not _asks_for_nothing(name, value):
+                asked[f"structured_outputs.{name}"] = (name, value)
+        if kind != "text":
+            asked[f"response_format.{kind}"] = (kind, form.get(kind, True))
+        found = {}
+        for path, (name, value) in asked.items():
+            if name == "json_schema":
+                path, value = f"{path}.schema", value.get("schema") if isinstance(value, dict) else None
+            if name not in ("json", "json_schema", "json_object", "regex", "choice"):
+                raise ApiError(400, f"{path}: not supported by this server", param=path)
+            argument = name if name in ("regex", "choice") else "schema"
+            found[path] = {argument: {"type": "object"} if name == "json_object" else value}
+        return found
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """Raises ApiError, which names the part that is wrong."""
+    if sum(body.count(mark) for mark in (b",", b":", b"[", b"{")) > MAX_VALUES:
+        raise ApiError(400, f"a request has at most {MAX_VALUES:,} json values here")
+    try:
+        data = from_json(body)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not json: {error}") from error
+    try:
+        request = ChatRequest.model_validate(data)
+    except ValidationError as error:
+        raise _as_error(error.errors(include_url=False, include_context=False)[0]) from None
+    if not isinstance(data, dict):
+        raise ApiError(400, "the body is not a json object")
+    for number, message in enumerate(data["messages"]):
+        if message.get("content") in (None, False, [], {}) and message["role"] != "assistant":
+            raise ApiError(400, f"messages[{number}].content: required", param=f"messages[{number}].content")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if getattr(request, name) == 0:
+            raise ApiError(400, f"{name}: must be at least 1", param=name)
+    return request
+
+
+def _as_error(first: Any) -> ApiError:
+    """The first of pydantic's errors, with the path of the part as in JavaScript."""
+    path, kind = "", first["type"]
+    for before, place in zip((None, *first["loc"]), first["loc"], strict=False):
+        is_tag = isinstance(before, int) and place in PARTS  # of a union, as those in <>
+        if not is_tag and not str(place).startswith("<"):
+            path += f"[{place}]" if isinstance(place, int) else f".{place}"
+    message = {
+        "extra_forbidden": "not supported by this server: leave it out",
+        "missing": "required",
+        "finite_number": "must be a finite number",
+        "model_type": "must be an object",
+        "model_attributes_type": "must be an object",
+    }.get(kind, first["msg"])
+    if kind.startswith("union_tag"):
+        path, message = f"{path}.type", "must be one of text, image_url, input_audio"
+    path = re.sub(r"^\.", "", path)
+    code = "unsupported_parameter" if kind == "extra_forbidden" else None
+    return ApiError(400, f"{path}: {message}" if path else f"the body {message}", param=path or None, code=code)

@@ -1,0 +1,149 @@
+"""Answers that follow a JSON schema, a regular expression or a choice: llguidance says which tokens may come next."""
+
+import json
+import re
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+
+MAX_CHARACTERS = 65_536  # of a grammar
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer.
+
+    Args:
+        num_tokens: the number of logits.
+        ends: the tokens that end an answer."""
+
+    def __init__(self, tokenizer: Any, num_tokens: int, ends: set[int]):
+        self.tokenizer, self.num_tokens, self.ends = tokenizer, num_tokens, sorted(ends)
+        self._converted: Any = None
+        self._lock = threading.Lock()
+
+    def compile(self, schema: Any = None, regex: str | None = None, choice: list[str] | None = None) -> "Grammar":
+        """The grammar of one of the three. Raises ValueError for what llguidance cannot follow; ImportError.
+
+        An answer may begin with a space, as those that the model is trained on, which is not part of the text.
+
+        Args:
+            schema: a JSON schema, as an object or as its json."""
+        try:
+            from llguidance import LLMatcher
+            from llguidance.hf import from_tokenizer
+        except ImportError as error:
+            raise ImportError("answers in a schema need llguidance: pip install 'clip-phi[schema]'") from error
+        if choice is not None:
+            if (
+                not isinstance(choice, list)
+                or not choice
+                or not all(isinstance(each, str) and each and each == each.strip() for each in choice)
+            ):
+                raise ValueError("must be a list of texts without spaces around them")
+            regex = "|".join(map(re.escape, choice))
+        if regex is not None:
+            if not isinstance(regex, str):
+                raise ValueError("must be a text")
+            text = LLMatcher.grammar_from_regex(f" ?(?:{regex})")
+        else:
+            schema = json.loads(schema) if isinstance(schema, str) else schema
+            if not isinstance(schema, dict):
+                raise ValueError("must be a JSON schema, which is an object")
+            # As json.dumps writes it: with free spaces, a model may write spaces up to its last token
+            style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+            text = LLMatcher.grammar_from_lark(
+                'start: " "? answer\nanswer: %json ' + json.dumps({**schema, "x-guidance": style})
+            )
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"{len(text):,} characters of grammar: at most {MAX_CHARACTERS:,} here")
+        with self._lock:  # takes a second for 50,000 tokens
+            if self._converted is None:
+                self._converted = from_tokenizer(self.tokenizer, n_vocab=self.num_tokens, eos_token=self.ends)
+        matcher = LLMatcher(self._converted, text, log_level=0)
+        if matcher.is_error():
+            reason = " ".join(re.split(r"\n +\d+ \| ", matcher.get_error())[0].split())  # without the grammar's lines
+            raise ValueError(f"cannot be followed: {reason[:200]}")
+        return Grammar(matcher, {mark: self._converted.tokenize_str(mark)[0] for mark in '"}]~0123456789'})
+
+
+class Grammar:
+    """The state of one answer.
+
+    An answer that becomes too long is led to its end, so that it follows the grammar within its limit of tokens: before
+    the limit, `take` looks for a short way to the end, and goes this way before it becomes too long."""
+
+    def __init__(self, matcher: Any, marks: dict[str, int]):
+        self.matcher, self.marks = matcher, marks
+        self.ending: list[int] = []  # tokens from here to the end of an answer; empty: not known
+        self.shortest = 0  # tokens of a short answer
+        self.unchecked = 0  # tokens that may follow before the next look
+
+    def copy(self, max_new_tokens: int) -> "Grammar":
+        """The beginning of an answer of at most so many tokens."""
+        copy = Grammar(self.matcher.deep_copy(), self.marks)
+        copy.ending = copy._find_ending(max_new_tokens) or []
+        copy.shortest = len(copy.ending)
+        return copy
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether nothing can follow."""
+        return self.matcher.is_stopped()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer may end here."""
+        return self.matcher.is_accepting()
+
+    def restrict(self, logits: torch.Tensor) -> None:
+        """Set the logits (vocabulary,) of all tokens that may not follow to -inf."""
+        logits.masked_fill_(~torch.from_numpy(self._allowed()[: len(logits)]).to(logits.device), -torch.inf)
+
+    def _allowed(self) -> np.ndarray:
+        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        return np.unpackbits(bits, bitorder="little").astype(bool)
+
+    def take(self, token: int, left: int) -> int:
+        """Go on with this token, or another one if the answer could not end within `left` tokens, it included.
+
+        Returns the token that was taken. Raises ValueError if it may not follow."""
+        before, self.ending = self.ending, []
+        self._consume([token])
+        self.unchecked -= 1
+        if self.unchecked < 0 and not self.is_stopped:
+            found = self._find_ending(left - 1)
+            if found is None and before:
+                self.matcher.rollback(1)
+                token, *self.ending = before
+                self._consume([token])
+            elif found is not None:
+                self.ending = found
+                self.unchecked = max(0, left - len(found) - 2 * self.shortest - 16) // 2
+        return token
+
+    def _consume(self, tokens: list[int]) -> None:
+        if not self.matcher.consume_tokens(tokens):
+            raise ValueError(f"the answer cannot follow its grammar: {self.matcher.get_error()}")
+
+    def _find_ending(self, most: int) -> list[int] | None:
+        """A short, not always the shortest way to the end; None if it has more tokens than `most`."""
+        tokens: list[int] = []
+        try:
+            while not self.is_complete and len(tokens) <= most:
+                following = self.matcher.compute_ff_tokens() or [self._shortest_step(len(tokens))]
+                self._consume(following)
+                tokens += following
+        finally:
+            self.matcher.rollback(len(tokens))
+        return tokens if len(tokens) <= most else None
+
+    def _shortest_step(self, number: int) -> int:
+        may = {mark: self.matcher.validate_tokens([token]) == 1 for mark, token in self.marks.items()}
+        inside_text = may['"'] and may["~"]
+        for mark in '"' if inside_text else '}]"0123456789':
+            if may[mark]:
+                return self.marks[mark]
+        allowed = self._allowed().nonzero()[0]
+        return int(allowed[number % len(allowed)])  # each in turn: one of them leads to the end
