@@ -13,6 +13,7 @@ from PIL import Image
 
 from clip_phi.batching.index import load_index
 from clip_phi.cli import main
+from clip_phi.data.hf_dataset import stream_table
 from clip_phi.data.report import Report
 from clip_phi.data.sample import Turn
 from clip_phi.data.source import parse_source
@@ -116,6 +117,7 @@ def asked(question, answer, *before):
         (A | {"question": "Q?", "answers": {"answer": ["b", "b"], "answer_id": [1, 2]}}, asked("Q?", "b")),
         (A | {"question": "Q?", "multiple_choice_answer": "net"}, asked("Q?", "net")),
         (A | {"question": "Q?", "label": "cat"}, asked("Q?", "cat")),
+        (A | {"query": "Q?", "label": ["14"]}, asked("Q?", "14")),
         (A | {"text": "Is it?", "label": "YES"}, asked("Is it?", "yes")),
         (A | {"text": "Is it?", "label": " no. "}, asked("Is it?", "no")),
         (A | {"text": "Is it?", "label": 1}, asked("Is it?", "yes")),
@@ -159,6 +161,12 @@ def test_a_row_is_read_with_its_question(read, row, said):
         ({"video": "v.mp4", "caption": "c"}, "video or audio", "column video"),
         ({"conversations": [{"from": "human", "value": "<video>\nHi"}, SAID[1]]}, "<video> in a question", "image"),
         ({"photo": "a.jpg", "question": "Q?", "answer": "x"}, "image column of an unknown name", ",image=photo"),
+        (
+            {"imagename": "a.jpg", "question": "Q?", "answer": "x"},
+            "image column of an unknown name",
+            ",image=imagename",
+        ),
+        ({"file": "a.jpg", "conversations": SAID}, "image column of an unknown name", ",image=file"),
         ({"image": "http://x.org/a.jpg", "caption": "c"}, "image is a URL", "download it"),
         ({"image": "data:image/png;base64,!!", "caption": "c"}, "image is not valid base64", ""),
         ({"image": "A.JPG", "caption": "c"}, "missing image", "(there is 'a.jpg')"),
@@ -213,8 +221,9 @@ def test_a_home_folder_is_expanded(images, tmp_path, monkeypatch):
     ]
 
 
-def test_a_text_only_question_about_a_column_that_is_no_image_is_no_image(read):
-    assert read({"question": "2 + 2?", "answer": 4, "num_images": 0})[1] == [None]
+def test_a_row_without_an_image_is_text_only(read):
+    row = {"question": "Which file?", "answer": "a.jpg", "num_images": 0, "image_size": 3, "meta": {"path": "x"}}
+    assert read(row)[1] == [None]
 
 
 # The table of the docs
@@ -292,6 +301,8 @@ def test_an_unknown_layout_names_its_columns_and_the_option_that_reads_it_in_eve
         source = parse_source(source + option)
         (sample,) = source.read(source.media(), Report())
         assert sample.conversations == ((Turn("user", "Is it red?"), Turn("assistant", "yes")),)
+    streamed = next(stream_table(source.path, source.media(), Report(), source.layout))
+    assert streamed.conversations == sample.conversations and streamed.image == jpeg()
 
 
 def test_texts_of_csv_and_tsv_are_read_as_they_are(images, tmp_path):

@@ -42,7 +42,8 @@ RATINGS = ("relevance", "visual_dependency", "image_correspondence", "formatting
 # Beside a caption, such a column may be the question to which the caption is the answer.
 QUESTION_LIKE = re.compile("question|query|instruct|prompt|problem|input|answer|response|output|label|choice|option")
 MULTIPLE_CHOICE = re.compile("choices?|options?")
-IMAGE_LIKE = re.compile(r"(^|_)(im(age|g)s?|photos?|pictures?|frames?)(_(path|file|name|url|0|1))?$")
+IMAGE_LIKE = re.compile(r"(^|_)(im(age|g)s?|photos?|pictures?|frames?)(_?(path|file|name|url|0|1))?$")
+TEXT_KEYS = {*CONVERSATION_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, *CAPTION_KEYS}
 OTHER_MEDIA = re.compile("(video|audio)s?(_|$)")
 OTHER_TAGS = re.compile("<(video|audio|bbox|ref-object|img)>")
 IMAGE_FILE = re.compile(r"(?i)data:image|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic)$")
@@ -175,8 +176,9 @@ class _RecordReader:
                 self.image = self.image[places[0]] if places else None
         conversations = self._conversations()
         if not (self.has_image or columns):
-            unread = (key for key in values if IMAGE_LIKE.search(key) and key not in IMAGE_KEYS and self._has(key))
-            if key := next((key for key in unread if not isinstance(values[key], int | float)), None):
+            others = values.keys() - TEXT_KEYS - set(IMAGE_KEYS)
+            unread = [key for key in values if key in others and _may_be_image(key, values[key])]
+            if key := next(iter(unread), None):
                 raise RecordError("image column of an unknown name", f"{names[key]}: add ,image={names[key]}")
         return conversations
 
@@ -363,7 +365,7 @@ class _RecordReader:
         said = [text for pair in history for text in pair]
         said.append(values[asked[0]] if len(asked) == 1 else [{"type": "text", "text": values[key]} for key in asked])
         texts: list[str] = []
-        if answer == "label":
+        if answer == "label" and (asked == ["text"] or not isinstance(values["label"], list | tuple)):
             texts = [_as_label(values["label"], values[asked[0]], asked[0])]
         elif answer is not None or isinstance(values.get("answers"), list | tuple):
             value = _parse_list(values[answer or "answers"]) if answer in (None, "answers") else values[answer]
@@ -431,6 +433,16 @@ def _as_answers(value: Any) -> list[str]:
     return answers
 
 
+def _may_be_image(name: str, value: Any) -> bool:
+    """By its value, or by its name if it is no number."""
+    value = value[0] if isinstance(value, list | tuple) and value else value
+    if isinstance(value, Mapping):
+        value = b"" if value.get("bytes") else value.get("path") or ""
+    if isinstance(value, str):
+        return bool(IMAGE_FILE.match(value[:500]) or (value.strip() and IMAGE_LIKE.search(name)))
+    return value is not None and not isinstance(value, int | float | list | tuple)
+
+
 def _as_label(value: Any, question: Any, asked: str) -> str:
     word = str(value).strip().rstrip(".").lower()
     if word in ("yes", "no"):
@@ -450,13 +462,9 @@ def _names(record: Mapping[Any, Any]) -> str:
 
 def _hint(record: Mapping[Any, Any]) -> str:
     """The columns of a record of unknown layout, and the options that may read it."""
-    images, texts = list[str](), list[str]()
-    for name, value in record.items():
-        value = value[0] if isinstance(value, list | tuple) and value else value
-        if isinstance(value, str | int | float | list) and not IMAGE_FILE.match(str(value)[:500]):
-            texts.append(str(name))
-        elif value is not None and (not isinstance(value, Mapping) or {"bytes", "path"} & set(value)):
-            images.append(str(name))
+    images = [str(name) for name, value in record.items() if _may_be_image("", value)]
+    texts = [str(name) for name, value in record.items() if isinstance(value, str | int | float | list | tuple)]
+    texts = [name for name in texts if name not in images]
     words = [name for name in texts if not re.search(r"(?i)(^|_)(id|index|key|url|width|height|split|source)_*$", name)]
     words = [name for name in words if name != "label" and not _is_blank(record[name])] if len(words) > 1 else words
     asks = next((name for name in words if str(record[name]).strip().endswith("?")), None)

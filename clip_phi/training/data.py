@@ -94,6 +94,8 @@ def read_data(arguments: TrainingArguments, processor: Any, read: ImageReader, a
         indexes = [index_of(source) for source in sources]
         for source, index in zip(sources, indexes, strict=True):
             accelerator.print(describe(source.name, index))
+            if hint := independent_turns_hint(index):
+                accelerator.print(hint)
             report.add(index.report)
         report.refuse_bad(arguments.max_bad_fraction)
         if not held_out:
@@ -124,10 +126,10 @@ def read_data(arguments: TrainingArguments, processor: Any, read: ImageReader, a
 
 
 def describe(name: str, index: Index) -> str:
-    """A line with the numbers of images, captions and conversations, one for each kind of damage, and hints."""
+    """A line with the numbers of images, captions and conversations, and one for each kind of damage."""
     report = index.report
     text = f"{name}: {count_text(*index.count())}, {report.num_skipped:,} records skipped"
-    return "\n".join(filter(None, [text, report.table(), independent_turns_hint(index)]))
+    return "\n".join(filter(None, [text, report.table()]))
 
 
 def holdout_size(arguments: TrainingArguments, total: int) -> int:
