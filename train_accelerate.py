@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+from clip_phi.data.report import plain
 from clip_phi.training.arguments import TrainingArguments, parse_arguments
 
 
@@ -24,7 +25,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
             get_error_handler().record_exception(error)
         if debug:
             raise
-        print(f"train_accelerate.py: error: {error}", file=sys.stderr)
+        print(plain(f"train_accelerate.py: error: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -265,7 +265,7 @@ def count_step(
     with ledger, flops, LikeCuda(autocast), _loss_recomputed_alike(autocast):
         embeds = model.get_input_embeddings()(ids)
         if images:
-            features = torch.cat(list(model.model._project(model.get_vision_features(pixels)))).to(embeds.dtype)
+            features = model.model._project(model.model.get_vision_features(pixels)).flatten(0, 1).to(embeds.dtype)
         else:
             embeds.requires_grad_()
         tower, tower_flops = ledger.take_peak(), flops.get_total_flops()

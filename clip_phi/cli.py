@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from .commands import data, evaluate, generate, hub, serving, speech, system
-from .commands.common import Parser
+from .commands.common import Parser, print_error
 
 # The order in which a newcomer needs the commands: try a model, serve it, look at data, train, evaluate, share.
 TOPICS = (generate, serving, data, speech, system, evaluate, hub)
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if arguments.debug:
             raise
-        print(f"clip-phi: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print_error(error)
         return 2
 
 

@@ -7,6 +7,7 @@ outputs/demo/example.png is the image at the top of README.md (docs/demo.png).
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def main() -> None:
     draw_curves(OUTPUT / "curve.png")
     result["total_seconds"] = round(time.perf_counter() - started, 1)
     (OUTPUT / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print_scenes(scenes)
     print_table(result)
 
 
@@ -100,14 +102,15 @@ def read_scenes() -> list[dict[str, Any]]:
     ]
 
 
-def evaluate_stages(scenes: list[dict[str, Any]]) -> dict[str, float]:
+def evaluate_stages(scenes: list[dict[str, Any]]) -> dict[str, Any]:
     """Caption the scenes after stage 1, then save the model of stage 2 as outputs/demo/model, merged, and evaluate it.
 
     Adds the captions and answers to the scenes. A caption's score is the F1 of the objects that it names. The answers
-    and their scores are those of 'clip-phi evaluate'. Returns the figures of result.json.
+    and their scores are those of 'clip-phi evaluate', which asks each question alone. Returns the figures of
+    result.json.
     """
     from clip_phi.batching.images import load_image
-    from clip_phi.data.synthetic import object_f1
+    from clip_phi.data.synthetic import object_f1, question_kind
     from clip_phi.evaluation.generate import generate_texts
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
@@ -136,7 +139,32 @@ def evaluate_stages(scenes: list[dict[str, Any]]) -> dict[str, float]:
     result |= {"answer_accuracy": answers["score"], "answer_accuracy_blind": answers["blind"]}
     result |= {"answer_accuracy_shuffled": answers["shuffled"]}
     result |= {"answer_accuracy_question_only": answers["question_only"]["score"]}
-    return {name: round(value, 4) for name, value in result.items()}
+    result["second_turn_accuracy"] = second_turn_accuracy(scenes)
+    by_kind: dict[str, list[float]] = defaultdict(list)
+    for sample in questions:
+        by_kind[question_kind(sample["question"])].append(sample["score"])
+    kinds = {kind: round(sum(scores) / len(scores), 4) for kind, scores in sorted(by_kind.items())}
+    return {name: round(value, 4) for name, value in result.items()} | {"accuracy_by_kind": kinds}
+
+
+def second_turn_accuracy(scenes: list[dict[str, Any]]) -> float:
+    """Ask the second question of each conversation after the first one and the model's own answer to it."""
+    from clip_phi.batching.images import load_image
+    from clip_phi.data.sample import user_message
+    from clip_phi.evaluation.answer_metrics import vqa_accuracy
+    from clip_phi.evaluation.generate import generate_texts
+    from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+
+    model = ClipPhiForCausalLM.from_pretrained(OUTPUT / "model")
+    processor = ClipPhiProcessor.from_pretrained(OUTPUT / "model")
+    prompts, references = [], []
+    for scene in scenes:
+        first, second = scene["turns"][:2]  # every drawn conversation has at least two turns
+        answered = {"role": "assistant", "content": [{"type": "text", "text": first["answer"]}]}
+        messages = [user_message(first["question"], 1), answered, user_message(second["question"])]
+        prompts.append((messages, load_image(scene["path"])))
+        references.append(second["references"])
+    return float(vqa_accuracy(generate_texts(model, processor, prompts, batch_size=BATCH_SIZE), references).mean())
 
 
 def evaluate(task: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -244,13 +272,46 @@ def draw_curves(path: Path) -> None:
             points = [(record["step"], record[key]) for record in map(json.loads, lines) if key in record]
             axes.plot(*zip(*points, strict=True), style, label={"loss": "training", "eval_loss": "held out"}[key])
         recipe = yaml.safe_load((RECIPES / f"demo_stage{stage}.yaml").read_text(encoding="utf-8"))
+        epochs = recipe["num_train_epochs"]
         axes.set(
-            title=f"stage {stage}, {recipe['num_train_epochs']} epochs",
+            title=f"stage {stage}, {epochs} epoch{'' if epochs == 1 else 's'}",
             xlabel="step",
             ylabel="nats per supervised token",
         )
         axes.legend()
     figure.savefig(path, dpi=90)
+
+
+def print_scenes(scenes: list[dict[str, Any]], number: int = 3) -> None:
+    """Print the first scenes of two objects or more as pictures of text, each beside its caption and a question."""
+    print(f"\n{number} scenes that the model has not seen in training:")
+    for scene in [scene for scene in scenes if scene["truth"].total() > 1][:number]:
+        turn = scene["turns"][0]
+        lines = [f"caption:  {scene['caption']}", f"question: {turn['question']}", f"answer:   {turn['answer']}"]
+        lines += [] if turn["score"] == 1 else [f"          (right: {turn['references'][0]})"]
+        picture = text_picture(scene["path"], sys.stdout.isatty())
+        print()
+        for row, line in itertools.zip_longest(picture, ["", "", *lines], fillvalue=""):
+            print(f"  {row}   {line}".rstrip())
+
+
+def text_picture(path: Path, colored: bool, rows: int = 8) -> list[str]:
+    """Return lines of text that show an image: blocks of its colors, or without colors # on its background."""
+    import numpy as np
+    from PIL import Image
+
+    size = (2 * rows, 2 * rows if colored else rows)
+    image = np.asarray(Image.open(path).convert("RGB").resize(size)).astype(int)
+    if not colored:
+        shown = abs(image - np.median(image, axis=(0, 1))).max(axis=-1) > 30
+        return ["".join(".#"[pixel] for pixel in row) for row in shown.astype(int)]
+    pixels = image.tolist()
+    # a character shows two pixels: the upper one as its color, the lower one as its background
+    block = "\033[38;2;{};{};{};48;2;{};{};{}m\u2580"
+    return [
+        "".join(block.format(*upper, *lower) for upper, lower in zip(*two, strict=True)) + "\033[0m"
+        for two in zip(pixels[::2], pixels[1::2], strict=True)
+    ]
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -265,7 +326,10 @@ def print_table(result: dict[str, Any]) -> None:
         ("answers after stage 2, accuracy", "answer_accuracy"),
     ):
         print(f"  {label:40}  {show(name)}    {show(name + '_blind')}    {show(name + '_shuffled')}")
-    print(f"\nAccuracy of the most frequent answer to each question: {show('answer_accuracy_question_only')}")
+    kinds = ", ".join(f"{kind} {value:.2f}" for kind, value in result["accuracy_by_kind"].items())
+    print(f"\nAnswers by kind of question: {kinds}")
+    print(f"Answers to a second question, after the first one and its answer: {show('second_turn_accuracy')}")
+    print(f"Accuracy of the most frequent answer to each question: {show('answer_accuracy_question_only')}")
     seconds = ", ".join(f"stage {stage} {result[f'train_seconds_stage{stage}']:.0f} s" for stage in (1, 2))
     print(f"Time: {seconds}, total {result['total_seconds']:.0f} s")
     print(f"Images and figures: {OUTPUT}/sheet.png, example.png, curve.png, result.json")

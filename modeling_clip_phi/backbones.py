@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers.utils.hub import cached_file
 from .configuration_clip_phi import ClipPhiConfig, read_config
 
 PEFT_PREFIX = "base_model.model."  # of each name in PEFT's files
+PEFT_PARTS = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.\w+(?=\.)")  # what it adds to the names of weights
 HUB_OPTIONS = ["cache_dir", "force_download", "local_files_only", "proxies", "token"]
 PLACEMENT = ["dtype", "device_map", "max_memory", "offload_folder", "quantization_config", "attn_implementation"]
 # Arguments that transformers' own classes and pipelines pass along, and that change nothing for a delta.
@@ -35,7 +37,6 @@ CHANGED = torch.tensor(torch.nan)  # equal to nothing
 class ClipPhiPreTrainedModel(PreTrainedModel):
     """Loading and saving; modeling_clip_phi.py has the forward passes."""
 
-    config_class = ClipPhiConfig
     config: ClipPhiConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -49,9 +50,8 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """Load a merged or a delta checkpoint, with transformers' arguments; for a delta also fields of ClipPhiConfig.
 
-        With a device_map, a delta is loaded whole before it is placed. A `state_dict` is used without the checks below.
-        Raises ValueError for another architecture, or weights that are missing, unknown or of another shape; OSError
-        if a file or a backbone is not found, or if the weights are a pickle and not safetensors."""
+        A `state_dict` is not checked. Raises ValueError for another architecture and for weights that are unknown, of
+        another shape, or missing (output_loading_info reports these); OSError for an absent file, and for a pickle."""
         path = pretrained_model_name_or_path
         kwargs.setdefault("use_safetensors", True)  # a pickle can run any code while it is opened
         if path is None or kwargs.get("state_dict") is not None:
@@ -63,34 +63,32 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"{path} holds a {kind!r} model, not a {ClipPhiConfig.model_type!r} one")
             known = ClipPhiConfig.from_dict(fields)
         wants_info = kwargs.pop("output_loading_info", False)
+        info: dict[str, Any] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
         if known.delta:
-            model = load_delta(cls.whole_class, path, known, kwargs)
+            model = load_delta(cls.whole_class, path, known, kwargs, info["missing_keys"])
             model = model if issubclass(cls, cls.whole_class) else model.model
-            info: dict[str, Any] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
         else:
             quantization: Any = copy.copy(kwargs.get("quantization_config"))
             if getattr(quantization, "llm_int8_skip_modules", ...) is None:  # bitsandbytes, for the decoder alone
-                # Compared with the beginning of a module's name, which has no "model." in the headless class.
-                names = ["vision_tower", "projector", "model.vision_tower", "model.projector"]
+                names = ["vision_tower", "projector", "model.vision_tower", "model.projector"]  # of both classes
                 quantization.llm_int8_skip_modules = ["lm_head", *names]
             kwargs |= {"quantization_config": quantization, "output_loading_info": True}
             model, info = super().from_pretrained(path, *model_args, config=config, **kwargs)
-            refuse_missing(path, info["missing_keys"])
+            model.base_model.vision_tower.requires_grad_(False)  # until the caller asks for it
+        refuse_missing(path, set() if wants_info else info["missing_keys"])
         return (model, info) if wants_info else model
 
     @classmethod
     def from_backbones(cls, vision, text, *, vision_revision=None, text_revision=None, image_token_id=None, **options):
-        """A pretrained tower and a pretrained decoder, frozen, with a new projector between them.
+        """A pretrained tower and a pretrained decoder (Hub id or folder), frozen, with a new projector between them.
 
         Args:
-            vision, text: Hub id or folder. The text half of a whole CLIP-like checkpoint is not used.
             vision_revision, text_revision: branch, tag or commit; the config keeps the commit.
             image_token_id: by default the tokenizer's "<image>", or the first id after its last token.
             options: HUB_OPTIONS; PLACEMENT (quantization_config is for the decoder alone, attn_implementation may be
                 {"vision_config": ..., "text_config": ...}, dtype is float32 by default); fields of ClipPhiConfig.
 
-        Raises ValueError if a checkpoint lacks weights or the vocabulary has no row left for <image>; TypeError for an
-        unknown option."""
+        Raises ValueError if weights are missing or no vocabulary row is left, TypeError for an unknown option."""
         hub, placement, _, fields = sort_options(options)
         fields |= find_backbone("vision", vision, vision_revision, hub)
         fields |= find_backbone("text", text, text_revision, hub)
@@ -114,32 +112,29 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """Add a PEFT adapter. Raises ValueError if there is one. transformers' own refuses peft 0.21 from 5.24 on."""
         peft = import_optional("peft", "a LoRA adapter needs peft")
-        if getattr(self, "_hf_peft_config_loaded", False):
+        if getattr(self, "peft_config", None):
             raise ValueError("the model has an adapter: save it with merged=True, and load that to add another one")
         peft.inject_adapter_in_model(adapter_config, self, adapter_name or "default")
         self._hf_peft_config_loaded = True
 
-    def save_pretrained(self, save_directory, *args, merged: bool | None = None, state_dict=None, **kwargs):
+    def save_pretrained(self, save_directory, *args, merged: bool | None = None, **kwargs):
         """Save as transformers does, in one of two forms.
 
-        Args:
-            merged: False, the default of a model made from backbones: the projector, the LoRA adapter (in the subfolder
-                "adapter", PEFT's format) and the names and commits of the backbones. True: all weights, LoRA folded in.
-            state_dict: weights to save instead of the model's own: all, or for a delta the trained ones.
+        merged: False, the default of a model made from backbones: the projector, the LoRA adapter (in the subfolder
+            "adapter", PEFT's format) and the names and commits of the backbones. True: all weights, LoRA folded in.
 
         Raises ValueError if a delta would lose weights that are trainable or have changed since loading, or if a
         quantised decoder, or an adapter other than plain LoRA, would have to be merged."""
-        adapted = bool(getattr(self, "_hf_peft_config_loaded", False))  # transformers would save an adapter alone
+        # Trainer passes state_dict and no merged. It resumes from model.safetensors alone: the adapter is there, too.
+        by_trainer, state_dict = merged is None and "state_dict" in kwargs, kwargs.pop("state_dict", None)
+        adapted = bool(getattr(self, "peft_config", None))  # transformers would save an adapter alone
         own = {"_hf_peft_config_loaded": False} | ({"_weight_conversions": None} if adapted else {})
         fields: dict[str, Any] = {"delta": False, "adapter": None}
         if not self.config.delta if merged is None else merged:
             if getattr(self, "hf_quantizer", None) is not None:
-                way_out = "save the delta, load it without quantization_config, and save that with merged=True"
-                raise ValueError(f"a merged checkpoint cannot be made of quantised weights: {way_out}")
-            state = state_dict or self.state_dict()
-            state = fold_adapter(self, state) if adapted else state
-            # A local folder does not exist elsewhere, and is not needed any more.
-            fields |= dict.fromkeys(f"{part}_backbone" for part in local_parts(self.config))
+                raise ValueError("quantised weights cannot be merged: save the delta, and load it without quantisation")
+            state = fold_adapter(self, state_dict or self.state_dict())
+            fields |= dict.fromkeys(f"{part}_backbone" for part in local_parts(self.config))  # not needed any more
         else:
             if not self.config.delta or self.loaded_backbones is None:
                 raise ValueError("this model was not made from backbones: save it with merged=True")
@@ -151,18 +146,28 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             state = state_dict or {name: parameter.detach() for name, parameter in self.named_parameters()}
             if adapted:
                 save_adapter(self, Path(save_directory) / "adapter", state)
-            state = {name: value for name, value in state.items() if name.startswith("model.projector.")}
+            kept = {PEFT_PARTS.sub("", name): name for name in state if "original_module" not in name}
+            names = [name for name in kept if (by_trainer if "lora_" in name else name.startswith("model.projector."))]
+            state = {name: state[kept[name]] for name in names}
             fields = {"delta": True, "adapter": "adapter" if adapted else None}
             own["hf_quantizer"] = None
         with temporarily(self.config, **fields), temporarily(self, **own):
             return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
 
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As torch's. Raises ValueError if an adapter's weights are absent, which Trainer would not notice."""
+        if getattr(self, "peft_config", None) and not any("lora_" in name for name in state_dict):
+            raise ValueError("the model has an adapter, these weights have none: load them with from_pretrained")
+        own = {PEFT_PARTS.sub("", name): name for name, _ in self.named_parameters()}
+        return super().load_state_dict({own.get(name, name): state_dict[name] for name in state_dict}, *args, **kwargs)
+
     def push_to_hub(self, repo_id: str, *, merged: bool | None = None, **kwargs: Any) -> Any:
         """Push without a model card; merged as in save_pretrained. Raises ValueError for a delta of local folders."""
         delta = self.config.delta and not merged
         for part in local_parts(self.config) if delta else []:
-            problem = f"the {part} backbone is a local folder, {getattr(self.config, f'{part}_backbone')}"
-            raise ValueError(f"{problem}, and nobody else could load a delta of it: push_to_hub(..., merged=True)")
+            raise ValueError(
+                f"the {part} backbone is a local folder: push a whole model, push_to_hub(..., merged=True)"
+            )
         with temporarily(self.config, delta=delta):
             return super().push_to_hub(repo_id, **kwargs)
 
@@ -172,8 +177,7 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
     if config.image_token_id >= (rows := config.text_config.vocab_size):
         problem = f"{rows} vocabulary rows and none of them is left for <image> (id {config.image_token_id})"
         raise ValueError(f"{config.text_backbone} has {problem}: give a copy whose embedding is resized")
-    dtype = placement.get("dtype")
-    dtype = config.dtype or torch.float32 if dtype in (None, "auto") else dtype
+    dtype = config.dtype or torch.float32 if (given := placement.get("dtype")) in (None, "auto") else given
     config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     quantization, attention = placement.get("quantization_config"), placement.get("attn_implementation")
     device_map: Any = placement.get("device_map")
@@ -207,9 +211,8 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
     model.model.projector.apply(model._init_weights)
     if quantization is not None:
         del decoder.config.quantization_config  # chosen at each load, and no property of the checkpoint
-    for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if name in vars(decoder):
-            setattr(model, name, getattr(decoder, name))
+    names = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+    vars(model).update({name: vars(decoder)[name] for name in names if name in vars(decoder)})
     generation = model.generation_config = GenerationConfig.from_model_config(config.text_config)
     found = [end_token, generation.eos_token_id, decoder.generation_config.eos_token_id]
     ends = {end: None for some in found for end in (some if isinstance(some, list) else [some]) if end is not None}
@@ -222,11 +225,17 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
 
 
 def make_projector(config: ClipPhiConfig) -> nn.Module:
-    """Tower width to embedding width: "linear" (LLaVA, arXiv 2304.08485) or "mlp" (LLaVA-1.5, arXiv 2310.03744)."""
+    """Tower width to embedding width: "linear" (LLaVA, arXiv 2304.08485), "mlp" (LLaVA-1.5, arXiv 2310.03744), or
+    "norm_mlp", whose wide middle can hold LLaVA's residual block."""
     text_width, bias = config.get_text_config().hidden_size, config.projector_bias
     linear = nn.Linear(config.vision_config.hidden_size, text_width, bias)  # type: ignore[union-attr]
-    mlp = config.projector_type == "mlp"
-    return nn.Sequential(linear, nn.GELU(), nn.Linear(text_width, text_width, bias)) if mlp else linear
+    if config.projector_type == "linear":
+        return linear
+    norm = config.projector_type == "norm_mlp"
+    first = [nn.LayerNorm(text_width), nn.Linear(text_width, 3 * text_width)] if norm else []
+    return nn.Sequential(
+        linear, *first, nn.GELU(), nn.Linear(text_width * (3 if norm else 1), text_width, bias or norm)
+    )
 
 
 def dispatch(model: Any, placement: dict) -> Any:
@@ -235,8 +244,7 @@ def dispatch(model: Any, placement: dict) -> Any:
         return model
     accelerate, device_map = import_optional("accelerate", "device_map needs accelerate"), placement["device_map"]
     if isinstance(device_map, str):  # each device is filled before the next one
-        blocks = list(model._no_split_modules or [])
-        device_map = accelerate.infer_auto_device_map(model, placement.get("max_memory"), blocks)
+        device_map = accelerate.infer_auto_device_map(model, placement.get("max_memory"), model._no_split_modules)
     options = {"offload_dir": placement.get("offload_folder"), "skip_keys": model._skip_keys_device_placement}
     return accelerate.dispatch_model(model, device_map, **options)
 
@@ -277,7 +285,7 @@ def sort_options(options: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict[str, Any]) -> Any:
+def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict, missing: set[str]) -> Any:
     own = {"revision": options.pop("revision", None) or "main", "subfolder": options.pop("subfolder", None) or ""}
     hub, placement, _, fields = sort_options(options)
     own |= hub
@@ -288,25 +296,24 @@ def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict
     model = load_backbones(model_class, config, hub, placement, None)
     model.config.name_or_path = str(path)
     projector = {f"model.projector.{name}": weight for name, weight in model.model.projector.named_parameters()}
-    copy_weights(path, load_file(cached_file(path, "model.safetensors", **own)), projector)
+    found = load_file(cached_file(path, "model.safetensors", **own))
+    copy_weights(path, {name: found[name] for name in found if "lora_" not in name}, projector, missing)
     if (folder := config.adapter) is not None:
         peft = import_optional("peft", f"{path} holds a LoRA adapter")
-        adapter_file = Path(str(cached_file(path, f"{folder}/adapter_config.json", **own)))
-        adapter_config = peft.PeftConfig.from_pretrained(str(adapter_file.parent))
+        adapter_file = cached_file(path, f"{folder}/adapter_config.json", **own)
+        adapter_config = peft.PeftConfig.from_pretrained(str(Path(adapter_file).parent))
         adapter_config.inference_mode = True  # frozen
         model.add_adapter(adapter_config)
         found = load_file(cached_file(path, f"{folder}/adapter_model.safetensors", **own))
         found = {name.removeprefix(PEFT_PREFIX): weight for name, weight in found.items()}
-        copy_weights(f"{path}/{folder}", found, adapter_weights(model))
+        copy_weights(f"{path}/{folder}", found, adapter_weights(model), missing)
     if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False, **own):
         model.generation_config = GenerationConfig.from_pretrained(path, **own)
     return dispatch(model.eval(), placement)
 
 
 def check_backbones(path: Any, config: ClipPhiConfig, hub: dict, other_text: bool) -> None:
-    """Raise OSError if a backbone of the delta at `path` is not found, ValueError if its sizes or tokenizer differ.
-
-    other_text: whether the caller gives another decoder than the checkpoint."""
+    """Raise OSError if a backbone of the delta is not found, ValueError if it differs; other_text: the caller's own."""
     for part in ("vision", "text"):
         backbone, revision = getattr(config, f"{part}_backbone"), getattr(config, f"{part}_backbone_revision")
         try:
@@ -334,21 +341,19 @@ def refuse_missing(path: Any, missing: set[str]) -> None:
 
 
 @torch.no_grad()
-def copy_weights(path: Any, found: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
-    """Copy weights from `path` into the model's own. Raises ValueError if the two differ in names or shapes."""
-    refuse_missing(path, own.keys() - found.keys())
+def copy_weights(path: Any, found: dict[str, torch.Tensor], own: dict[str, torch.Tensor], missing: set[str]) -> None:
+    """Copy weights into the model's own, and add names to missing. Raises ValueError for other names or shapes."""
+    missing |= own.keys() - found.keys()
     if unknown := sorted(found.keys() - own.keys()):
         raise ValueError(f"{path} holds {len(unknown)} weights that the model has no place for: {unknown[0]}, ...")
-    for name, weight in own.items():
+    for name, weight in ((name, own[name]) for name in own if name in found):
         if found[name].shape != weight.shape:
             raise ValueError(f"{path}: {name} has shape {tuple(found[name].shape)}, not {tuple(weight.shape)}")
         weight.copy_(found[name])
 
 
 def sample_backbones(model: nn.Module) -> dict[str, torch.Tensor | None]:
-    """One number of each row of each backbone weight; NaN if it is trained; None if sharded, offloaded or quantised.
-
-    A comparison finds merged adapters, tuned layers and edited rows, but may miss an edit of single numbers."""
+    """One number of each row of each backbone weight; NaN if it is trained; None if sharded, offloaded or quantised."""
     samples: dict[str, torch.Tensor | None] = {}
     for name, weight in model.named_parameters():
         if not name.startswith("model.projector.") and "lora_" not in name:
@@ -356,15 +361,17 @@ def sample_backbones(model: nn.Module) -> dict[str, torch.Tensor | None]:
             if sample is None and weight.is_floating_point() and not (weight.is_meta or hasattr(weight, "device_mesh")):
                 rows = weight.detach().reshape(len(weight) if weight.dim() else 1, -1)
                 sample = rows[:, rows.shape[1] // 2].to("cpu", copy=True)
-            samples[name.replace(".base_layer.", ".")] = sample
+            samples[PEFT_PARTS.sub("", name)] = sample
     return samples
 
 
 def is_same(old: torch.Tensor | None, new: torch.Tensor | None) -> bool:
     """Whether two samples of a weight are equal; a cast to another floating-point type is not a change."""
-    if old is None or new is None:
-        return new is None
-    return any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in (old.dtype, torch.bfloat16, torch.float16))
+    return (
+        new is None
+        if old is None or new is None
+        else any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in (old.dtype, torch.bfloat16, torch.float16))
+    )
 
 
 @contextmanager
@@ -391,10 +398,11 @@ def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> No
     refuse_missing("state_dict", adapter_weights(model).keys() - weights.keys())
     if any(weight.is_meta for weight in weights.values()):
         raise ValueError("the adapter is offloaded: load the model without device_map to save it")
-    (adapter_config,) = model.peft_config.values()
+    adapter_config = copy.copy(next(iter(model.peft_config.values())))
     adapter_config.base_model_name_or_path = model.config.text_backbone
+    adapter_config.modules_to_save = None  # the projector is in model.safetensors
     adapter_config.save_pretrained(folder)
-    tensors = {f"{PEFT_PREFIX}{name}": weight.contiguous().cpu() for name, weight in weights.items()}
+    tensors = {f"{PEFT_PREFIX}{name}": weights[name].contiguous().cpu() for name in weights if "lora_" in name}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -402,9 +410,9 @@ def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> No
 def fold_adapter(model: nn.Module, state: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
     """A state dict with LoRA folded in: W + scaling * B @ A in float32 (arXiv 2106.09685, section 4.1).
 
-    The model stays as it is, and may be sharded. Raises ValueError for an adapter that is not plain LoRA on a linear
-    layer, or whose layer is quantised or offloaded."""
-    folded = {key.replace(".base_layer.", "."): weight for key, weight in state.items() if ".lora_" not in key}
+    The model stays as it is. Raises ValueError for other adapters, and layers that are quantised or offloaded."""
+    kept = (key for key in state if ".lora_" not in key and ".original_module." not in key)
+    folded = {PEFT_PARTS.sub("", key): state[key] for key in kept}
     for path, layer in model.named_modules(prefix=prefix):
         if not hasattr(layer, "get_base_layer"):
             continue
@@ -414,7 +422,6 @@ def fold_adapter(model: nn.Module, state: dict[str, torch.Tensor], prefix: str =
             raise ValueError(f"the adapter of {path} cannot be folded in: it must be plain LoRA on a linear layer")
         if name not in layer.merged_adapters:
             factors = (state[f"{path}.lora_{part}.{name}.weight"].float() for part in "BA")
-            delta = torch.mm(*factors) * layer.scaling[name]
-            delta = delta.T if layer.fan_in_fan_out else delta
-            folded[f"{path}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+            delta = torch.mm(*factors).to(weight.device) * layer.scaling[name]
+            folded[f"{path}.weight"] = (weight.float() + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype)
     return folded

@@ -34,7 +34,7 @@ class ClipPhiConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None  # of a transformers vision encoder
     text_config: dict | PreTrainedConfig | None = None  # of a transformers decoder
     image_token_id: int = 50295  # stands for one image feature in input_ids; a spare row of the decoder's vocabulary
-    projector_type: Literal["linear", "mlp"] = "linear"  # one layer, vision to text hidden; or two with GELU between
+    projector_type: Literal["linear", "mlp", "norm_mlp"] = "linear"  # see make_projector
     projector_bias: bool = True
     # The tower's hidden state that the projector gets: 0 is the embedding's output, -1 the last layer's. The default is
     # LLaVA's (arXiv 2304.08485, section 4.1): CLIP trains its last layer for CLS only.

@@ -49,8 +49,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         return outputs, features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
 
     def _project(self, features: torch.Tensor) -> torch.Tensor:
-        # Training may hold the projector in fp32 and the frozen parts in bf16.
-        return self.projector(features.to(next(self.projector.parameters()).dtype))
+        return self.projector(features.to(next(self.projector.parameters()).dtype))  # which may be fp32 in training
 
     def get_placeholder_mask(self, input_ids: Any, inputs_embeds: torch.Tensor, image_features: torch.Tensor) -> Any:
         """Where image_features, float (images * patches, text hidden), go: bool (batch, sequence, 1).
@@ -64,7 +63,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         num_tokens, num_features = mask.sum(), image_features.shape[0]
         message = "{} <image> tokens but {} image features: was the prompt truncated, or the image left out?"
         torch_compilable_check(num_tokens == num_features, lambda: message.format(num_tokens, num_features))
-        return mask.unsqueeze(-1).to(inputs_embeds.device)
+        return mask.unsqueeze(-1).to(image_features.device)
 
     @can_return_tuple
     def forward(
@@ -81,28 +80,26 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         Args:
             input_ids: int (batch, sequence), or inputs_embeds: float (batch, sequence, text hidden).
             pixel_values: float (images, 3, height, width), in the order of their places in the batch; or
-                vision_features: float (images, patches, vision hidden), from get_vision_features.
+                vision_features: float (images, patches, vision hidden), from get_vision_features; or in kwargs
+                mm_encoder_outputs: {"image": the result of get_image_features}.
             attention_mask: int or bool (batch, sequence); or bool (batch, 1, queries, keys), True where one attends.
             kwargs: of the decoder: position_ids, its cache (past_key_values; cache from transformers 5.24 on), and the
                 pack_layout of several samples in one sequence.
 
-        Raises ValueError for both or neither of input_ids and inputs_embeds, a wrong number of image tokens, and a mask
-        or a pack_layout that the decoder's attention cannot use."""
+        Raises ValueError for a wrong number of image tokens, or a mask that the decoder's attention cannot use."""
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_features = None
-        if vision_features is not None:
-            image_features = self._project(vision_features).flatten(0, 1)
-        elif pixel_values is not None:
-            image_features = torch.cat(self.get_image_features(pixel_values, return_dict=True).pooler_output)
-        if image_features is not None:
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+        encoded = kwargs.pop("mm_encoder_outputs", None)
+        if pixel_values is not None:
+            encoded = {"image": self.get_image_features(pixel_values, return_dict=True)}
+        if encoded or vision_features is not None:
+            patches = encoded["image"].pooler_output if encoded else self._project(vision_features)
+            image_features = torch.cat(list(patches)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        elif self.training and torch.is_grad_enabled():
-            # DDP needs a gradient of every trained weight, in a batch without images too.
+        elif self.training and torch.is_grad_enabled():  # DDP needs a gradient of every trained weight
             width = self.config.vision_config.hidden_size  # type: ignore[union-attr]
             nothing = self._project(inputs_embeds.new_zeros(1, width)).sum() * 0
             inputs_embeds = inputs_embeds + nothing.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -117,8 +114,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             if attention not in ("sdpa", "eager"):
                 raise ValueError(f"attention {attention!r} takes no mask of four dimensions: use 'sdpa' or 'eager'")
             if attention == "eager":  # adds the mask to the scores
-                scores = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype)
-                attention_mask = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+                attention_mask = inputs_embeds.new_full((), torch.finfo(inputs_embeds.dtype).min) * ~attention_mask
         return self.language_model(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
 
 
@@ -146,9 +142,6 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> Any:
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.get_vision_features(pixel_values)
-
     @can_return_tuple
     def forward(
         self,
@@ -160,22 +153,21 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,  # named, so that generate makes it
         **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         """ClipPhiModel.forward with its inputs, then head and loss; returns a CausalLMOutputWithPast.
 
         Args:
             labels: int (batch, sequence), aligned with input_ids; -100 where nothing is learnt.
-            logits_to_keep: 0 for all positions, n for the last n, or int (positions,) or (batch, positions): these.
-                They may repeat: the last token of a shared prefix comes before the first of each conversation.
-            skip_logits: leave logits None. By default in training with labels: the head then runs at supervised
-                positions only, and no (sequence, vocabulary) tensor is ever made.
+            logits_to_keep: 0 for all positions, n for the last n, or int (positions,) or (batch, positions): these,
+                which may repeat.
+            skip_logits: leave logits None, as in training with labels: the head runs at supervised positions only.
             kwargs: also shift_labels: int (batch, positions), instead of labels: the token after each kept position;
                 and num_items_in_batch: divides the summed loss, instead of the number of supervised tokens."""
-        # Not a named parameter: Trainer would take it for a second column of labels.
-        shift_labels = kwargs.pop("shift_labels", None)
-        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "pixel_values": pixel_values}
-        outputs = self.model(**inputs, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        shift_labels = kwargs.pop("shift_labels", None)  # if named, Trainer would take it for a column of labels
+        inputs = {"mm_encoder_outputs": mm_encoder_outputs, "position_ids": position_ids}
+        outputs = self.model(input_ids, pixel_values, attention_mask, inputs_embeds, **inputs, **kwargs)
         hidden_states = select_positions(outputs.last_hidden_state, logits_to_keep)
         loss = None
         if labels is not None and shift_labels is None:
@@ -183,20 +175,35 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             shift_labels = select_positions(shifted.unsqueeze(-1), logits_to_keep).squeeze(-1)
         skip_logits = self.training and shift_labels is not None if skip_logits is None else skip_logits
         if shift_labels is not None:
-            shift_labels = shift_labels.to(hidden_states.device)
-            supervised = shift_labels != IGNORE_INDEX
-            loss = self._loss(hidden_states[supervised], shift_labels[supervised], **kwargs)
+            supervised = shift_labels.to(hidden_states.device) != IGNORE_INDEX
+            loss = self._loss(hidden_states[supervised], shift_labels.to(supervised.device)[supervised], **kwargs)
         logits = None if skip_logits else self.lm_head(hidden_states)
         # The cache has another name from transformers 5.24 on.
         fields = {name: outputs[name] for name in outputs if name in CausalLMOutputWithPast.__dataclass_fields__}
         return CausalLMOutputWithPast(**fields | {"loss": loss, "logits": logits})
 
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """As transformers', but each sequence of a prompt gets all images of the prompt, in their order."""
+        outputs = kwargs.pop("mm_encoder_outputs", None) or {}
+        if expand_size > 1 and outputs:
+            ids, features = input_ids if input_ids.numel() else None, outputs["image"].pooler_output
+            places = self.model.get_placeholder_mask(ids, kwargs.get("inputs_embeds"), torch.cat(features))
+            images = torch.arange(len(features)).split((places.sum((1, 2)) // len(features[0])).tolist())
+            repeated = [features[image] for each in images for image in each.tolist() * expand_size]
+            outputs = {"image": type(outputs["image"])(pooler_output=repeated)}
+        ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return ids, kwargs | {"mm_encoder_outputs": outputs}
+
     def _loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Cross-entropy of (supervised, text hidden) with int (supervised,); several chunks are recomputed backward."""
+        """Cross-entropy of (supervised, text hidden) with int (supervised,), in chunks of max_logits."""
         head, size = self.lm_head, max(1, self.max_logits // self.lm_head.out_features)
-        if len(labels) > size and kwargs.get("num_items_in_batch") is None:
-            kwargs["num_items_in_batch"] = len(labels)
-        kwargs |= {"vocab_size": head.out_features, "labels": None}
+        count = len(labels) if (given := kwargs.get("num_items_in_batch")) is None else given
+        own_loss = "_loss_function" in vars(self) or "ignore_index" in kwargs
+        hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)  # sharded or offloaded
+        frozen = type(head) is nn.Linear and not any(each.requires_grad for each in head.parameters())
+        if hidden_states.requires_grad and frozen and not (own_loss or hooked):
+            return self._frozen_head_loss(hidden_states, labels, size) / count
+        kwargs |= {"vocab_size": head.out_features, "labels": None, "num_items_in_batch": count}
 
         def of_chunk(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             return self.loss_function(logits=head(states), shift_labels=labels, **kwargs)
@@ -204,7 +211,20 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         if len(labels) <= size:
             return of_chunk(hidden_states, labels)
         chunks = zip(hidden_states.split(size), labels.split(size), strict=True)
-        return sum(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks)
+        return sum(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks)  # computed again backward
+
+    def _frozen_head_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, size: int) -> torch.Tensor:
+        """The summed cross-entropy, computed with its gradient: no logits are kept, and none are computed twice."""
+        weight, loss, gradients = self.lm_head.weight, labels.new_zeros((), dtype=torch.float32), []
+        for states, targets in zip(hidden_states.detach().split(size), labels[:, None].split(size), strict=True):
+            logits = self.lm_head(states).float()
+            highest, right = logits.amax(1, keepdim=True), logits.gather(1, targets)
+            sums = logits.sub_(highest).exp_().sum(1, keepdim=True)
+            loss += (highest + sums.log() - right).sum()
+            gradients.append(torch.matmul(logits.to(weight.dtype), weight) / sums - weight[targets.squeeze(1)])
+            del logits  # before the next are made
+        carrier = (hidden_states * torch.cat(gradients)).sum()  # has this gradient
+        return loss + (carrier - carrier.detach())
 
 
 def select_positions(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,7 @@ from .configuration_clip_phi import IGNORE_INDEX, read_config
 
 Messages = Sequence[dict[str, Any]]
 
-IMAGE_TOKEN = "<image>"
-PAD_TOKEN = "<pad>"
+IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 
 
 class ClipPhiProcessor(ProcessorMixin):
@@ -39,8 +38,7 @@ class ClipPhiProcessor(ProcessorMixin):
             raise ValueError(f"the tokenizer has no {self.image_token} token: make the processor with from_backbones")
         if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
             raise ValueError("the tokenizer needs a padding token of its own, or the end token is never learnt")
-        self.num_image_tokens = num_image_tokens
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.num_image_tokens, self.image_token_id = num_image_tokens, tokenizer.convert_tokens_to_ids(self.image_token)
         tokenizer.padding_side = "left"  # for batched generation; training pads by itself
         added = tokenizer(self.image_token)["input_ids"]
         self.bos_ids: list[int] = added[: added.index(self.image_token_id)]
@@ -79,8 +77,7 @@ class ClipPhiProcessor(ProcessorMixin):
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """ProcessorMixin's, but for a text that begins with BOS: it gets no second one."""
         first = text if isinstance(text, str) else text[0] if text else ""
-        if self.bos and first.startswith(self.bos):
-            kwargs["add_special_tokens"] = False
+        kwargs |= {"add_special_tokens": False} if self.bos and first.startswith(self.bos) else {}
         return super().__call__(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:

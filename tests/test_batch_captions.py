@@ -8,6 +8,7 @@ import pytest
 from fork_server import run_forked
 from PIL import Image
 
+from clip_phi.batching import images as image_formats
 from clip_phi.cli import main
 from clip_phi.evaluation.generate import generate_texts
 from clip_phi.serving import batch_captions
@@ -59,8 +60,23 @@ def test_every_image_of_a_folder_has_its_line_in_order(images, captions, checkpo
     assert {record["image"]: record["caption"] for record in found if "caption" in record} == captions
     assert "3 bad: " in printed.err and "1 empty image file" in printed.err and "captioned 70 images" in printed.err
     assert "images and" in printed.err and "tokens per second" in printed.err
+    assert f"{images}: 1 files are left out, which are no images by their names: 1 x .txt" in printed.err
     errors = [record["error"] for record in found if "error" in record]
     assert len(errors) == 3 and all(error in printed.err for error in errors)
+
+
+def test_files_that_are_left_out_are_counted_with_the_reason(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(image_formats, "has_heif", lambda: False)
+    for name in ("a.heic", "b.HEIC", "notes.txt", ".DS_Store", "more/c.\x1b[2Jx"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"no image in .*5 files are left out.*2 x \.heic.*clip-phi\[photos\]"):
+        batch_captions.find_images([str(tmp_path)])
+    (tmp_path / "d.png").touch()
+    assert batch_captions.find_images([str(tmp_path)]) == [str(tmp_path / "d.png")]
+    err = capsys.readouterr().err
+    assert "2 x .heic" in err and "1 x no ending" in err and "1 x .txt" in err
+    assert "\x1b" not in err and "\\x1b[2jx" in err and "pip install 'clip-phi[photos]'" in err
 
 
 def test_without_a_file_the_lines_are_printed(images, captions, checkpoint, capsys):

@@ -3,6 +3,7 @@ machine. `make test-browser`; with ARGS='--screenshots docs/chat' it also takes 
 
 import io
 import math
+import mimetypes
 import os
 import random
 import re
@@ -15,6 +16,7 @@ import time
 import wave
 from pathlib import Path
 
+import httpx2 as httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -308,7 +310,7 @@ def test_errors_are_one_line_and_the_conversation_goes_on(open_page, files, engi
     page = open_page()
     ask(page, "Describe the image.", files / "bad.png")
     found = wait_for_answers(page, 1)[0]
-    assert found.startswith("⚠️ not an image: ") and "\n" not in found and "Traceback" not in page.content()
+    assert found.startswith("⚠️ not an image: bad.png: ") and "\n" not in found and "Traceback" not in page.content()
     ask(page, "Describe an <image>", files / "one.png")
     assert "contains <image>" in wait_for_answers(page, 2)[1]
     ask(page, "Describe the image.", files / "two.png")
@@ -361,6 +363,47 @@ def test_two_people_have_conversations_of_their_own(open_page, engine, files):
     for page, name in zip(pages, ("one.png", "two.png"), strict=True):
         found = wait_for_answers(page, 1)
         assert found == [expected(engine, ("Describe the image.", files / name))]
+
+
+def test_recordings_of_every_name_are_transcribed_without_a_table_of_mime_types(open_page, fakes, files):
+    mimetypes.init([])
+    page, before = open_page(), len(fakes.recordings)
+    for number, suffix in enumerate(("webm", "mp4", "ogg", "amr", "OPUS"), start=1):
+        shutil.copy(files / "voice.wav", files / f"voice.{suffix}")
+        ask(page, "", files / f"voice.{suffix}")
+        assert "⚠️" not in wait_for_answers(page, number)[-1]
+        assert len(fakes.recordings) == before + number
+
+
+def test_a_page_with_a_password_and_limits_refuses_strangers_large_files_and_other_origins(engine, tmp_path):
+    from clip_phi.serving.chat import _error, launch
+
+    def upload(size=100, **headers):
+        return httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.png", b"x" * size)}, headers=headers)
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    page = launch(engine, Modalities(), "127.0.0.1", port, block=False, max_body=1000)
+    try:
+        assert upload().status_code == upload(Origin=address).status_code == 200
+        for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"}):
+            assert upload(**headers).status_code == 403
+        assert upload(size=2000).status_code == 413
+    finally:
+        page.close()
+    page = launch(engine, Modalities(), "127.0.0.1", port, block=False, auth="ann:se:cret")
+    try:
+        assert upload().status_code == 401
+        for password, status in (("wrong", 400), ("se:cret", 200)):
+            found = httpx.post(f"{address}/login", data={"username": "ann", "password": password})
+            assert found.status_code == status
+        assert upload(Cookie=found.headers["set-cookie"].partition(";")[0]).status_code == 200
+    finally:
+        page.close()
+    message = _error(ValueError("damaged image: /tmp/gradio/0a1/my photo.png: see https://a.b/c/d"))
+    assert message == "⚠️ damaged image: my photo.png: see https://a.b/c/d"
 
 
 def test_modalities_that_are_not_installed_or_not_asked_for_are_named():

@@ -10,6 +10,7 @@ from PIL import Image
 
 from clip_phi.cli import main
 from clip_phi.commands.common import choose_model
+from clip_phi.data.report import plain
 from clip_phi.evaluation.generate import generate_texts
 
 
@@ -26,12 +27,17 @@ def expected(model, processor, path, text=None, max_new_tokens=6):
     return generate_texts(model, processor, prompts, max_new_tokens)[0]
 
 
+def shown(*arguments) -> str:
+    """As the terminal gets it."""
+    return plain(expected(*arguments))
+
+
 def test_caption_and_ask_print_the_greedy_text_of_the_model(model, processor, checkpoint, image, capsys):
     options = ["--model", checkpoint, "--max_new_tokens", "6"]
     assert main(["caption", image, *options]) == 0
-    assert capsys.readouterr().out.strip() == expected(model, processor, image)
+    assert capsys.readouterr().out.strip() == shown(model, processor, image)
     assert main(["ask", image, "a circle?", *options]) == 0
-    assert capsys.readouterr().out.strip() == expected(model, processor, image, "a circle?")
+    assert capsys.readouterr().out.strip() == shown(model, processor, image, "a circle?")
 
 
 def test_json_is_one_object_an_image(model, processor, checkpoint, image, capsys):
@@ -50,7 +56,7 @@ def test_caption_asks_as_the_checkpoint_was_trained_to_be_asked(checkpoint, mode
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"caption_instruction": "a red circle"}))
     assert main(["caption", image, "--model", str(folder), "--max_new_tokens", "6"]) == 0
-    assert capsys.readouterr().out.strip() == expected(model, processor, image, "a red circle")
+    assert capsys.readouterr().out.strip() == shown(model, processor, image, "a red circle")
 
 
 def test_draw_data_writes_the_same_files_for_the_same_seed(tmp_path, capsys):
@@ -133,9 +139,9 @@ def test_arguments_and_options_come_in_any_order(image, checkpoint, model, proce
     words = [["--model", checkpoint], [image], ["--max_new_tokens", "6"], ["a star?"]]
     for order in ((0, 1, 2, 3), (1, 0, 3, 2), (1, 3, 0, 2)):
         assert main(["ask", *(word for place in order for word in words[place])]) == 0
-        assert capsys.readouterr().out.strip() == answer
+        assert capsys.readouterr().out.strip() == plain(answer)
     assert main(["ask", image, "--model", checkpoint, "--max_new_tokens", "6", "--", "--why?"]) == 0
-    assert capsys.readouterr().out.strip() == expected(model, processor, image, "--why?")
+    assert capsys.readouterr().out.strip() == shown(model, processor, image, "--why?")
 
 
 def test_the_default_model_is_the_newest_and_is_named(checkpoint, image, tmp_path, monkeypatch, capsys):

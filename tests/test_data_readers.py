@@ -140,8 +140,9 @@ def test_vqa_gives_the_usual_answer_to_learn_and_all_ten_to_judge_by(write, tmp_
     (sample,) = read(spec)
     assert sample.image == File(f"{tmp_path}/val2014/COCO_val2014_000000000007.jpg")
     assert sample.conversations == ((Turn("user", "Red?"), Turn("assistant", "yes", references=tuple(answers))),)
-    with pytest.raises(ValueError, match=r"has no answers: add annotations=FILE"):
-        read(spec.split(",")[0])
+    assert sample.ids == ((0, 70),)
+    (unanswered,) = read(spec.split(",")[0])  # for evaluation
+    assert unanswered.conversations == ((Turn("user", "Red?"),),) and unanswered.ids == ((0, 70),)
 
 
 def test_drawn_data_is_read_whole_in_both_official_layouts(tmp_path):

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -15,10 +16,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fork_server import free_port, run_forked
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from clip_phi.cli import make_parser
+from clip_phi.data.synthetic import question_kind
 from clip_phi.hub.card import Run, card_images, make_card
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
 
@@ -119,16 +123,36 @@ def test_demo_writes_its_files(demo, clone):
     promised = {"caption_f1_stage1", "caption_f1", "caption_f1_blind", "caption_f1_shuffled", "answer_accuracy"}
     promised |= {"answer_accuracy_blind", "answer_accuracy_shuffled", "answer_accuracy_question_only"}
     promised |= {"train_seconds_stage1", "train_seconds_stage2", "total_seconds", "scenes", "questions"}
-    assert set(result) == promised and result["scenes"] == 8
+    assert set(result) == promised | {"second_turn_accuracy", "accuracy_by_kind"} and result["scenes"] == 8
     assert all(0 <= result[name] <= 1 for name in promised if name.startswith(("caption", "answer")))
+    samples = [json.loads(line) for line in (output / "model/evaluation/vqa.samples.jsonl").read_text().splitlines()]
+    kinds = [question_kind(sample["question"]) for sample in samples]
+    assert result["questions"] == len(kinds) and set(result["accuracy_by_kind"]) == set(kinds)
+    mean = sum(result["accuracy_by_kind"][kind] for kind in kinds) / len(kinds)
+    assert mean == pytest.approx(result["answer_accuracy"], abs=1e-3)
     assert (output / "sheet.png").read_bytes()[:4] == (output / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert {"config.json", "model.safetensors", "modeling_clip_phi.py"} <= {
         path.name for path in (output / "model").iterdir()
     }
     assert f"{result['caption_f1']:.2f}" in demo and "the same answer" in demo
+    scenes, _, table = demo.partition("3 scenes that")[2].partition("captions after stage 1")
+    assert table and [scenes.count(f"   {label}:") for label in ("caption", "question", "answer")] == [3, 3, 3]
+    assert scenes.count("#") > 20, "the scenes are drawn as text"
     for task in ("captions", "vqa"):
         page = (output / f"model/evaluation/{task}.html").read_text()
         assert "shuffled images" in page and "<img src=" in page
+
+
+def test_a_scene_is_printed_as_text_and_in_colors(tmp_path):
+    text_picture = runpy.run_path(str(ROOT / "examples/demo.py"))["text_picture"]
+    image = Image.new("RGB", (64, 64), (230, 230, 230))
+    image.paste((200, 30, 40), (0, 0, 32, 16))  # the upper quarter of the left half
+    image.save(tmp_path / "scene.png")
+    assert text_picture(tmp_path / "scene.png", colored=False)[2:] == ["." * 16] * 6
+    assert text_picture(tmp_path / "scene.png", colored=False)[0] == "#" * 8 + "." * 8
+    lines = text_picture(tmp_path / "scene.png", colored=True)
+    assert len(lines) == 8 and all(line.count("\u2580") == 16 and line.endswith("\033[0m") for line in lines)
+    assert "38;2;200;30;40" in lines[0] and "38;2;200;30;40" not in lines[-1]
 
 
 def test_card_of_the_demos_model_has_its_evaluation(demo, clone):
@@ -210,6 +234,8 @@ def test_functions_named_in_the_architecture_exist():
 
 
 OTHER_PROGRAMS = {"--config_file", "--model_args", "--tasks", "--no-deps", "--model-impl", "--trust-remote-code"}
+OTHER_PROGRAMS |= {"--chat-template-content-format", "--limit-mm-per-prompt"}  # of vLLM
+OTHER_PROGRAMS |= {"--data-parallel-size", "--tensor-parallel-size"}
 
 
 def known_options():
@@ -258,6 +284,14 @@ def test_every_recipe_is_accepted(path, clone, demo):
     run(f"python -c {shlex.quote(script)} examples/recipes/{path.name}", clone)
 
 
+def test_updates_of_the_pretraining_are_near_orthogonal():
+    orthogonalize = runpy.run_path(str(ROOT / "examples/pretrain_demo_backbones.py"))["orthogonalize"]
+    for shape in ((3, 32, 32), (2, 64, 16), (1, 16, 64)):
+        found = orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+        values = torch.linalg.svdvals(found)
+        assert found.shape == shape and values.min() > 0.1 and values.max() < 1.3
+
+
 def test_backbones_can_be_pretrained_again(clone, tmp_path):
     run(f"python examples/pretrain_demo_backbones.py --output {tmp_path} --tower_steps 2 --decoder_steps 2", clone)
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
@@ -282,14 +316,37 @@ def test_demo_reaches_its_bounds_on_unseen_scenes(clone):
     run("make -o .venv/installed demo", clone)
     result = json.loads((clone / "outputs/demo/result.json").read_text())
     print(json.dumps(result, indent=2))
-    assert result["caption_f1_stage1"] >= 0.50
-    assert result["caption_f1"] >= 0.80
-    assert result["caption_f1_blind"] <= 0.45
-    assert result["caption_f1_shuffled"] <= result["caption_f1_blind"] + 0.05
-    assert result["answer_accuracy"] >= 0.80
-    assert result["answer_accuracy_question_only"] <= 0.60
-    assert result["answer_accuracy_shuffled"] <= result["answer_accuracy_blind"] + 0.05
+    assert result["caption_f1_stage1"] >= 0.85
+    assert result["caption_f1"] >= 0.95
+    assert result["caption_f1_blind"] <= 0.10
+    assert result["caption_f1_shuffled"] <= result["caption_f1_blind"] + 0.10
+    assert result["answer_accuracy"] >= 0.95
+    assert set(result["accuracy_by_kind"]) == {"color", "shape", "presence", "count", "left_right", "above_below"}
+    assert min(result["accuracy_by_kind"].values()) >= 0.90
+    assert result["second_turn_accuracy"] >= result["answer_accuracy"] - 0.02
+    assert result["answer_accuracy_question_only"] <= 0.55
+    assert result["answer_accuracy_blind"] <= 0.40
+    assert result["answer_accuracy_shuffled"] <= result["answer_accuracy_blind"] + 0.08
     assert result["total_seconds"] < 600
-    for task, least in (("captions", 1.0), ("vqa", 0.3)):
+    for task, least in (("captions", 1.0), ("vqa", 0.5)):
         evaluated = json.loads((clone / f"outputs/demo/model/evaluation/{task}.json").read_text())
         assert evaluated["margin_ci95"][0] > least
+    check_table_of_readme(result)
+
+
+def check_table_of_readme(result):
+    """README's figures are the demo's, up to what another processor's rounding changes in training."""
+    text = (ROOT / "README.md").read_text()
+    for label, key in (
+        ("captions after stage 1, object-and-color F1", "caption_f1_stage1"),
+        ("captions after stage 2, object-and-color F1", "caption_f1"),
+        ("answers after stage 2, accuracy", "answer_accuracy"),
+        ("answers to a second question, accuracy", "second_turn_accuracy"),
+    ):
+        cells = re.search(rf"^\| {label} \|(.*)\|$", text, re.MULTILINE).group(1).split("|")
+        for cell, end in zip(cells, ("", "_blind", "_shuffled"), strict=True):
+            assert bool(cell.strip()) == (key + end in result), label
+            assert not cell.strip() or abs(float(cell) - result[key + end]) <= 0.02, (label, end)
+    assert f"{result['scenes']:,} unseen scenes, {result['questions']:,} questions" in text
+    (guess,) = re.findall(r"the most frequent answer to each question is right for (0\.\d+)", text)
+    assert abs(float(guess) - result["answer_accuracy_question_only"]) <= 0.01

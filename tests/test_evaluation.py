@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fork_server import run_forked
-from helpers import metrics, run, stage1
+from helpers import make_index, metrics, run, stage1
 from PIL import Image
 
 from clip_phi.cli import main
@@ -23,8 +23,8 @@ from clip_phi.evaluation.answers import Decoding, Question, prompt_for
 from clip_phi.evaluation.bootstrap import by_group, margin_interval
 from clip_phi.evaluation.evaluate import derange, evaluate_answers, repeats_itself
 from clip_phi.evaluation.generate import encode_prompts, generate_answers
-from clip_phi.evaluation.report import portable
 from clip_phi.evaluation.tasks import make_eval_set, read_samples
+from clip_phi.hub.card import Run, portable
 from clip_phi.training.checkpoint import EarlyStopping
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
@@ -222,13 +222,60 @@ def test_a_result_has_all_keys_and_no_local_folder(checkpoint, sources, tmp_path
     assert len(found["checkpoint"]["sha256"]) == 64
 
 
+ESCAPE = "\x1b[2J\x9b31m\u202e"  # two ways to clear or color a terminal, and one to turn its text around
+
+
+def test_nothing_from_the_data_controls_a_terminal(checkpoint, data, tmp_path, capfd):
+    """In captions, and in the names of images and of the file, of good records and of bad ones."""
+    content = json.loads((data / "annotations/captions_val2017.json").read_text())
+    shutil.copytree(data / "val2017", tmp_path / "val2017")
+    for image in content["images"][:3]:
+        name = f"{ESCAPE}{image['file_name']}"
+        (tmp_path / "val2017" / image["file_name"]).rename(tmp_path / "val2017" / name)
+        image["file_name"] = name
+    for caption in content["annotations"]:
+        caption["caption"] = f"{ESCAPE}{caption['caption']} \u00e9"
+    content["images"][3]["file_name"] = f"{ESCAPE}gone.jpg"
+    path = tmp_path / f"captions{ESCAPE}.json"
+    path.write_text(json.dumps(content))
+    source = f"coco:{path},images={tmp_path}/val2017"
+    evaluate(checkpoint, "captions", source, "--max_bad_fraction", 0.5)
+    assert main(["inspect", source, "--summary", "--num_workers", "0", "--model", str(checkpoint)]) == 0
+    assert main(["inspect", source, "--model", str(checkpoint)]) == 0
+    assert main(["inspect", f"coco:{ESCAPE}.json"]) == 2
+    texts = [*capfd.readouterr(), *(each.read_text() for each in (checkpoint / "evaluation").glob("captions*.*l"))]
+    texts += [(checkpoint / "evaluation/captions.json").read_text()]
+    assert len(texts) == 5 and "gone.jpg" in texts[0] + texts[1]
+    for text in texts:
+        assert not set("\x1b\x9b\u202e") & set(text)
+    rows = read_lines(checkpoint / "evaluation/captions.samples.jsonl")
+    assert rows[0]["image"].startswith(ESCAPE) and rows[0]["references"][0].startswith(ESCAPE)
+    assert "\u00e9" in texts[3] or "\u00e9" in texts[2]  # letters are as they are
+
+
 def test_paths_lose_their_folders(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert (
-        portable(f"coco:{tmp_path}/a/b.json,images=/other/c/d + vqa:e/f.json")
-        == "coco:a/b.json,images=d + vqa:e/f.json"
-    )
-    assert portable("user/name") == "user/name" and portable("https://x.org/a/b") == "https://x.org/a/b"
+    for word, expected in {
+        f"coco:{tmp_path}/a/b.json,images=/other/c/d": "coco:a/b.json,images=d",
+        "coco:/home/me/my data/x.json,images=/home/me/y z/w": "coco:x.json,images=w",
+        "coco://home/me/x.json": "coco:x.json",
+        "//home/me/x.json": "x.json",
+        "--data=llava:/home/me/x, y.json,weight=2": "--data=llava:x, y.json,weight=2",
+        "--output_dir=/home/me/out": "--output_dir=out",
+        "file:///home/me/x.png": "file:x.png",
+        "llava:../../me/x.json": "llava:x.json",
+        f"dataset:{tmp_path}/d:split=train[:10%]": "dataset:d:split=train[:10%]",
+        "dataset:hf://datasets/u/n/x.parquet": "dataset:hf://datasets/u/n/x.parquet",
+        f"{tmp_path}": ".",
+        "user/name": "user/name",
+        "https://x.org/a/b": "https://x.org/a/b",
+        "What is in /home/me/x.png?": "What is in x.png?",
+        "a/b/../c": "a/c",
+        "C:/Users/me/x.json": "x.json",
+    }.items():
+        assert portable(word) == expected
+    monkeypatch.chdir("/")
+    assert portable("coco:/home/me/x.json") == "coco:home/me/x.json"
 
 
 def test_captions_are_generated_once_and_shuffled_ones_are_those_of_other_images(checkpoint, sources):
@@ -278,6 +325,100 @@ def test_bad_options_are_one_line(checkpoint, sources, capsys):
     assert "not found" in capsys.readouterr().err
     assert main(["evaluate", str(checkpoint), "--task", "vqa"]) == 2
     assert "--data is required" in capsys.readouterr().err
+
+
+# What evaluation servers and the scripts of others read
+
+
+@pytest.fixture
+def questions(data, tmp_path):
+    """VQAv2's two files, POPE's file and its labels, about the same images in an order that is not grouped by image."""
+    names = sorted(path.name for path in (data / "val2017").iterdir())
+    asked = [(number, names[number % 6], f"Is it {number // 3}?") for number in range(12)]
+    asked += [(100, names[0], "Is it 0?")]  # an equal question of another id
+    content = {
+        "data_subtype": "val2017",
+        "questions": [
+            {"question_id": 1000 - number, "image_id": int(name[:12]), "question": text} for number, name, text in asked
+        ],
+    }
+    (tmp_path / "questions.json").write_text(json.dumps(content))
+    answers = [{"question_id": 1000 - number, "answers": [{"answer": "yes"}] * 10} for number, _, _ in asked]
+    (tmp_path / "annotations.json").write_text(json.dumps({"annotations": answers}))
+    lines = [{"question_id": number, "image": name, "text": text, "label": "no"} for number, name, text in asked]
+    (tmp_path / "pope.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path, content["questions"], lines
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+def test_vqa_writes_the_official_results_file_with_every_question_id(checkpoint, data, questions, annotated, capsys):
+    folder, asked, _ = questions
+    source = f"vqa:{folder}/questions.json,images={data}/val2017"
+    source += f",annotations={folder}/annotations.json" if annotated else ""
+    words = ["evaluate", checkpoint, "--task", "vqa", "--data", source, "--max_new_tokens", 4, "--json"]
+    assert main([str(word) for word in words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    results = json.loads((checkpoint / "evaluation/vqa.results.json").read_text())
+    assert [row["question_id"] for row in results] == [row["question_id"] for row in asked]
+    assert all(set(row) == {"question_id", "answer"} and isinstance(row["answer"], str) for row in results)
+    same = {row["answer"] for row in results if row["question_id"] in (1000, 900)}
+    assert len(same) == 1  # one image, one question
+    if annotated:
+        rows = read_lines(checkpoint / "evaluation/vqa.samples.jsonl")
+        assert {row["question_id"]: row["answer"] for row in rows} == {
+            row["question_id"]: row["answer"] for row in results
+        }
+        assert found["data"]["samples"] == 13 and "score" in found
+    else:
+        assert "score" not in found and found["data"]["without_reference"] == 13 and found["data"]["samples"] == 0
+        assert {path.name for path in (checkpoint / "evaluation").iterdir()} == {"vqa.answers", "vqa.results.json"}
+        run = Run.read(checkpoint)
+        assert run.evaluations == []
+
+
+def test_questions_with_and_without_answers_share_a_results_file(checkpoint, data, questions):
+    folder, asked, _ = questions
+    (folder / "some.json").write_text(json.dumps({"data_subtype": "val2017", "questions": asked[:4]}))
+    (folder / "rest.json").write_text(json.dumps({"data_subtype": "val2017", "questions": asked[4:]}))
+    sources = [f"vqa:{folder}/some.json,images={data}/val2017,annotations={folder}/annotations.json"]
+    found = evaluate(checkpoint, "vqa", sources[0], "--data", f"vqa:{folder}/rest.json,images={data}/val2017")
+    assert (found["data"]["samples"], found["data"]["without_reference"]) == (4, 9)
+    results = json.loads((checkpoint / "evaluation/vqa.results.json").read_text())
+    assert sorted(row["question_id"] for row in results) == sorted(row["question_id"] for row in asked)
+
+
+def test_questions_without_answers_are_not_trained_on(data, questions, processor):
+    source = parse_source(f"vqa:{questions[0]}/questions.json,images={data}/val2017")
+    report = Report()
+    make_index(source.read(source.media(), Report()), processor, 100, report)
+    assert report.skipped == {"question without an answer": 13}
+
+
+def test_captions_write_cocos_results_file(checkpoint, data, sources, capsys):
+    evaluate(checkpoint, "captions", sources["captions"])
+    results = json.loads((checkpoint / "evaluation/captions.results.json").read_text())
+    listed = json.loads((data / "annotations/captions_val2017.json").read_text())["images"]
+    assert sorted(row["image_id"] for row in results) == sorted(image["id"] for image in listed)
+    rows = read_lines(checkpoint / "evaluation/captions.samples.jsonl")
+    assert {row["image_id"]: row["answer"] for row in rows} == {row["image_id"]: row["caption"] for row in results}
+    names = {image["id"]: image["file_name"] for image in listed}
+    assert all(names[row["image_id"]] == row["image"] for row in rows)
+
+
+def test_pope_writes_its_answers_file_in_the_order_of_its_questions(checkpoint, data, questions, capsys):
+    folder, _, lines = questions
+    evaluate(checkpoint, "pope", f"llava:{folder}/pope.json,images={data}/val2017")
+    answers = read_lines(checkpoint / "evaluation/pope.results.jsonl")
+    assert [(row["question_id"], row["question"]) for row in answers] == [
+        (line["question_id"], line["text"]) for line in lines
+    ]
+    assert all(isinstance(row["answer"], str) for row in answers)
+
+
+def test_data_without_ids_have_no_results_file_and_a_line_says_so(checkpoint, sources, capsys):
+    evaluate(checkpoint, "vqa", sources["vqa"])
+    assert "no results file for an evaluation server" in capsys.readouterr().err
+    assert not list((checkpoint / "evaluation").glob("*.results.*"))
 
 
 # Saved answers

@@ -8,6 +8,7 @@ import torch
 from conftest import TEXT, VISION, save_tokenizer
 from helpers import run_clean
 from PIL import Image
+from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -77,13 +78,12 @@ def test_stock_llava_gives_equal_logits_and_tokens(projector_type, bias, tied, t
         torch.testing.assert_close(llava(**theirs).logits, model(**inputs).logits)
 
 
-@pytest.mark.parametrize(("to", "who"), [("llava", "Llava"), ("vllm", "vLLM's backend")])
-def test_a_decoder_whose_head_has_a_bias_is_refused_where_heads_have_none(to, who, model, processor, tmp_path, capsys):
+def test_a_decoder_whose_head_has_a_bias_is_refused_where_heads_have_none(model, processor, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    assert main(["export", str(tmp_path / "model"), str(tmp_path / to), "--to", to]) == 2
-    assert f"{who} has no bias in its head, and this decoder's head (phi) has one" in capsys.readouterr().err
-    assert not (tmp_path / to).exists()
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "llava"), "--to", "llava"]) == 2
+    assert "Llava's head has no bias, and this decoder's head (phi) has one" in capsys.readouterr().err
+    assert not (tmp_path / "llava").exists()
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "model"), "--to", "vllm"]) == 2
     assert "is not empty" in capsys.readouterr().err
 
@@ -132,6 +132,139 @@ def test_projector_of_a_notebook_becomes_a_checkpoint(prefix, bias, vision_backb
     with torch.no_grad():  # what the notebooks do: the last hidden state, without CLS, through the layer
         expected = layer(model.model.vision_tower(pixels).last_hidden_state[0, 1:])
         torch.testing.assert_close(model.get_image_features(pixels).pooler_output[0], expected)
+
+
+class SimpleResBlock(nn.Module):
+    """As LLaVA and the course projects write it."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.pre_norm = nn.LayerNorm(width)
+        self.proj = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, x):
+        x = self.pre_norm(x)
+        return x + self.proj(x)
+
+
+def made_elsewhere(kind):
+    """A projector's module with weights that are not at their beginnings, and the hidden state that it reads."""
+    torch.manual_seed(5)
+    layers = {
+        "linear": [nn.Linear(16, 32)],
+        "mlp": [nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 32)],
+        "residual": [nn.Linear(16, 32), SimpleResBlock(32)],
+    }[kind]
+    module = nn.Sequential(*layers)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return module
+
+
+def under(prefix, module):
+    return {f"{prefix}{name}": value for name, value in module.state_dict().items()}
+
+
+def whole_model(module, vision, text):
+    """The state dict of a LightningModule that holds both backbones and the projector."""
+    tower, decoder = CLIPVisionModel.from_pretrained(vision), PhiForCausalLM.from_pretrained(text)
+    return under("vision_model.", tower) | under("text_model.", decoder) | under("projection.", module)
+
+
+LAYOUTS = {
+    "mm_projector.bin, linear": ("linear", -2, lambda m, v, t: under("model.mm_projector.", m[0])),
+    "mm_projector.bin, mlp2x_gelu": ("mlp", -2, lambda m, v, t: under("model.mm_projector.", m)),
+    "a training loop's checkpoint": (
+        "linear",
+        -1,
+        lambda m, v, t: {"epoch": 3, "model_state_dict": under("", m[0]), "optimizer_state_dict": {"state": {}}},
+    ),
+    "Lightning": (
+        "linear",
+        -1,
+        lambda m, v, t: {"pytorch-lightning_version": "2.4.0", "global_step": 7, "state_dict": whole_model(m[0], v, t)},
+    ),
+    "linear and block in one file": (
+        "residual",
+        -1,
+        lambda m, v, t: under("projection.", m[0]) | under("block.", m[1]),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_projectors_of_other_projects_give_their_own_features(layout, vision_backbone, text_backbone, tmp_path, capsys):
+    kind, layer, content = LAYOUTS[layout]
+    module = made_elsewhere(kind)
+    torch.save(content(module, vision_backbone, text_backbone), tmp_path / "theirs.bin")
+    words = ["import-projector", str(tmp_path / "theirs.bin"), str(tmp_path / "out")]
+    assert main([*words, "--vision_backbone", vision_backbone, "--text_backbone", text_backbone]) == 0
+    assert_same_logits(tmp_path / "out", module, layer, text_backbone)
+
+
+def assert_same_logits(folder, module, layer, decoder):
+    """The logits of the written model are those of the other project's modules, called one after the other."""
+    model = ClipPhiForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = PhiForCausalLM.from_pretrained(decoder, dtype=torch.float32) if isinstance(decoder, str) else decoder
+    pixels, ids = torch.randn(1, 3, 32, 32), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        image = module(states[layer][:, 1:])
+        text = plain.get_input_embeddings()(ids)
+        expected = plain(inputs_embeds=torch.cat([image, text], dim=1)).logits
+        row = torch.cat([torch.full((1, image.shape[1]), model.config.image_token_id), ids], dim=1)
+        found = model(input_ids=row, pixel_values=pixels).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_residual_block_in_a_second_file_and_a_lora_folder(vision_backbone, text_backbone, tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    module = made_elsewhere("residual")
+    torch.save(module[0].state_dict(), tmp_path / "linear.pth")
+    torch.save(module[1].state_dict(), tmp_path / "block.pth")
+    tuned = get_peft_model(
+        PhiForCausalLM.from_pretrained(text_backbone, dtype=torch.float32),
+        LoraConfig(r=4, target_modules=["q_proj", "fc2"]),
+    )
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    tuned.save_pretrained(tmp_path / "lora")
+    words = ["import-projector", str(tmp_path / "linear.pth"), str(tmp_path / "out")]
+    words += ["--block", str(tmp_path / "block.pth"), "--adapter", str(tmp_path / "lora")]
+    assert main([*words, "--vision_backbone", vision_backbone, "--text_backbone", text_backbone]) == 0
+    assert_same_logits(tmp_path / "out", module, -1, tuned.eval())
+
+
+def tuned_decoder(module, vision, text):
+    state = whole_model(module[0], vision, text)
+    return {
+        name: value + 0.5 if name.endswith("text_model.model.layers.1.mlp.fc1.weight") else value
+        for name, value in state.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda m, v, t: under("projection.", m[0]) | {"resblock.other.weight": torch.zeros(2, 2)}, "must contain"),
+        (lambda m, v, t: under("projection.", m[0]) | under("block.", m[1].proj), "must contain"),
+        (lambda m, v, t: under("p.", m[0]) | under("b.", SimpleResBlock(31)), "maps 31, .*need 32"),
+        (tuned_decoder, "another text_model.model.layers.1.mlp.fc1.weight than the backbones"),
+    ],
+    ids=["unknown block", "half a block", "another width", "tuned decoder"],
+)
+def test_a_projector_that_would_lose_a_part_is_refused(
+    content, words, vision_backbone, text_backbone, tmp_path, capsys
+):
+    torch.save(content(made_elsewhere("residual"), vision_backbone, text_backbone), tmp_path / "theirs.pth")
+    command = ["import-projector", str(tmp_path / "theirs.pth"), str(tmp_path / "out")]
+    assert main([*command, "--vision_backbone", vision_backbone, "--text_backbone", text_backbone]) == 2
+    assert re.search(words, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 class Evil:

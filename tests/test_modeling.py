@@ -10,7 +10,9 @@ import torch
 from conftest import TEXT, VISION
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -23,6 +25,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers import logging as transformers_logging
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import find_labels
 
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiModel
@@ -207,6 +210,131 @@ def test_loss_in_chunks_equals_the_loss_at_once_and_never_holds_more_logits(chun
     assert max(sizes) == chunk and sum(sizes) == 2 * 8  # once forwards, and again for the backward pass
 
 
+class Largest(TorchDispatchMode):
+    """Records the rows of every tensor as wide as the vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        wide = isinstance(result, torch.Tensor) and result.shape[1:] == (TEXT["vocab_size"],)
+        if wide and function.__name__ != "t.default":  # the transposed weight
+            self.rows.append((function.__name__, len(result)))
+        return result
+
+
+@pytest.fixture
+def frozen_head(fresh_model):
+    """A model with a head of random weights and bias, hidden states, and labels of which some are ignored."""
+    generator = torch.Generator().manual_seed(5)
+    head = fresh_model.lm_head
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / 4)
+        head.bias.copy_(torch.randn(head.bias.shape, generator=generator))
+    hidden_states = torch.randn(2, 9, head.in_features, generator=generator, requires_grad=True)
+    labels = torch.randint(0, head.out_features, (2, 9), generator=generator)
+    labels[0, :3] = labels[1, 4] = -100
+    return fresh_model.train(), hidden_states, labels
+
+
+def loss_of(model, hidden_states, labels, **options):
+    """The model's loss of the hidden states of its decoder."""
+    model.model.language_model.forward = lambda **inputs: BaseModelOutputWithPast(hidden_states)
+    input_ids = torch.zeros(labels.shape, dtype=torch.long)
+    return model(input_ids=input_ids, shift_labels=labels, **options).loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_items", [None, 40, torch.tensor(40)])
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_a_frozen_head_gives_the_loss_and_gradient_of_plain_cross_entropy(chunk, num_items, dtype, frozen_head):
+    model, hidden_states, labels = frozen_head
+    model.max_logits = chunk * TEXT["vocab_size"]
+    head, flat = model.lm_head, labels.flatten()
+
+    def plain(dtype):
+        logits = linear(hidden_states.to(dtype), head.weight.to(dtype), head.bias.to(dtype)).flatten(0, 1)
+        summed = cross_entropy(
+            logits.to(max(dtype, torch.float32, key=lambda each: each.itemsize)), flat, reduction="sum"
+        )
+        loss = summed / (14 if num_items is None else num_items)
+        return loss, torch.autograd.grad(3 * loss, hidden_states)[0]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = loss_of(model, hidden_states, labels, num_items_in_batch=num_items)
+    (gradient,) = torch.autograd.grad(3 * loss, hidden_states)  # scaled, as by a loss scaler or by several processes
+    assert gradient.dtype == hidden_states.dtype and not gradient[labels == -100].any()
+    (_, exact_gradient), (usual, usual_gradient) = plain(torch.float64), plain(dtype)
+    torch.testing.assert_close(loss, usual, rtol=1e-6, atol=0)
+    error, usual_error = ((each - exact_gradient).norm() / exact_gradient.norm() for each in (gradient, usual_gradient))
+    assert error < 1e-6 if dtype == torch.float32 else error < 1.1 * usual_error
+
+
+def test_a_frozen_head_computes_each_logit_once_and_keeps_none(frozen_head):
+    model, hidden_states, labels = frozen_head
+    model.max_logits = 5 * TEXT["vocab_size"]
+    with Largest() as seen:
+        loss = loss_of(model, hidden_states, labels)
+    assert max(rows for _, rows in seen.rows) == 5
+    assert sum(rows for name, rows in seen.rows if "addmm" in name) == 14
+    with Largest() as seen:
+        loss.backward()
+    assert seen.rows == []
+
+
+@pytest.mark.parametrize("kind", ["trained", "trained bias", "with a hook", "another loss", "another index"])
+def test_another_head_or_loss_is_called_as_it_is(kind, frozen_head):
+    model, hidden_states, labels = frozen_head
+    model.max_logits = 5 * TEXT["vocab_size"]
+    head, (expected,) = model.lm_head, torch.autograd.grad(loss_of(*frozen_head), hidden_states)
+    calls, options = [], {}
+    if "trained" in kind:
+        (head.bias if "bias" in kind else head.weight).requires_grad_()
+    elif kind == "another index":
+        labels[0, 5] = -1
+        expected[0, 5], options = 0, {"ignore_index": -1, "num_items_in_batch": 14}
+    elif kind == "with a hook":
+        head.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    else:
+        plain = model.loss_function
+        model.loss_function = lambda **inputs: calls.append(len(inputs["shift_labels"])) or 2 * plain(**inputs)
+    loss_of(model, hidden_states, labels, **options).backward()
+    factor = 2 if kind == "another loss" else 1
+    torch.testing.assert_close(hidden_states.grad, factor * expected, rtol=1e-5, atol=1e-7)
+    assert sorted(calls) == ([4, 4, 5, 5, 5, 5] if kind in ("with a hook", "another loss") else [])
+    if "trained" in kind:
+        plain = cross_entropy(head(hidden_states.detach()).flatten(0, 1), labels.flatten(), ignore_index=-100)
+        (trained,) = (each for each in head.parameters() if each.requires_grad)
+        (gradient,) = torch.autograd.grad(plain, trained)
+        torch.testing.assert_close(trained.grad, gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("around", ["checkpoint", "compile"])
+def test_a_frozen_head_can_be_checkpointed_and_compiled(around, frozen_head):
+    model, hidden_states, labels = frozen_head
+    model.max_logits = 5 * TEXT["vocab_size"]
+    flat, targets = hidden_states[labels != -100], labels[labels != -100]
+    expected = model._loss(flat, targets)
+    (gradient,) = torch.autograd.grad(expected, hidden_states, retain_graph=True)
+    if around == "compile":
+        loss = torch.compile(model._loss, backend="aot_eager")(flat, targets)
+    else:
+        loss = checkpoint(lambda states: model._loss(2 * states / 2, targets), flat, use_reentrant=False)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden_states)[0], gradient, rtol=1e-6, atol=1e-8)
+
+
+def test_a_frozen_head_computes_no_gradient_that_is_not_wanted(frozen_head):
+    model, hidden_states, labels = frozen_head
+    expected = loss_of(*frozen_head)
+    with torch.no_grad(), Largest() as seen:
+        loss = loss_of(*frozen_head)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)
+    assert not loss.requires_grad and not any("exp_" in name for name, _ in seen.rows)
+
+
 def test_logits_to_keep_names_positions(model, inputs):
     everything = logits(model, inputs)
     for kept, expected in [
@@ -295,6 +423,44 @@ def test_batch_with_left_padding_equals_one_by_one(model, processor):
         for image, prompt in zip(images, prompts, strict=True)
     ]
     assert generate(model, batch) == alone
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}]
+)
+def test_each_sequence_of_a_prompt_has_all_its_images_in_their_order(options, fresh_model, processor):
+    """The oracle generates from embeddings that have the features already."""
+    model = fresh_model
+    with torch.no_grad():
+        model.model.projector.weight.mul_(100)  # images, and their order, decide the answers
+        for name, weight in model.model.language_model.named_parameters():
+            weight.mul_(10 if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) else 1)
+    texts = ["<image><image>Instruct: a\nOutput:", "<image>Instruct: a star\nOutput:", "Instruct: a\nOutput:"]
+    batch = processor(images=[picture(seed) for seed in range(3)], text=texts, padding=True, return_tensors="pt")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        features = torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output)
+        embeds = model.get_input_embeddings()(ids)
+        filled = embeds.masked_scatter((ids == processor.image_token_id).unsqueeze(-1), features)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False} | options
+
+    def answers(**inputs) -> list[list[int]]:
+        torch.manual_seed(0)
+        return model.generate(**inputs, attention_mask=mask, **options)[:, -6:].tolist()
+
+    expected = answers(inputs_embeds=filled)
+    assert answers(input_ids=ids, pixel_values=batch["pixel_values"]) == expected
+    assert answers(inputs_embeds=embeds, pixel_values=batch["pixel_values"]) == expected
+    swapped = answers(input_ids=ids, pixel_values=batch["pixel_values"][[1, 0, 2]])
+    assert swapped[: len(swapped) // 3] != expected[: len(swapped) // 3]
+    assert swapped[len(swapped) // 3 :] == expected[len(swapped) // 3 :]
+
+
+def test_a_text_only_model_assists_without_a_difference(model, processor, text_backbone):
+    assistant = PhiForCausalLM.from_pretrained(text_backbone, dtype=torch.float32).eval()
+    images, text = [picture(0), picture(1)], "<image><image>Instruct: a\nOutput:"
+    inputs = processor(images=images, text=[text], return_tensors="pt")
+    assert generate(model, inputs, assistant_model=assistant) == generate(model, inputs)
 
 
 def test_generation_stops_at_the_end_token(fresh_model, inputs):
@@ -458,6 +624,26 @@ def test_missing_weights_are_refused(kind, request):
         ClipPhiForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("kind", ["delta", "merged", "adapted"])
+def test_missing_weights_are_reported_to_who_asks_for_them(kind, request, tmp_path):
+    folder = request.getfixturevalue(kind)
+    if kind == "adapted":
+        folder.save_pretrained(tmp_path / kind)
+        folder = tmp_path / kind
+    model, info = ClipPhiForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not any(each.requires_grad for each in model.model.vision_tower.parameters())
+    edit_weights(folder / "model.safetensors", lambda weights: weights.pop("model.projector.bias"))
+    if kind == "adapted":
+        edit_weights(folder / "adapter/adapter_model.safetensors", lambda weights: weights.pop(min(weights)))
+    _, info = ClipPhiForCausalLM.from_pretrained(folder, output_loading_info=True)
+    expected = {"model.projector.bias"}
+    if kind == "adapted":
+        expected.add("model.language_model.layers.0.mlp.fc1.lora_A.weight")
+    assert info["missing_keys"] == expected
+    with pytest.raises(ValueError, match="lacks . of the weights its config asks for: .*model.projector.bias"):
+        ClipPhiForCausalLM.from_pretrained(folder)
+
+
 def edit_weights(path: Path, edit) -> None:
     weights = load_file(path)
     edit(weights)
@@ -487,7 +673,9 @@ def test_adapter_with_missing_unknown_or_other_weights_is_refused(adapted, tmp_p
         with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/adapter{message}")):
             ClipPhiForCausalLM.from_pretrained(tmp_path)
 
-    refused(" lacks 1 of the weights its config asks for: model.language", lambda weights: weights.pop(first))
+    edit_weights(file, lambda weights: weights.pop(first))
+    with pytest.raises(ValueError, match=f"{tmp_path} lacks 1 of the weights its config asks for: model.language"):
+        ClipPhiForCausalLM.from_pretrained(tmp_path)
     extra = {first.replace("layers.0", "layers.9"): torch.zeros(4, 32)}
     refused(" holds 1 weights that the model has no place for: model.language", lambda weights: weights.update(extra))
     narrow = {first: torch.zeros(1, 32)}
@@ -782,7 +970,7 @@ def test_quantisation_is_for_the_decoder_alone(bits, vision_backbone, wide_text_
         assert all(name.startswith("model.language_model.layers.") for name in modules)
         assert (logits(model, inputs) - expected).norm() / expected.norm() < {4: 0.3, 8: 0.03}[bits]
     assert config.llm_int8_skip_modules is None, "the caller's config was changed"
-    with pytest.raises(ValueError, match="merged checkpoint cannot be made of quantised weights: save the delta"):
+    with pytest.raises(ValueError, match="quantised weights cannot be merged: save the delta"):
         model.save_pretrained(tmp_path / "x", merged=True)
 
     model = ClipPhiForCausalLM.from_backbones(vision_backbone, wide_text_backbone, quantization_config=config)

@@ -116,6 +116,7 @@ def test_space_pushes_its_folder(tmp_path, monkeypatch, capsys):
         (["serve", "/nowhere/model"], "no model /nowhere/model"),
         (["serve", "{checkpoint}", "--port", "{port}"], "try another --port"),
         (["chat", "/nowhere/model"], "no model /nowhere/model"),
+        (["chat", "{checkpoint}", "--auth", "ann"], "--auth is USER:PASSWORD"),
     ],
 )
 def test_bad_requests_are_one_line(arguments, message, checkpoint, capsys):

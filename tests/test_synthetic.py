@@ -132,6 +132,21 @@ def test_answers_are_true(questions):
             assert (answer == "yes") == holds[relation]
 
 
+def test_every_question_has_the_kind_of_its_answer(questions):
+    seen = Counter()
+    for _, question, answer in questions:
+        kind = drawn.question_kind(question)
+        if answer in ("yes", "no"):
+            upright = "above" in question or "below" in question
+            relation = "above_below" if upright else "left_right"
+            assert kind == (relation if question.startswith("Is the ") else "presence"), question
+        else:
+            answers = {"color": drawn.COLORS, "shape": drawn.SHAPES, "count": drawn.NUMBERS}
+            assert answer in answers[kind], question
+        seen[kind] += 1
+    assert len(seen) == 6 and min(seen.values()) > 300
+
+
 def test_descriptions_name_every_object():
     rng = random.Random(6)
     for _ in range(300):
@@ -175,6 +190,19 @@ def test_no_guess_from_the_question_alone_is_right_in_more_than_55_percent(quest
 )
 def test_object_f1(text, truth, score):
     assert drawn.object_f1(text, Counter(truth)) == pytest.approx(score)
+
+
+def test_the_verb_agrees_with_what_comes_first():
+    rng = random.Random(7)
+    found = Counter()
+    for _ in range(300):
+        scene = drawn.sample_scene(rng, "train")
+        for text in [*drawn.captions(scene, rng), drawn.description(scene, rng)[1]]:
+            if text.startswith("There"):
+                verb, first = text.split()[1:3]
+                assert (verb, first in ("a", "an")) in {("is", True), ("are", False)}, text
+                found[verb] += 1
+    assert min(found["is"], found["are"]) > 20
 
 
 def test_descriptions_name_the_objects_in_reading_order():

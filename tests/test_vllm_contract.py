@@ -1,5 +1,5 @@
-"""What vLLM's backend for transformers models asks of model and processor (its multimodal.py and base.py, read, not
-run: vLLM needs a GPU). Each test does one thing as that backend does it."""
+"""What vLLM's backend for transformers models asks of model and processor (its multimodal.py and base.py). Each test
+does one thing as that backend does it; vLLM itself: make test-vllm."""
 
 import json
 import subprocess
@@ -61,7 +61,6 @@ def test_weights_of_the_checkpoint_are_those_of_the_headless_model_and_a_head(ch
         names = set(file.keys())
     inside = {name.removeprefix("model.") for name in names if name.startswith("model.")}
     assert inside == set(headless["weights"])
-    # The backend's head has no bias: phi-2's cannot be served there, decoders without one can.
     assert names - {f"model.{name}" for name in inside} == {"lm_head.weight", "lm_head.bias"}
 
 

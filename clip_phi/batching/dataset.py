@@ -152,7 +152,7 @@ def add_image_features(batch: PackedBatch, model: Any, cache: FeatureCache | Non
     if cached is not None:
         features[torch.tensor(np.flatnonzero(is_cached), device=device)] = cached
     if pixel_values is not None:
-        computed = model.get_vision_features(pixel_values).to(torch.bfloat16)
+        computed = model.base_model.get_vision_features(pixel_values).to(torch.bfloat16)
         features[torch.tensor(np.flatnonzero(~is_cached), device=device)] = computed
         cache.put([key for key, found in batch.cached if not found], computed)
     return replace(batch, inputs=inputs | {"vision_features": features}, cached=[])

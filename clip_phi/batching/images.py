@@ -6,16 +6,18 @@ import hashlib
 import io
 import logging
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageCms, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 from torch.nn.functional import interpolate
 from transformers import CLIPImageProcessorPil
@@ -25,9 +27,18 @@ from ..data.sample import File
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded
 MAX_ASPECT = 100  # an image processor makes the short side 224 first, so the long one becomes at most 22,400
-# Not all of PIL's: EPS starts Ghostscript. JPEG includes MPO. AVIF is in Pillow since 11.3, if built with it.
-FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-FORMATS += ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
+MAX_SCANS = 50  # of a JPEG; each goes over all pixels again. Encoders write 10 or so
+MAX_SEGMENTS = 2000  # before the first scan; EXIF, XMP and profiles have some hundred at most
+# Not all of PIL's: EPS starts Ghostscript. JPEG includes MPO. AVIF is in Pillow's own builds.
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+HEIF_SUFFIXES = (".heic", ".heics", ".heif", ".heifs", ".hif")
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+AVIF_BRANDS = {b"avif", b"avis"}
+NEEDS_HEIF = "HEIC and HEIF need pillow-heif: pip install 'clip-phi[photos]'"
+NEEDS_AVIF = "this Pillow is built without AVIF: pip install --upgrade pillow"
+# What a file is that is no image, by how it begins.
+NOT_IMAGES = {b"version https://git-lfs": "a pointer of Git LFS: run 'git lfs pull'", b"<": "HTML, SVG or other XML"}
+NOT_IMAGES |= {b"%PDF": "a PDF", b"%!PS": "PostScript", b"PK": "a zip archive", b"\0\0\0\0": "zeros"}
 ORIENTATION = 0x0112  # of EXIF
 INVERSES = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
 UPRIGHT = {orientation: Image.Transpose[name] for orientation, name in enumerate(INVERSES, start=2)}
@@ -37,17 +48,49 @@ FAST_REDUCTION = 1.5
 Source = str | Path | bytes | File
 PixelMode = Literal["exact", "fast"]
 
+# Of JPEG: not a stuffed 0xFF of a scan's data, nor one of the markers that have no segment, but the last.
+MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
 _STDERR_LOCK = threading.Lock()
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it logs the errors that it raises as well
 
 
-def load_image(source: Source) -> Image.Image:
-    """Open an image as upright 8-bit RGB: the first frame of an animation, over white where it is transparent.
+def load_image(source: Source, max_pixels: int | None = None) -> Image.Image:
+    """Open an image as upright 8-bit sRGB: the first frame of an animation, over white where it is transparent.
 
-    source: a file on disk, the content of one, or a File. Raises RecordError, with the name of source in its detail:
-    "missing image", "empty image file", "not an image", "damaged image", "image too large" (more than MAX_PIXELS by its
-    header; nothing is decoded) or "absurd image size" (one side more than MAX_ASPECT times the other)."""
-    return _decode(*_read(source))
+    source: a file on disk, the content of one, or a File. max_pixels: None for MAX_PIXELS.
+    Raises RecordError, with the name of source in its detail: "missing image", "empty image file", "not an image",
+    "image of a format that is not installed", "damaged image", "file too large", "image too large" (more than
+    max_pixels by its header), "image too costly" (a JPEG of more than MAX_SCANS scans) or "absurd image size" (one side
+    more than MAX_ASPECT times the other). What is too large or too costly is not decoded."""
+    return _decode(*_read(source), max_pixels)
+
+
+def read_header(source: Source) -> tuple[str, int]:
+    """Format, as PIL names it, and number of pixels. Raises the RecordErrors of load_image, but those of decoding."""
+    data, name = _read(source)
+    with _opened(data, name) as image:
+        return str(image.format), image.width * image.height
+
+
+@cache
+def has_heif() -> bool:
+    """Whether HEIC and HEIF can be read; the package is imported at the first call."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def image_suffixes() -> dict[str, str | None]:
+    """Endings of image files, in lower case: None, or what must be installed to read them."""
+    found = {suffix: None for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    return (
+        found
+        | dict.fromkeys((".avif", ".avifs"), None if features.check("avif") else NEEDS_AVIF)
+        | dict.fromkeys(HEIF_SUFFIXES, None if has_heif() else NEEDS_HEIF)
+    )
 
 
 def pixel_hash(image: Image.Image) -> str:
@@ -159,6 +202,7 @@ def _decode_plain_jpeg(data: bytes, least_edge: float) -> np.ndarray | None:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             _refuse_size(image.size, "")
             plain = (image.format, image.mode) == ("JPEG", "RGB")  # not MPO, gray, CMYK
+            plain = plain and _srgb_transform(image.info.get("icc_profile"), "RGB") is None
             if not plain or min(image.size) < least_edge or image.getexif().get(ORIENTATION) in UPRIGHT:
                 return None
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
@@ -172,12 +216,33 @@ def _read(source: Source) -> tuple[bytes, str]:
         data, name = source, f"{len(source)} bytes"
     else:
         with image_errors(name := str(source)):
-            data = source.read() if isinstance(source, File) else Path(source).read_bytes()
+            data = source.read() if isinstance(source, File) else File(str(source)).read()
     if not isinstance(data, bytes):  # an Arrow file may have null, or only the name of an image
         raise RecordError("missing image", f"{name}: no bytes there")
     if not data:
         raise RecordError("empty image file", name)
+    if data.startswith(b"\xff\xd8"):
+        _refuse_costly_jpeg(data, name)
     return data, name
+
+
+def _refuse_costly_jpeg(data: bytes, name: str) -> None:
+    """Count segments and scans without decoding. Raises RecordError if there are too many."""
+    place, segments, scans, frame = 2, 0, 0, b""
+    while (found := MARKER.search(data, place)) is not None:
+        place, marker = found.end(), found[0][-1]
+        segments, scans = segments + 1, scans + (marker == 0xDA)
+        if scans > MAX_SCANS or segments - scans > MAX_SEGMENTS:
+            raise RecordError("image too costly", f"{name}: more than {MAX_SCANS} scans or {MAX_SEGMENTS:,} segments")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame = data[place - 1 : place + 8]
+        # Only one scan is read of an image that is sequential and has all its components in the first one.
+        is_whole = (
+            marker == 0xDA and frame[:1] in (b"\xc0", b"\xc1", b"\xc9") and data[place + 2 : place + 3] == frame[-1:]
+        )
+        if is_whole or marker == 0xD9:
+            return
+        place += int.from_bytes(data[place : place + 2], "big")
 
 
 @contextmanager
@@ -185,40 +250,61 @@ def image_errors(name: str) -> Iterator[None]:
     """Raise any error in finding an image, called name, as RecordError: "missing image" or "damaged image"."""
     try:
         yield
+    except RecordError as error:
+        raise RecordError(error.kind, f"{name}: {error.detail}") from error
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, LookupError) as error:
         raise RecordError("missing image", f"{name}: {_reason(error)}") from error
     except Exception as error:  # zipfile, zlib, lzma and pyarrow each have errors of their own for damaged archives
         raise RecordError("damaged image", f"{name}: {_reason(error)}") from error
 
 
-def _decode(data: bytes, name: str) -> Image.Image:
+def _decode(data: bytes, name: str, max_pixels: int | None = None) -> Image.Image:
+    with _opened(data, name) as image:
+        _refuse_size(image.size, name, max_pixels)
+        if isinstance(image, TiffImageFile):  # decoded in whole tiles, which may be far larger than the image
+            _refuse_size((image.tag_v2.get(TILEWIDTH, 1), image.tag_v2.get(TILELENGTH, 1)), name)
+            with _silent_stderr():
+                image.load()
+        return _to_upright_rgb(image)
+
+
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """The image, not decoded. Raises RecordError for all errors, those of the block too."""
+    formats = FORMATS
+    if data[4:8] == b"ftyp":  # its brands follow, the most specific first
+        brands = [data[place : place + 4] for place in range(8, min(len(data), 64), 4)]
+        specific = (each for each in brands if each in HEIF_BRANDS - {b"mif1", b"msf1"} | AVIF_BRANDS)
+        brand = next(specific, (brands or [b""])[0])
+        if brand in HEIF_BRANDS and not has_heif():
+            raise RecordError("image of a format that is not installed", f"{name}: {NEEDS_HEIF}")
+        if brand in AVIF_BRANDS and not features.check("avif"):
+            raise RecordError("image of a format that is not installed", f"{name}: {NEEDS_AVIF}")
+        formats = ("HEIF",) if brand in HEIF_BRANDS else FORMATS
     with warnings.catch_warnings():
         # About odd EXIF blocks and the like: either the image is used, or a RecordError says why not.
         warnings.simplefilter("ignore")
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _refuse_size(image.size, name)
-                if isinstance(image, TiffImageFile):  # decoded in whole tiles, which may be far larger than the image
-                    _refuse_size((image.tag_v2.get(TILEWIDTH, 1), image.tag_v2.get(TILELENGTH, 1)), name)
-                    with _silent_stderr():
-                        image.load()
-                return _to_upright_rgb(image)
+            with Image.open(io.BytesIO(data), formats=formats) as image:
+                yield image
         except RecordError:
             raise
         except UnidentifiedImageError:  # also raised for a known format with a bad header
-            accepts = (Image.OPEN[format][1] for format in FORMATS)
+            accepts = (Image.OPEN[format][1] for format in formats if format in Image.OPEN)
             known = any(accept is not None and accept(data[:16]) for accept in accepts)
-            kind, reason = ("damaged image", "bad header") if known else ("not an image", f"begins with {data[:8]!r}")
+            # Not its first bytes: a record may name any file of this machine.
+            other = next((what for start, what in NOT_IMAGES.items() if data.startswith(start)), "an unknown format")
+            kind, reason = ("damaged image", "bad header") if known else ("not an image", other)
             raise RecordError(kind, f"{name}: {reason}") from None
         except Exception as error:  # PIL's decoders raise anything on bad bytes: SyntaxError, struct.error, KeyError...
             huge = isinstance(error, Image.DecompressionBombError)  # above PIL's own limit, 179 million pixels
             raise RecordError("image too large" if huge else "damaged image", f"{name}: {_reason(error)}") from error
 
 
-def _refuse_size(size: tuple[int, int], name: str) -> None:
-    width, height = size
-    if width * height > MAX_PIXELS:
-        raise RecordError("image too large", f"{name}: {width} x {height} is more than {MAX_PIXELS:,} pixels")
+def _refuse_size(size: tuple[int, int], name: str, max_pixels: int | None = None) -> None:
+    (width, height), most = size, max_pixels or MAX_PIXELS
+    if width * height > most:
+        raise RecordError("image too large", f"{name}: {width} x {height} is more than {most:,} pixels")
     if max(size) > MAX_ASPECT * min(size):
         raise RecordError("absurd image size", f"{name}: {width} x {height} is more than {MAX_ASPECT} to 1")
 
@@ -238,6 +324,7 @@ def _silent_stderr() -> Iterator[None]:
 
 def _to_upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
+    profile = image.info.get("icc_profile")
     if image.mode == "F":  # 0 to 1, 0 to 255 or metres
         raise ValueError("32-bit float pixels, of no known range")
     if image.mode.startswith("I"):  # 16-bit grayscale, which PIL's convert clips to 255
@@ -248,8 +335,10 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         rgb = Image.new("RGB", image.size, "white")
         rgb.paste(rgba, mask=rgba)
-    else:
-        rgb = image.convert("RGB")
+    else:  # a profile of CMYK or gray holds before the conversion, one of RGB after it
+        rgb = (_to_srgb(image, profile) if image.mode in ("CMYK", "L") else image).convert("RGB")
+    if image.mode not in ("CMYK", "L"):
+        rgb = _to_srgb(rgb, profile)
     rgb.info = {}  # neither its EXIF nor its colour profile holds for these pixels
     # Not ImageOps.exif_transpose: it rewrites the EXIF block, and fails on odd ones whose orientation can be read.
     try:
@@ -257,6 +346,25 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
     except Exception:  # as above: an EXIF block that PIL cannot parse raises anything
         method = None
     return rgb if method is None else rgb.transpose(method)
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    transform = _srgb_transform(profile, image.mode)
+    return image if transform is None else ImageCms.applyTransform(image, transform) or image
+
+
+@lru_cache(maxsize=32)
+def _srgb_transform(profile: bytes | None, mode: str) -> Any:
+    """From an ICC profile's colours to sRGB, for images of a mode: RGB, CMYK or L. None without a profile, for one of
+    sRGB itself, and for one that is damaged or of another mode: the colours stay as they are."""
+    space = {"RGB": "RGB", "CMYK": "CMYK", "L": "GRAY"}.get(mode)
+    with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
+        about = opened.profile
+        if about.xcolor_space.strip() == space and "srgb" not in (about.profile_description or "").lower():
+            once = ImageCms.Flags.NOCACHE  # without a state that threads would share
+            return ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB", flags=once)
+    return None
 
 
 def _reason(error: Exception) -> str:

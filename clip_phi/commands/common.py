@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..data.files import is_missing_folder
+from ..data.report import plain
 
 DEMO_MODEL = "outputs/demo/model"
 MODELS = ("outputs/stage2", "outputs/stage1", DEMO_MODEL)  # where training and 'make demo' write by default
@@ -136,6 +137,11 @@ def choose_model(arguments: argparse.Namespace) -> str:
 def check_model(model: str) -> None:
     if is_missing_folder(model):
         raise ValueError(f"no model {model}: there is no such folder, and a Hub id is user/name")
+
+
+def print_error(error: BaseException) -> None:
+    """One line on stderr, in which nothing controls the terminal."""
+    print(plain(f"clip-phi: error: {' '.join(str(error).split())}"), file=sys.stderr)
 
 
 def positive(text: str) -> int:

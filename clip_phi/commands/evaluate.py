@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..data.report import plain
 from .common import DATA, DEMO_MODEL, add_command, add_data, add_json, add_model, choose_model, positive
 
 TASKS = ("captions", "vqa", "pope", "exact", "loss")
@@ -64,4 +65,4 @@ def run_compare(arguments: argparse.Namespace) -> None:
     found = compare(first, second, arguments.seed)
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(found) if arguments.json else format_comparison(found))
+    print(json.dumps(found) if arguments.json else plain(format_comparison(found)))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..data.report import plain
 from .common import add_command, add_engine, add_json, load_engine, natural, positive
 from .speech import add_asr_options, transcribe
 
@@ -50,7 +51,7 @@ def run_caption(arguments: argparse.Namespace) -> int:
     with load_engine(arguments) as engine:
         for name, image in images:
             if len(images) > 1 and not arguments.json:
-                print(f"{name}: ", end="", flush=True)
+                print(plain(f"{name}: "), end="", flush=True)
             caption = "".join(_printed(engine.caption(image, arguments.max_new_tokens), [], quiet=arguments.json))
             if arguments.json:
                 print(json.dumps({"image": name, "caption": caption.strip()}), flush=True)
@@ -131,7 +132,7 @@ def _printed(pieces: Iterator[str], collected: list[str], quiet: bool) -> Iterat
     for piece in pieces:
         collected.append(piece)
         if not quiet:
-            print(piece, end="", flush=True)
+            print(plain(piece), end="", flush=True)
         yield piece
     if not quiet:
         print(flush=True)

@@ -30,15 +30,19 @@ def add_to(commands: Any) -> None:
     export.add_argument("--to", required=True, choices=("gguf", "llava", "onnx", "vllm"), help=help)
     export.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="gguf: matrices")
 
-    help = "a model from a linear layer that a notebook saved"
+    help = "a model from a projector that a notebook, LLaVA or Lightning saved"
     projector = add_command(commands, "import-projector", run_import_projector, help)
     add = projector.add_argument
-    add("file", metavar="FILE", help="a .pth of its state dict, for example clipphi_proj.pth")
+    add(
+        "file", metavar="FILE", help="its state dict, or a checkpoint with one: clipphi_proj.pth, mm_projector.bin, ..."
+    )
     add("folder", metavar="DIR", help="folder to write the model to")
     add("--vision_backbone", help="folder or Hub id of the vision tower (default: as in training)")
     add("--text_backbone", help="folder or Hub id of the decoder (default: as in training)")
-    help = "hidden state that it was trained on (default: %(default)s, the last, as in the notebooks)"
-    add("--vision_feature_layer", type=int, default=-1, help=help)
+    help = "hidden state that it was trained on (default: -2 for mm_projector.bin, as in LLaVA; else -1, the last)"
+    add("--vision_feature_layer", type=int, help=help)
+    add("--block", metavar="FILE", help="state dict of the residual block behind a linear layer")
+    add("--adapter", metavar="DIR", help="PEFT's folder of a LoRA adapter of the decoder")
 
     for command in (push, export, projector):
         add_json(command)
@@ -78,5 +82,6 @@ def run_import_projector(arguments: argparse.Namespace) -> None:
     vision = arguments.vision_backbone or VISION_BACKBONE
     text = arguments.text_backbone or TEXT_BACKBONE
     folder = arguments.folder
-    done = import_projector(arguments.file, vision, text, arguments.vision_feature_layer, Path(folder))
+    more = {"layer": arguments.vision_feature_layer, "block": arguments.block, "adapter": arguments.adapter}
+    done = import_projector(arguments.file, vision, text, Path(folder), **more)
     print(json.dumps(done) if arguments.json else f"wrote {folder}; try: clip-phi caption --model {folder} IMAGE")

@@ -16,6 +16,8 @@ def add_to(commands: Any) -> None:
     help = "voice of spoken answers: a name or a folder (default: a small English one)"
     chat.add_argument("--voice", default="", help=help)
     chat.add_argument("--drawing_model", help="folder or Hub id of a text-to-image model of diffusers, for answers")
+    help = "user and password that the page asks for (default: CLIP_PHI_AUTH, or none)"
+    chat.add_argument("--auth", metavar="USER:PASSWORD", help=help)
     chat.add_argument("--examples", type=Path, metavar="DIR", help="folder of example images (default: drawn scenes)")
 
     serve = add_command(commands, "serve", run_serve, "an HTTP API in the form of OpenAI's chat completions")
@@ -32,7 +34,6 @@ def add_to(commands: Any) -> None:
         ("max_audio_seconds", 30, "longest recording in seconds"),
         ("max_batch", 32, "requests answered at once"),
         ("max_waiting", 256, "requests in the queue"),
-        ("max_body_mb", 32, "size of a request in MiB"),
         ("max_megapixels", 25, "size of an image in megapixels"),
         ("max_images", 8, "images in a request"),
         ("max_tokens", 1024, "tokens in an answer"),
@@ -57,16 +58,28 @@ def _add_server(command: argparse.ArgumentParser, port: int) -> None:
     help = "address to listen on; 0.0.0.0: all networks (default: this machine alone)"
     command.add_argument("--host", default="127.0.0.1", help=help)
     command.add_argument("--port", type=positive, default=port, help="port to listen on")
+    help = "limit: size of a request or an uploaded file in MiB (default: 32)"
+    command.add_argument("--max_body_mb", type=positive, default=32, help=help)
 
 
 def run_chat(arguments: argparse.Namespace) -> None:
+    auth = arguments.auth or os.environ.get("CLIP_PHI_AUTH")
+    if auth is not None and not all(auth.partition(":")):
+        raise ValueError("--auth is USER:PASSWORD")
     choose_model(arguments)  # a wrong one is an error of its own, before gradio is imported
     from ..serving.chat import launch
     from ..serving.modalities import load_modalities
 
+    _note_open(arguments.host, auth, "--auth")
     modalities = load_modalities(arguments.speech_model, arguments.voice, arguments.drawing_model, arguments.device)
     with load_engine(arguments) as engine:
-        launch(engine, modalities, arguments.host, arguments.port, arguments.examples)
+        options = {"auth": auth, "max_body": arguments.max_body_mb * 2**20}
+        launch(engine, modalities, arguments.host, arguments.port, arguments.examples, **options)
+
+
+def _note_open(host: str, key: str | None, option: str) -> None:
+    if host not in ("127.0.0.1", "localhost", "::1") and key is None:
+        print(f"clip-phi: note: no {option}: everybody on {host}'s network may use it", file=sys.stderr)
 
 
 def run_serve(arguments: argparse.Namespace) -> None:
@@ -86,8 +99,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     body, pixels = arguments.max_body_mb * 2**20, arguments.max_megapixels * 10**6
     limits = ApiLimits(max_body=body, max_pixels=pixels, **numbers)
     api_key = arguments.api_key or os.environ.get("CLIP_PHI_API_KEY")
-    if arguments.host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
-        print(f"clip-phi: note: no --api_key: everybody on {arguments.host}'s network may use it", file=sys.stderr)
+    _note_open(arguments.host, api_key, "--api_key")
     name = arguments.name or Path(model).resolve().name
     with load_engine(arguments, Limits(arguments.max_batch, arguments.max_waiting)) as engine:
         options = {"hosts": [*arguments.allow_host, arguments.host], "origins": arguments.allow_origin}

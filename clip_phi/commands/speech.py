@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..data.report import plain
 from ..data.transcripts import ENGINES, AsrSettings
 from .common import DATA, Parser, add_command, add_data, add_json, natural, positive_number
 
@@ -74,7 +75,7 @@ def transcribe(file: str, arguments: argparse.Namespace) -> Any:
     with closing(transcriber):
         transcript = transcriber.transcribe(clip)
     if not arguments.json:
-        print(f"clip-phi: {transcript.engine}: {transcript.text or '(no speech)'}", file=sys.stderr)
+        print(plain(f"clip-phi: {transcript.engine}: {transcript.text or '(no speech)'}"), file=sys.stderr)
     if transcript.truncated:
         print(f"clip-phi: note: only the first {clip.seconds:.1f} s of {file} are transcribed", file=sys.stderr)
     if not transcript.text:
@@ -96,7 +97,7 @@ def run_transcribe(arguments: argparse.Namespace) -> None:
         ]
         print(json.dumps(found))
     else:
-        print(transcript.text)
+        print(plain(transcript.text))
 
 
 def _transcribe_data(arguments: argparse.Namespace) -> None:

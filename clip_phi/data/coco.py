@@ -44,7 +44,7 @@ def read_coco_captions(annotations: Path, media: MediaFolder, report: Report) ->
             if record["id"] in captions:
                 texts, origins = captions.pop(record["id"])
                 # An entry that does not name its file is still an image: a missing one.
-                yield origins, {"image": record.get("file_name", ""), "captions": texts}
+                yield origins, {"image": record.get("file_name", ""), "captions": texts, "id": record["id"]}
         for image_id, (_, origins) in captions.items():
             for origin in origins:
                 report.reject("caption of an image that is not listed", origin, str(image_id))
@@ -71,7 +71,7 @@ def read_karpathy_split(annotations: Path, media: MediaFolder, split: str, repor
             if known not in sum(SPLITS.values(), ()):
                 report.reject("image without a known split", origin, repr(known))
             elif known in SPLITS[split]:
-                yield origin, {"image": record, "captions": record.get("sentences")}
+                yield origin, {"image": record, "captions": record.get("sentences"), "id": record.get("cocoid")}
 
     def find(record: Any, column: str, what: str) -> Any:
         names = [f"{record.get('filepath')}/{record.get('filename')}", record.get("filename")]
@@ -81,27 +81,29 @@ def read_karpathy_split(annotations: Path, media: MediaFolder, split: str, repor
 
 
 def read_vqa(questions: Path, annotations: str | None, media: MediaFolder, report: Report) -> Iterator[Sample]:
-    """One Sample for each image, each question a conversation: the most frequent answer is learnt.
+    """One Sample for each image, each question a conversation: the most frequent answer is learnt. Without annotations
+    the questions have no answers: they can be evaluated on, not trained on.
 
     questions: {"data_subtype": "val2014", "questions": [{"question_id", "image_id", "question"}]}; annotations:
     {"annotations": [{"question_id", "answers": [{"answer"}]}]} (Goyal et al. 2017, arXiv 1612.00837). media: the folder
-    that holds val2014/ or, with the same images, train2017/ and val2017/. Raises ValueError for a file of another form
-    or missing annotations. What is wrong with a record goes to the report."""
-    if annotations is None:
-        raise ValueError(f"{questions} has no answers: add annotations=FILE, the json with 'annotations'")
+    that holds val2014/ or, with the same images, train2017/ and val2017/. Raises ValueError for a file of another
+    form. What is wrong with a record goes to the report."""
     content = read_json(questions, "VQA file", ("questions",))
-    answers = {
-        record["question_id"]: record.get("answers")
-        for _, record in _entries(questions, read_json(Path(annotations), "VQA file", ("annotations",)), "annotations")
-        if isinstance(record.get("question_id"), int | str)
-    }
+    answers: dict[Any, Any] = {}
+    if annotations is not None:
+        annotated = read_json(Path(annotations), "VQA file", ("annotations",))
+        for _, record in _entries(questions, annotated, "annotations"):
+            if isinstance(record.get("question_id"), int | str):
+                answers[record["question_id"]] = record.get("answers")
     subtype = content.get("data_subtype", "val2014")
 
     def records() -> Iterator[tuple[str, dict[str, Any]]]:
         for origin, record in _entries(questions, content, "questions"):
             number, image_id = record.get("question_id"), record.get("image_id")
-            if isinstance(number, int | str) and number in answers and isinstance(image_id, int):
-                yield origin, {"image": image_id, "question": record.get("question"), "answers": answers[number]}
+            is_known = annotations is None or number in answers if isinstance(number, int | str) else False
+            if is_known and isinstance(image_id, int):
+                known = {"image": image_id, "question": record.get("question"), "question_id": number}
+                yield origin, known | ({"answers": answers[number]} if number in answers else {})
             else:
                 report.reject("question without id, image_id or annotation", origin, repr(number))
 

@@ -1,10 +1,24 @@
 """What is wrong with the data: each record that is skipped or repaired is counted by kind, with the first examples."""
 
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 NUM_EXAMPLES = 3  # of each kind, in the order of the files
+
+
+def plain(text: str) -> str:
+    """The text with control characters and invisible ones escaped, but for line ends and tabs: what comes from data or
+    a model must not control a terminal."""
+    return re.sub(r"[^\n\t -~]", lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1], text)
+
+
+def plain_json(value: Any, indent: int | None = None) -> str:
+    """Json with readable letters of all scripts, in which characters that plain() escapes are escaped as well."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
 
 
 class RecordError(ValueError):
@@ -101,8 +115,8 @@ class Report:
         lines = []
         for what, counts in (("skipped", self.skipped), ("repaired", self.repaired), ("left out", self.filtered)):
             for kind, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])):
-                lines.append(f"  {what} {count:,}: {kind} (e.g. {self.examples[kind][0]})")
-        return "\n".join(lines)
+                lines.append(f"  {what} {count:,}: {kind} (e.g. {self.examples[kind][0]})".replace("\n", "⏎"))
+        return plain("\n".join(lines))
 
     def as_dict(self) -> dict[str, Any]:
         """For json. Equal data give an equal dict."""

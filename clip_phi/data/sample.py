@@ -2,9 +2,15 @@
 
 import os
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
+
+from .report import RecordError
+
+MAX_BYTES = 2**30  # of a file; 100 million pixels of 8 bytes are less
+# A member of a zip archive that is larger, and packed more tightly, is a decompression bomb.
+BOMB_BYTES, BOMB_RATIO = 64 * 2**20, 100
 
 
 class File(NamedTuple):
@@ -20,16 +26,24 @@ class File(NamedTuple):
         return self.path if self.member is None else f"{self.path}!{self.member}"
 
     def read(self) -> bytes:
-        """Raises OSError, zipfile.BadZipFile or KeyError if it cannot be read."""
+        """Raises OSError, zipfile.BadZipFile or KeyError if it cannot be read, and RecordError "file too large" for
+        more than MAX_BYTES, and for a decompression bomb, before it is unpacked."""
         if self.member is None:
             with open(self.path, "rb") as file:
+                if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+                    raise RecordError("file too large", f"{size:,} bytes")
                 return file.read()
         if self.path.endswith(".arrow"):
             row, column, *place = self.member.split("/")
             value = _open_arrow(self.path, os.getpid())[int(row)][column].to_pylist()[0]
             value = value[int(place[0])] if place else value
             return value["bytes"] if isinstance(value, dict) else value
-        return _open_zip(self.path, os.getpid()).read(self.member)
+        archive = _open_zip(self.path, os.getpid())
+        about = archive.getinfo(self.member)
+        size, packed = about.file_size, about.compress_size
+        if size > MAX_BYTES or (size > BOMB_BYTES and size > BOMB_RATIO * packed):
+            raise RecordError("file too large", f"{size:,} bytes, packed into {packed:,}")
+        return archive.read(about)
 
 
 # Kept open, by process: forked workers must not share the position in one open file.
@@ -72,11 +86,14 @@ class Sample:
     """An image (None for a text-only record) and independent conversations about it.
 
     Stage 1: five captions, each a conversation of one assistant's turn. Stage 2: one or more conversations.
-    origins: "file:record" of each conversation, for messages about it."""
+    origins: "file:record" of each conversation, for messages about it.
+    ids: of each conversation the number of its record in its source, and the question_id, or a caption's image id, None
+        if it has none; empty if they are not known."""
 
     image: File | bytes | None
     conversations: tuple[Conversation, ...]
     origins: tuple[str, ...]
+    ids: tuple[tuple[int, Any], ...] = field(default=(), compare=False)
 
 
 def user_message(text: str | None, images: int = 0, *transcripts: str | None) -> dict[str, Any]:

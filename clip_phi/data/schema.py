@@ -46,7 +46,7 @@ IMAGE_LIKE = re.compile(r"(^|_)(im(age|g)s?|photos?|pictures?|frames?)(_?(path|f
 TEXT_KEYS = {*CONVERSATION_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, *CAPTION_KEYS}
 OTHER_MEDIA = re.compile("(video|audio)s?(_|$)")
 OTHER_TAGS = re.compile("<(video|audio|bbox|ref-object|img)>")
-IMAGE_FILE = re.compile(r"(?i)data:image|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic)$")
+IMAGE_FILE = re.compile(r"(?i)data:image|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]|hif)$")
 ASKS_YES_OR_NO = re.compile(
     r"(?im)(^|, )(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should|may)\b.*\?", re.DOTALL
 )
@@ -81,9 +81,9 @@ def read_records(
 
     group: make one Sample of all records about one image, in order of first appearance, and skip a record that is
     there twice. Otherwise every record is a Sample of its own."""
-    groups: dict[Any, tuple[File | bytes | None, list[tuple[Conversation, str]]]] = {}
-    seen: set[tuple[Any, Conversation]] = set()
-    for origin, record in records:
+    groups: dict[Any, tuple[File | bytes | None, list[tuple[Conversation, str, tuple[int, Any]]]]] = {}
+    seen: set[tuple[Any, Conversation, Any]] = set()
+    for number, (origin, record) in enumerate(records):
         origins = [origin] if isinstance(origin, str) else origin
         reader = _RecordReader(find, layout)
         try:
@@ -99,16 +99,19 @@ def read_records(
         report.records += len(conversations)
         if reader.filtered:
             report.filter("turn with a rating below the least one", origins[0], reader.filtered)
-        good: list[tuple[Conversation, str]] = []
+        good: list[tuple[Conversation, str, tuple[int, Any]]] = []
+        question_id, image_id = record.get("question_id"), record.get("image_id", record.get("id"))
+        key = question_id if isinstance(question_id, int | str) else None  # equal questions may have two ids
         for conversation, its_origin in zip(conversations, origins, strict=False):
             if isinstance(conversation, RecordError):
                 report.skip(Skip(conversation.kind, its_origin, conversation.detail))
-            elif seen and (image, conversation) in seen:
+            elif seen and (image, conversation, key) in seen:
                 report.skip(Skip("duplicate record", its_origin, ""))
             else:
-                good.append((conversation, its_origin))
-                if group and conversation[0].role != "assistant":  # captions may be alike
-                    seen.add((image, conversation))
+                is_caption = conversation[0].role == "assistant"
+                good.append((conversation, its_origin, (number, image_id if is_caption else question_id)))
+                if group and not is_caption:  # captions may be alike
+                    seen.add((image, conversation, key))
         if not good:
             continue
         for kind in reader.repairs:

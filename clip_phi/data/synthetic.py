@@ -44,14 +44,13 @@ _SINGULARS = {plural: shape for shape, plural in SHAPES.items()} | {shape: shape
 _MENTION = re.compile(
     rf"\b(?:({'|'.join(NUMBERS)}) )?({'|'.join(COLORS)}) ({'|'.join(sorted(_SINGULARS, key=len, reverse=True))})\b"
 )
-_COLOR_QUESTIONS = ("What color is the {}?", "Which color does the {} have?", "The {} is of what color?")
+_COLOR_QUESTIONS = ("What color is the {}?", "What is the color of the {}?", "Which color is the {}?")
 _SHAPE_QUESTIONS = ("What shape is the {} object?", "Which shape is {}?", "What is the shape of the {} object?")
-_PRESENCE_QUESTIONS = ("Is there {}?", "Can you see {}?", "Does the picture show {}?")
-_COUNT_QUESTIONS = ("How many shapes are there?", "How many shapes does the picture show?",
-                    "How many objects are there?")  # fmt: skip
+_PRESENCE_QUESTIONS = ("Is there {}?", "Can you see {}?", "Does the image show {}?")
+_COUNT_QUESTIONS = ("How many shapes are there?", "How many objects are there?", "How many shapes are in the image?")
 _DESCRIPTION_REQUESTS = (
     "Describe the image.", "Describe the picture.", "What does the image show?", "What can you see?",
-    "Write a caption for the image.", "Which objects are in the picture?",
+    "Write a caption for the image.", "What is in the picture?",
 )  # fmt: skip
 
 
@@ -169,9 +168,9 @@ def _mask(item: DrawnObject) -> Image.Image:
 def captions(scene: Scene, rng: random.Random) -> list[str]:
     """Five captions, as in COCO. Each names every object with its color and number, most in reading order."""
     objects = in_reading_order(scene)
-    number, (shapes, are) = NUMBERS[len(objects)], ("shape", "is") if len(objects) == 1 else ("shapes", "are")
-    frames = ["{}.", "A picture of {}.", f"There {are} {{}}.", "An image with {}.", f"{number} {shapes}: {{}}."]
-    texts = [frame.format(_enumerate(objects)) for frame in frames]
+    named, number, shapes = _enumerate(objects), NUMBERS[len(objects)], "shape" if len(objects) == 1 else "shapes"
+    texts = [f"{named}.", f"A picture of {named}.", _there_is(objects), f"An image with {named}."]
+    texts.append(f"{number} {shapes}: {named}.")
     if (found := _relatable(objects, rng)) is not None:
         first, second, relation = found
         others = _enumerate([item for item in objects if item not in (first, second)])
@@ -187,18 +186,19 @@ def in_reading_order(scene: Scene) -> list[DrawnObject]:
 
 def description(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """A request to describe the image and its answer, which names every object in reading order."""
-    there = "There is {}." if len(scene.objects) == 1 else "There are {}."
-    text = rng.choice(("The image shows {}.", there, "I can see {}.")).format(_enumerate(in_reading_order(scene)))
+    objects = in_reading_order(scene)
+    named = _enumerate(objects)
+    text = rng.choice((f"The image shows {named}.", _there_is(objects), f"I can see {named}."))
     return rng.choice(_DESCRIPTION_REQUESTS), text
 
 
 def dialogue(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """Two to four different (question, short answer) turns. Yes and no are equally likely where both are possible."""
-    makers: list[Callable[..., Any]] = [ask_color, _ask_shape, _ask_presence, _ask_presence, _ask_count, ask_relation]
+    makers: list[Callable[..., Any]] = [ask_color, ask_shape, ask_presence, ask_presence, ask_count, ask_relation]
     rng.shuffle(makers)
     length = rng.randint(2, 4)
     turns: dict[str, str] = {}
-    for maker in (*makers, _ask_presence, _ask_count):
+    for maker in (*makers, ask_presence, ask_count):
         if len(turns) < length and (turn := maker(scene, rng)) is not None:
             turns.setdefault(*turn)
     return list(turns.items())
@@ -206,6 +206,12 @@ def dialogue(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
 
 def _article(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _there_is(objects: Sequence[DrawnObject]) -> str:
+    """The verb agrees with what it names first: "There is a red ring and two pink stars." """
+    several = sum(item.name == objects[0].name for item in objects) > 1
+    return f"There {'are' if several else 'is'} {_enumerate(objects)}."
 
 
 def _enumerate(objects: Sequence[DrawnObject]) -> str:
@@ -244,10 +250,10 @@ def _ask(scene: Scene, rng: random.Random, questions: Sequence[str], by: str, as
 
 
 ask_color = partial(_ask, questions=_COLOR_QUESTIONS, by="shape", asked="color")
-_ask_shape = partial(_ask, questions=_SHAPE_QUESTIONS, by="color", asked="shape")
+ask_shape = partial(_ask, questions=_SHAPE_QUESTIONS, by="color", asked="shape")
 
 
-def _ask_presence(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def ask_presence(scene: Scene, rng: random.Random) -> tuple[str, str]:
     question = rng.choice(_PRESENCE_QUESTIONS)
     if rng.random() < 0.5:
         return question.format(_article(rng.choice(scene.objects).name)), "yes"
@@ -259,7 +265,7 @@ def _ask_presence(scene: Scene, rng: random.Random) -> tuple[str, str]:
             return question.format(_article(f"{color} {shape}")), "no"
 
 
-def _ask_count(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def ask_count(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return rng.choice(_COUNT_QUESTIONS), NUMBERS[len(scene.objects)]
 
 
@@ -271,6 +277,15 @@ def ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     answer = "yes" if rng.random() < 0.5 else "no"
     asked = relation if answer == "yes" else RELATIONS[RELATIONS.index(relation) ^ 1]
     return f"Is the {first.name} {asked} the {second.name}?", answer
+
+
+def question_kind(question: str) -> str:
+    """The kind of a question of dialogue: color, shape, presence, count, left_right or above_below."""
+    text = question.lower()
+    if text.startswith("is the "):
+        return "above_below" if " above " in text or " below " in text else "left_right"
+    kinds = {"how many": "count", "color": "color", "shape": "shape"}
+    return next((kind for words, kind in kinds.items() if words in text), "presence")
 
 
 def mentioned_objects(text: str) -> "Counter[tuple[str, str]]":

@@ -84,15 +84,16 @@ class Transcripts:
         A recording without speech is left out, and its conversation with it if the turn has no other text. A turn
         whose transcript is not made yet stays as it is: it is skipped when it is tokenised."""
         for sample in samples:
-            good: list[tuple[Conversation, str]] = []
-            for conversation, origin in zip(sample.conversations, sample.origins, strict=True):
+            good: list[tuple[Conversation, str, tuple[int, Any]]] = []
+            ids = sample.ids or ((0, None),) * len(sample.origins)
+            for conversation, origin, its_id in zip(sample.conversations, sample.origins, ids, strict=True):
                 try:
-                    good.append((tuple(self._fill(turn, origin, report) for turn in conversation), origin))
+                    good.append((tuple(self._fill(turn, origin, report) for turn in conversation), origin, its_id))
                 except RecordError as error:
                     report.skip(Skip(error.kind, origin, error.detail))
             if good:
-                conversations, origins = zip(*good, strict=True)
-                yield replace(sample, conversations=conversations, origins=origins)
+                conversations, origins, ids = zip(*good, strict=True)
+                yield replace(sample, conversations=conversations, origins=origins, ids=ids)
 
     def file_stamps(self) -> dict[str, list[int] | None]:
         """file_stamp() of the file, if a transcript was looked up."""

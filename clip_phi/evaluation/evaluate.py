@@ -23,7 +23,16 @@ from ..data.sample import Sample, user_message
 from .answers import AnswerFile, Decoding, Processes, Question, answer_all
 from .bootstrap import by_group, margin_interval
 from .generate import GeneratedAnswer, held_out_loss
-from .tasks import QUESTION, EvalSet, guess_from_questions, make_scorer, question_kind, tables
+from .tasks import (
+    QUESTION,
+    EvalItem,
+    EvalSet,
+    guess_from_questions,
+    make_scorer,
+    official_results,
+    question_kind,
+    tables,
+)
 
 CONTROLS = ("blind", "shuffled")
 
@@ -33,6 +42,7 @@ class EvalResult(NamedTuple):
 
     result: dict[str, Any]  # scores, margin and settings, without model and environment
     samples: list[dict[str, Any]]  # one for each item
+    official: list[dict[str, Any]] = []  # noqa: RUF012  # of official_results
 
 
 def prompt_of(eval_set: EvalSet, model: Any, wanted: str | None) -> str | None:
@@ -80,15 +90,23 @@ def evaluate_answers(
     mine = answer_all(model, processor, unique, decoding, processes, file, progress)
     answers = dict(processes.gather([*mine.items()]))
     generated = {name: [answers[question.key] for question in asked] for name, asked in questions.items()}
-    return _score(eval_set, generated, shown, decoding)
+    texts = [answer.text for answer in generated["score"] + generated["unscored"]]
+    official = official_results(eval_set, texts)
+    unscored = generated.pop("unscored")
+    if eval_set.items:
+        result, samples = _score(eval_set, generated, shown, decoding)[:2]
+    else:
+        result, samples = {"task": eval_set.task, "data": _about_data(eval_set), "seed": decoding.seed}, []
+        result |= {"answers": {"score": _count(unscored)}, "prompt": shown, "decoding": decoding.about()}
+    return EvalResult(result, samples, official)
 
 
 def _questions(eval_set: EvalSet, prompt: str | None, decoding: Decoding) -> dict[str, list[Question]]:
     """Those of the model and of each control, one for each item; equal ones have equal keys and are generated once."""
 
-    def ask(partners: Sequence[int] | None) -> list[Question]:
+    def ask(partners: Sequence[int] | None, items: Sequence[EvalItem] = eval_set.items) -> list[Question]:
         questions = []
-        for item in eval_set.items:
+        for item in items:
             text = prompt if item.question is None else (prompt or QUESTION).replace(QUESTION, item.question)
             image = None if partners is None else partners[item.image]
             digest, source = ("", None) if image is None else (eval_set.digests[image], eval_set.images[image])
@@ -97,8 +115,9 @@ def _questions(eval_set: EvalSet, prompt: str | None, decoding: Decoding) -> dic
             questions.append(Question(key, source, text, item.transcript))
         return questions
 
-    questions = {"score": ask(range(len(eval_set.images))), "blind": ask(None)}
-    for number in range(decoding.shuffles):
+    images = range(len(eval_set.images))
+    questions = {"unscored": ask(images, eval_set.unscored), "score": ask(images), "blind": ask(None)}
+    for number in range(decoding.shuffles if eval_set.items else 0):
         questions[f"shuffled {number}"] = ask(derange(eval_set.digests, decoding.seed, number))
     return questions
 
@@ -151,12 +170,14 @@ def _score(
         "answers": {name: _count(generated[name]) for name in each},
         "tables": tables(eval_set, texts["score"], each["score"]),
         "prompt": prompt,
-        "decoding": {"num_beams": decoding.num_beams, "max_new_tokens": decoding.max_new_tokens, "sampled": False},
+        "decoding": decoding.about(),
         "shuffles": decoding.shuffles,
     }
     samples = []
     for number, item in enumerate(eval_set.items):
         sample: dict[str, Any] = eval_set.describe_image(item.image)
+        if item.id[1] is not None:
+            sample["image_id" if item.question is None else "question_id"] = item.id[1]
         if item.question is not None:
             sample |= {"question": item.question, "type": question_kind(item.full_question)}
             sample |= {"transcript": item.transcript} if item.transcript is not None else {}
@@ -177,14 +198,20 @@ def _result(
         **means,
         "margin": upside * means["score"] - max(upside * means[name] for name in CONTROLS),
         "margin_ci95": list(margin_interval(upside * sums, counts, seed)),
-        "data": {
-            "fingerprint": eval_set.fingerprint(),
-            "images": len(eval_set.images),
-            "samples": len(eval_set.items),
-            "skipped": dict(eval_set.report.skipped),
-            "left_out": dict(+eval_set.left_out),
-        },
+        "data": _about_data(eval_set),
         "seed": seed,
+    }
+
+
+def _about_data(eval_set: EvalSet) -> dict[str, Any]:
+    unscored = {"without_reference": len(eval_set.unscored)} if eval_set.unscored else {}
+    return {
+        "fingerprint": eval_set.fingerprint(),
+        "images": len(eval_set.images),
+        "samples": len(eval_set.items),
+        **unscored,
+        "skipped": dict(eval_set.report.skipped),
+        "left_out": dict(+eval_set.left_out),
     }
 
 

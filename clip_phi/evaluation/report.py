@@ -11,12 +11,13 @@ import numpy as np
 from PIL import Image
 
 from ..batching.images import load_image
-from ..hub.card import scrub
+from ..data.report import plain, plain_json
+from ..hub.card import portable
 from ..templates import render
 from ..templates.sheet import draw_images, save_png
 from .bootstrap import by_group, margin_interval
 from .evaluate import EvalResult
-from .tasks import EvalSet
+from .tasks import OFFICIAL, EvalSet
 
 SHOWN = 8  # samples of each kind: best, worst, random
 THUMBNAIL = 224  # pixels
@@ -38,21 +39,24 @@ def model_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def portable(text: str) -> str:
-    """The text with paths relative to the working folder, and the names alone of paths elsewhere; without tokens."""
-    return scrub(text.replace(f"{os.getcwd()}{os.sep}", ""))
-
-
 def write(evaluation: EvalResult, eval_set: EvalSet, folder: Path, extra: Path | None = None) -> list[Path]:
-    """Write TASK.json, TASK.samples.jsonl, TASK.html and TASK.png into the folder, and the json to `extra` as well.
+    """Write TASK.json, TASK.samples.jsonl, TASK.html and TASK.png into the folder, and the json to `extra` as well;
+    and TASK.results.json (or jsonl), if the task has official results. Without scores these alone.
 
     Returns the files."""
-    result, samples = evaluation
-    files = [folder / f"{result['task']}{ending}" for ending in (".json", ".samples.jsonl", ".html", ".png")]
-    files += [extra] if extra else []
-    for path in {files[0], files[-1]} if extra else {files[0]}:
-        _write(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    _write(files[1], "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+    result, samples, official = evaluation
+    folder_files = [folder / f"{result['task']}{ending}" for ending in (".json", ".samples.jsonl", ".html", ".png")]
+    results = [folder / f"{result['task']}.results.{OFFICIAL[result['task']]}"] if official else []
+    for path in results:
+        lines = [plain_json(row) for row in official]
+        is_list = path.suffix == ".json"
+        _write(path, "[" + ",\n".join(lines) + "]\n" if is_list else "".join(f"{line}\n" for line in lines))
+    files = [*(folder_files if samples else []), *results, *([extra] if extra else [])]
+    for path in [folder_files[0]] * bool(samples) + ([extra] if extra else []):
+        _write(path, plain_json(result, indent=2) + "\n")
+    if not samples:
+        return files
+    _write(files[1], "".join(plain_json(sample) + "\n" for sample in samples))
     chosen = choose(evaluation)
     shown = {sample["image_digest"] for group in chosen.values() for sample in group}
     images = {}
@@ -60,7 +64,7 @@ def write(evaluation: EvalResult, eval_set: EvalSet, folder: Path, extra: Path |
         if digest in shown:
             images[digest] = load_image(source)
             images[digest].thumbnail((THUMBNAIL, THUMBNAIL))
-    _write(files[2], page(result, chosen, images))
+    _write(files[2], plain(page(result, chosen, images)))
     draw_sheet(files[3], result, chosen, images)
     return files
 
@@ -98,7 +102,11 @@ def summary(result: dict[str, Any]) -> list[list[str]]:
 
 def format_result(result: dict[str, Any]) -> str:
     """For the terminal."""
-    data, rows = result["data"], summary(result)
+    data = result["data"]
+    if "score" not in result:
+        count = data["without_reference"]
+        return f"{result['task']} on {data['images']:,} images: {count:,} questions without an answer to compare with"
+    rows = summary(result)
     head = f"{result['task']} on {data['images']:,} images, {data['samples']:,} samples"
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -128,7 +136,7 @@ def page(result: dict[str, Any], chosen: dict[str, list[dict[str, Any]]], images
         "chosen": chosen,
         "images": images,
         "columns": NAMES,
-        "settings": json.dumps(settings, indent=2, ensure_ascii=False),
+        "settings": plain_json(settings, indent=2),
     }
     return "".join(render("evaluation.html", **values))
 

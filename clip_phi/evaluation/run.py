@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ..batching.images import load_image
-from ..data.report import Report
+from ..data.report import Report, plain
 from ..data.source import parse_files
 from ..environment import describe_environment
+from ..hub.card import portable
 from ..hub.retry import load_with_retries
 from . import caption_metrics
 from .answers import Decoding, Processes
 from .clip_score import ClipScorer, local_clip
 from .evaluate import EvalResult, evaluate_answers, evaluate_loss
-from .report import format_result, model_sha256, portable, write
-from .tasks import EvalSet, make_eval_set, read_samples
+from .report import format_result, model_sha256, write
+from .tasks import OFFICIAL, EvalSet, make_eval_set, read_samples
 
 DEMO_DATA = "outputs/demo/data"
 # What the demo's model is evaluated on without --data.
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
 
     def log(text: str) -> None:
         if state.is_main_process:
-            print(text, file=sys.stderr, flush=True)
+            print(plain(text), file=sys.stderr, flush=True)
 
     processes = Processes(state.process_index, state.num_processes, gather_object, state.wait_for_everyone, log)
     report = Report()
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
         if options.task == "captions":
             add_caption_metrics(evaluation, eval_set, model, options.clip, options.meteor, log)
         result = evaluation.result
-        result["data"] = {"source": portable(" + ".join(texts))} | result["data"]
+        result["data"] = {"source": " + ".join(map(portable, texts))} | result["data"]
         result |= {
             "checkpoint": {"name": portable(options.model), "sha256": sha256},
             "command": ["clip-phi", *map(portable, sys.argv[1:])],
@@ -84,8 +85,12 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
             "environment": {name: value for name, value in describe_environment().items() if name != "variables"},
         }
         written = write(evaluation, eval_set, output, Path(options.output) if options.output else None)
-        print(json.dumps(result) if options.json else format_result(result))
+        print(json.dumps(result) if options.json else plain(format_result(result)))
         log(f"written: {', '.join(map(str, written))}")
+        if (missing := report.num_skipped) and evaluation.official:
+            log(f"{missing:,} records were skipped, and have no line in the results file")
+        if options.task in OFFICIAL and not evaluation.official:
+            log("no results file for an evaluation server: the data lack ids, or have one twice")
     state.wait_for_everyone()
 
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from .caption_metrics import CaptionScorer
 
 # The main metric of each task. In loss, nothing is generated.
 METRICS = {"captions": "CIDEr-D", "vqa": "vqa_accuracy", "pope": "accuracy", "exact": "exact_match", "loss": "loss"}
+OFFICIAL = {"captions": "json", "vqa": "json", "pope": "jsonl"}  # tasks with a results file, and how it ends
 QUESTION = "{question}"  # the prompt of a question, unless --prompt is given
 MAX_ANSWER_WORDS = 3  # of a short answer in a conversation
 LENGTHS = {0: "0", 1: "1", 3: "2-3", 7: "4-7", 12: "8-12", 20: "13-20", math.inf: "21+"}  # in words, by the longest
@@ -32,6 +34,7 @@ class EvalItem(NamedTuple):
     references: tuple[str, ...]  # accepted answers or captions
     origin: str
     transcript: str | None = None  # of speech before the question, which may be all of it
+    id: tuple[int, Any] = (0, None)  # place among the records, and question_id or, of a caption, image id
 
     @property
     def full_question(self) -> str:
@@ -41,7 +44,7 @@ class EvalItem(NamedTuple):
 
 @dataclass
 class EvalSet:
-    """The items of a task, and their images."""
+    """The items of a task, and their images. unscored: questions without a reference answer."""
 
     task: str
     items: list[EvalItem]
@@ -49,6 +52,7 @@ class EvalSet:
     digests: list[str]  # of the bytes of each image
     report: Report  # bad records of the data
     left_out: Counter[str] = field(default_factory=Counter)  # records that are no items of the task, by kind
+    unscored: list[EvalItem] = field(default_factory=list)
 
     @property
     def metric(self) -> str:
@@ -57,7 +61,7 @@ class EvalSet:
     def fingerprint(self) -> str:
         """Hex digest of the questions, the accepted answers, and the bytes of the images, in their order."""
         digest = hashlib.blake2b(digest_size=16)
-        for item in self.items:
+        for item in self.items + self.unscored:
             content = [self.digests[item.image], item.question, list(item.references)]
             content += [item.transcript] if item.transcript is not None else []
             digest.update(json.dumps(content).encode())
@@ -113,12 +117,13 @@ def make_eval_set(
             places[sample.image] = len(places)
             eval_set.images.append(sample.image)
             eval_set.digests.append(hashlib.blake2b(content, digest_size=16).hexdigest())
-        eval_set.items += [item._replace(image=places[sample.image]) for item in items]
+        for item in items:
+            (eval_set.items if item.references else eval_set.unscored).append(item._replace(image=places[sample.image]))
     report.refuse_bad(max_bad_fraction)
-    if not eval_set.items:
+    if not (eval_set.items or eval_set.unscored):
         found = ", ".join(f"{count:,} x {kind}" for kind, count in eval_set.left_out.items()) or "no record"
         raise ValueError(f"{task}: these data have no item for this task ({found})")
-    if len(set(eval_set.digests)) < 2:
+    if eval_set.items and len(set(eval_set.digests)) < 2:
         raise ValueError(f"{task}: all items are about one image, so none can replace it as a control")
     return eval_set
 
@@ -126,29 +131,49 @@ def make_eval_set(
 def _items(task: str, sample: Sample, left_out: Counter[str]) -> Iterator[EvalItem]:
     """The items about the image of a sample; their image is -1. Counts what is left out."""
     captions = [conversation[0].text for conversation in sample.conversations if conversation[0].role == "assistant"]
+    ids = sample.ids or ((0, None),) * len(sample.origins)
     if task == "captions":
         left_out["conversation, not a caption"] += len(sample.conversations) - len(captions)
         if captions:
-            yield EvalItem(-1, None, tuple(captions), sample.origins[0])
+            yield EvalItem(-1, None, tuple(captions), sample.origins[0], id=ids[0])
         return
     if task == "loss":
         turns = [turn for conversation in sample.conversations for turn in conversation]
         yield EvalItem(-1, None, tuple(turn.text for turn in turns if turn.role == "assistant"), sample.origins[0])
         return
     left_out["caption, not a question"] += len(captions)
-    for conversation, origin in zip(sample.conversations, sample.origins, strict=True):
-        for question, answer in zip(conversation, conversation[1:], strict=False):
-            if (question.role, answer.role) != ("user", "assistant"):
+    for conversation, origin, its_id in zip(sample.conversations, sample.origins, ids, strict=True):
+        for question, answer in zip_longest(conversation, conversation[1:]):
+            if question.role != "user" or (answer is not None and answer.role != "assistant"):
                 continue
-            references = answer.references or (answer.text,)
+            references = () if answer is None else answer.references or (answer.text,)
             if question.speech is not None and question.transcript is None:
                 left_out["speech without a transcript: run 'clip-phi speech transcribe --data DATA' first"] += 1
             elif task == "pope" and not {reference.lower().strip(" .") for reference in references} <= {"yes", "no"}:
                 left_out["answer is not yes or no"] += 1
-            elif not answer.references and len(answer.text.split()) > MAX_ANSWER_WORDS:
+            elif answer is not None and not answer.references and len(answer.text.split()) > MAX_ANSWER_WORDS:
                 left_out[f"answer is longer than {MAX_ANSWER_WORDS} words"] += 1
             else:
-                yield EvalItem(-1, question.text, references, origin, question.transcript)
+                yield EvalItem(-1, question.text, references, origin, question.transcript, its_id)
+
+
+def official_results(eval_set: EvalSet, answers: Sequence[str]) -> list[dict[str, Any]]:
+    """What the task's own evaluation server or script reads, in the order of the data; empty if the data have no ids
+    for it. answers: to the items, then to the unscored ones.
+
+    VQAv2: [{"question_id", "answer"}]; COCO captions: [{"image_id", "caption"}]; POPE: lines of {"question", "answer"}
+    in the order of its questions, here with their question_id."""
+    items = eval_set.items + eval_set.unscored
+    rows = []
+    for item, answer in sorted(zip(items, answers, strict=True), key=lambda pair: pair[0].id[0]):
+        if eval_set.task == "captions":
+            rows.append({"image_id": item.id[1], "caption": answer})
+        else:
+            asked = {"question": item.full_question} if eval_set.task == "pope" else {}
+            rows.append({"question_id": item.id[1], **asked, "answer": answer})
+    ids = [item.id[1] for item in items]
+    has_ids = all(isinstance(each, int | str) for each in ids) and len(set(ids)) == len(ids)
+    return rows if has_ids and eval_set.task in OFFICIAL else []
 
 
 def make_scorer(eval_set: EvalSet) -> Callable[[Sequence[str]], tuple[dict[str, float], np.ndarray]]:

@@ -61,6 +61,8 @@ def refuse_unsupported(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -
         found.append(f"the tower is a {vision.model_type!r}; llama.cpp's llava graph is a CLIP tower")
     elif vision.hidden_act not in ("quick_gelu", "gelu", "gelu_pytorch_tanh"):
         found.append(f"the tower's activation is {vision.hidden_act!r}; llama.cpp's are quick_gelu and gelu")
+    if model.config.projector_type == "norm_mlp":
+        found.append("llama.cpp's llava projector has no norm")
     if model.config.vision_feature_select_strategy != "default":
         found.append("the projector uses the CLS feature too, which llama.cpp's llava graph drops")
     backend = json.loads(processor.tokenizer.backend_tokenizer.to_str())

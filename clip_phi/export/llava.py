@@ -20,7 +20,11 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     {"files", "largest_difference"}: of the logits for a random image, after reading back. Raises ValueError if the
     decoder's head has a bias, as in phi-2; Llava's head has none."""
     config: Any = model.config
-    _refuse_head_bias(model, "Llava")
+    if model.lm_head.bias is not None:
+        problem = f"Llava's head has no bias, and this decoder's head ({config.text_config.model_type}) has one"
+        raise ValueError(f"{problem}, so the logits would be wrong: use --to vllm or --to gguf, which have it")
+    if config.projector_type == "norm_mlp":
+        raise ValueError("Llava has no projector with a norm: use the model as it is, or --to vllm")
     linear = config.projector_type == "linear"
     llava_config = LlavaConfig(
         vision_config=config.vision_config,
@@ -67,9 +71,7 @@ def export_vllm(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: 
     """Write a merged model whose AutoModel has no head, as vLLM's backend needs it; elsewhere it is the class with
     generate.
 
-    Returns {"files", "largest_difference"}: of the hidden states for a random image, after reading back. Raises
-    ValueError if the decoder's head has a bias, as in phi-2; that backend creates a head without one."""
-    _refuse_head_bias(model, "vLLM's backend")
+    Returns {"files", "largest_difference"}: of the hidden states for a random image, after reading back."""
     model.save_pretrained(folder, merged=True)
     processor.save_pretrained(folder)
     path = folder / "config.json"
@@ -81,14 +83,6 @@ def export_vllm(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: 
     read_back = ClipPhiModel.from_pretrained(folder, dtype=model.dtype)
     logging.set_verbosity(verbosity)
     return _compare(model.model, read_back, processor, folder, "last_hidden_state")
-
-
-def _refuse_head_bias(model: Any, where: str) -> None:
-    if model.lm_head.bias is not None:
-        raise ValueError(
-            f"{where} has no bias in its head, and this decoder's head ({model.config.text_config.model_type}) has "
-            "one, so the logits would be wrong: use the model as it is, or --to gguf"
-        )
 
 
 def _compare(model: Any, read_back: Any, processor: ClipPhiProcessor, folder: Path, what: str) -> dict[str, Any]:

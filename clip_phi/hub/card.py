@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from PIL import Image
 
+from ..data.report import plain
 from ..data.sample import File
 from ..environment import requirements, without_secrets
 from ..templates import render
@@ -21,8 +23,9 @@ from ..templates import render
 BLOCK = re.compile(r"<!-- clip-phi:(\w+):[^>]*-->.*?<!-- clip-phi:end -->", re.S)
 # From the card that transformers writes where there is none.
 EMPTY_CARD = "This model card has been automatically generated"
-# An absolute path, also behind "coco:" or "images=", but not the end of a URL.
-PATH = re.compile(r"(?<![\w.~/\\])(?:~|[A-Za-z]:(?=[\\/]))?[/\\](?![/\\\s])[^\s,;'\"|]+")
+# A path that is absolute or goes up, also behind "coco:" or "images=", but not the end of a URL.
+PATH = re.compile(r"(?<![\w.~/\\])(?:~\w*(?=[/\\])|\.\.(?=[/\\])|[A-Za-z]:(?=[\\/]))?[/\\](?![/\\\s])[^\s,;'\"|]+")
+KIND = r"(?:file|coco|karpathy|llava|vqa|dataset):"  # what precedes a path, and is not the scheme of a URL
 NUM_SAMPLES = 4
 IMAGE_SIZE = 256  # pixels, of the longer side
 # The training options that the card shows, in this order.
@@ -33,6 +36,7 @@ HYPERPARAMETERS = (
     *("lora_targets", "tune_decoder", "quantization", "seed"),
 )
 PROJECTORS = {"linear": "one linear layer", "mlp": "two linear layers with GELU between"}
+PROJECTORS["norm_mlp"] = "one linear layer, a norm, and two layers with GELU between"
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 # Data sets on the Hub, by the names of their official files.
 HUB_DATASETS = {"llava_instruct_150k.json": "liuhaotian/LLaVA-Instruct-150K"}
@@ -72,7 +76,8 @@ class Run:
             lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
             texts = [json.loads(line) for line in lines if line.strip()]
             run.samples = [text for text in texts if text["step"] == texts[-1]["step"]][:NUM_SAMPLES]
-        for path in sorted((folder / "evaluation").glob("*.json")):
+        results = sorted((folder / "evaluation").glob("*.json"))
+        for path in (each for each in results if not each.name.endswith(".results.json")):
             evaluation = _read_json(path)
             if "task" in evaluation and "score" in evaluation:
                 run.evaluations.append(evaluation)
@@ -85,14 +90,33 @@ class Run:
 
 
 def scrub(text: str) -> str:
-    """The text with only the last part of each absolute path, and without access tokens."""
-    return PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], without_secrets(text))
+    """The text with only the last part of each path that is absolute or goes up, and without access tokens."""
+    text = re.sub(rf"(?<!\w)({KIND}|(?<![:/])(?=//))/{{2,}}(?=[^/\s])", r"\1/", without_secrets(text))
+    return PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], text)
+
+
+def portable(word: str) -> str:
+    """A word of a command line, or data as --data names it, with paths relative to the working folder, and only the
+    last parts of paths elsewhere, whatever characters they have; without access tokens."""
+
+    def value(text: str) -> str:
+        path = os.path.expanduser(re.sub("^file:(//)?", "", text))
+        if re.match(r"[a-z][a-z0-9+.-]*://", path) or not (
+            re.match(r"[/\\~]|[A-Za-z]:[/\\]", path) or ".." in re.split(r"[/\\]", path)
+        ):
+            return scrub(text)
+        relative = os.path.relpath(path)
+        is_here = not (relative.startswith("..") or path[1:2] == ":")
+        return relative if is_here else re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+    pieces = re.split(rf"(^--\w+=(?:{KIND})?|^{KIND}|[,:][a-z_]+=)", without_secrets(word))
+    return "".join(piece if place % 2 else value(piece) for place, piece in enumerate(pieces))
 
 
 def card_images(run: Run) -> dict[str, bytes]:
     """Files that the card shows, by name: the loss curve, and the images of the run's samples as small JPEGs.
 
-    They are encoded again, so that a camera's metadata (places, names) stays behind."""
+    They are encoded again, so that a camera's metadata (places, names) is not in them."""
     files = {}
     if (run.folder / "curve.png").is_file():
         files["curve.png"] = (run.folder / "curve.png").read_bytes()
@@ -143,7 +167,7 @@ def make_card(
         "link": _link,
         "cell": lambda text: " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;"),
     }
-    body = scrub("".join(render("card.md", **values)))
+    body = plain(scrub("".join(render("card.md", **values))))
     return f"---\n{_metadata(run, repo_id, licenses).to_yaml()}\n---\n\n{body}"
 
 
@@ -248,7 +272,7 @@ def _data_lines(run: Run) -> list[str]:
     lines = []
     for stage, kind, path in run.sources():
         on_hub = _hub_dataset(kind, path)
-        shown = f"[{on_hub}](https://huggingface.co/datasets/{on_hub})" if on_hub else f"`{scrub(path)}`"
+        shown = f"[{on_hub}](https://huggingface.co/datasets/{on_hub})" if on_hub else f"`{portable(path)}`"
         lines.append(f"stage {stage}: {shown}, read as `{kind}` ({DATA_LICENSES[kind]})")
     for each in run.stages:
         data = each["data"]

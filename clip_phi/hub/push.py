@@ -14,6 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..data.report import plain_json
 from ..environment import SECRET
 from .card import Run, card_images, make_card, merge_cards
 from .retry import load_with_retries, with_retries
@@ -215,7 +216,7 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
             content = json.loads(path.read_text(encoding="utf-8"))
             cleaned = _without_local_names(content)
             if cleaned != content:
-                path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                path.write_text(plain_json(cleaned, indent=2) + "\n", encoding="utf-8")
     private = {str(path) for path in (Path.home(), Path.cwd(), folder.resolve().parent) if len(path.parts) > 1}
     for path in place.rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":

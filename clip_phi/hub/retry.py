@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
+from ..data.report import plain
+
 HUB = "the Hub"
 # Seconds between tries. huggingface_hub itself tries again for uploads and cut downloads, and not for creating a
 # repository, for commits and their lost answers, and for downloads that are answered with 5xx.
@@ -80,7 +82,7 @@ def _retry(
                 raise OSError(f"{what}: {reason} {tries}") from error
             asked = headers.get("Retry-After", "")
             seconds = max(wait, min(60.0, float(asked)) if asked.replace(".", "", 1).isdigit() else 0.0)
-            print(f"{what}: {reason}; trying again in {seconds:g} s", file=sys.stderr, flush=True)
+            print(plain(f"{what}: {reason}; trying again in {seconds:g} s"), file=sys.stderr, flush=True)
             time.sleep(seconds)
     raise AssertionError("not reached")
 

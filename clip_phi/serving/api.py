@@ -11,11 +11,11 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote
 
 from ..data.report import RecordError
@@ -39,38 +39,18 @@ DATA_URI = re.compile(r"data:[\w/.+-]*(;[^;,]*)*?;base64,", re.IGNORECASE)
 WITH_PLUS_AND_SLASH = bytes.maketrans(b"-_", b"+/")  # url-safe base64 to the usual one
 POLL_SECONDS = 0.5  # between two checks whether the client of a whole completion is still connected
 DECODERS = 4  # threads that decode images
-STATUSES = {
-    400: "The request cannot be answered: the message names the part and the reason.",
-    401: "Wrong or missing key.",
-    403: "The Host header is not a name of this server.",
-    404: "Another model, or no such path.",
-    408: "The body was not complete in time.",
-    413: "The body is too large.",
-    415: "The body is not declared as application/json.",
-    429: "The queue is full: see the header Retry-After.",
-    500: "The model failed.",
-    501: "An optional package is not installed.",
-    503: "The server is closing.",
-}
+STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 501, 503)  # of errors
 
 
 @dataclass(frozen=True)
 class ApiLimits(ServerLimits):
-    max_pixels: int = 25_000_000  # of one image
     max_images: int = 8
     max_tokens: int = 1024
     max_messages: int = 64
 
 
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
 class ErrorBody(BaseModel):
-    error: ErrorDetail
+    error: dict[Literal["message", "type", "param", "code"], str | None]
 
 
 def create_app(
@@ -110,9 +90,24 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"], max_age=3600
         )
-    errors: Any = {status: {"model": ErrorBody, "description": text} for status, text in STATUSES.items()}
+    errors: Any = {status: {"model": ErrorBody} for status in (*STATUSES, "default")}
     schema = {"$ref": "#/components/schemas/ChatRequest"}
     asked = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+    async def read_part(part: TextPart | ImagePart | AudioPart, images: list[PreparedImage]) -> dict[str, str]:
+        """An item of a message for the engine; an image is appended to `images`."""
+        if isinstance(part, TextPart):
+            return {"type": "text", "text": part.text}
+        in_thread = asyncio.get_running_loop().run_in_executor
+        if isinstance(part, AudioPart):
+            return {
+                "type": "transcript",
+                "text": await in_thread(listener, _transcript, part.input_audio.data, transcribe),
+            }
+        if len(images) == limits.max_images:
+            raise ValueError(f"more than {limits.max_images} images")
+        images.append(await in_thread(decoders, _image, part.image_url.url, engine, limits.max_pixels))
+        return {"type": "image"}
 
     async def read_request(request: Request) -> tuple[ChatRequest, list[dict[str, Any]], list[PreparedImage]]:
         """The request, with its messages and images for the engine."""
@@ -126,27 +121,20 @@ def create_app(
             engine.check_queue()  # before its images are decoded
             images: list[PreparedImage] = []
             messages: list[dict[str, Any]] = []
-            loop = asyncio.get_running_loop()
-            for path, message, part in _parts(body):
-                if part is None:
-                    messages.append(message)
-                    continue
-                if await request.is_disconnected():
-                    raise ApiError(499, "the client has disconnected")
-                try:
-                    if isinstance(part, ImagePart):
-                        if len(images) == limits.max_images:
-                            raise ValueError(f"more than {limits.max_images} images")
-                        url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
-                        path += ".image_url" if isinstance(part.image_url, str) else ".image_url.url"
-                        images.append(await loop.run_in_executor(decoders, _image, url, engine, limits.max_pixels))
-                        message["content"].append({"type": "image"})
-                    else:
-                        path += ".input_audio.data"
-                        text = await loop.run_in_executor(listener, _transcript, part.input_audio.data, transcribe)
-                        message["content"].append({"type": "transcript", "text": text})
-                except ValueError as error:
-                    raise ApiError(400, f"{path}: {error}", param=path) from error
+            for number, message in enumerate(body.messages):
+                items: list[dict[str, str]] = []
+                messages.append({"role": message.role.replace("developer", "system"), "content": items})
+                for place, part in enumerate(message.content):
+                    path = f"messages[{number}].content[{place}]"
+                    path += {"image_url": ".image_url.url", "input_audio": ".input_audio.data"}.get(part.type, "")
+                    if await request.is_disconnected():
+                        raise ApiError(499, "the client has disconnected")
+                    try:
+                        if part.type != "text" and message.role != "user":
+                            raise ValueError("only a user's message can have images and recordings")
+                        items.append(await read_part(part, images))
+                    except ValueError as error:
+                        raise ApiError(400, f"{path}: {error}", param=path) from error
             return body, messages, images
 
     @app.post("/v1/chat/completions", responses=errors, openapi_extra=asked)
@@ -181,11 +169,11 @@ def create_app(
                 raise _engine_error(completion.error)
         return JSONResponse(answer.whole())
 
-    @app.get("/v1/models", responses={401: errors[401]})
+    @app.get("/v1/models", responses=errors)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [about]}
 
-    @app.get("/v1/models/{model:path}", responses={401: errors[401], 404: errors[404], "default": {"model": ErrorBody}})
+    @app.get("/v1/models/{model:path}", responses=errors)
     async def model(model: str) -> dict[str, Any]:
         check_model(model)
         return about
@@ -226,6 +214,7 @@ def check_limits(body: ChatRequest, limits: ApiLimits) -> None:
     for is_wrong, reason, param in (
         (not body.messages or body.messages[-1].role != "user", "the last message must be a user's", "messages"),
         (len(body.messages) > limits.max_messages, f"more than {limits.max_messages} messages", "messages"),
+        (0 in (body.max_tokens, body.max_completion_tokens), "must be at least 1", "max_tokens"),
         (len(stop) > 4, "at most 4 texts", "stop"),
         (not all(0 < len(each) <= 256 for each in stop), "each text has 1 to 256 characters", "stop"),
         (bool(body.top_logprobs) and not body.logprobs, "requires logprobs", "top_logprobs"),
@@ -237,24 +226,6 @@ def check_limits(body: ChatRequest, limits: ApiLimits) -> None:
 
 def _stop(body: ChatRequest) -> list[str]:
     return [body.stop] if isinstance(body.stop, str) else body.stop or []
-
-
-def _parts(body: ChatRequest) -> Iterator[tuple[str, dict[str, Any], ImagePart | AudioPart | None]]:
-    """The path of each image and recording, the message that it is to be appended to, and the part itself.
-
-    After its last part each message is given once more, whole, with None."""
-    for number, message in enumerate(body.messages):
-        found: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
-        found["content"] = message.content if isinstance(message.content, str) else []
-        for place, part in enumerate(() if isinstance(message.content, str) else message.content):
-            path = f"messages[{number}].content[{place}]"
-            if isinstance(part, TextPart):
-                found["content"].append({"type": "text", "text": part.text})
-            elif message.role != "user":
-                raise ApiError(400, f"{path}: only a user's message can have images and recordings", param=path)
-            else:
-                yield path, found, part
-        yield "", found, None
 
 
 def _submit(

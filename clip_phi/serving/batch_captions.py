@@ -13,26 +13,33 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from ..batching.images import FORMATS, load_image
-from ..data.report import RecordError
+from ..batching.images import image_suffixes, load_image
+from ..data.report import RecordError, plain
 from .engine import Completion, Engine, as_prompt
 
 SHOWN = 5  # errors printed on the terminal; all are in the output
 
 
 def find_images(paths: Iterable[str]) -> list[str]:
-    """Files as given, and the image files of folders and their subfolders, sorted.
+    """Files as given, and the image files of folders and their subfolders, sorted. A line on stderr says how many
+    files of a folder are left out, and why.
 
     Raises ValueError for a folder without images, and for a path that does not exist."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-    found: list[str] = []
+    suffixes, found = image_suffixes(), list[str]()
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"missing image: {path}: there is no such file or folder")
-        inside = sorted(path.rglob("*")) if path.is_dir() else []
-        images = [str(each) for each in inside if each.suffix.lower() in suffixes]
+        inside = sorted(each for each in path.rglob("*") if not each.is_dir()) if path.is_dir() else []
+        images = [str(each) for each in inside if suffixes.get(each.suffix.lower(), "") is None]
+        left = Counter(each.suffix.lower() for each in inside if suffixes.get(each.suffix.lower(), "") is not None)
+        kinds = [f"{count:,} x {suffix or 'no ending'}" for suffix, count in left.most_common(10)]
+        needs = dict.fromkeys(filter(None, map(suffixes.get, left)))
+        text = f"{path}: {left.total():,} files are left out, which are no images by their names: {', '.join(kinds)}"
+        text = plain("; ".join([text, *needs]))
         if path.is_dir() and not images:
-            raise ValueError(f"no image in {path} or its subfolders")
+            raise ValueError(f"no image in {path} or its subfolders{f' ({text})' if left else ''}")
+        if left:
+            print(f"clip-phi: {text}", file=sys.stderr)
         found += images or [str(path)]
     return list(dict.fromkeys(found))
 
@@ -57,7 +64,7 @@ def caption_files(engine: Engine, names: Sequence[str], output: Path | None, max
                 counts[result.kind if isinstance(result, RecordError) else "failed"] += 1
                 record = {"image": name, "error": " ".join(str(result).split())}
                 if (shown := shown + 1) <= SHOWN:
-                    tqdm.write(f"clip-phi: {record['error']}", file=sys.stderr)
+                    tqdm.write(plain(f"clip-phi: {record['error']}"), file=sys.stderr)
             print(json.dumps(record), file=file, flush=True)
     print(_summary(counts, time.perf_counter() - start, engine.counts["tokens"] - tokens), file=sys.stderr)
     return counts

@@ -5,9 +5,9 @@ The page needs no network: fonts and scripts are in the gradio package, and anal
 
 import functools
 import html
-import mimetypes
 import os
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,34 +17,43 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..batching.images import load_image
 from ..data.sample import user_message
 from ..data.synthetic import draw_scene, sample_scene
 from ..speech.tts import join
 from ..templates import render
 from .batch_captions import find_images
-from .engine import Completion, Engine, QueueFullError
+from .engine import Completion, Engine, PreparedImage, QueueFullError
 from .modalities import Modalities
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 try:
     import gradio as gr
+    from starlette.middleware import Middleware
+
+    from .server import Gate, ServerLimits
 except ImportError as error:
     raise ImportError("the chat page needs gradio: pip install 'clip-phi[chat]'") from error
 
 ERRORS = (ValueError, OSError, ImportError, RuntimeError)
 ERROR = "⚠️ "  # prefix of an error in place of an answer
 QUESTIONS = ("Describe the image.", "How many shapes are there?", "What can you see?")
+# Names of recordings, which need no /etc/mime.types, and so not "audio", as gradio has it
+AUDIO = "aac aif aiff amr 3gp flac m4a mka mkv mov mp3 mp4 mpeg oga ogg opus wav weba webm wma"
+AUDIO_SUFFIXES = tuple(f".{name}" for name in AUDIO.split())
+LOCAL = ("127.0.0.1", "localhost", "::1")
 SHOWN_SIZE = 256  # pixels; drawn scenes are very small
 
 
 def launch(
-    engine: Engine, modalities: Modalities, host: str, port: int, examples: Path | None = None, block: bool = True
-) -> gr.Blocks:
+    engine: Engine, modalities: Modalities, host: str, port: int, examples: Path | None = None, block: bool = True,
+    auth: str | None = None, max_body: int = ServerLimits.max_body,
+) -> gr.Blocks:  # fmt: skip
     """Serve the page. Raises OSError if the port is not available.
 
     examples: folder of example images; None for drawn scenes.
-    block: until Ctrl-C."""
+    block: until Ctrl-C.
+    auth: USER:PASSWORD that the page asks for.
+    max_body: bytes of an uploaded file."""
     transcribe = modalities.transcribe and functools.lru_cache(maxsize=256)(modalities.transcribe)
 
     def respond(*inputs: Any) -> Iterator[tuple[Any, str]]:
@@ -57,11 +66,12 @@ def launch(
         status = gr.Markdown("", elem_id="status", render=False)
         textbox = gr.MultimodalTextbox(
             sources=["upload", "microphone"] if transcribe else ["upload"],
-            file_types=["image", "audio"] if transcribe else ["image"],
+            file_types=["image", ".avif", ".jfif", *AUDIO_SUFFIXES] if transcribe else ["image", ".avif", ".jfif"],
             placeholder="Attach, paste or drop an image, and ask about it",
             file_count="multiple", show_label=False, stop_btn=True, max_plain_text_length=4000, render=False,
         )  # fmt: skip
-        placeholder = "### What is in the image?\nAttach an image, ask, and ask again. Or start with an example."
+        placeholder = "### What is in the image?\nAttach an image, ask, and ask again. Or start with an example.\n\n"
+        placeholder += "Later answers of a conversation are a little less accurate than the first one."
         chatbot = gr.Chatbot(
             show_label=False, elem_id="conversation", height="56dvh", placeholder=placeholder, buttons=["copy"],
             render_markdown=False, render=False,
@@ -95,9 +105,12 @@ def launch(
     page.queue(default_concurrency_limit=None)  # the engine's queue is the only one
     theme = gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg")
     print(f"the page is at http://{host}:{port}", file=sys.stderr, flush=True)
+    hosts = () if auth is None and host in LOCAL else ("*",)
     page.launch(
         server_name=host, server_port=port, share=False, ssr_mode=False, quiet=True, footer_links=[], show_error=True,
-        theme=theme, css="".join(render("chat.css")), prevent_thread_lock=not block,
+        theme=theme, css="".join(render("chat.css")), prevent_thread_lock=not block, max_file_size=max_body,
+        auth=auth and tuple(auth.split(":", 1)),
+        app_kwargs={"middleware": [Middleware(Gate, limits=ServerLimits(max_body), hosts=hosts, same_origin=True)]},
     )  # fmt: skip
     return page
 
@@ -127,7 +140,7 @@ def _respond(
     temperature: float, max_new_tokens: float, speak: bool, draw: bool,
 ) -> Iterator[tuple[Any, str]]:  # fmt: skip
     """The answer so far, and the status line."""
-    messages, images, transcript = _conversation(message, history, transcribe)
+    messages, images, transcript = _conversation(engine, message, history, transcribe)
     status = f"speech: “{transcript}”" if transcript else ""
     yield "", status
     messages, length = engine.add_default_instructions(messages), int(max_new_tokens)
@@ -154,7 +167,8 @@ def _respond(
 
 
 def _error(error: BaseException) -> str:
-    return ERROR + _escape(" ".join(str(error).split()))
+    """One line, without the folders of this machine."""
+    return ERROR + _escape(re.sub(r"(?<![\w:/])/(?:[^/\s]+/)+", "", " ".join(str(error).split())))
 
 
 def _escape(text: str) -> str:
@@ -170,8 +184,8 @@ def _status(start: str, completion: Completion) -> str:
 
 
 def _conversation(
-    message: dict[str, Any], history: Sequence[dict[str, Any]], transcribe: Any
-) -> tuple[list[dict[str, Any]], list[Image.Image], str]:
+    engine: Engine, message: dict[str, Any], history: Sequence[dict[str, Any]], transcribe: Any
+) -> tuple[list[dict[str, Any]], list[PreparedImage], str]:
     """Messages and images for the engine, and the transcript of the newest message.
 
     Turns without an answer (stopped before the first word, or failed) are left out."""
@@ -192,16 +206,16 @@ def _conversation(
     newest = [each if isinstance(each, str) else each["path"] for each in message.get("files") or []]
     turns.append((newest, (message.get("text") or "").strip(), ""))
     messages: list[dict[str, Any]] = []
-    images: list[Image.Image] = []
+    images: list[PreparedImage] = []
     for files, text, answer in turns:
         transcripts, before = [], len(images)
         for path in files:
-            if (mimetypes.guess_type(path)[0] or "").startswith(("audio/", "video/")):
+            if path.lower().endswith(AUDIO_SUFFIXES):
                 if transcribe is None:
                     raise ValueError("this page has no speech input")
                 transcripts.append(transcribe(path))
             else:
-                images.append(load_image(path))
+                images.append(engine.read_image(path, ServerLimits.max_pixels))
         if not (files or text):
             raise ValueError("there is no question: write one, or attach an image")
         messages.append(user_message(text, len(images) - before, *transcripts))

@@ -1,9 +1,8 @@
 """OpenAI's request for a chat completion, as clients really send it: the supported part, and names of wrong parts."""
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from .server import ApiError
@@ -11,27 +10,14 @@ from .server import ApiError
 # json values of one request, counted by , : [ { and so with those in texts. More would take long to parse.
 MAX_VALUES = 100_000
 # What a field of this name may be, besides null, false, [] and {}, without asking for anything: OpenAI's defaults and
-# those of vLLM and others. A field that is not here and not in ChatRequest is refused.
+# those of vLLM and others. A field that is neither here nor in ChatRequest is refused.
+ONES = "parallel_tool_calls repetition_penalty length_penalty best_of skip_special_tokens add_generation_prompt"
 NOTHING: dict[str, tuple[Any, ...]] = {
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True,),
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
-    "reasoning_effort": ("none", "medium"),
-    "verbosity": ("medium",),
-    "prompt_cache_retention": ("in_memory",),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "length_penalty": (1,),
-    "top_k": (0, -1),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "best_of": (1,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "add_generation_prompt": (True,),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (0,)),
+    **dict.fromkeys((*ONES.split(), "spaces_between_special_tokens"), (1,)),  # which true is equal to
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **{"top_k": (0, -1), "modalities": (["text"],), "service_tier": ("auto", "default")},
+    **{"reasoning_effort": ("none", "medium"), "verbosity": ("medium",), "prompt_cache_retention": ("in_memory",)},
 }
 NO_EFFECT = ("user", "safety_identifier", "prompt_cache_key")  # they say who asks, not what
 
@@ -40,13 +26,6 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
     if value is None or value is False or value in ([], {}) or value in NOTHING.get(name, ()):
         return True
     return name in NO_EFFECT and isinstance(value, str)
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Integer = Annotated[int, BeforeValidator(_whole)]  # 16.0 is one
 
 
 class _Part(BaseModel):
@@ -60,8 +39,7 @@ class _Part(BaseModel):
         if not isinstance(data, dict):
             return data
         required = {name for name, field in cls.model_fields.items() if field.is_required()}
-        empty = {name for name, value in data.items() if name not in required and _asks_for_nothing(name, value)}
-        return {name: value for name, value in data.items() if name not in empty}
+        return {name: value for name, value in data.items() if name in required or not _asks_for_nothing(name, value)}
 
 
 class TextPart(_Part):
@@ -76,10 +54,7 @@ class ImageUrl(_Part):
 
 class ImagePart(_Part):
     type: Literal["image_url"]
-    image_url: Annotated[
-        Annotated[str, Tag("<text>")] | Annotated[ImageUrl, Tag("<object>")],
-        Discriminator(lambda value: "<text>" if isinstance(value, str) else "<object>"),
-    ]
+    image_url: Annotated[ImageUrl, BeforeValidator(lambda url: {"url": url} if isinstance(url, str) else url)]
 
 
 class InputAudio(_Part):
@@ -92,17 +67,21 @@ class AudioPart(_Part):
     input_audio: InputAudio
 
 
-PARTS = {"text", "image_url", "input_audio"}
+PARTS = ("text", "image_url", "input_audio")
 Parts = list[Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]]
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 class Message(_Part):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[str, Tag("<text>")] | Annotated[Parts, Tag("<parts>")],
-        Discriminator(lambda value: "<text>" if isinstance(value, str) else "<parts>"),
-    ] = Field("", description="may be null in an assistant's message")
+    content: Annotated[Parts, BeforeValidator(_as_parts, json_schema_input_type=str | Parts)] = []
     name: str | None = Field(None, description="has no effect")
+
+
+Integer = Annotated[int, BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)]
 
 
 class StreamOptions(_Part):
@@ -128,9 +107,9 @@ class ChatRequest(_Part):
     top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = Field(None, description="text, json_object, json_schema, regex or choice")
     structured_outputs: dict[str, Any] | None = Field(None, description="vLLM's: json, json_object, regex or choice")
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
 
     def grammars(self) -> dict[str, dict[str, Any]]:
         """What the answer is to follow: paths in the request, each with the argument of Grammars.compile."""
@@ -168,14 +147,9 @@ def parse_request(body: bytes) -> ChatRequest:
         request = ChatRequest.model_validate(data)
     except ValidationError as error:
         raise _as_error(error.errors(include_url=False, include_context=False)[0]) from None
-    if not isinstance(data, dict):
-        raise ApiError(400, "the body is not a json object")
-    for number, message in enumerate(data["messages"]):
-        if message.get("content") in (None, False, [], {}) and message["role"] != "assistant":
+    for number, message in enumerate(request.messages):
+        if not message.content and message.role != "assistant":
             raise ApiError(400, f"messages[{number}].content: required", param=f"messages[{number}].content")
-    for name in ("max_tokens", "max_completion_tokens"):
-        if getattr(request, name) == 0:
-            raise ApiError(400, f"{name}: must be at least 1", param=name)
     return request
 
 
@@ -183,18 +157,12 @@ def _as_error(first: Any) -> ApiError:
     """The first of pydantic's errors, with the path of the part as in JavaScript."""
     path, kind = "", first["type"]
     for before, place in zip((None, *first["loc"]), first["loc"], strict=False):
-        is_tag = isinstance(before, int) and place in PARTS  # of a union, as those in <>
-        if not is_tag and not str(place).startswith("<"):
+        if not (isinstance(before, int) and place in PARTS):  # the tag of a union
             path += f"[{place}]" if isinstance(place, int) else f".{place}"
-    message = {
-        "extra_forbidden": "not supported by this server: leave it out",
-        "missing": "required",
-        "finite_number": "must be a finite number",
-        "model_type": "must be an object",
-        "model_attributes_type": "must be an object",
-    }.get(kind, first["msg"])
-    if kind.startswith("union_tag"):
-        path, message = f"{path}.type", "must be one of text, image_url, input_audio"
-    path = re.sub(r"^\.", "", path)
-    code = "unsupported_parameter" if kind == "extra_forbidden" else None
-    return ApiError(400, f"{path}: {message}" if path else f"the body {message}", param=path or None, code=code)
+    is_unknown, is_part = kind == "extra_forbidden", kind.startswith("union_tag")
+    words = {"missing": "required", "extra_forbidden": "not supported by this server: leave it out"}
+    words |= dict.fromkeys(("model_type", "model_attributes_type"), "must be an object")
+    message = f"must be one of {', '.join(PARTS)}" if is_part else words.get(kind, first["msg"])
+    path = path.removeprefix(".") + ".type" * is_part
+    code = "unsupported_parameter" if is_unknown else None
+    return ApiError(400, f"{path or 'the body'}: {message}", param=path or None, code=code)

@@ -5,7 +5,6 @@ Orca (OSDI 2022) over a cache in which every sequence has its own length.
 """
 
 import atexit
-import io
 import logging
 import math
 import random
@@ -13,7 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 from ..batching.attention import context_length, refuse_other_attention
-from ..batching.images import FORMATS, MAX_PIXELS, Preprocessor, load_image, pixel_hash
+from ..batching.images import MAX_PIXELS, Preprocessor, load_image, pixel_hash, read_header
 from ..data.sample import SPOKEN_INSTRUCTION, user_message
 from ..environment import quantization_config
 from ..evaluation.generate import end_tokens, refuse_too_long
@@ -338,11 +337,7 @@ class Engine(AbstractContextManager["Engine"]):
 
         Args:
             source: a file, or the content of one."""
-        num_pixels, limit, format = 0, max_pixels, "image"
-        with suppress(Exception):  # load_image names the error
-            file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
-            with Image.open(file, formats=FORMATS) as header:
-                num_pixels, format = header.width * header.height, str(header.format)
+        format, num_pixels = read_header(source)
         limit = min(max_pixels, MAX_LOCKED_PIXELS.get(format, max_pixels))
         if num_pixels > limit:
             kind = "an image" if limit == max_pixels else f"an image in the format {format}"

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import hmac
 import ipaddress
+import os
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -33,6 +34,7 @@ class ServerLimits:
     header_seconds: float = 10  # until a request's headers are complete
     body_seconds: float = 60  # until its body is complete, and for a client that reads no further
     max_connections: int = 512
+    max_pixels: int = 25_000_000  # of one image
 
 
 class ApiError(Exception):
@@ -58,13 +60,16 @@ class Gate:
 
     Args:
         api_key: bearer token that every path under /v1 needs. None: no key, and then the Host header must be an
-            address, a name without a dot or one of `hosts`. A web page cannot use such a name to send requests to this
-            server in its visitor's browser (DNS rebinding)."""
+            address, a name without a dot or one of `hosts` ("*": any). A web page cannot use such a name to send
+            requests to this server in its visitor's browser (DNS rebinding).
+        same_origin: refuse what a page of another origin sends. Browsers let every page send forms to every server."""
 
     def __init__(
-        self, app: Any, limits: ServerLimits, statuses: Counter[int], api_key: str | None, hosts: Sequence[str]
-    ):
-        self.app, self.limits, self.statuses, self.api_key, self.hosts = app, limits, statuses, api_key, hosts
+        self, app: Any, limits: ServerLimits, statuses: Counter[int] | None = None, api_key: str | None = None,
+        hosts: Sequence[str] = (), same_origin: bool = False,
+    ):  # fmt: skip
+        self.app, self.limits, self.statuses = app, limits, Counter() if statuses is None else statuses
+        self.api_key, self.hosts, self.same_origin = api_key, hosts, same_origin
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def counted_send(message: Any) -> None:
@@ -72,21 +77,26 @@ class Gate:
                 self.statuses[message["status"]] += 1
             await send(message)
 
-        if scope["type"] == "http" and (error := self._refusal(scope["path"], Headers(scope=scope))) is not None:
-            error.headers["Connection"] = "close"  # the body is not read
-            await error.response(scope, receive, counted_send)
-        else:
-            await self.app(scope, receive, counted_send)
+        error = self._refusal(scope["path"], Headers(scope=scope)) if scope["type"] == "http" else None
+        await (self.app if error is None else error.response)(scope, receive, counted_send)
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
-        if self.api_key is None and not is_local_name(headers.get("host", ""), self.hosts):
-            return ApiError(403, "the Host header is not a name of this server: start it with --allow_host or a key")
-        given = headers.get("authorization", "")
+        host, given, size = (headers.get(name, "") for name in ("host", "authorization", "content-length"))
+        # the host that a browser asked a Hugging Face Space for
+        hosts = (host, headers.get("x-forwarded-host")) if os.environ.get("SPACE_ID") else (host,)
         needs_key = self.api_key is not None and f"{path}/".startswith("/v1/")
-        if needs_key and not hmac.compare_digest(given.encode(), f"Bearer {self.api_key}".encode()):
-            return ApiError(401, "wrong or missing API key", code="invalid_api_key", WWW_Authenticate="Bearer")
-        length = headers.get("content-length", "0")
-        return too_large(self.limits) if length.isdecimal() and int(length) > self.limits.max_body else None
+        error = None
+        if self.api_key is None and not ("*" in self.hosts or is_local_name(host, self.hosts)):
+            error = ApiError(403, "the Host header is not a name of this server: start it with --allow_host or a key")
+        elif self.same_origin and headers.get("origin", f"//{host}").partition("//")[2] not in hosts:
+            error = ApiError(403, "this request comes from a page of another origin")
+        elif needs_key and not hmac.compare_digest(given.encode(), f"Bearer {self.api_key}".encode()):
+            error = ApiError(401, "wrong or missing API key", code="invalid_api_key", WWW_Authenticate="Bearer")
+        elif size.isdecimal() and int(size) > self.limits.max_body:
+            error = too_large(self.limits)
+        if error is not None:
+            error.headers["Connection"] = "close"  # the body is not read
+        return error
 
 
 def too_large(limits: ServerLimits) -> ApiError:
@@ -95,11 +105,10 @@ def too_large(limits: ServerLimits) -> ApiError:
 
 def is_local_name(host: str, allowed: Sequence[str] = ()) -> bool:
     """Whether a Host header names this server by an address, a name without a dot, or an allowed name."""
-    name = (urlsplit(f"//{host}").hostname or "") if host.isascii() else host
-    if not host or name in allowed or "." not in name.rstrip(".") and ":" not in name or name.endswith(".localhost"):
-        return True
     try:
-        return bool(ipaddress.ip_address(name))
+        name = urlsplit(f"//{host}").hostname or ""
+        plain = "." not in name.rstrip(".") and ":" not in name or name.endswith(".localhost")
+        return plain or name in allowed or bool(ipaddress.ip_address(name))
     except ValueError:
         return False
 
@@ -116,7 +125,7 @@ class Bodies:
         chunks: list[bytes] = []
         size, more = 0, True
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
+            async with asyncio.timeout(self.limits.body_seconds) as timeout:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -129,10 +138,11 @@ class Bodies:
                         raise too_large(self.limits)
                     if size > SMALL_BODY and self.num_bytes > self.limits.max_bodies:
                         raise ApiError(429, "too many large requests at once", code="queue_full", Retry_After="1")
-            body = b"".join(chunks)
-            chunks.clear()
-            yield body
+            chunks = [b"".join(chunks)]
+            yield chunks.pop()
         except TimeoutError:
+            if not timeout.expired():
+                raise
             seconds = f"{self.limits.body_seconds:g} s"
             raise ApiError(408, f"the body was not complete after {seconds}", Connection="close") from None
         finally:

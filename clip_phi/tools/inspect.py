@@ -21,7 +21,7 @@ from tqdm import tqdm
 from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
 
 from ..batching.images import load_image, pixel_hash
-from ..data.report import NUM_EXAMPLES, RecordError, Report, Skip
+from ..data.report import NUM_EXAMPLES, RecordError, Report, Skip, plain
 from ..data.sample import File
 from ..data.source import parse_files, parse_source
 from ..templates import render
@@ -86,10 +86,10 @@ def inspect(options: argparse.Namespace) -> None:
     for index in indexes:
         report.add(index.report)
     if summary is None and total == 0:
-        print(_plain(report.table()))
+        print(report.table())
     if not (total if summary is None else summary["samples"]):
         report = report if summary is None else Report.from_dict(summary)
-        raise ValueError(f"no sample can be used, of {report.records:,} records:\n{_plain(report.table())}")
+        raise ValueError(f"no sample can be used, of {report.records:,} records:\n{report.table()}")
 
 
 def find_processor(model: str | None) -> tuple[Any, str, int | None]:
@@ -171,7 +171,7 @@ def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[Piece]:
         length = len(list(run))
         stop += length
         text = processor.tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        piece = f"{processor.image_token}×{length}" if is_image else _plain(text.removeprefix(before))
+        piece = f"{processor.image_token}×{length}" if is_image else plain(text.removeprefix(before))
         pieces.append(Piece(piece.replace("\n", "⏎\n"), bool(supervised)))
         before = text
     return pieces
@@ -187,13 +187,8 @@ def format_sample(sample: Shown, colored: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _plain(text: str) -> str:
-    """The text with control characters and invisible ones escaped: data from the web must not control a terminal."""
-    return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1], text)
-
-
 def _line(text: str) -> str:
-    return _plain(text).replace("\n", "⏎")
+    return plain(text).replace("\n", "⏎")
 
 
 class ImageCheck(NamedTuple):

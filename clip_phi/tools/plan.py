@@ -147,17 +147,20 @@ class Formula:
         if self.arguments.gradient_checkpointing:
             activations -= tokens * hidden * (stream - embedding)  # the first layer's input
 
-        # At the peak, beside the activations: three times the logits of a chunk in float32, the gradients of hidden
-        # states in other chunks, and a trained head's gradient and copy; or the peak of the layers.
+        # At the peak, beside the activations, with a frozen head: the logits of a chunk in float32 and as they are
+        # multiplied, the hidden states and their gradient. With a trained one: three times the logits of a chunk in
+        # float32, the gradients of hidden states in other chunks, the head's gradient and copy. Or that of the layers.
         head = self.vocabulary * hidden
         pixels = images * 3 * vision.image_size**2
         chunk = min(supervised, max(1, ClipPhiForCausalLM.max_logits // self.vocabulary))
         loss, states = 12 * chunk * self.vocabulary, hidden * (stream if self.is_llama else 4)
-        if supervised > chunk:
+        if not self.full:
+            each = 6 * self.vocabulary + 2 * hidden if cuda else 4 * self.vocabulary + 12 * hidden
+            loss = chunk * each + states * (tokens + supervised)
+        elif supervised > chunk:
             bias = 0 if self.is_llama else 2 * head if cuda else 4 * chunk * self.vocabulary
-            gradient = head * (6 if cuda else 4) + bias
-            loss += states * (tokens + supervised - chunk) + self.full * gradient
-        elif self.full:
+            loss += states * (tokens + supervised - chunk) + head * (6 if cuda else 4) + bias
+        else:
             gradient = 6 * head if cuda else 4 * (head + chunk * self.vocabulary) + states * (tokens + supervised)
             loss = max(loss + 2 * head * cuda, gradient)
         peak = max(loss, peak)
@@ -177,7 +180,7 @@ class Formula:
         if self.arguments.gradient_checkpointing:  # all is computed again but the last product
             last = (self.rank or self.linear[-1][0]) * self.linear[-1][1]
             layer_flops += 2 * tokens * (frozen + lora - last) + 4 * copies * products * self.width
-        times = (6 if self.full else 4) + 2 * (supervised > chunk)  # chunks of logits are computed twice
+        times = 6 + 2 * (supervised > chunk) if self.full else 4  # a trained head's chunks are computed twice
         decoder = self.layers * layer_flops + supervised * head * times
         projector = 2 * images * self.patches * (2 * sum(self.projector_sizes) - self.projector_sizes[0])
         return items, images * tower_flops, decoder + projector

@@ -234,7 +234,9 @@ class Stage1Arguments(TrainingArguments):
     vision_revision: str | None = _option(None, "branch, tag or commit of --vision_backbone; its commit is pinned")
     text_backbone: str = _option(TEXT_BACKBONE, "Hub id or folder of the decoder")
     text_revision: str | None = _option(None, "branch, tag or commit of --text_backbone; its commit is pinned")
-    projector_type: Literal["linear", "mlp"] = _option("linear", "projector of one layer, or two with GELU between")
+    projector_type: Literal["linear", "mlp", "norm_mlp"] = _option(
+        "linear", "projector of one layer; of two with GELU between; or of one layer, a norm and two more"
+    )
     data: list[str] = _default(
         "data", ["coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"]
     )

@@ -1,6 +1,5 @@
 """What can go wrong in a run: bad numbers, data that stalls, memory and disks that are full; and run.json."""
 
-import json
 import math
 import os
 import shutil
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..batching.packing import PackedBatch
+from ..data.report import plain, plain_json
 from ..environment import without_secrets
 from .arguments import TrainingArguments
 from .fsdp import gather, local, trained_weights
@@ -81,7 +81,7 @@ class NonFiniteGuard:
         ranks.wait_for_everyone()
         if self.nan_policy == "stop":
             raise ValueError(message + ". --nan_policy skip leaves such steps out")
-        self.log(f"{message}. It is left out")
+        self.log(plain(f"{message}. It is left out"))
 
     def spikes_at(self, loss: float) -> bool:
         """Whether a loss exceeds the mean of those before it by six standard deviations and by half of the mean."""
@@ -120,7 +120,7 @@ def stalled_data_warning(describe: Callable[[], str]) -> Iterator[None]:
     """Print which data a step needs if they take too long. Raises OSError that names them if a worker has died."""
 
     def warn() -> None:
-        print(f"no data for {STALL_SECONDS} s: {describe()}", file=sys.stderr, flush=True)
+        print(plain(f"no data for {STALL_SECONDS} s: {describe()}"), file=sys.stderr, flush=True)
 
     timer = threading.Timer(STALL_SECONDS, warn)
     timer.daemon = True
@@ -208,6 +208,6 @@ def tolerate_write_errors(what: str, last: bool = False) -> Iterator[None]:
 def write_run(path: Path, record: dict[str, Any]) -> None:
     """Write run.json under another name and rename it, over that of an earlier part of the run; without tokens."""
     aside = path.with_suffix(".making")
-    text = without_secrets(json.dumps(record, indent=2, ensure_ascii=False))
+    text = without_secrets(plain_json(record, indent=2))
     aside.write_text(text + "\n", encoding="utf-8")
     os.replace(aside, path)

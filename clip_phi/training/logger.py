@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ..batching.packing import PackedBatch
-from ..data.report import Report
+from ..data.report import Report, plain, plain_json
 from ..environment import peak_memory_bytes
 from .evaluate import Evaluation
 from .guards import tolerate_write_errors
@@ -214,14 +214,14 @@ class TrainingLogger:
         """Write data_report.json: all that was skipped or repaired, before and during training."""
         self._bar.close()
         if self.active:
-            text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False)
+            text = plain_json(report.as_dict(), indent=2)
             (self.folder / "data_report.json").write_text(text + "\n", encoding="utf-8")
             if report.num_skipped:
                 print(f"{report.num_skipped:,} of {report.records:,} records were skipped:\n{report.table()}")
 
     def _print(self, text: str) -> None:
         if self.active:
-            tqdm.write(text)
+            tqdm.write(plain(text))
             sys.stdout.flush()
 
     def _write(self, name: str, record: dict[str, Any]) -> None:

@@ -182,7 +182,7 @@ def continue_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None
     for layer in model.model.language_model.modules():
         for name in getattr(layer, "lora_dropout", {}):  # which the model was loaded and frozen without
             drop = torch.nn.Dropout(config.lora_dropout) if config.lora_dropout else torch.nn.Identity()
-            layer.lora_dropout[name] = drop
+            layer.lora_dropout[name] = drop.train(layer.training)
     for name, parameter in model.model.language_model.named_parameters():
         parameter.requires_grad = "lora_" in name
 

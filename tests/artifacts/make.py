@@ -2,8 +2,8 @@
 
     python tests/artifacts/make.py
 
-Writes tests/artifacts/VERSION/{delta,merged} and what they answer. The delta, with LoRA, stands on the demo's
-backbones; the merged one is tiny and in bfloat16.
+Writes tests/artifacts/VERSION/{delta,merged} and what they answer. The delta, with LoRA, stands on backbones/, which
+are the demo's of 0.1.0 and never change; the merged one is tiny and in bfloat16.
 """
 
 import json
@@ -19,7 +19,7 @@ import modeling_clip_phi
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiProcessor
 
 HERE = Path(__file__).resolve().parent
-BACKBONES = [str(HERE.parent.parent / "examples/demo_backbones" / part) for part in ("vision", "text")]
+BACKBONES = [str(HERE / "backbones" / part) for part in ("vision", "text")]
 
 
 def inputs(config: ClipPhiConfig, num_image_tokens: int) -> dict[str, torch.Tensor]:
