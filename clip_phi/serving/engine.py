@@ -525,7 +525,7 @@ class Engine(AbstractContextManager["Engine"]):
             ids[number, : len(request.ids) - request.start] = torch.tensor(request.ids[request.start :])
             if prefix is not None:
                 self._cache.write(first + number, prefix)
-        embeds = self.model.get_input_embeddings()(ids.to(self.model.device))
+        embeds = self.model.get_input_embeddings()(ids.masked_fill(ids == image_token, 0).to(self.model.device))
         for number, of_request in enumerate(features):
             places = (ids[number] == image_token).nonzero().flatten().to(self.model.device)
             if len(places):  # the last features: the first may be in the prefix

@@ -103,6 +103,8 @@ def find_processor(model: str | None) -> tuple[Any, str, int | None]:
 
     from modeling_clip_phi import ClipPhiConfig, ClipPhiProcessor
 
+    from ..batching.attention import context_length
+
     name = model or str(DEMO_BACKBONES / "text")
     if model is None:
         processor = ClipPhiProcessor.from_backbones(str(DEMO_BACKBONES / "vision"), name)
@@ -115,7 +117,7 @@ def find_processor(model: str | None) -> tuple[Any, str, int | None]:
     if Path(name).is_dir() and not Path(name, "config.json").exists():  # a processor without a model
         return processor, name, None
     config: Any = (AutoConfig if model is None else ClipPhiConfig).from_pretrained(name)
-    return processor, name, config.get_text_config(decoder=True).max_position_embeddings
+    return processor, name, context_length(config)
 
 
 class Piece(NamedTuple):

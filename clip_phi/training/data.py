@@ -39,6 +39,11 @@ class TrainData:
     max_bad_fraction: float
     fingerprint: str
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample; 0 for a stream."""
+        return 0 if isinstance(self.train, SampleStream) else int(self.train.lengths().max())
+
     def needs(self, step: int) -> str:
         """The samples that this process needs for a step, counted from 1."""
         if isinstance(self.train, SampleStream) or self.sampler is None:
@@ -110,7 +115,7 @@ def read_data(arguments: TrainingArguments, processor: Any, read: ImageReader, a
         fingerprint = " ".join([*(index.fingerprint() for index in indexes), *map(str, weights)])
         mixture = Mixture([len(index) for index in indexes], weights or None, arguments.seed)
         batches: Batches = FixedBatches(mixture, arguments.per_device_train_batch_size)
-        if budget := arguments.max_tokens_per_batch:
+        if budget := int(arguments.max_tokens_per_batch):  # a number by now: see fit_batches
             batches = packed = PackedBatches(mixture, train.lengths(), budget)
             accelerator.print(f"{packed.count(1):,} packs of {budget:,} tokens an epoch, {packed.fill:.1%} full")
         batches_per_step = arguments.gradient_accumulation_steps * world_size
