@@ -428,7 +428,7 @@ def decoder_row(family: str, result: dict[str, Any]) -> list[str]:
 
 def tower_row(family: str, result: dict[str, Any]) -> list[str]:
     if result["refused"]:
-        return [family, "refused", *[""] * 4]
+        return [family, "refused: " + result["refused"].rpartition(": ")[2], *[""] * 4]
     name, fields, side = EXAMPLES.get(family, ("", None, 0))
     if fields is None:
         return [family, "right", *[""] * 4]
