@@ -1,6 +1,6 @@
 """One record of any layout that people use, as a mapping, to the conversations of a Sample.
 
-A record has an image (or none) and one of
+A record has an image (or none) and one of (docs/data.md has an example of each)
     conversations, messages   turns of {"from", "value"} or {"role", "content"}    LLaVA, ShareGPT4V, transformers
     texts                     [{"user", "assistant"}], perhaps with *_ratings      The Cauldron, FineVision
     prompt, completion        two texts, or two lists of such turns                TRL
