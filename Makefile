@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install demo test test-demo test-full-size test-export test-oldest test-main test-oracle test-speech test-browser \
-	test-benchmarks test-load lint format bench clean
+	test-backbones test-benchmarks test-load test-gpu test-trl lint format bench clean
 
 install: .venv/installed
 
@@ -85,6 +85,15 @@ test-browser: install outputs/demo/model/config.json
 test-benchmarks: install
 	$(BIN)/python -m pytest -m benchmarks $(ARGS)
 
+# TRL in an environment of its own, which shares the versions of constraints.txt.
+test-trl: .venv-trl/installed
+	.venv-trl/bin/python -m pytest -m trl $(ARGS)
+
+.venv-trl/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl]' pytest
+	@touch $@
+
 # vLLM pins versions that conflict with ours. It runs without torchvision, whose builds are for torch with CUDA.
 test-vllm: install outputs/demo/model/config.json .venv-vllm/installed
 	$(BIN)/python -m pytest -m vllm $(ARGS)
@@ -95,8 +104,16 @@ test-vllm: install outputs/demo/model/config.json .venv-vllm/installed
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+# The rarer families of decoders and towers; make test has the others.
+test-backbones: install
+	$(BIN)/python -m pytest -m backbones $(ARGS)
+
 test-load: install
 	$(BIN)/python -m pytest -m load $(ARGS)
+
+# On a machine with a CUDA device; without one, all of it is skipped.
+test-gpu: install
+	CLIP_PHI_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -111,4 +128,4 @@ bench: install
 	$(BIN)/python benchmarks/training.py $(or $(ARGS),--quick)
 
 clean:
-	rm -rf .venv .venv-oldest .venv-main .venv-vllm outputs build *.egg-info
+	rm -rf .venv .venv-oldest .venv-main .venv-trl .venv-vllm outputs build *.egg-info

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from clip_phi.cli import main
-from clip_phi.data import catalog
 from clip_phi.data.catalog import DATASETS, RemoteDataset, RemoteFile, how_to_download
+from clip_phi.data.files import checked_line, read_checked_lines
 from clip_phi.data.report import Report
 from clip_phi.data.source import missing_files, parse_source
 from clip_phi.hub import retry
@@ -214,7 +214,7 @@ def test_a_wrong_file_is_refused_in_one_line_and_a_later_run_goes_on(server, tmp
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("clip-phi: error: http://127.0.0.1") and "/notes.json" in last and message in last
     assert "coco/notes.json" not in files_in(tmp_path)
-    assert files_in(tmp_path) - {"coco/notes.json.part", "coco/notes.json.part.json"} <= WHOLE
+    assert files_in(tmp_path) - {"coco/notes.json.part", "coco/notes.json.part.jsonl"} <= WHOLE
     server.files, server.faults = right, {}
     assert run(server, tmp_path) == 0
     assert_whole(server, tmp_path)
@@ -223,8 +223,7 @@ def test_a_wrong_file_is_refused_in_one_line_and_a_later_run_goes_on(server, tmp
 def test_a_stopped_run_goes_on_with_the_pieces_that_it_lacks(server, tmp_path):
     server.faults = {"/notes.json": [None, None, 404]}
     assert run(server, tmp_path, "--connections", 1) == 2
-    notes = json.loads((tmp_path / "coco/notes.json.part.json").read_text())
-    assert notes["done"] == [0, 1000]
+    assert [line[-1] for line in read_checked_lines(tmp_path / "coco/notes.json.part.jsonl")] == [0, 1000]
     server.asked.clear()
     assert run(server, tmp_path) == 0
     assert sorted(server.asked) == [
@@ -238,8 +237,10 @@ def test_a_stopped_run_goes_on_with_the_pieces_that_it_lacks(server, tmp_path):
 def test_what_another_version_of_the_file_has_left_is_not_used(server, tmp_path):
     server.faults = {"/notes.json": [None, 404]}
     assert run(server, tmp_path, "--connections", 1) == 2
-    path = tmp_path / "coco/notes.json.part.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": "0" * 64}))
+    path = tmp_path / "coco/notes.json.part.jsonl"
+    lines = read_checked_lines(path)
+    assert [line[-1] for line in lines] == [0]
+    path.write_text(checked_line(["0" * 64, *lines[0][1:]]))
     (tmp_path / "coco/notes.json.part").write_bytes(b"other")
     assert run(server, tmp_path) == 0
     assert_whole(server, tmp_path)
@@ -337,4 +338,4 @@ def test_missing_data_name_the_command_that_downloads_them():
     assert how_to_download(["mine.json", "data/mycoco/val2017"]) is None
     with pytest.raises(ValueError, match="'clip-phi download llava-instruct' downloads it"):
         parse_source("data/llava_instruct_150k.json")
-    assert catalog.TRAIN2017.targets() == ["coco/train2017"]
+    assert DATASETS["coco"].files[2].targets() == ["coco/train2017"]

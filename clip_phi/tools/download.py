@@ -1,19 +1,16 @@
 """clip-phi download: public data sets from their official addresses, into the folders that the defaults read.
 
 A file gets its name when its length and its checksum are right, and a folder when all of its archive is unpacked. Until
-then it is NAME.part, beside NAME.part.json, which says which pieces are there; a later run fetches the others."""
+then it is NAME.part, beside NAME.part.jsonl, which says which pieces are there; a later run fetches the others."""
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import stat
 import threading
 import zipfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -21,6 +18,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from ..data.catalog import DATASETS, RemoteFile
+from ..data.files import checked_line, read_checked_lines
 from ..hub.retry import http, with_retries
 
 PIECE = 16 * 2**20  # bytes that one request asks for; what a killed run may lose, for each connection
@@ -36,7 +34,7 @@ class Served(NamedTuple):
 
 
 def download(name: str, folder: Path, mirror: str | None, keep_zip: bool, connections: int) -> list[dict[str, Any]]:
-    """Download what is not there yet of a data set. Returns a row for each file: path, bytes, state.
+    """Download what is not there yet of a data set. Returns path and state of each file.
 
     Args:
         name: a key of DATASETS.
@@ -59,11 +57,11 @@ def download(name: str, folder: Path, mirror: str | None, keep_zip: bool, connec
             if not _stays_packed(file, keep_zip):
                 _unpack(folder / file.path, file.members)
     states = {file: "downloaded" if file in served else "unpacked" for file in wanted}
-    rows = []
-    for file in files:
-        paths = [file.path] if (folder / file.path).exists() else file.targets()
-        rows += [{"path": str(folder / path), "state": states.get(file, "there already")} for path in paths]
-    return rows
+    return [
+        {"path": str(folder / path), "state": states.get(file, "there already")}
+        for file in files
+        for path in ([file.path] if (folder / file.path).exists() else file.targets())
+    ]
 
 
 def _stays_packed(file: RemoteFile, keep_zip: bool) -> bool:
@@ -125,15 +123,16 @@ def _check_room(folder: Path, wanted: list[RemoteFile], served: dict[RemoteFile,
 
 def _fetch(client: Any, served: Served, file: RemoteFile, path: Path, connections: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, notes = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
+    part, notes = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.jsonl")
     with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as opened:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(f"{part}: another download is writing it") from None
         step = PIECE if served.ranges else served.size
-        expected = {"sha256": file.sha256, "size": served.size, "step": step}
-        done = _read_notes(notes, expected)
+        whole = [file.sha256, served.size, step]
+        lines = read_checked_lines(notes) if notes.exists() else []
+        done = {line[-1] for line in lines if line[:-1] == whole}
         opened.truncate(served.size)
         starts = [start for start in range(0, served.size, step) if start not in done]
         have = served.size - sum(min(step, served.size - start) for start in starts)
@@ -143,31 +142,34 @@ def _fetch(client: Any, served: Served, file: RemoteFile, path: Path, connection
             end = min(start + step, served.size)
             _fetch_range(client, served, opened.fileno(), start, end, bar, stop)
             os.fsync(opened.fileno())
-            with lock:
-                done.append(start)
-                _write(notes, json.dumps(expected | {"done": sorted(done)}))
+            with lock, open(notes, "a", encoding="utf-8") as written:
+                written.write(checked_line([*whole, start]))
 
         with _bar(path.name, served.size, have) as bar, ThreadPoolExecutor(connections) as pool:
             pieces = [pool.submit(fetch_piece, start) for start in starts]
             try:
-                for piece in pieces:
-                    piece.result()
+                ended, _ = wait(pieces, return_when=FIRST_EXCEPTION)
             except KeyboardInterrupt:
                 raise OSError(f"stopped: the same command goes on with {part}") from None
             finally:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
+        for piece in ended:
+            piece.result()  # raises its error
+        digest = hashlib.sha256()
+        opened.seek(0)
         with _bar(f"checking {path.name}", served.size) as bar:
-            digest = _sha256(part, bar)
-        if digest != file.sha256:
+            while block := opened.read(BLOCK):
+                digest.update(block)
+                bar.update(len(block))
+        notes.unlink(missing_ok=True)
+        if digest.hexdigest() != file.sha256:
             part.unlink()
-            notes.unlink(missing_ok=True)
             raise ValueError(
-                f"{served.url}: its SHA-256 is {digest}, and not the published {file.sha256}. It is removed: run the "
-                "command again, or try another --mirror"
+                f"{served.url}: its SHA-256 is {digest.hexdigest()}, and not the published {file.sha256}. It is "
+                "removed: run the command again, or try another --mirror"
             )
         os.replace(part, path)
-        notes.unlink(missing_ok=True)
 
 
 def _fetch_range(client: Any, served: Served, file: int, start: int, end: int, bar: Any, stop: threading.Event) -> None:
@@ -212,37 +214,14 @@ def _write_at(file: int, data: bytes, place: int) -> None:
         data, place = data[written:], place + written
 
 
-def _read_notes(notes: Path, expected: dict[str, Any]) -> list[int]:
-    """The first bytes of the pieces that an earlier run has written of the same file."""
-    try:
-        found = json.loads(notes.read_text(encoding="utf-8"))
-        done = found.pop("done")
-    except (OSError, ValueError, LookupError, AttributeError):
-        return []
-    return list(done) if found == expected else []
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _sha256(path: Path, bar: Any) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
-
-
 def _unpack(archive: Path, members: tuple[str, ...]) -> None:
-    """Replace an archive by these members of it. None of them gets its name before all are unpacked."""
+    """Replace an archive by these members of it. None of them gets its name before all are unpacked.
+
+    Raises ValueError if it is damaged or not what it should be, and OSError if the disk is too small."""
     temporary = archive.with_name(f".{archive.name}.unpacking")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with _open(archive) as opened:
+        with zipfile.ZipFile(archive) as opened:
             folders = tuple(name for name in members if name.endswith("/"))
             chosen = [info for info in opened.infolist() if not info.is_dir()]
             chosen = [info for info in chosen if info.filename in members or info.filename.startswith(folders)]
@@ -267,18 +246,10 @@ def _unpack(archive: Path, members: tuple[str, ...]) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary / name, target)
         archive.unlink()
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _open(archive: Path) -> Iterator[zipfile.ZipFile]:
-    """Raises ValueError if the archive is damaged."""
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            yield opened
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
         raise ValueError(f"{archive} is damaged ({error}): remove it, and run the command again") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _bar(what: str, total: int, initial: int = 0) -> Any:
