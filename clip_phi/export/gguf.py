@@ -17,7 +17,7 @@ from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 from .rotation import WideTower
 
-# llama.cpp gives a message as a text, with a marker <__media...__> for each image, in which a server puts random letters.
+# llama.cpp gives a message as a text, with a marker <__media...__> for each image, into which a server puts letters.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {%- set user = namespace(images='', text='') -%}

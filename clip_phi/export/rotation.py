@@ -25,7 +25,7 @@ class WideTower:
     """Tensors under llama.cpp's names, from those of a CLIP tower under the same names.
 
     Args:
-        tensors: v.class_embd, v.patch_embd.weight, v.position_embd.weight, v.pre_ln.*, v.blk.0.* to the last layer used.
+        tensors: v.class_embd, v.patch_embd.weight, v.position_embd.weight, v.pre_ln.*, and the layers v.blk.* in use.
         heads: of the tower.
         epsilon: of its norms.
 
