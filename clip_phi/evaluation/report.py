@@ -232,13 +232,20 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
 
 def format_comparison(found: dict[str, Any]) -> str:
     """For the terminal."""
-    low, high = found["difference_ci95"]
+    difference, (low, high) = found["difference"], found["difference_ci95"]
     counts = found["samples"]
+    better = "B" if difference < 0 else "A"
+    if better == "B":
+        difference, low, high = -difference, -high, -low
+    verdict = f"{better} is better by {difference:.4f}, 95 %: {low:+.4f} to {high:+.4f}"
+    if f"{difference:.4f}" == "0.0000":
+        verdict = "A and B have the same score"
+        verdict += f", 95 % of the difference: {low:+.4f} to {high:+.4f}" if low < high else " in every resample"
     lines = [
         f"{found['task']}, {found['metric']}",
         f"  A  {found['score_a']:.4f}  {found['a']}",
         f"  B  {found['score_b']:.4f}  {found['b']}",
-        f"  A is better by {found['difference']:+.4f}, 95 %: {low:+.4f} to {high:+.4f}",
+        f"  {verdict}",
         f"  A better in {counts['a_better']:,} samples, equal in {counts['equal']:,}, B better in "
         f"{counts['b_better']:,}",
     ]

@@ -83,8 +83,14 @@ class TrainingArguments:
     debug: bool = _option(False, "traceback of an error instead of one line")
 
     data: list[str] = _option([], "training data, KIND:PATH[,option=value...]; several are mixed. See docs/data.md")
-    eval_data: list[str] = _option([], "held-out data in the same form; without a value: --holdout_images of --data")
-    holdout_images: int = _option(500, "images held out of --data if there is no --eval_data", NOT_NEGATIVE)
+    eval_data: list[str] = _option(
+        [], "held-out data in the same form; without a value, or with --data alone: --holdout_images of --data"
+    )
+    holdout_images: int = _option(
+        500,
+        "images held out of --data if there is no --eval_data; the default is at most a tenth of them",
+        NOT_NEGATIVE,
+    )
     max_eval_images: int = _option(500, "images evaluated on, the first of each --eval_data", AT_LEAST_1)
     max_length: int = _option(2048, "longest conversation in tokens, image included; longer ones are cut", AT_LEAST_1)
     max_bad_fraction: float = _option(0.01, "largest share of damaged records before the run stops; 0: none", BELOW_1)
@@ -336,7 +342,10 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     kind, parser = STAGES[stage], _make_parser(stage)
     values = _parse(parser, stage, list(_as_argv(kind, content, early.config)), f"{early.config}: ")
     values |= _parse(parser, stage, argv, "")
-    return kind(**values, given=frozenset(values))
+    given = frozenset(values)
+    if "data" in values:  # the default of --eval_data is held out of the default of --data
+        values.setdefault("eval_data", [])
+    return kind(**values, given=given)
 
 
 def _make_parser(stage: int) -> argparse.ArgumentParser:
