@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install demo test test-demo test-full-size test-export test-oldest test-main test-oracle test-speech test-browser \
-	test-benchmarks test-load test-trl lint format bench clean
+	test-backbones test-benchmarks test-load test-gpu test-trl lint format bench clean
 
 install: .venv/installed
 
@@ -104,8 +104,16 @@ test-vllm: install outputs/demo/model/config.json .venv-vllm/installed
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+# The rarer families of decoders and towers; make test has the others.
+test-backbones: install
+	$(BIN)/python -m pytest -m backbones $(ARGS)
+
 test-load: install
 	$(BIN)/python -m pytest -m load $(ARGS)
+
+# On a machine with a CUDA device; without one, all of it is skipped.
+test-gpu: install
+	CLIP_PHI_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -7,7 +7,7 @@ answer from them as a large language model answers from its context, without any
 places and comparisons teach it to look objects up; then come conversations with many questions. Only compositions of
 the train split are used.
 
-With the default settings this takes 45 to 55 minutes on two CPU cores, and a few minutes with --device cuda.
+With the default settings this takes about 45 minutes on two CPU cores, and a few minutes with --device cuda.
 """
 
 import argparse

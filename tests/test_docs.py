@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -15,8 +16,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fork_server import free_port, run_forked
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from clip_phi.cli import make_parser
 from clip_phi.data.synthetic import question_kind
@@ -138,6 +141,18 @@ def test_demo_writes_its_files(demo, clone):
     for task in ("captions", "vqa"):
         page = (output / f"model/evaluation/{task}.html").read_text()
         assert "shuffled images" in page and "<img src=" in page
+
+
+def test_a_scene_is_printed_as_text_and_in_colors(tmp_path):
+    text_picture = runpy.run_path(str(ROOT / "examples/demo.py"))["text_picture"]
+    image = Image.new("RGB", (64, 64), (230, 230, 230))
+    image.paste((200, 30, 40), (0, 0, 32, 16))  # the upper quarter of the left half
+    image.save(tmp_path / "scene.png")
+    assert text_picture(tmp_path / "scene.png", colored=False)[2:] == ["." * 16] * 6
+    assert text_picture(tmp_path / "scene.png", colored=False)[0] == "#" * 8 + "." * 8
+    lines = text_picture(tmp_path / "scene.png", colored=True)
+    assert len(lines) == 8 and all(line.count("\u2580") == 16 and line.endswith("\033[0m") for line in lines)
+    assert "38;2;200;30;40" in lines[0] and "38;2;200;30;40" not in lines[-1]
 
 
 def test_card_of_the_demos_model_has_its_evaluation(demo, clone):
@@ -267,6 +282,14 @@ def test_every_recipe_is_accepted(path, clone, demo):
     script = "from clip_phi.training.arguments import parse_arguments; import sys; "
     script += "parse_arguments(['--config', sys.argv[1]]).check()"
     run(f"python -c {shlex.quote(script)} examples/recipes/{path.name}", clone)
+
+
+def test_updates_of_the_pretraining_are_near_orthogonal():
+    orthogonalize = runpy.run_path(str(ROOT / "examples/pretrain_demo_backbones.py"))["orthogonalize"]
+    for shape in ((3, 32, 32), (2, 64, 16), (1, 16, 64)):
+        found = orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+        values = torch.linalg.svdvals(found)
+        assert found.shape == shape and values.min() > 0.1 and values.max() < 1.3
 
 
 def test_backbones_can_be_pretrained_again(clone, tmp_path):

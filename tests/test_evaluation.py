@@ -416,6 +416,8 @@ def test_pope_writes_its_answers_file_in_the_order_of_its_questions(checkpoint, 
 
 
 def test_data_without_ids_have_no_results_file_and_a_line_says_so(checkpoint, sources, capsys):
+    (checkpoint / "evaluation").mkdir()
+    (checkpoint / "evaluation/vqa.results.json").write_text("[]")  # of other data
     evaluate(checkpoint, "vqa", sources["vqa"])
     assert "no results file for an evaluation server" in capsys.readouterr().err
     assert not list((checkpoint / "evaluation").glob("*.results.*"))

@@ -322,6 +322,19 @@ def test_imagefolder_with_metadata_points_to_the_files(tmp_path):
     ]
 
 
+def test_a_text_beside_the_images_of_a_folder_is_left_out_and_counted(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("0.png", "1.HEIC", "2.avif"):
+        (folder / name).write_bytes(png(1))
+    (folder / "notes.txt").write_text("not a caption")
+    lines = [{"file_name": name, "text": f"image {name}"} for name in ("0.png", "1.HEIC", "2.avif")]
+    write_lines(folder / "metadata.jsonl", lines)
+    samples, report = read(folder)
+    assert [sample.conversations[0][0].text for sample in samples] == ["image 0.png", "image 1.HEIC", "image 2.avif"]
+    assert not report.skipped and f"{folder}: 1 files are left out: 1 x .txt" in capsys.readouterr().err
+
+
 def test_csv_names_images_that_may_be_missing(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1))
     (tmp_path / "c.csv").write_text("image,caption\na.png,one\nb.png,two\n,three\n")

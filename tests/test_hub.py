@@ -576,7 +576,7 @@ def test_push_to_hub_of_the_model_can_be_pushed_over_and_leaves_a_card_that_is_t
 
 
 def test_push_to_hub_of_a_delta_on_local_backbones_is_refused(model, hub):
-    with pytest.raises(ValueError, match=r"is a local folder: push a whole model, push_to_hub\(..., merged=True\)"):
+    with pytest.raises(ValueError, match=r"is a local folder: push a whole model, with merged=True"):
         model.push_to_hub("alice/local")
     assert ("model", "alice/local") not in hub.repos
 

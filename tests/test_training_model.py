@@ -66,7 +66,7 @@ def test_the_flops_of_the_log_are_those_that_torch_counts_but_for_attention_and_
     with FlopCounterMode(display=False) as tower, torch.no_grad():
         model.model.vision_tower(pack.inputs["pixel_values"])
     projector = 4 * sum(weight.numel() for weight in model.model.projector.parameters() if weight.dim() == 2)
-    costs = FlopsPerToken.of(model)
+    costs = FlopsPerToken.of(model, 4)
     tokens = pack.inputs["input_ids"].numel()
     expected = costs.token * tokens + costs.supervised * pack.num_supervised + projector * 4
     attention = counter.get_total_flops() - tower.get_total_flops() - expected

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from PIL import Image, ImageCms, UnidentifiedImageError, features
-from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
+from PIL.TiffImagePlugin import STRIPOFFSETS, TILELENGTH, TILEOFFSETS, TILEWIDTH, TiffImageFile
 from torch.nn.functional import interpolate
 from transformers import CLIPImageProcessorPil
 
@@ -274,6 +274,9 @@ def _decode(data: bytes, name: str, max_pixels: int | None = None) -> Image.Imag
         _refuse_size(image.size, name, max_pixels)
         if isinstance(image, TiffImageFile):  # decoded in whole tiles, which may be far larger than the image
             _refuse_size((image.tag_v2.get(TILEWIDTH, 1), image.tag_v2.get(TILELENGTH, 1)), name)
+            pieces = image.tag_v2.get(STRIPOFFSETS) or image.tag_v2.get(TILEOFFSETS) or (0,)
+            if image.info.get("compression") == "jpeg" and data.count(b"\xff\xda") > MAX_SCANS * len(pieces):
+                raise RecordError("image too costly", f"{name}: JPEGs of more than {MAX_SCANS} scans inside a TIFF")
             with _silent_stderr():
                 image.load()
         return _to_upright_rgb(image)

@@ -33,6 +33,7 @@ from .packing import SharedPrefixSample, build_shared_prefix
 FORMAT = 5  # of the files; raised too when a reader or the encoding comes to give something else
 NAMES = " + "  # between the names of several images
 CHUNK = 1000  # samples that are tokenised together
+HINT_SAMPLES, SHORT_ANSWER = 500, 3  # samples that independent_turns_hint() reads; words
 SCHEMA = pa.schema(
     {
         "path": pa.string(),
@@ -152,11 +153,17 @@ class Index:
         taken = (sorted(lengths, reverse=True)[:num_conversations] for lengths in self.table["lengths"].to_pylist())
         return self._with_prefix(np.array([sum(each) - len(each) for each in taken], dtype=np.int64))
 
-    def count(self) -> tuple[int, int]:
-        """Samples with an image, and conversations (a caption is one) of all samples."""
-        conversations = pc.list_value_length(self.table["lengths"]).to_numpy()
+    def count(self) -> tuple[int, int, int]:
+        """Samples with an image; captions and (other) conversations of all samples."""
+        captions = self.num_captions()
         selected = slice(None) if self.selected is None else self.selected
-        return int(self._images()[selected].sum()), int(conversations[selected].sum())
+        conversations = pc.list_value_length(self.table["lengths"]).to_numpy()[selected].sum() - captions.sum()
+        return int(self._images()[selected].sum()), int(captions.sum()), int(conversations)
+
+    def num_captions(self) -> np.ndarray:
+        """int64 (samples,): conversations that begin with an answer."""
+        captions = pc.count_substring(self.table["conversations"], '[["assistant"').to_numpy().astype(np.int64)
+        return captions if self.selected is None else captions[self.selected]
 
     def _images(self) -> np.ndarray:
         """int64 (entries of the table,): images of each."""
@@ -167,6 +174,29 @@ class Index:
         without, with_image = map(len, self.prefixes)
         lengths = lengths + without + (with_image - without) * self._images()
         return (lengths if self.selected is None else lengths[self.selected]).astype(np.int64)
+
+
+def count_text(images: int, captions: int, conversations: int) -> str:
+    """4,000 images, 20,000 captions, 8,000 conversations; without what there is none of."""
+    named = {"captions": captions} if captions and not conversations else {"conversations": conversations}
+    named = {"captions": captions} | named if captions else named
+    return ", ".join(f"{count:,} {name}" for name, count in ({"images": images} | named).items())
+
+
+def independent_turns_hint(index: Index) -> str | None:
+    """The advice to separate the turns, if most conversations of several turns have short answers only.
+
+    Later turns read the answers before them, and a model that reads an answer need not look."""
+    several, short = 0, 0
+    for number in np.unique(np.linspace(0, len(index) - 1, min(len(index), HINT_SAMPLES), dtype=np.int64)):
+        for conversation in index.sample(int(number)).conversations if index.has_image(int(number)) else ():
+            answers = [turn.text for turn in conversation if turn.role == "assistant"]
+            several += len(answers) > 1
+            short += len(answers) > 1 and all(len(answer.split()) <= SHORT_ANSWER for answer in answers)
+    if several < 2 or 2 * short <= several:
+        return None
+    share = f"{short / several:.0%} of the conversations with several questions have short answers only"
+    return f"hint: {share}; turns=independent trains each question alone, at no cost in image tokens"
 
 
 def load_index(source: DataSource, processor: Any, max_length: int, num_workers: int = 0) -> Index:

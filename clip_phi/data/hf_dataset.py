@@ -7,6 +7,7 @@ import os
 import sys
 import tarfile
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from .files import MediaFolder
-from .report import RecordError, Report
+from .report import RecordError, Report, plain
 from .sample import File, Sample
-from .schema import ANY_LAYOUT, IMAGE_KEYS, Layout, read_records
+from .schema import ANY_LAYOUT, IMAGE_FILE, IMAGE_KEYS, Layout, read_records
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".tar": "webdataset"}
 BUILDERS |= dict.fromkeys((".jsonl", ".json"), "json")
@@ -77,6 +78,8 @@ def _open(path: str, split: str, config: str | None, revision: str | None, strea
             raise ValueError(f"{archive} is incomplete: download it again")
     options: dict[str, Any] = {"split": split, "streaming": streaming}
     if folder.is_dir():  # an absolute path, since a folder may be called "parquet" or "json"
+        if _is_image_folder(folder):
+            return datasets.load_dataset("imagefolder", data_dir=os.path.abspath(path), **options)
         return datasets.load_dataset(os.path.abspath(path), config, **options)
     if folder.suffix in BUILDERS:
         if "://" not in path and not glob.glob(path, recursive=True) and not folder.exists():
@@ -88,6 +91,19 @@ def _open(path: str, split: str, config: str | None, revision: str | None, strea
     if folder.exists():
         raise ValueError(f"a table is a folder or one of *{', *'.join(BUILDERS)}")
     return datasets.load_dataset(path, config, revision=revision, **options)
+
+
+def _is_image_folder(folder: Path) -> bool:
+    """Whether it has images and their metadata. Then `datasets` is told so, which would take a folder with a text for a
+    folder of texts; a line on stderr counts the files that it leaves out."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    described = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv")]
+    left = Counter(path.suffix.lower() for path in files if not IMAGE_FILE.match(path.name) and path not in described)
+    is_image_folder = bool(described) and left.total() + len(described) < len(files) and not left.keys() & {*BUILDERS}
+    if is_image_folder and left:
+        kinds = ", ".join(f"{count:,} x {suffix or 'no ending'}" for suffix, count in left.most_common())
+        print(plain(f"{folder}: {left.total():,} files are left out: {kinds}"), file=sys.stderr)
+    return is_image_folder
 
 
 def _text_features(path: str, delimiter: str) -> Any:
@@ -147,7 +163,7 @@ def read_table(dataset: Any, media: MediaFolder, report: Report, layout: Layout 
                     places = dataset._indices.fast_slice(start, stop - start)[0].to_pylist()
                     columns[column] = [_cells(table.fast_slice(place, 1)[column], [place])[0] for place in places]
             for row in range(start, stop):
-                values = {column: values[row - start] for column, values in columns.items()}
+                values = {column: columns[column][row - start] for column in dataset.column_names}
                 yield f"{name}:{row}", _as_record(values, media, layout.columns.values())
 
     def find(value: Any, column: str, what: str) -> File | bytes:

@@ -42,13 +42,14 @@ RATINGS = ("relevance", "visual_dependency", "image_correspondence", "formatting
 # Beside a caption, such a column may be the question to which the caption is the answer.
 QUESTION_LIKE = re.compile("question|query|instruct|prompt|problem|input|answer|response|output|label|choice|option")
 MULTIPLE_CHOICE = re.compile("choices?|options?")
-IMAGE_LIKE = re.compile(r"(^|_)(im(age|g)s?|photos?|pictures?|frames?)(_(path|file|name|url|0|1))?$")
+IMAGE_LIKE = re.compile(r"(^|_)(im(age|g)s?|photos?|pictures?|frames?)(_?(path|file|name|url|0|1))?$")
+TEXT_KEYS = {*CONVERSATION_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, *CAPTION_KEYS}
 OTHER_MEDIA = re.compile("(video|audio)s?(_|$)")
 LEADING_IMAGES = re.compile(rf"(\s*{IMAGE_TOKEN})*((?!{IMAGE_TOKEN}).)*", re.DOTALL)
 OTHER_TAGS = re.compile("<(video|audio|bbox|ref-object|img)>")
-IMAGE_FILE = re.compile(r"(?i)data:image|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic)$")
+IMAGE_FILE = re.compile(r"(?i)data:image|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]|hif)$")
 ASKS_YES_OR_NO = re.compile(
-    r"(?i)(^|, )(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should|may)\b.*\?", re.DOTALL
+    r"(?im)(^|, )(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should|may)\b.*\?", re.DOTALL
 )
 
 # Finds an image or a recording: (value in the record, column and place in it, "image" or "speech").
@@ -199,8 +200,9 @@ class _RecordReader:
                     self.image = self.image[places[0]] if places else None
         conversations = self._conversations()
         if not (self.has_image or columns):
-            unread = (key for key in values if IMAGE_LIKE.search(key) and key not in IMAGE_KEYS and self._has(key))
-            if key := next((key for key in unread if not isinstance(values[key], int | float)), None):
+            others = values.keys() - TEXT_KEYS - set(IMAGE_KEYS)
+            unread = [key for key in values if key in others and _may_be_image(key, values[key])]
+            if key := next(iter(unread), None):
                 raise RecordError("image column of an unknown name", f"{names[key]}: add ,image={names[key]}")
         return conversations
 
@@ -238,11 +240,8 @@ class _RecordReader:
         if caption is None:
             raise RecordError("no conversation, question or caption", _hint(self.record))
         if unlike := [key for key in values if QUESTION_LIKE.search(key) and self._has(key)]:
-            raise RecordError(
-                "caption beside what may be a question",
-                f"{caption} beside {', '.join(unlike)}; add ,caption={caption} to learn it without, or name the "
-                "columns with question= and answer=",
-            )
+            way_out = f"add ,caption={caption} to learn it without, or name the columns with question= and answer="
+            raise RecordError("caption beside what may be a question", f"{caption} and {', '.join(unlike)}: {way_out}")
         others = [key for key in CAPTION_KEYS if self._has(key) and values[key] != values[caption]]
         if others:
             raise RecordError("several captions columns", f"{caption} and {', '.join(others)}: add caption=COLUMN")
@@ -254,14 +253,8 @@ class _RecordReader:
 
     def _turns(self, messages: Any) -> list[Conversation | RecordError]:
         """Of a list of turns, or of pairs of turns with ratings."""
-        if (
-            isinstance(messages, list | tuple)
-            and messages
-            and isinstance(messages[0], Mapping)
-            and "user" in messages[0]
-        ):
-            if not all(isinstance(pair, Mapping) for pair in messages):
-                raise RecordError("turn is not an object")
+        pairs = isinstance(messages, list | tuple) and all(isinstance(pair, Mapping) for pair in messages)
+        if pairs and messages and "user" in messages[0]:
             kept = [pair for place, pair in enumerate(messages) if self._is_rated_well(place)]
             self.filtered = len(messages) - len(kept)
             if not kept:
@@ -287,7 +280,7 @@ class _RecordReader:
                     return False
         return True
 
-    def _conversation(self, messages: Any) -> Conversation:
+    def _conversation(self, messages: Any, is_question: bool = False) -> Conversation:
         if not isinstance(messages, list | tuple) or not messages:
             raise RecordError("conversation is not a list of turns" if messages else "conversation is empty")
         turns: list[Turn] = []
@@ -320,8 +313,8 @@ class _RecordReader:
                     raise RecordError("speech outside a question")
                 text = SPOKEN_INSTRUCTION if text is None or (isinstance(text, str) and not text.strip()) else text
             text = clean_text(text, TEXT_NAMES[role])
-            if role == "user":
-                _refuse_tags(text)
+            if role == "user" and (found := OTHER_TAGS.search(text)):
+                raise RecordError(f"{found[0]} in a question", "a sample is an image and text")
             transcript = clean_text(transcript, "transcript") if transcript is not None else None
             recording = self.find(speech, "speech", "speech") if speech is not None else None
             turns.append(Turn(role, text, transcript, recording))  # type: ignore[arg-type]
@@ -329,6 +322,8 @@ class _RecordReader:
             raise self._no_image(f"{IMAGE_TOKEN} without an image")
         first = next((index for index, turn in enumerate(turns) if turn.role == "user"), 0)
         self._check_places(len(image_turns), set(image_turns) <= {first})
+        if is_question:
+            return tuple(turns)
         if not any(turn.role == "assistant" for turn in turns):
             raise RecordError("no answer")
         if turns[-1].role == "user":
@@ -383,50 +378,33 @@ class _RecordReader:
     def _question(self, asked: list[str], answer: str | None) -> Conversation:
         """A question, with what precedes it, and its answer if there is one."""
         values = self.values
-        if asked == ["instruction", "input"]:
-            parts = [clean_text(values[key], "question") for key in asked]
-            question: Any = "\n".join(parts)
-        elif len(asked) > 1:
+        if len(asked) > 1 and asked != ["instruction", "input"]:
             raise RecordError("several questions", f"{' and '.join(asked)}: name one with question=, and its answer=")
-        else:
-            question = values[asked[0]]
         letters = self._has("a") and self._has("b") and not self.layout.columns
         if letters or any(MULTIPLE_CHOICE.fullmatch(key) and self._has(key) for key in values):
             raise RecordError("multiple-choice question", "write the choices into the question, or name question=")
         caption = self._first(key for key in CAPTION_KEYS if key not in asked)
         if answer is None and caption:
-            raise RecordError(
-                "question beside a caption", f"{asked[0]} and {caption}: add question={asked[0]},answer={caption}"
-            )
-        before = values.get("history") or []
-        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in before):
+            way_out = f"add question={asked[0]},answer={caption}"
+            raise RecordError("question beside a caption", f"{asked[0]} and {caption}: {way_out}")
+        history = values.get("history") or []
+        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
             raise RecordError("history is not a list of questions with answers")
-        if isinstance(system := values.get("system"), str) and system.strip():
-            turns = [Turn("system", clean_text(system, "system text"))]
-        else:
-            turns = []
-        images = 0
-        for text in (*(pair[0] for pair in before), question):
-            images += text.count(IMAGE_TOKEN) if isinstance(text, str) else 0
-        if images and not self.has_image:
-            raise self._no_image(f"{IMAGE_TOKEN} without an image")
-        earliest = before[0][0] if before else question
-        leads = isinstance(earliest, str) and earliest.count(IMAGE_TOKEN) == images
-        self._check_places(images, leads and LEADING_IMAGES.fullmatch(earliest) is not None)
-        for past, reply in before:
-            turns += [Turn("user", _clean_question(past)), Turn("assistant", clean_text(reply, "answer"))]
-        question = _clean_question(question)
-        turns.append(Turn("user", question))
-        if answer is None and not isinstance(values.get("answers"), list | tuple):
-            return tuple(turns)
-        value = values[answer or "answers"]
-        if answer in (None, "answers") and not (
-            self.layout.columns or isinstance(_parse_list(value), list | tuple | dict)
-        ):
-            raise RecordError("answers are not a list, or it is empty", "add question= and answer= to read one text")
-        texts = [_as_label(value, question, asked[0])] if answer == "label" else _as_answers(value, answer == "answers")
-        (usual, _), *_ = Counter(texts).most_common(1)
-        return (*turns, Turn("assistant", usual, references=tuple(texts) if len(texts) > 1 else ()))
+        said = [text for pair in history for text in pair]
+        said.append(values[asked[0]] if len(asked) == 1 else [{"type": "text", "text": values[key]} for key in asked])
+        texts: list[str] = []
+        if answer == "label" and (asked == ["text"] or not isinstance(values["label"], list | tuple)):
+            texts = [_as_label(values["label"], values[asked[0]], asked[0])]
+        elif answer is not None or isinstance(values.get("answers"), list | tuple):
+            value = _parse_list(values[answer or "answers"]) if answer in (None, "answers") else values[answer]
+            if answer in (None, "answers") and not (self.layout.columns or isinstance(value, list | tuple | dict)):
+                raise RecordError("answers are not a list, or it is empty", "add question= and answer= to read a text")
+            texts = _as_answers(value)
+        (usual, _), *_ = Counter(texts).most_common(1) or [("", 0)]
+        said += [usual] if texts else []
+        messages = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(said)]
+        *turns, last = self._conversation(messages, is_question=not texts)
+        return (*turns, last._replace(references=tuple(texts)) if len(texts) > 1 else last)
 
     def _captions(self, key: str) -> list[Conversation | RecordError]:
         captions = _parse_list(self.values[key])
@@ -454,17 +432,6 @@ def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value) or value in ([], {}, ())
 
 
-def _clean_question(text: Any) -> str:
-    text = clean_text(text.replace(IMAGE_TOKEN, "") if isinstance(text, str) else text, "question")
-    _refuse_tags(text)
-    return text
-
-
-def _refuse_tags(question: str) -> None:
-    if found := OTHER_TAGS.search(question):
-        raise RecordError(f"{found[0]} in a question", "a sample is an image and text")
-
-
 def _parse_list(value: Any) -> Any:
     """The list that a text spells, as cells of csv files do; otherwise the value."""
     if isinstance(value, str) and re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
@@ -477,9 +444,8 @@ def _parse_list(value: Any) -> Any:
     return value
 
 
-def _as_answers(value: Any, may_be_list: bool) -> list[str]:
+def _as_answers(value: Any) -> list[str]:
     """The accepted answers: of one, or of a list of them, each also as {"answer"} or {"text"}."""
-    value = _parse_list(value) if may_be_list else value
     answers = []
     for item in value if isinstance(value, list | tuple) else [value]:
         if isinstance(item, Mapping):
@@ -495,11 +461,21 @@ def _as_answers(value: Any, may_be_list: bool) -> list[str]:
     return answers
 
 
-def _as_label(value: Any, question: str, asked: str) -> str:
+def _may_be_image(name: str, value: Any) -> bool:
+    """By its value, or by its name if it is no number."""
+    value = value[0] if isinstance(value, list | tuple) and value else value
+    if isinstance(value, Mapping):
+        value = b"" if value.get("bytes") else value.get("path") or ""
+    if isinstance(value, str):
+        return bool(IMAGE_FILE.match(value[:500]) or (value.strip() and IMAGE_LIKE.search(name)))
+    return value is not None and not isinstance(value, int | float | list | tuple)
+
+
+def _as_label(value: Any, question: Any, asked: str) -> str:
     word = str(value).strip().rstrip(".").lower()
     if word in ("yes", "no"):
         return word
-    if word in ("1", "0", "1.0", "0.0", "true", "false") and ASKS_YES_OR_NO.search(question):
+    if word in ("1", "0", "1.0", "0.0", "true", "false") and ASKS_YES_OR_NO.search(str(question)):
         return "yes" if word in ("1", "1.0", "true") else "no"
     if asked == "text" or not isinstance(value, str) or word.isdigit():
         raise RecordError(
@@ -514,13 +490,9 @@ def _names(record: Mapping[Any, Any]) -> str:
 
 def _hint(record: Mapping[Any, Any]) -> str:
     """The columns of a record of unknown layout, and the options that may read it."""
-    images, texts = list[str](), list[str]()
-    for name, value in record.items():
-        value = value[0] if isinstance(value, list | tuple) and value else value
-        if isinstance(value, str | int | float | list) and not IMAGE_FILE.match(str(value)[:500]):
-            texts.append(str(name))
-        elif value is not None and (not isinstance(value, Mapping) or {"bytes", "path"} & set(value)):
-            images.append(str(name))
+    images = [str(name) for name, value in record.items() if _may_be_image("", value)]
+    texts = [str(name) for name, value in record.items() if isinstance(value, str | int | float | list | tuple)]
+    texts = [name for name in texts if name not in images]
     words = [name for name in texts if not re.search(r"(?i)(^|_)(id|index|key|url|width|height|split|source)_*$", name)]
     words = [name for name in words if name != "label" and not _is_blank(record[name])] if len(words) > 1 else words
     asks = next((name for name in words if str(record[name]).strip().endswith("?")), None)

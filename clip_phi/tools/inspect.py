@@ -82,9 +82,14 @@ def inspect(options: argparse.Namespace) -> None:
         colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         for sample in show(indexes, processor, options.sample, options.num):
             print(format_sample(sample, colored))
-        if total == 0:
-            records = sum(index.report.records for index in indexes)
-            print(f"no sample can be used, of {records:,} records: see --summary")
+    report = Report()
+    for index in indexes:
+        report.add(index.report)
+    if summary is None and total == 0:
+        print(report.table())
+    if not (total if summary is None else summary["samples"]):
+        report = report if summary is None else Report.from_dict(summary)
+        raise ValueError(f"no sample can be used, of {report.records:,} records:\n{report.table()}")
 
 
 def find_processor(model: str | None) -> tuple[Any, str, int | None]:
@@ -98,6 +103,8 @@ def find_processor(model: str | None) -> tuple[Any, str, int | None]:
 
     from modeling_clip_phi import ClipPhiConfig, ClipPhiProcessor
 
+    from ..batching.attention import context_length
+
     name = model or str(DEMO_BACKBONES / "text")
     if model is None:
         processor = ClipPhiProcessor.from_backbones(str(DEMO_BACKBONES / "vision"), name)
@@ -110,7 +117,7 @@ def find_processor(model: str | None) -> tuple[Any, str, int | None]:
     if Path(name).is_dir() and not Path(name, "config.json").exists():  # a processor without a model
         return processor, name, None
     config: Any = (AutoConfig if model is None else ClipPhiConfig).from_pretrained(name)
-    return processor, name, config.get_text_config(decoder=True).max_position_embeddings
+    return processor, name, context_length(config)
 
 
 class Piece(NamedTuple):
@@ -202,9 +209,11 @@ def summarise(
 
     texts: names of the indexes. held_out: validation data, whose images are searched for in the indexes.
     records is always conversations + the sum of skipped. An image counts once, in however many samples it is."""
+    from ..batching.index import independent_turns_hint
+
     names, images, numbers = _find_images([*indexes, *held_out])
     checks = list(tqdm(check_images(images, num_workers), total=len(names), unit="image", dynamic_ncols=True))
-    report, sources = Report(), []
+    report, sources, hints = Report(), [], list[str]()
     measures, used_images = [np.zeros((0, 4), np.int64)], [np.zeros(0, np.int64)]
     for text, index, its_images in zip(texts, indexes, numbers, strict=False):
         found, measured = Report(), measure(index)
@@ -219,6 +228,8 @@ def summarise(
         used_images.append(its_images[used & (its_images >= 0)])
         counts = {"samples": int(used.sum()), "images": len(np.unique(used_images[-1]))}
         counts |= {"conversations": int(measures[-1][:, 0].sum()), "records": found.records}
+        counts |= {"captions": captions} if (captions := int(index.num_captions()[used].sum())) else {}
+        hints += [hint] if (hint := independent_turns_hint(index)) else []
         sources.append({"data": text, "kind": parse_source(text).kind, "skipped": found.num_skipped, **counts})
         report.add(found)
     lengths = np.concatenate(measures)[:, 2]
@@ -242,7 +253,7 @@ def summarise(
         **report.as_dict(),
         "duplicates": duplicates,
         "leakage": _leakage(numbers[len(indexes) :], names, checks, first_names) if held_out else None,
-    }
+    } | ({"hints": hints} if hints else {})
 
 
 def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], Iterator[Images | None], list[np.ndarray]]:
@@ -330,7 +341,8 @@ def _leakage(
             equal.append(f"{name} = {trained[check.pixels]}")
         elif distances.min(initial=64) <= ALIKE:
             look_alikes.append(f"{name} = {known[distances.argmin()]}")
-        elif (number := coco_id(name)) is not None and number in by_id:
+        # COCO names an image otherwise in 2014 and in 2017: equal names are of another data set.
+        elif (number := coco_id(name)) in by_id and number and Path(by_id[number]).name != Path(name).name:
             same_ids.append(f"{name} = {by_id[number]}")
     return {
         "images": len(equal),
@@ -361,10 +373,14 @@ def coco_id(name: str) -> str | None:
 
 def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The summary as lines of a label and a text."""
+    from ..batching.index import count_text
+
     for source in summary["sources"]:
-        what = "captions" if source["kind"] in ("coco", "karpathy") else "conversations"
-        text = f"{{data}}: {{images:,}} images, {{conversations:,}} {what}, {{skipped:,}} records skipped"
-        yield "data", text.format(**source)
+        captions = source.get("captions", 0)
+        text = count_text(source["images"], captions, source["conversations"] - captions)
+        yield "data", f"{source['data']}: {text}, {source['skipped']:,} records skipped"
+    for hint in summary.get("hints", []):
+        yield "hint", hint.removeprefix("hint: ")
     for label in ("records", "conversations", "samples", "images", "turns", "tokens"):
         yield label, f"{summary[label]:,}"
     yield "supervised tokens", f"{summary['supervised_tokens']:,} ({summary['share_supervised']:.1%})"
@@ -374,14 +390,18 @@ def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         most = max(lengths["histogram"].values())
         for bin, count in lengths["histogram"].items():
             yield f"  {bin}", f"{count:>9,} {'█' * -(-40 * count // most)}"
-    for what in ("skipped", "repaired"):
-        yield what, f"{sum(summary[what].values()):,}"
+    for what, label in (("skipped", "skipped"), ("repaired", "repaired"), ("filtered", "left out")):
+        if what not in summary:
+            continue
+        yield label, f"{sum(summary[what].values()):,}"
         for kind, count in sorted(summary[what].items(), key=lambda entry: (-entry[1], entry[0])):
             yield f"  {count:,}", kind
             yield from (("", f"  {example}") for example in summary["examples"][kind])
-    text = "{images:,} images equal another one, {samples:,} samples have the image of another"
-    yield "duplicates", text.format(**summary["duplicates"])
-    yield from (("", f"  {example}") for example in summary["duplicates"]["examples"])
+    duplicates = summary["duplicates"]
+    yield "duplicates", f"{duplicates['images']:,} images equal another one"
+    yield from (("", f"  {example}") for example in duplicates["examples"])
+    if shared := duplicates["samples"]:
+        yield "shared images", f"{shared:,} samples are about the image of another sample, in this source or another"
     if leakage := summary["leakage"]:
         yield "leakage", "{images:,} of {val_images:,} validation images are trained on".format(**leakage)
         yield from (("", f"  {example}") for example in leakage["examples"])
