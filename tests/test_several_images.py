@@ -96,7 +96,7 @@ def test_tokens_in_training_and_evaluation_are_those_of_serving(processor, model
     messages = [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": QUESTION}]}]
     expected, _ = processor.encode(messages, add_generation_prompt=True)
     assert trained[: len(expected)] == expected and expected.count(processor.image_token_id) == 8
-    assert index.packed_lengths().tolist() == [len(trained) - 1] and index.count() == (2, 1)
+    assert index.packed_lengths().tolist() == [len(trained) - 1] and index.count() == (2, 0, 1)
     assert index.image(0) == two.image and index.sample(0) == two
     eval_set = make_eval_set("vqa", [two, sample(3, 4)], Report())
     (question, _) = _questions(eval_set, "{question}", Decoding())["score"]

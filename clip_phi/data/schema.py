@@ -373,7 +373,7 @@ class _RecordReader:
             self.image = [*(self.image if self.num_images > 1 else [self.image]), value]
             self.num_images += 1
         elif isinstance(self.image, str) and value != self.image:
-            raise RecordError("two images for one place", f"{str(self.image)[:80]} and {str(value)[:80]}")
+            raise RecordError("several images", f"{str(self.image)[:80]} and {str(value)[:80]}")
 
     def _question(self, asked: list[str], answer: str | None) -> Conversation:
         """A question, with what precedes it, and its answer if there is one."""
