@@ -6,7 +6,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-demo test-full-size test-export test-oldest test-main test-oracle test-speech test-browser \
+.PHONY: install demo test test-demo test-full-size test-export test-oldest test-newest test-main test-oracle test-speech test-browser \
 	test-backbones test-benchmarks test-load test-gpu test-trl lint format bench clean
 
 install: .venv/installed
@@ -52,6 +52,18 @@ test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt \
 		-e . bitsandbytes pytest
 	@touch $@
+
+# The newest releases, also those that setup.cfg does not admit yet. What cannot work there is in tests/newest.py, and
+# printed with its reason. pip names the bounds that are exceeded.
+NEWEST := transformers|huggingface_hub|peft|accelerate|datasets|gradio
+
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,chat]'
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(subst |, ,$(NEWEST)) torch==2.13.0
+	.venv-newest/bin/python -m pip list --format freeze | grep -E '^($(NEWEST))=='
+	.venv-newest/bin/python -m pytest --newest -rx \
+		$(or $(ARGS),$(COMPATIBILITY) tests/test_attention.py tests/test_backbones.py tests/test_engine.py tests/test_hf_dataset.py)
 
 # Needs a network: the main branches of the libraries, to find what breaks before they are released.
 test-main:
@@ -128,4 +140,4 @@ bench: install
 	$(BIN)/python benchmarks/training.py $(or $(ARGS),--quick)
 
 clean:
-	rm -rf .venv .venv-oldest .venv-main .venv-trl .venv-vllm outputs build *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .venv-main .venv-trl .venv-vllm outputs build *.egg-info

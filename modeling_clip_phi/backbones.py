@@ -318,6 +318,8 @@ def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict
     found = load_file(cached_file(path, "model.safetensors", **own))
     copy_weights(path, {name: found[name] for name in found if "lora_" not in name}, projector, missing)
     if (folder := config.adapter) is not None:
+        if Path(folder).is_absolute() or ".." in Path(folder).parts:
+            raise ValueError(f"the adapter {folder} of {path} is not in its folder")
         peft = import_optional("peft", f"{path} holds a LoRA adapter")
         adapter_file = cached_file(path, f"{folder}/adapter_config.json", **own)
         adapter_config = peft.PeftConfig.from_pretrained(str(Path(adapter_file).parent))

@@ -1,6 +1,6 @@
 """Which decoders and towers are right: each family, tiny and with random weights, against its own plain form.
 
-    python tests/backbones.py --json OUT.json --table docs/backbones.md
+    python tests/backbones.py --json OUT.json --page docs/backbones.md
 
 Of a decoder: the loss of packed samples against each conversation alone in the decoder's own attention, the logits of
 a delta and of a merged model after reloading, generation with the cache and in a batch (by transformers and by the
@@ -24,7 +24,11 @@ from clip_phi.batching.attention import use_packed_attention
 from clip_phi.batching.encode import Encoded
 from clip_phi.batching.packing import build_shared_prefix, pack_samples
 from clip_phi.serving.engine import Engine
-from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
+from clip_phi.tools.plan import CARDS, make_plan
+from clip_phi.training.arguments import Stage1Arguments
+from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiProcessor
+from modeling_clip_phi.backbones import measure_tower
+from modeling_clip_phi.configuration_clip_phi import PHI_2, TINY_CLIP
 
 # Fields of decoders' configs for a tiny one; a config gets those that it has.
 TINY: dict[str, Any] = {"vocab_size": 320, "hidden_size": 32, "word_embed_proj_dim": 32, "intermediate_size": 64}
@@ -150,6 +154,89 @@ TOWERS: dict[str, Tower] = {
     "YOLOS (detection tokens)": ("yolos", PATCHES | {"image_size": [SIDE, SIDE]}, "ViTImageProcessor", EXACT, 0),
     "CLIP whose image processor gives other pixels": ("clip_vision_model", PATCHES, "CLIPImageProcessor", NARROW, 0),
 }
+
+
+def shape(hidden: int, layers: int, heads: int, kv_heads: int | None, intermediate: int, vocabulary: int) -> dict:
+    """A decoder's config in the order of a model's description."""
+    fields = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": vocabulary,
+    }
+    return fields | {"intermediate_size": intermediate} | ({"num_key_value_heads": kv_heads} if kv_heads else {})
+
+
+# Family: a model of it, and where its config differs from the defaults; of a tower also the pixels of its processor.
+EXAMPLES: dict[str, Any] = {
+    "Phi": ("microsoft/phi-2", {**PHI_2, "vocab_size": 51200}),
+    "Phi-3, sliding window": ("microsoft/Phi-3-mini-4k-instruct", {"sliding_window": 2047}),
+    "Llama": ("TinyLlama/TinyLlama-1.1B", shape(2048, 22, 32, 4, 5632, 32000)),
+    "Llama without a spare row (SmolLM2)": (
+        "HuggingFaceTB/SmolLM2-1.7B",
+        shape(2048, 24, 32, 32, 8192, 49152) | {"tie_word_embeddings": True},
+    ),
+    "SmolLM3": ("HuggingFaceTB/SmolLM3-3B", shape(2048, 36, 16, 4, 11008, 128256) | {"tie_word_embeddings": True}),
+    "Qwen2": ("Qwen/Qwen2.5-1.5B", shape(1536, 28, 12, 2, 8960, 151936) | {"tie_word_embeddings": True}),
+    "Qwen3": (
+        "Qwen/Qwen3-1.7B",
+        shape(2048, 28, 16, 8, 6144, 151936) | {"tie_word_embeddings": True, "head_dim": 128},
+    ),
+    "Mistral, sliding window": ("mistralai/Mistral-7B-v0.1", shape(4096, 32, 32, 8, 14336, 32000)),
+    "Gemma 3, mixed windows": (
+        "google/gemma-3-1b-pt",
+        shape(1152, 26, 4, 1, 6912, 262144) | {"head_dim": 256, "sliding_window": 512},
+    ),
+    "OLMo 2": ("allenai/OLMo-2-0425-1B", shape(2048, 16, 16, 16, 8192, 100352)),
+    "GPT-2": ("openai-community/gpt2", {}),
+    "GPT-NeoX (Pythia)": ("EleutherAI/pythia-1b", shape(2048, 16, 8, None, 8192, 50304)),
+    "OPT": ("facebook/opt-125m", {}),
+    "StarCoder2, sliding window": (
+        "bigcode/starcoder2-3b",
+        shape(3072, 30, 24, 2, 12288, 49152) | {"sliding_window": 4096},
+    ),
+    "CLIP": ("wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M", TINY_CLIP, 224),
+    "SigLIP and SigLIP 2, fixed size": ("google/siglip-base-patch16-224", {}, 224),
+    "AIMv2": ("apple/aimv2-large-patch14-224", {}, 224),
+    "ViT": ("google/vit-base-patch16-224", {}, 224),
+    "DeiT (CLS and distillation)": ("facebook/deit-base-distilled-patch16-224", {}, 224),
+    "BEiT": ("microsoft/beit-base-patch16-224", {}, 224),
+    "DINOv2, fewer pixels than its config": ("facebook/dinov2-base", {"patch_size": 14, "image_size": 518}, 224),
+    "DINOv2 with registers": ("facebook/dinov2-with-registers-base", {"patch_size": 14, "image_size": 518}, 224),
+    "DINOv3": ("facebook/dinov3-vits16-pretrain-lvd1689m", {"num_register_tokens": 4}, 224),
+    "ConvNeXt": ("facebook/convnext-tiny-224", {}, 224),
+    "ResNet": ("microsoft/resnet-50", {}, 224),
+    "Swin": ("microsoft/swin-tiny-patch4-window7-224", {}, 224),
+}
+PLANNED = ("t4-16", "l4-24", "a100-40")
+PAGE = """# Backbones
+
+`python tests/backbones.py --json OUT.json --page docs/backbones.md` makes this page from the results of the tests.
+
+Each family is tested with a tiny model of random weights. The fields of the examples' configs were typed in: those
+models were not downloaded.
+
+## Decoders
+
+"Right" means four things. The loss of packed samples equals that of each conversation alone in the decoder's own
+attention (a relative difference below 1e-5), with sliding windows shorter than a sample. A delta and a merged model
+give equal logits after reloading. Generation with the cache and in a batch gives the tokens of the whole sequence each
+time. So does the serving engine. A family that is not right is refused by one line, before training, at evaluation and
+by the engine.
+
+The last three columns are the largest `--max_tokens_per_batch` of stage 1 with TinyCLIP on a T4, an L4 and an A100, by
+`clip-phi plan`. It counts decoders with layers like Phi's and Llama's.
+
+DECODERS
+
+## Towers
+
+A tower is right if an image gives one feature for each patch, or for each place of the last but one feature map, with
+the pixels that its image processor really gives. CLS and registers are left out;
+`--vision_feature_select_strategy full` keeps them, and `--vision_feature_layer` chooses another hidden state.
+
+TOWERS
+"""
 
 
 def make_config(kind: str, changes: dict[str, Any], tiny: dict[str, Any] | None = None) -> Any:
@@ -316,12 +403,70 @@ def run(families: list[str] | None = None) -> dict[str, dict[str, Any]]:
     return found
 
 
+def find_plan(config: ClipPhiConfig, card: str) -> str:
+    """The largest stage 1 step on a card, as `clip-phi plan` counts it."""
+    try:
+        plan = make_plan(Stage1Arguments(stage=1), CARDS[card], 0.4, config)
+    except ValueError:  # plan knows decoders like Phi and Llama
+        return "not counted"
+    return f"{plan['max_tokens_per_batch']:,}" if plan["fits"] else "does not fit"
+
+
+def decoder_row(family: str, result: dict[str, Any]) -> list[str]:
+    if result["refused"]:
+        return [family, "refused: " + result["refused"].partition(": ")[2].partition("; choose")[0], *[""] * 5]
+    name, fields = EXAMPLES.get(family, ("", None))
+    if fields is None:
+        return [family, "right", *[""] * 5]
+    text = AutoConfig.for_model(DECODERS[family][0], **fields)
+    with torch.device("meta"):
+        decoder: Any = AutoModelForCausalLM.from_config(text)
+    count = sum(weight.numel() for weight in {id(each): each for each in decoder.parameters()}.values())
+    config = ClipPhiConfig(text_config=text, image_token_id=text.vocab_size)
+    return [family, "right", name, f"{count / 1e9:.2f} B", *(find_plan(config, card) for card in PLANNED)]
+
+
+def tower_row(family: str, result: dict[str, Any]) -> list[str]:
+    if result["refused"]:
+        return [family, "refused", *[""] * 4]
+    name, fields, side = EXAMPLES.get(family, ("", None, 0))
+    if fields is None:
+        return [family, "right", *[""] * 4]
+    vision = AutoConfig.for_model(TOWERS[family][0], **fields)
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in AutoModel.from_config(vision).parameters())
+    tokens, width = measure_tower(ClipPhiConfig(vision_config=vision), side, side)
+    return [family, "right", name, f"{count / 1e6:.0f} M", f"{side} x {side}", f"{tokens} of {width}"]
+
+
+def as_table(titles: list[str], rows: list[list[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_page(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """docs/backbones.md, from the results of all families."""
+    decoders = [decoder_row(family, result) for family, result in found["decoders"].items()]
+    towers = [tower_row(family, result) for family, result in found["towers"].items()]
+    largest = [f"{GB} GB" for GB in (16, 24, 40)]
+    titles = ["family", "result", "for example", "parameters", *largest]
+    page = PAGE.replace("DECODERS\n", as_table(titles, decoders))
+    titles = ["family", "result", "for example", "parameters", "pixels", "tokens an image, and their width"]
+    path.write_text(page.replace("TOWERS\n", as_table(titles, towers)), encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", metavar="FILE", required=True, help="file for the results")
     parser.add_argument("--families", nargs="*", metavar="NAME", help="these families only")
+    parser.add_argument("--page", metavar="FILE", help="page of documentation to write from the results")
+    parser.add_argument("--keep", action="store_true", help="do not run again: the results are in the file already")
     options = parser.parse_args(argv)
-    Path(options.json).write_text(json.dumps(run(options.families), indent=1) + "\n")
+    path = Path(options.json)
+    if not options.keep:
+        path.write_text(json.dumps(run(options.families), indent=1) + "\n")
+    if options.page:
+        write_page(json.loads(path.read_text()), Path(options.page))
 
 
 if __name__ == "__main__":

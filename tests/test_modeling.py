@@ -608,6 +608,15 @@ def test_adapter_is_saved_in_a_delta_and_folded_into_a_merged_checkpoint(adapted
     assert (logits(merged, inputs) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("place", ["../elsewhere", "/elsewhere"])
+def test_an_adapter_outside_of_the_models_folder_is_refused(place, adapted, tmp_path):
+    adapted.save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"adapter": "adapter"', f'"adapter": "{place}"'))
+    with pytest.raises(ValueError, match=f"the adapter {place} of .* is not in its folder"):
+        ClipPhiForCausalLM.from_pretrained(tmp_path / "model")
+
+
 def test_adapter_without_peft_is_one_line(adapted, tmp_path, monkeypatch):
     adapted.save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "peft", None)

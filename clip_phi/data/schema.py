@@ -39,11 +39,15 @@ ANSWER_KEYS = ("answers", "answer", "multiple_choice_answer", "response", "outpu
 CAPTION_KEYS = ("captions", "caption", "sentences", "text", "txt")
 COLUMNS = ("image", "question", "answer", "caption", "conversations")  # what Layout.columns may name
 RATINGS = ("relevance", "visual_dependency", "image_correspondence", "formatting")  # of FineVision
-# Beside a caption, such a column may be the question to which the caption is the answer.
-QUESTION_LIKE = re.compile("question|query|instruct|prompt|problem|input|answer|response|output|label|choice|option")
-MULTIPLE_CHOICE = re.compile("choices?|options?")
+# Columns that are not left unread beside a caption, to which they may be the question; beside a question that has an
+# answer, or a conversation; and beside a question without one.
+BESIDE_CAPTION = (
+    "question|query|instruct|prompt|problem|input|answer|response|output|label|choice|option|caption|^te?xt$"
+)
+BESIDE_ANSWER = f"^({'|'.join(QUESTION_KEYS)}|choices?|options?|[a-d])$"
+BESIDE_QUESTION = f"{BESIDE_ANSWER}|caption|sentences|^te?xt$"
 IMAGE_LIKE = re.compile(r"(^|_)(im(age|g)s?|photos?|pictures?|frames?)(_?(path|file|name|url|0|1))?$")
-TEXT_KEYS = {*CONVERSATION_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, *CAPTION_KEYS}
+TEXT_KEYS = {*CONVERSATION_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, *CAPTION_KEYS}  # whose values are no images
 OTHER_MEDIA = re.compile("(video|audio)s?(_|$)")
 LEADING_IMAGES = re.compile(rf"(\s*{IMAGE_TOKEN})*((?!{IMAGE_TOKEN}).)*", re.DOTALL)
 OTHER_TAGS = re.compile("<(video|audio|bbox|ref-object|img)>")
@@ -177,16 +181,15 @@ class _RecordReader:
         names = {str(key).lower(): key for key in record}
         columns = self.layout.columns
         if absent := [column for column in columns.values() if column not in record]:
-            raise RecordError(f"no column {absent[0]!r}", f"columns {_names(record)}")
-        if "image" in columns:
-            names["image"] = columns["image"]
+            raise RecordError(f"no column {absent[0]!r}", f"columns {', '.join(map(str, record))[:200]}")
         self.values = values = {key: record[name] for key, name in names.items()}
         if columns:
-            values = {key: value for key, value in values.items() if key in IMAGE_KEYS}
+            images = {key: value for key, value in values.items() if key in IMAGE_KEYS and "image" not in columns}
             fields = {"answer": "answers", "caption": "captions"}
-            values |= {fields.get(key, key): record[name] for key, name in columns.items()}
-            self.values = values
-        elif media := next((key for key in values if OTHER_MEDIA.match(key) and self._has(key)), None):
+            self.values = values = images | {fields.get(key, key): record[name] for key, name in columns.items()}
+            names |= columns
+        self.filled = {key: None for key, value in values.items() if not _is_blank(value)}
+        if media := next(filter(OTHER_MEDIA.match, self.filled), None):
             raise RecordError("video or audio", f"column {names[media]}; a sample is an image and text")
         if key := self._first(IMAGE_KEYS):
             self.image, self.column = values[key], str(names[key])
@@ -200,22 +203,26 @@ class _RecordReader:
                     self.image = self.image[places[0]] if places else None
         conversations = self._conversations()
         if not (self.has_image or columns):
-            others = values.keys() - TEXT_KEYS - set(IMAGE_KEYS)
-            unread = [key for key in values if key in others and _may_be_image(key, values[key])]
+            unread = [key for key in self.filled if key not in TEXT_KEYS and _may_be_image(key, values[key])]
             if key := next(iter(unread), None):
                 raise RecordError("image column of an unknown name", f"{names[key]}: add ,image={names[key]}")
         return conversations
 
-    def _has(self, key: str) -> bool:
-        return not _is_blank(self.values.get(key))
-
     def _first(self, keys: Iterable[str]) -> str | None:
-        return next((key for key in keys if self._has(key)), None)
+        return next((key for key in keys if key in self.filled), None)
+
+    def _refuse_unread(self, used: list[str], beside: str) -> None:
+        """Refuse the record if a column like `beside` says something else than those that are used."""
+        unread = [key for key in self.filled if key not in used and re.search(beside, key)]
+        if unread := [key for key in unread if self.values[key] not in [self.values[each] for each in used]]:
+            way_out = "name what is read with question= and answer=, or caption=, or conversations="
+            raise RecordError("ambiguous columns", f"{', '.join(unread)} beside {', '.join(used)}: {way_out}")
 
     def _conversations(self) -> list[Conversation | RecordError]:
         values = self.values
         said = self._first(CONVERSATION_KEYS) or next((key for key in CONVERSATION_KEYS[:2] if key in values), "")
         if values.get(said) is not None:
+            self._refuse_unread([said], BESIDE_ANSWER)
             return self._turns(values[said])
         if self.layout.min_ratings:
             raise RecordError("no ratings", "min_rating is for records with texts and *_ratings")
@@ -228,9 +235,10 @@ class _RecordReader:
                     raise RecordError("prompt or completion is neither text nor a list")
                 messages += part
             return [self._conversation(messages)]
-        asked = [key for key in QUESTION_KEYS if self._has(key)]
+        asked = [key for key in QUESTION_KEYS if key in self.filled]
+        asked = asked[:2] if asked[:2] == ["instruction", "input"] else asked[:1]
         answer = self._first(ANSWER_KEYS)
-        if not asked and self._has("text") and (answer or self._has("question_id")):
+        if not asked and "text" in self.filled and (answer or "question_id" in self.filled):
             asked = ["text"]
         if not asked and answer == "suffix":
             return self._captions("suffix")
@@ -239,12 +247,7 @@ class _RecordReader:
         caption = self._first(CAPTION_KEYS) or next((key for key in CAPTION_KEYS if values.get(key) is not None), None)
         if caption is None:
             raise RecordError("no conversation, question or caption", _hint(self.record))
-        if unlike := [key for key in values if QUESTION_LIKE.search(key) and self._has(key)]:
-            way_out = f"add ,caption={caption} to learn it without, or name the columns with question= and answer="
-            raise RecordError("caption beside what may be a question", f"{caption} and {', '.join(unlike)}: {way_out}")
-        others = [key for key in CAPTION_KEYS if self._has(key) and values[key] != values[caption]]
-        if others:
-            raise RecordError("several captions columns", f"{caption} and {', '.join(others)}: add caption=COLUMN")
+        self._refuse_unread([caption], BESIDE_CAPTION)
         return self._captions(caption)
 
     def _no_image(self, kind: str) -> RecordError:
@@ -263,12 +266,7 @@ class _RecordReader:
             messages = [{"role": role, "content": pair.get(role)} for pair in kept for role in roles]
         elif self.layout.min_ratings:
             raise RecordError("no ratings", "min_rating is for records with texts and *_ratings")
-        conversation = self._conversation(messages)
-        said = "\n".join(turn.text for turn in conversation)
-        for key in QUESTION_KEYS:
-            if self._has(key) and str(self.values[key]).replace(IMAGE_TOKEN, "").strip() not in said:
-                raise RecordError("question beside a conversation", f"column {key}; add conversations= to ignore it")
-        return [conversation]
+        return [self._conversation(messages)]
 
     def _is_rated_well(self, place: int) -> bool:
         for name, least in self.layout.min_ratings.items():
@@ -378,15 +376,7 @@ class _RecordReader:
     def _question(self, asked: list[str], answer: str | None) -> Conversation:
         """A question, with what precedes it, and its answer if there is one."""
         values = self.values
-        if len(asked) > 1 and asked != ["instruction", "input"]:
-            raise RecordError("several questions", f"{' and '.join(asked)}: name one with question=, and its answer=")
-        letters = self._has("a") and self._has("b") and not self.layout.columns
-        if letters or any(MULTIPLE_CHOICE.fullmatch(key) and self._has(key) for key in values):
-            raise RecordError("multiple-choice question", "write the choices into the question, or name question=")
-        caption = self._first(key for key in CAPTION_KEYS if key not in asked)
-        if answer is None and caption:
-            way_out = f"add question={asked[0]},answer={caption}"
-            raise RecordError("question beside a caption", f"{asked[0]} and {caption}: {way_out}")
+        self._refuse_unread([*asked, *([answer] if answer else [])], BESIDE_ANSWER if answer else BESIDE_QUESTION)
         history = values.get("history") or []
         if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
             raise RecordError("history is not a list of questions with answers")
@@ -484,24 +474,21 @@ def _as_label(value: Any, question: Any, asked: str) -> str:
     return clean_text(value, "label")
 
 
-def _names(record: Mapping[Any, Any]) -> str:
-    return ", ".join(map(str, record))[:200]
-
-
 def _hint(record: Mapping[Any, Any]) -> str:
     """The columns of a record of unknown layout, and the options that may read it."""
-    images = [str(name) for name, value in record.items() if _may_be_image("", value)]
-    texts = [str(name) for name, value in record.items() if isinstance(value, str | int | float | list | tuple)]
-    texts = [name for name in texts if name not in images]
-    words = [name for name in texts if not re.search(r"(?i)(^|_)(id|index|key|url|width|height|split|source)_*$", name)]
-    words = [name for name in words if name != "label" and not _is_blank(record[name])] if len(words) > 1 else words
-    asks = next((name for name in words if str(record[name]).strip().endswith("?")), None)
-    if asks is None and len(words) > 1:
-        asks = next((name for name in words if name.lower().startswith(("q", "instr", "prompt"))), words[0])
-    answers = [name for name in words if name != asks]
-    options = [f"image={name}" for name in images[:1]]
-    if asks is not None:
-        options += [f"question={asks}", *(f"answer={name}" for name in answers[:1])]
-    else:
-        options += [f"caption={name}" for name in answers[:1]]
-    return f"columns {_names(record)}; to read them, add for example ,{','.join(options or ['image=COLUMN'])}"
+    image = next((name for name, value in record.items() if _may_be_image("", value)), None)
+    no_text = re.compile(r"(?i)(^|_)(id|index|key|url|width|height|split|source)_*$")
+    texts = [
+        name for name, value in record.items() if name != image and not (_is_blank(value) or no_text.search(str(name)))
+    ]
+    asks = [name for name in texts if str(record[name]).strip().endswith("?") or str(name).lower().startswith("q")]
+    question = next(iter(asks), texts[0] if len(texts) > 1 else None)
+    others = [name for name in texts if name != question]
+    roles = {
+        "image": image,
+        "question": question,
+        "caption" if question is None else "answer": next(iter(others), None),
+    }
+    options = ",".join(f"{role}={name}" for role, name in roles.items() if name is not None)
+    names = ", ".join(map(str, record))[:200]
+    return f"columns {names}; to read them, add for example ,{options or 'image=COLUMN'}"
