@@ -80,7 +80,8 @@ def _fit(
     if any(turn.speech is not None and turn.transcript is None for turn in conversation):
         raise RecordError("speech without a transcript", "run 'clip-phi speech transcribe --data DATA' first")
     if not any(turn.role == "assistant" for turn in conversation):
-        raise RecordError("question without an answer", "it can be evaluated on, not trained on")
+        kind = "question without an answer" if conversation else "image without a caption"
+        raise RecordError(kind, "it can be evaluated on, not trained on")
     # An answer ends where the next token is not supervised.
     following = [*tokens.labels[1:], IGNORE_INDEX]
     pairs = enumerate(zip(tokens.labels, following, strict=True), start=1)

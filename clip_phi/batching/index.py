@@ -178,9 +178,9 @@ class Index:
 
 def count_text(images: int, captions: int, conversations: int) -> str:
     """4,000 images, 20,000 captions, 8,000 conversations; without what there is none of."""
-    named = {"captions": captions} if captions and not conversations else {"conversations": conversations}
-    named = {"captions": captions} | named if captions else named
-    return ", ".join(f"{count:,} {name}" for name, count in ({"images": images} | named).items())
+    texts = [f"{captions:,} captions"] * bool(captions)
+    texts += [f"{conversations:,} conversations"] * bool(conversations or not captions)
+    return ", ".join([f"{images:,} images", *texts])
 
 
 def independent_turns_hint(index: Index) -> str | None:

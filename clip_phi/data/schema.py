@@ -1,20 +1,10 @@
 """One record of any layout that people use, as a mapping, to the conversations of a Sample.
 
-A record has an image (or none) and one of
-    conversations, messages   turns of {"from", "value"} or {"role", "content"}    LLaVA, ShareGPT4V, transformers
-    texts                     [{"user", "assistant"}], perhaps with *_ratings      The Cauldron, FineVision
-    prompt, completion        two texts, or two lists of such turns                TRL
-    query, response, history  history: [[question, answer]]                        ms-swift
-    instruction, input, output                                                     Alpaca
-    prefix, suffix            a blank prefix makes the suffix a caption            PaliGemma
-    question, answers (answer, multiple_choice_answer)                             VQA and its kind
-    text, label               label: yes or no, 1 or 0                             POPE
-    text, question_id         a question without an answer, to evaluate on         LLaVA's question files
-    captions (caption, sentences, text or txt)        one text or a list, and no column that may be a question
-Answers are texts, numbers, booleans, {"answer"}, or lists of them; the most frequent one is learnt. content is a text
-or a list of {"type": "text", "text"} and {"type": "image"}, which may name its image. Beside a user's text may be
-"speech" (a recording, whose transcript precedes the text) and "transcript" (what is said in it). Without a text the
-question itself is spoken, and the text becomes SPOKEN_INSTRUCTION. Layout names the columns of everything else.
+docs/data.md has an example of each layout. Names of columns are read in any case. Answers are texts, numbers, booleans,
+{"answer"}, or lists of them; the most frequent one is learnt. Beside a user's text may be "speech" (a recording, whose
+transcript precedes the text) and "transcript" (what is said in it). Without a text the question itself is spoken, and
+the text becomes SPOKEN_INSTRUCTION. Layout names the columns of everything else. What may be read in two ways is
+refused: a question is never dropped.
 """
 
 import ast

@@ -111,7 +111,7 @@ def format_result(result: dict[str, Any]) -> str:
     data = result["data"]
     if "score" not in result:
         count = data["without_reference"]
-        return f"{result['task']} on {data['images']:,} images: {count:,} questions without an answer to compare with"
+        return f"{result['task']} on {data['images']:,} images: {count:,} samples without a reference: no score"
     rows = summary(result)
     head = f"{result['task']} on {data['images']:,} images, {data['samples']:,} samples"
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

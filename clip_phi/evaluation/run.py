@@ -73,7 +73,7 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
         folder = output / f"{options.task}.answers"
         evaluation = evaluate_answers(model, processor, eval_set, decoding, folder=folder, model_hash=sha256, **common)
     if state.is_main_process:
-        if options.task == "captions":
+        if options.task == "captions" and eval_set.items:
             add_caption_metrics(evaluation, eval_set, model, options.clip, options.meteor, log)
         result = evaluation.result
         result["data"] = {"source": " + ".join(map(portable, texts))} | result["data"]

@@ -135,11 +135,12 @@ def make_eval_set(
 
 def _items(task: str, sample: Sample, left_out: Counter[str]) -> Iterator[EvalItem]:
     """The items about the image of a sample; their image is -1. Counts what is left out."""
-    captions = [conversation[0].text for conversation in sample.conversations if conversation[0].role == "assistant"]
+    first_turns = [conversation[0] for conversation in sample.conversations if conversation]
+    captions = [turn.text for turn in first_turns if turn.role == "assistant"]
     ids = sample.ids or ((0, None),) * len(sample.origins)
     if task == "captions":
-        left_out["conversation, not a caption"] += len(sample.conversations) - len(captions)
-        if captions:
+        left_out["conversation, not a caption"] += len(first_turns) - len(captions)
+        if captions or not first_turns:
             yield EvalItem(-1, None, tuple(captions), sample.origins[0], id=ids[0])
         return
     if task == "loss":

@@ -381,8 +381,11 @@ def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "data", f"{source['data']}: {text}, {source['skipped']:,} records skipped"
     for hint in summary.get("hints", []):
         yield "hint", hint.removeprefix("hint: ")
-    for label in ("records", "conversations", "samples", "images", "turns", "tokens"):
-        yield label, f"{summary[label]:,}"
+    captions = sum(source.get("captions", 0) for source in summary["sources"])
+    counts = {"captions": captions, **summary, "conversations": summary["conversations"] - captions}
+    shown = ["captions"] * bool(captions) + ["conversations"] * (counts["conversations"] > 0 or not captions)
+    for label in ("records", *shown, "samples", "images", "turns", "tokens"):
+        yield label, f"{counts[label]:,}"
     yield "supervised tokens", f"{summary['supervised_tokens']:,} ({summary['share_supervised']:.1%})"
     if lengths := summary["lengths"]:
         text = "min {min:,}, median {median:,.0f}, mean {mean:,.1f}, 95 % {p95:,}, max {max:,}"
