@@ -22,6 +22,7 @@ from clip_phi.evaluation.report import format_comparison
 
 DOCS = (Path(__file__).parent.parent / "docs/data.md").read_text(encoding="utf-8")
 A = {"image": "a.jpg"}
+UNREAD = "ambiguous columns"
 SAID = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "yes"}]
 TURNS = [
     {"user": "red?", "assistant": "no"},
@@ -144,18 +145,18 @@ def test_a_row_is_read_with_its_question(read, row, said):
 @pytest.mark.parametrize(
     ("row", "kind", "way_out"),
     [
-        (A | {"question": "Q?", "caption": "a cat"}, "question beside a caption", "question=question,answer=caption"),
-        (A | {"prompt": "Q?", "text": "a cat"}, "question beside a caption", "question=prompt,answer=text"),
+        (A | {"question": "Q?", "caption": "a cat"}, UNREAD, "caption beside question: "),
+        (A | {"prompt": "Q?", "text": "a cat"}, UNREAD, "text beside prompt: "),
         (A | {"text": "a cat", "label": 3}, "label is not yes or no", "question=text,answer=label"),
         (A | {"text": "a cat", "label": 1}, "label is not yes or no", "1"),
-        (A | {"caption": "a cat", "label": 3}, "caption beside what may be a question", ",caption=caption"),
-        (A | {"caption": "a cat", "question_id": 3}, "caption beside what may be a question", "question_id"),
-        (A | {"caption": "a cat", "user_prompt": "x"}, "caption beside what may be a question", "user_prompt"),
-        (A | {"text": "a cat", "caption": "a dog"}, "several captions columns", "caption=COLUMN"),
-        (A | {"instruction": "I", "question": "Q?", "answer": "x"}, "several questions", "question="),
-        (A | {"question": "Q?", "choices": ["x", "y"], "answer": 1}, "multiple-choice question", "choices"),
-        (A | {"question": "Q?", "A": "x", "B": "y", "answer": "A"}, "multiple-choice question", "choices"),
-        (A | {"conversations": SAID, "question": "Red?"}, "question beside a conversation", "question"),
+        (A | {"caption": "a cat", "label": 3}, UNREAD, "label beside caption: "),
+        (A | {"caption": "a cat", "question_id": 3}, UNREAD, "question_id beside caption: "),
+        (A | {"caption": "a cat", "user_prompt": "x"}, UNREAD, "user_prompt beside caption: "),
+        (A | {"text": "a cat", "caption": "a dog"}, UNREAD, "text beside caption: "),
+        (A | {"instruction": "I", "question": "Q?", "answer": "x"}, UNREAD, "instruction beside question, answer: "),
+        (A | {"question": "Q?", "choices": ["x", "y"], "answer": 1}, UNREAD, "choices beside question, answer: "),
+        (A | {"question": "Q?", "A": "x", "B": "y", "answer": "A"}, UNREAD, "a, b beside question, answer: "),
+        (A | {"conversations": SAID, "question": "Red?"}, UNREAD, "question beside conversations: "),
         ({"video": "v.mp4", "conversations": SAID}, "video or audio", "column video"),
         (A | {"videos": ["v.mp4"], "question": "Q?", "answer": "x"}, "video or audio", "column videos"),
         ({"video": "v.mp4", "caption": "c"}, "video or audio", "column video"),
@@ -421,6 +422,7 @@ def test_images_of_two_sources_are_shared_and_numbers_of_another_drawn_set_are_n
     lines = [" ".join(line.split()) for line in printed.splitlines()]
     assert status == 0 and f"data {first}: 6 images, 30 captions, 0 records skipped" in lines
     assert f"data {llava}: 6 images, 12 conversations, 0 records skipped" in lines
+    assert lines[3:7] == ["records 42", "captions 30", "conversations 12", "samples 12"]
     assert "duplicates 0 images equal another one" in lines
     assert "shared images 6 samples are about the image of another sample, in this source or another" in lines
     assert lines[-1] == "leakage 0 of 6 validation images are trained on"

@@ -1,20 +1,10 @@
 """One record of any layout that people use, as a mapping, to the conversations of a Sample.
 
-A record has an image (or none) and one of
-    conversations, messages   turns of {"from", "value"} or {"role", "content"}    LLaVA, ShareGPT4V, transformers
-    texts                     [{"user", "assistant"}], perhaps with *_ratings      The Cauldron, FineVision
-    prompt, completion        two texts, or two lists of such turns                TRL
-    query, response, history  history: [[question, answer]]                        ms-swift
-    instruction, input, output                                                     Alpaca
-    prefix, suffix            a blank prefix makes the suffix a caption            PaliGemma
-    question, answers (answer, multiple_choice_answer)                             VQA and its kind
-    text, label               label: yes or no, 1 or 0                             POPE
-    text, question_id         a question without an answer, to evaluate on         LLaVA's question files
-    captions (caption, sentences, text or txt)        one text or a list, and no column that may be a question
-Answers are texts, numbers, booleans, {"answer"}, or lists of them; the most frequent one is learnt. content is a text
-or a list of {"type": "text", "text"} and {"type": "image"}, which may name its image. Beside a user's text may be
-"speech" (a recording, whose transcript precedes the text) and "transcript" (what is said in it). Without a text the
-question itself is spoken, and the text becomes SPOKEN_INSTRUCTION. Layout names the columns of everything else.
+docs/data.md has an example of each layout. Names of columns are read in any case. Answers are texts, numbers, booleans,
+{"answer"}, or lists of them; the most frequent one is learnt. Beside a user's text may be "speech" (a recording, whose
+transcript precedes the text) and "transcript" (what is said in it). Without a text the question itself is spoken, and
+the text becomes SPOKEN_INSTRUCTION. Layout names the columns of everything else. What may be read in two ways is
+refused: a question is never dropped.
 """
 
 import ast
@@ -25,7 +15,7 @@ from typing import Any, NamedTuple
 
 from .files import clean_text
 from .report import RecordError, Report, Skip
-from .sample import SPOKEN_INSTRUCTION, Conversation, File, Sample, Turn
+from .sample import SPOKEN_INSTRUCTION, Conversation, File, Images, Sample, Turn
 
 IMAGE_TOKEN = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -39,12 +29,17 @@ ANSWER_KEYS = ("answers", "answer", "multiple_choice_answer", "response", "outpu
 CAPTION_KEYS = ("captions", "caption", "sentences", "text", "txt")
 COLUMNS = ("image", "question", "answer", "caption", "conversations")  # what Layout.columns may name
 RATINGS = ("relevance", "visual_dependency", "image_correspondence", "formatting")  # of FineVision
-# Beside a caption, such a column may be the question to which the caption is the answer.
-QUESTION_LIKE = re.compile("question|query|instruct|prompt|problem|input|answer|response|output|label|choice|option")
-MULTIPLE_CHOICE = re.compile("choices?|options?")
+# Columns that are not left unread beside a caption, to which they may be the question; beside a question that has an
+# answer, or a conversation; and beside a question without one.
+BESIDE_CAPTION = (
+    "question|query|instruct|prompt|problem|input|answer|response|output|label|choice|option|caption|^te?xt$"
+)
+BESIDE_ANSWER = f"^({'|'.join(QUESTION_KEYS)}|choices?|options?|[a-d])$"
+BESIDE_QUESTION = f"{BESIDE_ANSWER}|caption|sentences|^te?xt$"
 IMAGE_LIKE = re.compile(r"(^|_)(im(age|g)s?|photos?|pictures?|frames?)(_?(path|file|name|url|0|1))?$")
-TEXT_KEYS = {*CONVERSATION_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, *CAPTION_KEYS}
+TEXT_KEYS = {*CONVERSATION_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, *CAPTION_KEYS}  # whose values are no images
 OTHER_MEDIA = re.compile("(video|audio)s?(_|$)")
+LEADING_IMAGES = re.compile(rf"(\s*{IMAGE_TOKEN})*((?!{IMAGE_TOKEN}).)*", re.DOTALL)
 OTHER_TAGS = re.compile("<(video|audio|bbox|ref-object|img)>")
 IMAGE_FILE = re.compile(r"(?i)data:image|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]|hif)$")
 ASKS_YES_OR_NO = re.compile(
@@ -81,7 +76,7 @@ def read_records(
 
     group: make one Sample of all records about one image, in order of first appearance, and skip a record that is
     there twice. Otherwise every record is a Sample of its own."""
-    groups: dict[Any, tuple[File | bytes | None, list[tuple[Conversation, str, tuple[int, Any]]]]] = {}
+    groups: dict[Any, tuple[Images | None, list[tuple[Conversation, str, tuple[int, Any]]]]] = {}
     seen: set[tuple[Any, Conversation, Any]] = set()
     for number, (origin, record) in enumerate(records):
         origins = [origin] if isinstance(origin, str) else origin
@@ -92,7 +87,7 @@ def read_records(
                 conversations = [part for each in conversations for part in _split_turns(each)]
             if len(origins) != len(conversations):
                 origins = origins[:1] * len(conversations) or origins
-            image = find(reader.image, reader.column, "image") if conversations and reader.has_image else None
+            image = reader.find_image() if conversations else None
         except RecordError as error:
             report.reject(error.kind, origins[0], error.detail, len(origins))
             continue
@@ -136,7 +131,7 @@ def _split_turns(conversation: Conversation | RecordError) -> list[Conversation 
 class _RecordReader:
     """Reads one record, with read(). What it finds beside the conversations:
 
-    image: as it is in the record; column: its column and place. has_image: whether there is one.
+    image: as it is in the record, a list of several; column: its column and place. has_image: whether there is one.
     repairs: kinds of repair. filtered: the number of turns that min_ratings leaves out."""
 
     def __init__(self, find: Find, layout: Layout):
@@ -145,10 +140,28 @@ class _RecordReader:
         self.column = ""
         self.repairs: list[str] = []
         self.filtered = 0
+        self.num_images = 1
+        self.images_lead = True  # whether every <image> of a question precedes its text
 
     @property
     def has_image(self) -> bool:
         return self.image is not None
+
+    def find_image(self) -> Images | None:
+        if self.num_images == 1:
+            return self.find(self.image, self.column, "image") if self.has_image else None
+        places = (f"{self.column}/{place}" for place in range(len(self.image)))
+        both = [each for each in zip(self.image, places, strict=True) if not _is_blank(each[0])]
+        return tuple(self.find(value, place, "image") for value, place in both)
+
+    def _check_places(self, count: int, are_first: bool = True) -> None:
+        """Raises RecordError if <image> is there count times, and not once for each image, before the text."""
+        if count > 1 and self.num_images == 1:
+            raise RecordError(f"several {IMAGE_TOKEN} for one image", f"{count} of them")
+        if count and count != self.num_images:
+            raise RecordError(f"{IMAGE_TOKEN} not once for each image", f"{count} of them, {self.num_images} images")
+        if count > 1 and not (are_first and self.images_lead):
+            raise RecordError(f"several images, but an {IMAGE_TOKEN} after text", "put all before the first question")
 
     def read(self, record: Any) -> list[Conversation | RecordError]:
         """The conversations, or what is wrong with them. Raises RecordError if that holds for all of the record."""
@@ -158,43 +171,48 @@ class _RecordReader:
         names = {str(key).lower(): key for key in record}
         columns = self.layout.columns
         if absent := [column for column in columns.values() if column not in record]:
-            raise RecordError(f"no column {absent[0]!r}", f"columns {_names(record)}")
-        if "image" in columns:
-            names["image"] = columns["image"]
+            raise RecordError(f"no column {absent[0]!r}", f"columns {', '.join(map(str, record))[:200]}")
         self.values = values = {key: record[name] for key, name in names.items()}
         if columns:
-            values = {key: value for key, value in values.items() if key in IMAGE_KEYS}
+            images = {key: value for key, value in values.items() if key in IMAGE_KEYS and "image" not in columns}
             fields = {"answer": "answers", "caption": "captions"}
-            values |= {fields.get(key, key): record[name] for key, name in columns.items()}
-            self.values = values
-        elif media := next((key for key in values if OTHER_MEDIA.match(key) and self._has(key)), None):
+            self.values = values = images | {fields.get(key, key): record[name] for key, name in columns.items()}
+            names |= columns
+        self.filled = {key: None for key, value in values.items() if not _is_blank(value)}
+        if media := next(filter(OTHER_MEDIA.match, self.filled), None):
             raise RecordError("video or audio", f"column {names[media]}; a sample is an image and text")
         if key := self._first(IMAGE_KEYS):
             self.image, self.column = values[key], str(names[key])
             if isinstance(self.image, list | tuple):
                 places = [place for place, each in enumerate(self.image) if not _is_blank(each)]
-                if len(places) > 1:
-                    raise RecordError("several images", f"{len(places)} of them; a sample has one")
-                self.column += f"/{places[0] if places else 0}"
-                self.image = self.image[places[0]] if places else None
+                if len(places) > 1 and key not in ("image", "images"):
+                    raise RecordError("several images", f"{len(places)} of them in {self.column}")
+                self.num_images = max(1, len(places))
+                if self.num_images == 1:
+                    self.column += f"/{places[0] if places else 0}"
+                    self.image = self.image[places[0]] if places else None
         conversations = self._conversations()
         if not (self.has_image or columns):
-            others = values.keys() - TEXT_KEYS - set(IMAGE_KEYS)
-            unread = [key for key in values if key in others and _may_be_image(key, values[key])]
+            unread = [key for key in self.filled if key not in TEXT_KEYS and _may_be_image(key, values[key])]
             if key := next(iter(unread), None):
                 raise RecordError("image column of an unknown name", f"{names[key]}: add ,image={names[key]}")
         return conversations
 
-    def _has(self, key: str) -> bool:
-        return not _is_blank(self.values.get(key))
-
     def _first(self, keys: Iterable[str]) -> str | None:
-        return next((key for key in keys if self._has(key)), None)
+        return next((key for key in keys if key in self.filled), None)
+
+    def _refuse_unread(self, used: list[str], beside: str) -> None:
+        """Refuse the record if a column like `beside` says something else than those that are used."""
+        unread = [key for key in self.filled if key not in used and re.search(beside, key)]
+        if unread := [key for key in unread if self.values[key] not in [self.values[each] for each in used]]:
+            way_out = "name what is read with question= and answer=, or caption=, or conversations="
+            raise RecordError("ambiguous columns", f"{', '.join(unread)} beside {', '.join(used)}: {way_out}")
 
     def _conversations(self) -> list[Conversation | RecordError]:
         values = self.values
         said = self._first(CONVERSATION_KEYS) or next((key for key in CONVERSATION_KEYS[:2] if key in values), "")
         if values.get(said) is not None:
+            self._refuse_unread([said], BESIDE_ANSWER)
             return self._turns(values[said])
         if self.layout.min_ratings:
             raise RecordError("no ratings", "min_rating is for records with texts and *_ratings")
@@ -207,9 +225,10 @@ class _RecordReader:
                     raise RecordError("prompt or completion is neither text nor a list")
                 messages += part
             return [self._conversation(messages)]
-        asked = [key for key in QUESTION_KEYS if self._has(key)]
+        asked = [key for key in QUESTION_KEYS if key in self.filled]
+        asked = asked[:2] if asked[:2] == ["instruction", "input"] else asked[:1]
         answer = self._first(ANSWER_KEYS)
-        if not asked and self._has("text") and (answer or self._has("question_id")):
+        if not asked and "text" in self.filled and (answer or "question_id" in self.filled):
             asked = ["text"]
         if not asked and answer == "suffix":
             return self._captions("suffix")
@@ -218,12 +237,7 @@ class _RecordReader:
         caption = self._first(CAPTION_KEYS) or next((key for key in CAPTION_KEYS if values.get(key) is not None), None)
         if caption is None:
             raise RecordError("no conversation, question or caption", _hint(self.record))
-        if unlike := [key for key in values if QUESTION_LIKE.search(key) and self._has(key)]:
-            way_out = f"add ,caption={caption} to learn it without, or name the columns with question= and answer="
-            raise RecordError("caption beside what may be a question", f"{caption} and {', '.join(unlike)}: {way_out}")
-        others = [key for key in CAPTION_KEYS if self._has(key) and values[key] != values[caption]]
-        if others:
-            raise RecordError("several captions columns", f"{caption} and {', '.join(others)}: add caption=COLUMN")
+        self._refuse_unread([caption], BESIDE_CAPTION)
         return self._captions(caption)
 
     def _no_image(self, kind: str) -> RecordError:
@@ -242,12 +256,7 @@ class _RecordReader:
             messages = [{"role": role, "content": pair.get(role)} for pair in kept for role in roles]
         elif self.layout.min_ratings:
             raise RecordError("no ratings", "min_rating is for records with texts and *_ratings")
-        conversation = self._conversation(messages)
-        said = "\n".join(turn.text for turn in conversation)
-        for key in QUESTION_KEYS:
-            if self._has(key) and str(self.values[key]).replace(IMAGE_TOKEN, "").strip() not in said:
-                raise RecordError("question beside a conversation", f"column {key}; add conversations= to ignore it")
-        return [conversation]
+        return [self._conversation(messages)]
 
     def _is_rated_well(self, place: int) -> bool:
         for name, least in self.layout.min_ratings.items():
@@ -299,8 +308,8 @@ class _RecordReader:
             turns.append(Turn(role, text, transcript, recording))  # type: ignore[arg-type]
         if image_turns and not self.has_image:
             raise self._no_image(f"{IMAGE_TOKEN} without an image")
-        if len(image_turns) > 1:
-            raise RecordError(f"several {IMAGE_TOKEN} for one image", f"{len(image_turns)} of them")
+        first = next((index for index, turn in enumerate(turns) if turn.role == "user"), 0)
+        self._check_places(len(image_turns), set(image_turns) <= {first})
         if is_question:
             return tuple(turns)
         if not any(turn.role == "assistant" for turn in turns):
@@ -308,7 +317,6 @@ class _RecordReader:
         if turns[-1].role == "user":
             turns.pop()
             self.repairs.append("last question has no answer, and was cut")
-        first = next(index for index, turn in enumerate(turns) if turn.role == "user")
         if image_turns and image_turns[0] != first:
             self.repairs.append("image stood in a later turn, and was put first")
         elif self.has_image and not image_turns and "value" in messages[0]:
@@ -319,11 +327,12 @@ class _RecordReader:
         """The text of a turn without <image>, and how many of these (or of image items) there were."""
         images = 0
         if isinstance(content, list | tuple):
-            texts = []
+            texts: list[Any] = []
             for item in content:
                 kind = item.get("type") if isinstance(item, Mapping) else None
                 if kind in ("image", "image_url", "input_image"):
                     images += 1
+                    self.images_lead &= not texts
                     self._take_image(item)
                 elif kind in ("text", "input_text"):
                     texts.append(item.get("text"))
@@ -334,6 +343,7 @@ class _RecordReader:
             content = "\n".join(text.strip() for text in texts if text.strip())
         if isinstance(content, str) and IMAGE_TOKEN in content:
             images += content.count(IMAGE_TOKEN)
+            self.images_lead &= LEADING_IMAGES.fullmatch(content) is not None
             content = content.replace(IMAGE_TOKEN, "")
         if role == "system" and isinstance(content, str):
             content = content.strip()
@@ -345,23 +355,18 @@ class _RecordReader:
         if key is None:
             return
         value = item[key].get("url") if key == "image_url" and isinstance(item[key], Mapping) else item[key]
-        if self.has_image and isinstance(self.image, str) and value != self.image:
-            raise RecordError("several images", f"{str(self.image)[:80]} and {str(value)[:80]}; a sample has one")
         if not self.has_image:
             self.image, self.column = value, f"content/{key}"
+        elif self.column.startswith("content/") and value != self.image:
+            self.image = [*(self.image if self.num_images > 1 else [self.image]), value]
+            self.num_images += 1
+        elif isinstance(self.image, str) and value != self.image:
+            raise RecordError("several images", f"{str(self.image)[:80]} and {str(value)[:80]}")
 
     def _question(self, asked: list[str], answer: str | None) -> Conversation:
         """A question, with what precedes it, and its answer if there is one."""
         values = self.values
-        if len(asked) > 1 and asked != ["instruction", "input"]:
-            raise RecordError("several questions", f"{' and '.join(asked)}: name one with question=, and its answer=")
-        letters = self._has("a") and self._has("b") and not self.layout.columns
-        if letters or any(MULTIPLE_CHOICE.fullmatch(key) and self._has(key) for key in values):
-            raise RecordError("multiple-choice question", "write the choices into the question, or name question=")
-        caption = self._first(key for key in CAPTION_KEYS if key not in asked)
-        if answer is None and caption:
-            way_out = f"add question={asked[0]},answer={caption}"
-            raise RecordError("question beside a caption", f"{asked[0]} and {caption}: {way_out}")
+        self._refuse_unread([*asked, *([answer] if answer else [])], BESIDE_ANSWER if answer else BESIDE_QUESTION)
         history = values.get("history") or []
         if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
             raise RecordError("history is not a list of questions with answers")
@@ -459,24 +464,21 @@ def _as_label(value: Any, question: Any, asked: str) -> str:
     return clean_text(value, "label")
 
 
-def _names(record: Mapping[Any, Any]) -> str:
-    return ", ".join(map(str, record))[:200]
-
-
 def _hint(record: Mapping[Any, Any]) -> str:
     """The columns of a record of unknown layout, and the options that may read it."""
-    images = [str(name) for name, value in record.items() if _may_be_image("", value)]
-    texts = [str(name) for name, value in record.items() if isinstance(value, str | int | float | list | tuple)]
-    texts = [name for name in texts if name not in images]
-    words = [name for name in texts if not re.search(r"(?i)(^|_)(id|index|key|url|width|height|split|source)_*$", name)]
-    words = [name for name in words if name != "label" and not _is_blank(record[name])] if len(words) > 1 else words
-    asks = next((name for name in words if str(record[name]).strip().endswith("?")), None)
-    if asks is None and len(words) > 1:
-        asks = next((name for name in words if name.lower().startswith(("q", "instr", "prompt"))), words[0])
-    answers = [name for name in words if name != asks]
-    options = [f"image={name}" for name in images[:1]]
-    if asks is not None:
-        options += [f"question={asks}", *(f"answer={name}" for name in answers[:1])]
-    else:
-        options += [f"caption={name}" for name in answers[:1]]
-    return f"columns {_names(record)}; to read them, add for example ,{','.join(options or ['image=COLUMN'])}"
+    image = next((name for name, value in record.items() if _may_be_image("", value)), None)
+    no_text = re.compile(r"(?i)(^|_)(id|index|key|url|width|height|split|source)_*$")
+    texts = [
+        name for name, value in record.items() if name != image and not (_is_blank(value) or no_text.search(str(name)))
+    ]
+    asks = [name for name in texts if str(record[name]).strip().endswith("?") or str(name).lower().startswith("q")]
+    question = next(iter(asks), texts[0] if len(texts) > 1 else None)
+    others = [name for name in texts if name != question]
+    roles = {
+        "image": image,
+        "question": question,
+        "caption" if question is None else "answer": next(iter(others), None),
+    }
+    options = ",".join(f"{role}={name}" for role, name in roles.items() if name is not None)
+    names = ", ".join(map(str, record))[:200]
+    return f"columns {names}; to read them, add for example ,{options or 'image=COLUMN'}"

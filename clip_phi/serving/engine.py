@@ -186,9 +186,10 @@ class Engine(AbstractContextManager["Engine"]):
         refuse_other_attention(model)
         config = model.config.get_text_config()
         self.context: int = context_length(model.config) or 2048
-        self.window: int | None = getattr(config, "sliding_window", None)
-        # Such a decoder takes a mask of each kind.
-        self.mixes_windows = len(set(getattr(config, "layer_types", None) or ())) > 1
+        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+        slides = "sliding_attention" in kinds and getattr(config, "use_sliding_window", True)
+        self.window: int | None = getattr(config, "sliding_window", None) if slides else None
+        self.mixes_windows = len(kinds) > 1  # such a decoder takes a mask of each kind
         step = torch.compile(model, dynamic=True) if compiled else model  # prompts have too many shapes for it
         self.forward = lambda **inputs: (step if "input_ids" in inputs else model)(**inputs)
         self.ends = end_tokens(model, processor)
