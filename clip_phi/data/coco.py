@@ -48,7 +48,7 @@ def read_coco_captions(annotations: Path, media: MediaFolder, report: Report) ->
             if record["id"] in captions:
                 texts, origins = captions.pop(record["id"])
                 # An entry that does not name its file is still an image: a missing one.
-                yield origins, {"image": record.get("file_name", ""), "captions": texts, "id": record["id"]}
+                yield origins, {"file_name": record.get("file_name", ""), "captions": texts, "id": record["id"]}
         for image_id, (_, origins) in captions.items():
             for origin in origins:
                 report.reject("caption of an image that is not listed", origin, str(image_id))

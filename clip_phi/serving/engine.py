@@ -20,6 +20,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers.utils import logging as transformers_logging
@@ -609,10 +610,14 @@ class Engine(AbstractContextManager["Engine"]):
         requests = list(requests)
         logprobs = _logprobs(logits, requests)
         faults: dict[int, Exception] = {}
+        allowed: dict[int, np.ndarray] = {}
         for number, request in enumerate(requests):
             if request.grammar is not None:
                 with _noted(faults, number):
-                    request.grammar.restrict(logits[number])
+                    allowed[number] = request.grammar.allowed()[: logits.shape[1]]
+        if allowed:
+            rows, masks = list(allowed), torch.from_numpy(np.stack(list(allowed.values()))).to(logits.device)
+            logits[rows] = logits[rows].masked_fill(~masks, -torch.inf)
         try:
             tokens = _choose(logits, requests)
         except Exception:  # of one of them
