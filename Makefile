@@ -6,8 +6,8 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-demo test-full-size test-export test-oldest test-newest test-main test-oracle test-speech test-browser \
-	test-backbones test-benchmarks test-load test-gpu test-trl lint format bench clean
+.PHONY: install demo test test-demo test-full-size test-export test-oldest test-newest test-main test-oracle test-speech \
+	test-browser test-backbones test-benchmarks test-load test-gpu test-trl test-vllm test-llamacpp lint format bench clean
 
 install: .venv/installed
 
@@ -105,6 +105,10 @@ test-trl: .venv-trl/installed
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl]' pytest
 	@touch $@
+
+test-llamacpp: install outputs/demo/model/config.json
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]' xllamacpp==2026.10.11549
+	$(BIN)/python -m pytest -m llamacpp $(ARGS)
 
 # vLLM pins versions that conflict with ours. It runs without torchvision, whose builds are for torch with CUDA.
 test-vllm: install outputs/demo/model/config.json .venv-vllm/installed

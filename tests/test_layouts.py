@@ -422,6 +422,7 @@ def test_images_of_two_sources_are_shared_and_numbers_of_another_drawn_set_are_n
     lines = [" ".join(line.split()) for line in printed.splitlines()]
     assert status == 0 and f"data {first}: 6 images, 30 captions, 0 records skipped" in lines
     assert f"data {llava}: 6 images, 12 conversations, 0 records skipped" in lines
+    assert lines[3:7] == ["records 42", "captions 30", "conversations 12", "samples 12"]
     assert "duplicates 0 images equal another one" in lines
     assert "shared images 6 samples are about the image of another sample, in this source or another" in lines
     assert lines[-1] == "leakage 0 of 6 validation images are trained on"
