@@ -157,7 +157,7 @@ class Run:
 def train(arguments: TrainingArguments) -> None:
     run = Run(arguments)
     arguments, accelerator, data, logger = run.arguments, run.accelerator, run.data, run.logger
-    flops = FlopsPerToken.of(run.plain_model)
+    flops = FlopsPerToken.of(run.plain_model, run.processor.num_image_tokens)
     frozen = guards.frozen_hashes(run.plain_model)
     stop = StopSignal()
     packs_in_order = map(run.to_device, data.loader(run.first_step, arguments, run.processor, accelerator.device))

@@ -251,7 +251,7 @@ def measure(variant: Variant, size: Size, tokens: int, device: torch.device, pea
         return Row(error="out of memory")
     if not torch.isfinite(loss):
         raise SystemExit(f"{variant.name}: the loss is {loss.item()}")
-    flops = FlopsPerToken.of(model).counts_of(pack).flops
+    flops = FlopsPerToken.of(model, PATCHES).counts_of(pack).flops
     return Row(
         pack.num_conversations / taken,
         pack.inputs["input_ids"].numel() / taken,

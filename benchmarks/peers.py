@@ -447,6 +447,7 @@ def fixed_losses(folder: Path, stage: int, images: int) -> tuple[float, float, f
     from clip_phi.batching.dataset import ImageReader
     from clip_phi.batching.index import load_index
     from clip_phi.batching.packing import pack_samples
+    from clip_phi.data.sample import images_of
     from clip_phi.data.source import parse_source
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
@@ -461,7 +462,7 @@ def fixed_losses(folder: Path, stage: int, images: int) -> tuple[float, float, f
     processor = ClipPhiProcessor.from_pretrained(folder / "ours")
     index = load_index(parse_source(sources(folder / "data", "train")[stage - 1]), processor, 2048)
     read = ImageReader(processor)
-    pixels = torch.stack([read(path).tensor for number in range(images) if (path := index.image(number)) is not None])
+    pixels = torch.stack([read(path).tensor for number in range(images) for path in images_of(index.image(number))])
     samples = [index.shared_prefix_sample(number) for number in range(images)]
     model = ClipPhiForCausalLM.from_pretrained(folder / "ours", dtype=torch.float32)
     model.set_attn_implementation({"text_config": PACKED_ATTENTION})

@@ -208,7 +208,7 @@ def refuse_other_attention(model: Any) -> None:
 
     model: a ClipPhiForCausalLM in eval mode. Its decoder has its own attention again afterwards."""
     decoder, config, device = model.model.language_model, model.config.get_text_config(), model.device
-    refused = f"decoders of the kind {config.model_type!r} are not supported"
+    refused = f"{config.model_type!r} decoders are not supported"
     hint = "choose one with causal attention alone, such as Phi, Llama, Qwen 2 or 3, SmolLM, Mistral or Gemma 3"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds or decoder._is_stateful:

@@ -32,7 +32,8 @@ GROUPS = {
     "run": "stage config output_dir resume_from_checkpoint seed debug",
     "data": "data eval_data holdout_images max_eval_images max_length max_bad_fraction dataloader_num_workers "
     "image_processing cache_features",
-    "model": "vision_backbone text_backbone vision_revision text_revision projector_type init_from tune_decoder "
+    "model": "vision_backbone text_backbone vision_revision text_revision projector_type vision_feature_layer "
+    "vision_feature_select_strategy init_from tune_decoder "
     "lora_r lora_alpha lora_dropout lora_targets quantization merged caption_instruction",
     "batches": "per_device_train_batch_size max_tokens_per_batch tokens_per_optimizer_step gradient_accumulation_steps "
     "num_train_epochs max_steps captions_per_image per_device_eval_batch_size",
@@ -82,8 +83,14 @@ class TrainingArguments:
     debug: bool = _option(False, "traceback of an error instead of one line")
 
     data: list[str] = _option([], "training data, KIND:PATH[,option=value...]; several are mixed. See docs/data.md")
-    eval_data: list[str] = _option([], "held-out data in the same form; without a value: --holdout_images of --data")
-    holdout_images: int = _option(500, "images held out of --data if there is no --eval_data", NOT_NEGATIVE)
+    eval_data: list[str] = _option(
+        [], "held-out data in the same form; without a value, or with --data alone: --holdout_images of --data"
+    )
+    holdout_images: int = _option(
+        500,
+        "images held out of --data if there is no --eval_data; the default is at most a tenth of them",
+        NOT_NEGATIVE,
+    )
     max_eval_images: int = _option(500, "images evaluated on, the first of each --eval_data", AT_LEAST_1)
     max_length: int = _option(2048, "longest conversation in tokens, image included; longer ones are cut", AT_LEAST_1)
     max_bad_fraction: float = _option(0.01, "largest share of damaged records before the run stops; 0: none", BELOW_1)
@@ -256,6 +263,12 @@ class Stage1Arguments(TrainingArguments):
     projector_type: Literal["linear", "mlp", "norm_mlp"] = _option(
         "linear", "projector of one layer; of two with GELU between; or of one layer, a norm and two more"
     )
+    vision_feature_layer: int = _option(
+        -2, "hidden state of the tower that the projector gets: 0 is the embedding, -1 the last layer's"
+    )
+    vision_feature_select_strategy: Literal["default", "full"] = _option(
+        "default", "features of that layer: the patches alone, or CLS and registers too"
+    )
     data: list[str] = _default(
         "data", ["coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"]
     )
@@ -329,7 +342,10 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     kind, parser = STAGES[stage], _make_parser(stage)
     values = _parse(parser, stage, list(_as_argv(kind, content, early.config)), f"{early.config}: ")
     values |= _parse(parser, stage, argv, "")
-    return kind(**values, given=frozenset(values))
+    given = frozenset(values)
+    if "data" in values:  # the default of --eval_data is held out of the default of --data
+        values.setdefault("eval_data", [])
+    return kind(**values, given=given)
 
 
 def _make_parser(stage: int) -> argparse.ArgumentParser:

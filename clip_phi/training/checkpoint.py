@@ -219,7 +219,7 @@ def _read_about(place: Path) -> tuple[dict[str, Any] | None, str]:
         for name, expected in about["files"].items():
             if [(place / name).stat().st_size, _hash(place / name)] != expected:
                 return None, f"{name} is not what was written"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # also not an object
         return None, str(error)
     return about, ""
 

@@ -6,13 +6,15 @@ tests/test_plan.py compares the two. What cannot be counted is assumed, and mark
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
-from modeling_clip_phi import ClipPhiForCausalLM
+from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
+from modeling_clip_phi.backbones import measure_tower
 
 from ..batching.attention import SDPA_PACKED_ATTENTION, has_varlen_kernel, make_pack_layout
 from ..batching.encode import Encoded
@@ -75,8 +77,9 @@ class Formula:
         self.hidden, self.inner, self.heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
         self.width, self.vocabulary = linear["self_attn.q_proj"].out_features, model.lm_head.out_features
         self.rotary = int(self.width / self.heads * text.rope_parameters.get("partial_rotary_factor", 1.0))
-        self.patches = (self.vision.image_size // self.vision.patch_size) ** 2
-        self.tower_tokens = self.patches + (config.vision_feature_select_strategy == "default")
+        self.patches, _ = measure_tower(config, *image_size(self.vision))
+        every = ClipPhiConfig(vision_config=self.vision, text_config=text, vision_feature_select_strategy="full")
+        self.tower_tokens, _ = measure_tower(every, *image_size(self.vision))
         self.projector_sizes = weights(model.model.projector, torch.nn.Linear)
         stage2 = arguments if isinstance(arguments, Stage2Arguments) else None
         self.full = stage2 is not None and stage2.tune_decoder == "full"
@@ -138,7 +141,8 @@ class Formula:
             kept += inputs
         if self.rank:  # inputs of A after dropout, masks of dropout, inputs of B; copies in half precision of A and B
             kept += len(self.linear) * self.rank * product
-            kept += self.masks * sum(pair[0] for pair in self.linear) * (product + 1)
+            # Three layers have the input of another one, and share its mask.
+            kept += self.masks * (sum(pair[0] for pair in self.linear) - 3 * hidden) * (product + 1)
             copied = 2 * cuda * self.rank * sum(map(sum, self.linear))
         if self.full:
             copied = 2 * cuda * sum(inputs * outputs for inputs, outputs in self.linear)
@@ -169,7 +173,7 @@ class Formula:
         # multiplied, the hidden states and their gradient. With a trained one: three times the logits of a chunk in
         # float32, the gradients of hidden states in other chunks, the head's gradient and copy. Or that of the layers.
         head = self.vocabulary * hidden
-        pixels = images * 3 * vision.image_size**2
+        pixels = images * 3 * math.prod(image_size(vision))
         chunk = min(supervised, max(1, ClipPhiForCausalLM.max_logits // self.vocabulary))
         loss, states = 12 * chunk * self.vocabulary, hidden * product
         if not self.full:
@@ -303,11 +307,17 @@ def fit_by_trial(number: int, fits: Callable[[int], bool]) -> int:
     return number
 
 
+def image_size(vision: Any) -> tuple[int, int]:
+    """Height and width in a tower's config, 224 without any; its image processor may give other ones."""
+    size = getattr(vision, "image_size", 224)
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def trial_step(arguments: TrainingArguments, model: Any, accelerator: Any, number: int, spare: int) -> bool:
     """Whether forward and backward pass of a pack of so many typical samples fit, beside spare bytes."""
     device, config = accelerator.device, model.config
     vision = config.vision_config
-    prefix = [config.image_token_id] * (vision.image_size // vision.patch_size) ** 2
+    prefix = [config.image_token_id] * measure_tower(config, *image_size(vision))[0]
     ids, supervised, count = typical_sample(arguments, len(prefix))
     lengths = [ids.count(each) + 1 for each in range(1, count + 1)]
     learnt = supervised // count
@@ -317,7 +327,7 @@ def trial_step(arguments: TrainingArguments, model: Any, accelerator: Any, numbe
     try:
         held = torch.empty(spare, dtype=torch.uint8, device=device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            pixels = torch.zeros(number, 3, vision.image_size, vision.image_size)
+            pixels = torch.zeros(number, 3, *image_size(vision))
             pack = pack_samples([sample] * number, pixels, 0).to(device)
             model.train()
             for _ in range(2):  # the second one beside the gradients of the first

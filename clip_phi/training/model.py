@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from huggingface_hub.errors import HFValidationError
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
@@ -32,7 +33,13 @@ def load_processor(arguments: TrainingArguments) -> ClipPhiProcessor:
     names, revisions = _origins(arguments)
     load = ClipPhiProcessor.from_backbones if revisions else ClipPhiProcessor.from_pretrained
     with _named_weights(names):
-        return load_with_retries(load, *names, **revisions)
+        return load_with_retries(load, *names, **revisions, **_features(arguments))
+
+
+def _features(arguments: TrainingArguments) -> dict[str, Any]:
+    """The fields of ClipPhiConfig that say which features of the tower are used."""
+    names = ("vision_feature_layer", "vision_feature_select_strategy")
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
 def _origins(arguments: TrainingArguments) -> tuple[list[str], dict[str, str | None]]:
@@ -55,6 +62,7 @@ def load_model(
     with _named_weights(names):
         if isinstance(arguments, Stage1Arguments):
             own = {"image_token_id": processor.image_token_id, "projector_type": arguments.projector_type}
+            own |= _features(arguments)
             model = load_with_retries(ClipPhiForCausalLM.from_backbones, *names, **revisions, **own, dtype=dtype)
         else:
             assert isinstance(arguments, Stage2Arguments)
@@ -211,6 +219,46 @@ def add_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
     pattern = rf"model\.language_model\..*\.({'|'.join(targets)})"
     sizes = {"r": arguments.lora_r, "lora_alpha": arguments.lora_alpha, "lora_dropout": arguments.lora_dropout}
     model.add_adapter(LoraConfig(target_modules=pattern, **sizes))
+    share_dropout(model)
+
+
+def share_dropout(model: ClipPhiForCausalLM) -> None:
+    """Replace the dropout of all LoRA layers by SharedDropout."""
+    dropped = WeakTensorKeyDictionary()
+    for layer in model.model.language_model.modules():
+        for name, drop in getattr(layer, "lora_dropout", {}).items():
+            if isinstance(drop, torch.nn.Dropout):
+                layer.lora_dropout[name] = SharedDropout(drop.p, dropped).train(drop.training)
+    model.model.language_model.register_forward_hook(lambda *_: dropped.clear())
+
+
+class SharedDropout(torch.nn.Dropout):
+    """Dropout with one mask for all layers with the same input, such as q_proj, k_proj and v_proj.
+
+    Each layer's input is dropped as by torch.nn.Dropout, but not independently of the other layers' inputs. A CPU makes
+    the mask from 16 random bits for each value, in half the time: there p is rounded to a multiple of 2**-16."""
+
+    def __init__(self, p: float, dropped: WeakTensorKeyDictionary):
+        """dropped: the last inputs of layers, and what is left of them, for all layers of a model."""
+        super().__init__(p)
+        self.dropped = dropped
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return input
+        if input not in self.dropped:
+            self.dropped[input] = self._drop(input)
+            if len(self.dropped) > 2:  # phi's attention and MLP have the same input
+                del self.dropped[next(iter(self.dropped))]
+        return self.dropped[input]
+
+    def _drop(self, input: torch.Tensor) -> torch.Tensor:
+        if input.device.type != "cpu":
+            return super().forward(input)
+        bits = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        level = min(round(self.p * 2**16), 2**16 - 1)
+        kept = (bits[: input.numel()] >= level - 2**15).to(input.dtype)
+        return input * kept.mul_(2**16 / (2**16 - level)).view(input.shape)
 
 
 def continue_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
@@ -235,6 +283,7 @@ def continue_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None
         for name in getattr(layer, "lora_dropout", {}):  # which the model was loaded and frozen without
             drop = torch.nn.Dropout(config.lora_dropout) if config.lora_dropout else torch.nn.Identity()
             layer.lora_dropout[name] = drop.train(layer.training)
+    share_dropout(model)
     for name, parameter in model.model.language_model.named_parameters():
         parameter.requires_grad = "lora_" in name
 
