@@ -481,9 +481,8 @@ def print_runs(title: str, runs: dict[str, list[Figures]]) -> None:
     for name, found in runs.items():
         for run in found:
             speed = run.samples / run.steady
-            print(
-                f"{name:14}{run.start:11.1f}{run.steady:9.1f}{run.end:7.1f}{speed:11.2f}{run.tokens:9}{run.padding:9.1%}"
-            )
+            print(f"{name:14}{run.start:11.1f}{run.steady:9.1f}{run.end:7.1f}{speed:11.2f}", end="")
+            print(f"{run.tokens:9}{run.padding:9.1%}")
 
 
 def compare(folder: Path, stage: int, options: argparse.Namespace) -> dict[str, Any]:
