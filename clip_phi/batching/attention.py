@@ -240,8 +240,9 @@ def refuse_other_attention(model: Any) -> None:
     is_exact = device.type == "cpu" and not coarse & {
         each.dtype for each in (*decoder.parameters(), *decoder.buffers())
     }
-    rounding = 1e-4 if is_exact else 0.05
-    limit = difference[:9].median().mul(10).clamp(1e-4, rounding)
+    # A kernel for few tokens rounds in another way: with nf4 on CUDA the first conversation may be equal, and no other.
+    least, rounding = (1e-4, 1e-4) if is_exact else (0.02, 0.05)
+    limit = difference[:9].median().mul(10).clamp(least, rounding)
     if not difference[9:].median() < limit:
         raise ValueError(f"{refused}: packed samples would change each other's results; {hint}")
 

@@ -25,7 +25,7 @@ from ..environment import quantization_config
 from ..hub.retry import load_with_retries
 from .arguments import Stage1Arguments, Stage2Arguments, TrainingArguments
 from .fsdp import is_sharded
-from .memory import enable_checkpointing
+from .memory import enable_checkpointing, wants_sdpa
 from .optim import choose_optimizer
 
 
@@ -101,18 +101,13 @@ def make_trainable(
 
 
 def choose_attention(arguments: TrainingArguments, device: torch.device, dtype: torch.dtype) -> str:
-    """What --attention means on this device.
-
-    In stage 1 the kernel would keep the image's keys and values once for each of its captions: 2.4 MB a token of
-    phi-2, against 1.7 with SDPA. In stage 2 it keeps less. Raises ValueError if there is no kernel for --attention
-    varlen."""
+    """What --attention means on this device. Raises ValueError if there is no kernel for --attention varlen."""
     if arguments.attention == "varlen" and not has_varlen_kernel(device, dtype):
         raise ValueError(
             f"--attention varlen needs bf16 or fp16 on an NVIDIA GPU of capability 8.0 or later, not "
             f"{str(dtype).removeprefix('torch.')} on {device}; --attention sdpa works everywhere"
         )
-    wants_sdpa = arguments.attention == "sdpa" or (arguments.attention == "auto" and arguments.stage == 1)
-    return SDPA_PACKED_ATTENTION if wants_sdpa else PACKED_ATTENTION
+    return SDPA_PACKED_ATTENTION if wants_sdpa(arguments) else PACKED_ATTENTION
 
 
 def keep_dtype(model: ClipPhiForCausalLM, dtype: torch.dtype) -> None:
