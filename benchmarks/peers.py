@@ -501,7 +501,8 @@ def compare(folder: Path, stage: int, options: argparse.Namespace) -> dict[str, 
     clock = "CPU" if options.device == "cpu" else "wall"
     print_runs(f"stage {stage}, {clock} seconds of all processes of a run", runs)
     speeds = {name: [run.samples / run.steady for run in found] for name, found in runs.items()}
-    result: dict[str, Any] = {"loss_rel_diff": difference, f"stage{stage}": runs}
+    figures = {name: [run._asdict() for run in found] for name, found in runs.items()}
+    result: dict[str, Any] = {"loss_rel_diff": difference, f"stage{stage}": figures}
     for name in names[1:]:
         pairs = [mine / other for mine, other in zip(speeds["ours"], speeds[name], strict=True)]
         key = f"stage{stage}_vs_trl{'_grouped' if 'grouped' in name else ''}"
@@ -562,8 +563,7 @@ def main() -> None:
         if isinstance(value, float):
             print(f"{key:24} {value:.4g}")
     if options.json:
-        text = json.dumps(result, indent=2, default=lambda run: run._asdict())
-        options.json.write_text(text + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
