@@ -6,6 +6,10 @@ Read it from top to bottom: parse, import, build, loop.
 
 import os
 import sys
+
+if sys.platform == "linux":  # read when torch is imported: less fragmentation of a GPU's memory
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -51,12 +55,14 @@ from clip_phi.batching.packing import PackedBatch
 from clip_phi.environment import describe_environment, peak_flops
 from clip_phi.hub.push import check_push, push
 from clip_phi.training import guards
-from clip_phi.training.checkpoint import EXIT_STOPPED, Checkpoints, EarlyStopping, StopSignal, describe_run
+from clip_phi.training.checkpoint import EXIT_STOPPED, Checkpoints, EarlyStopping, StopSignal, describe_run, saved_run
 from clip_phi.training.data import read_data
+from clip_phi.training.device import check_machine, choose_precision, stop_with_launcher
 from clip_phi.training.evaluate import Evaluator
 from clip_phi.training.fsdp import check_fsdp_config, full_state_dict, gather, prepare, process_group_kwargs
 from clip_phi.training.logger import FlopsPerToken, StepCounts, TrainingLogger
-from clip_phi.training.model import load_model, load_processor, open_cache, resolve
+from clip_phi.training.memory import fit_batches, fit_longest
+from clip_phi.training.model import describe_batches, load_model, load_processor, open_cache, resolve
 from clip_phi.training.optim import make_optimizer, make_scheduler
 
 
@@ -71,10 +77,17 @@ class Run:
         logging.disable_progress_bar()  # one bar is enough
         self.output_dir = output_dir = Path(arguments.output_dir)
         guards.check_room(output_dir)
+        stop_with_launcher()
+        precision, reason = choose_precision(arguments, Path(__file__).resolve().parent)
         trackers, handlers = arguments.report_to or None, process_group_kwargs()
-        accelerator = Accelerator(kwargs_handlers=handlers, log_with=trackers, project_dir=str(output_dir))
+        accelerator = Accelerator(
+            mixed_precision=precision, kwargs_handlers=handlers, log_with=trackers, project_dir=str(output_dir)
+        )
         self.accelerator = accelerator
+        accelerator.print(reason)
+        check_machine(arguments, accelerator)
         check_fsdp_config(accelerator, arguments)
+        self.lock = guards.lock_run(output_dir) if accelerator.is_main_process else None
         device, world_size, is_main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
         set_seed(arguments.seed)
         if device.type == "cuda":
@@ -82,13 +95,18 @@ class Run:
 
         self.processor = load_processor(arguments)
         model = load_model(arguments, self.processor, accelerator)
-        self.arguments = arguments = resolve(arguments, accelerator, model)
+        arguments = resolve(arguments, accelerator, model)
+        before = saved_run(output_dir, arguments.resume_from_checkpoint)
+        self.arguments, fits = fit_batches(arguments, model, accelerator, before)
+        arguments = self.arguments
+        accelerator.print(describe_batches(arguments, accelerator))
         if arguments.push_to_hub and is_main:  # better now than after a night of training
             check_push(arguments.push_to_hub, model.config.to_dict(), arguments.merged, output_dir)
         self.cache = open_cache(arguments, model, self.processor)
         read = ImageReader(self.processor, arguments.image_processing, self.cache)
         with accelerator.local_main_process_first():  # which writes the index that the others find
             self.data = data = read_data(arguments, self.processor, read, accelerator)
+        fit_longest(model, arguments, data.longest, fits, accelerator.print)
         self.evaluator = Evaluator(arguments, data.held_out, read, self.processor, accelerator)
         trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
         accelerator.print(f"training {trainable:,} of {total:,} parameters on {world_size} x {device.type}")
@@ -139,7 +157,7 @@ class Run:
 def train(arguments: TrainingArguments) -> None:
     run = Run(arguments)
     arguments, accelerator, data, logger = run.arguments, run.accelerator, run.data, run.logger
-    flops = FlopsPerToken.of(run.plain_model)
+    flops = FlopsPerToken.of(run.plain_model, run.processor.num_image_tokens)
     frozen = guards.frozen_hashes(run.plain_model)
     stop = StopSignal()
     packs_in_order = map(run.to_device, data.loader(run.first_step, arguments, run.processor, accelerator.device))
@@ -158,12 +176,10 @@ def train(arguments: TrainingArguments) -> None:
             packs = [next(packs_in_order) for _ in range(arguments.gradient_accumulation_steps)]
         waited = time.perf_counter() - began
         counts = torch.tensor([[*flops.counts_of(pack), len(pack.skipped), stop.received] for pack in packs]).sum(0)
-        *work, num_skipped, num_stopping = accelerator.reduce(counts.to(accelerator.device), "sum").tolist()
+        loss, grad_norm, (*work, num_skipped, num_stopping) = train_step(run, step, packs, counts)
         done = StepCounts(*work)
         skipped = [skip for pack in packs for skip in pack.skipped]
         data.count(done.samples, gather_object(skipped) if num_skipped else [])
-
-        loss, grad_norm = train_step(run, step, packs, done.supervised)
         logger.count(done, loss, waited)
 
         # Once in a while: one line of the log.
@@ -189,25 +205,30 @@ def train(arguments: TrainingArguments) -> None:
     finish(run)
 
 
-def train_step(run: Run, step: int, packs: list[PackedBatch], num_supervised: int) -> tuple[float | None, float]:
-    """One update of the weights. Returns loss (None if the step is left out) and gradient norm.
+def train_step(
+    run: Run, step: int, packs: list[PackedBatch], counts: torch.Tensor
+) -> tuple[float | None, float, list[int]]:
+    """One update of the weights. Returns loss (None if the step is left out), gradient norm, and counts of all ranks.
 
     Every supervised token of all ranks and micro-batches has the same weight, however they are distributed.
-    packs: this rank's micro-batches. num_supervised: tokens of all of them, on all ranks."""
+    packs: this rank's micro-batches. counts: StepCounts of all of them, and what else is summed over the ranks."""
     accelerator, device = run.accelerator, run.accelerator.device
     loss_sum = torch.zeros((), device=device)
+    totals = accelerator.reduce(counts.to(device, torch.float64, non_blocking=True), "sum")
+    num_supervised = totals[StepCounts._fields.index("supervised")].clamp(min=1).float()
     with guards.oom_hint(step, packs, device):
         for index, pack in enumerate(packs):
             with nullcontext() if index == len(packs) - 1 else accelerator.no_sync(run.model):
                 # DDP averages gradients over the ranks; the loss is divided by the tokens of all of them.
-                output = run.model(**pack.inputs, use_cache=False, num_items_in_batch=max(num_supervised, 1))
+                output = run.model(**pack.inputs, use_cache=False, num_items_in_batch=num_supervised)
                 loss = output.loss * accelerator.num_processes
                 accelerator.backward(loss)
             loss_sum += loss.detach()
         trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
         norm = gather(accelerator.clip_grad_norm_(trained, run.arguments.max_grad_norm or float("inf")), keep=True)
-    # Checked before the weights change, and the same on all ranks. The next step synchronises with the device anyway.
-    mean_loss, grad_norm = accelerator.reduce(torch.stack([loss_sum, norm.to(device)]), "mean").tolist()
+    # Checked before the weights change, and the same on all ranks: the one time in a step that the host waits.
+    means = accelerator.reduce(torch.stack([loss_sum, norm.to(device)]), "mean")
+    mean_loss, grad_norm, *summed = torch.cat([means, totals]).tolist()
     is_finite = run.guard.is_finite_step(step, mean_loss, grad_norm, scaled=accelerator.scaler is not None)
     if not is_finite:
         run.guard.handle_bad_step(step, packs, run.plain_model, (mean_loss, grad_norm), accelerator)
@@ -217,7 +238,7 @@ def train_step(run: Run, step: int, packs: list[PackedBatch], num_supervised: in
         run.optimizer.step()
     run.scheduler.step()
     run.optimizer.zero_grad()
-    return (mean_loss if is_finite else None), grad_norm
+    return (mean_loss if is_finite else None), grad_norm, [int(total) for total in summed]
 
 
 def evaluate_and_save(run: Run, step: int, is_last: bool) -> None:

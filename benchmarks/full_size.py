@@ -2,6 +2,7 @@
 
     python benchmarks/full_size.py [--json FILE] [--folder DIR]     16 GB of memory, 6 GB of disk, a quarter of an hour
     python benchmarks/full_size.py --layers 2                       phi-2's width, two of its layers: 3 GB, a minute
+    python benchmarks/full_size.py --count [--json FILE]            MB a token on a GPU, without one: a minute
 
 The script writes two folders in the Hub's format, with random weights: wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M (a
 complete CLIP) and microsoft/phi-2 (fp16 shards with an index, 50,295 tokens). It writes them tensor by tensor, which
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -38,7 +40,8 @@ from transformers import (
 from clip_phi.batching.packing import SharedPrefixSample
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.tools.plan import CARDS, Formula
-from clip_phi.training.arguments import TrainingArguments, parse_arguments
+from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments, TrainingArguments, parse_arguments
+from clip_phi.training.guards import NonFiniteGuard
 
 ROOT = Path(__file__).resolve().parent.parent
 END_TOKEN, END, ENTRIES = "<|endoftext|>", 50256, 50295
@@ -274,6 +277,104 @@ def count_weights(path: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (it is no dict)
 
 
+# ------------------------------------------------------------------ counting on meta tensors
+
+
+def count_activations(layers: int) -> dict[str, float]:
+    """MB that a token of a pack keeps for the backward pass in bfloat16 on CUDA, with the attention of each stage."""
+    from plan_counting import build_model, count_step
+
+    from clip_phi.training.memory import typical_sample
+    from modeling_clip_phi import ClipPhiConfig
+
+    kinds: dict[str, TrainingArguments] = {
+        "stage1": Stage1Arguments(stage=1),
+        "stage2": Stage2Arguments(stage=2),
+        "stage2_dropout0": Stage2Arguments(stage=2, lora_dropout=0.0),
+        "nf4": Stage2Arguments(stage=2, quantization="nf4"),
+        "int8": Stage2Arguments(stage=2, quantization="int8"),
+        "full": Stage2Arguments(stage=2, tune_decoder="full"),
+    }
+    found = {}
+    for name, arguments in kinds.items():
+        config: Any = ClipPhiConfig()
+        config.text_config.num_hidden_layers = layers
+        model = build_model(config, arguments, torch.bfloat16, varlen=arguments.stage == 2)  # see choose_attention
+        ids, supervised, _ = typical_sample(arguments, 49)
+        few, more = (
+            count_step(model, [ids] * images, supervised * images, torch.bfloat16).activations for images in (2, 4)
+        )
+        found[name] = (more - few) / 2 / len(ids) / 1e6
+    return found
+
+
+class HostSyncs(TorchDispatchMode):
+    """Counts the operations for which the host would wait for a CUDA device."""
+
+    waits = {
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.masked_select.default,
+        torch.ops.aten.masked_scatter_backward.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten.is_nonzero.default,
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = args[1] if func is torch.ops.aten.index.Tensor else ()
+        by_mask = any(each is not None and each.dtype == torch.bool for each in masks)
+        self.count += by_mask or func in self.waits
+        return func(*args, **(kwargs or {}))
+
+
+def count_host_syncs() -> int:
+    """Of a step of train_accelerate.py with one micro-batch, with a tiny model on the CPU."""
+    import runpy
+    from types import SimpleNamespace
+
+    from accelerate import Accelerator
+    from training import Size, caption_work, make_models, our_batches
+
+    from clip_phi.batching.packing import PackedBatch
+
+    train_step = runpy.run_path(str(ROOT / "train_accelerate.py"))["train_step"]
+    accelerator = Accelerator(cpu=True)
+    models = make_models(Size(64, 1, 1, 32, 1, 1), lora_r=0)
+    work = caption_work(2)
+    (inputs,) = our_batches(work, sharing=True, packing=True)
+    pack = PackedBatch(inputs, work.num_supervised, work.num_samples, ["", ""])
+    optimizer = accelerator.prepare(torch.optim.AdamW(models.trained, fused=True))
+    run = SimpleNamespace(
+        accelerator=accelerator,
+        arguments=Stage1Arguments(stage=1),
+        model=models.ours,
+        plain_model=models.ours,
+        optimizer=optimizer,
+        scheduler=SimpleNamespace(step=lambda: None),
+        guard=NonFiniteGuard(ROOT, "stop", print),
+        logger=None,
+    )
+    counts = torch.tensor([work.num_samples, work.num_supervised, inputs["input_ids"].numel(), 0, 0, 0])
+    train_step(run, 1, [pack], counts)
+    as_list, lists = torch.Tensor.tolist, []
+
+    def counted(tensor: torch.Tensor) -> Any:
+        lists.append(tensor)
+        return as_list(tensor)
+
+    try:
+        torch.Tensor.tolist = counted  # type: ignore[method-assign]
+        with HostSyncs() as syncs:
+            train_step(run, 2, [pack], counts)
+    finally:
+        torch.Tensor.tolist = as_list  # type: ignore[method-assign]
+    return syncs.count + len(lists)
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
@@ -283,12 +384,19 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="--max_tokens_per_batch (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="folder for all files (default: a temporary folder)")
+    parser.add_argument("--count", action="store_true", help="count activations and host syncs on a GPU, without one")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_options()
+    if options.count:
+        counted = {"mb_per_token": count_activations(options.layers), "host_syncs_per_step": count_host_syncs()}
+        print(json.dumps(counted, indent=2))
+        if options.json:
+            options.json.write_text(json.dumps(counted, indent=2) + "\n", encoding="utf-8")
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         started = time.perf_counter()

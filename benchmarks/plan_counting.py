@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from clip_phi.batching.attention import PACKED_ATTENTION, attend_by_piece, make_pack_layout
+from clip_phi.batching.attention import PACKED_ATTENTION, attend_by_piece, make_pack_layout, without_batch
 from clip_phi.training.arguments import Stage2Arguments, TrainingArguments
-from clip_phi.training.model import add_lora
+from clip_phi.training.model import make_trainable
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
 
@@ -90,8 +91,7 @@ def _varlen(query, key, value, query_starts, key_starts, longest_query, longest_
 
 
 def _planned_attention(module, query, key, value, attention_mask, scaling=None, pack_layout=None, **kwargs):
-    groups = query.shape[1] // key.shape[1]
-    query, key, value = query[0], *(x.repeat_interleave(groups, dim=1)[0] if groups > 1 else x[0] for x in (key, value))
+    query, key, value = without_batch(query, key, value)
     return attend_by_piece(query, key, value, pack_layout, scaling, _varlen).unsqueeze(0), None
 
 
@@ -103,6 +103,14 @@ AttentionMaskInterface.register(PLANNED_ATTENTION, sdpa_mask)
 
 def _is_float(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+def dq_accum_bytes(query: torch.Tensor, query_starts: torch.Tensor) -> int:
+    """What FlashAttention's backward pass allocates for the sums of the query's gradient, in float32.
+
+    It pads each piece to blocks of 128 queries, and the head size to a multiple of 32."""
+    tokens, heads, size = query.shape
+    return 4 * (tokens + 128 * (len(query_starts) - 1)) * heads * (-(-size // 32) * 32)
 
 
 class Ledger(TorchDispatchMode):
@@ -118,6 +126,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._flash_attention_backward.default:
+            self.peak = max(self.peak, self.now + dq_accum_bytes(args[1], args[6]))
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         given = {x.untyped_storage()._cdata for x in tensors}
         for tensor in tree_leaves(result):
@@ -186,16 +196,17 @@ def build_model(
     """
     with torch.device("meta"):
         model = ClipPhiForCausalLM(config).to(dtype)
-        model.freeze_backbones()
-        if isinstance(arguments, Stage2Arguments):
-            _make_trainable(model, arguments)
+        kind = arguments.quantization if isinstance(arguments, Stage2Arguments) else "none"
+        for module in model.model.language_model.modules():
+            if kind != "none" and isinstance(module, torch.nn.Linear):
+                module.__class__, module.kind = QuantizedLinear, kind  # type: ignore[assignment]
+        make_trainable(model, replace(arguments, gradient_checkpointing=False), torch.device("meta"), dtype)
     if varlen is None:
         varlen = dtype.itemsize == 2
     # The varlen kernel of CUDA in half precision, or SDPA, which accepts meta tensors as it is.
     model.set_attn_implementation({"text_config": PLANNED_ATTENTION if varlen else PACKED_ATTENTION})
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
             parameter.grad = torch.empty_like(parameter)
     if arguments.gradient_checkpointing:
         checkpointing: dict[str, Any] = {"use_reentrant": False}
@@ -205,20 +216,6 @@ def build_model(
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
         model.disable_input_require_grads()  # otherwise the tower's activations are kept, too
     return model.train()
-
-
-def _make_trainable(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
-    """Make the decoder trainable as in stage 2: LoRA on a decoder that may be quantised, or the decoder itself."""
-    decoder = model.model.language_model
-    if arguments.tune_decoder == "full":
-        decoder.requires_grad_(True)
-        model.lm_head.requires_grad_(True)
-        return
-    for module in decoder.modules():
-        if arguments.quantization != "none" and isinstance(module, torch.nn.Linear):
-            module.__class__, module.kind = QuantizedLinear, arguments.quantization  # type: ignore[assignment]
-    add_lora(model, arguments)
-    model.model.projector.requires_grad_(True)
 
 
 @contextmanager

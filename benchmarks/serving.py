@@ -7,8 +7,11 @@ generate writes the same captions one by one, with the same weights. The texts a
 CPU time of several alternating runs on one thread.
 
 Part 2 starts a `clip-phi serve` and sends requests of many sizes from --clients for --seconds. With --hostile, one
-client in ten disconnects early and one request in ten is malformed. Errors are a status of 5xx, an accepted request
-without a complete answer, and a place in the batch that is not freed. 429 is counted separately.
+client in ten disconnects early, one request in ten is malformed, and one in fifty is an attack: megabytes of text,
+images that are small files and large in memory, sampling options at the edge of float32, and connections that send
+nothing. Errors are a status of 5xx, an accepted request without a complete answer, and a place in the batch that is
+not freed. 429 is counted separately. Another process asks for /health all the time: worst_health_ms is its longest
+wait.
 """
 
 import argparse
@@ -35,6 +38,7 @@ import httpx2 as httpx
 import torch
 from PIL import Image
 
+from clip_phi.batching.images import FORMATS
 from clip_phi.data.synthetic import draw_scene, sample_scene
 from clip_phi.evaluation.generate import generate_texts
 from clip_phi.serving.engine import Engine, as_prompt
@@ -58,6 +62,20 @@ MALFORMED = (
 )
 
 
+PROBE = """
+import http.client, json, sys, time
+connection, times = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=60), []
+end = time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end:
+    began = time.monotonic()
+    connection.request("GET", "/health")
+    connection.getresponse().read()
+    times.append(time.monotonic() - began)
+    time.sleep(0.02)
+print(json.dumps(sorted(times)))
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
@@ -71,7 +89,9 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=20, help="duration of the load on the API (default: %(default)s)"
     )
-    parser.add_argument("--hostile", action="store_true", help="also clients that disconnect and malformed requests")
+    parser.add_argument(
+        "--hostile", action="store_true", help="also clients that disconnect, malformed requests and attacks"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -236,6 +256,10 @@ async def _load(address: str, server: Any, clients: int, seconds: float, hostile
         uris = [_as_uri(image, size) for image in draw_images(40, seed=5) for size in (64, 640)]
         end = time.perf_counter() + seconds
         resident: list[float] = []
+        port = address.rpartition(":")[2]
+        command = (sys.executable, "-c", PROBE, port, str(seconds))
+        probe = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        attacks = make_attacks() if hostile else []
 
         async def watch() -> None:
             while time.perf_counter() < end:
@@ -243,8 +267,9 @@ async def _load(address: str, server: Any, clients: int, seconds: float, hostile
                 await asyncio.sleep(min(1.0, seconds / 20))
 
         watching = asyncio.create_task(watch())
-        await asyncio.gather(*(_client(client, number, end, uris, hostile, seen) for number in range(clients)))
+        await asyncio.gather(*(_client(client, number, end, uris, attacks, seen) for number in range(clients)))
         await watching
+        waits = json.loads((await probe.communicate())[0])
         left = await _places_left(client)
         resident.append(_resident_mb(server.pid))
         metrics = (await client.get("/metrics")).text
@@ -260,12 +285,16 @@ async def _load(address: str, server: Any, clients: int, seconds: float, hostile
         "busy": seen["busy (429)"],
         "gone_away": seen["gone away"],
         "refused_malformed": seen["refused (4xx)"],
+        "attacks": sum(count for name, count in seen.items() if name.startswith("attack")),
         "errors": faults + left,
         "places_left": left,
         "requests_per_second": sum(seen.values()) / seconds,
         "server_5xx": sum(float(line.rpartition(" ")[2]) for line in metrics.splitlines() if 'status="5' in line),
         "memory_growth_mb": resident[-1] - warm,
         "memory_mb": resident[-1],
+        "peak_mb": _resident_mb(server.pid, "VmHWM"),
+        "worst_health_ms": 1000 * waits[-1],
+        "health_99_ms": 1000 * waits[int(0.99 * len(waits))],
     }
 
 
@@ -280,12 +309,58 @@ async def _until(running: Callable[[], bool], client: Any) -> None:
         await asyncio.sleep(0.2)
 
 
-async def _client(client: Any, number: int, end: float, uris: list[str], hostile: bool, seen: Counter[str]) -> None:
+def make_attacks() -> list[bytes]:
+    """Bodies that once held up other requests, or ended them."""
+
+    def body(content: Any = "x", **options: Any) -> bytes:
+        body = {"model": "served", "messages": [{"role": "user", "content": content}], "max_tokens": 8}
+        return json.dumps(body | options).encode()
+
+    def images(*files: bytes) -> bytes:
+        urls = ("data:image/png;base64," + base64.b64encode(file).decode() for file in files)
+        return body([{"type": "image_url", "image_url": {"url": url}} for url in urls])
+
+    def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        return file.getvalue()
+
+    bomb = saved(Image.new("RGBA", (5000, 5000), (9, 9, 9, 9)), "PNG")
+    jpeg = saved(Image.new("RGB", (4000, 4000), "red"), "JPEG", progressive=True)
+    scan = jpeg.rindex(b"\xff\xda")  # the last scan, which may come again and again
+    return [
+        body(temperature=1e-40),
+        body(temperature=1.0, top_p=1e-300),
+        body("word " * 480_000),
+        body(["a"] * 200_000),
+        images(*[bomb] * 8),
+        images(jpeg[:-2] + jpeg[scan:-2] * 300 + jpeg[-2:]),
+        images(saved(Image.new("RGB", (4000, 4000)), "AVIF", speed=10)) if "AVIF" in FORMATS else images(b"x"),
+        images(saved(Image.new("RGB", (4900, 4900), "red"), "WEBP")),
+    ]
+
+
+async def _attack(client: Any, choose: random.Random, attacks: list[bytes]) -> str:
+    if choose.random() < 0.2:  # a connection that sends no request; the server ends it
+        reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n")
+        await asyncio.wait_for(reader.read(), 60)
+        writer.close()
+        return "attack (ended)"
+    found = await client.post("/v1/chat/completions", content=choose.choice(attacks), headers=JSON)
+    return f"attack ({found.status_code})" if found.status_code < 500 else f"fault: {found.status_code} of an attack"
+
+
+async def _client(
+    client: Any, number: int, end: float, uris: list[str], attacks: list[bytes], seen: Counter[str]
+) -> None:
     choose = random.Random(number)
     while time.perf_counter() < end:
-        fate = choose.random() if hostile else 1.0
+        fate = choose.random() if attacks else 1.0
         try:
-            if fate < 0.1:
+            if fate > 0.98 and attacks:
+                seen[await _attack(client, choose, attacks)] += 1
+            elif fate < 0.1:
                 content = choose.choice(MALFORMED)
                 found = await client.post("/v1/chat/completions", content=content, headers=JSON)
                 seen["refused (4xx)" if 400 <= found.status_code < 500 else f"fault: {found.status_code}"] += 1
@@ -352,9 +427,9 @@ def _as_uri(image: Image.Image, size: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _resident_mb(pid: int) -> float:
+def _resident_mb(pid: int, name: str = "VmRSS") -> float:
     with open(f"/proc/{pid}/status", encoding="utf-8") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+        return next(int(line.split()[1]) for line in status if line.startswith(name)) / 1024
 
 
 if __name__ == "__main__":

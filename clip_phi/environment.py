@@ -4,8 +4,10 @@ import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,15 +19,17 @@ PACKAGES = (
     *("clip-phi", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "huggingface_hub"),
     *("safetensors", "tokenizers", "pyarrow", "numpy", "pillow", "simplejpeg"),
 )
+GB = 10**9
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WANDB_MODE")
 # What access tokens of the Hub look like; see without_secrets.
 SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}\b")
 
 
 class Gpu(NamedTuple):
-    """torch_name: part of its name in torch. tflops: dense peak of dtype, sums in float32. memory: GiB in torch.
+    """torch_name: a word, or several, of its name in torch. tflops: dense peak of dtype, sums in float32. memory: GiB.
 
-    key: of `clip-phi plan`, with the title there. has_varlen: attention with a kernel of variable length, not SDPA."""
+    key: of `clip-phi plan`, or several, with the title there. has_varlen: attention with a kernel of variable length,
+    not SDPA."""
 
     torch_name: str
     tflops: float
@@ -36,26 +40,113 @@ class Gpu(NamedTuple):
     has_varlen: bool = True
 
 
-# The first whose name fits counts. Peaks: NVIDIA's data sheets, without sparsity; the Ada whitepaper for the RTX 4090,
-# and from it by tensor cores and clock for the RTX 4060. Memory: as torch's out-of-memory messages state it.
+# The first whose name fits counts. Peaks: NVIDIA's data sheets, without sparsity; of GeForce cards twice the peak in
+# float32, as in the Ada whitepaper. Memory: as torch's out-of-memory messages state it, of GeForce cards 0.4 GiB less.
 GPUS = (
-    Gpu("B200", 2250.0),
     Gpu("A100", 312.0, "a100-40", "A100 40 GB", 39.4),
     Gpu("A100", 312.0, "a100-80", "A100 80 GB", 79.1),
     Gpu("H100 PCIe", 756.0),
     Gpu("H100 NVL", 835.0),
-    Gpu("H100", 989.4, "h100-80", "H100 SXM 80 GB", 79.1),
-    Gpu("H200", 989.4, "h200-141", "H200 141 GB", 139.7),  # GH200, too
-    Gpu("A10G", 70.0),
-    Gpu("A10", 125.0),
-    Gpu("L40S", 362.0),
-    Gpu("L4", 121.0, "l4-24", "L4 24 GB", 22.0),
-    Gpu("T4", 65.0, "t4-16", "T4 16 GB", 14.56, "float16"),
-    Gpu("V100", 125.0),
-    Gpu("RTX 4060", 30.2, "rtx-8", "RTX 4060 8 GB", 7.6),
-    Gpu("RTX 4090", 165.2, "rtx-24", "RTX 4090 24 GB", 23.6),
-    Gpu("RTX 3090", 71.0),
+    Gpu("H100", 989.4, "h100-80 h100", "H100 SXM 80 GB", 79.1),
+    Gpu("GH200", 989.4),
+    Gpu("H200", 989.4, "h200-141 h200", "H200 141 GB", 139.7),
+    Gpu("B200", 2250.0, "b200", "B200 180 GB", 178.0),
+    Gpu("A10G", 70.0, "a10g", "A10G 24 GB", 22.0),
+    Gpu("A10", 125.0, "a10", "A10 24 GB", 22.0),
+    Gpu("L40S", 362.0, "l40s", "L40S 48 GB", 44.4),
+    Gpu("L40", 181.0, "l40", "L40 48 GB", 44.4),
+    Gpu("L4", 121.0, "l4-24 l4", "L4 24 GB", 22.0),
+    Gpu("T4", 65.0, "t4-16 t4", "T4 16 GB", 14.56, "float16", has_varlen=False),
+    Gpu("V100", 125.0, "v100-16 v100", "V100 16 GB", 15.77, "float16", has_varlen=False),
+    Gpu("RTX 5090", 209.5, "rtx5090", "RTX 5090 32 GB", 31.4),
+    Gpu("RTX 4090", 165.2, "rtx-24 rtx4090", "RTX 4090 24 GB", 23.6),
+    Gpu("RTX 4080", 97.5, "rtx4080", "RTX 4080 16 GB", 15.6),
+    Gpu("RTX 4070 Ti", 80.2, "rtx4070ti", "RTX 4070 Ti 12 GB", 11.6),
+    Gpu("RTX 4070", 58.3, "rtx4070", "RTX 4070 12 GB", 11.6),
+    Gpu("RTX 4060 Ti", 44.1, "rtx4060ti", "RTX 4060 Ti 16 GB", 15.6),
+    Gpu("RTX 4060", 30.2, "rtx-8 rtx4060", "RTX 4060 8 GB", 7.6),
+    Gpu("RTX 3090", 71.0, "rtx3090", "RTX 3090 24 GB", 23.6),
+    Gpu("RTX 3080", 59.5, "rtx3080", "RTX 3080 10 GB", 9.6),
+    Gpu("RTX 3060", 25.5, "rtx3060", "RTX 3060 12 GB", 11.6),
 )
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """The first of GPUS that a device's name in torch names: an L40 is no L4."""
+    return next((gpu for gpu in GPUS if re.search(rf"\b{gpu.torch_name}\b", name)), None)
+
+
+class Check(NamedTuple):
+    """status: ok, note (it works, with a limit) or problem. remedy: what to do; empty if ok."""
+
+    status: str
+    name: str
+    found: str
+    remedy: str = ""
+
+
+def check(name: str, found: str, is_ok: bool, remedy: str, status: str = "note") -> Check:
+    """A Check that is ok, or else of this status with this remedy."""
+    return Check("ok", name, found) if is_ok else Check(status, name, found, remedy)
+
+
+def check_device() -> Iterator[Check]:
+    """The CUDA devices, or why there is none."""
+    import torch
+
+    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(number)
+        free, total = torch.cuda.mem_get_info(number)
+        found = f"{torch.cuda.get_device_name(number)}, {free / GB:.1f} of {total / GB:.1f} GB free"
+        if torch.version.hip is None and not has_kernels(major, minor, torch.cuda.get_arch_list()):
+            found += f"; torch {torch.__version__} has no kernels for its capability {major}.{minor}"
+            remedy = "install a torch build for an older CUDA: https://pytorch.org/get-started/previous-versions"
+            yield Check("problem", f"cuda:{number}", found, remedy)
+            continue
+        if major < 8:
+            found += f"; capability {major}.{minor} emulates bf16, and has no attention kernel for packs"
+        yield check(f"cuda:{number}", found, major >= 8, "accelerate launch --mixed_precision fp16")
+    if torch.cuda.is_available():
+        return
+    other = next((name for name in ("xpu", "mps") if getattr(torch, name).is_available()), None)
+    if other is not None:
+        yield Check("note", "device", f"{other}: training needs CUDA or the CPU", "export ACCELERATE_USE_CPU=true")
+    elif shutil.which("nvidia-smi") is None:
+        remedy = "enough for the demo; 'clip-phi plan' gives the needs of the real model"
+        yield Check("note", "device", "the CPU: there is no NVIDIA driver", remedy)
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        yield Check("note", "device", "the CPU: CUDA_VISIBLE_DEVICES hides the GPU", "unset CUDA_VISIBLE_DEVICES")
+    elif torch.version.cuda is None:
+        found = f"nvidia-smi is installed, but torch {torch.__version__} is built without CUDA"
+        yield Check("problem", "device", found, "install a CUDA build: https://pytorch.org/get-started/locally")
+    else:
+        found = f"nvidia-smi is installed, but torch, built for CUDA {torch.version.cuda}, finds no GPU"
+        yield Check("problem", "device", found, "update the NVIDIA driver; a container needs docker run --gpus all")
+
+
+def has_kernels(major: int, minor: int, architectures: list[str]) -> bool:
+    """Whether a build for these, such as sm_80 or compute_90, runs on a device of this capability.
+
+    Machine code runs on later devices of the same generation, PTX on all later ones."""
+    for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures)):
+        built = divmod(int(number), 10)
+        if (kind == "compute" or built[0] == major) and built <= (major, minor):
+            return True
+    return not architectures
+
+
+def check_bitsandbytes() -> Iterator[Check]:
+    """Nothing if it is absent: check_packages reports that."""
+    if installed_version("bitsandbytes") is None:
+        return
+    import torch
+    from bitsandbytes import cextension
+
+    is_ok = cextension.lib.compiled_with_cuda or not torch.cuda.is_available()
+    found = "on CUDA" if torch.cuda.is_available() else "on the CPU, for tests"
+    found = found if is_ok else f"bitsandbytes has no library for CUDA {torch.version.cuda}"
+    remedy = "pip install --upgrade bitsandbytes; until then --optim adamw_torch_fused without --quantization"
+    yield check("8-bit optimizer", found, is_ok, remedy, "problem")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -145,8 +236,8 @@ def peak_flops(device: Any) -> float | None:
 
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((gpu.tflops * 1e12 for gpu in GPUS if gpu.torch_name in name), None)
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return gpu.tflops * 1e12 if gpu is not None else None
 
 
 def _cpu_model() -> str:

@@ -9,10 +9,9 @@ import importlib
 import json
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Generat
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from .configuration_clip_phi import ClipPhiConfig, read_config
+from .configuration_clip_phi import IMAGE_TOKEN, ClipPhiConfig, add_special_tokens, read_config
 
 PEFT_PREFIX = "base_model.model."  # of each name in PEFT's files
 PEFT_PARTS = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.\w+(?=\.)")  # what it adds to the names of weights
@@ -88,16 +87,15 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             options: HUB_OPTIONS; PLACEMENT (quantization_config is for the decoder alone, attn_implementation may be
                 {"vision_config": ..., "text_config": ...}, dtype is float32 by default); fields of ClipPhiConfig.
 
-        Raises ValueError if weights are missing or no vocabulary row is left, TypeError for an unknown option."""
+        Raises ValueError if a checkpoint lacks weights or is not supported; TypeError for an unknown option."""
         hub, placement, _, fields = sort_options(options)
         fields |= find_backbone("vision", vision, vision_revision, hub)
         fields |= find_backbone("text", text, text_revision, hub)
         tokenizer = AutoTokenizer.from_pretrained(text, revision=fields["text_backbone_revision"] or "main", **hub)
-        vocabulary = tokenizer.get_vocab()
-        image_token_id = vocabulary.get("<image>", len(vocabulary)) if image_token_id is None else image_token_id
-        fields |= {"image_token_id": image_token_id, "text_tokenizer_sha256": hash_vocabulary(vocabulary)}
-        # Training learns the tokenizer's end token, which the decoder's config may not name.
-        model = load_backbones(cls, ClipPhiConfig(delta=True, **fields), hub, placement, tokenizer.eos_token_id)
+        fields["text_tokenizer_sha256"] = hash_vocabulary(tokenizer.get_vocab())
+        found = add_special_tokens(tokenizer).convert_tokens_to_ids(IMAGE_TOKEN)
+        fields["image_token_id"] = found if image_token_id is None else image_token_id
+        model = load_backbones(cls, ClipPhiConfig(delta=True, **fields), hub, placement, tokenizer)
         return dispatch(model, placement)
 
     def freeze_backbones(self) -> None:
@@ -128,7 +126,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         # Trainer passes state_dict and no merged. It resumes from model.safetensors alone: the adapter is there, too.
         by_trainer, state_dict = merged is None and "state_dict" in kwargs, kwargs.pop("state_dict", None)
         adapted = bool(getattr(self, "peft_config", None))  # transformers would save an adapter alone
-        own = {"_hf_peft_config_loaded": False} | ({"_weight_conversions": None} if adapted else {})
+        own: dict[str, Any] = {"_hf_peft_config_loaded": False} | ({"_weight_conversions": None} if adapted else {})
         fields: dict[str, Any] = {"delta": False, "adapter": None}
         if not self.config.delta if merged is None else merged:
             if getattr(self, "hf_quantizer", None) is not None:
@@ -151,7 +149,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             state = {name: state[kept[name]] for name in names}
             fields = {"delta": True, "adapter": "adapter" if adapted else None}
             own["hf_quantizer"] = None
-        with temporarily(self.config, **fields), temporarily(self, **own):
+        with patch.multiple(self.config, create=True, **fields), patch.multiple(self, create=True, **own):
             return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
@@ -165,18 +163,13 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         """Push without a model card; merged as in save_pretrained. Raises ValueError for a delta of local folders."""
         delta = self.config.delta and not merged
         for part in local_parts(self.config) if delta else []:
-            raise ValueError(
-                f"the {part} backbone is a local folder: push a whole model, push_to_hub(..., merged=True)"
-            )
-        with temporarily(self.config, delta=delta):
+            raise ValueError(f"the {part} backbone is a local folder: push a whole model, with merged=True")
+        with patch.object(self.config, "delta", delta):
             return super().push_to_hub(repo_id, **kwargs)
 
 
-def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, end_token: int | None) -> Any:
+def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, tokenizer: Any = None) -> Any:
     """A model of config's two backbones, frozen, with a new projector; dispatch() must follow."""
-    if config.image_token_id >= (rows := config.text_config.vocab_size):
-        problem = f"{rows} vocabulary rows and none of them is left for <image> (id {config.image_token_id})"
-        raise ValueError(f"{config.text_backbone} has {problem}: give a copy whose embedding is resized")
     dtype = config.dtype or torch.float32 if (given := placement.get("dtype")) in (None, "auto") else given
     config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     quantization, attention = placement.get("quantization_config"), placement.get("attn_implementation")
@@ -192,12 +185,9 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
         options["attn_implementation"] = attention.get(f"{part}_config") if isinstance(attention, dict) else attention
         options |= {"device_map": device_map, "quantization_config": quantization if part == "text" else None}
         # transformers would report each weight of a CLIP's unused text half.
-        with temporarily(logging.getLogger("transformers.modeling_utils"), disabled=part == "vision"):
+        with patch.object(logging.getLogger("transformers.modeling_utils"), "disabled", part == "vision"):
             model, info = auto_class.from_pretrained(path, output_loading_info=True, **options, **hub)
         refuse_missing(path, info["missing_keys"])
-        unused = [name for name in info["unexpected_keys"] if not name.startswith(("text_", "visual_proj", "logit_"))]
-        if unused and part == "vision":
-            logging.getLogger(__name__).warning("%s: weights that are not used: %s", path, sorted(unused))
         loaded.append(model)
     vision_tower, decoder = loaded
     with torch.device("meta"):
@@ -207,35 +197,64 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, en
     model.lm_head = decoder.get_output_embeddings()
     # Each part was loaded with a config of its own: model and parts must share one.
     model.config.vision_config, model.config.text_config = vision_tower.config, decoder.config
-    model.model.projector = make_projector(config).to(dtype=config.dtype, device=model.lm_head.weight.device)
-    model.model.projector.apply(model._init_weights)
+    projector = model.model.projector = make_projector(config, decoder.get_input_embeddings())
+    projector.to(dtype=config.dtype, device=model.lm_head.weight.device).apply(model._init_weights)
     if quantization is not None:
         del decoder.config.quantization_config  # chosen at each load, and no property of the checkpoint
     names = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
     vars(model).update({name: vars(decoder)[name] for name in names if name in vars(decoder)})
     generation = model.generation_config = GenerationConfig.from_model_config(config.text_config)
-    found = [end_token, generation.eos_token_id, decoder.generation_config.eos_token_id]
+    # Training learns the tokenizer's end token, which the decoder's config may not name.
+    found = [getattr(tokenizer, "eos_token_id", None), generation.eos_token_id, decoder.generation_config.eos_token_id]
     ends = {end: None for some in found for end in (some if isinstance(some, list) else [some]) if end is not None}
     generation.eos_token_id = list(ends) if len(ends) > 1 else next(iter(ends), None)
-    if generation.pad_token_id is None:
-        generation.pad_token_id = min(config.image_token_id + 1, rows - 1)
+    generation.pad_token_id = getattr(tokenizer, "pad_token_id", generation.pad_token_id)
     model.freeze_backbones()
     model.loaded_backbones = sample_backbones(model)
     return model.eval()
 
 
-def make_projector(config: ClipPhiConfig) -> nn.Module:
+def make_projector(config: Any, embedding: nn.Module) -> nn.Module:
     """Tower width to embedding width: "linear" (LLaVA, arXiv 2304.08485), "mlp" (LLaVA-1.5, arXiv 2310.03744), or
     "norm_mlp", whose wide middle can hold LLaVA's residual block."""
-    text_width, bias = config.get_text_config().hidden_size, config.projector_bias
-    linear = nn.Linear(config.vision_config.hidden_size, text_width, bias)  # type: ignore[union-attr]
+    width, size = getattr(config.vision_config, "hidden_size", None), getattr(config.vision_config, "image_size", 224)
+    if width is None or hasattr(config.vision_config, "depths"):  # each of several stages has another width
+        width = measure_tower(config, *([size] * 2 if isinstance(size, int) else size))[1]
+    text_width, bias = embedding.weight.shape[1], config.projector_bias
+    linear, norm = nn.Linear(width, text_width, bias), config.projector_type == "norm_mlp"
     if config.projector_type == "linear":
         return linear
-    norm = config.projector_type == "norm_mlp"
     first = [nn.LayerNorm(text_width), nn.Linear(text_width, 3 * text_width)] if norm else []
-    return nn.Sequential(
-        linear, *first, nn.GELU(), nn.Linear(text_width * (3 if norm else 1), text_width, bias or norm)
-    )
+    last = nn.Linear(text_width * (3 if norm else 1), text_width, bias or norm)
+    return nn.Sequential(linear, *first, nn.GELU(), last)
+
+
+def measure_tower(config: Any, *size: int) -> torch.Size:
+    """Number and width of the features of an image (height, width), by the tower's forward pass, on no device."""
+    try:
+        with torch.device("meta"):
+            tower, pixels = AutoModel.from_config(copy.deepcopy(config.vision_config)).eval(), torch.empty(1, 3, *size)
+            return select_patches(tower(pixels, output_hidden_states=True, return_dict=True), config, *size).shape[1:]
+    except Exception as error:  # of the tower's own code
+        what = f"{config.vision_config.model_type!r} towers are not supported with {size} pixels"
+        raise ValueError(f"{what}: {' '.join(str(error).split())[:200]}") from error
+
+
+def select_patches(outputs: Any, config: Any, height: int, width: int) -> torch.Tensor:
+    """Features (images, patches, width) of a tower's hidden state, a map or a sequence, for pixels of this size.
+
+    Of a sequence, "default" leaves out what precedes one feature for each patch: CLS, registers, or nothing."""
+    states, vision = outputs.hidden_states[config.vision_feature_layer], config.vision_config
+    if states.dim() == 4:  # channels last, or first
+        last = states.shape[1] == states.shape[2] != states.shape[3]
+        return (states if last else states.movedim(1, -1)).flatten(1, 2)
+    if config.vision_feature_select_strategy == "full":
+        return states
+    rows, columns = [vision.patch_size] * 2 if isinstance(vision.patch_size, int) else vision.patch_size
+    patches, count = height // rows * (width // columns), states.shape[1]
+    if (count < patches and patches % count) or hasattr(vision, "num_detection_tokens"):  # some masked; YOLOS
+        raise ValueError(f"its {count} features are not those of {patches} patches after CLS and registers")
+    return states[:, max(0, count - patches) :]  # all, where patches are merged (Swin)
 
 
 def dispatch(model: Any, placement: dict) -> Any:
@@ -293,12 +312,14 @@ def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict
         fields.setdefault(f"{name}_revision", None)  # the checkpoint's commit is one of the other repository
     config.update(fields)
     check_backbones(path, config, hub, other_text="text_backbone" in fields)
-    model = load_backbones(model_class, config, hub, placement, None)
+    model = load_backbones(model_class, config, hub, placement)
     model.config.name_or_path = str(path)
     projector = {f"model.projector.{name}": weight for name, weight in model.model.projector.named_parameters()}
     found = load_file(cached_file(path, "model.safetensors", **own))
     copy_weights(path, {name: found[name] for name in found if "lora_" not in name}, projector, missing)
     if (folder := config.adapter) is not None:
+        if Path(folder).is_absolute() or ".." in Path(folder).parts:
+            raise ValueError(f"the adapter {folder} of {path} is not in its folder")
         peft = import_optional("peft", f"{path} holds a LoRA adapter")
         adapter_file = cached_file(path, f"{folder}/adapter_config.json", **own)
         adapter_config = peft.PeftConfig.from_pretrained(str(Path(adapter_file).parent))
@@ -367,22 +388,9 @@ def sample_backbones(model: nn.Module) -> dict[str, torch.Tensor | None]:
 
 def is_same(old: torch.Tensor | None, new: torch.Tensor | None) -> bool:
     """Whether two samples of a weight are equal; a cast to another floating-point type is not a change."""
-    return (
-        new is None
-        if old is None or new is None
-        else any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in (old.dtype, torch.bfloat16, torch.float16))
-    )
-
-
-@contextmanager
-def temporarily(target: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of an object until the end of the block; one that was absent is None then."""
-    before = {name: getattr(target, name, None) for name in values}
-    try:
-        vars(target).update(values)
-        yield
-    finally:
-        vars(target).update(before)
+    if old is None or new is None:
+        return new is None
+    return any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in (old.dtype, torch.bfloat16, torch.float16))
 
 
 def adapter_weights(model: Any, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

@@ -5,8 +5,10 @@ import difflib
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
+from tokenizers import AddedToken
 from transformers import AutoConfig, PreTrainedConfig
 
+IMAGE_TOKEN = "<image>"
 IGNORE_INDEX = -100  # the label of a token that is not learnt; also torch's default of ignore_index
 
 # Where wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M (its vision half) and microsoft/phi-2 differ from the defaults.
@@ -33,13 +35,15 @@ class ClipPhiConfig(PreTrainedConfig):
 
     vision_config: dict | PreTrainedConfig | None = None  # of a transformers vision encoder
     text_config: dict | PreTrainedConfig | None = None  # of a transformers decoder
-    image_token_id: int = 50295  # stands for one image feature in input_ids; a spare row of the decoder's vocabulary
+    image_token_id: int = 50295  # stands for one image feature in input_ids; the embedding needs no row for it
     projector_type: Literal["linear", "mlp", "norm_mlp"] = "linear"  # see make_projector
     projector_bias: bool = True
     # The tower's hidden state that the projector gets: 0 is the embedding's output, -1 the last layer's. The default is
     # LLaVA's (arXiv 2304.08485, section 4.1): CLIP trains its last layer for CLS only.
     vision_feature_layer: int = -2
-    vision_feature_select_strategy: Literal["default", "full"] = "default"  # without the first (CLS) feature, or all
+    vision_feature_select_strategy: Literal["default", "full"] = (
+        "default"  # the patches alone; or CLS and registers too
+    )
     vision_backbone: str | None = None  # Hub id or folder of the frozen weights; None in a model without backbones
     vision_backbone_revision: str | None = None  # the commit that it is pinned to; None for a folder
     text_backbone: str | None = None
@@ -77,3 +81,11 @@ def read_config(part: str, path: str, revision: str | None, hub: dict[str, Any])
     """The config of a backbone, "vision" or "text", also where it is one part of a larger model's config."""
     config = AutoConfig.from_pretrained(path, revision=revision or "main", **hub)
     return getattr(config, "vision_config", config) if part == "vision" else config.get_text_config(decoder=True)
+
+
+def add_special_tokens(tokenizer: Any) -> Any:
+    """Add <image>, and <pad> if no token but the end token pads. Without spare rows their ids are behind the last."""
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", special=True, normalized=False)})
+    return tokenizer

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
-from .backbones import ClipPhiPreTrainedModel, make_projector
+from .backbones import ClipPhiPreTrainedModel, make_projector, select_patches
 from .configuration_clip_phi import IGNORE_INDEX, ClipPhiConfig
 
 
@@ -22,9 +22,15 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
     def __init__(self, config: ClipPhiConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.projector = make_projector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self.projector = make_projector(config, self.get_input_embeddings())
         self.post_init()
+
+    def train(self, mode: bool = True) -> "ClipPhiModel":
+        """torch's; but a frozen tower stays in eval mode, with its batch norms and drop paths."""
+        super().train(mode)
+        self.vision_tower.train(mode and any(weight.requires_grad for weight in self.vision_tower.parameters()))
+        return self
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> Any:
@@ -45,8 +51,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
     def _run_tower(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[Any, torch.Tensor]:
         options = kwargs | {"output_hidden_states": True, "return_dict": True}
         outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **options)
-        features = outputs.hidden_states[self.config.vision_feature_layer]
-        return outputs, features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
+        return outputs, select_patches(outputs, self.config, *pixel_values.shape[2:])
 
     def _project(self, features: torch.Tensor) -> torch.Tensor:
         return self.projector(features.to(next(self.projector.parameters()).dtype))  # which may be fp32 in training
@@ -56,6 +61,8 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
 
         Without input_ids, the embedding of the image token is looked for. Raises ValueError if the numbers differ."""
         if input_ids is None:
+            if self.config.image_token_id >= self.config.get_text_config().vocab_size:
+                raise ValueError("<image> has no row of the embedding to be found by: give input_ids")
             image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
         else:
@@ -90,7 +97,10 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            rows, ids = self.config.get_text_config().vocab_size, torch.as_tensor(input_ids)
+            # <image> and padding, the last two ids, need no row: one is replaced, the other masked.
+            has_none = (ids >= rows) & (ids < max(rows, self.config.image_token_id) + 2)
+            inputs_embeds = self.get_input_embeddings()(ids.masked_fill(has_none, 0))
         encoded = kwargs.pop("mm_encoder_outputs", None)
         if pixel_values is not None:
             encoded = {"image": self.get_image_features(pixel_values, return_dict=True)}
@@ -98,19 +108,18 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             patches = encoded["image"].pooler_output if encoded else self._project(vision_features)
             image_features = torch.cat(list(patches)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+            rows = (mask.flatten().cumsum(0) - 1).clamp(0)  # masked_scatter's backward makes the host wait for the GPU
+            inputs_embeds = torch.where(mask, image_features[rows].view_as(inputs_embeds), inputs_embeds)
         elif self.training and torch.is_grad_enabled():  # DDP needs a gradient of every trained weight
-            width = self.config.vision_config.hidden_size  # type: ignore[union-attr]
+            width = next(self.projector.parameters()).shape[1]
             nothing = self._project(inputs_embeds.new_zeros(1, width)).sum() * 0
             inputs_embeds = inputs_embeds + nothing.to(inputs_embeds.device, inputs_embeds.dtype)
         attention = self.language_model.config._attn_implementation
         if "pack_layout" in kwargs:
             if not attention.endswith("_packed"):
                 raise ValueError(f"{attention!r} attention takes no packs: set_attn_implementation('clip_phi_packed')")
-            # With any mask of four dimensions the decoder does not make one of its own, of tokens x tokens.
-            attention_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=inputs_embeds.device)
-        # A static cache gives decoders with several kinds of layers a dict of masks that need no change.
-        elif getattr(attention_mask, "ndim", 0) == 4 and attention_mask.dtype == torch.bool:
+            attention_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=inputs_embeds.device)  # or it makes one
+        elif getattr(attention_mask, "ndim", 0) == 4 and attention_mask.dtype == torch.bool:  # of a cache: a dict
             if attention not in ("sdpa", "eager"):
                 raise ValueError(f"attention {attention!r} takes no mask of four dimensions: use 'sdpa' or 'eager'")
             if attention == "eager":  # adds the mask to the scores
@@ -129,14 +138,15 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         self.model = ClipPhiModel(config)
         # phi-2's head has a bias, most decoders' heads have none: ask the decoder's own class.
         with torch.device("meta"):
-            head = AutoModelForCausalLM.from_config(config.text_config).get_output_embeddings()
+            whole: Any = AutoModelForCausalLM.from_config(config.text_config)
+        head, parts, text = whole.get_output_embeddings(), list(whole.children()), whole.config
+        after = [getattr(text, name, 1) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
+        if head not in parts or len(parts) > 2 or any(each not in (None, 1) for each in after):
+            raise ValueError(f"{text.model_type!r} decoders are not supported: more than a head makes their logits")
         self.lm_head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
         decoder = self.model.language_model
         embeddings = next(name for name, part in decoder.named_modules() if part is decoder.get_input_embeddings())
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{embeddings}.weight"}
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(config.text_config, name, None) not in (None, 1, 1.0):
-                raise ValueError(f"decoders that change their logits after the head ({name}) are not supported")
         self.post_init()
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> Any:
@@ -175,10 +185,14 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
             shift_labels = select_positions(shifted.unsqueeze(-1), logits_to_keep).squeeze(-1)
         skip_logits = self.training and shift_labels is not None if skip_logits is None else skip_logits
         if shift_labels is not None:
-            supervised = shift_labels.to(hidden_states.device) != IGNORE_INDEX
-            loss = self._loss(hidden_states[supervised], shift_labels.to(supervised.device)[supervised], **kwargs)
+            states, targets = hidden_states.flatten(0, 1), shift_labels.to(hidden_states.device).flatten()
+            learnt = (targets != IGNORE_INDEX) & (targets != self.config.image_token_id)
+            kept: Any = slice(None) if labels is None else learnt  # a mask makes the host wait
+            loss = self._loss(states[kept], targets[kept], **kwargs)
         logits = None if skip_logits else self.lm_head(hidden_states)
-        # The cache has another name from transformers 5.24 on.
+        if logits is not None and (rowless := self.config.image_token_id + 2 - logits.shape[-1]) > 0:
+            # generate's logits processors look up each id of a prompt; none of these is ever generated
+            logits = nn.functional.pad(logits, (0, rowless), value=torch.finfo(logits.dtype).min)
         fields = {name: outputs[name] for name in outputs if name in CausalLMOutputWithPast.__dataclass_fields__}
         return CausalLMOutputWithPast(**fields | {"loss": loss, "logits": logits})
 
@@ -197,11 +211,11 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
     def _loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Cross-entropy of (supervised, text hidden) with int (supervised,), in chunks of max_logits."""
         head, size = self.lm_head, max(1, self.max_logits // self.lm_head.out_features)
-        count = len(labels) if (given := kwargs.get("num_items_in_batch")) is None else given
+        count = (labels != IGNORE_INDEX).sum() if (given := kwargs.get("num_items_in_batch")) is None else given
         own_loss = "_loss_function" in vars(self) or "ignore_index" in kwargs
         hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)  # sharded or offloaded
         frozen = type(head) is nn.Linear and not any(each.requires_grad for each in head.parameters())
-        if hidden_states.requires_grad and frozen and not (own_loss or hooked):
+        if torch.is_grad_enabled() and hidden_states.requires_grad and frozen and not (own_loss or hooked):
             return self._frozen_head_loss(hidden_states, labels, size) / count
         kwargs |= {"vocab_size": head.out_features, "labels": None, "num_items_in_batch": count}
 
@@ -217,11 +231,12 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         """The summed cross-entropy, computed with its gradient: no logits are kept, and none are computed twice."""
         weight, loss, gradients = self.lm_head.weight, labels.new_zeros((), dtype=torch.float32), []
         for states, targets in zip(hidden_states.detach().split(size), labels[:, None].split(size), strict=True):
-            logits = self.lm_head(states).float()
+            valid, targets, logits = targets != IGNORE_INDEX, targets.clamp(0), self.lm_head(states).float()
             highest, right = logits.amax(1, keepdim=True), logits.gather(1, targets)
             sums = logits.sub_(highest).exp_().sum(1, keepdim=True)
-            loss += (highest + sums.log() - right).sum()
-            gradients.append(torch.matmul(logits.to(weight.dtype), weight) / sums - weight[targets.squeeze(1)])
+            loss += ((highest + sums.log() - right) * valid).sum()
+            means = torch.matmul(logits.to(weight.dtype), weight) / sums
+            gradients.append((means - weight[targets.squeeze(1)]) * valid)
             del logits  # before the next are made
         carrier = (hidden_states * torch.cat(gradients)).sum()  # has this gradient
         return loss + (carrier - carrier.detach())

@@ -7,16 +7,14 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from tokenizers import AddedToken
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .configuration_clip_phi import IGNORE_INDEX, read_config
+from .backbones import measure_tower, sort_options
+from .configuration_clip_phi import IGNORE_INDEX, IMAGE_TOKEN, ClipPhiConfig, add_special_tokens, read_config
 
 Messages = Sequence[dict[str, Any]]
-
-IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 
 
 class ClipPhiProcessor(ProcessorMixin):
@@ -50,29 +48,25 @@ class ClipPhiProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     @classmethod
-    def from_backbones(
-        cls, vision, text, *, vision_revision=None, text_revision=None, vision_feature_select_strategy="default", **hub
-    ) -> "ClipPhiProcessor":
-        """The processor of a tower and a decoder; the arguments are those of ClipPhiForCausalLM.from_backbones.
-
-        <image> and <pad> take spare vocabulary rows (50295 and 50296 of phi-2's 51200); ValueError without them."""
+    def from_backbones(cls, vision, text, *, vision_revision=None, text_revision=None, **options) -> "ClipPhiProcessor":
+        """The processor of a tower and a decoder; arguments and errors are ClipPhiForCausalLM.from_backbones'."""
+        hub, _, _, fields = sort_options(options)
         tokenizer = AutoTokenizer.from_pretrained(text, revision=text_revision or "main", **hub)
-        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-        if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-            tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, special=True, normalized=False)})
-        rows = read_config("text", text, text_revision, hub).vocab_size
-        if len(tokenizer) > rows:
-            problem = f"{rows} vocabulary rows but {len(tokenizer)} are needed with {IMAGE_TOKEN} and {PAD_TOKEN}"
-            raise ValueError(f"{text} has {problem}: give a copy whose embedding is resized (resize_token_embeddings)")
+        if (count := tokenizer.vocab_size) > (rows := read_config("text", text, text_revision, hub).vocab_size):
+            raise ValueError(f"the tokenizer of {text} has {count} tokens, and its embedding {rows} rows")
         # The PIL backend gives the same pixels everywhere, whether torchvision is installed or not.
-        options = {"backend": "pil", "revision": vision_revision or "main", **hub}
-        image_processor = AutoImageProcessor.from_pretrained(vision, **options)
-        config = read_config("vision", vision, vision_revision, hub)
-        with torch.device("meta"):  # the tower's own forward pass counts its features
-            pixels = torch.empty(1, 3, config.image_size, config.image_size)
-            states = AutoModel.from_config(config)(pixels, output_hidden_states=True, return_dict=True).hidden_states
-        count = states[0].shape[1] - (vision_feature_select_strategy == "default")
-        return cls(image_processor, tokenizer, num_image_tokens=count)
+        image_processor = AutoImageProcessor.from_pretrained(
+            vision, backend="pil", revision=vision_revision or "main", **hub
+        )
+        images = (torch.zeros((3, *size), dtype=torch.uint8) for size in ((90, 120), (120, 90)))
+        shape, other = (tuple(image_processor(each, return_tensors="pt")["pixel_values"].shape) for each in images)
+        if shape != other or len(shape) != 4:
+            raise ValueError(
+                f"{vision}: its image processor gives pixels of shape {shape} and {other}, not of one fixed size"
+            )
+        config = ClipPhiConfig(vision_config=read_config("vision", vision, vision_revision, hub), **fields)
+        count, _ = measure_tower(config, *shape[2:])
+        return cls(image_processor, add_special_tokens(tokenizer), num_image_tokens=count)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """ProcessorMixin's, but for a text that begins with BOS: it gets no second one."""

@@ -139,3 +139,17 @@ def make_index(samples, processor, max_length, report=None):
         found.records = found.num_skipped
         found.refuse_bad(0)
     return index.Index(table, index._prefixes(processor), found)
+
+
+def demo_questions(single: int, several: int) -> list[tuple[list[Path], str]]:
+    """Images and a first question about unseen scenes of the demo; the last ones are about two or three images."""
+    demo = ROOT / "outputs/demo/data"
+    records = json.loads((demo / "llava_instruct_val.json").read_text(encoding="utf-8"))
+    asked = []
+    for record in records[:single]:
+        question = record["conversations"][0]["value"].replace("<image>", "").strip()
+        asked.append(([demo / "val2017" / Path(record["image"]).name], question))
+    for number in range(several):
+        paths = [paths[0] for paths, _ in asked[number * 3 : number * 3 + 2 + number % 2]]
+        asked.append((paths, asked[number][1]))
+    return asked

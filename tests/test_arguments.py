@@ -113,6 +113,8 @@ def test_an_option_that_would_have_no_effect_is_refused():
     assert "has no effect" not in problems("--stage", "1", *size)
     assert "--lora_r has no effect with" in problems("--stage", "2", "--tune_decoder", "full", "--lora_r", "8")
     assert "--holdout_images has no effect" in problems("--stage", "1", "--holdout_images", "8")
+    own = problems("--stage", "1", "--data", "llava:nothing.json", "--holdout_images", "8")
+    assert "nothing.json" in own and "coco" not in own and "has no effect" not in own
     assert "has no effect" not in problems("--stage", "1", "--holdout_images", "8", "--eval_data")
     assert "--eval_task_images has no effect" in problems("--stage", "1", "--eval_task_images", "8")
     assert "--hub_private_repo requires --push_to_hub" in problems("--stage", "1", "--hub_private_repo")

@@ -78,7 +78,9 @@ def test_serving_gives_the_texts_of_generate_and_answers_every_client(tmp_path):
     found = run("serving.py", *tiny, "--seconds", "2", "--hostile", tmp_path=tmp_path)
     assert found["texts_identical"] == 1 and found["throughput_vs_sequential"] > 0 and found["first_token_ms"] > 0
     assert found["errors"] == found["server_5xx"] == found["places_left"] == 0 and found["answered"] > 0
-    assert found["refused_malformed"] + found["gone_away"] + found["answered"] + found["busy"] == found["requests"]
+    parts = ("refused_malformed", "gone_away", "answered", "busy", "attacks")
+    assert sum(found[name] for name in parts) == found["requests"]
+    assert 0 < found["health_99_ms"] <= found["worst_health_ms"] and found["peak_mb"] >= found["memory_mb"]
 
 
 def test_metrics_give_the_reference_figures_and_their_seconds(tmp_path):

@@ -92,6 +92,22 @@ def test_bad_input_is_one_line_with_status_2(argv, message, image, checkpoint, t
     assert error.startswith("clip-phi: error: ") and message in error
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("[" * 100_000, "config.json is not json"),
+        ("[]", "config.json is not a json object"),
+        ('{"text_config": {"num_hidden_layers": 1000000000}}', "num_hidden_layers 1000000000: at most 1000"),
+        ('{"vision_config": {"num_hidden_layers": -1}}', "num_hidden_layers -1: at most 1000"),
+    ],
+)
+def test_a_hostile_config_is_one_line_before_anything_is_made_of_it(config, message, image, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(config)
+    assert main(["caption", image, "--model", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0]
+
+
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match="missing image: none.png"):
         main(["caption", "none.png", "--debug"])

@@ -405,6 +405,22 @@ def test_captions_write_cocos_results_file(checkpoint, data, sources, capsys):
     assert all(names[row["image_id"]] == row["image"] for row in rows)
 
 
+def test_images_without_captions_get_cocos_results_file_and_no_score(checkpoint, data, tmp_path, processor, capsys):
+    """As those of COCO's test sets, which its server evaluates."""
+    content = json.loads((data / "annotations/captions_val2017.json").read_text())
+    path = tmp_path / "image_info_val2017.json"
+    path.write_text(json.dumps({"images": content["images"], "categories": []}))
+    words = ["evaluate", checkpoint, "--task", "captions", "--max_new_tokens", 4, "--json", "--data"]
+    assert main([str(word) for word in (*words, f"coco:{path},images={data}")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "score" not in found and found["data"]["without_reference"] == 6
+    results = json.loads((checkpoint / "evaluation/captions.results.json").read_text())
+    assert [row["image_id"] for row in results] == [image["id"] for image in content["images"]]
+    source, report = parse_source(f"coco:{path},images={data}/val2017"), Report()
+    make_index(source.read(source.media(), Report()), processor, 100, report)
+    assert report.skipped == {"image without a caption": 6}
+
+
 def test_pope_writes_its_answers_file_in_the_order_of_its_questions(checkpoint, data, questions, capsys):
     folder, _, lines = questions
     evaluate(checkpoint, "pope", f"llava:{folder}/pope.json,images={data}/val2017")
@@ -416,6 +432,8 @@ def test_pope_writes_its_answers_file_in_the_order_of_its_questions(checkpoint, 
 
 
 def test_data_without_ids_have_no_results_file_and_a_line_says_so(checkpoint, sources, capsys):
+    (checkpoint / "evaluation").mkdir()
+    (checkpoint / "evaluation/vqa.results.json").write_text("[]")  # of other data
     evaluate(checkpoint, "vqa", sources["vqa"])
     assert "no results file for an evaluation server" in capsys.readouterr().err
     assert not list((checkpoint / "evaluation").glob("*.results.*"))

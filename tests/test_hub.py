@@ -304,6 +304,17 @@ def test_merged_push_over_a_delta_leaves_none_of_its_files(run, hub, model):
         assert set(repo.files()) == set(files)
 
 
+def test_a_tag_that_fails_says_that_the_commit_stays(run, hub, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise OSError("no tags today")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_tag", fail)
+    assert main(["push", str(run), "alice/untagged", "--tag", "v1"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    commit = history(hub, "alice/untagged")[-1]
+    assert f"pushed as {commit[:12]}, which stays, but without the tag v1: " in line and "no tags today" in line
+
+
 def test_branch_tag_private_and_command_line(run, hub, capsys):
     words = ["push", str(run), "alice/options", "--private", "--revision", "draft", "--tag", "v1", "--json"]
     assert main(words) == 0
@@ -576,7 +587,7 @@ def test_push_to_hub_of_the_model_can_be_pushed_over_and_leaves_a_card_that_is_t
 
 
 def test_push_to_hub_of_a_delta_on_local_backbones_is_refused(model, hub):
-    with pytest.raises(ValueError, match=r"is a local folder: push a whole model, push_to_hub\(..., merged=True\)"):
+    with pytest.raises(ValueError, match=r"is a local folder: push a whole model, with merged=True"):
         model.push_to_hub("alice/local")
     assert ("model", "alice/local") not in hub.repos
 

@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageFile, features
+from PIL import Image, ImageCms, ImageFile, TiffImagePlugin, features
 from transformers import CLIPImageProcessorPil
 
 from clip_phi.batching import images
@@ -459,6 +459,17 @@ def test_a_jpeg_of_many_scans_is_refused_without_decoding(monkeypatch, processor
     comments = b"\xff\xfe\0\2" * 100_000
     data = to_bytes(picture(), "JPEG")
     assert kind_of(data[:2] + comments + data[2:]) == "image too costly"
+
+
+def test_a_jpeg_of_many_scans_in_a_tiff_is_refused(monkeypatch):
+    tags = [(256, 24), (257, 16), (258, 8), (259, 7), (262, 6), (277, 3), (278, 16)]
+    for count, expected in ((10, "decoded"), (images.MAX_SCANS + 1, "image too costly")):
+        jpeg = with_scans(count)
+        begin = len(tiff(*tags, (273, 0), (279, 0)))
+        monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "load", lambda image: 1 / 0)
+        with pytest.raises(RecordError) as caught:
+            load_image(tiff(*tags, (273, begin), (279, len(jpeg))) + jpeg)
+        assert caught.value.kind == ("damaged image" if expected == "decoded" else expected)
 
 
 def test_marks_of_scans_that_are_not_of_the_image_do_not_count():

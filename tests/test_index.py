@@ -20,7 +20,8 @@ from clip_phi.data.report import Report
 from clip_phi.data.sample import File, Sample, Turn
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
-from clip_phi.training.data import hold_out
+from clip_phi.training.arguments import parse_arguments
+from clip_phi.training.data import hold_out, holdout_size
 
 
 @pytest.fixture(autouse=True)
@@ -232,6 +233,13 @@ def test_held_out_images_leave_every_source(processor, tmp_path):
     assert kept_conversations.image_names() == [None, str(paths[3])]
 
 
+def test_the_usual_hold_out_is_at_most_a_tenth_of_the_images():
+    usual = parse_arguments(["--stage", "1", "--data", "x.json"])
+    assert [holdout_size(usual, total) for total in (1, 9, 40, 20_000)] == [1, 1, 4, 500]
+    given = parse_arguments(["--stage", "1", "--data", "x.json", "--holdout_images", "8"])
+    assert [holdout_size(given, total) for total in (5, 40)] == [5, 8]
+
+
 def test_a_view_counts_its_images_and_conversations(processor):
     captions = tuple((Turn("assistant", text),) for text in ("a red circle", "one circle"))
     talk = (Turn("user", "a star?"), Turn("assistant", "no"))
@@ -241,5 +249,5 @@ def test_a_view_counts_its_images_and_conversations(processor):
         Sample(b"other", (talk,), ("d",)),
     ]
     index = make_index(samples, processor, 200)
-    assert index.count() == (2, 4)
-    assert index.take(np.array([1, 2])).count() == (1, 2)
+    assert index.count() == (2, 2, 2)
+    assert index.take(np.array([1, 2])).count() == (1, 0, 2)

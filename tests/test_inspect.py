@@ -176,7 +176,6 @@ def test_json_counts_what_is_used_skipped_mended_equal_and_leaked(run, mixed, da
             "two answers in a row": 1,
         },
         "repaired": {"longer than max_length, and was cut after an answer": 1},
-        "filtered": {},
         "duplicates": {"images": 1, "samples": 1, "examples": [f"{train}/copy.png = {train}/000000000002.jpg"]},
         "leakage": {
             "images": 1,
@@ -319,9 +318,10 @@ def test_png_is_drawn_though_images_are_damaged_and_texts_hold_dollars(run, mixe
 def test_data_of_which_nothing_can_be_used_are_still_summarised_and_drawn(run, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps([record("none.jpg", "a ring?", "no")]))
     bad = tmp_path / "bad.json"
-    assert run(bad) == "no sample can be used, of 1 records: see --summary\n"
+    assert "no sample can be used, of 1 records: skipped 1: missing image" in run(bad, expect=2)
     files = [f"--output={tmp_path}/out.{kind}" for kind in ("html", "png")]
-    summary = json.loads(run(bad, "--eval_data", bad, *files, json=True))
+    run(bad, "--eval_data", bad, *files, f"--output={tmp_path}/out.json", expect=2)
+    summary = json.loads((tmp_path / "out.json").read_text())
     assert (summary["records"], summary["skipped"]) == (1, {"missing image": 1})
     assert summary["lengths"] is None and summary["share_supervised"] == 0 and summary["images"] == 0
     assert (tmp_path / "out.html").stat().st_size and (tmp_path / "out.png").stat().st_size

@@ -23,7 +23,8 @@ def test_200_clients_that_disconnect_or_send_garbage_are_all_answered_and_leave_
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["errors"] == found["server_5xx"] == found["places_left"] == 0, done.stdout
     assert found["answered"] > 200 and found["gone_away"] > 20 and found["refused_malformed"] > 20
-    assert found["memory_growth_mb"] < 150, done.stdout
+    assert found["memory_growth_mb"] < 150 and found["peak_mb"] < 2000, done.stdout
+    assert found["attacks"] > 10 and found["health_99_ms"] < 1000, done.stdout
     assert found["throughput_vs_sequential"] > 2  # 4 and more on a machine that does nothing else
 
 

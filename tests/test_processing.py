@@ -282,12 +282,12 @@ def test_prompt_with_more_places_than_images_is_refused(processor):
         processor(images=[Image.new("RGB", (8, 8))], text=["<image> <image>"])
 
 
-def test_decoder_without_spare_rows_is_refused(vision_backbone, text_backbone, tmp_path):
+def test_decoder_with_fewer_rows_than_the_tokenizer_has_tokens_is_refused(vision_backbone, tmp_path):
     from conftest import TEXT, save_tokenizer
 
     entries = len(save_tokenizer(tmp_path))
-    PhiConfig(**TEXT | {"vocab_size": entries + 1}).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"has {entries + 1} vocabulary rows but {entries + 2} are needed"):
+    PhiConfig(**TEXT | {"vocab_size": entries - 1}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"has {entries} tokens, and its embedding {entries - 1} rows"):
         ClipPhiProcessor.from_backbones(vision_backbone, str(tmp_path))
 
 

@@ -119,6 +119,21 @@ def test_files_bytes_members_and_arrays_give_the_same_samples(tmp_path):
     assert np.abs(audio_from_array(unsigned, 44_100).samples).max() < 0.2
 
 
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+@pytest.mark.parametrize("signs", [(1, -1), (1, -0.9), (-1, 1, -1, 1, 0, 0)])
+def test_channels_in_opposite_phase_do_not_cancel_each_other(rate, signs, tmp_path):
+    samples = (tone(1, rate) * 2.5 * np.array(signs)).astype(np.int16)
+    for clip in (load_audio(wav(samples, rate)), audio_from_array(samples, rate)):
+        least = 0.2 if len(signs) == 2 else 0.05  # the mix of six has some channels in part only
+        assert clip.samples.shape == (16_000,) and least < np.abs(clip.samples).max() < 0.3
+        middle = clip.samples[2000:14_000]
+        spectrum = np.abs(np.fft.rfft(middle)) ** 2
+        assert spectrum[320:341].sum() > 0.99 * spectrum.sum()  # a tone of 440 Hz, without cracks between pieces
+    left = samples * np.array([1] + [0] * (len(signs) - 1), dtype=np.int16)  # one channel alone: as before, if of two
+    loudest = np.abs(load_audio(wav(left, rate)).samples).max()
+    assert 0.1 < loudest < 0.3
+
+
 def test_the_first_seconds_are_taken_and_a_cut_clip_is_truncated():
     for seconds, limit, length, truncated in (
         (2, 10, 2, False),

@@ -198,9 +198,9 @@ def test_damaged_images_are_skipped_reported_once_and_alike_by_any_number_of_pro
     done = run(*stage1(damaged, backbones, tmp_path / "run", *options), processes=processes)
     report = json.loads((tmp_path / "run/data_report.json").read_text())
     assert {name: report[name] for name in REPORT} == REPORT
-    assert report["examples"]["missing image"] == [
-        f"{damaged}/annotations/captions_train2017.json:annotations[30]: {damaged}/train2017/000000000007.jpg"
-    ]
+    (example,) = report["examples"]["missing image"]  # a hint may follow
+    origin = f"{damaged}/annotations/captions_train2017.json:annotations[30]"
+    assert example.startswith(f"{origin}: {damaged}/train2017/000000000007.jpg")
     assert "15 of 60 records were skipped" in done.stdout
     assert len(metrics(tmp_path / "run", "loss")) == -(-11 * 3 // 2)
 

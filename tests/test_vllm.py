@@ -3,12 +3,10 @@
 import json
 import os
 import subprocess
-from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, demo_questions
 from PIL import Image
 
 from clip_phi.cli import main
@@ -16,7 +14,6 @@ from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 pytestmark = pytest.mark.vllm
 DEMO = ROOT / "outputs/demo"
-QUESTIONS, SEVERAL = 94, 6  # together 100
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +27,8 @@ def exported(tmp_path_factory):
 def requests(exported):
     """First questions about unseen scenes, and questions about several images."""
     processor = ClipPhiProcessor.from_pretrained(exported)
-    records = json.loads((DEMO / "data/llava_instruct_val.json").read_text())
-    asked = []
-    for record in islice(records, QUESTIONS):
-        question = record["conversations"][0]["value"].replace("<image>", "").strip()
-        asked.append(([DEMO / "data/val2017" / Path(record["image"]).name], question))
-    for number in range(SEVERAL):
-        paths = [paths[0] for paths, _ in asked[number * 3 : number * 3 + 2 + number % 2]]
-        asked.append((paths, asked[number][1]))
     made = []
-    for paths, question in asked:
+    for paths, question in demo_questions(94, 6):
         content = [{"type": "image"}] * len(paths) + [{"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True)

@@ -6,6 +6,7 @@ which tokens attend to which, and nothing is computed between samples.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-PACKED_ATTENTION = "clip_phi_packed"
+# Names for set_attn_implementation: the varlen kernel where there is one, and SDPA by bucket everywhere.
+PACKED_ATTENTION, SDPA_PACKED_ATTENTION = "clip_phi_packed", "clip_phi_sdpa_packed"
 # What a decoder's layers pass to their attention without changing its result. Others, such as s_aux (attention sinks)
 # and softcap, would change it.
 HARMLESS = {"dropout", "is_causal", "num_items_in_batch", "output_attentions", "output_hidden_states", "position_ids"}
@@ -104,25 +106,37 @@ def _alike(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    kernel: bool = True,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. query: (1, heads, tokens, head size). Returns (1, tokens, heads, head size).
 
-    With a keyword pack_layout, torch's varlen kernel where there is one, else SDPA by bucket; of each query, the last
-    sliding_window keys. Without, plain SDPA. Raises ValueError for keywords that ask for another attention."""
+    With a keyword pack_layout, torch's varlen kernel where there is one, else or without kernel SDPA by bucket; of each
+    query, the last sliding_window keys. Without a layout, plain SDPA. Raises ValueError for keywords that ask for
+    another attention."""
     if (pack_layout := kwargs.pop("pack_layout", None)) is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert not kwargs.get("dropout"), "the decoder's dropout is 0"
     if unknown := sorted(name for name in kwargs.keys() - HARMLESS if kwargs[name] is not None):
         raise ValueError(f"packed attention has no {', '.join(unknown)}")
     scaling, window = kwargs.get("scaling"), kwargs.get("sliding_window")
-    groups = query.shape[1] // key.shape[1]
-    query, key, value = query[0], repeat_kv(key, groups)[0], repeat_kv(value, groups)[0]
-    if has_varlen_kernel(query.device, query.dtype):
+    query, key, value = without_batch(query, key, value)
+    if kernel and has_varlen_kernel(query.device, query.dtype, query.shape[-1]):
         from torch.nn.attention.varlen import varlen_attn
 
         return attend_by_piece(query, key, value, pack_layout, scaling, varlen_attn, window).unsqueeze(0), None
     return attend_by_bucket(query, key, value, pack_layout, scaling, window).unsqueeze(0), None
+
+
+def without_batch(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """(heads, tokens, head size) of each, in the dtype of the values, which rotary embeddings leave as it is."""
+    groups = query.shape[1] // key.shape[1]
+    return [each[0].to(value.dtype) for each in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
 
 
 def context_length(config: Any) -> int | None:
@@ -138,10 +152,12 @@ def context_length(config: Any) -> int | None:
     return longest
 
 
-def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """FlashAttention's: for half precision, on GPUs from Ampere (capability 8.0) on."""
+def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_size: int = 64) -> bool:
+    """FlashAttention's: for half precision, on NVIDIA's GPUs from Ampere (capability 8.0) on."""
     is_half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and is_half and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cuda" or torch.version.hip is not None or not is_half or head_size % 8 or head_size > 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_by_bucket(
@@ -192,7 +208,7 @@ def refuse_other_attention(model: Any) -> None:
 
     model: a ClipPhiForCausalLM in eval mode. Its decoder has its own attention again afterwards."""
     decoder, config, device = model.model.language_model, model.config.get_text_config(), model.device
-    refused = f"decoders of the kind {config.model_type!r} are not supported"
+    refused = f"{config.model_type!r} decoders are not supported"
     hint = "choose one with causal attention alone, such as Phi, Llama, Qwen 2 or 3, SmolLM, Mistral or Gemma 3"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds or decoder._is_stateful:
@@ -224,8 +240,9 @@ def refuse_other_attention(model: Any) -> None:
     is_exact = device.type == "cpu" and not coarse & {
         each.dtype for each in (*decoder.parameters(), *decoder.buffers())
     }
-    rounding = 1e-4 if is_exact else 0.05
-    limit = difference[:9].median().mul(10).clamp(1e-4, rounding)
+    # A kernel for few tokens rounds in another way: with nf4 on CUDA the first conversation may be equal, and no other.
+    least, rounding = (1e-4, 1e-4) if is_exact else (0.02, 0.05)
+    limit = difference[:9].median().mul(10).clamp(least, rounding)
     if not difference[9:].median() < limit:
         raise ValueError(f"{refused}: packed samples would change each other's results; {hint}")
 
@@ -244,5 +261,6 @@ def _sliding_windows_of(size: int, decoder: Any) -> Iterator[None]:
             part.sliding_window = value
 
 
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+for name, kernel in ((PACKED_ATTENTION, True), (SDPA_PACKED_ATTENTION, False)):
+    AttentionInterface.register(name, partial(packed_attention, kernel=kernel))
+    AttentionMaskInterface.register(name, sdpa_mask)

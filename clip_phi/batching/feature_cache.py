@@ -163,7 +163,7 @@ class FeatureCache:
         try:
             found = json.loads(path.read_bytes())
             checked = found.pop("checksum") == _checksum_of(found)
-        except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
             found, checked = None, False
         if not checked:  # absent or damaged; the folder has the fingerprint's name
             temporary = self.folder / f"about-{secrets.token_hex(6)}"

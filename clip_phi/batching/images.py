@@ -18,12 +18,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from PIL import Image, ImageCms, UnidentifiedImageError, features
-from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
+from PIL.TiffImagePlugin import STRIPOFFSETS, TILELENGTH, TILEOFFSETS, TILEWIDTH, TiffImageFile
 from torch.nn.functional import interpolate
 from transformers import CLIPImageProcessorPil
 
 from ..data.report import RecordError
-from ..data.sample import File
+from ..data.sample import File, Images, images_of
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded
 MAX_ASPECT = 100  # an image processor makes the short side 224 first, so the long one becomes at most 22,400
@@ -52,6 +52,17 @@ PixelMode = Literal["exact", "fast"]
 MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
 _STDERR_LOCK = threading.Lock()
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it logs the errors that it raises as well
+
+
+def load_beside(image: Images) -> Image.Image:
+    """An image for people: several of a sample are put beside each other. Raises RecordError as load_image."""
+    parts = [load_image(each) for each in images_of(image)]
+    if len(parts) == 1:
+        return parts[0]
+    joined = Image.new("RGB", (sum(part.width for part in parts), max(part.height for part in parts)), "white")
+    for number, part in enumerate(parts):
+        joined.paste(part, (sum(before.width for before in parts[:number]), 0))
+    return joined
 
 
 def load_image(source: Source, max_pixels: int | None = None) -> Image.Image:
@@ -263,6 +274,9 @@ def _decode(data: bytes, name: str, max_pixels: int | None = None) -> Image.Imag
         _refuse_size(image.size, name, max_pixels)
         if isinstance(image, TiffImageFile):  # decoded in whole tiles, which may be far larger than the image
             _refuse_size((image.tag_v2.get(TILEWIDTH, 1), image.tag_v2.get(TILELENGTH, 1)), name)
+            pieces = image.tag_v2.get(STRIPOFFSETS) or image.tag_v2.get(TILEOFFSETS) or (0,)
+            if image.info.get("compression") == "jpeg" and data.count(b"\xff\xda") > MAX_SCANS * len(pieces):
+                raise RecordError("image too costly", f"{name}: JPEGs of more than {MAX_SCANS} scans inside a TIFF")
             with _silent_stderr():
                 image.load()
         return _to_upright_rgb(image)

@@ -25,18 +25,21 @@ import pyarrow.compute as pc
 
 from ..data.files import file_stamp, no_collector
 from ..data.report import Report
-from ..data.sample import File, Sample, Turn
+from ..data.sample import File, Images, Sample, Turn, images_of
 from ..data.source import DataSource
 from .encode import Encoded, encode_samples
 from .packing import SharedPrefixSample, build_shared_prefix
 
-FORMAT = 4  # of the files; raised too when a reader or the encoding comes to give something else
+FORMAT = 5  # of the files; raised too when a reader or the encoding comes to give something else
+NAMES = " + "  # between the names of several images
 CHUNK = 1000  # samples that are tokenised together
+HINT_SAMPLES, SHORT_ANSWER = 500, 3  # samples that independent_turns_hint() reads; words
 SCHEMA = pa.schema(
     {
         "path": pa.string(),
         "member": pa.string(),
         "bytes": pa.large_binary(),
+        "more": pa.list_(pa.struct([("path", pa.string()), ("member", pa.string()), ("bytes", pa.large_binary())])),
         "origins": pa.list_(pa.string()),
         "conversations": pa.string(),  # json
         "ids": pa.list_(pa.int32()),  # of all conversations, concatenated, without BOS and image
@@ -84,9 +87,10 @@ class Index:
     def _cell(self, name: str, number: int) -> Any:
         return self.table[name][number if self.selected is None else int(self.selected[number])]
 
-    def image(self, number: int) -> File | bytes | None:
+    def image(self, number: int) -> Images | None:
         path, member, data = (self._cell(name, number).as_py() for name in ("path", "member", "bytes"))
-        return File(path, member) if path is not None else data
+        more = [_image(**each) for each in self._cell("more", number).as_py()]
+        return (_image(path, member, data), *more) if more else _image(path, member, data)
 
     def has_image(self, number: int) -> bool:
         return self._cell("path", number).is_valid or self._cell("bytes", number).is_valid
@@ -110,7 +114,8 @@ class Index:
 
     def prefix(self, number: int) -> list[int]:
         """Token ids before each conversation of a sample: BOS, if the decoder has one, and the image's."""
-        return self.prefixes[self.has_image(number)]
+        without, with_image = self.prefixes
+        return without + with_image[len(without) :] * (self.has_image(number) + len(self._cell("more", number)))
 
     def shared_prefix_sample(self, number: int, conversations: Sequence[int] | None = None) -> SharedPrefixSample:
         """A sample with all its conversations, or with these."""
@@ -133,9 +138,10 @@ class Index:
         return digest.hexdigest()
 
     def image_names(self) -> list[str | None]:
-        """The image file of each sample; None for text-only samples and for images that are bytes."""
-        columns = [self.table[name].to_pylist() for name in ("path", "member")]
-        names = [str(File(path, member)) if path is not None else None for path, member in zip(*columns, strict=True)]
+        """The image file of each sample, several joined by NAMES; None for text-only samples and images in bytes."""
+        columns = zip(*(self.table[name].to_pylist() for name in ("path", "member", "more")), strict=True)
+        files = ([(path, member), *((each["path"], each["member"]) for each in more)] for path, member, more in columns)
+        names = [NAMES.join(str(File(*each)) for each in its if each[0] is not None) or None for its in files]
         return names if self.selected is None else [names[place] for place in self.selected]
 
     def num_tokens(self) -> np.ndarray:
@@ -147,19 +153,50 @@ class Index:
         taken = (sorted(lengths, reverse=True)[:num_conversations] for lengths in self.table["lengths"].to_pylist())
         return self._with_prefix(np.array([sum(each) - len(each) for each in taken], dtype=np.int64))
 
-    def count(self) -> tuple[int, int]:
-        """Samples with an image, and conversations (a caption is one) of all samples."""
-        conversations = pc.list_value_length(self.table["lengths"]).to_numpy()
+    def count(self) -> tuple[int, int, int]:
+        """Samples with an image; captions and (other) conversations of all samples."""
+        captions = self.num_captions()
         selected = slice(None) if self.selected is None else self.selected
-        return int(self._images()[selected].sum()), int(conversations[selected].sum())
+        conversations = pc.list_value_length(self.table["lengths"]).to_numpy()[selected].sum() - captions.sum()
+        return int(self._images()[selected].sum()), int(captions.sum()), int(conversations)
+
+    def num_captions(self) -> np.ndarray:
+        """int64 (samples,): conversations that begin with an answer."""
+        captions = pc.count_substring(self.table["conversations"], '[["assistant"').to_numpy().astype(np.int64)
+        return captions if self.selected is None else captions[self.selected]
 
     def _images(self) -> np.ndarray:
-        return pc.or_(self.table["path"].is_valid(), self.table["bytes"].is_valid()).to_numpy()
+        """int64 (entries of the table,): images of each."""
+        first = pc.or_(self.table["path"].is_valid(), self.table["bytes"].is_valid()).to_numpy()
+        return first.astype(np.int64) + pc.list_value_length(self.table["more"]).to_numpy()
 
     def _with_prefix(self, lengths: np.ndarray) -> np.ndarray:
         without, with_image = map(len, self.prefixes)
-        lengths = lengths + np.where(self._images(), with_image, without)
+        lengths = lengths + without + (with_image - without) * self._images()
         return (lengths if self.selected is None else lengths[self.selected]).astype(np.int64)
+
+
+def count_text(images: int, captions: int, conversations: int) -> str:
+    """4,000 images, 20,000 captions, 8,000 conversations; without what there is none of."""
+    texts = [f"{captions:,} captions"] * bool(captions)
+    texts += [f"{conversations:,} conversations"] * bool(conversations or not captions)
+    return ", ".join([f"{images:,} images", *texts])
+
+
+def independent_turns_hint(index: Index) -> str | None:
+    """The advice to separate the turns, if most conversations of several turns have short answers only.
+
+    Later turns read the answers before them, and a model that reads an answer need not look."""
+    several, short = 0, 0
+    for number in np.unique(np.linspace(0, len(index) - 1, min(len(index), HINT_SAMPLES), dtype=np.int64)):
+        for conversation in index.sample(int(number)).conversations if index.has_image(int(number)) else ():
+            answers = [turn.text for turn in conversation if turn.role == "assistant"]
+            several += len(answers) > 1
+            short += len(answers) > 1 and all(len(answer.split()) <= SHORT_ANSWER for answer in answers)
+    if several < 2 or 2 * short <= several:
+        return None
+    share = f"{short / several:.0%} of the conversations with several questions have short answers only"
+    return f"hint: {share}; turns=independent trains each question alone, at no cost in image tokens"
 
 
 def load_index(source: DataSource, processor: Any, max_length: int, num_workers: int = 0) -> Index:
@@ -261,14 +298,22 @@ def _tokenise_chunk(processor: Any, max_length: int, chunk: list[Sample]) -> tup
     report = Report()
     rows = []
     for sample, encoded in encode_samples(chunk, processor, max_length, report):
-        path, member = sample.image if isinstance(sample.image, File) else (None, None)
-        data = sample.image if isinstance(sample.image, bytes) else None
+        images = [
+            dict(zip(("path", "member"), each, strict=True)) if isinstance(each, File) else {"bytes": each}
+            for each in images_of(sample.image)
+        ]
+        first = images[0] if images else {}
         conversations = json.dumps(sample.conversations, default=bytes.hex)  # of speech that is bytes
         ids, labels = ([token for each in encoded for token in each[part]] for part in (0, 1))
         lengths = [len(each.ids) for each in encoded]
-        rows.append((path, member, data, sample.origins, conversations, ids, labels, lengths))
+        files = (*(first.get(name) for name in ("path", "member", "bytes")), images[1:])
+        rows.append((*files, sample.origins, conversations, ids, labels, lengths))
     columns = zip(*rows, strict=True) if rows else [()] * len(SCHEMA)
     return pa.RecordBatch.from_pydict(dict(zip(SCHEMA.names, columns, strict=True)), SCHEMA), report
+
+
+def _image(path: str | None, member: str | None, bytes: bytes | None) -> Any:
+    return File(path, member) if path is not None else bytes
 
 
 def _turn(role: Any, text: str, transcript: str | None, speech: Any, references: list[str]) -> Turn:

@@ -12,6 +12,7 @@ from ..data.report import plain
 
 DEMO_MODEL = "outputs/demo/model"
 MODELS = ("outputs/stage2", "outputs/stage1", DEMO_MODEL)  # where training and 'make demo' write by default
+MAX_LAYERS = 1000
 DATA = "[KIND:]PATH[,option=value...], as --data in train_accelerate.py"
 
 
@@ -131,7 +132,21 @@ def choose_model(arguments: argparse.Namespace) -> str:
         print(f"clip-phi: model: {model} (--model chooses another)", file=sys.stderr)
     check_model(model)
     arguments.model, arguments.model_argument = model, None
+    _check_config(Path(model, "config.json"))
     return model
+
+
+def _check_config(path: Path) -> None:
+    """Raises ValueError for a config that is no json object or has too many layers, before anything is made of it."""
+    from ..data.files import read_json
+
+    config = read_json(path) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a json object")
+    for name, part in config.items():
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if layers is not None and not (isinstance(layers, int) and 0 <= layers <= MAX_LAYERS):
+            raise ValueError(f"{path}: {name} has num_hidden_layers {layers}: at most {MAX_LAYERS}")
 
 
 def check_model(model: str) -> None:

@@ -10,7 +10,7 @@ from .common import add_command, add_json, check_model, positive
 def add_to(commands: Any) -> None:
     plan = add_command(commands, "plan", run_plan, "memory by item, largest batch and hours of a training run")
     add = plan.add_argument
-    gpus = "a100-40, a100-80, h100-80, h200-141, l4-24, t4-16, rtx-8, rtx-24, or cpu-16 (no GPU, in float32)"
+    gpus = "such as t4, l4, a100-40, a100-80, h100, rtx4090, rtx3060, or cpu-16 (no GPU, in float32)"
     add("--gpu", required=True, help=gpus)
     add("--stage", type=int, choices=(1, 2), default=1, help="stage of training")
     add("--model", metavar="PATH_OR_ID", help="model whose shapes are planned for (default: TinyCLIP and phi-2)")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import MediaFolder, read_json
-from .report import Report
+from .report import RecordError, Report
 from .sample import File, Sample
 from .schema import read_records
 
@@ -16,10 +16,14 @@ SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 def read_coco_captions(annotations: Path, media: MediaFolder, report: Report) -> Iterator[Sample]:
     """One Sample for each image that has captions, each caption a conversation. In the order of the file.
 
-    annotations: the official json, {"images": [{"id", "file_name"}], "annotations": [{"id", "image_id", "caption"}]}.
+    annotations: the official json, {"images": [{"id", "file_name"}], "annotations": [{"id", "image_id", "caption"}]};
+    or without annotations, as of test images: an empty conversation each, to evaluate on.
     media: the folder of its images, or the one above it; either may hold the zip archive that they come as.
     Raises ValueError if the file is of another form. What is wrong with a record goes to the report."""
-    content = read_json(annotations, "COCO captions file", ("images", "annotations"))
+    content = read_json(annotations, "COCO captions file", ("images",))
+    is_captioned = "annotations" in content
+    if not isinstance(content.setdefault("annotations", []), list):
+        raise ValueError(f"{annotations} is not a COCO captions file: it needs a list 'annotations'")
 
     def unique(key: str, what: str, required: str) -> Iterator[tuple[str, dict[str, Any]]]:
         ids: set[Any] = set()
@@ -44,15 +48,26 @@ def read_coco_captions(annotations: Path, media: MediaFolder, report: Report) ->
             if record["id"] in captions:
                 texts, origins = captions.pop(record["id"])
                 # An entry that does not name its file is still an image: a missing one.
-                yield origins, {"image": record.get("file_name", ""), "captions": texts, "id": record["id"]}
+                yield origins, {"file_name": record.get("file_name", ""), "captions": texts, "id": record["id"]}
         for image_id, (_, origins) in captions.items():
             for origin in origins:
                 report.reject("caption of an image that is not listed", origin, str(image_id))
 
     def find(name: Any, column: str, what: str) -> File:
-        return media.find(name, os.path.join(annotations.stem.removeprefix("captions_"), str(name)))
+        folder = annotations.stem.removeprefix("captions_").removeprefix("image_info_")
+        return media.find(name, os.path.join(folder, str(name)))
 
-    yield from read_records(records(), find, report)
+    if is_captioned:
+        yield from read_records(records(), find, report)
+        return
+    for number, (origin, record) in enumerate(unique("images", "image", "id")):
+        try:
+            image = find(record.get("file_name", ""), "", "image")
+        except RecordError as error:
+            report.reject(error.kind, origin, error.detail)
+            continue
+        report.records += 1
+        yield Sample(image, ((),), (origin,), ((number, record["id"]),))
 
 
 def read_karpathy_split(annotations: Path, media: MediaFolder, split: str, report: Report) -> Iterator[Sample]:

@@ -1,7 +1,6 @@
 """What the readers share: json files, texts, and folders or archives of media, with errors that name them."""
 
 import base64
-import difflib
 import gc
 import json
 import os
@@ -184,10 +183,9 @@ class MediaFolder:
             return f" (it is in {self.root}, without a folder)"
         if not os.path.isdir(folder or "."):
             return f" (there is no folder {folder})"
-        names = {name.casefold(): name for name in sorted(self._names(folder))}
-        near = difflib.get_close_matches(base.casefold(), list(names)[:1000], 1, 0.8)
-        near = [base.casefold()] if base.casefold() in names else near
-        return f" (there is {names[near[0]]!r})" if near else ""
+        stem = os.path.splitext(base.casefold())[0]
+        near = sorted(name for name in self._names(folder) if os.path.splitext(name.casefold())[0] == stem)
+        return f" (there is {near[0]!r})" if near else ""
 
     def _look_up(self, root: str, path: str) -> File | None:
         folder, base = os.path.split(path)

@@ -163,7 +163,7 @@ def read_table(dataset: Any, media: MediaFolder, report: Report, layout: Layout 
                     places = dataset._indices.fast_slice(start, stop - start)[0].to_pylist()
                     columns[column] = [_cells(table.fast_slice(place, 1)[column], [place])[0] for place in places]
             for row in range(start, stop):
-                values = {column: values[row - start] for column, values in columns.items()}
+                values = {column: columns[column][row - start] for column in dataset.column_names}
                 yield f"{name}:{row}", _as_record(values, media, layout.columns.values())
 
     def find(value: Any, column: str, what: str) -> File | bytes:

@@ -31,7 +31,7 @@ def read_instruct(
             ((key, content),) = lists.items()
             name += f":{key}"
         if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
-            records = ((f"{name}:{key}", record) for key, record in content.items())
+            records = ((f"{name}:{key}", {"question_id": key} | record) for key, record in content.items())
         elif isinstance(content, list):
             records = ((f"{name}:{index}", record) for index, record in enumerate(content))
         else:

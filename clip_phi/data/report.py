@@ -120,7 +120,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For json. Equal data give an equal dict."""
-        names = ("skipped", "repaired", "filtered", "examples")
+        names = ("skipped", "repaired", *(["filtered"] if self.filtered else []), "examples")
         return {"records": self.records} | {name: dict(sorted(getattr(self, name).items())) for name in names}
 
     @classmethod

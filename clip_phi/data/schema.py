@@ -1,20 +1,10 @@
 """One record of any layout that people use, as a mapping, to the conversations of a Sample.
 
-A record has an image (or none) and one of
-    conversations, messages   turns of {"from", "value"} or {"role", "content"}    LLaVA, ShareGPT4V, transformers
-    texts                     [{"user", "assistant"}], perhaps with *_ratings      The Cauldron, FineVision
-    prompt, completion        two texts, or two lists of such turns                TRL
-    query, response, history  history: [[question, answer]]                        ms-swift
-    instruction, input, output                                                     Alpaca
-    prefix, suffix            a blank prefix makes the suffix a caption            PaliGemma
-    question, answers (answer, multiple_choice_answer)                             VQA and its kind
-    text, label               label: yes or no, 1 or 0                             POPE
-    text, question_id         a question without an answer, to evaluate on         LLaVA's question files
-    captions (caption, sentences, text or txt)        one text or a list, and no column that may be a question
-Answers are texts, numbers, booleans, {"answer"}, or lists of them; the most frequent one is learnt. content is a text
-or a list of {"type": "text", "text"} and {"type": "image"}, which may name its image. Beside a user's text may be
-"speech" (a recording, whose transcript precedes the text) and "transcript" (what is said in it). Without a text the
-question itself is spoken, and the text becomes SPOKEN_INSTRUCTION. Layout names the columns of everything else.
+docs/data.md has an example of each layout. Names of columns are read in any case. Answers are texts, numbers, booleans,
+{"answer"}, or lists of them; the most frequent one is learnt. Beside a user's text may be "speech" (a recording, whose
+transcript precedes the text) and "transcript" (what is said in it). Without a text the question itself is spoken, and
+the text becomes SPOKEN_INSTRUCTION. Layout names the columns of everything else. What may be read in two ways is
+refused: a question is never dropped.
 """
 
 import ast
@@ -25,7 +15,7 @@ from typing import Any, NamedTuple
 
 from .files import clean_text
 from .report import RecordError, Report, Skip
-from .sample import SPOKEN_INSTRUCTION, Conversation, File, Sample, Turn
+from .sample import SPOKEN_INSTRUCTION, Conversation, File, Images, Sample, Turn
 
 IMAGE_TOKEN = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -39,15 +29,21 @@ ANSWER_KEYS = ("answers", "answer", "multiple_choice_answer", "response", "outpu
 CAPTION_KEYS = ("captions", "caption", "sentences", "text", "txt")
 COLUMNS = ("image", "question", "answer", "caption", "conversations")  # what Layout.columns may name
 RATINGS = ("relevance", "visual_dependency", "image_correspondence", "formatting")  # of FineVision
-# Beside a caption, such a column may be the question to which the caption is the answer.
-QUESTION_LIKE = re.compile("question|query|instruct|prompt|problem|input|answer|response|output|label|choice|option")
-MULTIPLE_CHOICE = re.compile("choices?|options?")
-IMAGE_LIKE = re.compile(r"(^|_)(im(age|g)s?|photos?|pictures?|frames?)(_(path|file|name|url|0|1))?$")
+# Columns that are not left unread beside a caption, to which they may be the question; beside a question that has an
+# answer, or a conversation; and beside a question without one.
+BESIDE_CAPTION = (
+    "question|query|instruct|prompt|problem|input|answer|response|output|label|choice|option|caption|^te?xt$"
+)
+BESIDE_ANSWER = f"^({'|'.join(QUESTION_KEYS)}|choices?|options?|[a-d])$"
+BESIDE_QUESTION = f"{BESIDE_ANSWER}|caption|sentences|^te?xt$"
+IMAGE_LIKE = re.compile(r"(^|_)(im(age|g)s?|photos?|pictures?|frames?)(_?(path|file|name|url|0|1))?$")
+TEXT_KEYS = {*CONVERSATION_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, *CAPTION_KEYS}  # whose values are no images
 OTHER_MEDIA = re.compile("(video|audio)s?(_|$)")
+LEADING_IMAGES = re.compile(rf"(\s*{IMAGE_TOKEN})*((?!{IMAGE_TOKEN}).)*", re.DOTALL)
 OTHER_TAGS = re.compile("<(video|audio|bbox|ref-object|img)>")
 IMAGE_FILE = re.compile(r"(?i)data:image|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]|hif)$")
 ASKS_YES_OR_NO = re.compile(
-    r"(?i)(^|, )(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should|may)\b.*\?", re.DOTALL
+    r"(?im)(^|, )(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should|may)\b.*\?", re.DOTALL
 )
 
 # Finds an image or a recording: (value in the record, column and place in it, "image" or "speech").
@@ -80,7 +76,7 @@ def read_records(
 
     group: make one Sample of all records about one image, in order of first appearance, and skip a record that is
     there twice. Otherwise every record is a Sample of its own."""
-    groups: dict[Any, tuple[File | bytes | None, list[tuple[Conversation, str, tuple[int, Any]]]]] = {}
+    groups: dict[Any, tuple[Images | None, list[tuple[Conversation, str, tuple[int, Any]]]]] = {}
     seen: set[tuple[Any, Conversation, Any]] = set()
     for number, (origin, record) in enumerate(records):
         origins = [origin] if isinstance(origin, str) else origin
@@ -91,7 +87,7 @@ def read_records(
                 conversations = [part for each in conversations for part in _split_turns(each)]
             if len(origins) != len(conversations):
                 origins = origins[:1] * len(conversations) or origins
-            image = find(reader.image, reader.column, "image") if conversations and reader.has_image else None
+            image = reader.find_image() if conversations else None
         except RecordError as error:
             report.reject(error.kind, origins[0], error.detail, len(origins))
             continue
@@ -135,7 +131,7 @@ def _split_turns(conversation: Conversation | RecordError) -> list[Conversation 
 class _RecordReader:
     """Reads one record, with read(). What it finds beside the conversations:
 
-    image: as it is in the record; column: its column and place. has_image: whether there is one.
+    image: as it is in the record, a list of several; column: its column and place. has_image: whether there is one.
     repairs: kinds of repair. filtered: the number of turns that min_ratings leaves out."""
 
     def __init__(self, find: Find, layout: Layout):
@@ -144,10 +140,28 @@ class _RecordReader:
         self.column = ""
         self.repairs: list[str] = []
         self.filtered = 0
+        self.num_images = 1
+        self.images_lead = True  # whether every <image> of a question precedes its text
 
     @property
     def has_image(self) -> bool:
         return self.image is not None
+
+    def find_image(self) -> Images | None:
+        if self.num_images == 1:
+            return self.find(self.image, self.column, "image") if self.has_image else None
+        places = (f"{self.column}/{place}" for place in range(len(self.image)))
+        both = [each for each in zip(self.image, places, strict=True) if not _is_blank(each[0])]
+        return tuple(self.find(value, place, "image") for value, place in both)
+
+    def _check_places(self, count: int, are_first: bool = True) -> None:
+        """Raises RecordError if <image> is there count times, and not once for each image, before the text."""
+        if count > 1 and self.num_images == 1:
+            raise RecordError(f"several {IMAGE_TOKEN} for one image", f"{count} of them")
+        if count and count != self.num_images:
+            raise RecordError(f"{IMAGE_TOKEN} not once for each image", f"{count} of them, {self.num_images} images")
+        if count > 1 and not (are_first and self.images_lead):
+            raise RecordError(f"several images, but an {IMAGE_TOKEN} after text", "put all before the first question")
 
     def read(self, record: Any) -> list[Conversation | RecordError]:
         """The conversations, or what is wrong with them. Raises RecordError if that holds for all of the record."""
@@ -157,42 +171,48 @@ class _RecordReader:
         names = {str(key).lower(): key for key in record}
         columns = self.layout.columns
         if absent := [column for column in columns.values() if column not in record]:
-            raise RecordError(f"no column {absent[0]!r}", f"columns {_names(record)}")
-        if "image" in columns:
-            names["image"] = columns["image"]
+            raise RecordError(f"no column {absent[0]!r}", f"columns {', '.join(map(str, record))[:200]}")
         self.values = values = {key: record[name] for key, name in names.items()}
         if columns:
-            values = {key: value for key, value in values.items() if key in IMAGE_KEYS}
+            images = {key: value for key, value in values.items() if key in IMAGE_KEYS and "image" not in columns}
             fields = {"answer": "answers", "caption": "captions"}
-            values |= {fields.get(key, key): record[name] for key, name in columns.items()}
-            self.values = values
-        elif media := next((key for key in values if OTHER_MEDIA.match(key) and self._has(key)), None):
+            self.values = values = images | {fields.get(key, key): record[name] for key, name in columns.items()}
+            names |= columns
+        self.filled = {key: None for key, value in values.items() if not _is_blank(value)}
+        if media := next(filter(OTHER_MEDIA.match, self.filled), None):
             raise RecordError("video or audio", f"column {names[media]}; a sample is an image and text")
         if key := self._first(IMAGE_KEYS):
             self.image, self.column = values[key], str(names[key])
             if isinstance(self.image, list | tuple):
                 places = [place for place, each in enumerate(self.image) if not _is_blank(each)]
-                if len(places) > 1:
-                    raise RecordError("several images", f"{len(places)} of them; a sample has one")
-                self.column += f"/{places[0] if places else 0}"
-                self.image = self.image[places[0]] if places else None
+                if len(places) > 1 and key not in ("image", "images"):
+                    raise RecordError("several images", f"{len(places)} of them in {self.column}")
+                self.num_images = max(1, len(places))
+                if self.num_images == 1:
+                    self.column += f"/{places[0] if places else 0}"
+                    self.image = self.image[places[0]] if places else None
         conversations = self._conversations()
         if not (self.has_image or columns):
-            unread = (key for key in values if IMAGE_LIKE.search(key) and key not in IMAGE_KEYS and self._has(key))
-            if key := next((key for key in unread if not isinstance(values[key], int | float)), None):
+            unread = [key for key in self.filled if key not in TEXT_KEYS and _may_be_image(key, values[key])]
+            if key := next(iter(unread), None):
                 raise RecordError("image column of an unknown name", f"{names[key]}: add ,image={names[key]}")
         return conversations
 
-    def _has(self, key: str) -> bool:
-        return not _is_blank(self.values.get(key))
-
     def _first(self, keys: Iterable[str]) -> str | None:
-        return next((key for key in keys if self._has(key)), None)
+        return next((key for key in keys if key in self.filled), None)
+
+    def _refuse_unread(self, used: list[str], beside: str) -> None:
+        """Refuse the record if a column like `beside` says something else than those that are used."""
+        unread = [key for key in self.filled if key not in used and re.search(beside, key)]
+        if unread := [key for key in unread if self.values[key] not in [self.values[each] for each in used]]:
+            way_out = "name what is read with question= and answer=, or caption=, or conversations="
+            raise RecordError("ambiguous columns", f"{', '.join(unread)} beside {', '.join(used)}: {way_out}")
 
     def _conversations(self) -> list[Conversation | RecordError]:
         values = self.values
         said = self._first(CONVERSATION_KEYS) or next((key for key in CONVERSATION_KEYS[:2] if key in values), "")
         if values.get(said) is not None:
+            self._refuse_unread([said], BESIDE_ANSWER)
             return self._turns(values[said])
         if self.layout.min_ratings:
             raise RecordError("no ratings", "min_rating is for records with texts and *_ratings")
@@ -205,9 +225,10 @@ class _RecordReader:
                     raise RecordError("prompt or completion is neither text nor a list")
                 messages += part
             return [self._conversation(messages)]
-        asked = [key for key in QUESTION_KEYS if self._has(key)]
+        asked = [key for key in QUESTION_KEYS if key in self.filled]
+        asked = asked[:2] if asked[:2] == ["instruction", "input"] else asked[:1]
         answer = self._first(ANSWER_KEYS)
-        if not asked and self._has("text") and (answer or self._has("question_id")):
+        if not asked and "text" in self.filled and (answer or "question_id" in self.filled):
             asked = ["text"]
         if not asked and answer == "suffix":
             return self._captions("suffix")
@@ -216,15 +237,7 @@ class _RecordReader:
         caption = self._first(CAPTION_KEYS) or next((key for key in CAPTION_KEYS if values.get(key) is not None), None)
         if caption is None:
             raise RecordError("no conversation, question or caption", _hint(self.record))
-        if unlike := [key for key in values if QUESTION_LIKE.search(key) and self._has(key)]:
-            raise RecordError(
-                "caption beside what may be a question",
-                f"{caption} beside {', '.join(unlike)}; add ,caption={caption} to learn it without, or name the "
-                "columns with question= and answer=",
-            )
-        others = [key for key in CAPTION_KEYS if self._has(key) and values[key] != values[caption]]
-        if others:
-            raise RecordError("several captions columns", f"{caption} and {', '.join(others)}: add caption=COLUMN")
+        self._refuse_unread([caption], BESIDE_CAPTION)
         return self._captions(caption)
 
     def _no_image(self, kind: str) -> RecordError:
@@ -233,14 +246,8 @@ class _RecordReader:
 
     def _turns(self, messages: Any) -> list[Conversation | RecordError]:
         """Of a list of turns, or of pairs of turns with ratings."""
-        if (
-            isinstance(messages, list | tuple)
-            and messages
-            and isinstance(messages[0], Mapping)
-            and "user" in messages[0]
-        ):
-            if not all(isinstance(pair, Mapping) for pair in messages):
-                raise RecordError("turn is not an object")
+        pairs = isinstance(messages, list | tuple) and all(isinstance(pair, Mapping) for pair in messages)
+        if pairs and messages and "user" in messages[0]:
             kept = [pair for place, pair in enumerate(messages) if self._is_rated_well(place)]
             self.filtered = len(messages) - len(kept)
             if not kept:
@@ -249,12 +256,7 @@ class _RecordReader:
             messages = [{"role": role, "content": pair.get(role)} for pair in kept for role in roles]
         elif self.layout.min_ratings:
             raise RecordError("no ratings", "min_rating is for records with texts and *_ratings")
-        conversation = self._conversation(messages)
-        said = "\n".join(turn.text for turn in conversation)
-        for key in QUESTION_KEYS:
-            if self._has(key) and str(self.values[key]).replace(IMAGE_TOKEN, "").strip() not in said:
-                raise RecordError("question beside a conversation", f"column {key}; add conversations= to ignore it")
-        return [conversation]
+        return [self._conversation(messages)]
 
     def _is_rated_well(self, place: int) -> bool:
         for name, least in self.layout.min_ratings.items():
@@ -266,7 +268,7 @@ class _RecordReader:
                     return False
         return True
 
-    def _conversation(self, messages: Any) -> Conversation:
+    def _conversation(self, messages: Any, is_question: bool = False) -> Conversation:
         if not isinstance(messages, list | tuple) or not messages:
             raise RecordError("conversation is not a list of turns" if messages else "conversation is empty")
         turns: list[Turn] = []
@@ -299,21 +301,22 @@ class _RecordReader:
                     raise RecordError("speech outside a question")
                 text = SPOKEN_INSTRUCTION if text is None or (isinstance(text, str) and not text.strip()) else text
             text = clean_text(text, TEXT_NAMES[role])
-            if role == "user":
-                _refuse_tags(text)
+            if role == "user" and (found := OTHER_TAGS.search(text)):
+                raise RecordError(f"{found[0]} in a question", "a sample is an image and text")
             transcript = clean_text(transcript, "transcript") if transcript is not None else None
             recording = self.find(speech, "speech", "speech") if speech is not None else None
             turns.append(Turn(role, text, transcript, recording))  # type: ignore[arg-type]
         if image_turns and not self.has_image:
             raise self._no_image(f"{IMAGE_TOKEN} without an image")
-        if len(image_turns) > 1:
-            raise RecordError(f"several {IMAGE_TOKEN} for one image", f"{len(image_turns)} of them")
+        first = next((index for index, turn in enumerate(turns) if turn.role == "user"), 0)
+        self._check_places(len(image_turns), set(image_turns) <= {first})
+        if is_question:
+            return tuple(turns)
         if not any(turn.role == "assistant" for turn in turns):
             raise RecordError("no answer")
         if turns[-1].role == "user":
             turns.pop()
             self.repairs.append("last question has no answer, and was cut")
-        first = next(index for index, turn in enumerate(turns) if turn.role == "user")
         if image_turns and image_turns[0] != first:
             self.repairs.append("image stood in a later turn, and was put first")
         elif self.has_image and not image_turns and "value" in messages[0]:
@@ -324,11 +327,12 @@ class _RecordReader:
         """The text of a turn without <image>, and how many of these (or of image items) there were."""
         images = 0
         if isinstance(content, list | tuple):
-            texts = []
+            texts: list[Any] = []
             for item in content:
                 kind = item.get("type") if isinstance(item, Mapping) else None
                 if kind in ("image", "image_url", "input_image"):
                     images += 1
+                    self.images_lead &= not texts
                     self._take_image(item)
                 elif kind in ("text", "input_text"):
                     texts.append(item.get("text"))
@@ -339,6 +343,7 @@ class _RecordReader:
             content = "\n".join(text.strip() for text in texts if text.strip())
         if isinstance(content, str) and IMAGE_TOKEN in content:
             images += content.count(IMAGE_TOKEN)
+            self.images_lead &= LEADING_IMAGES.fullmatch(content) is not None
             content = content.replace(IMAGE_TOKEN, "")
         if role == "system" and isinstance(content, str):
             content = content.strip()
@@ -350,57 +355,36 @@ class _RecordReader:
         if key is None:
             return
         value = item[key].get("url") if key == "image_url" and isinstance(item[key], Mapping) else item[key]
-        if self.has_image and isinstance(self.image, str) and value != self.image:
-            raise RecordError("several images", f"{str(self.image)[:80]} and {str(value)[:80]}; a sample has one")
         if not self.has_image:
             self.image, self.column = value, f"content/{key}"
+        elif self.column.startswith("content/") and value != self.image:
+            self.image = [*(self.image if self.num_images > 1 else [self.image]), value]
+            self.num_images += 1
+        elif isinstance(self.image, str) and value != self.image:
+            raise RecordError("several images", f"{str(self.image)[:80]} and {str(value)[:80]}")
 
     def _question(self, asked: list[str], answer: str | None) -> Conversation:
         """A question, with what precedes it, and its answer if there is one."""
         values = self.values
-        if asked == ["instruction", "input"]:
-            parts = [clean_text(values[key], "question") for key in asked]
-            question: Any = "\n".join(parts)
-        elif len(asked) > 1:
-            raise RecordError("several questions", f"{' and '.join(asked)}: name one with question=, and its answer=")
-        else:
-            question = values[asked[0]]
-        letters = self._has("a") and self._has("b") and not self.layout.columns
-        if letters or any(MULTIPLE_CHOICE.fullmatch(key) and self._has(key) for key in values):
-            raise RecordError("multiple-choice question", "write the choices into the question, or name question=")
-        caption = self._first(key for key in CAPTION_KEYS if key not in asked)
-        if answer is None and caption:
-            raise RecordError(
-                "question beside a caption", f"{asked[0]} and {caption}: add question={asked[0]},answer={caption}"
-            )
-        before = values.get("history") or []
-        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in before):
+        self._refuse_unread([*asked, *([answer] if answer else [])], BESIDE_ANSWER if answer else BESIDE_QUESTION)
+        history = values.get("history") or []
+        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
             raise RecordError("history is not a list of questions with answers")
-        if isinstance(system := values.get("system"), str) and system.strip():
-            turns = [Turn("system", clean_text(system, "system text"))]
-        else:
-            turns = []
-        images = 0
-        for text in (*(pair[0] for pair in before), question):
-            images += text.count(IMAGE_TOKEN) if isinstance(text, str) else 0
-        if images > 1 and self.has_image:
-            raise RecordError(f"several {IMAGE_TOKEN} for one image", f"{images} of them")
-        if images and not self.has_image:
-            raise self._no_image(f"{IMAGE_TOKEN} without an image")
-        for past, reply in before:
-            turns += [Turn("user", _clean_question(past)), Turn("assistant", clean_text(reply, "answer"))]
-        question = _clean_question(question)
-        turns.append(Turn("user", question))
-        if answer is None and not isinstance(values.get("answers"), list | tuple):
-            return tuple(turns)
-        value = values[answer or "answers"]
-        if answer in (None, "answers") and not (
-            self.layout.columns or isinstance(_parse_list(value), list | tuple | dict)
-        ):
-            raise RecordError("answers are not a list, or it is empty", "add question= and answer= to read one text")
-        texts = [_as_label(value, question, asked[0])] if answer == "label" else _as_answers(value, answer == "answers")
-        (usual, _), *_ = Counter(texts).most_common(1)
-        return (*turns, Turn("assistant", usual, references=tuple(texts) if len(texts) > 1 else ()))
+        said = [text for pair in history for text in pair]
+        said.append(values[asked[0]] if len(asked) == 1 else [{"type": "text", "text": values[key]} for key in asked])
+        texts: list[str] = []
+        if answer == "label" and (asked == ["text"] or not isinstance(values["label"], list | tuple)):
+            texts = [_as_label(values["label"], values[asked[0]], asked[0])]
+        elif answer is not None or isinstance(values.get("answers"), list | tuple):
+            value = _parse_list(values[answer or "answers"]) if answer in (None, "answers") else values[answer]
+            if answer in (None, "answers") and not (self.layout.columns or isinstance(value, list | tuple | dict)):
+                raise RecordError("answers are not a list, or it is empty", "add question= and answer= to read a text")
+            texts = _as_answers(value)
+        (usual, _), *_ = Counter(texts).most_common(1) or [("", 0)]
+        said += [usual] if texts else []
+        messages = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(said)]
+        *turns, last = self._conversation(messages, is_question=not texts)
+        return (*turns, last._replace(references=tuple(texts)) if len(texts) > 1 else last)
 
     def _captions(self, key: str) -> list[Conversation | RecordError]:
         captions = _parse_list(self.values[key])
@@ -428,17 +412,6 @@ def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value) or value in ([], {}, ())
 
 
-def _clean_question(text: Any) -> str:
-    text = clean_text(text.replace(IMAGE_TOKEN, "") if isinstance(text, str) else text, "question")
-    _refuse_tags(text)
-    return text
-
-
-def _refuse_tags(question: str) -> None:
-    if found := OTHER_TAGS.search(question):
-        raise RecordError(f"{found[0]} in a question", "a sample is an image and text")
-
-
 def _parse_list(value: Any) -> Any:
     """The list that a text spells, as cells of csv files do; otherwise the value."""
     if isinstance(value, str) and re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
@@ -451,9 +424,8 @@ def _parse_list(value: Any) -> Any:
     return value
 
 
-def _as_answers(value: Any, may_be_list: bool) -> list[str]:
+def _as_answers(value: Any) -> list[str]:
     """The accepted answers: of one, or of a list of them, each also as {"answer"} or {"text"}."""
-    value = _parse_list(value) if may_be_list else value
     answers = []
     for item in value if isinstance(value, list | tuple) else [value]:
         if isinstance(item, Mapping):
@@ -469,11 +441,21 @@ def _as_answers(value: Any, may_be_list: bool) -> list[str]:
     return answers
 
 
-def _as_label(value: Any, question: str, asked: str) -> str:
+def _may_be_image(name: str, value: Any) -> bool:
+    """By its value, or by its name if it is no number."""
+    value = value[0] if isinstance(value, list | tuple) and value else value
+    if isinstance(value, Mapping):
+        value = b"" if value.get("bytes") else value.get("path") or ""
+    if isinstance(value, str):
+        return bool(IMAGE_FILE.match(value[:500]) or (value.strip() and IMAGE_LIKE.search(name)))
+    return value is not None and not isinstance(value, int | float | list | tuple)
+
+
+def _as_label(value: Any, question: Any, asked: str) -> str:
     word = str(value).strip().rstrip(".").lower()
     if word in ("yes", "no"):
         return word
-    if word in ("1", "0", "1.0", "0.0", "true", "false") and ASKS_YES_OR_NO.search(question):
+    if word in ("1", "0", "1.0", "0.0", "true", "false") and ASKS_YES_OR_NO.search(str(question)):
         return "yes" if word in ("1", "1.0", "true") else "no"
     if asked == "text" or not isinstance(value, str) or word.isdigit():
         raise RecordError(
@@ -482,28 +464,21 @@ def _as_label(value: Any, question: str, asked: str) -> str:
     return clean_text(value, "label")
 
 
-def _names(record: Mapping[Any, Any]) -> str:
-    return ", ".join(map(str, record))[:200]
-
-
 def _hint(record: Mapping[Any, Any]) -> str:
     """The columns of a record of unknown layout, and the options that may read it."""
-    images, texts = list[str](), list[str]()
-    for name, value in record.items():
-        value = value[0] if isinstance(value, list | tuple) and value else value
-        if isinstance(value, str | int | float | list) and not IMAGE_FILE.match(str(value)[:500]):
-            texts.append(str(name))
-        elif value is not None and (not isinstance(value, Mapping) or {"bytes", "path"} & set(value)):
-            images.append(str(name))
-    words = [name for name in texts if not re.search(r"(?i)(^|_)(id|index|key|url|width|height|split|source)_*$", name)]
-    words = [name for name in words if name != "label" and not _is_blank(record[name])] if len(words) > 1 else words
-    asks = next((name for name in words if str(record[name]).strip().endswith("?")), None)
-    if asks is None and len(words) > 1:
-        asks = next((name for name in words if name.lower().startswith(("q", "instr", "prompt"))), words[0])
-    answers = [name for name in words if name != asks]
-    options = [f"image={name}" for name in images[:1]]
-    if asks is not None:
-        options += [f"question={asks}", *(f"answer={name}" for name in answers[:1])]
-    else:
-        options += [f"caption={name}" for name in answers[:1]]
-    return f"columns {_names(record)}; to read them, add for example ,{','.join(options or ['image=COLUMN'])}"
+    image = next((name for name, value in record.items() if _may_be_image("", value)), None)
+    no_text = re.compile(r"(?i)(^|_)(id|index|key|url|width|height|split|source)_*$")
+    texts = [
+        name for name, value in record.items() if name != image and not (_is_blank(value) or no_text.search(str(name)))
+    ]
+    asks = [name for name in texts if str(record[name]).strip().endswith("?") or str(name).lower().startswith("q")]
+    question = next(iter(asks), texts[0] if len(texts) > 1 else None)
+    others = [name for name in texts if name != question]
+    roles = {
+        "image": image,
+        "question": question,
+        "caption" if question is None else "answer": next(iter(others), None),
+    }
+    options = ",".join(f"{role}={name}" for role, name in roles.items() if name is not None)
+    names = ", ".join(map(str, record))[:200]
+    return f"columns {names}; to read them, add for example ,{options or 'image=COLUMN'}"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..batching.images import load_image
+from ..batching.images import load_beside
 from ..data.report import plain, plain_json
 from ..hub.card import portable
 from ..templates import render
@@ -45,28 +45,31 @@ def write(evaluation: EvalResult, eval_set: EvalSet, folder: Path, extra: Path |
 
     Returns the files."""
     result, samples, official = evaluation
-    folder_files = [folder / f"{result['task']}{ending}" for ending in (".json", ".samples.jsonl", ".html", ".png")]
-    results = [folder / f"{result['task']}.results.{OFFICIAL[result['task']]}"] if official else []
-    for path in results:
-        lines = [plain_json(row) for row in official]
-        is_list = path.suffix == ".json"
-        _write(path, "[" + ",\n".join(lines) + "]\n" if is_list else "".join(f"{line}\n" for line in lines))
-    files = [*(folder_files if samples else []), *results, *([extra] if extra else [])]
-    for path in [folder_files[0]] * bool(samples) + ([extra] if extra else []):
-        _write(path, plain_json(result, indent=2) + "\n")
-    if not samples:
-        return files
-    _write(files[1], "".join(plain_json(sample) + "\n" for sample in samples))
-    chosen = choose(evaluation)
-    shown = {sample["image_digest"] for group in chosen.values() for sample in group}
-    images = {}
-    for digest, source in zip(eval_set.digests, eval_set.images, strict=True):
-        if digest in shown:
-            images[digest] = load_image(source)
-            images[digest].thumbnail((THUMBNAIL, THUMBNAIL))
-    _write(files[2], plain(page(result, chosen, images)))
-    draw_sheet(files[3], result, chosen, images)
-    return files
+    task, record = result["task"], plain_json(result, indent=2) + "\n"
+    texts = {extra: record} if extra else {}
+    if task in OFFICIAL:
+        path, lines = folder / f"{task}.results.{OFFICIAL[task]}", [plain_json(row) for row in official]
+        path.unlink(missing_ok=True)  # that of other data
+        if official:
+            texts[path] = "[" + ",\n".join(lines) + "]\n" if path.suffix == ".json" else "\n".join([*lines, ""])
+    sheets = []
+    if samples:
+        chosen = choose(evaluation)
+        shown = {sample["image_digest"] for group in chosen.values() for sample in group}
+        images = {}
+        for digest, source in zip(eval_set.digests, eval_set.images, strict=True):
+            if digest in shown:
+                images[digest] = load_beside(source)
+                images[digest].thumbnail((THUMBNAIL, THUMBNAIL))
+        texts[folder / f"{task}.json"] = record
+        texts[folder / f"{task}.samples.jsonl"] = "".join(plain_json(sample) + "\n" for sample in samples)
+        texts[folder / f"{task}.html"] = plain(page(result, chosen, images))
+        sheets.append(folder / f"{task}.png")
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_sheet(sheets[0], result, chosen, images)
+    for path, text in texts.items():
+        _write(path, text)
+    return [*texts, *sheets]
 
 
 def _write(path: Path, text: str) -> None:
@@ -93,6 +96,9 @@ def summary(result: dict[str, Any]) -> list[list[str]]:
     rows += [[name, *(f"{result['metrics'][name][key]:.4f}" for key in NAMES)] for name in order]
     low, high = result["margin_ci95"]
     rows.append([f"margin of {result['metric']}", f"{result['margin']:+.4f}", f"95 %: {low:+.4f} to {high:+.4f}", ""])
+    for name, score in result.get("one_image_shuffled", {}).items():
+        label = "samples with several images" if name == "score" else f"  {name} alone shuffled"
+        rows.append([label, f"{score:.4f}", "", ""])
     if "question_only" in result:
         rows.append(["best guess from the question", f"{result['question_only']['score']:.4f}", "", ""])
     for kind in ("empty", "cut", "never_ended") if "answers" in result else ():
@@ -105,7 +111,7 @@ def format_result(result: dict[str, Any]) -> str:
     data = result["data"]
     if "score" not in result:
         count = data["without_reference"]
-        return f"{result['task']} on {data['images']:,} images: {count:,} questions without an answer to compare with"
+        return f"{result['task']} on {data['images']:,} images: {count:,} samples without a reference: no score"
     rows = summary(result)
     head = f"{result['task']} on {data['images']:,} images, {data['samples']:,} samples"
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -229,13 +235,20 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
 
 def format_comparison(found: dict[str, Any]) -> str:
     """For the terminal."""
-    low, high = found["difference_ci95"]
+    difference, (low, high) = found["difference"], found["difference_ci95"]
     counts = found["samples"]
+    better = "B" if difference < 0 else "A"
+    if better == "B":
+        difference, low, high = -difference, -high, -low
+    verdict = f"{better} is better by {difference:.4f}, 95 %: {low:+.4f} to {high:+.4f}"
+    if f"{difference:.4f}" == "0.0000":
+        verdict = "A and B have the same score"
+        verdict += f", 95 % of the difference: {low:+.4f} to {high:+.4f}" if low < high else " in every resample"
     lines = [
         f"{found['task']}, {found['metric']}",
         f"  A  {found['score_a']:.4f}  {found['a']}",
         f"  B  {found['score_b']:.4f}  {found['b']}",
-        f"  A is better by {found['difference']:+.4f}, 95 %: {low:+.4f} to {high:+.4f}",
+        f"  {verdict}",
         f"  A better in {counts['a_better']:,} samples, equal in {counts['equal']:,}, B better in "
         f"{counts['b_better']:,}",
     ]

@@ -1,5 +1,6 @@
 """The model as a stock Llava, which needs no remote code, and for vLLM's transformers backend."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
-from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiModel, ClipPhiProcessor
+from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiModel, ClipPhiProcessor
+from modeling_clip_phi.backbones import measure_tower
 
 from . import random_pixels
+
+STRATEGIES = ("default", "full")
 
 
 def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path) -> dict[str, Any]:
@@ -20,11 +24,18 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     {"files", "largest_difference"}: of the logits for a random image, after reading back. Raises ValueError if the
     decoder's head has a bias, as in phi-2; Llava's head has none."""
     config: Any = model.config
+    _refuse_no_row(model, "Llava")
     if model.lm_head.bias is not None:
         problem = f"Llava's head has no bias, and this decoder's head ({config.text_config.model_type}) has one"
         raise ValueError(f"{problem}, so the logits would be wrong: use --to vllm or --to gguf, which have it")
     if config.projector_type == "norm_mlp":
         raise ValueError("Llava has no projector with a norm: use the model as it is, or --to vllm")
+    # Llava's "default" drops one feature before the patches, whatever it is.
+    sizes = [measure_tower(_with_strategy(config, each), *[config.vision_config.image_size] * 2) for each in STRATEGIES]
+    extra, strategy = sizes[1][0] - sizes[0][0], config.vision_feature_select_strategy
+    if extra > 1 and strategy == "default":
+        raise ValueError(f"Llava drops one feature before the patches, and this tower has {extra} there")
+    strategy = strategy if extra else "full"
     linear = config.projector_type == "linear"
     llava_config = LlavaConfig(
         vision_config=config.vision_config,
@@ -32,7 +43,7 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
         image_token_index=config.image_token_id,
         projector_hidden_act="linear" if linear else "gelu",
         vision_feature_layer=config.vision_feature_layer,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        vision_feature_select_strategy=strategy,
         tie_word_embeddings=config.tie_word_embeddings,
     )
     with torch.device("meta"):
@@ -58,8 +69,8 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
         image_processor=processor.image_processor,
         tokenizer=processor.tokenizer,
         patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,  # CLS
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=extra,  # CLS
         image_token=processor.image_token,
         chat_template=processor.chat_template,
     ).save_pretrained(folder)
@@ -72,6 +83,7 @@ def export_vllm(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: 
     generate.
 
     Returns {"files", "largest_difference"}: of the hidden states for a random image, after reading back."""
+    _refuse_no_row(model, "vLLM")
     model.save_pretrained(folder, merged=True)
     processor.save_pretrained(folder)
     path = folder / "config.json"
@@ -83,6 +95,18 @@ def export_vllm(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: 
     read_back = ClipPhiModel.from_pretrained(folder, dtype=model.dtype)
     logging.set_verbosity(verbosity)
     return _compare(model.model, read_back, processor, folder, "last_hidden_state")
+
+
+def _with_strategy(config: ClipPhiConfig, strategy: str) -> ClipPhiConfig:
+    changed = copy.copy(config)
+    changed.vision_feature_select_strategy = strategy  # type: ignore[assignment]
+    return changed
+
+
+def _refuse_no_row(model: Any, where: str) -> None:
+    if model.config.image_token_id >= (rows := model.config.text_config.vocab_size):
+        way_out = f"load the model, resize_token_embeddings({rows + 8}), and save_pretrained(FOLDER, merged=True)"
+        raise ValueError(f"{where} looks up <image>, which has no row of the embedding: {way_out}")
 
 
 def _compare(model: Any, read_back: Any, processor: ClipPhiProcessor, folder: Path, what: str) -> dict[str, Any]:

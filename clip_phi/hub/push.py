@@ -280,7 +280,10 @@ def _commit(
 
 def _tag(api: HfApi, repo_id: str, tag: str, commit: str, explicit: bool) -> None:
     what = f"the tag {tag} of {repo_id}"
-    with_retries(what, lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
+    try:
+        with_retries(what, lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"pushed as {commit[:12]}, which stays, but without the tag {tag}: {error}") from error
     if explicit:  # the other one may name an earlier commit of the same weights
         refs = with_retries(what, lambda: api.list_repo_refs(repo_id))
         if {each.name: each.target_commit for each in refs.tags}[tag] != commit:

@@ -5,8 +5,10 @@ Orca (OSDI 2022) over a cache in which every sequence has its own length.
 """
 
 import atexit
+import ctypes
 import logging
 import math
+import os
 import random
 import threading
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers.utils import logging as transformers_logging
@@ -41,6 +44,8 @@ GB = 2**30
 GREEDY = 1e-5  # a temperature below this is greedy: what it would divide by is no number in float32
 MAX_CHARACTERS = 16  # of a conversation, for each token of the context: longer texts cannot fit, and are not tokenised
 DECODING_BYTES = 16  # for each pixel of an image: what PIL needs at most, for 16-bit gray and for transparency
+LARGE = 64 * 2**20  # bytes
+LIBC: Any = ctypes.CDLL(None) if os.name == "posix" else None
 # These decoders hold Python's lock until they end, and so hold up every other request: 0.1 s for so many pixels.
 MAX_LOCKED_PIXELS = {"AVIF": 1_500_000, "WEBP": 16_000_000}
 
@@ -181,9 +186,10 @@ class Engine(AbstractContextManager["Engine"]):
         refuse_other_attention(model)
         config = model.config.get_text_config()
         self.context: int = context_length(model.config) or 2048
-        self.window: int | None = getattr(config, "sliding_window", None)
-        # Such a decoder takes a mask of each kind.
-        self.mixes_windows = len(set(getattr(config, "layer_types", None) or ())) > 1
+        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+        slides = "sliding_attention" in kinds and getattr(config, "use_sliding_window", True)
+        self.window: int | None = getattr(config, "sliding_window", None) if slides else None
+        self.mixes_windows = len(kinds) > 1  # such a decoder takes a mask of each kind
         step = torch.compile(model, dynamic=True) if compiled else model  # prompts have too many shapes for it
         self.forward = lambda **inputs: (step if "input_ids" in inputs else model)(**inputs)
         self.ends = end_tokens(model, processor)
@@ -343,7 +349,10 @@ class Engine(AbstractContextManager["Engine"]):
             kind = "an image" if limit == max_pixels else f"an image in the format {format}"
             raise ValueError(f"{kind} of {num_pixels:,} pixels: at most {limit:,} here")
         with self._reserved(num_pixels * DECODING_BYTES):
-            return self._prepare(load_image(source))
+            prepared = self._prepare(load_image(source))
+            if num_pixels * DECODING_BYTES > LARGE and hasattr(LIBC, "malloc_trim"):
+                LIBC.malloc_trim(0)  # glibc keeps the memory of every thread's images
+            return prepared
 
     @contextmanager
     def _reserved(self, num_bytes: int) -> Iterator[None]:
@@ -525,7 +534,7 @@ class Engine(AbstractContextManager["Engine"]):
             ids[number, : len(request.ids) - request.start] = torch.tensor(request.ids[request.start :])
             if prefix is not None:
                 self._cache.write(first + number, prefix)
-        embeds = self.model.get_input_embeddings()(ids.to(self.model.device))
+        embeds = self.model.get_input_embeddings()(ids.masked_fill(ids == image_token, 0).to(self.model.device))
         for number, of_request in enumerate(features):
             places = (ids[number] == image_token).nonzero().flatten().to(self.model.device)
             if len(places):  # the last features: the first may be in the prefix
@@ -601,10 +610,14 @@ class Engine(AbstractContextManager["Engine"]):
         requests = list(requests)
         logprobs = _logprobs(logits, requests)
         faults: dict[int, Exception] = {}
+        allowed: dict[int, np.ndarray] = {}
         for number, request in enumerate(requests):
             if request.grammar is not None:
                 with _noted(faults, number):
-                    request.grammar.restrict(logits[number])
+                    allowed[number] = request.grammar.allowed()[: logits.shape[1]]
+        if allowed:
+            rows, masks = list(allowed), torch.from_numpy(np.stack(list(allowed.values()))).to(logits.device)
+            logits[rows] = logits[rows].masked_fill(~masks, -torch.inf)
         try:
             tokens = _choose(logits, requests)
         except Exception:  # of one of them

@@ -17,6 +17,9 @@ SAMPLING_RATE = 16_000  # Hz, of Whisper's input
 MAX_SECONDS = AsrSettings().max_seconds
 RATES = (1_000, 1_000_000)  # Hz; other rates are in damaged headers only, and would take minutes to resample
 MAX_CHANNELS = 32
+CANCELLED = (
+    0.05  # share of the loudest channel's power below which a mix is not used; one of two channels alone has 0.25
+)
 MAX_DECODE_SECONDS = 30.0  # decoding takes under 1 s; FFmpeg would search any file to its end for audio
 
 
@@ -81,7 +84,7 @@ def audio_from_array(samples: Any, sampling_rate: int, max_seconds: float = MAX_
         raise ValueError("audio contains values that are not finite")
     if (peak := float(np.abs(array).max())) > 2:  # values a little over 1 are clipped, as by a sound card
         raise ValueError(f"float audio must be within [-1, 1], but goes up to {peak:g}: divide it by its full scale")
-    mono = array if array.ndim == 1 else array.mean(axis=1)
+    mono = array if array.ndim == 1 else _mix(array.mean(axis=1), array.T)
     whole = (mono.clip(-1, 1) * 32767).round().astype(np.int16)
     frame = import_av().AudioFrame.from_ndarray(whole[None], format="s16", layout="mono")
     frame.sample_rate = int(sampling_rate)
@@ -154,12 +157,29 @@ def _resample(frames: Any) -> Iterator[np.ndarray]:
     av = import_av()
     kinds = itertools.groupby(frames, lambda frame: (frame.format.name, frame.layout.name, frame.sample_rate))
     try:
-        for _, alike in kinds:  # some streams change the format midway
-            resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLING_RATE)
-            for frame in itertools.chain(alike, [None]):  # None drains it
-                yield from (piece.to_ndarray()[0] for piece in resampler.resample(frame))
+        for (_, layout, _), alike in kinds:  # some streams change the format midway
+            layouts = ["mono"] if layout == "mono" else ["mono", layout]
+            resamplers = [av.AudioResampler("s16p", name, SAMPLING_RATE) for name in layouts]
+            given: list[list[np.ndarray]] = [[] for _ in layouts]
+            for frame in itertools.chain(alike, [None]):  # None drains them
+                for pieces, resampler in zip(given, resamplers, strict=True):
+                    pieces += [piece.to_ndarray() for piece in resampler.resample(frame)]
+                if all(given):
+                    whole = [np.concatenate(pieces, axis=1) for pieces in given]
+                    size = min(each.shape[1] for each in whole)
+                    given = [[each[:, size:]] for each in whole]
+                    if size:
+                        yield _mix(whole[0][0, :size], whole[-1][:, :size])
     except (av.FFmpegError, ValueError, MemoryError, OSError) as error:
         raise _Damaged(_reason(error)) from error
+
+
+def _mix(mix: np.ndarray, channels: np.ndarray) -> np.ndarray:
+    """The mix (samples,) of channels (channels, samples), or one of them where they cancel each other in the mix."""
+    power = np.square(channels, dtype=np.float64).mean(axis=1)
+    if np.square(mix, dtype=np.float64).mean() >= CANCELLED * power.max():
+        return mix
+    return channels[np.argmax(power >= power.max() / 4)]  # the first loud one: the same in all pieces
 
 
 def import_av() -> Any:

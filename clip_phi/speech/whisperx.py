@@ -65,7 +65,7 @@ def find_installation(folder: Path | None = None) -> Installation:
         found = Installation(folder, about["form"], about["version"])
     except FileNotFoundError:
         raise WorkerError(f"WhisperX is not installed in {folder}: {INSTALL_HINT}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise WorkerError(f"{folder / ABOUT} is damaged ({error}): {INSTALL_HINT}") from error
     if not found.python.exists():
         raise WorkerError(f"WhisperX's environment has no {found.python}: {INSTALL_HINT}")

@@ -9,28 +9,14 @@ from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..environment import describe_environment, installed_version
+from ..environment import Check, check, check_bitsandbytes, check_device, describe_environment, installed_version
 
 GB = 10**9
 SHARED_MEMORY = Path("/dev/shm")
 # A container's limit: version 2 of cgroups, and version 1.
 MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-class Check(NamedTuple):
-    """status: ok, note (it works, with a limit) or problem. remedy: what to do; empty if ok."""
-
-    status: str
-    name: str
-    found: str
-    remedy: str = ""
-
-
-def check(name: str, found: str, is_ok: bool, remedy: str, status: str = "note") -> Check:
-    """A Check that is ok, or else of this status with this remedy."""
-    return Check("ok", name, found) if is_ok else Check(status, name, found, remedy)
 
 
 def doctor(as_json: bool, debug: bool) -> int:
@@ -113,45 +99,6 @@ def check_torch_companions() -> Iterator[Check]:
             yield Check("problem", name, found, remedy)
         else:
             yield Check("ok", name, version)
-
-
-def check_device() -> Iterator[Check]:
-    import torch
-
-    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        major, minor = torch.cuda.get_device_capability(number)
-        free, total = torch.cuda.mem_get_info(number)
-        found = f"{torch.cuda.get_device_name(number)}, {free / GB:.1f} of {total / GB:.1f} GB free"
-        if major < 8:
-            found += f"; capability {major}.{minor} emulates bf16, and has no attention kernel for packs"
-        yield check(f"cuda:{number}", found, major >= 8, "accelerate launch --mixed_precision fp16")
-    if torch.cuda.is_available():
-        return
-    if shutil.which("nvidia-smi") is None:
-        remedy = "enough for the demo; 'clip-phi plan' gives the needs of the real model"
-        yield Check("note", "device", "the CPU: there is no NVIDIA driver", remedy)
-    elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        yield Check("note", "device", "the CPU: CUDA_VISIBLE_DEVICES hides the GPU", "unset CUDA_VISIBLE_DEVICES")
-    elif torch.version.cuda is None:
-        found = f"nvidia-smi is installed, but torch {torch.__version__} is built without CUDA"
-        yield Check("problem", "device", found, "install a CUDA build: https://pytorch.org/get-started/locally")
-    else:
-        found = f"nvidia-smi is installed, but torch, built for CUDA {torch.version.cuda}, finds no GPU"
-        yield Check("problem", "device", found, "update the NVIDIA driver; a container needs docker run --gpus all")
-
-
-def check_bitsandbytes() -> Iterator[Check]:
-    """check_packages reports its absence."""
-    if installed_version("bitsandbytes") is None:
-        return
-    import torch
-    from bitsandbytes import cextension
-
-    is_ok = cextension.lib.compiled_with_cuda or not torch.cuda.is_available()
-    found = "on CUDA" if torch.cuda.is_available() else "on the CPU, for tests"
-    found = found if is_ok else f"bitsandbytes has no library for CUDA {torch.version.cuda}"
-    remedy = "pip install --upgrade bitsandbytes; until then --optim adamw_torch_fused without --quantization"
-    yield check("8-bit optimizer", found, is_ok, remedy, "problem")
 
 
 def check_threads() -> Iterator[Check]:

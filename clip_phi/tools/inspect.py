@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
 
-from ..batching.images import load_image, pixel_hash
+from ..batching.images import load_beside, pixel_hash
 from ..data.report import NUM_EXAMPLES, RecordError, Report, Skip, plain
-from ..data.sample import File
+from ..data.sample import File, Images, images_of
 from ..data.source import parse_files, parse_source
 from ..templates import render
 from ..templates.sheet import draw_images, save_png
@@ -82,9 +82,14 @@ def inspect(options: argparse.Namespace) -> None:
         colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         for sample in show(indexes, processor, options.sample, options.num):
             print(format_sample(sample, colored))
-        if total == 0:
-            records = sum(index.report.records for index in indexes)
-            print(f"no sample can be used, of {records:,} records: see --summary")
+    report = Report()
+    for index in indexes:
+        report.add(index.report)
+    if summary is None and total == 0:
+        print(report.table())
+    if not (total if summary is None else summary["samples"]):
+        report = report if summary is None else Report.from_dict(summary)
+        raise ValueError(f"no sample can be used, of {report.records:,} records:\n{report.table()}")
 
 
 def find_processor(model: str | None) -> tuple[Any, str, int | None]:
@@ -98,6 +103,8 @@ def find_processor(model: str | None) -> tuple[Any, str, int | None]:
 
     from modeling_clip_phi import ClipPhiConfig, ClipPhiProcessor
 
+    from ..batching.attention import context_length
+
     name = model or str(DEMO_BACKBONES / "text")
     if model is None:
         processor = ClipPhiProcessor.from_backbones(str(DEMO_BACKBONES / "vision"), name)
@@ -110,7 +117,7 @@ def find_processor(model: str | None) -> tuple[Any, str, int | None]:
     if Path(name).is_dir() and not Path(name, "config.json").exists():  # a processor without a model
         return processor, name, None
     config: Any = (AutoConfig if model is None else ClipPhiConfig).from_pretrained(name)
-    return processor, name, config.get_text_config(decoder=True).max_position_embeddings
+    return processor, name, context_length(config)
 
 
 class Piece(NamedTuple):
@@ -142,10 +149,10 @@ def show(indexes: Sequence["Index"], processor: Any, first: int, number: int) ->
         source, encoded = index.image(row), index.encoded(row)
         image, line, prefix = None, "no image", index.prefix(row)
         if source is not None:
-            name = str(source) if isinstance(source, File) else f"{len(source):,} bytes"
+            names = (str(each) if isinstance(each, File) else f"{len(each):,} bytes" for each in images_of(source))
             try:
-                image = load_image(source)
-                line = f"{name}, {image.width} x {image.height} pixels"
+                image = load_beside(source)
+                line = f"{' + '.join(names)}, {image.width} x {image.height} pixels"
                 image.thumbnail((THUMBNAIL, THUMBNAIL))
             except RecordError as error:
                 line = f"{error} (training skips this sample)"
@@ -202,9 +209,11 @@ def summarise(
 
     texts: names of the indexes. held_out: validation data, whose images are searched for in the indexes.
     records is always conversations + the sum of skipped. An image counts once, in however many samples it is."""
+    from ..batching.index import independent_turns_hint
+
     names, images, numbers = _find_images([*indexes, *held_out])
     checks = list(tqdm(check_images(images, num_workers), total=len(names), unit="image", dynamic_ncols=True))
-    report, sources = Report(), []
+    report, sources, hints = Report(), [], list[str]()
     measures, used_images = [np.zeros((0, 4), np.int64)], [np.zeros(0, np.int64)]
     for text, index, its_images in zip(texts, indexes, numbers, strict=False):
         found, measured = Report(), measure(index)
@@ -219,6 +228,8 @@ def summarise(
         used_images.append(its_images[used & (its_images >= 0)])
         counts = {"samples": int(used.sum()), "images": len(np.unique(used_images[-1]))}
         counts |= {"conversations": int(measures[-1][:, 0].sum()), "records": found.records}
+        counts |= {"captions": captions} if (captions := int(index.num_captions()[used].sum())) else {}
+        hints += [hint] if (hint := independent_turns_hint(index)) else []
         sources.append({"data": text, "kind": parse_source(text).kind, "skipped": found.num_skipped, **counts})
         report.add(found)
     lengths = np.concatenate(measures)[:, 2]
@@ -242,12 +253,12 @@ def summarise(
         **report.as_dict(),
         "duplicates": duplicates,
         "leakage": _leakage(numbers[len(indexes) :], names, checks, first_names) if held_out else None,
-    }
+    } | ({"hints": hints} if hints else {})
 
 
-def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], Iterator[File | bytes | None], list[np.ndarray]]:
+def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], Iterator[Images | None], list[np.ndarray]]:
     """Names of the distinct images, the images, and the number among them of each index' samples' images, int64
-    (samples,), -1 for no image."""
+    (samples,), -1 for no image. Several images of a sample count as one."""
     found: dict[str, tuple[int, Index, int]] = {}  # number of the image, and a sample that has it
     numbers = []
     for index in indexes:
@@ -261,7 +272,7 @@ def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], Iterator[File |
     return list(found), (index.image(row) for _, index, row in found.values()), numbers
 
 
-def check_images(images: Iterable[File | bytes | None], num_workers: int) -> Iterator[ImageCheck]:
+def check_images(images: Iterable[Images | None], num_workers: int) -> Iterator[ImageCheck]:
     """Open and decode all images, in their order, in num_workers processes (0: in this one)."""
     if num_workers == 0:
         yield from map(_check, images)
@@ -278,10 +289,10 @@ def check_images(images: Iterable[File | bytes | None], num_workers: int) -> Ite
             raise OSError("a process that decodes images died: too little memory? Try fewer --num_workers") from error
 
 
-def _check(image: File | bytes | None) -> ImageCheck:
+def _check(image: Images | None) -> ImageCheck:
     assert image is not None
     try:
-        opened = load_image(image)
+        opened = load_beside(image)
         return ImageCheck(pixel_hash(opened), difference_hash(opened))
     except RecordError as error:
         return ImageCheck(kind=error.kind, detail=error.detail)
@@ -330,7 +341,8 @@ def _leakage(
             equal.append(f"{name} = {trained[check.pixels]}")
         elif distances.min(initial=64) <= ALIKE:
             look_alikes.append(f"{name} = {known[distances.argmin()]}")
-        elif (number := coco_id(name)) is not None and number in by_id:
+        # COCO names an image otherwise in 2014 and in 2017: equal names are of another data set.
+        elif (number := coco_id(name)) in by_id and number and Path(by_id[number]).name != Path(name).name:
             same_ids.append(f"{name} = {by_id[number]}")
     return {
         "images": len(equal),
@@ -361,12 +373,19 @@ def coco_id(name: str) -> str | None:
 
 def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The summary as lines of a label and a text."""
+    from ..batching.index import count_text
+
     for source in summary["sources"]:
-        what = "captions" if source["kind"] in ("coco", "karpathy") else "conversations"
-        text = f"{{data}}: {{images:,}} images, {{conversations:,}} {what}, {{skipped:,}} records skipped"
-        yield "data", text.format(**source)
-    for label in ("records", "conversations", "samples", "images", "turns", "tokens"):
-        yield label, f"{summary[label]:,}"
+        captions = source.get("captions", 0)
+        text = count_text(source["images"], captions, source["conversations"] - captions)
+        yield "data", f"{source['data']}: {text}, {source['skipped']:,} records skipped"
+    for hint in summary.get("hints", []):
+        yield "hint", hint.removeprefix("hint: ")
+    captions = sum(source.get("captions", 0) for source in summary["sources"])
+    counts = {"captions": captions, **summary, "conversations": summary["conversations"] - captions}
+    shown = ["captions"] * bool(captions) + ["conversations"] * (counts["conversations"] > 0 or not captions)
+    for label in ("records", *shown, "samples", "images", "turns", "tokens"):
+        yield label, f"{counts[label]:,}"
     yield "supervised tokens", f"{summary['supervised_tokens']:,} ({summary['share_supervised']:.1%})"
     if lengths := summary["lengths"]:
         text = "min {min:,}, median {median:,.0f}, mean {mean:,.1f}, 95 % {p95:,}, max {max:,}"
@@ -374,14 +393,18 @@ def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         most = max(lengths["histogram"].values())
         for bin, count in lengths["histogram"].items():
             yield f"  {bin}", f"{count:>9,} {'█' * -(-40 * count // most)}"
-    for what in ("skipped", "repaired"):
-        yield what, f"{sum(summary[what].values()):,}"
+    for what, label in (("skipped", "skipped"), ("repaired", "repaired"), ("filtered", "left out")):
+        if what not in summary:
+            continue
+        yield label, f"{sum(summary[what].values()):,}"
         for kind, count in sorted(summary[what].items(), key=lambda entry: (-entry[1], entry[0])):
             yield f"  {count:,}", kind
             yield from (("", f"  {example}") for example in summary["examples"][kind])
-    text = "{images:,} images equal another one, {samples:,} samples have the image of another"
-    yield "duplicates", text.format(**summary["duplicates"])
-    yield from (("", f"  {example}") for example in summary["duplicates"]["examples"])
+    duplicates = summary["duplicates"]
+    yield "duplicates", f"{duplicates['images']:,} images equal another one"
+    yield from (("", f"  {example}") for example in duplicates["examples"])
+    if shared := duplicates["samples"]:
+        yield "shared images", f"{shared:,} samples are about the image of another sample, in this source or another"
     if leakage := summary["leakage"]:
         yield "leakage", "{images:,} of {val_images:,} validation images are trained on".format(**leakage)
         yield from (("", f"  {example}") for example in leakage["examples"])

@@ -32,12 +32,13 @@ GROUPS = {
     "run": "stage config output_dir resume_from_checkpoint seed debug",
     "data": "data eval_data holdout_images max_eval_images max_length max_bad_fraction dataloader_num_workers "
     "image_processing cache_features",
-    "model": "vision_backbone text_backbone vision_revision text_revision projector_type init_from tune_decoder "
+    "model": "vision_backbone text_backbone vision_revision text_revision projector_type vision_feature_layer "
+    "vision_feature_select_strategy init_from tune_decoder "
     "lora_r lora_alpha lora_dropout lora_targets quantization merged caption_instruction",
-    "batches": "per_device_train_batch_size max_tokens_per_batch gradient_accumulation_steps num_train_epochs "
-    "max_steps captions_per_image per_device_eval_batch_size",
+    "batches": "per_device_train_batch_size max_tokens_per_batch tokens_per_optimizer_step gradient_accumulation_steps "
+    "num_train_epochs max_steps captions_per_image per_device_eval_batch_size",
     "optimisation": "learning_rate lora_learning_rate optim lr_scheduler_type warmup_ratio weight_decay max_grad_norm "
-    "gradient_checkpointing tf32 nan_policy",
+    "gradient_checkpointing mixed_precision attention tf32 nan_policy",
     "checkpoints": "save_steps save_total_limit",
     "evaluation": "eval_steps eval_task eval_task_images metric_for_best_model early_stopping_patience "
     "num_sample_texts max_new_tokens",
@@ -82,8 +83,14 @@ class TrainingArguments:
     debug: bool = _option(False, "traceback of an error instead of one line")
 
     data: list[str] = _option([], "training data, KIND:PATH[,option=value...]; several are mixed. See docs/data.md")
-    eval_data: list[str] = _option([], "held-out data in the same form; without a value: --holdout_images of --data")
-    holdout_images: int = _option(500, "images held out of --data if there is no --eval_data", NOT_NEGATIVE)
+    eval_data: list[str] = _option(
+        [], "held-out data in the same form; without a value, or with --data alone: --holdout_images of --data"
+    )
+    holdout_images: int = _option(
+        500,
+        "images held out of --data if there is no --eval_data; the default is at most a tenth of them",
+        NOT_NEGATIVE,
+    )
     max_eval_images: int = _option(500, "images evaluated on, the first of each --eval_data", AT_LEAST_1)
     max_length: int = _option(2048, "longest conversation in tokens, image included; longer ones are cut", AT_LEAST_1)
     max_bad_fraction: float = _option(0.01, "largest share of damaged records before the run stops; 0: none", BELOW_1)
@@ -96,7 +103,14 @@ class TrainingArguments:
     per_device_train_batch_size: int = _option(
         16, "images in a forward pass on one device, without --max_tokens_per_batch", AT_LEAST_1
     )
-    max_tokens_per_batch: int = _option(0, "tokens in a device's forward pass, instead of images; 0: off", NOT_NEGATIVE)
+    max_tokens_per_batch: int | Literal["auto"] = _option(
+        "auto",
+        "tokens in a device's forward pass, instead of images; auto: on CUDA as many as fit; 0: off",
+        NOT_NEGATIVE,
+    )
+    tokens_per_optimizer_step: int = _option(
+        8192, "tokens in one step on all devices; with --max_tokens_per_batch, the accumulation follows", AT_LEAST_1
+    )
     gradient_accumulation_steps: int = _option(1, "forward passes in one step", AT_LEAST_1)
     num_train_epochs: float = _option(1.0, "passes over the training images", POSITIVE)
     max_steps: int = _option(0, "number of steps, instead of --num_train_epochs; 0: off", NOT_NEGATIVE)
@@ -113,6 +127,12 @@ class TrainingArguments:
     weight_decay: float = _option(0.0, "weight decay of all trained weights but the biases")
     max_grad_norm: float = _option(1.0, "largest norm of the gradients, clipped to it; 0: no clipping", NOT_NEGATIVE)
     gradient_checkpointing: bool = _option(False, "recomputed activations of the decoder: less memory, half more work")
+    mixed_precision: Literal["auto", "bf16", "fp16", "no"] = _option(
+        "auto", "precision of the products; auto: by the launcher's yaml or option, else by the GPU"
+    )
+    attention: Literal["auto", "varlen", "sdpa"] = _option(
+        "auto", "attention in packs; varlen: FlashAttention's kernel; auto: varlen in stage 2 where there is one"
+    )
     tf32: bool = _option(True, "TF32 for products of float32 matrices on CUDA")
     nan_policy: Literal["stop", "skip"] = _option("stop", "reaction to a non-finite loss or gradient; it is saved")
 
@@ -150,7 +170,7 @@ class TrainingArguments:
         for each in dataclasses.fields(self):
             words, is_inside = each.metadata.get("bound") or ("", None)
             value = getattr(self, each.name)
-            if is_inside is not None and not is_inside(value):
+            if is_inside is not None and value != "auto" and not is_inside(value):
                 found.append(f"--{each.name} must be {words}, not {value}")
         for name in ("vision_backbone", "text_backbone", "init_from"):
             value = getattr(self, name, ".")
@@ -161,11 +181,16 @@ class TrainingArguments:
             found.append("--holdout_images has no effect with --eval_data: add --eval_data without a value")
         if self.eval_task == "none" and "eval_task_images" in self.given:
             found.append("--eval_task_images has no effect without --eval_task")
-        if self.max_tokens_per_batch > 0 and "per_device_train_batch_size" in self.given:
+        if self.packs and "per_device_train_batch_size" in self.given:
             found.append(
                 f"--per_device_train_batch_size has no effect with --max_tokens_per_batch {self.max_tokens_per_batch}: "
                 "leave it out, or add --max_tokens_per_batch 0"
             )
+        if "tokens_per_optimizer_step" in self.given:
+            if "gradient_accumulation_steps" in self.given:
+                found.append("--tokens_per_optimizer_step decides --gradient_accumulation_steps: give one of the two")
+            if self.max_tokens_per_batch == 0 or (not self.packs and "per_device_train_batch_size" in self.given):
+                found.append("--tokens_per_optimizer_step needs --max_tokens_per_batch, auto or a number")
         if unknown := sorted(set(self.report_to) - set(TRACKERS)):
             found.append(f"--report_to: unknown {', '.join(unknown)}; known are {', '.join(TRACKERS)}")
         elif absent := [name for name in self.report_to if not find_spec(name)]:
@@ -202,7 +227,7 @@ class TrainingArguments:
                 "cannot be mixed: name it alone": len(sources) > 1,
                 "needs --max_steps and --eval_data": not (self.max_steps and held_out),
                 "has no position to resume from: no --resume_from_checkpoint": bool(self.resume_from_checkpoint),
-                "cannot be planned ahead: --max_tokens_per_batch 0": self.max_tokens_per_batch > 0,
+                "cannot be planned ahead: --max_tokens_per_batch 0": self.packs,
             }
             found += [f"--data: {streams[0]} is streamed, and {why}" for why, holds in refused.items() if holds]
         if any(source.streaming for source in held_out):
@@ -213,6 +238,13 @@ class TrainingArguments:
         if not held_out and not self.holdout_images:
             found.append("nothing to evaluate on: give --eval_data or --holdout_images")
         return found
+
+    @property
+    def packs(self) -> bool:
+        """Whether batches are packs of tokens on any device. In stage 1 auto is fixed batches on a CPU."""
+        if self.max_tokens_per_batch == "auto":
+            return isinstance(self, Stage2Arguments) or "max_tokens_per_batch" in self.given
+        return self.max_tokens_per_batch > 0
 
     @property
     def conversations_per_image(self) -> int | None:
@@ -230,6 +262,12 @@ class Stage1Arguments(TrainingArguments):
     text_revision: str | None = _option(None, "branch, tag or commit of --text_backbone; its commit is pinned")
     projector_type: Literal["linear", "mlp", "norm_mlp"] = _option(
         "linear", "projector of one layer; of two with GELU between; or of one layer, a norm and two more"
+    )
+    vision_feature_layer: int = _option(
+        -2, "hidden state of the tower that the projector gets: 0 is the embedding, -1 the last layer's"
+    )
+    vision_feature_select_strategy: Literal["default", "full"] = _option(
+        "default", "features of that layer: the patches alone, or CLS and registers too"
     )
     data: list[str] = _default(
         "data", ["coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"]
@@ -251,7 +289,7 @@ class Stage2Arguments(TrainingArguments):
     data: list[str] = _default("data", ["llava:data/llava_instruct_150k.json,images=data/coco/train2017"])
     learning_rate: float = _default("learning_rate", 2e-5)
     per_device_train_batch_size: int = _default("per_device_train_batch_size", 8)
-    max_tokens_per_batch: int = _default("max_tokens_per_batch", 4096)
+    tokens_per_optimizer_step: int = _default("tokens_per_optimizer_step", 16384)
     gradient_accumulation_steps: int = _default("gradient_accumulation_steps", 4)
     lora_learning_rate: float = _option(2e-4, "peak learning rate of LoRA, after the warm-up", POSITIVE)
     lora_r: int = _option(64, "rank of the LoRA matrices", AT_LEAST_1)
@@ -304,7 +342,10 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     kind, parser = STAGES[stage], _make_parser(stage)
     values = _parse(parser, stage, list(_as_argv(kind, content, early.config)), f"{early.config}: ")
     values |= _parse(parser, stage, argv, "")
-    return kind(**values, given=frozenset(values))
+    given = frozenset(values)
+    if "data" in values:  # the default of --eval_data is held out of the default of --data
+        values.setdefault("eval_data", [])
+    return kind(**values, given=given)
 
 
 def _make_parser(stage: int) -> argparse.ArgumentParser:
@@ -328,6 +369,8 @@ def _make_parser(stage: int) -> argparse.ArgumentParser:
                 how = {"nargs": "*", "metavar": "TEXT"}
             elif hint is bool:
                 how = {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+            elif name == "max_tokens_per_batch":
+                how = {"type": _tokens, "metavar": "N"}
             elif name == "resume_from_checkpoint":
                 how = {"nargs": "?", "const": NEWEST, "metavar": "FOLDER"}
             else:
@@ -363,6 +406,13 @@ def _as_argv(kind: type[TrainingArguments], content: dict[str, Any], path: str) 
             _fail(f"{path}: {name} has no value: leave the line out")
         else:
             yield f"--{name}={value}"
+
+
+def _tokens(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def _boolean(text: str) -> bool:

@@ -44,7 +44,15 @@ FREE = (
     *("config", "output_dir", "debug", "resume_from_checkpoint", "save_total_limit", "save_steps", "logging_steps"),
     *("eval_steps", "data", "eval_data", "max_eval_images", "max_bad_fraction", "dataloader_num_workers"),
     *("num_sample_texts", "max_new_tokens", "merged", "caption_instruction", "gradient_checkpointing", "report_to"),
-    *("peak_tflops", "eval_task", "eval_task_images", "per_device_eval_batch_size", "push_to_hub", "hub_private_repo"),
+    *(
+        "peak_tflops",
+        "tokens_per_optimizer_step",
+        "eval_task",
+        "eval_task_images",
+        "per_device_eval_batch_size",
+        "push_to_hub",
+        "hub_private_repo",
+    ),
     "given",
 )
 
@@ -165,6 +173,8 @@ class Checkpoints:
         for name, value in own.items():
             value.copy_(shard_like(weights[name], value))
         state = torch.load(place / FILES[1], map_location="cpu", weights_only=True)
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        rates = list(self.scheduler.base_lrs)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for number, moments in state["optimizer"]["state"].items():
             for name, value in moments.items():
@@ -172,6 +182,12 @@ class Checkpoints:
                     moments[name] = shard_like(value, parameters[number])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        # The options of now, which may be others, at the place in the schedule of then.
+        self.scheduler.base_lrs = rates
+        factors = [function(self.scheduler.last_epoch) for function in self.scheduler.lr_lambdas]
+        for group, rate, factor, decay in zip(self.optimizer.param_groups, rates, factors, decays, strict=True):
+            group |= {"initial_lr": rate, "lr": rate * factor, "weight_decay": decay}
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if len(state["random"]) == self.accelerator.num_processes:
@@ -179,8 +195,21 @@ class Checkpoints:
             random.setstate(own_state["python"])
             np.random.set_state(own_state["numpy"])
             torch.set_rng_state(own_state["torch"])
-            if own_state["cuda"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(own_state["cuda"])
+            if len(own_state["cuda"]) and torch.cuda.is_available():
+                states, device = own_state["cuda"], torch.cuda.current_device()
+                # Earlier versions saved those of all devices.
+                torch.cuda.set_rng_state(states if torch.is_tensor(states) else states[min(device, len(states) - 1)])
+
+
+def saved_run(output_dir: Path, wanted: str | None) -> dict[str, Any] | None:
+    """What describe_run said of the run that is resumed, if it is: of the newest training checkpoint, or the named."""
+    places = sorted((output_dir / "checkpoints").glob("step-*"), reverse=True) if wanted == NEWEST else []
+    for place in [Path(wanted)] if wanted not in (None, NEWEST) else places:
+        about = _read_about(place)[0]
+        if about is not None:
+            found: dict[str, Any] = about["run"]
+            return found
+    return None
 
 
 def _read_about(place: Path) -> tuple[dict[str, Any] | None, str]:
@@ -190,7 +219,7 @@ def _read_about(place: Path) -> tuple[dict[str, Any] | None, str]:
         for name, expected in about["files"].items():
             if [(place / name).stat().st_size, _hash(place / name)] != expected:
                 return None, f"{name} is not what was written"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # also not an object
         return None, str(error)
     return about, ""
 
@@ -202,7 +231,7 @@ def random_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (state[0], state[1].tolist(), *state[2:]),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else [],
     }
 
 

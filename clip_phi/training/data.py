@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from ..batching.dataset import ImageReader, SampleDataset, SampleStream, make_loader
-from ..batching.index import Index, load_index
+from ..batching.index import NAMES, Index, count_text, independent_turns_hint, load_index
 from ..batching.sampler import Batches, EndlessSampler, FixedBatches, PackedBatches
 from ..data.mixture import Mixture
 from ..data.report import Report, Skip
@@ -38,6 +38,11 @@ class TrainData:
     report: Report
     max_bad_fraction: float
     fingerprint: str
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample; 0 for a stream."""
+        return 0 if isinstance(self.train, SampleStream) else int(self.train.lengths().max())
 
     def needs(self, step: int) -> str:
         """The samples that this process needs for a step, counted from 1."""
@@ -94,11 +99,15 @@ def read_data(arguments: TrainingArguments, processor: Any, read: ImageReader, a
         indexes = [index_of(source) for source in sources]
         for source, index in zip(sources, indexes, strict=True):
             accelerator.print(describe(source.name, index))
+            if hint := independent_turns_hint(index):
+                accelerator.print(hint)
             report.add(index.report)
         report.refuse_bad(arguments.max_bad_fraction)
         if not held_out:
-            indexes, held_out["held_out"] = hold_out(indexes, arguments.holdout_images)
-            accelerator.print(f"{len(held_out['held_out']):,} images are held out of training")
+            total = sum(map(len, indexes))
+            indexes, held_out["held_out"] = hold_out(indexes, holdout_size(arguments, total))
+            number = len(held_out["held_out"])
+            accelerator.print(f"{number:,} of {total:,} images are held out of training: see --holdout_images")
         if empty := [source.name for source, index in zip(sources, indexes, strict=True) if not len(index)]:
             raise ValueError(f"no sample to train on in {', '.join(empty)} (of {report.records:,} records)")
         train = SampleDataset(indexes, read, arguments.conversations_per_image)
@@ -106,7 +115,7 @@ def read_data(arguments: TrainingArguments, processor: Any, read: ImageReader, a
         fingerprint = " ".join([*(index.fingerprint() for index in indexes), *map(str, weights)])
         mixture = Mixture([len(index) for index in indexes], weights or None, arguments.seed)
         batches: Batches = FixedBatches(mixture, arguments.per_device_train_batch_size)
-        if budget := arguments.max_tokens_per_batch:
+        if budget := int(arguments.max_tokens_per_batch):  # a number by now: see fit_batches
             batches = packed = PackedBatches(mixture, train.lengths(), budget)
             accelerator.print(f"{packed.count(1):,} packs of {budget:,} tokens an epoch, {packed.fill:.1%} full")
         batches_per_step = arguments.gradient_accumulation_steps * world_size
@@ -122,10 +131,16 @@ def read_data(arguments: TrainingArguments, processor: Any, read: ImageReader, a
 
 
 def describe(name: str, index: Index) -> str:
-    """A line with the numbers of images and conversations (a caption is one), and one for each kind of damage."""
-    report, (images, conversations) = index.report, index.count()
-    text = f"{name}: {images:,} images, {conversations:,} conversations, {report.num_skipped:,} records skipped"
+    """A line with the numbers of images, captions and conversations, and one for each kind of damage."""
+    report = index.report
+    text = f"{name}: {count_text(*index.count())}, {report.num_skipped:,} records skipped"
     return "\n".join(filter(None, [text, report.table()]))
+
+
+def holdout_size(arguments: TrainingArguments, total: int) -> int:
+    """How many of so many images are held out: as many as the option says; its default is at most a tenth."""
+    most = total if "holdout_images" in arguments.given else max(1, total // 10)
+    return min(arguments.holdout_images, most)
 
 
 def hold_out(indexes: list[Index], num_images: int) -> tuple[list[Index], Index]:
@@ -137,10 +152,11 @@ def hold_out(indexes: list[Index], num_images: int) -> tuple[list[Index], Index]
     stops = np.cumsum([len(index) for index in indexes])
     shares = np.diff(np.round(stops / max(total, 1) * min(num_images, total)).astype(int), prepend=0)
     firsts = [len(index) - share for index, share in zip(indexes, shares, strict=True)]
-    gone = {name for each, first in zip(names, firsts, strict=True) for name in each[first:] if name is not None}
+    names_of = [[set((name or "").split(NAMES)) - {""} for name in each] for each in names]
+    gone = set().union(*(name for each, first in zip(names_of, firsts, strict=True) for name in each[first:]))
     kept = [
-        index.take(np.array([number for number in range(first) if each[number] not in gone], dtype=np.int64))
-        for index, each, first in zip(indexes, names, firsts, strict=True)
+        index.take(np.array([number for number in range(first) if not each[number] & gone], dtype=np.int64))
+        for index, each, first in zip(indexes, names_of, firsts, strict=True)
     ]
     parts = [index.take(np.arange(first, len(index))) for index, first in zip(indexes, firsts, strict=True)]
     return kept, Index.concatenate(parts)

@@ -1,5 +1,6 @@
 """What can go wrong in a run: bad numbers, data that stalls, memory and disks that are full; and run.json."""
 
+import fcntl
 import math
 import os
 import shutil
@@ -167,6 +168,22 @@ def fitting_tokens(tokens: int, held: int, most: int, limit: int | None) -> int:
         return max(64, tokens // 2 // 64 * 64)
     per_token = (most - held) / tokens  # the earlier ones may have been smaller: too few bytes, hence the 0.85
     return max(64, min(int(0.85 * (limit - held) / per_token), int(0.9 * tokens)) // 64 * 64)
+
+
+def lock_run(folder: Path) -> Any:
+    """A file that is locked as long as this process lives. Raises ValueError if another one trains in the folder."""
+    file = open(folder / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        pid = file.read().strip()
+        raise ValueError(f"process {pid} trains in {folder}: stop it first, or choose another --output_dir") from error
+    except OSError:  # a file system without locks
+        return file
+    file.truncate(0)
+    print(os.getpid(), file=file, flush=True)
+    return file
 
 
 def check_room(folder: Path, needed: int = 0) -> None:

@@ -43,11 +43,11 @@ class FlopsPerToken(NamedTuple):
     image: int
 
     @classmethod
-    def of(cls, model: Any) -> "FlopsPerToken":
-        parts, vision = model.model, model.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
+    def of(cls, model: Any, num_image_tokens: int) -> "FlopsPerToken":
+        """num_image_tokens: features of an image. A tower's weights are counted once for each, CLS left out."""
+        parts = model.model
         image = _flops(parts.vision_tower, 2, 2) + _flops(parts.projector, 2, 4)
-        return cls(_flops(parts.language_model, 4, 6), _flops(model.lm_head, 4, 6), image * patches)
+        return cls(_flops(parts.language_model, 4, 6), _flops(model.lm_head, 4, 6), image * num_image_tokens)
 
     def counts_of(self, pack: PackedBatch) -> StepCounts:
         tokens = pack.inputs["input_ids"].numel()

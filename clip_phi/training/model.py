@@ -8,16 +8,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from huggingface_hub.errors import HFValidationError
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
-from ..batching.attention import context_length, use_packed_attention
+from ..batching.attention import (
+    PACKED_ATTENTION,
+    SDPA_PACKED_ATTENTION,
+    context_length,
+    has_varlen_kernel,
+    refuse_other_attention,
+)
 from ..batching.feature_cache import FeatureCache, fingerprint_of
 from ..environment import quantization_config
 from ..hub.retry import load_with_retries
 from .arguments import Stage1Arguments, Stage2Arguments, TrainingArguments
 from .fsdp import is_sharded
+from .memory import enable_checkpointing, wants_sdpa
 from .optim import choose_optimizer
 
 
@@ -25,7 +33,13 @@ def load_processor(arguments: TrainingArguments) -> ClipPhiProcessor:
     names, revisions = _origins(arguments)
     load = ClipPhiProcessor.from_backbones if revisions else ClipPhiProcessor.from_pretrained
     with _named_weights(names):
-        return load_with_retries(load, *names, **revisions)
+        return load_with_retries(load, *names, **revisions, **_features(arguments))
+
+
+def _features(arguments: TrainingArguments) -> dict[str, Any]:
+    """The fields of ClipPhiConfig that say which features of the tower are used."""
+    names = ("vision_feature_layer", "vision_feature_select_strategy")
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
 def _origins(arguments: TrainingArguments) -> tuple[list[str], dict[str, str | None]]:
@@ -48,17 +62,68 @@ def load_model(
     with _named_weights(names):
         if isinstance(arguments, Stage1Arguments):
             own = {"image_token_id": processor.image_token_id, "projector_type": arguments.projector_type}
+            own |= _features(arguments)
             model = load_with_retries(ClipPhiForCausalLM.from_backbones, *names, **revisions, **own, dtype=dtype)
         else:
             assert isinstance(arguments, Stage2Arguments)
             model = _load_start(arguments, dtype, accelerator)
-    use_packed_attention(model)
+    is_placed = getattr(model, "hf_quantizer", None) is not None or is_sharded(accelerator)
+    model = model if is_placed else model.to(accelerator.device)
+    refuse_other_attention(model)
+    make_trainable(model, arguments, accelerator.device, dtype)
+    return model
+
+
+def make_trainable(
+    model: ClipPhiForCausalLM, arguments: TrainingArguments, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Make the loaded model what the stage trains; the arguments are those of load_model.
+
+    device, dtype: where it will be, and the precision of its frozen weights."""
+    model.freeze_backbones()
+    if isinstance(arguments, Stage2Arguments):
+        if model.config.adapter is not None:
+            continue_lora(model, arguments)
+        elif arguments.tune_decoder == "full":
+            model.model.language_model.requires_grad_(True)
+            model.lm_head.requires_grad_(True)
+        else:
+            add_lora(model, arguments)
+    model.model.projector.requires_grad_(True)  # after PEFT, which freezes all but the adapter
+    model.set_attn_implementation({"text_config": choose_attention(arguments, device, dtype)})
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if dtype != torch.float32:
+        keep_dtype(model, dtype)
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+        enable_checkpointing(model)
+
+
+def choose_attention(arguments: TrainingArguments, device: torch.device, dtype: torch.dtype) -> str:
+    """What --attention means on this device. Raises ValueError if there is no kernel for --attention varlen."""
+    if arguments.attention == "varlen" and not has_varlen_kernel(device, dtype):
+        raise ValueError(
+            f"--attention varlen needs bf16 or fp16 on an NVIDIA GPU of capability 8.0 or later, not "
+            f"{str(dtype).removeprefix('torch.')} on {device}; --attention sdpa works everywhere"
+        )
+    return SDPA_PACKED_ATTENTION if wants_sdpa(arguments) else PACKED_ATTENTION
+
+
+def keep_dtype(model: ClipPhiForCausalLM, dtype: torch.dtype) -> None:
+    """Let the decoder's activations be of this dtype, in which autocast multiplies.
+
+    Under autocast a norm's output is float32, and so is all that follows from it in quantised layers, which answer in
+    the dtype of their input. And PEFT would cast the input of a LoRA matrix to the float32 of its weights."""
+
+    def cast(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.to(dtype)
+
+    for module in model.model.language_model.modules():
+        if type(module).__name__.endswith("Norm"):
+            module.register_forward_hook(cast)
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
 
 
 def resolve(arguments: TrainingArguments, accelerator: Accelerator, model: ClipPhiForCausalLM) -> TrainingArguments:
@@ -81,16 +146,20 @@ def resolve(arguments: TrainingArguments, accelerator: Accelerator, model: ClipP
         accelerator.print(
             f"training continues the adapter of {getattr(arguments, 'init_from', '')}: rank {changes['lora_r']}"
         )
-    images, tokens = arguments.per_device_train_batch_size, arguments.max_tokens_per_batch
+    images = arguments.per_device_train_batch_size
     changes["per_device_eval_batch_size"] = arguments.per_device_eval_batch_size or images
-    found = dataclasses.replace(arguments, **changes)
-    accelerator.print(
-        f"optimizer {found.optim}; mixed precision {accelerator.mixed_precision}; in a forward pass "
-        f"{f'up to {tokens:,} tokens' if tokens else f'{images:,} images'} (evaluation: "
-        f"{found.per_device_eval_batch_size:,} images); forward passes in a step: "
-        f"{found.gradient_accumulation_steps * accelerator.num_processes:,}"
+    return dataclasses.replace(arguments, **changes)
+
+
+def describe_batches(arguments: TrainingArguments, accelerator: Accelerator) -> str:
+    """The line about the optimizer and the size of a step."""
+    tokens, images = arguments.max_tokens_per_batch, arguments.per_device_train_batch_size
+    size = f"up to {tokens:,} tokens" if tokens else f"{images:,} images"
+    return (
+        f"optimizer {arguments.optim}; mixed precision {accelerator.mixed_precision}; in a forward pass {size} "
+        f"(evaluation: {arguments.per_device_eval_batch_size:,} images); forward passes in a step: "
+        f"{arguments.gradient_accumulation_steps * accelerator.num_processes:,}"
     )
-    return found
 
 
 def open_cache(
@@ -131,15 +200,6 @@ def _load_start(arguments: Stage2Arguments, dtype: torch.dtype, accelerator: Acc
         for module in model.modules():
             if isinstance(module, Linear4bit):
                 module.support_avx512bf16_for_cpu = False  # it would rewrite the weights at an evaluation
-    model.freeze_backbones()
-    if model.config.adapter is not None:
-        continue_lora(model, arguments)
-    elif arguments.tune_decoder == "full":
-        model.model.language_model.requires_grad_(True)
-        model.lm_head.requires_grad_(True)
-    else:
-        add_lora(model, arguments)
-    model.model.projector.requires_grad_(True)
     model.config.caption_instruction = arguments.caption_instruction
     return model
 
@@ -159,6 +219,46 @@ def add_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
     pattern = rf"model\.language_model\..*\.({'|'.join(targets)})"
     sizes = {"r": arguments.lora_r, "lora_alpha": arguments.lora_alpha, "lora_dropout": arguments.lora_dropout}
     model.add_adapter(LoraConfig(target_modules=pattern, **sizes))
+    share_dropout(model)
+
+
+def share_dropout(model: ClipPhiForCausalLM) -> None:
+    """Replace the dropout of all LoRA layers by SharedDropout."""
+    dropped = WeakTensorKeyDictionary()
+    for layer in model.model.language_model.modules():
+        for name, drop in getattr(layer, "lora_dropout", {}).items():
+            if isinstance(drop, torch.nn.Dropout):
+                layer.lora_dropout[name] = SharedDropout(drop.p, dropped).train(drop.training)
+    model.model.language_model.register_forward_hook(lambda *_: dropped.clear())
+
+
+class SharedDropout(torch.nn.Dropout):
+    """Dropout with one mask for all layers with the same input, such as q_proj, k_proj and v_proj.
+
+    Each layer's input is dropped as by torch.nn.Dropout, but not independently of the other layers' inputs. A CPU makes
+    the mask from 16 random bits for each value, in half the time: there p is rounded to a multiple of 2**-16."""
+
+    def __init__(self, p: float, dropped: WeakTensorKeyDictionary):
+        """dropped: the last inputs of layers, and what is left of them, for all layers of a model."""
+        super().__init__(p)
+        self.dropped = dropped
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return input
+        if input not in self.dropped:
+            self.dropped[input] = self._drop(input)
+            if len(self.dropped) > 2:  # phi's attention and MLP have the same input
+                del self.dropped[next(iter(self.dropped))]
+        return self.dropped[input]
+
+    def _drop(self, input: torch.Tensor) -> torch.Tensor:
+        if input.device.type != "cpu":
+            return super().forward(input)
+        bits = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        level = min(round(self.p * 2**16), 2**16 - 1)
+        kept = (bits[: input.numel()] >= level - 2**15).to(input.dtype)
+        return input * kept.mul_(2**16 / (2**16 - level)).view(input.shape)
 
 
 def continue_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
@@ -183,6 +283,7 @@ def continue_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None
         for name in getattr(layer, "lora_dropout", {}):  # which the model was loaded and frozen without
             drop = torch.nn.Dropout(config.lora_dropout) if config.lora_dropout else torch.nn.Identity()
             layer.lora_dropout[name] = drop.train(layer.training)
+    share_dropout(model)
     for name, parameter in model.model.language_model.named_parameters():
         parameter.requires_grad = "lora_" in name
 

@@ -30,7 +30,36 @@ def make_optimizer(model: torch.nn.Module, arguments: TrainingArguments, device:
         from bitsandbytes import optim
     except ImportError as error:
         raise ImportError(f"--optim {kind} needs bitsandbytes: pip install 'clip-phi[cuda]'") from error
-    return {"adam8bit": optim.Adam8bit, "paged_adam8bit": optim.PagedAdam8bit}[kind](parameters)
+    return _in_one_stream({"adam8bit": optim.Adam8bit, "paged_adam8bit": optim.PagedAdam8bit}[kind])(parameters)
+
+
+def _in_one_stream(base: Any) -> Any:
+    """An optimizer of bitsandbytes without its synchronisation with the device after each parameter.
+
+    Its kernels run in the stream of those before and after them. Only paged states may move meanwhile: then the device
+    is synchronised once, at the end. And paged states that are loaded stay paged."""
+    from bitsandbytes.optim import optimizer
+
+    class InOneStream(base):
+        def step(self, closure: Any = None) -> Any:
+            synchronize, optimizer.sync_gpu = optimizer.sync_gpu, lambda tensor: None
+            try:
+                loss = super().step(closure)
+            finally:
+                optimizer.sync_gpu = synchronize
+            if self.is_paged:
+                synchronize(self.param_groups[0]["params"][0])
+            return loss
+
+        def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+            super().load_state_dict(state_dict, move_to_device)
+            for parameter, state in self.state.items():
+                for name in ("state1", "state2") if self.is_paged else ():
+                    paged = self.get_state_buffer(parameter, dtype=state[name].dtype)
+                    state[name] = paged.copy_(state[name])
+
+    InOneStream.__name__ = base.__name__
+    return InOneStream
 
 
 def choose_optimizer(optim: str, device: torch.device, sharded: bool = False) -> str:

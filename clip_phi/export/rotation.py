@@ -1,0 +1,189 @@
+"""A CLIP tower for llama.cpp's llava graph, which puts CLS behind the patches and then takes rows 1 to N.
+
+That graph (tools/mtmd/models/llava.cpp, since May 2025) reads the rows [patch 0, ..., patch N-1, CLS], and gives rows
+1 to N to the projector: it loses patch 0 and takes CLS for a patch. Attention does not depend on the order of rows, so
+positions in the graph's order make the tower itself right. Layers behind it then copy each row into the next one, by
+attention with one-hot weights, and rows 1 to N hold the patches in order.
+
+A row is wider than the tower's, by what these layers need: a code of the row and one of the row before, the mean (the
+other columns have mean 0, so that norms over the wider row are those of the tower), and a large constant, which makes
+the norms of the last layers a division by that constant. Every step is exact but for rounding and terms of 1e-5.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+LARGE = 150.0  # the constant, times the square root of the width
+MEAN = 1 / 16  # the mean's scale
+CODE = 0.02  # the norm of a code: of no weight in the norms of the tower
+SHARPNESS = 2000.0  # of the attention that copies; a row of large features has a small code
+
+
+class WideTower:
+    """Tensors under llama.cpp's names, from those of a CLIP tower under the same names.
+
+    Args:
+        tensors: v.class_embd, v.patch_embd.weight, v.position_embd.weight, v.pre_ln.*, and the layers v.blk.* in use.
+        heads: of the tower.
+        epsilon: of its norms.
+
+    Raises ValueError for a tower with one head, which cannot copy a row and remove the old one at once."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], heads: int, epsilon: float):
+        if heads < 2:
+            raise ValueError("a tower with one attention head cannot be written for llama.cpp")
+        self.tensors = {name: value.detach().double() for name, value in tensors.items()}
+        self.heads = heads
+        self.rows, self.width = self.tensors["v.position_embd.weight"].shape
+        self.head_width = self.width // heads
+        self.code = min(self.rows, self.head_width)
+        extra = 2 * self.code + 5
+        self.wide = math.ceil((self.width + extra) / heads) * heads
+        self.wide_head = self.wide // heads
+        self.mean, self.large = self.width + 2 * self.code, self.width + 2 * self.code + 2  # first of two columns each
+        self.epsilon = epsilon * self.width / self.wide
+        self.center = torch.eye(self.width, dtype=torch.double) - 1 / self.width
+        self.constant = LARGE * math.sqrt(self.width)
+        self.hidden = max(2 * self.width, self.tensors["v.blk.0.ffn_up.weight"].shape[0])
+
+    def convert(self) -> dict[str, torch.Tensor]:
+        layers = 1 + max(int(name.split(".")[2]) for name in self.tensors if name.startswith("v.blk."))
+        out = self._embeddings()
+        blocks = [
+            self._first(),
+            *(self._layer(number, number == layers - 1) for number in range(layers)),
+            *self._copies(),
+        ]
+        for number, block in enumerate(blocks):
+            out |= {f"v.blk.{number}.{name}": value for name, value in block.items()}
+        self.layers = len(blocks)
+        return {name: value.float() for name, value in out.items()}
+
+    def projector(self, weight: torch.Tensor) -> torch.Tensor:
+        """The first matrix of the projector (out, width) on wide rows: the mean has a column of its own."""
+        wide = weight.new_zeros(len(weight), self.wide)
+        wide[:, : self.width] = weight
+        wide[:, self.mean] = weight.sum(1) / MEAN
+        return wide
+
+    def _codes(self) -> torch.Tensor:
+        """(rows, code): orthogonal but for their mean, which is taken out, or random signs where rows are many."""
+        signs = torch.randint(0, 2, (self.rows, self.code), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+        codes = torch.eye(self.rows) if self.code == self.rows else signs
+        codes = (codes - codes.mean(1, keepdim=True)).double()
+        return codes / codes.norm(dim=1, keepdim=True)
+
+    def _embeddings(self) -> dict[str, torch.Tensor]:
+        position = self.tensors["v.position_embd.weight"].roll(-1, 0)
+        patch, cls = self.tensors["v.patch_embd.weight"], self.tensors["v.class_embd"]
+        # pre_ln divides a row, and its codes, by the row's deviation: CLS's is known, a patch's is about that of noise.
+        noise = torch.randn(64, patch[0].numel(), generator=torch.Generator().manual_seed(0)).double()
+        deviations = torch.full((self.rows, 1), (noise @ patch.flatten(1).T + position[0]).std(1).mean().item())
+        deviations[-1] = (cls + position[-1]).std().item()
+        codes = self._codes() * CODE * deviations.double()
+        wide = position.new_zeros(self.rows, self.wide)
+        wide[:, : self.width] = position @ self.center
+        wide[:, self.width : self.width + self.code] = codes
+        wide[:, self.width + self.code : self.mean] = self._codes().roll(1, 0) * CODE * deviations.double()
+        centered = torch.tensordot(self.center, patch, dims=1)
+        zeros = patch.new_zeros(self.wide - self.width, *patch.shape[1:])
+        cls = cls @ self.center
+        norm = self._norm(torch.ones(self.width), torch.zeros(self.width))
+        norm["weight"][self.width : self.mean] = 1.0
+        out = {f"v.pre_ln.{name}": value for name, value in norm.items()}
+        out["v.class_embd"] = torch.cat([cls, cls.new_zeros(self.wide - self.width)])
+        return out | {"v.patch_embd.weight": torch.cat([centered, zeros]), "v.position_embd.weight": wide}
+
+    def _norm(self, weight: torch.Tensor, bias: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tower's norm on the first columns, and zeros on the others."""
+        zeros = torch.zeros(self.wide - self.width, dtype=torch.double)
+        scale = math.sqrt(self.width / self.wide)
+        return {"weight": torch.cat([weight.double() * scale, zeros]), "bias": torch.cat([bias.double(), zeros])}
+
+    def _out(self, matrix: torch.Tensor) -> torch.Tensor:
+        """What is added to a row (width, n): without its mean, which goes to its own two columns."""
+        out = matrix.new_zeros(self.wide, matrix.shape[1])
+        out[: self.width] = self.center @ matrix
+        out[self.mean] = MEAN * matrix.mean(0)
+        out[self.mean + 1] = -out[self.mean]
+        return out
+
+    def _nothing(self) -> dict[str, torch.Tensor]:
+        """A block that adds nothing."""
+        square, wide = torch.zeros(self.wide, self.wide, dtype=torch.double), torch.zeros(self.wide, dtype=torch.double)
+        up = torch.zeros(self.hidden, self.wide, dtype=torch.double)
+        block = {f"attn_{part}.weight": square.clone() for part in ("q", "k", "v", "out")}
+        block |= {f"attn_{part}.bias": wide.clone() for part in ("q", "k", "v", "out")}
+        block |= {"ffn_up.weight": up.clone(), "ffn_up.bias": torch.zeros(self.hidden, dtype=torch.double)}
+        block |= {"ffn_down.weight": up.T.clone(), "ffn_down.bias": wide.clone()}
+        return block | {f"{name}.{kind}": wide.clone() for name in ("ln1", "ln2") for kind in ("weight", "bias")}
+
+    def _first(self) -> dict[str, torch.Tensor]:
+        """The affine part of pre_ln, whose mean is not 0: x -> w x + b - x is added, as gelu(x) - gelu(-x) = x."""
+        block = self._nothing()
+        weight, bias = self.tensors["v.pre_ln.weight"], self.tensors["v.pre_ln.bias"]
+        norm = self._norm(torch.ones(self.width), torch.zeros(self.width))
+        block |= {f"ln2.{name}": value for name, value in norm.items()}
+        columns = torch.arange(self.width)
+        block["ffn_up.weight"][columns, columns] = 1.0
+        block["ffn_up.weight"][self.width + columns, columns] = -1.0
+        linear = self._out(torch.diag(weight))
+        linear[columns, columns] -= 1.0
+        block["ffn_down.weight"][:, : self.width] = linear
+        block["ffn_down.weight"][:, self.width : 2 * self.width] = -linear
+        block["ffn_down.bias"] = self._out(bias[:, None])[:, 0]
+        return block
+
+    def _layer(self, number: int, is_last: bool) -> dict[str, torch.Tensor]:
+        block = self._nothing()
+        old = {
+            name.split(".", 3)[3]: value for name, value in self.tensors.items() if name.startswith(f"v.blk.{number}.")
+        }
+        for name in ("ln1", "ln2"):
+            norm = self._norm(old[f"{name}.weight"], old[f"{name}.bias"])
+            block |= {f"{name}.{kind}": value for kind, value in norm.items()}
+        # A head's columns stand at the front of a wider head's.
+        places = torch.cat([torch.arange(self.head_width) + head * self.wide_head for head in range(self.heads)])
+        for part in "qkv":
+            scale = math.sqrt(self.wide_head / self.head_width) if part == "q" else 1.0
+            block[f"attn_{part}.weight"][places, : self.width] = old[f"attn_{part}.weight"] * scale
+            block[f"attn_{part}.bias"][places] = old[f"attn_{part}.bias"] * scale
+        block["attn_out.weight"][:, places] = self._out(old["attn_out.weight"])
+        block["attn_out.bias"] = self._out(old["attn_out.bias"][:, None])[:, 0]
+        inner = len(old["ffn_up.weight"])
+        block["ffn_up.weight"][:inner, : self.width] = old["ffn_up.weight"]
+        block["ffn_up.bias"][:inner] = old["ffn_up.bias"]
+        block["ffn_down.weight"][:, :inner] = self._out(old["ffn_down.weight"])
+        block["ffn_down.bias"] = self._out(old["ffn_down.bias"][:, None])[:, 0]
+        if is_last:
+            block["ffn_down.bias"][[self.large, self.large + 1]] = torch.tensor(
+                [self.constant, -self.constant]
+            ).double()
+        return block
+
+    def _copies(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Layers whose first heads add the row before, and whose other heads take the row itself away."""
+        columns, balance = [*range(self.width), self.mean, self.mean + 1], self.large + 2
+        room = self.heads // 2 * self.wide_head
+        for start in range(0, len(columns), room):
+            some, block = columns[start : start + room], self._nothing()
+            # The norm divides by the constant's share: this takes it back.
+            block["ln1.weight"][columns] = self.constant * math.sqrt(2 / self.wide)
+            block["ln1.weight"][self.width : self.mean] = self.constant * math.sqrt(2 / self.wide) / CODE
+            for head in range(self.heads):
+                first = head * self.wide_head
+                copies = head < self.heads // 2
+                asked = self.width + (self.code if copies else 0)  # the code of the row before, or the row's own
+                rows = torch.arange(self.code)
+                scale = math.sqrt(SHARPNESS * math.sqrt(self.wide_head))
+                block["attn_q.weight"][first + rows, asked + rows] = scale
+                block["attn_k.weight"][first + rows, self.width + rows] = scale
+                group = first if copies else first - self.heads // 2 * self.wide_head
+                for place, column in enumerate(some[group : group + self.wide_head]):
+                    block["attn_v.weight"][first + place, column] = 1.0
+                    block["attn_out.weight"][column, first + place] = 1.0 if copies else -1.0
+            # Half a row of another mean: one more column keeps the sum of a row at 0, for the next norm.
+            block["attn_out.weight"][balance] = -block["attn_out.weight"].sum(0)
+            yield block
