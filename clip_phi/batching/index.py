@@ -1,7 +1,6 @@
 """The tokenised index of a source: read and tokenised once, then mapped from disk by every process that trains.
 
-It is an Arrow file, whose pages workers share. A later start compares its checksum, and parses nothing else of it
-before: bytes that have changed on disk are noticed, and the index is made anew."""
+It is an Arrow file, whose pages workers share. Where its bytes have changed on disk, it is made anew."""
 
 import contextlib
 import hashlib
@@ -33,18 +32,10 @@ from .packing import SharedPrefixSample, build_shared_prefix
 FORMAT = 4  # of the files; raised too when a reader or the encoding comes to give something else
 CHUNK = 1000  # samples that are tokenised together
 HINT_SAMPLES, SHORT_ANSWER = 500, 3  # samples that independent_turns_hint() reads; words
-SCHEMA = pa.schema(
-    {
-        "path": pa.string(),
-        "member": pa.string(),
-        "bytes": pa.large_binary(),
-        "origins": pa.list_(pa.string()),
-        "conversations": pa.string(),  # json
-        "ids": pa.list_(pa.int32()),  # of all conversations, concatenated, without BOS and image
-        "labels": pa.list_(pa.int32()),
-        "lengths": pa.list_(pa.int32()),  # tokens of each conversation
-    }
-)
+# conversations: json. ids, labels: of all of them, concatenated, without BOS and image. lengths: tokens of each.
+FIELDS = {"path": pa.string(), "member": pa.string(), "bytes": pa.large_binary(), "origins": pa.list_(pa.string())}
+FIELDS |= {"conversations": pa.string()} | dict.fromkeys(("ids", "labels", "lengths"), pa.list_(pa.int32()))
+SCHEMA = pa.schema(FIELDS)
 
 
 @dataclass(eq=False)
@@ -137,7 +128,7 @@ class Index:
         """The image file of each sample; None for text-only samples and for images that are bytes."""
         columns = [self.table[name].to_pylist() for name in ("path", "member")]
         names = [str(File(path, member)) if path is not None else None for path, member in zip(*columns, strict=True)]
-        return names if self.selected is None else [names[place] for place in self.selected]
+        return np.array(names, object)[self._rows].tolist()
 
     def num_tokens(self) -> np.ndarray:
         """int64 (samples,): tokens of each sample, its image once and all end tokens included."""
@@ -150,30 +141,32 @@ class Index:
 
     def count(self) -> tuple[int, int, int]:
         """Samples with an image; captions and (other) conversations of all samples."""
-        captions = self.num_captions()
-        selected = slice(None) if self.selected is None else self.selected
-        conversations = pc.list_value_length(self.table["lengths"]).to_numpy()[selected].sum() - captions.sum()
-        return int(self._images()[selected].sum()), int(captions.sum()), int(conversations)
+        captions = int(self.num_captions().sum())
+        conversations = int(pc.list_value_length(self.table["lengths"]).to_numpy()[self._rows].sum())
+        return int(self._images()[self._rows].sum()), captions, conversations - captions
 
     def num_captions(self) -> np.ndarray:
         """int64 (samples,): conversations that begin with an answer."""
-        captions = pc.count_substring(self.table["conversations"], '[["assistant"').to_numpy().astype(np.int64)
-        return captions if self.selected is None else captions[self.selected]
+        counts = pc.count_substring(self.table["conversations"], '[["assistant"').to_numpy()
+        return counts.astype(np.int64)[self._rows]
+
+    @property
+    def _rows(self) -> Any:
+        return slice(None) if self.selected is None else self.selected
 
     def _images(self) -> np.ndarray:
         return pc.or_(self.table["path"].is_valid(), self.table["bytes"].is_valid()).to_numpy()
 
     def _with_prefix(self, lengths: np.ndarray) -> np.ndarray:
         without, with_image = map(len, self.prefixes)
-        lengths = lengths + np.where(self._images(), with_image, without)
-        return (lengths if self.selected is None else lengths[self.selected]).astype(np.int64)
+        return (lengths + np.where(self._images(), with_image, without))[self._rows].astype(np.int64)
 
 
 def count_text(images: int, captions: int, conversations: int) -> str:
     """4,000 images, 20,000 captions, 8,000 conversations; without what there is none of."""
-    named = {"captions": captions} if captions and not conversations else {"conversations": conversations}
-    named = {"captions": captions} | named if captions else named
-    return ", ".join(f"{count:,} {name}" for name, count in ({"images": images} | named).items())
+    named = {"images": images} | ({"captions": captions} if captions else {})
+    named |= {"conversations": conversations} if conversations or not captions else {}
+    return ", ".join(f"{count:,} {name}" for name, count in named.items())
 
 
 def independent_turns_hint(index: Index) -> str | None:
@@ -193,10 +186,9 @@ def independent_turns_hint(index: Index) -> str | None:
 
 
 def load_index(source: DataSource, processor: Any, max_length: int, num_workers: int = 0) -> Index:
-    """The index of a source: mapped from the cache if neither its files nor the tokenizer have changed, else made.
-
-    The cache is the folder clip_phi in Hugging Face's cache (HF_HOME). num_workers: processes that tokenise, 0 for this
-    one. Raises ValueError or OSError if the source cannot be read at all."""
+    """The index of a source: mapped from the cache (clip_phi in HF_HOME) if neither its files nor the tokenizer have
+    changed, else made. num_workers: processes that tokenise, 0 for this one. Raises ValueError or OSError if the
+    source cannot be read at all."""
     from huggingface_hub.constants import HF_HOME
 
     folder = Path(HF_HOME) / "clip_phi" / f"index-{_fingerprint(source, processor, max_length)}"
@@ -208,18 +200,15 @@ def load_index(source: DataSource, processor: Any, max_length: int, num_workers:
     samples = transcripts.fill(source.read(media, report), report)
     temporary = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
     try:
-        with (
-            no_collector(),
-            pa.OSFile(str(temporary / "index.arrow"), "wb") as file,
-            pa.ipc.new_file(file, SCHEMA) as writer,
-        ):
+        path = temporary / "index.arrow"
+        with no_collector(), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             for batch in _tokenise(samples, processor, max_length, report, num_workers):
                 writer.write_batch(batch)
         stamps = media.file_stamps() | transcripts.file_stamps()
-        about = {"state": state, "report": report.as_dict(), "file_stamps": stamps}
-        text = json.dumps(about | {"checksum": _checksum(temporary / "index.arrow")})
+        about = {"state": state, "report": report.as_dict(), "file_stamps": stamps, "checksum": _checksum(path)}
+        text = json.dumps(about)
         (temporary / "about.json").write_text(f"{zlib.crc32(text.encode())}\n{text}", encoding="utf-8")
-        made = Index(_map(temporary / "index.arrow"), _prefixes(processor), report, folder / "index.arrow")
+        made = Index(_map(path), _prefixes(processor), report, folder / "index.arrow")
         if _open(folder, state, processor) is None:  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -288,15 +277,13 @@ def _tokenise(
 
 
 def _tokenise_chunk(processor: Any, max_length: int, chunk: list[Sample]) -> tuple[pa.RecordBatch, Report]:
-    report = Report()
-    rows = []
+    report, rows = Report(), []
     for sample, encoded in encode_samples(chunk, processor, max_length, report):
-        path, member = sample.image if isinstance(sample.image, File) else (None, None)
-        data = sample.image if isinstance(sample.image, bytes) else None
+        image = sample.image
+        place = (*image, None) if isinstance(image, File) else (None, None, image)
         conversations = json.dumps(sample.conversations, default=bytes.hex)  # of speech that is bytes
         ids, labels = ([token for each in encoded for token in each[part]] for part in (0, 1))
-        lengths = [len(each.ids) for each in encoded]
-        rows.append((path, member, data, sample.origins, conversations, ids, labels, lengths))
+        rows.append((*place, sample.origins, conversations, ids, labels, [len(each.ids) for each in encoded]))
     columns = zip(*rows, strict=True) if rows else [()] * len(SCHEMA)
     return pa.RecordBatch.from_pydict(dict(zip(SCHEMA.names, columns, strict=True)), SCHEMA), report
 
