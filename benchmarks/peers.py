@@ -447,6 +447,7 @@ def fixed_losses(folder: Path, stage: int, images: int) -> tuple[float, float, f
     from clip_phi.batching.dataset import ImageReader
     from clip_phi.batching.index import load_index
     from clip_phi.batching.packing import pack_samples
+    from clip_phi.data.sample import images_of
     from clip_phi.data.source import parse_source
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
@@ -461,7 +462,7 @@ def fixed_losses(folder: Path, stage: int, images: int) -> tuple[float, float, f
     processor = ClipPhiProcessor.from_pretrained(folder / "ours")
     index = load_index(parse_source(sources(folder / "data", "train")[stage - 1]), processor, 2048)
     read = ImageReader(processor)
-    pixels = torch.stack([read(path).tensor for number in range(images) if (path := index.image(number)) is not None])
+    pixels = torch.stack([read(path).tensor for number in range(images) for path in images_of(index.image(number))])
     samples = [index.shared_prefix_sample(number) for number in range(images)]
     model = ClipPhiForCausalLM.from_pretrained(folder / "ours", dtype=torch.float32)
     model.set_attn_implementation({"text_config": PACKED_ATTENTION})
@@ -480,9 +481,8 @@ def print_runs(title: str, runs: dict[str, list[Figures]]) -> None:
     for name, found in runs.items():
         for run in found:
             speed = run.samples / run.steady
-            print(
-                f"{name:14}{run.start:11.1f}{run.steady:9.1f}{run.end:7.1f}{speed:11.2f}{run.tokens:9}{run.padding:9.1%}"
-            )
+            print(f"{name:14}{run.start:11.1f}{run.steady:9.1f}{run.end:7.1f}{speed:11.2f}", end="")
+            print(f"{run.tokens:9}{run.padding:9.1%}")
 
 
 def compare(folder: Path, stage: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -501,7 +501,8 @@ def compare(folder: Path, stage: int, options: argparse.Namespace) -> dict[str, 
     clock = "CPU" if options.device == "cpu" else "wall"
     print_runs(f"stage {stage}, {clock} seconds of all processes of a run", runs)
     speeds = {name: [run.samples / run.steady for run in found] for name, found in runs.items()}
-    result: dict[str, Any] = {"loss_rel_diff": difference, f"stage{stage}": runs}
+    figures = {name: [run._asdict() for run in found] for name, found in runs.items()}
+    result: dict[str, Any] = {"loss_rel_diff": difference, f"stage{stage}": figures}
     for name in names[1:]:
         pairs = [mine / other for mine, other in zip(speeds["ours"], speeds[name], strict=True)]
         key = f"stage{stage}_vs_trl{'_grouped' if 'grouped' in name else ''}"
@@ -562,8 +563,7 @@ def main() -> None:
         if isinstance(value, float):
             print(f"{key:24} {value:.4g}")
     if options.json:
-        text = json.dumps(result, indent=2, default=lambda run: run._asdict())
-        options.json.write_text(text + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

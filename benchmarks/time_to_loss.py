@@ -32,6 +32,7 @@ from clip_phi.batching.attention import PACKED_ATTENTION
 from clip_phi.batching.images import load_image
 from clip_phi.batching.index import Index, load_index
 from clip_phi.batching.packing import PackedBatch, pack_samples
+from clip_phi.data.sample import File
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
@@ -65,7 +66,7 @@ class Point(NamedTuple):
 def read_scenes(folder: Path, split: str, processor: Any) -> Scenes:
     source = parse_source(f"coco:{folder}/annotations/captions_{split}2017.json,images={folder}/{split}2017")
     index = load_index(source, processor, 256, 0)
-    files = [image for number in range(len(index)) if (image := index.image(number)) is not None]
+    files = [image for number in range(len(index)) if isinstance(image := index.image(number), File)]
     pixels = [processor.image_processor(load_image(file), return_tensors="pt").pixel_values for file in files]
     return Scenes(index, torch.cat(pixels))
 

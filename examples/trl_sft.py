@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from clip_phi.data.report import Report
-from clip_phi.data.sample import as_messages
+from clip_phi.data.sample import as_messages, images_of
 from clip_phi.data.source import parse_source
 from clip_phi.evaluation.tasks import read_samples
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
@@ -41,12 +41,13 @@ def conversations(data: str) -> Iterator[dict[str, Any]]:
     report = Report()
     for sample in read_samples([parse_source(data)], report):
         for conversation in sample.conversations:
-            messages = as_messages(conversation, has_image=False)
+            messages = as_messages(conversation, 0)
             texts = ["".join(item["text"] for item in message["content"]) for message in messages]
             turns = [{"role": message["role"], "content": text} for message, text in zip(messages, texts, strict=True)]
-            image = sample.image
-            if image is not None:
-                yield {"images": [{"bytes": image if isinstance(image, bytes) else image.read()}], "messages": turns}
+            images = images_of(sample.image)
+            if images:
+                content = [{"bytes": image if isinstance(image, bytes) else image.read()} for image in images]
+                yield {"images": content, "messages": turns}
     report.refuse_bad(0.01)
 
 

@@ -215,7 +215,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         own_loss = "_loss_function" in vars(self) or "ignore_index" in kwargs
         hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)  # sharded or offloaded
         frozen = type(head) is nn.Linear and not any(each.requires_grad for each in head.parameters())
-        if hidden_states.requires_grad and frozen and not (own_loss or hooked):
+        if torch.is_grad_enabled() and hidden_states.requires_grad and frozen and not (own_loss or hooked):
             return self._frozen_head_loss(hidden_states, labels, size) / count
         kwargs |= {"vocab_size": head.out_features, "labels": None, "num_items_in_batch": count}
 

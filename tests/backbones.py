@@ -103,7 +103,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 REFUSED = set(list(DECODERS)[list(DECODERS).index("Mamba") :])
 # Decoders that do other things than the first ones: what the quick tests run.
 QUICK = ["Phi", "Phi-3, sliding window", "Llama without a spare row (SmolLM2)", "Qwen2, mixed windows"]
-QUICK += ["Mistral, sliding window", "Gemma 3, mixed windows", "GPT-2", "OPT-350m's kind", "DeepSeek-V3"]
+QUICK += ["Qwen2-MoE", "Mistral, sliding window", "Gemma 3, mixed windows", "GPT-2", "OPT-350m's kind", "DeepSeek-V3"]
 QUICK += ["Mamba", "LFM2", "gpt-oss (attention sinks)", "Bloom", "Falcon", "BERT"]
 
 SIDE = 32
@@ -141,7 +141,7 @@ TOWERS: dict[str, Tower] = {
     ),
     "EfficientNet": (
         "efficientnet",
-        {"width_coefficient": 0.1, "depth_coefficient": 0.1},
+        {"width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128},
         "ViTImageProcessor",
         EXACT,
         1,
@@ -428,7 +428,7 @@ def decoder_row(family: str, result: dict[str, Any]) -> list[str]:
 
 def tower_row(family: str, result: dict[str, Any]) -> list[str]:
     if result["refused"]:
-        return [family, "refused", *[""] * 4]
+        return [family, "refused: " + result["refused"].rpartition(": ")[2], *[""] * 4]
     name, fields, side = EXAMPLES.get(family, ("", None, 0))
     if fields is None:
         return [family, "right", *[""] * 4]

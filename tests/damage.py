@@ -184,6 +184,7 @@ def messages(number: int, content: Any) -> dict[str, Any]:
     return {"image": f"good{number % NUM_GOOD_IMAGES}.jpg", "messages": said}
 
 
+NOT_ONCE, AFTER = "<image> not once for each image", "several images, but an <image> after text"
 IMAGE_OUTSIDE = "<image> outside a question"
 LATER, NO_TOKEN = "image stood in a later turn, and was put first", "image without <image> in the text was put first"
 UNANSWERED = "last question has no answer, and was cut"
@@ -225,7 +226,8 @@ SKIPPED: dict[str, tuple[str, Callable[[int], Any]]] = {
     "two <image>": ("several <image> for one image", lambda n: record(n, f"<image><image> {n}?", "x")),
     "<image> in two turns": ("several <image> for one image", lambda n: record(n, "<image> a", "b", "<image> c", "d")),
     "<image> without an image": ("<image> without an image", lambda n: record(n, image=None)),
-    "several images": ("several images", lambda n: record(n, image=["good0.jpg", "good1.jpg"])),
+    "one <image> for two": (NOT_ONCE, lambda n: record(n, f"<image> {n}?", "x", image=["good0.jpg", "good1.jpg"])),
+    "<image> after text": (AFTER, lambda n: record(n, f"<image> {n} <image>?", "x", image=["good0.jpg", "good1.jpg"])),
     "image is a number": ("image name is not text", lambda n: record(n, image=n)),
     "image is an object": ("image name is not text", lambda n: record(n, image={"path": "good1.jpg"})),
     "image name is blank": ("image name is empty", lambda n: record(n, image=" ")),

@@ -328,7 +328,7 @@ BAD = [
     (record("<image> one", "x", image="."), "missing image"),
     (record("<image> one", "x", image="a\0b"), "image name is not valid"),
     (record("<image> one", "x", image=7), "image name is not text"),
-    (record("<image> one", "x", image=[CAT, DOG]), "several images"),
+    (record("<image> one", "x", image=[CAT, DOG]), "<image> not once for each image"),
     (record("<image> good", "one"), "duplicate record"),
 ]
 
@@ -488,7 +488,7 @@ def test_rounding_leaves_no_place_of_an_epoch_empty():
 
 def test_messages_put_image_then_transcript_then_text():
     conversation = (Turn("user", "Answer.", transcript="what is it"), Turn("assistant", "A cat."))
-    assert as_messages(conversation, has_image=True) == [
+    assert as_messages(conversation, num_images=1) == [
         {
             "role": "user",
             "content": [
@@ -499,8 +499,8 @@ def test_messages_put_image_then_transcript_then_text():
         },
         {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
     ]
-    assert as_messages((Turn("assistant", "A cat."),), has_image=True)[0] == {
+    assert as_messages((Turn("assistant", "A cat."),), num_images=1)[0] == {
         "role": "user",
         "content": [{"type": "image"}],
     }
-    assert as_messages((), has_image=False) == []
+    assert as_messages((), num_images=0) == []

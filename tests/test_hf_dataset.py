@@ -364,7 +364,7 @@ def test_damaged_rows_are_counted_each_under_its_kind(tmp_path):
         "<image> without an image": 2,
         "no conversation, question or caption": 1,
         "unknown speaker": 1,
-        "several images": 1,
+        "<image> not once for each image": 1,
         "image is empty": 1,
     }
     samples, report = read(tmp_path / "damaged.parquet")

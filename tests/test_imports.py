@@ -27,7 +27,7 @@ ALLOWED["commands"] = set(ALLOWED)
 ALLOWED["cli"] = {"commands"}
 SHIPPED = {
     "configuration_clip_phi": set(),
-    "processing_clip_phi": {"configuration_clip_phi"},
+    "processing_clip_phi": {"configuration_clip_phi", "backbones"},
     "backbones": {"configuration_clip_phi"},
     "modeling_clip_phi": {"configuration_clip_phi", "backbones"},
 }

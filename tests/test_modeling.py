@@ -279,7 +279,7 @@ def test_a_frozen_head_computes_each_logit_once_and_keeps_none(frozen_head):
     with Largest() as seen:
         loss = loss_of(model, hidden_states, labels)
     assert max(rows for _, rows in seen.rows) == 5
-    assert sum(rows for name, rows in seen.rows if "addmm" in name) == 14
+    assert sum(rows for name, rows in seen.rows if "addmm" in name) == labels.numel()
     with Largest() as seen:
         loss.backward()
     assert seen.rows == []
@@ -294,7 +294,7 @@ def test_another_head_or_loss_is_called_as_it_is(kind, frozen_head):
     if "trained" in kind:
         (head.bias if "bias" in kind else head.weight).requires_grad_()
     elif kind == "another index":
-        labels[0, 5] = -1
+        labels[labels == -100] = labels[0, 5] = -1
         expected[0, 5], options = 0, {"ignore_index": -1, "num_items_in_batch": 14}
     elif kind == "with a hook":
         head.register_forward_hook(lambda module, args, output: calls.append(len(output)))
@@ -304,7 +304,7 @@ def test_another_head_or_loss_is_called_as_it_is(kind, frozen_head):
     loss_of(model, hidden_states, labels, **options).backward()
     factor = 2 if kind == "another loss" else 1
     torch.testing.assert_close(hidden_states.grad, factor * expected, rtol=1e-5, atol=1e-7)
-    assert sorted(calls) == ([4, 4, 5, 5, 5, 5] if kind in ("with a hook", "another loss") else [])
+    assert sorted(calls) == ([3, 3, 5, 5, 5, 5, 5, 5] if kind in ("with a hook", "another loss") else [])
     if "trained" in kind:
         plain = cross_entropy(head(hidden_states.detach()).flatten(0, 1), labels.flatten(), ignore_index=-100)
         (trained,) = (each for each in head.parameters() if each.requires_grad)

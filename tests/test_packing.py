@@ -81,7 +81,7 @@ def test_text_only_sample_has_no_prefix(processor):
             7,
             "longer than max_length .e.g. file:5: .* tokens up to the end of the first",
         ),
-        ((Turn("user", "a?"),), 100, "no supervised token .e.g. file:5"),
+        ((Turn("user", "a?"),), 100, "question without an answer .e.g. file:5"),
         ((Turn("user", "a <image>?"), Turn("assistant", "yes")), 100, "2 <image> in the rendered text, not 1"),
         ((Turn("user", "a"), Turn("assistant", "<|endoftext|>")), 100, "2 <.endoftext.> in the rendered text, not 1"),
         ((Turn("user", "a", speech=b"x"), Turn("assistant", "b")), 100, "speech without a transcript"),

@@ -6,12 +6,13 @@ from functools import cache
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from full_size import count_activations, count_host_syncs
 from plan_counting import Ledger, LikeCuda, QuantizedLinear, build_model, count_step
 from torch.nn.functional import gelu
 from transformers import GPT2Config, LlamaConfig, PhiConfig, PhiForCausalLM
 
 from clip_phi.cli import main
-from clip_phi.environment import Gpu
+from clip_phi.environment import Gpu, find_gpu
 from clip_phi.tools.plan import CARDS, Formula, format_plan, make_plan
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
@@ -279,7 +280,7 @@ def sample(*lengths, prefix=49):
     return [0] * prefix + [number for number, length in enumerate(lengths, 1) for _ in range(length)]
 
 
-def counted(config, arguments, card, conversation_ids, supervised):
+def counted(config, arguments, card, conversation_ids, supervised):  # card: as of Formula
     """What Formula.step and the sizes of the trained tensors should be."""
     dtype = getattr(torch, card.dtype)
     model = build_model(config, arguments, dtype, card.has_varlen)
@@ -294,7 +295,7 @@ def counted(config, arguments, card, conversation_ids, supervised):
 def compare(config, arguments, card, conversation_ids, supervised, tolerance=0.02):
     formula = Formula(config, arguments, card)
     items, tower_flops, flops = formula.step(conversation_ids, supervised)
-    expected, counts, trained, parameters = counted(config, arguments, card, conversation_ids, supervised)
+    expected, counts, trained, parameters = counted(config, arguments, formula.card, conversation_ids, supervised)
     assert sorted(formula.trained) == trained and formula.parameters == parameters
     assert items["activations"] == pytest.approx(expected["activations"], rel=tolerance)
     if arguments.gradient_checkpointing:  # the counting holds what a layer makes anew for longer than a GPU does
@@ -307,6 +308,7 @@ def compare(config, arguments, card, conversation_ids, supervised, tolerance=0.0
 
 OPTIONS = {
     "stage 1": (Stage1Arguments, {}),
+    "stage 1, varlen": (Stage1Arguments, {"attention": "varlen"}),
     "LoRA": (Stage2Arguments, {"lora_r": 8}),
     "no dropout": (Stage2Arguments, {"lora_dropout": 0.0}),
     "nf4": (Stage2Arguments, {"quantization": "nf4"}),
@@ -315,7 +317,7 @@ OPTIONS = {
 }
 DEVICES = {
     "bfloat16": CARDS["a100-80"],
-    "float16, SDPA": CARDS["t4-16"]._replace(has_varlen=False),
+    "float16, SDPA": CARDS["t4"],
     "float32, CPU": CARDS["cpu-16"],
 }
 PACK = ([sample(150, 200), sample(30), sample(7, 9), sample(90, prefix=0)] * 10, 10 * 400)
@@ -355,3 +357,45 @@ def test_a_decoder_without_a_formula_is_refused():
     config = ClipPhiConfig(text_config=GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=100), image_token_id=99)
     with pytest.raises(ValueError, match="plan knows decoder layers like Phi's and Llama's, not those of gpt2"):
         Formula(config, Stage1Arguments(stage=1), CARDS["l4-24"])
+
+
+# What --attention, the norms' outputs and LoRA's inputs are chosen for
+
+
+def test_a_token_of_phi_2_keeps_no_more_than_promised():
+    """Each layer keeps the same, so that two sizes give the count for all 32: full_size.py --count."""
+    two, four = count_activations(2), count_activations(4)
+    kept = {name: two[name] + 15 * (four[name] - two[name]) for name in two}
+    assert kept["stage1"] <= 1.7 and kept["stage2"] <= 4.0 and kept["stage2_dropout0"] <= 2.9 and kept["nf4"] <= 4.1
+    assert count_host_syncs() == 2  # one in the micro-batch, one in the step
+    for name, arguments in {
+        "stage1": Stage1Arguments(stage=1),
+        "stage2": Stage2Arguments(stage=2),
+        "nf4": Stage2Arguments(stage=2, quantization="nf4"),
+        "int8": Stage2Arguments(stage=2, quantization="int8"),
+        "full": Stage2Arguments(stage=2, tune_decoder="full"),
+    }.items():
+        planned = make_plan(arguments, CARDS["a100-80"], 0.4, ClipPhiConfig())
+        assert planned["mb_per_token"] == pytest.approx(kept[name], rel=0.01), name
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA GeForce RTX 4070 Ti", "rtx4070ti"),
+        ("NVIDIA GeForce RTX 3090", "rtx3090"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+    ],
+)
+def test_a_card_is_found_by_its_whole_name(name, key):
+    assert find_gpu(name) == CARDS[key]
+
+
+def test_no_card_is_taken_for_another():
+    assert find_gpu("NVIDIA T400 4GB") is None and find_gpu("NVIDIA GH200 480GB").torch_name == "GH200"
+    assert CARDS["l4"] is CARDS["l4-24"] and CARDS["t4"] is CARDS["t4-16"] and not CARDS["t4"].has_varlen

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import CLIPVisionConfig, GPT2Config, LlamaConfig, PhiConfig
 
 from clip_phi.batching.attention import PACKED_ATTENTION
@@ -13,7 +14,7 @@ from clip_phi.batching.packing import build_shared_prefix, pack_samples
 from clip_phi.environment import peak_flops
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
 from clip_phi.training.logger import FlopsPerToken
-from clip_phi.training.model import add_lora
+from clip_phi.training.model import SharedDropout, add_lora
 from clip_phi.training.optim import make_optimizer, make_scheduler
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
@@ -54,6 +55,68 @@ def test_unknown_lora_targets_are_named_beside_those_that_there_are():
     model = make_model(DECODERS["llama"][0])
     with pytest.raises(ValueError, match="no linear layer dense, fc1; it has down_proj, gate_proj"):
         add_lora(model, Stage2Arguments(stage=2, lora_targets="q_proj, fc1,dense"))
+
+
+@pytest.mark.parametrize("kind", ["phi", "llama"])
+def test_layers_with_one_input_share_their_lora_dropout_and_others_have_their_own(kind):
+    text, _ = DECODERS[kind]
+    model = make_model(text)
+    add_lora(model, Stage2Arguments(stage=2, lora_r=2, lora_dropout=0.3))
+    masks = {}
+    for name, module in model.named_modules():
+        if name.endswith(".lora_A.default"):
+            layer = name.removesuffix(".lora_A.default").removeprefix("model.language_model.layers.")
+            seen = masks.setdefault(layer, [])
+            module.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0] != 0))
+    ids = torch.arange(12).unsqueeze(0)
+    for _ in range(2):
+        model.train()(input_ids=ids)
+    model.eval()(input_ids=ids)
+    groups = {"phi": ["self_attn.v_proj", "mlp.fc1"], "llama": ["self_attn.v_proj"]}[kind]
+    for layer in ("0", "1"):
+        first, second, evaluated = masks[f"{layer}.self_attn.q_proj"]
+        assert all(torch.equal(masks[f"{layer}.{name}"][0], first) for name in groups)
+        assert not first.all() and not torch.equal(first, second) and evaluated.all()
+    assert not torch.equal(masks["0.self_attn.q_proj"][0], masks["1.self_attn.q_proj"][0])
+    other = {"phi": "self_attn.dense", "llama": "self_attn.o_proj"}[kind]
+    assert not torch.equal(masks[f"0.{other}"][0], masks["0.self_attn.q_proj"][0])
+    (dropped,) = {
+        id(module.dropped): module.dropped for module in model.modules() if hasattr(module, "dropped")
+    }.values()
+    assert len(dropped) == 0  # nothing is held after a forward pass
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_shared_dropout_has_the_statistics_of_dropout(p):
+    torch.manual_seed(0)
+    drop, ones = SharedDropout(p, WeakTensorKeyDictionary()), torch.ones(1_000_001, requires_grad=True)
+    dropped = drop(2 * ones)
+    kept = dropped != 0
+    assert kept.float().mean().item() == pytest.approx(1 - p, abs=5 * (p * (1 - p) / 1e6) ** 0.5)
+    torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 2 / (1 - p)), rtol=1e-4, atol=0)
+    for lag in (1, 2, 3, 4, 5):  # values are independent, also those whose bits are from one number
+        assert (kept[lag:] & kept[:-lag]).float().mean().item() == pytest.approx((1 - p) ** 2, abs=2e-3)
+    (gradient,) = torch.autograd.grad(dropped.sum(), ones)
+    torch.testing.assert_close(gradient, dropped.detach())
+    assert drop.eval()(ones) is ones
+
+
+def test_lora_dropout_is_the_same_when_a_layer_is_computed_again():
+    model = make_model(DECODERS["phi"][0])
+    add_lora(model, Stage2Arguments(stage=2, lora_r=2, lora_dropout=0.3))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(3)
+        ids = torch.arange(12).unsqueeze(0)
+        loss = model.train()(input_ids=ids, labels=ids).loss
+        trained = [parameter for name, parameter in model.named_parameters() if "lora_A" in name]
+        gradients.append(torch.autograd.grad(loss, trained))
+    torch.testing.assert_close(*gradients)
 
 
 def test_the_flops_of_the_log_are_those_that_torch_counts_but_for_attention_and_the_towers_class_token():

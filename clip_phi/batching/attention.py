@@ -225,7 +225,9 @@ def refuse_other_attention(model: Any) -> None:
     # Nothing comes before the first conversation: its difference is rounding, of half precision and quantised layers.
     coarse, tensors = {torch.bfloat16, torch.float16, torch.int8, torch.uint8}, (decoder.parameters, decoder.buffers)
     is_exact = device.type == "cpu" and not coarse & {each.dtype for all_of in tensors for each in all_of()}
-    if not difference[9:].median() < difference[:9].median().mul(10).clamp(1e-4, 1e-4 if is_exact else 0.05):
+    # A kernel for few tokens rounds in another way: with nf4 on CUDA the first conversation may be equal, and no other.
+    least, rounding = (1e-4, 1e-4) if is_exact else (0.02, 0.05)
+    if not difference[9:].median() < difference[:9].median().mul(10).clamp(least, rounding):
         raise ValueError(f"{refused}: packed samples would change each other's results; {hint}")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..data.report import RecordError, Report, Skip
-from ..data.sample import File, Sample
+from ..data.sample import File, Images, Sample, images_of
 from .encode import encode_samples
 from .feature_cache import FeatureCache, image_key
 from .images import PixelMode, Preprocessor
@@ -33,7 +33,7 @@ class LoadedImage(NamedTuple):
     key: bytes | None = None
 
 
-Item = tuple[SharedPrefixSample, LoadedImage | None] | Skip
+Item = tuple[SharedPrefixSample, list[LoadedImage]] | Skip
 
 
 class ImageReader:
@@ -53,10 +53,10 @@ class ImageReader:
         features = self.cache.get(key)
         return LoadedImage(self.preprocess(image) if features is None else features, key)
 
-    def load(self, sample: SharedPrefixSample, image: File | bytes | None, num_conversations: int) -> Item:
-        """The sample with its image, or a Skip of its conversations if that cannot be read."""
+    def load(self, sample: SharedPrefixSample, image: Images | None, num_conversations: int) -> Item:
+        """The sample with its images, or a Skip of its conversations if one cannot be read."""
         try:
-            return sample, None if image is None else self(image)
+            return sample, [self(each) for each in images_of(image)]
         except RecordError as error:
             return Skip(error.kind, sample.origin, error.detail, num_conversations)
 
@@ -88,8 +88,8 @@ class SampleDataset(Dataset):
     def origin(self, index: int) -> str:
         """Where a sample comes from, and its image."""
         source, index = self._find(index)
-        image = source.image(index)
-        return source.origins(index)[0] + (f" ({image})" if isinstance(image, File) else "")
+        names = [str(image) for image in images_of(source.image(index)) if isinstance(image, File)]
+        return source.origins(index)[0] + (f" ({', '.join(names)})" if names else "")
 
     def _find(self, index: int) -> tuple[Index, int]:
         number = int(np.searchsorted(self.stops, index, side="right"))
@@ -112,7 +112,7 @@ class SampleStream(IterableDataset):
         report.skip = skips.append  # type: ignore[method-assign, assignment]  # what it would count is passed on
         for sample in self.samples(report):
             for part, encoded in encode_samples([sample], self.processor, self.max_length, report):
-                prefix = self.processor.prefix_ids(part.image is not None)
+                prefix = self.processor.prefix_ids(len(images_of(part.image)))
                 shared = build_shared_prefix(encoded, prefix, part.origins[0])
                 yield self.read.load(shared, part.image, len(encoded))
             yield from skips
@@ -121,7 +121,7 @@ class SampleStream(IterableDataset):
 
 def collate(items: Sequence[Item], pad_token_id: int) -> PackedBatch:
     loaded = [item for item in items if not isinstance(item, Skip)]
-    images = [image for _, image in loaded if image is not None]
+    images = [image for _, its_images in loaded for image in its_images]
     features, pixels = ([image.tensor for image in images if image.tensor.dim() == dim] for dim in (2, 3))
     batch = pack_samples([sample for sample, _ in loaded], torch.stack(pixels) if pixels else None, pad_token_id)
     if features:

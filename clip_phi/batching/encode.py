@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
 
 from ..data.report import RecordError, Report, Skip
-from ..data.sample import Conversation, Sample, as_messages
+from ..data.sample import Conversation, Sample, as_messages, images_of
 
 
 class Encoded(NamedTuple):
@@ -25,11 +25,14 @@ def encode_samples(
     A conversation longer than max_length tokens, image included, is cut after the last answer that fits. If not even
     the first fits, it is skipped. A sample whose conversations are longer together becomes several, each with the
     image. Raises ValueError if the chat template puts anything but BOS before the image."""
-    messages = [as_messages(each, sample.image is not None) for sample in samples for each in sample.conversations]
+    counts = [len(images_of(sample.image)) for sample in samples]
+    messages = [
+        as_messages(each, count) for sample, count in zip(samples, counts, strict=True) for each in sample.conversations
+    ]
     encoded = iter(_encode(messages, processor))
-    for sample in samples:
-        prefix = len(processor.prefix_ids(sample.image is not None))
-        start = [*processor.bos_ids, *([] if sample.image is None else [processor.image_token_id])]
+    for sample, count in zip(samples, counts, strict=True):
+        prefix = len(processor.prefix_ids(count))
+        start = [*processor.bos_ids, *[processor.image_token_id] * count]
         fitting: list[tuple[Conversation, str, Encoded]] = []
         for conversation, origin in zip(sample.conversations, sample.origins, strict=True):
             tokens = next(encoded)

@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 from transformers import CLIPImageProcessorPil
 
 from ..data.report import RecordError
-from ..data.sample import File
+from ..data.sample import File, Images, images_of
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded
 MAX_ASPECT = 100  # an image processor makes the short side 224 first, so the long one becomes at most 22,400
@@ -52,6 +52,17 @@ PixelMode = Literal["exact", "fast"]
 MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
 _STDERR_LOCK = threading.Lock()
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it logs the errors that it raises as well
+
+
+def load_beside(image: Images) -> Image.Image:
+    """An image for people: several of a sample are put beside each other. Raises RecordError as load_image."""
+    parts = [load_image(each) for each in images_of(image)]
+    if len(parts) == 1:
+        return parts[0]
+    joined = Image.new("RGB", (sum(part.width for part in parts), max(part.height for part in parts)), "white")
+    for number, part in enumerate(parts):
+        joined.paste(part, (sum(before.width for before in parts[:number]), 0))
+    return joined
 
 
 def load_image(source: Source, max_pixels: int | None = None) -> Image.Image:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,18 @@ import pyarrow.compute as pc
 
 from ..data.files import file_stamp, no_collector
 from ..data.report import Report
-from ..data.sample import File, Sample, Turn
+from ..data.sample import File, Images, Sample, Turn, images_of
 from ..data.source import DataSource
 from .encode import Encoded, encode_samples
 from .packing import SharedPrefixSample, build_shared_prefix
 
-FORMAT = 4  # of the files; raised too when a reader or the encoding comes to give something else
+FORMAT = 5  # of the files; raised too when a reader or the encoding comes to give something else
+NAMES = " + "  # between the names of several images
 CHUNK = 1000  # samples that are tokenised together
 HINT_SAMPLES, SHORT_ANSWER = 500, 3  # samples that independent_turns_hint() reads; words
+IMAGE_FIELDS = {"path": pa.string(), "member": pa.string(), "bytes": pa.large_binary()}
 # conversations: json. ids, labels: of all of them, concatenated, without BOS and image. lengths: tokens of each.
-FIELDS = {"path": pa.string(), "member": pa.string(), "bytes": pa.large_binary(), "origins": pa.list_(pa.string())}
+FIELDS = IMAGE_FIELDS | {"more": pa.list_(pa.struct(IMAGE_FIELDS)), "origins": pa.list_(pa.string())}
 FIELDS |= {"conversations": pa.string()} | dict.fromkeys(("ids", "labels", "lengths"), pa.list_(pa.int32()))
 SCHEMA = pa.schema(FIELDS)
 
@@ -76,9 +78,10 @@ class Index:
     def _cell(self, name: str, number: int) -> Any:
         return self.table[name][number if self.selected is None else int(self.selected[number])]
 
-    def image(self, number: int) -> File | bytes | None:
+    def image(self, number: int) -> Images | None:
         path, member, data = (self._cell(name, number).as_py() for name in ("path", "member", "bytes"))
-        return File(path, member) if path is not None else data
+        more = [_image(**each) for each in self._cell("more", number).as_py()]
+        return (_image(path, member, data), *more) if more else _image(path, member, data)
 
     def has_image(self, number: int) -> bool:
         return self._cell("path", number).is_valid or self._cell("bytes", number).is_valid
@@ -102,7 +105,8 @@ class Index:
 
     def prefix(self, number: int) -> list[int]:
         """Token ids before each conversation of a sample: BOS, if the decoder has one, and the image's."""
-        return self.prefixes[self.has_image(number)]
+        without, with_image = self.prefixes
+        return without + with_image[len(without) :] * (self.has_image(number) + len(self._cell("more", number)))
 
     def shared_prefix_sample(self, number: int, conversations: Sequence[int] | None = None) -> SharedPrefixSample:
         """A sample with all its conversations, or with these."""
@@ -125,9 +129,10 @@ class Index:
         return digest.hexdigest()
 
     def image_names(self) -> list[str | None]:
-        """The image file of each sample; None for text-only samples and for images that are bytes."""
-        columns = [self.table[name].to_pylist() for name in ("path", "member")]
-        names = [str(File(path, member)) if path is not None else None for path, member in zip(*columns, strict=True)]
+        """The image file of each sample, several joined by NAMES; None for text-only samples and images in bytes."""
+        columns = zip(*(self.table[name].to_pylist() for name in ("path", "member", "more")), strict=True)
+        files = ([(path, member), *((each["path"], each["member"]) for each in more)] for path, member, more in columns)
+        names = [NAMES.join(str(File(*each)) for each in its if each[0] is not None) or None for its in files]
         return np.array(names, object)[self._rows].tolist()
 
     def num_tokens(self) -> np.ndarray:
@@ -155,18 +160,21 @@ class Index:
         return slice(None) if self.selected is None else self.selected
 
     def _images(self) -> np.ndarray:
-        return pc.or_(self.table["path"].is_valid(), self.table["bytes"].is_valid()).to_numpy()
+        """int64 (entries of the table,): images of each."""
+        first = pc.or_(self.table["path"].is_valid(), self.table["bytes"].is_valid()).to_numpy()
+        return first.astype(np.int64) + pc.list_value_length(self.table["more"]).to_numpy()
 
     def _with_prefix(self, lengths: np.ndarray) -> np.ndarray:
         without, with_image = map(len, self.prefixes)
-        return (lengths + np.where(self._images(), with_image, without))[self._rows].astype(np.int64)
+        lengths = lengths + without + (with_image - without) * self._images()
+        return lengths[self._rows].astype(np.int64)
 
 
 def count_text(images: int, captions: int, conversations: int) -> str:
     """4,000 images, 20,000 captions, 8,000 conversations; without what there is none of."""
-    named = {"images": images} | ({"captions": captions} if captions else {})
-    named |= {"conversations": conversations} if conversations or not captions else {}
-    return ", ".join(f"{count:,} {name}" for name, count in named.items())
+    texts = [f"{captions:,} captions"] * bool(captions)
+    texts += [f"{conversations:,} conversations"] * bool(conversations or not captions)
+    return ", ".join([f"{images:,} images", *texts])
 
 
 def independent_turns_hint(index: Index) -> str | None:
@@ -279,13 +287,18 @@ def _tokenise(
 def _tokenise_chunk(processor: Any, max_length: int, chunk: list[Sample]) -> tuple[pa.RecordBatch, Report]:
     report, rows = Report(), []
     for sample, encoded in encode_samples(chunk, processor, max_length, report):
-        image = sample.image
-        place = (*image, None) if isinstance(image, File) else (None, None, image)
+        places = [each if isinstance(each, File) else (None, None, each) for each in images_of(sample.image) or [None]]
+        first, *others = [dict(zip_longest(IMAGE_FIELDS, place)) for place in places]
         conversations = json.dumps(sample.conversations, default=bytes.hex)  # of speech that is bytes
         ids, labels = ([token for each in encoded for token in each[part]] for part in (0, 1))
-        rows.append((*place, sample.origins, conversations, ids, labels, [len(each.ids) for each in encoded]))
+        lengths = [len(each.ids) for each in encoded]
+        rows.append((*first.values(), others, sample.origins, conversations, ids, labels, lengths))
     columns = zip(*rows, strict=True) if rows else [()] * len(SCHEMA)
     return pa.RecordBatch.from_pydict(dict(zip(SCHEMA.names, columns, strict=True)), SCHEMA), report
+
+
+def _image(path: str | None, member: str | None, bytes: bytes | None) -> Any:
+    return File(path, member) if path is not None else bytes
 
 
 def _turn(role: Any, text: str, transcript: str | None, speech: Any, references: list[str]) -> Turn:

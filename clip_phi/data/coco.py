@@ -46,7 +46,7 @@ def read_coco_captions(annotations: Path, media: MediaFolder, report: Report) ->
             if record["id"] in captions:
                 origins, texts = map(list, zip(*captions.pop(record["id"]), strict=True))
                 # An entry that does not name its file is still an image: a missing one.
-                yield origins, {"image": record.get("file_name", ""), "captions": texts, "id": record["id"]}
+                yield origins, {"file_name": record.get("file_name", ""), "captions": texts, "id": record["id"]}
         for image_id, left in captions.items():
             for origin, _ in left:
                 report.reject("caption of an image that is not listed", origin, str(image_id))

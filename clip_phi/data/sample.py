@@ -77,21 +77,29 @@ class Turn(NamedTuple):
 
 
 Conversation = tuple[Turn, ...]
+Images = File | bytes | tuple[File | bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An image (None for a text-only record) and independent conversations about it.
+    """An image (None for a text-only record; several as a tuple) and independent conversations about it.
 
     Stage 1: five captions, each a conversation of one assistant's turn. Stage 2: one or more conversations.
     origins: "file:record" of each conversation, for messages about it.
     ids: of each conversation the number of its record in its source, and the question_id, or a caption's image id, None
         if it has none; empty if they are not known."""
 
-    image: File | bytes | None
+    image: Images | None
     conversations: tuple[Conversation, ...]
     origins: tuple[str, ...]
     ids: tuple[tuple[int, Any], ...] = field(default=(), compare=False)
+
+
+def images_of(image: Images | None) -> tuple[File | bytes, ...]:
+    """The images of a Sample, in their order; a File is a tuple too."""
+    if image is None:
+        return ()
+    return (image,) if isinstance(image, File | bytes) else image
 
 
 def user_message(text: str | None, images: int = 0, *transcripts: str | None) -> dict[str, Any]:
@@ -104,13 +112,13 @@ def user_message(text: str | None, images: int = 0, *transcripts: str | None) ->
     return {"role": "user", "content": content + ([{"type": "text", "text": text}] if text else [])}
 
 
-def as_messages(conversation: Conversation, has_image: bool) -> list[dict[str, Any]]:
-    """A conversation in the chat format of transformers, its image (as a placeholder) first."""
-    image_apart = has_image and (not conversation or conversation[0].role != "user")
-    messages = [user_message(None, 1)] if image_apart else []
+def as_messages(conversation: Conversation, num_images: int) -> list[dict[str, Any]]:
+    """A conversation in the chat format of transformers, its images (as placeholders) first."""
+    images_apart = num_images and (not conversation or conversation[0].role != "user")
+    messages = [user_message(None, num_images)] if images_apart else []
     for turn in conversation:
         if turn.role == "user":
-            messages.append(user_message(turn.text, int(has_image and not messages), turn.transcript))
+            messages.append(user_message(turn.text, 0 if messages else num_images, turn.transcript))
         else:
             messages.append({"role": turn.role, "content": [{"type": "text", "text": turn.text}]})
     return messages

@@ -1,20 +1,10 @@
 """One record of any layout that people use, as a mapping, to the conversations of a Sample.
 
-A record has an image (or none) and one of (docs/data.md has an example of each)
-    conversations, messages   turns of {"from", "value"} or {"role", "content"}    LLaVA, ShareGPT4V, transformers
-    texts                     [{"user", "assistant"}], perhaps with *_ratings      The Cauldron, FineVision
-    prompt, completion        two texts, or two lists of such turns                TRL
-    query, response, history  history: [[question, answer]]                        ms-swift
-    instruction, input, output                                                     Alpaca
-    prefix, suffix            a blank prefix makes the suffix a caption            PaliGemma
-    question, answers (answer, multiple_choice_answer)                             VQA and its kind
-    text, label               label: yes or no, 1 or 0                             POPE
-    text, question_id         a question without an answer, to evaluate on         LLaVA's question files
-    captions (caption, sentences, text or txt)        one text or a list, and no column that may be a question
-Answers are texts, numbers, booleans, {"answer"}, or lists of them; the most frequent one is learnt. content is a text
-or a list of {"type": "text", "text"} and {"type": "image"}, which may name its image. Beside a user's text may be
-"speech" (a recording, whose transcript precedes the text) and "transcript" (what is said in it). Without a text the
-question itself is spoken, and the text becomes SPOKEN_INSTRUCTION. Layout names the columns of everything else.
+docs/data.md has an example of each layout. Names of columns are read in any case. Answers are texts, numbers, booleans,
+{"answer"}, or lists of them; the most frequent one is learnt. Beside a user's text may be "speech" (a recording, whose
+transcript precedes the text) and "transcript" (what is said in it). Without a text the question itself is spoken, and
+the text becomes SPOKEN_INSTRUCTION. Layout names the columns of everything else. What may be read in two ways is
+refused: a question is never dropped.
 """
 
 import ast
@@ -25,7 +15,7 @@ from typing import Any, NamedTuple
 
 from .files import clean_text
 from .report import RecordError, Report, Skip
-from .sample import SPOKEN_INSTRUCTION, Conversation, File, Sample, Turn
+from .sample import SPOKEN_INSTRUCTION, Conversation, File, Images, Sample, Turn
 
 IMAGE_TOKEN = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -49,6 +39,7 @@ BESIDE_QUESTION = f"{BESIDE_ANSWER}|caption|sentences|^te?xt$"
 IMAGE_LIKE = re.compile(r"(^|_)(im(age|g)s?|photos?|pictures?|frames?)(_?(path|file|name|url|0|1))?$")
 TEXT_KEYS = {*CONVERSATION_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, *CAPTION_KEYS}  # whose values are no images
 OTHER_MEDIA = re.compile("(video|audio)s?(_|$)")
+LEADING_IMAGES = re.compile(rf"(\s*{IMAGE_TOKEN})*((?!{IMAGE_TOKEN}).)*", re.DOTALL)
 OTHER_TAGS = re.compile("<(video|audio|bbox|ref-object|img)>")
 IMAGE_FILE = re.compile(r"(?i)data:image|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]|hif)$")
 ASKS_YES_OR_NO = re.compile(
@@ -85,7 +76,7 @@ def read_records(
 
     group: make one Sample of all records about one image, in order of first appearance, and skip a record that is
     there twice. Otherwise every record is a Sample of its own."""
-    groups: dict[Any, tuple[File | bytes | None, list[tuple[Conversation, str, tuple[int, Any]]]]] = {}
+    groups: dict[Any, tuple[Images | None, list[tuple[Conversation, str, tuple[int, Any]]]]] = {}
     seen: set[tuple[Any, Conversation, Any]] = set()
     for number, (origin, record) in enumerate(records):
         origins = [origin] if isinstance(origin, str) else origin
@@ -96,7 +87,7 @@ def read_records(
                 conversations = [part for each in conversations for part in _split_turns(each)]
             if len(origins) != len(conversations):
                 origins = origins[:1] * len(conversations) or origins
-            image = find(reader.image, reader.column, "image") if conversations and reader.has_image else None
+            image = reader.find_image() if conversations else None
         except RecordError as error:
             report.reject(error.kind, origins[0], error.detail, len(origins))
             continue
@@ -140,7 +131,7 @@ def _split_turns(conversation: Conversation | RecordError) -> list[Conversation 
 class _RecordReader:
     """Reads one record, with read(). What it finds beside the conversations:
 
-    image: as it is in the record; column: its column and place. has_image: whether there is one.
+    image: as it is in the record, a list of several; column: its column and place. has_image: whether there is one.
     repairs: kinds of repair. filtered: the number of turns that min_ratings leaves out."""
 
     def __init__(self, find: Find, layout: Layout):
@@ -149,10 +140,28 @@ class _RecordReader:
         self.column = ""
         self.repairs: list[str] = []
         self.filtered = 0
+        self.num_images = 1
+        self.images_lead = True  # whether every <image> of a question precedes its text
 
     @property
     def has_image(self) -> bool:
         return self.image is not None
+
+    def find_image(self) -> Images | None:
+        if self.num_images == 1:
+            return self.find(self.image, self.column, "image") if self.has_image else None
+        places = (f"{self.column}/{place}" for place in range(len(self.image)))
+        both = [each for each in zip(self.image, places, strict=True) if not _is_blank(each[0])]
+        return tuple(self.find(value, place, "image") for value, place in both)
+
+    def _check_places(self, count: int, are_first: bool = True) -> None:
+        """Raises RecordError if <image> is there count times, and not once for each image, before the text."""
+        if count > 1 and self.num_images == 1:
+            raise RecordError(f"several {IMAGE_TOKEN} for one image", f"{count} of them")
+        if count and count != self.num_images:
+            raise RecordError(f"{IMAGE_TOKEN} not once for each image", f"{count} of them, {self.num_images} images")
+        if count > 1 and not (are_first and self.images_lead):
+            raise RecordError(f"several images, but an {IMAGE_TOKEN} after text", "put all before the first question")
 
     def read(self, record: Any) -> list[Conversation | RecordError]:
         """The conversations, or what is wrong with them. Raises RecordError if that holds for all of the record."""
@@ -176,10 +185,12 @@ class _RecordReader:
             self.image, self.column = values[key], str(names[key])
             if isinstance(self.image, list | tuple):
                 places = [place for place, each in enumerate(self.image) if not _is_blank(each)]
-                if len(places) > 1:
-                    raise RecordError("several images", f"{len(places)} of them; a sample has one")
-                self.column += f"/{places[0] if places else 0}"
-                self.image = self.image[places[0]] if places else None
+                if len(places) > 1 and key not in ("image", "images"):
+                    raise RecordError("several images", f"{len(places)} of them in {self.column}")
+                self.num_images = max(1, len(places))
+                if self.num_images == 1:
+                    self.column += f"/{places[0] if places else 0}"
+                    self.image = self.image[places[0]] if places else None
         conversations = self._conversations()
         if not (self.has_image or columns):
             unread = [key for key in self.filled if key not in TEXT_KEYS and _may_be_image(key, values[key])]
@@ -297,8 +308,8 @@ class _RecordReader:
             turns.append(Turn(role, text, transcript, recording))  # type: ignore[arg-type]
         if image_turns and not self.has_image:
             raise self._no_image(f"{IMAGE_TOKEN} without an image")
-        if len(image_turns) > 1:
-            raise RecordError(f"several {IMAGE_TOKEN} for one image", f"{len(image_turns)} of them")
+        first = next((index for index, turn in enumerate(turns) if turn.role == "user"), 0)
+        self._check_places(len(image_turns), set(image_turns) <= {first})
         if is_question:
             return tuple(turns)
         if not any(turn.role == "assistant" for turn in turns):
@@ -306,7 +317,6 @@ class _RecordReader:
         if turns[-1].role == "user":
             turns.pop()
             self.repairs.append("last question has no answer, and was cut")
-        first = next(index for index, turn in enumerate(turns) if turn.role == "user")
         if image_turns and image_turns[0] != first:
             self.repairs.append("image stood in a later turn, and was put first")
         elif self.has_image and not image_turns and "value" in messages[0]:
@@ -317,11 +327,12 @@ class _RecordReader:
         """The text of a turn without <image>, and how many of these (or of image items) there were."""
         images = 0
         if isinstance(content, list | tuple):
-            texts = []
+            texts: list[Any] = []
             for item in content:
                 kind = item.get("type") if isinstance(item, Mapping) else None
                 if kind in ("image", "image_url", "input_image"):
                     images += 1
+                    self.images_lead &= not texts
                     self._take_image(item)
                 elif kind in ("text", "input_text"):
                     texts.append(item.get("text"))
@@ -332,6 +343,7 @@ class _RecordReader:
             content = "\n".join(text.strip() for text in texts if text.strip())
         if isinstance(content, str) and IMAGE_TOKEN in content:
             images += content.count(IMAGE_TOKEN)
+            self.images_lead &= LEADING_IMAGES.fullmatch(content) is not None
             content = content.replace(IMAGE_TOKEN, "")
         if role == "system" and isinstance(content, str):
             content = content.strip()
@@ -343,10 +355,13 @@ class _RecordReader:
         if key is None:
             return
         value = item[key].get("url") if key == "image_url" and isinstance(item[key], Mapping) else item[key]
-        if self.has_image and isinstance(self.image, str) and value != self.image:
-            raise RecordError("several images", f"{str(self.image)[:80]} and {str(value)[:80]}; a sample has one")
         if not self.has_image:
             self.image, self.column = value, f"content/{key}"
+        elif self.column.startswith("content/") and value != self.image:
+            self.image = [*(self.image if self.num_images > 1 else [self.image]), value]
+            self.num_images += 1
+        elif isinstance(self.image, str) and value != self.image:
+            raise RecordError("several images", f"{str(self.image)[:80]} and {str(value)[:80]}")
 
     def _question(self, asked: list[str], answer: str | None) -> Conversation:
         """A question, with what precedes it, and its answer if there is one."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..batching.images import load_image
 from ..data.files import checked_line, read_checked_lines
-from ..data.sample import File, user_message
+from ..data.sample import Images, images_of, user_message
 from .generate import GeneratedAnswer, Prompt, generate_answers
 
 
@@ -44,7 +44,7 @@ class Question(NamedTuple):
     """One prompt. key: a hash of the others. text: the instruction; None for the caption of a bare image."""
 
     key: str
-    image: File | bytes | None
+    image: Images | None
     text: str | None
     transcript: str | None = None
 
@@ -108,5 +108,5 @@ def answer_all(
 
 
 def prompt_for(question: Question) -> Prompt:
-    image = load_image(question.image) if question.image is not None else None
-    return [user_message(question.text, int(image is not None), question.transcript)], image
+    images = [load_image(each) for each in images_of(question.image)]
+    return [user_message(question.text, len(images), question.transcript)], images

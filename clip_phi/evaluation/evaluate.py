@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from ..batching.attention import PACKED_ATTENTION
 from ..batching.encode import Encoded, encode_samples
 from ..batching.images import Preprocessor
 from ..batching.packing import build_shared_prefix, pack_samples
 from ..data.report import Report
-from ..data.sample import Sample, user_message
+from ..data.sample import Sample, images_of, user_message
 from .answers import AnswerFile, Decoding, Processes, Question, answer_all
 from .bootstrap import by_group, margin_interval
 from .generate import GeneratedAnswer, held_out_loss
@@ -104,28 +105,48 @@ def evaluate_answers(
 def _questions(eval_set: EvalSet, prompt: str | None, decoding: Decoding) -> dict[str, list[Question]]:
     """Those of the model and of each control, one for each item; equal ones have equal keys and are generated once."""
 
-    def ask(partners: Sequence[int] | None, items: Sequence[EvalItem] = eval_set.items) -> list[Question]:
+    def ask(shown: Sequence[tuple[str, Any]], items: Sequence[EvalItem] = eval_set.items) -> list[Question]:
         questions = []
         for item in items:
             text = prompt if item.question is None else (prompt or QUESTION).replace(QUESTION, item.question)
-            image = None if partners is None else partners[item.image]
-            digest, source = ("", None) if image is None else (eval_set.digests[image], eval_set.images[image])
+            digest, source = shown[item.image]
             transcript = "" if item.transcript is None else f"|{item.transcript}"
             key = hashlib.blake2b(f"{digest}|{text}{transcript}".encode(), digest_size=12).hexdigest()
             questions.append(Question(key, source, text, item.transcript))
         return questions
 
-    images = range(len(eval_set.images))
-    questions = {"unscored": ask(images, eval_set.unscored), "score": ask(images), "blind": ask(None)}
+    images = list(zip(eval_set.digests, eval_set.images, strict=True))
+    questions = {"unscored": ask(images, eval_set.unscored), "score": ask(images)}
+    questions["blind"] = ask([("", None)] * len(images))
     for number in range(decoding.shuffles if eval_set.items else 0):
-        questions[f"shuffled {number}"] = ask(derange(eval_set.digests, decoding.seed, number))
+        partners = derange(eval_set.digests, decoding.seed, number)
+        questions[f"shuffled {number}"] = ask([images[partner] for partner in partners])
+    for place in range(max(len(images_of(image)) for image in eval_set.images) if eval_set.items else 0):
+        if replaced := _replace_one(images, place, decoding.seed):
+            questions[f"image {place + 1}"] = ask(replaced)
     return questions
+
+
+def _replace_one(images: Sequence[tuple[str, Any]], place: int, seed: int) -> list[tuple[str, Any]]:
+    """Where a sample has several images, the one at `place` is another sample's. Empty if none can be replaced."""
+    parts = {number: digest.split("+") for number, (digest, _) in enumerate(images) if "+" in digest}
+    rows = [number for number, each in parts.items() if len(each) > place]
+    if len({parts[number][place] for number in rows}) < 2:
+        return []
+    replaced = list(images)
+    partners = derange([parts[number][place] for number in rows], seed)
+    for number, partner in zip(rows, (rows[partner] for partner in partners), strict=True):
+        digests, files = list(parts[number]), list(images_of(images[number][1]))
+        digests[place], files[place] = parts[partner][place], images_of(images[partner][1])[place]
+        replaced[number] = "+".join(digests), tuple(files)
+    return replaced
 
 
 def derange(digests: Sequence[str], seed: int = 0, number: int = 0) -> list[int]:
     """For each image the index of its replacement: of an image with another digest, each used about once.
 
-    number: each gives another shuffle. Raises ValueError if all images are equal."""
+    Several images are replaced by as many. number: each gives another shuffle. Raises ValueError if none can replace
+    one."""
     count = len(digests)
     order = list(range(count))
     random.Random(seed).shuffle(order)
@@ -134,7 +155,11 @@ def derange(digests: Sequence[str], seed: int = 0, number: int = 0) -> list[int]
     partners = [0] * count
     for place, index in enumerate(order):
         steps = (order[(place + 1 + number + step) % count] for step in range(count))
-        partners[index] = next(other for other in steps if digests[other] != digests[index])
+        digest, size = digests[index], digests[index].count("+")
+        found = (other for other in steps if digests[other] != digest and digests[other].count("+") == size)
+        if (partner := next(found, None)) is None:
+            raise ValueError(f"only one sample has {size + 1} images: none can replace them")
+        partners[index] = partner
     return partners
 
 
@@ -142,12 +167,20 @@ def _score(
     eval_set: EvalSet, generated: dict[str, list[GeneratedAnswer]], prompt: str, decoding: Decoding
 ) -> EvalResult:
     score = make_scorer(eval_set)
+    one_replaced = {name: generated.pop(name) for name in list(generated) if name.startswith("image ")}
     texts = {name: [answer.text for answer in answers] for name, answers in generated.items()}
     scores = {name: score(answers) for name, answers in texts.items()}
     corpus, each = (
         {name: found for name, (found, _) in scores.items()},
         {name: each for name, (_, each) in scores.items()},
     )
+    several = np.array(["+" in eval_set.digests[item.image] for item in eval_set.items])
+    one_by_one = {
+        name: float(score([answer.text for answer in answers])[1][several].mean())
+        for name, answers in one_replaced.items()
+    }
+    if one_by_one:
+        one_by_one["score"] = float(each["score"][several].mean())
     shuffles = [name for name in generated if name.startswith("shuffled")]
     each["shuffled"] = np.mean([each.pop(name) for name in shuffles], axis=0)
     metrics = {
@@ -161,6 +194,7 @@ def _score(
     means = {name: float(values.mean()) for name, values in each.items()}
     sums, counts = by_group(np.stack([*each.values()], axis=1), eval_set.groups())
     result = _result(eval_set, means, sums, counts, decoding.seed) | {"metrics": metrics}
+    result |= {"one_image_shuffled": one_by_one} if one_by_one else {}
     guesses = guess_from_questions(eval_set)
     if guesses is not None:
         result["question_only"] = {"score": float(score(guesses)[1].mean())}
@@ -267,9 +301,10 @@ def evaluate_loss(
 
     def loss(conversations: list[Encoded], image: int | None) -> list[float]:
         bare = any(labels[0] >= 0 for _, labels in conversations)
-        prefix = processor.prefix_ids(image is not None) or ([end] if bare else [])
+        images = images_of(None if image is None else eval_set.images[image])
+        prefix = processor.prefix_ids(len(images)) or ([end] if bare else [])
         shared = build_shared_prefix(conversations, prefix, "")
-        pixels = preprocess(eval_set.images[image]).unsqueeze(0) if image is not None else None
+        pixels = torch.stack([preprocess(each) for each in images]) if images else None
         pack = pack_samples([shared], pixels, pad).to(model.device)
         return held_out_loss(model, [pack], model.device).tolist()
 

@@ -9,7 +9,7 @@ from PIL import Image
 from ..batching.attention import context_length
 from ..batching.packing import PackedBatch
 
-Prompt = tuple[list[dict[str, Any]], Image.Image | None]
+Prompt = tuple[list[dict[str, Any]], Image.Image | Sequence[Image.Image] | None]
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def generate_answers(
 ) -> list[GeneratedAnswer]:
     """The model's answers to one batch of prompts, greedy or by beam search, stripped; in the order of the prompts.
 
-    prompts: conversations that end with a user's turn, each with the image that its {"type": "image"} stands for.
+    prompts: conversations that end with a user's turn, each with the image or images that their {"type": "image"} mean.
     Raises ValueError if a prompt and its answer do not fit the decoder's context."""
     inputs = encode_prompts(processor, prompts).to(model.device)
     length = inputs["input_ids"].shape[1]
@@ -71,7 +71,8 @@ def encode_prompts(processor: Any, prompts: Sequence[Prompt]) -> Any:
     encoded = processor.encode_batch([messages for messages, _ in prompts], add_generation_prompt=True)
     end = processor.tokenizer.eos_token_id
     inputs = processor.tokenizer.pad({"input_ids": [ids or [end] for ids, _ in encoded]}, return_tensors="pt")
-    if images := [image for _, image in prompts if image is not None]:
+    given = ([image] if isinstance(image, Image.Image) else image or () for _, image in prompts)
+    if images := [image for each in given for image in each]:
         inputs["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     return inputs
 

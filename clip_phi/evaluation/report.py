@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..batching.images import load_image
+from ..batching.images import load_beside
 from ..data.report import plain, plain_json
 from ..hub.card import portable
 from ..templates import render
@@ -59,7 +59,7 @@ def write(evaluation: EvalResult, eval_set: EvalSet, folder: Path, extra: Path |
         images = {}
         for digest, source in zip(eval_set.digests, eval_set.images, strict=True):
             if digest in shown:
-                images[digest] = load_image(source)
+                images[digest] = load_beside(source)
                 images[digest].thumbnail((THUMBNAIL, THUMBNAIL))
         texts[folder / f"{task}.json"] = record
         texts[folder / f"{task}.samples.jsonl"] = "".join(plain_json(sample) + "\n" for sample in samples)
@@ -96,6 +96,9 @@ def summary(result: dict[str, Any]) -> list[list[str]]:
     rows += [[name, *(f"{result['metrics'][name][key]:.4f}" for key in NAMES)] for name in order]
     low, high = result["margin_ci95"]
     rows.append([f"margin of {result['metric']}", f"{result['margin']:+.4f}", f"95 %: {low:+.4f} to {high:+.4f}", ""])
+    for name, score in result.get("one_image_shuffled", {}).items():
+        label = "samples with several images" if name == "score" else f"  {name} alone shuffled"
+        rows.append([label, f"{score:.4f}", "", ""])
     if "question_only" in result:
         rows.append(["best guess from the question", f"{result['question_only']['score']:.4f}", "", ""])
     for kind in ("empty", "cut", "never_ended") if "answers" in result else ():

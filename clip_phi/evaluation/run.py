@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..batching.images import load_image
+from ..batching.images import load_beside
 from ..data.report import Report, plain
 from ..data.source import parse_files
 from ..environment import describe_environment
@@ -121,9 +121,9 @@ def add_caption_metrics(
     texts = {name: [sample[key] for sample in evaluation.samples] for name, key in keys.items()}
     metrics = evaluation.result["metrics"]
     scorer = ClipScorer(clip, model.device) if clip else local_clip(model.config, model.device, log)
-    if scorer is not None:
+    if scorer is not None and not any("+" in digest for digest in eval_set.digests):  # one image, one caption
         metrics["CLIPScore"] = {
-            name: float(scorer(answers, (load_image(eval_set.images[item.image]) for item in eval_set.items)).mean())
+            name: float(scorer(answers, (load_beside(eval_set.images[item.image]) for item in eval_set.items)).mean())
             for name, answers in texts.items()
         }
         evaluation.result["clip"] = portable(scorer.name)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..batching.images import load_image
 from ..data.report import RecordError, Report, Skip
-from ..data.sample import File, Sample
+from ..data.sample import Images, Sample, images_of
 from ..data.source import DataSource
 from .answer_metrics import exact_match, normalise, pope, says_yes, vqa_accuracy
 from .caption_metrics import CaptionScorer
@@ -48,8 +48,8 @@ class EvalSet:
 
     task: str
     items: list[EvalItem]
-    images: list[File | bytes]
-    digests: list[str]  # of the bytes of each image
+    images: list[Images]
+    digests: list[str]  # of the bytes of each image; of several joined by "+"
     report: Report  # bad records of the data
     left_out: Counter[str] = field(default_factory=Counter)  # records that are no items of the task, by kind
     unscored: list[EvalItem] = field(default_factory=list)
@@ -69,9 +69,12 @@ class EvalSet:
 
     def describe_image(self, number: int) -> dict[str, str]:
         """The name of an image without its folders, or a part of its digest, and the digest."""
-        image, digest = self.images[number], self.digests[number]
-        name = f"image {digest[:12]}" if isinstance(image, bytes) else (image.member or image.path).rsplit("/", 1)[-1]
-        return {"image": name, "image_digest": digest}
+        both = zip(images_of(self.images[number]), self.digests[number].split("+"), strict=True)
+        names = (
+            f"image {digest[:12]}" if isinstance(image, bytes) else (image.member or image.path).rsplit("/", 1)[-1]
+            for image, digest in both
+        )
+        return {"image": " + ".join(names), "image_digest": self.digests[number]}
 
     def groups(self) -> np.ndarray:
         """int64 (items,): the same number, from 0 on, for items about equal images."""
@@ -99,7 +102,7 @@ def make_eval_set(
 
     Raises ValueError if more records are bad, if no item is found, or if all items are about one image."""
     eval_set = EvalSet(task, [], [], [], report)
-    places: dict[File | bytes, int] = {}
+    places: dict[Images, int] = {}
     for sample in samples:
         if sample.image is None:
             eval_set.left_out["no image"] += len(sample.conversations)
@@ -109,14 +112,16 @@ def make_eval_set(
             continue
         if sample.image not in places:
             try:
-                load_image(sample.image)
-                content = sample.image if isinstance(sample.image, bytes) else sample.image.read()
+                contents = []
+                for image in images_of(sample.image):
+                    load_image(image)
+                    contents.append(image if isinstance(image, bytes) else image.read())
             except RecordError as defect:
                 report.skip(Skip(defect.kind, sample.origins[0], defect.detail, len(sample.conversations)))
                 continue
             places[sample.image] = len(places)
             eval_set.images.append(sample.image)
-            eval_set.digests.append(hashlib.blake2b(content, digest_size=16).hexdigest())
+            eval_set.digests.append("+".join(hashlib.blake2b(each, digest_size=16).hexdigest() for each in contents))
         for item in items:
             (eval_set.items if item.references else eval_set.unscored).append(item._replace(image=places[sample.image]))
     report.refuse_bad(max_bad_fraction)

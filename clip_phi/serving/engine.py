@@ -20,6 +20,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers.utils import logging as transformers_logging
@@ -185,9 +186,10 @@ class Engine(AbstractContextManager["Engine"]):
         refuse_other_attention(model)
         config = model.config.get_text_config()
         self.context: int = context_length(model.config) or 2048
-        self.window: int | None = getattr(config, "sliding_window", None)
-        # Such a decoder takes a mask of each kind.
-        self.mixes_windows = len(set(getattr(config, "layer_types", None) or ())) > 1
+        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+        slides = "sliding_attention" in kinds and getattr(config, "use_sliding_window", True)
+        self.window: int | None = getattr(config, "sliding_window", None) if slides else None
+        self.mixes_windows = len(kinds) > 1  # such a decoder takes a mask of each kind
         step = torch.compile(model, dynamic=True) if compiled else model  # prompts have too many shapes for it
         self.forward = lambda **inputs: (step if "input_ids" in inputs else model)(**inputs)
         self.ends = end_tokens(model, processor)
@@ -608,10 +610,14 @@ class Engine(AbstractContextManager["Engine"]):
         requests = list(requests)
         logprobs = _logprobs(logits, requests)
         faults: dict[int, Exception] = {}
+        allowed: dict[int, np.ndarray] = {}
         for number, request in enumerate(requests):
             if request.grammar is not None:
                 with _noted(faults, number):
-                    request.grammar.restrict(logits[number])
+                    allowed[number] = request.grammar.allowed()[: logits.shape[1]]
+        if allowed:
+            rows, masks = list(allowed), torch.from_numpy(np.stack(list(allowed.values()))).to(logits.device)
+            logits[rows] = logits[rows].masked_fill(~masks, -torch.inf)
         try:
             tokens = _choose(logits, requests)
         except Exception:  # of one of them

@@ -6,7 +6,6 @@ import threading
 from typing import Any
 
 import numpy as np
-import torch
 
 MAX_CHARACTERS = 65_536  # of a grammar
 
@@ -65,7 +64,7 @@ class Grammars:
         if matcher.is_error():
             reason = " ".join(re.split(r"\n +\d+ \| ", matcher.get_error())[0].split())  # without the grammar's lines
             raise ValueError(f"cannot be followed: {reason[:200]}")
-        return Grammar(matcher, {mark: self._converted.tokenize_str(mark)[0] for mark in '"}]~0123456789'})
+        return Grammar(matcher, {mark: self._converted.tokenize_str(mark)[0] for mark in '"}],~0123456789'})
 
 
 class Grammar:
@@ -77,14 +76,14 @@ class Grammar:
     def __init__(self, matcher: Any, marks: dict[str, int]):
         self.matcher, self.marks = matcher, marks
         self.ending: list[int] = []  # tokens from here to the end of an answer; empty: not known
-        self.shortest = 0  # tokens of a short answer
         self.unchecked = 0  # tokens that may follow before the next look
 
     def copy(self, max_new_tokens: int) -> "Grammar":
         """The beginning of an answer of at most so many tokens."""
         copy = Grammar(self.matcher.deep_copy(), self.marks)
         copy.ending = copy._find_ending(max_new_tokens) or []
-        copy.shortest = len(copy.ending)
+        # Without a short answer there is nothing to look for
+        copy.unchecked = copy._steps_without_look(max_new_tokens) if copy.ending else max_new_tokens
         return copy
 
     @property
@@ -97,13 +96,10 @@ class Grammar:
         """Whether the answer may end here."""
         return self.matcher.is_accepting()
 
-    def restrict(self, logits: torch.Tensor) -> None:
-        """Set the logits (vocabulary,) of all tokens that may not follow to -inf."""
-        logits.masked_fill_(~torch.from_numpy(self._allowed()[: len(logits)]).to(logits.device), -torch.inf)
-
-    def _allowed(self) -> np.ndarray:
+    def allowed(self) -> np.ndarray:
+        """bool (vocabulary,), or a little longer: the tokens that may follow."""
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
-        return np.unpackbits(bits, bitorder="little").astype(bool)
+        return np.unpackbits(bits, bitorder="little").view(bool)
 
     def take(self, token: int, left: int) -> int:
         """Go on with this token, or another one if the answer could not end within `left` tokens, it included.
@@ -112,7 +108,9 @@ class Grammar:
         before, self.ending = self.ending, []
         self._consume([token])
         self.unchecked -= 1
-        if self.unchecked < 0 and not self.is_stopped:
+        if before[:1] == [token]:
+            self.ending = before[1:]
+        elif self.unchecked < 0 and not self.is_stopped:
             found = self._find_ending(left - 1)
             if found is None and before:
                 self.matcher.rollback(1)
@@ -120,8 +118,12 @@ class Grammar:
                 self._consume([token])
             elif found is not None:
                 self.ending = found
-                self.unchecked = max(0, left - len(found) - 2 * self.shortest - 16) // 2
+                self.unchecked = self._steps_without_look(left)
         return token
+
+    def _steps_without_look(self, left: int) -> int:
+        """So many tokens may follow before the way to the end can become too long: one token adds a part of it."""
+        return max(0, left - len(self.ending) - 16) // 2
 
     def _consume(self, tokens: list[int]) -> None:
         if not self.matcher.consume_tokens(tokens):
@@ -140,10 +142,14 @@ class Grammar:
         return tokens if len(tokens) <= most else None
 
     def _shortest_step(self, number: int) -> int:
-        may = {mark: self.matcher.validate_tokens([token]) == 1 for mark, token in self.marks.items()}
-        inside_text = may['"'] and may["~"]
-        for mark in '"' if inside_text else '}]"0123456789':
-            if may[mark]:
+        def may(mark: str) -> bool:
+            return self.matcher.validate_tokens([self.marks[mark]]) == 1
+
+        is_quote = may('"')
+        if is_quote and may("~"):  # inside of a text
+            return self.marks['"']
+        for mark in '}]"' if is_quote else "}],0123456789":
+            if may(mark):
                 return self.marks[mark]
-        allowed = self._allowed().nonzero()[0]
+        allowed = self.allowed().nonzero()[0]
         return int(allowed[number % len(allowed)])  # each in turn: one of them leads to the end

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
 
-from ..batching.images import load_image, pixel_hash
+from ..batching.images import load_beside, pixel_hash
 from ..data.report import NUM_EXAMPLES, RecordError, Report, Skip, plain
-from ..data.sample import File
+from ..data.sample import File, Images, images_of
 from ..data.source import parse_files, parse_source
 from ..templates import render
 from ..templates.sheet import draw_images, save_png
@@ -149,10 +149,10 @@ def show(indexes: Sequence["Index"], processor: Any, first: int, number: int) ->
         source, encoded = index.image(row), index.encoded(row)
         image, line, prefix = None, "no image", index.prefix(row)
         if source is not None:
-            name = str(source) if isinstance(source, File) else f"{len(source):,} bytes"
+            names = (str(each) if isinstance(each, File) else f"{len(each):,} bytes" for each in images_of(source))
             try:
-                image = load_image(source)
-                line = f"{name}, {image.width} x {image.height} pixels"
+                image = load_beside(source)
+                line = f"{' + '.join(names)}, {image.width} x {image.height} pixels"
                 image.thumbnail((THUMBNAIL, THUMBNAIL))
             except RecordError as error:
                 line = f"{error} (training skips this sample)"
@@ -256,9 +256,9 @@ def summarise(
     } | ({"hints": hints} if hints else {})
 
 
-def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], Iterator[File | bytes | None], list[np.ndarray]]:
+def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], Iterator[Images | None], list[np.ndarray]]:
     """Names of the distinct images, the images, and the number among them of each index' samples' images, int64
-    (samples,), -1 for no image."""
+    (samples,), -1 for no image. Several images of a sample count as one."""
     found: dict[str, tuple[int, Index, int]] = {}  # number of the image, and a sample that has it
     numbers = []
     for index in indexes:
@@ -272,7 +272,7 @@ def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], Iterator[File |
     return list(found), (index.image(row) for _, index, row in found.values()), numbers
 
 
-def check_images(images: Iterable[File | bytes | None], num_workers: int) -> Iterator[ImageCheck]:
+def check_images(images: Iterable[Images | None], num_workers: int) -> Iterator[ImageCheck]:
     """Open and decode all images, in their order, in num_workers processes (0: in this one)."""
     if num_workers == 0:
         yield from map(_check, images)
@@ -289,10 +289,10 @@ def check_images(images: Iterable[File | bytes | None], num_workers: int) -> Ite
             raise OSError("a process that decodes images died: too little memory? Try fewer --num_workers") from error
 
 
-def _check(image: File | bytes | None) -> ImageCheck:
+def _check(image: Images | None) -> ImageCheck:
     assert image is not None
     try:
-        opened = load_image(image)
+        opened = load_beside(image)
         return ImageCheck(pixel_hash(opened), difference_hash(opened))
     except RecordError as error:
         return ImageCheck(kind=error.kind, detail=error.detail)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from ..batching.dataset import ImageReader, SampleDataset, SampleStream, make_loader
-from ..batching.index import Index, count_text, independent_turns_hint, load_index
+from ..batching.index import NAMES, Index, count_text, independent_turns_hint, load_index
 from ..batching.sampler import Batches, EndlessSampler, FixedBatches, PackedBatches
 from ..data.mixture import Mixture
 from ..data.report import Report, Skip
@@ -152,10 +152,11 @@ def hold_out(indexes: list[Index], num_images: int) -> tuple[list[Index], Index]
     stops = np.cumsum([len(index) for index in indexes])
     shares = np.diff(np.round(stops / max(total, 1) * min(num_images, total)).astype(int), prepend=0)
     firsts = [len(index) - share for index, share in zip(indexes, shares, strict=True)]
-    gone = {name for each, first in zip(names, firsts, strict=True) for name in each[first:] if name is not None}
+    names_of = [[set((name or "").split(NAMES)) - {""} for name in each] for each in names]
+    gone = set().union(*(name for each, first in zip(names_of, firsts, strict=True) for name in each[first:]))
     kept = [
-        index.take(np.array([number for number in range(first) if each[number] not in gone], dtype=np.int64))
-        for index, each, first in zip(indexes, names, firsts, strict=True)
+        index.take(np.array([number for number in range(first) if not each[number] & gone], dtype=np.int64))
+        for index, each, first in zip(indexes, names_of, firsts, strict=True)
     ]
     parts = [index.take(np.arange(first, len(index))) for index, first in zip(indexes, firsts, strict=True)]
     return kept, Index.concatenate(parts)

@@ -10,10 +10,10 @@ from accelerate.utils import gather_object
 
 from ..batching.dataset import ImageReader, SampleDataset, make_loader
 from ..batching.images import load_image
-from ..batching.index import Index
+from ..batching.index import NAMES, Index
 from ..batching.packing import PackedBatch
 from ..data.report import Report
-from ..data.sample import as_messages
+from ..data.sample import as_messages, images_of
 from ..evaluation.answers import Decoding, Processes
 from ..evaluation.evaluate import evaluate_answers
 from ..evaluation.generate import generate_texts, held_out_loss
@@ -93,10 +93,10 @@ def sample_texts(model: Any, processor: Any, held_out: Index, arguments: Trainin
     prompts, found = [], []
     for sample in map(held_out.sample, islice(with_image, arguments.num_sample_texts)):
         conversation, image = sample.conversations[0], sample.image
-        assert image is not None
         answer = next(place for place, turn in enumerate(conversation) if turn.role == "assistant")
-        prompts.append((as_messages(conversation[:answer], has_image=True), load_image(image)))
-        name = f"{len(image)} bytes" if isinstance(image, bytes) else str(image)
+        images = images_of(image)
+        prompts.append((as_messages(conversation[:answer], len(images)), [load_image(each) for each in images]))
+        name = NAMES.join(f"{len(each)} bytes" if isinstance(each, bytes) else str(each) for each in images)
         question = conversation[answer - 1].text if answer else None
         found.append({"image": name, "question": question, "written": conversation[answer].text})
     generated = generate_texts(model, processor, prompts, arguments.max_new_tokens)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from huggingface_hub.errors import HFValidationError
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
@@ -24,7 +25,7 @@ from ..environment import quantization_config
 from ..hub.retry import load_with_retries
 from .arguments import Stage1Arguments, Stage2Arguments, TrainingArguments
 from .fsdp import is_sharded
-from .memory import enable_checkpointing
+from .memory import enable_checkpointing, wants_sdpa
 from .optim import choose_optimizer
 
 
@@ -100,18 +101,13 @@ def make_trainable(
 
 
 def choose_attention(arguments: TrainingArguments, device: torch.device, dtype: torch.dtype) -> str:
-    """What --attention means on this device.
-
-    In stage 1 the kernel would keep the image's keys and values once for each of its captions: 2.4 MB a token of
-    phi-2, against 1.7 with SDPA. In stage 2 it keeps less. Raises ValueError if there is no kernel for --attention
-    varlen."""
+    """What --attention means on this device. Raises ValueError if there is no kernel for --attention varlen."""
     if arguments.attention == "varlen" and not has_varlen_kernel(device, dtype):
         raise ValueError(
             f"--attention varlen needs bf16 or fp16 on an NVIDIA GPU of capability 8.0 or later, not "
             f"{str(dtype).removeprefix('torch.')} on {device}; --attention sdpa works everywhere"
         )
-    wants_sdpa = arguments.attention == "sdpa" or (arguments.attention == "auto" and arguments.stage == 1)
-    return SDPA_PACKED_ATTENTION if wants_sdpa else PACKED_ATTENTION
+    return SDPA_PACKED_ATTENTION if wants_sdpa(arguments) else PACKED_ATTENTION
 
 
 def keep_dtype(model: ClipPhiForCausalLM, dtype: torch.dtype) -> None:
@@ -223,6 +219,46 @@ def add_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
     pattern = rf"model\.language_model\..*\.({'|'.join(targets)})"
     sizes = {"r": arguments.lora_r, "lora_alpha": arguments.lora_alpha, "lora_dropout": arguments.lora_dropout}
     model.add_adapter(LoraConfig(target_modules=pattern, **sizes))
+    share_dropout(model)
+
+
+def share_dropout(model: ClipPhiForCausalLM) -> None:
+    """Replace the dropout of all LoRA layers by SharedDropout."""
+    dropped = WeakTensorKeyDictionary()
+    for layer in model.model.language_model.modules():
+        for name, drop in getattr(layer, "lora_dropout", {}).items():
+            if isinstance(drop, torch.nn.Dropout):
+                layer.lora_dropout[name] = SharedDropout(drop.p, dropped).train(drop.training)
+    model.model.language_model.register_forward_hook(lambda *_: dropped.clear())
+
+
+class SharedDropout(torch.nn.Dropout):
+    """Dropout with one mask for all layers with the same input, such as q_proj, k_proj and v_proj.
+
+    Each layer's input is dropped as by torch.nn.Dropout, but not independently of the other layers' inputs. A CPU makes
+    the mask from 16 random bits for each value, in half the time: there p is rounded to a multiple of 2**-16."""
+
+    def __init__(self, p: float, dropped: WeakTensorKeyDictionary):
+        """dropped: the last inputs of layers, and what is left of them, for all layers of a model."""
+        super().__init__(p)
+        self.dropped = dropped
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return input
+        if input not in self.dropped:
+            self.dropped[input] = self._drop(input)
+            if len(self.dropped) > 2:  # phi's attention and MLP have the same input
+                del self.dropped[next(iter(self.dropped))]
+        return self.dropped[input]
+
+    def _drop(self, input: torch.Tensor) -> torch.Tensor:
+        if input.device.type != "cpu":
+            return super().forward(input)
+        bits = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        level = min(round(self.p * 2**16), 2**16 - 1)
+        kept = (bits[: input.numel()] >= level - 2**15).to(input.dtype)
+        return input * kept.mul_(2**16 / (2**16 - level)).view(input.shape)
 
 
 def continue_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
@@ -247,6 +283,7 @@ def continue_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None
         for name in getattr(layer, "lora_dropout", {}):  # which the model was loaded and frozen without
             drop = torch.nn.Dropout(config.lora_dropout) if config.lora_dropout else torch.nn.Identity()
             layer.lora_dropout[name] = drop.train(layer.training)
+    share_dropout(model)
     for name, parameter in model.model.language_model.named_parameters():
         parameter.requires_grad = "lora_" in name
 
