@@ -97,9 +97,8 @@ class Sample:
 
 def images_of(image: Images | None) -> tuple[File | bytes, ...]:
     """The images of a Sample, in their order; a File is a tuple too."""
-    if image is None:
-        return ()
-    return (image,) if isinstance(image, File | bytes) else image
+    images = (image,) if isinstance(image, File | bytes) else image
+    return images or ()
 
 
 def user_message(text: str | None, images: int = 0, *transcripts: str | None) -> dict[str, Any]:
