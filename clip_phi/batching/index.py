@@ -44,9 +44,8 @@ SCHEMA = pa.schema(FIELDS)
 class Index:
     """Samples and their token ids, by number. It pickles as the name of its file.
 
-    prefixes: the token ids before the conversations of a sample without and with an image.
-    report: what was skipped and repaired when the index was made.
-    selected: which entries of the table it has, in this order; None for all."""
+    prefixes: the token ids before the conversations of a sample without and with an image. report: what was skipped and
+    repaired when it was made. selected: which entries of the table it has, in this order; None for all."""
 
     table: pa.Table
     prefixes: tuple[list[int], list[int]]
@@ -195,8 +194,7 @@ def independent_turns_hint(index: Index) -> str | None:
 
 def load_index(source: DataSource, processor: Any, max_length: int, num_workers: int = 0) -> Index:
     """The index of a source: mapped from the cache (clip_phi in HF_HOME) if neither its files nor the tokenizer have
-    changed, else made. num_workers: processes that tokenise, 0 for this one. Raises ValueError or OSError if the
-    source cannot be read at all."""
+    changed, else made, by num_workers processes (0: this one). Raises ValueError or OSError if it cannot be read."""
     from huggingface_hub.constants import HF_HOME
 
     folder = Path(HF_HOME) / "clip_phi" / f"index-{_fingerprint(source, processor, max_length)}"

@@ -99,8 +99,7 @@ def _open(path: str, split: str, config: str | None, revision: str | None, strea
 
 
 def _is_image_folder(folder: Path) -> bool:
-    """Whether it has images and their metadata. Then `datasets` is told so, which would take a folder with a text for a
-    folder of texts; a line on stderr counts the files that it leaves out."""
+    """Whether it has images and metadata: with a text beside them `datasets` would read texts. Counts what is left."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     described = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv")]
     left = Counter(path.suffix.lower() for path in files if not IMAGE_FILE.match(path.name) and path not in described)

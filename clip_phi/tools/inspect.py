@@ -94,8 +94,7 @@ def inspect(options: argparse.Namespace) -> None:
 def find_processor(model: str | None) -> tuple[Any, str, int | None]:
     """The processor, its name, and the decoder's context length if it is known. Prints the name on stderr.
 
-    model: a folder or Hub id, or None for the backbones of the project.
-    Raises ValueError or OSError if it cannot be loaded."""
+    model: a folder or Hub id, or None for the project's backbones. Raises ValueError or OSError if it cannot load."""
     if model is None and not DEMO_BACKBONES.is_dir():
         raise ValueError(f"there is no model here, and no {DEMO_BACKBONES}: name a tokenizer with --model")
     name = model or str(DEMO_BACKBONES / "text")
@@ -306,8 +305,7 @@ def describe_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
 def _leakage(
     held_out: Sequence[np.ndarray], names: list[str], checks: list[ImageCheck], trained: dict[str, str]
 ) -> dict[str, Any]:
-    """Held-out images that are trained on: with equal pixels; or else with a similar look, as another copy has; or else
-    with the same COCO number."""
+    """Held-out images that are trained on: with equal pixels, else the look of a copy, else the same COCO number."""
     numbers = [number for number in np.unique(np.concatenate(held_out)) if number >= 0]
     readable = [number for number in numbers if checks[number].pixels]
     looks, known = {check.pixels: check.look for check in checks}, list(trained.values())
