@@ -102,11 +102,10 @@ def has_kernels(major: int, minor: int, architectures: list[str]) -> bool:
     """Whether a build for these, such as sm_80 or compute_90, runs on a device of this capability.
 
     Machine code runs on later devices of the same generation, PTX on all later ones."""
-    for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures)):
-        built = divmod(int(number), 10)
-        if (kind == "compute" or built[0] == major) and built <= (major, minor):
-            return True
-    return not architectures
+    found = re.findall(r"(sm|compute)_(\d+)", " ".join(architectures))
+    built = [(kind, divmod(int(number), 10)) for kind, number in found]
+    fits = ((kind == "compute" or each[0] == major) and each <= (major, minor) for kind, each in built)
+    return any(fits) or not architectures
 
 
 def check_bitsandbytes() -> Iterator[Check]:
@@ -208,9 +207,7 @@ def peak_flops(device: Any) -> float | None:
     """Peak FLOP/s of the device in half precision; None if unknown."""
     import torch
 
-    if device.type != "cuda":
-        return None
-    gpu = find_gpu(torch.cuda.get_device_name(device))
+    gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return gpu.tflops * 1e12 if gpu is not None else None
 
 

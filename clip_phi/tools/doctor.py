@@ -30,15 +30,15 @@ def doctor(as_json: bool, debug: bool) -> int:
             arrow = f" -> {each.remedy}" if each.remedy else ""
             print(f"{each.status:<8} {each.name:<16} {each.found}{arrow}", flush=True)
     problems, notes = (sum(each.status == status for each in checks) for status in ("problem", "note"))
-    if as_json:
-        try:
-            environment = describe_environment()
-        except Exception as error:  # without torch, or with a broken one
-            environment = {"error": _one_line(error)}
-        listed = [each._asdict() for each in checks]
-        print(json.dumps({"environment": environment, "checks": listed, "problems": problems}))
-    else:
+    if not as_json:
         print(f"{len(checks)} checks: {problems or 'no'} problems, {notes or 'no'} notes")
+        return int(problems > 0)
+    try:
+        environment = describe_environment()
+    except Exception as error:  # without torch, or with a broken one
+        environment = {"error": _one_line(error)}
+    listed = [each._asdict() for each in checks]
+    print(json.dumps({"environment": environment, "checks": listed, "problems": problems}))
     return int(problems > 0)
 
 
@@ -113,9 +113,8 @@ def check_threads() -> Iterator[Check]:
 
 def check_memory() -> Iterator[Check]:
     amounts = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for limit in map(Path, MEMORY_LIMITS):
-        text = limit.read_text().strip() if limit.is_file() else "max"
-        amounts += [int(text)] if text != "max" else []
+    limits = [path.read_text().strip() for path in map(Path, MEMORY_LIMITS) if path.is_file()]
+    amounts += [int(text) for text in limits if text != "max"]
     is_enough = min(amounts) >= 8 * GB
     found = f"{min(amounts) / GB:.1f} GB{'' if is_enough else ': not enough to load phi-2'}"
     remedy = "a larger machine, or a higher limit (docker run --memory); the demo needs 2 GB"

@@ -104,16 +104,11 @@ class Checkpoints:
         """Restore everything as it was when a training checkpoint was saved, and return its step, or 0.
 
         wanted: NEWEST, the folder of one, or None for a new run. Those of other runs in the folder, and newer ones, are
-        moved aside. Raises ValueError if the checkpoint is not whole, or of a run that cannot be continued by this one.
-        """
-        if wanted == NEWEST:
-            places = sorted(self.folder.glob("step-*"), reverse=True)
-        else:
-            places = [Path(wanted)] if wanted else []
-            if wanted and places[0].resolve().parent == self.before.resolve():
-                raise ValueError(f"--resume_from_checkpoint {wanted}: move it out of {self.before}, which is replaced")
+        moved aside. Raises ValueError if it is not whole, or of a run that cannot be continued by this one."""
+        if wanted not in (None, NEWEST) and Path(wanted).resolve().parent == self.before.resolve():
+            raise ValueError(f"--resume_from_checkpoint {wanted}: move it out of {self.before}, which is replaced")
         step, kept = 0, 0
-        for place in places:
+        for place in _places(self.folder, wanted):
             about, problem = _read_about(place)
             if about is not None:
                 check_same_run(about["run"], self.run, self.accelerator.print)
@@ -153,8 +148,7 @@ class Checkpoints:
         for name, value in own.items():
             value.copy_(shard_like(weights[name], value))
         state = torch.load(place / FILES[1], map_location="cpu", weights_only=True)
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        rates = list(self.scheduler.base_lrs)
+        decays, rates = [group["weight_decay"] for group in self.optimizer.param_groups], list(self.scheduler.base_lrs)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for number, moments in state["optimizer"]["state"].items():
             for name, value in moments.items():
@@ -176,13 +170,15 @@ class Checkpoints:
 
 def saved_run(output_dir: Path, wanted: str | None) -> dict[str, Any] | None:
     """What describe_run said of the run that is resumed, if it is: of the newest training checkpoint, or the named."""
-    places = sorted((output_dir / "checkpoints").glob("step-*"), reverse=True) if wanted == NEWEST else []
-    for place in [Path(wanted)] if wanted not in (None, NEWEST) else places:
-        about = _read_about(place)[0]
-        if about is not None:
-            found: dict[str, Any] = about["run"]
-            return found
+    for place in _places(output_dir / "checkpoints", wanted):
+        if (about := _read_about(place)[0]) is not None:
+            return dict(about["run"])
     return None
+
+
+def _places(folder: Path, wanted: str | None) -> list[Path]:
+    """The training checkpoints that may be resumed, the newest first; see Checkpoints.resume."""
+    return sorted(folder.glob("step-*"), reverse=True) if wanted == NEWEST else [Path(wanted)] if wanted else []
 
 
 def _read_about(place: Path) -> tuple[dict[str, Any] | None, str]:
@@ -213,21 +209,16 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) and torch.cuda.is_available():
-        states, device = state["cuda"], torch.cuda.current_device()
-        # Earlier versions saved those of all devices.
-        torch.cuda.set_rng_state(states if torch.is_tensor(states) else states[min(device, len(states) - 1)])
+        states = state["cuda"]  # earlier versions saved those of all devices
+        number = min(torch.cuda.current_device(), len(states) - 1)
+        torch.cuda.set_rng_state(states if torch.is_tensor(states) else states[number])
 
 
 def describe_run(arguments: TrainingArguments, data: TrainData, world_size: int) -> dict[str, Any]:
     """What a training checkpoint must agree with to be resumed from; see check_same_run."""
     options = {name: value for name, value in dataclasses.asdict(arguments).items() if name not in FREE}
-    return {
-        **options,
-        "data": data.fingerprint,
-        "num_steps": data.num_steps,
-        "world_size": world_size,
-        "batches_per_step": arguments.gradient_accumulation_steps * world_size,
-    }
+    batches = {"world_size": world_size, "batches_per_step": arguments.gradient_accumulation_steps * world_size}
+    return {**options, "data": data.fingerprint, "num_steps": data.num_steps, **batches}
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], log: Callable[[str], Any]) -> None:
@@ -279,14 +270,10 @@ def _flush(path: Path) -> None:
 
 @dataclass
 class EarlyStopping:
-    """The best evaluation so far, and the evaluations since.
+    """The best evaluation so far, its value at step, and the number of evaluations since: misses.
 
-    Args:
-        metric: decides which is better, loss or a metric of --eval_task; "none": nothing does.
-        patience: evaluations in a row without a better one until the run stops; 0: it never does.
-        value: of the best one, at step.
-        misses: evaluations since.
-    """
+    metric: decides which is better, loss or a metric of --eval_task; "none": nothing does. patience: evaluations in a
+    row without a better one until the run stops; 0: it never does."""
 
     metric: str = "none"
     patience: int = 0

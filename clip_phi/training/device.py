@@ -26,11 +26,8 @@ def launcher_command(pid: int | None = None) -> list[str]:
         command: list[str] = psutil.Process(pid or os.getppid()).cmdline()
     except psutil.Error:
         return []
-    return (
-        command
-        if any("accelerate" in Path(word).name for word in command[:4]) and "launch" in " ".join(command)
-        else []
-    )
+    is_launcher = any("accelerate" in Path(word).name for word in command[:4]) and "launch" in " ".join(command)
+    return command if is_launcher else []
 
 
 def asked_precision(command: list[str], folder: Path) -> tuple[str | None, str]:
@@ -45,7 +42,8 @@ def asked_precision(command: list[str], folder: Path) -> tuple[str | None, str]:
         return passed, "accelerate launch" if command else "ACCELERATE_MIXED_PRECISION"
     if any(word.split("=")[0] == "--mixed_precision" for word in command):
         return passed, "accelerate launch"
-    given = _value_of("--config_file", command)
+    words = [part for word in command for part in word.split("=", 1)]
+    given = words[words.index("--config_file") + 1] if "--config_file" in words[:-1] else None
     path = Path(given or default_config_file) if command else folder / YAML
     if command and not path.is_file():
         path = folder / YAML
@@ -57,13 +55,6 @@ def asked_precision(command: list[str], folder: Path) -> tuple[str | None, str]:
         if config.get("use_cpu"):
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     return config.get("mixed_precision"), path.name
-
-
-def _value_of(option: str, command: list[str]) -> str | None:
-    for word, following in zip(command, [*command[1:], ""], strict=False):
-        if word == option or word.startswith(f"{option}="):
-            return following if word == option else word.partition("=")[2]
-    return None
 
 
 def choose_precision(arguments: TrainingArguments, folder: Path) -> tuple[str, str]:

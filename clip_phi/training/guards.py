@@ -100,11 +100,8 @@ class NonFiniteGuard:
 def frozen_hashes(model: torch.nn.Module) -> dict[str, int]:
     """A hash of each frozen weight, or of this process' slice of it, by name. One changed element changes it."""
     trained = trained_weights(model)  # after which the slices of a sharded model are its own again
-    return {
-        name: torch.hash_tensor(local(value.detach())).item()
-        for name, value in model.named_parameters()
-        if name not in trained
-    }
+    frozen = {name: local(value.detach()) for name, value in model.named_parameters() if name not in trained}
+    return {name: torch.hash_tensor(value).item() for name, value in frozen.items()}
 
 
 def check_frozen(before: dict[str, int], model: torch.nn.Module) -> None:
@@ -207,8 +204,8 @@ def room_needed(arguments: TrainingArguments, trained: int, total: int, bytes_pe
     """Bytes of all training checkpoints and one in the making (weight and two Adam states), and of the model, or of the
     newest and the best one. trained, total: numbers of weights."""
     models = 1 if arguments.metric_for_best_model == "none" else 2
-    model = bytes_per_weight * total if arguments.merged else 4 * trained
-    return 12 * trained * (arguments.save_total_limit + 1) + models * model
+    models *= bytes_per_weight * total if arguments.merged else 4 * trained
+    return 12 * trained * (arguments.save_total_limit + 1) + models
 
 
 @contextmanager
@@ -225,6 +222,5 @@ def tolerate_write_errors(what: str, last: bool = False) -> Iterator[None]:
 def write_run(path: Path, record: dict[str, Any]) -> None:
     """Write run.json under another name and rename it, over that of an earlier part of the run; without tokens."""
     aside = path.with_suffix(".making")
-    text = without_secrets(plain_json(record, indent=2))
-    aside.write_text(text + "\n", encoding="utf-8")
+    aside.write_text(without_secrets(plain_json(record, indent=2)) + "\n", encoding="utf-8")
     os.replace(aside, path)

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,7 @@ def _flops(part: torch.nn.Module, frozen: int, trained: int) -> int:
     return total
 
 
+@dataclass
 class TrainingLogger:
     """The log of one run, written by the main process; the loggers of the others write nothing.
 
@@ -76,26 +78,18 @@ class TrainingLogger:
     there are several validation sets. samples.jsonl: texts generated for held-out images. data_report.json: the damaged
     records. On a terminal a progress bar shows the last line; elsewhere each line is printed.
 
-    Args:
-        active: whether this is the main process.
-        device: whose peak memory is logged.
-        steps_per_epoch: None for a stream.
-        peak: FLOP/s of all devices together, for the MFU; None if unknown.
-        track: Accelerator.log.
-    """
+    active: whether this is the main process. device: whose peak memory is logged. steps_per_epoch: None for a stream.
+    peak: FLOP/s of all devices together, for the MFU; None if unknown. track: Accelerator.log."""
 
-    def __init__(
-        self,
-        folder: Path,
-        num_steps: int,
-        active: bool,
-        device: torch.device,
-        steps_per_epoch: float | None = None,
-        peak: float | None = None,
-        track: Callable[..., Any] = lambda values, step: None,
-    ):
-        self.folder, self.num_steps, self.active, self.device = folder, num_steps, active, device
-        self.steps_per_epoch, self.peak, self.track = steps_per_epoch, peak, track
+    folder: Path
+    num_steps: int
+    active: bool
+    device: torch.device
+    steps_per_epoch: float | None = None
+    peak: float | None = None
+    track: Callable[..., Any] = lambda values, step: None
+
+    def __post_init__(self) -> None:
         self.losses: list[tuple[int, float]] = []
         self.eval_losses: list[tuple[int, float]] = []
         self.seen = self._last = StepCounts()  # since the beginning of the run, and until the last line

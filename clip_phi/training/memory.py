@@ -145,7 +145,7 @@ class Formula:
             kept += self.masks * (sum(pair[0] for pair in self.linear) - 3 * hidden) * (product + 1)
             copied = 2 * cuda * self.rank * sum(map(sum, self.linear))
         if self.full:
-            copied = 2 * cuda * sum(inputs * outputs for inputs, outputs in self.linear)
+            copied = 2 * cuda * sum(map(math.prod, self.linear))
         if self.card.has_varlen:  # query, output and sums of the softmax; key and value of each piece
             products = (len(layout.query_starts) - 1) * layout.longest[0] * layout.longest[1]  # of queries and keys
             attention = tokens * (2 * self.width * product + 4 * self.heads)
@@ -214,12 +214,11 @@ def weights(part: Any, kind: Any) -> list[int]:
 
 def typical_sample(arguments: TrainingArguments, patches: int) -> tuple[list[int], int, int]:
     """An image of the stage's data: conversation_ids, supervised tokens, and captions or conversations."""
-    lengths: tuple[int, ...] = CONVERSATION_LENGTHS
-    supervised = ANSWERS
-    if not isinstance(arguments, Stage2Arguments):
-        captions = arguments.conversations_per_image or 1
-        lengths = (CAPTION_LENGTHS * captions)[:captions]
-        supervised = sum(lengths) + len(lengths)
+    captions = arguments.conversations_per_image or 1
+    lengths = (CAPTION_LENGTHS * captions)[:captions]
+    supervised = sum(lengths) + len(lengths)
+    if isinstance(arguments, Stage2Arguments):
+        lengths, supervised = CONVERSATION_LENGTHS, ANSWERS
     ids = [0] * patches + [number for number, size in enumerate(lengths, 1) for _ in range(size)]
     return ids, supervised, len(lengths)
 
@@ -229,9 +228,7 @@ def largest_pack(formula: Formula) -> int:
     ids, supervised, _ = typical_sample(formula.arguments, formula.patches)
     pageable = formula.fixed_bytes()["optimizer"] if formula.arguments.optim.startswith("paged") else 0
     room = formula.card.memory * GIB + pageable
-    return bisect.bisect(
-        range(1, 2**24), room, key=lambda number: sum(formula.bill([ids], supervised, number).values())
-    )
+    return bisect.bisect(range(1, 2**24), room, key=lambda count: sum(formula.bill([ids], supervised, count).values()))
 
 
 def fit_batches(
@@ -247,14 +244,10 @@ def fit_batches(
     is_cuda, has_size = accelerator.device.type == "cuda", "per_device_train_batch_size" in arguments.given
     if budget == "auto" and before and isinstance(before.get("max_tokens_per_batch"), int):
         budget, passes = before["max_tokens_per_batch"], max(1, before["batches_per_step"] // world_size)
-    elif budget != "auto":
+    elif budget != "auto" or has_size or not is_cuda or is_sharded(accelerator):
+        if budget == "auto":
+            budget = 0 if has_size or not (is_cuda or arguments.packs) else USUAL_TOKENS
         if budget and "tokens_per_optimizer_step" in arguments.given:
-            passes = -(-total // (budget * world_size))
-    elif has_size or not (is_cuda or arguments.packs):
-        budget = 0
-    elif not is_cuda or is_sharded(accelerator):
-        budget = USUAL_TOKENS
-        if "tokens_per_optimizer_step" in arguments.given:
             passes = -(-total // (budget * world_size))
     else:
         found = [tokens_that_fit(arguments, model, accelerator)]
@@ -289,8 +282,8 @@ def tokens_that_fit(arguments: TrainingArguments, model: Any, accelerator: Any) 
     number = min(number, -(-arguments.tokens_per_optimizer_step // size))
     fitting = fit_by_trial(number, lambda count: trial_step(arguments, model, accelerator, count, spare))
     if fitting == 0:
-        ways = ["--optim paged_adam8bit", "a larger GPU"]
-        ways = ["--gradient_checkpointing true", *ways] if not arguments.gradient_checkpointing else ways
+        ways = ["--gradient_checkpointing true", "--optim paged_adam8bit", "a larger GPU"]
+        ways = ways[arguments.gradient_checkpointing :]
         if isinstance(arguments, Stage2Arguments) and arguments.quantization == "none":
             ways = ["--tune_decoder lora"] if arguments.tune_decoder == "full" else ["--quantization nf4", *ways]
         raise ValueError(
@@ -315,12 +308,10 @@ def image_size(vision: Any) -> tuple[int, int]:
 
 def trial_step(arguments: TrainingArguments, model: Any, accelerator: Any, number: int, spare: int) -> bool:
     """Whether forward and backward pass of a pack of so many typical samples fit, beside spare bytes."""
-    device, config = accelerator.device, model.config
-    vision = config.vision_config
+    device, config, vision = accelerator.device, model.config, model.config.vision_config
     prefix = [config.image_token_id] * measure_tower(config, *image_size(vision))[0]
     ids, supervised, count = typical_sample(arguments, len(prefix))
-    lengths = [ids.count(each) + 1 for each in range(1, count + 1)]
-    learnt = supervised // count
+    lengths, learnt = [ids.count(each) + 1 for each in range(1, count + 1)], supervised // count
     texts = [Encoded([0] * length, [-100] * (length - learnt) + [0] * min(learnt, length)) for length in lengths]
     sample = build_shared_prefix(texts, prefix, "trial")
     pack = None

@@ -28,27 +28,25 @@ from .fsdp import is_sharded
 from .memory import enable_checkpointing, wants_sdpa
 from .optim import choose_optimizer
 
+FEATURES = ("vision_feature_layer", "vision_feature_select_strategy")  # fields of ClipPhiConfig about the tower's
+
 
 def load_processor(arguments: TrainingArguments) -> ClipPhiProcessor:
     names, revisions = _origins(arguments)
     load = ClipPhiProcessor.from_backbones if revisions else ClipPhiProcessor.from_pretrained
     with _named_weights(names):
-        return load_with_retries(load, *names, **revisions, **_features(arguments))
+        return load_with_retries(load, *names, **revisions, **_fields(arguments, *FEATURES))
 
 
-def _features(arguments: TrainingArguments) -> dict[str, Any]:
-    """The fields of ClipPhiConfig that say which features of the tower are used."""
-    names = ("vision_feature_layer", "vision_feature_select_strategy")
+def _fields(arguments: TrainingArguments, *names: str) -> dict[str, Any]:
+    """Those options of these that the stage has, by name."""
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
 def _origins(arguments: TrainingArguments) -> tuple[list[str], dict[str, str | None]]:
     """The weights that the stage starts from: two backbones and their revisions, or one model."""
-    if isinstance(arguments, Stage2Arguments):
-        return [arguments.init_from], {}
-    assert isinstance(arguments, Stage1Arguments)
-    revisions = {"vision_revision": arguments.vision_revision, "text_revision": arguments.text_revision}
-    return [arguments.vision_backbone, arguments.text_backbone], revisions
+    names = [*_fields(arguments, "init_from", "vision_backbone", "text_backbone").values()]
+    return names, _fields(arguments, "vision_revision", "text_revision")
 
 
 def load_model(
@@ -61,14 +59,13 @@ def load_model(
     names, revisions = _origins(arguments)
     with _named_weights(names):
         if isinstance(arguments, Stage1Arguments):
-            own = {"image_token_id": processor.image_token_id, "projector_type": arguments.projector_type}
-            own |= _features(arguments)
+            own = {"image_token_id": processor.image_token_id, **_fields(arguments, "projector_type", *FEATURES)}
             model = load_with_retries(ClipPhiForCausalLM.from_backbones, *names, **revisions, **own, dtype=dtype)
         else:
             assert isinstance(arguments, Stage2Arguments)
             model = _load_start(arguments, dtype, accelerator)
-    is_placed = getattr(model, "hf_quantizer", None) is not None or is_sharded(accelerator)
-    model = model if is_placed else model.to(accelerator.device)
+    if getattr(model, "hf_quantizer", None) is None and not is_sharded(accelerator):
+        model = model.to(accelerator.device)
     refuse_other_attention(model)
     make_trainable(model, arguments, accelerator.device, dtype)
     return model
@@ -143,12 +140,10 @@ def resolve(arguments: TrainingArguments, accelerator: Accelerator, model: ClipP
         changes["merged"] = True
     if config.adapter is not None:
         changes |= adapter_options(model)
-        accelerator.print(
-            f"training continues the adapter of {getattr(arguments, 'init_from', '')}: rank {changes['lora_r']}"
-        )
-    images = arguments.per_device_train_batch_size
-    changes["per_device_eval_batch_size"] = arguments.per_device_eval_batch_size or images
-    return dataclasses.replace(arguments, **changes)
+        start = getattr(arguments, "init_from", "")
+        accelerator.print(f"training continues the adapter of {start}: rank {changes['lora_r']}")
+    images = arguments.per_device_eval_batch_size or arguments.per_device_train_batch_size
+    return dataclasses.replace(arguments, per_device_eval_batch_size=images, **changes)
 
 
 def describe_batches(arguments: TrainingArguments, accelerator: Accelerator) -> str:
