@@ -1,7 +1,6 @@
 """Train Clip-Phi: accelerate launch train_accelerate.py --stage 1 (or 2). See --stage 1 --help and README.md.
 
-Read it from top to bottom: parse, import, build, loop.
-"""
+Read it from top to bottom: parse, import, build, loop."""
 # ruff: noqa: E402
 
 import os
@@ -79,10 +78,8 @@ class Run:
         guards.check_room(output_dir)
         stop_with_launcher()
         precision, reason = choose_precision(arguments, Path(__file__).resolve().parent)
-        trackers, handlers = arguments.report_to or None, process_group_kwargs()
-        accelerator = Accelerator(
-            mixed_precision=precision, kwargs_handlers=handlers, log_with=trackers, project_dir=str(output_dir)
-        )
+        log: dict[str, Any] = {"log_with": arguments.report_to or None, "project_dir": str(output_dir)}
+        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=process_group_kwargs(), **log)
         self.accelerator = accelerator
         accelerator.print(reason)
         check_machine(arguments, accelerator)
@@ -97,8 +94,8 @@ class Run:
         model = load_model(arguments, self.processor, accelerator)
         arguments = resolve(arguments, accelerator, model)
         before = saved_run(output_dir, arguments.resume_from_checkpoint)
-        self.arguments, fits = fit_batches(arguments, model, accelerator, before)
-        arguments = self.arguments
+        arguments, fits = fit_batches(arguments, model, accelerator, before)
+        self.arguments = arguments
         accelerator.print(describe_batches(arguments, accelerator))
         if arguments.push_to_hub and is_main:  # better now than after a night of training
             check_push(arguments.push_to_hub, model.config.to_dict(), arguments.merged, output_dir)
@@ -118,10 +115,8 @@ class Run:
         self.plain_model = accelerator.unwrap_model(self.model)
 
         peak = arguments.peak_tflops * 1e12 or peak_flops(device)
-        self.logger = TrainingLogger(
-            *(output_dir, data.num_steps, is_main, device, data.steps_per_epoch, peak and peak * world_size),
-            accelerator.log,
-        )
+        sizes = (data.num_steps, is_main, device, data.steps_per_epoch, peak and peak * world_size)
+        self.logger = TrainingLogger(output_dir, *sizes, accelerator.log)
         self.early_stopping = EarlyStopping(arguments.metric_for_best_model, arguments.early_stopping_patience)
         self.guard = guards.NonFiniteGuard(output_dir, arguments.nan_policy, accelerator.print)
         weights = (self.plain_model, self.optimizer, self.scheduler)
@@ -165,9 +160,8 @@ def train(arguments: TrainingArguments) -> None:
     for step in range(run.first_step + 1, data.num_steps + 1):
         best, is_last = run.early_stopping, step == data.num_steps
         if best.exhausted:  # the same on all ranks, and in a run that is resumed
-            accelerator.print(
-                f"early stopping: no improvement since step {best.step:,} ({best.metric} {best.value:.4f}, in best/)"
-            )
+            place = f"step {best.step:,} ({best.metric} {best.value:.4f}, in best/)"
+            accelerator.print(f"early stopping: no improvement since {place}")
             break
 
         # The data of a step, and what it counts on all ranks.

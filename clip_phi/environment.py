@@ -154,12 +154,8 @@ def quantization_config(kind: str, compute_dtype: Any) -> Any:
         raise ImportError(f"--quantization {kind} needs bitsandbytes: pip install 'clip-phi[cuda]'")
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute_dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, **nf4)
 
 
 def without_secrets(text: str) -> str:
@@ -169,12 +165,8 @@ def without_secrets(text: str) -> str:
 
 def requirements() -> dict[str, str]:
     """What the package needs without extras, as pip writes it, by name: {"peft": "peft>=0.20"}."""
-    needed = [Requirement(text) for text in requires("clip-phi") or []]
-    return {
-        each.name: each.name + ",".join(sorted(map(str, each.specifier), reverse=True))
-        for each in needed
-        if each.marker is None
-    }
+    needed = [each for each in map(Requirement, requires("clip-phi") or []) if each.marker is None]
+    return {each.name: each.name + ",".join(sorted(map(str, each.specifier), reverse=True)) for each in needed}
 
 
 def installed_version(package: str) -> str | None:

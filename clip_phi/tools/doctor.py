@@ -11,9 +11,8 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
-from ..environment import Check, check, check_bitsandbytes, check_device, describe_environment, installed_version
+from ..environment import GB, Check, check, check_bitsandbytes, check_device, describe_environment, installed_version
 
-GB = 10**9
 SHARED_MEMORY = Path("/dev/shm")
 # A container's limit: version 2 of cgroups, and version 1.
 MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")

@@ -1,7 +1,6 @@
 """What a run needs, before a GPU is rented: parameters, FLOPs, memory by item, the largest batch, hours.
 
-clip_phi.training.memory has the formula. What cannot be counted is assumed, and marked as such.
-"""
+clip_phi.training.memory has the formula. What cannot be counted is assumed, and marked as such."""
 
 from typing import Any
 

@@ -21,18 +21,12 @@ VISION_BACKBONE = "wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
 TEXT_BACKBONE = "microsoft/phi-2"
 TRACKERS = ("tensorboard", "wandb", "trackio")
 NEWEST = "newest"  # --resume_from_checkpoint without a value
-# What --metric_for_best_model may be with each --eval_task, beside the loss.
-METRICS = {
-    "captions": ("CIDEr-D", "CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"),
-    "vqa": ("vqa_accuracy", "exact_match"),
-    "pope": ("accuracy", "f1", "precision", "recall"),
-    "exact": ("exact_match",),
-}
 # options.yaml, beside this module: the groups of --help, in its order, with all options and what is said of each.
-GROUPS: dict[str, dict[str, dict[str, str]]] = yaml.safe_load(
+GROUPS: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(
     Path(__file__).with_name("options.yaml").read_text(encoding="utf-8")
 )
 OPTIONS = {name: about for group in GROUPS.values() for name, about in group.items()}
+METRICS: dict[str, list[str]] = OPTIONS["metric_for_best_model"]["metrics"]
 BOUNDS: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda value: value >= 1,
     "at least 0": lambda value: 0 <= value < math.inf,
@@ -293,23 +287,20 @@ def _make_parser(stage: int) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,  # so that only what is given is found
     )
     hints, defaults = get_type_hints(kind), kind(stage)
+    kinds: dict[Any, dict[str, Any]] = {
+        int: {"type": int, "metavar": "N"},
+        float: {"type": float, "metavar": "X"},
+        bool: {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"},
+        list[str]: {"nargs": "*", "metavar": "TEXT"},
+        hints["max_tokens_per_batch"]: {"type": _tokens, "metavar": "N"},
+    }
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
         for name in filter(hints.__contains__, names):
             hint, usual = hints[name], getattr(defaults, name)
-            if get_origin(hint) is Literal:
-                how: dict[str, Any] = {"choices": get_args(hint)}
-            elif get_origin(hint) is list:
-                how = {"nargs": "*", "metavar": "TEXT"}
-            elif hint is bool:
-                how = {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
-            elif name == "max_tokens_per_batch":
-                how = {"type": _tokens, "metavar": "N"}
-            elif name == "resume_from_checkpoint":
+            how = {"choices": get_args(hint)} if get_origin(hint) is Literal else kinds.get(hint, {"metavar": "TEXT"})
+            if name == "resume_from_checkpoint":
                 how = {"nargs": "?", "const": NEWEST, "metavar": "FOLDER"}
-            else:
-                convert, metavar = {int: (int, "N"), float: (float, "X")}.get(hint, (str, "TEXT"))
-                how = {"type": convert, "metavar": metavar}
             usual = " ".join(usual) if isinstance(usual, list) else usual
             shown = "" if usual in (None, "") or name == "stage" else f" (default: {usual})"
             group.add_argument(f"--{name}", help=(names[name]["help"] + shown).replace("%", "%%"), **how)

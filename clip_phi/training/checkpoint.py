@@ -3,8 +3,7 @@
 A folder step-00001200 holds three files: trained.safetensors has the trained weights. state.pt has optimizer, schedule
 and the random numbers of every rank. about.json has the step, the options, the states of the run's other objects, and
 the size and hash of the other two files. The folder is written under another name, flushed to the disk and renamed, so
-that a run may be killed at any moment.
-"""
+that a run may be killed at any moment."""
 
 import dataclasses
 import hashlib

@@ -183,7 +183,6 @@ def _readable(index: Index, read: ImageReader, arguments: TrainingArguments, nam
 def _stream(source: DataSource, seed: int, rank: int, world_size: int, report: Report) -> Iterator[Sample]:
     from ..data.hf_dataset import stream_table
 
-    samples = stream_table(
-        source.path, source.media(), report, source.layout, rank, world_size, seed, **source.table_options()
-    )
+    options = source.table_options()
+    samples = stream_table(source.path, source.media(), report, source.layout, rank, world_size, seed, **options)
     return source.transcripts().fill(samples, report)

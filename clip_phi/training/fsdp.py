@@ -1,8 +1,7 @@
 """Training in many processes with Accelerate: DDP, and FSDP2, which shards the frozen weights over the GPUs.
 
 Under FSDP2 a weight is a DTensor, of which each process holds a slice. Gathering one is a collective operation: all
-ranks must call it.
-"""
+ranks must call it."""
 
 import os
 from datetime import timedelta

@@ -60,11 +60,10 @@ class FlopsPerToken(NamedTuple):
 def _flops(part: torch.nn.Module, frozen: int, trained: int) -> int:
     """Of a token: so many for each weight of the part's layers. A quantised matrix counts with its original size."""
     total = 0
-    for layer in part.modules():
-        if is_linear(layer) or isinstance(layer, torch.nn.Conv2d):
-            is_plain = isinstance(layer, torch.nn.Linear)
-            size = layer.in_features * layer.out_features if is_plain else layer.weight.numel()
-            total += size * (trained if layer.weight.requires_grad else frozen)
+    for layer in filter(lambda each: is_linear(each) or isinstance(each, torch.nn.Conv2d), part.modules()):
+        is_plain = isinstance(layer, torch.nn.Linear)
+        size = layer.in_features * layer.out_features if is_plain else layer.weight.numel()
+        total += size * (trained if layer.weight.requires_grad else frozen)
     return total
 
 

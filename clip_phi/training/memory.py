@@ -1,16 +1,17 @@
 """The memory and FLOPs of a training step, without running one; and the largest pack that fits a GPU.
 
 A formula over the shapes of the model. benchmarks/plan_counting.py counts the same tensor by tensor, and
-tests/test_plan.py compares the two. What cannot be counted is assumed, and marked as such.
-"""
+tests/test_plan.py compares the two. What cannot be counted is assumed, and marked as such."""
 
 import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate.utils import gather_object
 
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
@@ -23,6 +24,7 @@ from ..environment import GPUS, Gpu
 from .arguments import Stage2Arguments, TrainingArguments
 from .fsdp import is_sharded
 
+Ids = Sequence[Sequence[int]]
 GIB = 2**30
 CPU = Gpu("cpu", 0.1, "cpu-16", "CPU, 16 GB", 16e9 / GIB, "float32", has_varlen=False)  # assumed peak, of one core
 CARDS = {key: gpu for gpu in (*GPUS, CPU) for key in gpu.key.split()}
@@ -35,15 +37,8 @@ USUAL_TOKENS = 4096  # of a pack, where memory cannot be planned
 # The decoder layers that the formula knows, by their linear layers and number of norms.
 PHI = ({"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}, 1)
 LLAMA = ({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, 2)
-# Most memory beside the activations in the decoder's forward and backward pass, in bytes for each token and unit of
-# hidden + intermediate width: (Phi on CUDA, on a CPU, Llama on CUDA, on a CPU), counted on phi-2 and TinyLlama.
-# lora0: without dropout. nf4 is as no quantisation.
-PEAKS = {"frozen": (2.8, 6.4, 7.33, 15.73), "lora": (3.6, 7.2, 5.33, 10.67), "lora0": (2.77, 6.38, 5.77, 12.73)}
-PEAKS |= {"int8": (2.0, 5.58, 5.33, 10.67), "full": (3.07, 5.27, 4.27, 11.73)}
-# What is free again, in the same unit, where FlashAttention's backward pass allocates the sums of the query's gradient
-# in float32, for pieces padded to 128 queries and a head size padded to a multiple of 32: (Phi, Llama).
-FREED = {"frozen": (1.2, 5.47), "lora": (4.91, 10.25), "lora0": (3.31, 7.65), "int8": (4.91, 10.25)}
-FREED |= {"full": (5.15, 11.64)}
+# peaks and freed: what the decoder's passes take at their peak; memory.yaml says how it was counted.
+COUNTED = yaml.safe_load(Path(__file__).with_name("memory.yaml").read_text(encoding="utf-8"))
 
 
 def wants_sdpa(arguments: TrainingArguments) -> bool:
@@ -93,7 +88,7 @@ class Formula:
         self.trained = [*{id(each): each.numel() for part in parts for each in part.parameters()}.values(), *lora]
         self.parameters = sum(each.numel() for each in model.parameters()) + sum(lora)
 
-    def bill(self, conversation_ids: Sequence[Sequence[int]], supervised: int, copies: int = 1) -> dict[str, int]:
+    def bill(self, conversation_ids: Ids, supervised: int, copies: int = 1) -> dict[str, int]:
         """The memory in bytes, by item, of a run whose largest pack is this; see step."""
         step = self.step(conversation_ids, supervised, copies)[0]
         bill = self.fixed_bytes() | {name: int(size) for name, size in step.items()}
@@ -116,9 +111,7 @@ class Formula:
         items = {"frozen weights": frozen, "trained weights": 4 * trained, "gradients": 4 * trained}
         return items | {"optimizer": optimizer, "context": CONTEXT[self.is_cuda]}
 
-    def step(
-        self, conversation_ids: Sequence[Sequence[int]], supervised: int, copies: int = 1
-    ) -> tuple[dict[str, float], float, float]:
+    def step(self, conversation_ids: Ids, supervised: int, copies: int = 1) -> tuple[dict[str, float], float, float]:
         """A step on a pack: its memory in bytes by item, FLOPs of tower and projector, and all other FLOPs.
 
         conversation_ids: of each sample and token, as in make_pack_layout. supervised: tokens with a label in all of
@@ -156,11 +149,11 @@ class Formula:
             padded = sum(each.places.numel() for each in layout.buckets)
             attention = copies * (padded * 4 * (self.width * product + self.heads) + product * masks)
         layer, width = tokens * kept + attention + copied, tokens * (hidden + inner)
-        peak = width * PEAKS[self.kind][2 * self.is_llama + (not cuda)]
+        peak = width * COUNTED["peaks"][self.kind][2 * self.is_llama + (not cuda)]
         if self.card.has_varlen:
             sums = 4 * self.heads * -(-self.width // self.heads // 32) * 32
             sums *= tokens + 128 * copies * (len(layout.query_starts) - 1)
-            sums -= width * FREED[self.kind][self.is_llama]
+            sums -= width * COUNTED["freed"][self.kind][self.is_llama]
             peak = max(peak, sums)
         if self.arguments.gradient_checkpointing:  # one layer is computed anew at a time: measured on an H100
             peak += layer
