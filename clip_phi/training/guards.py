@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -185,11 +186,10 @@ def lock_run(folder: Path) -> Any:
 
 def check_room(folder: Path, needed: int = 0) -> None:
     """Raises OSError if the folder cannot be written or its disk has less room than the bytes needed."""
-    probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0" * 4096)
     except OSError as error:
         raise OSError(f"cannot write in {folder}: {error.strerror or error}; choose another --output_dir") from error
     free = shutil.disk_usage(folder).free

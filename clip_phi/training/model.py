@@ -1,8 +1,7 @@
 """The model and processor that training starts from, and the options as they are resolved for them."""
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,8 +33,7 @@ FEATURES = ("vision_feature_layer", "vision_feature_select_strategy")  # fields 
 def load_processor(arguments: TrainingArguments) -> ClipPhiProcessor:
     names, revisions = _origins(arguments)
     load = ClipPhiProcessor.from_backbones if revisions else ClipPhiProcessor.from_pretrained
-    with _named_weights(names):
-        return load_with_retries(load, *names, **revisions, **_fields(arguments, *FEATURES))
+    return _load(load, *names, **revisions, **_fields(arguments, *FEATURES))
 
 
 def _fields(arguments: TrainingArguments, *names: str) -> dict[str, Any]:
@@ -57,13 +55,12 @@ def load_model(
     Frozen weights are held in the precision they are used in: under autocast, float32 ones are cast at each use."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     names, revisions = _origins(arguments)
-    with _named_weights(names):
-        if isinstance(arguments, Stage1Arguments):
-            own = {"image_token_id": processor.image_token_id, **_fields(arguments, "projector_type", *FEATURES)}
-            model = load_with_retries(ClipPhiForCausalLM.from_backbones, *names, **revisions, **own, dtype=dtype)
-        else:
-            assert isinstance(arguments, Stage2Arguments)
-            model = _load_start(arguments, dtype, accelerator)
+    if isinstance(arguments, Stage1Arguments):
+        own = {"image_token_id": processor.image_token_id, **_fields(arguments, "projector_type", *FEATURES)}
+        model = _load(ClipPhiForCausalLM.from_backbones, *names, **revisions, **own, dtype=dtype)
+    else:
+        assert isinstance(arguments, Stage2Arguments)
+        model = _load_start(arguments, dtype, accelerator)
     if getattr(model, "hf_quantizer", None) is None and not is_sharded(accelerator):
         model = model.to(accelerator.device)
     refuse_other_attention(model)
@@ -167,11 +164,10 @@ def open_cache(
     return FeatureCache(arguments.cache_features, fingerprint_of(model, processor, arguments.image_processing), shape)
 
 
-@contextmanager
-def _named_weights(names: list[str]) -> Iterator[None]:
-    """Errors of loading name the backbones or the model, and the ways out."""
+def _load(load: Callable[..., Any], *names: str, **options: Any) -> Any:
+    """load_with_retries, whose errors name the backbones or the model, and the ways out."""
     try:
-        yield
+        return load_with_retries(load, *names, **options)
     except (OSError, HFValidationError) as error:
         raise OSError(
             f"cannot load {' and '.join(names)}: {error}\nA Hub id (user/name) needs a network the first "
@@ -183,7 +179,7 @@ def _load_start(arguments: Stage2Arguments, dtype: torch.dtype, accelerator: Acc
     kind, options = arguments.quantization, {}
     if kind != "none":
         options = {"quantization_config": quantization_config(kind, dtype), "device_map": {"": accelerator.device}}
-    model = load_with_retries(ClipPhiForCausalLM.from_pretrained, arguments.init_from, dtype=dtype, **options)
+    model = _load(ClipPhiForCausalLM.from_pretrained, arguments.init_from, dtype=dtype, **options)
     if kind != "none" and not model.config.delta:
         raise ValueError(
             f"--quantization {kind}: {arguments.init_from} is a merged model, and only a delta can be saved beside a "
