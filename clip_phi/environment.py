@@ -1,5 +1,6 @@
 """Versions, machine and devices of a run; memory and peak FLOP/s of a device."""
 
+import json
 import os
 import platform
 import re
@@ -40,35 +41,8 @@ class Gpu(NamedTuple):
     has_varlen: bool = True
 
 
-# The first whose name fits counts. Peaks: NVIDIA's data sheets, without sparsity; of GeForce cards twice the peak in
-# float32, as in the Ada whitepaper. Memory: as torch's out-of-memory messages state it, of GeForce cards 0.4 GiB less.
-GPUS = (
-    Gpu("A100", 312.0, "a100-40", "A100 40 GB", 39.4),
-    Gpu("A100", 312.0, "a100-80", "A100 80 GB", 79.1),
-    Gpu("H100 PCIe", 756.0),
-    Gpu("H100 NVL", 835.0),
-    Gpu("H100", 989.4, "h100-80 h100", "H100 SXM 80 GB", 79.1),
-    Gpu("GH200", 989.4),
-    Gpu("H200", 989.4, "h200-141 h200", "H200 141 GB", 139.7),
-    Gpu("B200", 2250.0, "b200", "B200 180 GB", 178.0),
-    Gpu("A10G", 70.0, "a10g", "A10G 24 GB", 22.0),
-    Gpu("A10", 125.0, "a10", "A10 24 GB", 22.0),
-    Gpu("L40S", 362.0, "l40s", "L40S 48 GB", 44.4),
-    Gpu("L40", 181.0, "l40", "L40 48 GB", 44.4),
-    Gpu("L4", 121.0, "l4-24 l4", "L4 24 GB", 22.0),
-    Gpu("T4", 65.0, "t4-16 t4", "T4 16 GB", 14.56, "float16", has_varlen=False),
-    Gpu("V100", 125.0, "v100-16 v100", "V100 16 GB", 15.77, "float16", has_varlen=False),
-    Gpu("RTX 5090", 209.5, "rtx5090", "RTX 5090 32 GB", 31.4),
-    Gpu("RTX 4090", 165.2, "rtx-24 rtx4090", "RTX 4090 24 GB", 23.6),
-    Gpu("RTX 4080", 97.5, "rtx4080", "RTX 4080 16 GB", 15.6),
-    Gpu("RTX 4070 Ti", 80.2, "rtx4070ti", "RTX 4070 Ti 12 GB", 11.6),
-    Gpu("RTX 4070", 58.3, "rtx4070", "RTX 4070 12 GB", 11.6),
-    Gpu("RTX 4060 Ti", 44.1, "rtx4060ti", "RTX 4060 Ti 16 GB", 15.6),
-    Gpu("RTX 4060", 30.2, "rtx-8 rtx4060", "RTX 4060 8 GB", 7.6),
-    Gpu("RTX 3090", 71.0, "rtx3090", "RTX 3090 24 GB", 23.6),
-    Gpu("RTX 3080", 59.5, "rtx3080", "RTX 3080 10 GB", 9.6),
-    Gpu("RTX 3060", 25.5, "rtx3060", "RTX 3060 12 GB", 11.6),
-)
+# The first whose name fits counts.
+GPUS = tuple(Gpu(*row) for row in json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))["gpus"])
 
 
 def find_gpu(name: str) -> Gpu | None:
