@@ -22,10 +22,8 @@ def add_to(commands: Any) -> None:
     add_json(inspect, "the summary as one json object")
     help = "file (several times: files); .json: the summary; .html: samples, and the summary with --summary; .png: "
     add("--output", action="append", default=[], metavar="FILE", help=f"{help}histograms of lengths, and images")
-    help = (
-        f"folder or Hub id of the model whose tokenizer is used (default: the newest of {', '.join(MODELS)}, or else "
-    )
-    add("--model", metavar="PATH_OR_ID", help=f"{help}the small backbones of the project)")
+    help = f"(default: the newest of {', '.join(MODELS)}, or else the small backbones of the project)"
+    add("--model", metavar="PATH_OR_ID", help=f"folder or Hub id of the model whose tokenizer is used {help}")
     add("--max_length", type=positive, default=2048, help="longest sample in tokens, as in training")
     help = "processes that open images; 0: this process alone (default: %(default)s, the number of cores)"
     add("--num_workers", type=natural, default=os.cpu_count(), help=help)
@@ -75,7 +73,7 @@ def run_download(arguments: argparse.Namespace) -> None:
 def run_draw_data(arguments: argparse.Namespace) -> None:
     from ..data.synthetic import write_dataset
 
-    write_dataset(arguments.folder, arguments.num_train, arguments.num_val, arguments.seed)
-    written = {"folder": arguments.folder, "num_train": arguments.num_train, "num_val": arguments.num_val}
-    text = f"{arguments.num_train} training and {arguments.num_val} validation images are in {arguments.folder}"
-    print(json.dumps(written | {"seed": arguments.seed}) if arguments.json else text)
+    written = {name: getattr(arguments, name) for name in ("folder", "num_train", "num_val", "seed")}
+    write_dataset(**written)
+    text = "{num_train} training and {num_val} validation images are in {folder}".format(**written)
+    print(json.dumps(written) if arguments.json else text)

@@ -32,11 +32,9 @@ def add_to(commands: Any) -> None:
     add("--clip", metavar="CLIP", help=help)
     add("--meteor", action="store_true", help="METEOR as well (needs Java and clip-phi[metrics])")
     add("--device", help="for example cuda:1 or cpu (default: what Accelerate finds)")
-    help = (
-        "folder for result, samples, page, images and the results file that evaluation servers of VQAv2 and COCO read "
-    )
-    help += "(default: MODEL/evaluation, or outputs/evaluation for one on "
-    add("--output_dir", metavar="DIR", help=f"{help}the Hub)")
+    help = "folder for result, samples, page, images and the results file that evaluation servers of VQAv2 and COCO"
+    help += " read (default: MODEL/evaluation, or outputs/evaluation for one on the Hub)"
+    add("--output_dir", metavar="DIR", help=help)
 
     help = "the better one of two evaluated models, with a confidence interval"
     compare = add_command(commands, "compare", run_compare, help)

@@ -33,9 +33,8 @@ def add_to(commands: Any) -> None:
     help = "a model from a projector that a notebook, LLaVA or Lightning saved"
     projector = add_command(commands, "import-projector", run_import_projector, help)
     add = projector.add_argument
-    add(
-        "file", metavar="FILE", help="its state dict, or a checkpoint with one: clipphi_proj.pth, mm_projector.bin, ..."
-    )
+    help = "its state dict, or a checkpoint with one: clipphi_proj.pth, mm_projector.bin, ..."
+    add("file", metavar="FILE", help=help)
     add("folder", metavar="DIR", help="folder to write the model to")
     add("--vision_backbone", help="folder or Hub id of the vision tower (default: as in training)")
     add("--text_backbone", help="folder or Hub id of the decoder (default: as in training)")
@@ -52,17 +51,9 @@ def run_push(arguments: argparse.Namespace) -> None:
     model = choose_model(arguments)
     from ..hub.push import push
 
-    pushed = push(
-        model,
-        arguments.repo_id,
-        private=arguments.private or None,
-        branch=arguments.revision,
-        tag=arguments.tag,
-        create_pr=arguments.create_pr,
-        merged=arguments.merged,
-        message=arguments.message,
-        images=not arguments.no_images,
-    )
+    options = {name: getattr(arguments, name) for name in ("tag", "create_pr", "merged", "message")}
+    options |= {"private": arguments.private or None, "branch": arguments.revision, "images": not arguments.no_images}
+    pushed = push(model, arguments.repo_id, **options)
     print(json.dumps(asdict(pushed)) if arguments.json else pushed)
 
 
@@ -79,9 +70,8 @@ def run_import_projector(arguments: argparse.Namespace) -> None:
     from ..export.legacy_projector import import_projector
     from ..training.arguments import TEXT_BACKBONE, VISION_BACKBONE
 
-    vision = arguments.vision_backbone or VISION_BACKBONE
-    text = arguments.text_backbone or TEXT_BACKBONE
-    folder = arguments.folder
+    file, folder = arguments.file, arguments.folder
+    vision, text = arguments.vision_backbone or VISION_BACKBONE, arguments.text_backbone or TEXT_BACKBONE
     more = {"layer": arguments.vision_feature_layer, "block": arguments.block, "adapter": arguments.adapter}
-    done = import_projector(arguments.file, vision, text, Path(folder), **more)
+    done = import_projector(file, vision, text, Path(folder), **more)
     print(json.dumps(done) if arguments.json else f"wrote {folder}; try: clip-phi caption --model {folder} IMAGE")

@@ -24,9 +24,9 @@ def add_to(commands: Any) -> None:
     transcribe = add_command(actions, "transcribe", run_transcribe, help)
     transcribe.add_argument("recording", nargs="?", metavar="RECORDING", help="any sound or video file")
     help = (
-        f"data sets whose transcripts are stored for training: {DATA}; the options engine=, speech_model=, language= "
+        "the options engine=, speech_model=, language= and max_speech_seconds= in DATA choose how they are transcribed"
     )
-    add_data(transcribe, f"{help}and max_speech_seconds= in DATA choose how they are transcribed")
+    add_data(transcribe, f"data sets whose transcripts are stored for training: {DATA}; {help}")
     add_asr_options(transcribe)
     transcribe.add_argument("--word_timestamps", action="store_true", help="times of words (with --json)")
     add_json(transcribe, "one json object for the recording or each data set")
@@ -70,9 +70,8 @@ def transcribe(file: str, arguments: argparse.Namespace) -> Any:
 
     clip = load_audio(file, arguments.max_speech_seconds or DEFAULT.max_seconds)
     engine, model = arguments.engine or DEFAULT.engine, arguments.speech_model or DEFAULT.model
-    device, words = arguments.speech_device, getattr(arguments, "word_timestamps", False)
-    transcriber = make_transcriber(engine, model, device, arguments.language, arguments.compute_type, words)
-    with closing(transcriber):
+    how = (arguments.speech_device, arguments.language, arguments.compute_type)
+    with closing(make_transcriber(engine, model, *how, getattr(arguments, "word_timestamps", False))) as transcriber:
         transcript = transcriber.transcribe(clip)
     if not arguments.json:
         print(plain(f"clip-phi: {transcript.engine}: {transcript.text or '(no speech)'}"), file=sys.stderr)
@@ -87,17 +86,14 @@ def run_transcribe(arguments: argparse.Namespace) -> None:
     if (arguments.recording is None) == (not arguments.data):
         raise ValueError("transcribe needs either a RECORDING or --data DATA")
     if arguments.data:
-        _transcribe_data(arguments)
-        return
+        return _transcribe_data(arguments)
     transcript = transcribe(arguments.recording, arguments)
-    if arguments.json:
-        found = asdict(transcript) | {"model": arguments.speech_model or DEFAULT.model}
-        found["segments"] = [
-            segment._asdict() | {"words": [word._asdict() for word in segment.words]} for segment in transcript.segments
-        ]
-        print(json.dumps(found))
-    else:
-        print(plain(transcript.text))
+    if not arguments.json:
+        return print(plain(transcript.text))
+    found = asdict(transcript) | {"model": arguments.speech_model or DEFAULT.model}
+    parts = transcript.segments
+    found["segments"] = [part._asdict() | {"words": [word._asdict() for word in part.words]} for part in parts]
+    print(json.dumps(found))
 
 
 def _transcribe_data(arguments: argparse.Namespace) -> None:
@@ -122,9 +118,8 @@ def run_dataset(arguments: argparse.Namespace) -> None:
     from ..speech.spoken_data import synthesize_questions
     from ..speech.tts import make_tts
 
-    output = arguments.output
-    speaker = make_tts(arguments.voice)
-    found = synthesize_questions(Path(arguments.annotations), output, speaker, arguments.share, arguments.seed)
+    annotations, output = Path(arguments.annotations), arguments.output
+    found = synthesize_questions(annotations, output, make_tts(arguments.voice), arguments.share, arguments.seed)
     print(json.dumps(asdict(found)) if arguments.json else found)
     if not arguments.json:
         data = f"llava:{output},images=IMAGES,recordings={output.with_suffix('')}"
