@@ -28,7 +28,7 @@ outputs/demo/model/config.json:
 test: install
 	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile --cov=modeling_clip_phi --cov-fail-under=95)
 
-test-demo: install
+test-demo: demo
 	$(BIN)/python -m pytest -m demo $(ARGS)
 
 test-full-size: install

@@ -200,7 +200,8 @@ def build_model(
         for module in model.model.language_model.modules():
             if kind != "none" and isinstance(module, torch.nn.Linear):
                 module.__class__, module.kind = QuantizedLinear, kind  # type: ignore[assignment]
-        make_trainable(model, replace(arguments, gradient_checkpointing=False), torch.device("meta"), dtype)
+        plain = replace(arguments, gradient_checkpointing=False, attention="sdpa")  # both follow below
+        make_trainable(model, plain, torch.device("meta"), dtype)
     if varlen is None:
         varlen = dtype.itemsize == 2
     # The varlen kernel of CUDA in half precision, or SDPA, which accepts meta tensors as it is.

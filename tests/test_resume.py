@@ -9,9 +9,11 @@ import sys
 import time
 
 import pytest
+import torch
 from helpers import ROOT, metrics, run, stage1
 
 from clip_phi.data.synthetic import write_dataset
+from clip_phi.training.checkpoint import random_state, restore_random_state
 
 SHORT = ("--num_train_epochs", 2, "--gradient_accumulation_steps", 1, "--save_steps", 2, "--save_total_limit", 2)
 
@@ -83,11 +85,14 @@ def test_another_run_is_not_gone_on_with_and_the_difference_is_named(change, mes
 
 def test_what_may_differ_is_said(whole, data, backbones, tmp_path):
     copy = resume_from(whole, tmp_path, 4)
-    done = run(
-        *stage1(data, backbones, copy, *SHORT, "--resume_from_checkpoint", "--learning_rate", 0.5, "--logging_steps", 2)
-    )
+    options = ("--resume_from_checkpoint", "--learning_rate", 0.5, "--weight_decay", 0.25, "--logging_steps", 1)
+    done = run(*stage1(data, backbones, copy, *SHORT, *options))
+    before, now = (metrics(folder, "learning_rate/projector") for folder in (whole, copy))
+    assert {step: now[step] for step in (5, 6)} == pytest.approx({step: 500 * before[step] for step in (5, 6)})
+    groups = torch.load(copy / "checkpoints/step-00000006/state.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.25, 0]  # biases have none
     assert "another learning_rate: 0.001 then, 0.5 now. It is allowed; the result will be different" in done.stdout
-    assert "logging_steps" not in done.stdout
+    assert "another weight_decay: 0.0 then, 0.25 now" in done.stdout and "logging_steps" not in done.stdout
     assert {step: metrics(copy, "loss")[step] for step in (1, 2, 3, 4)} == {
         step: metrics(whole, "loss")[step] for step in (1, 2, 3, 4)
     }
@@ -171,3 +176,18 @@ def test_a_folder_that_cannot_be_written_is_one_line(data, backbones, tmp_path):
     done = run(*stage1(data, backbones, tmp_path / "run", *SHORT, "--debug", False), expect=2)
     assert f"cannot write a training checkpoint in {tmp_path}/run/checkpoints" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_random_numbers_of_more_gpus_than_there_are_now_are_restored(monkeypatch):
+    """Earlier versions saved those of all devices; today each process saves its own."""
+    restored = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: restored.append(state.tolist()))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7]))
+    state = random_state()
+    restore_random_state(state)
+    restore_random_state(state | {"cuda": [torch.tensor([1]), torch.tensor([2]), torch.tensor([3])]})
+    restore_random_state(state | {"cuda": [torch.tensor([4])]})
+    restore_random_state(state | {"cuda": []})
+    assert restored == [[7], [2], [4]]

@@ -1,8 +1,6 @@
 """Attention of packed sequences: many samples, concatenated without padding, each attending to itself only.
 
-All other layers treat tokens independently, so a sequence of many samples costs what its tokens cost. PackLayout says
-which tokens attend to which, and nothing is computed between samples.
-"""
+All other layers treat tokens independently. PackLayout says which tokens attend to which; nothing else is computed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,11 +41,10 @@ class Bucket(NamedTuple):
 class PackLayout(NamedTuple):
     """Which tokens attend to which: to the prefix and to their own conversation, up to themselves.
 
-    buckets: for SDPA.
-    places_in_buckets: int64 (tokens,), the place of each token in the concatenated outputs of the buckets.
-    key_places, query_starts, key_starts, longest: for kernels of variable length: int64 (keys,), int32 (pieces + 1,),
-        int32 (pieces + 1,), (queries, keys). A piece is a prefix or a conversation; its keys are the prefix's and its
-        own, and its last query attends to all of them (causal, aligned at the end)."""
+    buckets: for SDPA. places_in_buckets: int64 (tokens,), where each token is in their concatenated outputs.
+    key_places: int64 (keys,), query_starts, key_starts: int32 (pieces + 1,), longest: (queries, keys): for kernels of
+        variable length. A piece is a prefix or a conversation; its keys are the prefix's and its own, and its last
+        query attends to all of them (causal, aligned at the end)."""
 
     buckets: list[Bucket]
     places_in_buckets: Tensor
@@ -68,24 +65,22 @@ def make_pack_layout(conversation_ids: Sequence[Sequence[int]]) -> PackLayout:
         positions = torch.zeros_like(places)
         ids = torch.full((len(samples), length), -1)  # padding is a conversation of its own: a query needs a key
         for number, sample in enumerate(samples):
-            inside = torch.arange(lengths[sample])
-            places[number, : lengths[sample]] = inside + starts[sample]
-            ids[number, : lengths[sample]] = torch.tensor(conversation_ids[sample])
-            starts_at = np.searchsorted(conversation_ids[sample], conversation_ids[sample])  # of each conversation
-            prefix = conversation_ids[sample].count(0) * (ids[number, : lengths[sample]] > 0)
-            positions[number, : lengths[sample]] = inside - torch.from_numpy(starts_at) + prefix
+            inside, its_ids = torch.arange(lengths[sample]), conversation_ids[sample]
+            places[number, inside] = inside + starts[sample]
+            ids[number, inside] = torch.tensor(its_ids)
+            starts_at = torch.from_numpy(np.searchsorted(its_ids, its_ids))  # of each conversation
+            positions[number, inside] = inside - starts_at + its_ids.count(0) * (ids[number, inside] > 0)
             places_in_buckets[inside + starts[sample]] = inside + filled + number * length
         several = any(len(set(conversation_ids[sample]) - {0}) > 1 for sample in samples)
         mask = ((ids[:, None] == 0) | (ids[:, None] == ids[..., None])).tril().unsqueeze(1) if several else None
         buckets.append(Bucket(places, mask, positions))
         filled += places.numel()
-    queries, keys = [0], [0]
-    key_places: list[np.ndarray] = []
+    queries, keys, key_places = [0], [0], list[np.ndarray]()
     for start, ids in zip(starts, conversation_ids, strict=False):
         cuts = [0, *(np.flatnonzero(np.diff(ids)) + 1), len(ids)]
         prefix = cuts[1] if ids[0] == 0 else 0
         for first, stop in zip(cuts, cuts[1:], strict=False):
-            seen = np.arange(first, stop) if first == 0 else np.concatenate([np.arange(prefix), np.arange(first, stop)])
+            seen = np.concatenate([np.arange(prefix if first else 0), np.arange(first, stop)])
             key_places.append(seen + start)
             queries.append(queries[-1] + int(stop - first))
             keys.append(keys[-1] + len(seen))
@@ -106,19 +101,14 @@ def _alike(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    kernel: bool = True,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. query: (1, heads, tokens, head size). Returns (1, tokens, heads, head size).
 
-    With a keyword pack_layout, torch's varlen kernel where there is one, else or without kernel SDPA by bucket; of each
-    query, the last sliding_window keys. Without a layout, plain SDPA. Raises ValueError for keywords that ask for
+    With a keyword pack_layout, torch's varlen kernel where there is one, else or with kernel=False SDPA by bucket; of
+    each query, the last sliding_window keys. Without a layout, plain SDPA. Raises ValueError for keywords that ask for
     another attention."""
+    kernel = kwargs.pop("kernel", True)
     if (pack_layout := kwargs.pop("pack_layout", None)) is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert not kwargs.get("dropout"), "the decoder's dropout is 0"
@@ -145,11 +135,9 @@ def context_length(config: Any) -> int | None:
     With "longrope" positions (Phi-3, Phi-4) it is that of the pretraining: beyond, a long conversation would change
     the positions of all that are packed or batched with it."""
     text = config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None)
     positions = getattr(text, "rope_parameters", None) or {}
-    if positions.get("rope_type") == "longrope":
-        return positions.get("original_max_position_embeddings") or longest
-    return longest
+    original = positions.get("original_max_position_embeddings") if positions.get("rope_type") == "longrope" else None
+    return original or getattr(text, "max_position_embeddings", None)
 
 
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_size: int = 64) -> bool:
@@ -203,10 +191,9 @@ def use_packed_attention(model: Any) -> None:
 def refuse_other_attention(model: Any) -> None:
     """Raises ValueError for a decoder in which packed samples would change each other's results.
 
-    Layers that carry a state from token to token are known by their class and names. All else is found by running
-    it, with short sliding windows where it has any: a pack of random tokens, and each conversation of it alone.
-
-    model: a ClipPhiForCausalLM in eval mode. Its decoder has its own attention again afterwards."""
+    model: a ClipPhiForCausalLM in eval mode; its decoder keeps its attention. Layers that carry a state from token to
+    token are known by their class and names. All else is found by running it, with short sliding windows where it has
+    any: a pack of random tokens, and each conversation of it alone."""
     decoder, config, device = model.model.language_model, model.config.get_text_config(), model.device
     refused = f"{config.model_type!r} decoders are not supported"
     hint = "choose one with causal attention alone, such as Phi, Llama, Qwen 2 or 3, SmolLM, Mistral or Gemma 3"
@@ -236,14 +223,11 @@ def refuse_other_attention(model: Any) -> None:
     expected = torch.cat([alone[0], alone[1][3:], alone[2]])
     difference = ((packed - expected).norm(dim=-1) / expected.norm(dim=-1)).float()
     # Nothing comes before the first conversation: its difference is rounding, of half precision and quantised layers.
-    coarse = {torch.bfloat16, torch.float16, torch.int8, torch.uint8}
-    is_exact = device.type == "cpu" and not coarse & {
-        each.dtype for each in (*decoder.parameters(), *decoder.buffers())
-    }
+    coarse, tensors = {torch.bfloat16, torch.float16, torch.int8, torch.uint8}, (decoder.parameters, decoder.buffers)
+    is_exact = device.type == "cpu" and not coarse & {each.dtype for all_of in tensors for each in all_of()}
     # A kernel for few tokens rounds in another way: with nf4 on CUDA the first conversation may be equal, and no other.
     least, rounding = (1e-4, 1e-4) if is_exact else (0.02, 0.05)
-    limit = difference[:9].median().mul(10).clamp(least, rounding)
-    if not difference[9:].median() < limit:
+    if not difference[9:].median() < difference[:9].median().mul(10).clamp(least, rounding):
         raise ValueError(f"{refused}: packed samples would change each other's results; {hint}")
 
 

@@ -25,10 +25,9 @@ REFRESH_SECONDS = 30  # between looks at what other processes have written to th
 
 
 class LoadedImage(NamedTuple):
-    """An image for the model.
+    """An image for the model, and its key in the FeatureCache, if there is one.
 
-    tensor: float32 pixel values (3, height, width), or bfloat16 features (patches, vision hidden) of a FeatureCache.
-    key: of the cache, if there is one."""
+    tensor: float32 pixel values (3, height, width), or bfloat16 features (patches, vision hidden) of the cache."""
 
     tensor: torch.Tensor
     key: bytes | None = None
@@ -41,8 +40,7 @@ class ImageReader:
     """Loads images, in a worker. Raises RecordError if one cannot be read."""
 
     def __init__(self, processor: Any, pixels: PixelMode = "exact", cache: FeatureCache | None = None):
-        self.preprocess = Preprocessor(processor.image_processor, pixels)
-        self.cache = cache
+        self.preprocess, self.cache = Preprocessor(processor.image_processor, pixels), cache
         self._refreshed = time.monotonic()
 
     def __call__(self, image: File | bytes) -> LoadedImage:
@@ -70,9 +68,7 @@ class SampleDataset(Dataset):
 
     def __init__(self, sources: Sequence[Index], read: ImageReader, conversations_per_image: int | None = None):
         """conversations_per_image: None for all. Otherwise so many, and the next pass takes the next ones."""
-        self.sources = sources
-        self.read = read
-        self.conversations_per_image = conversations_per_image
+        self.sources, self.read, self.conversations_per_image = sources, read, conversations_per_image
         self.stops = np.cumsum([len(source) for source in sources])
 
     def __len__(self) -> int:
@@ -83,8 +79,7 @@ class SampleDataset(Dataset):
         return np.concatenate([source.packed_lengths(self.conversations_per_image) for source in self.sources])
 
     def __getitem__(self, place: tuple[int, int]) -> Item:
-        source_pass, index = place
-        source, index = self._find(index)
+        source_pass, (source, index) = place[0], self._find(place[1])
         available = source.num_conversations(index)
         taken = min(self.conversations_per_image or available, available)
         conversations = [(source_pass * taken + step) % available for step in range(taken)]
@@ -127,8 +122,7 @@ class SampleStream(IterableDataset):
 def collate(items: Sequence[Item], pad_token_id: int) -> PackedBatch:
     loaded = [item for item in items if not isinstance(item, Skip)]
     images = [image for _, its_images in loaded for image in its_images]
-    pixels = [image.tensor for image in images if image.tensor.dim() == 3]
-    features = [image.tensor for image in images if image.tensor.dim() == 2]
+    features, pixels = ([image.tensor for image in images if image.tensor.dim() == dim] for dim in (2, 3))
     batch = pack_samples([sample for sample, _ in loaded], torch.stack(pixels) if pixels else None, pad_token_id)
     if features:
         batch.inputs["vision_features"] = torch.stack(features)
@@ -159,10 +153,8 @@ def add_image_features(batch: PackedBatch, model: Any, cache: FeatureCache | Non
 
 
 def _outlive_the_step(worker: int) -> None:
-    """A signal that stops a run often goes to all its processes, but the step in progress needs its data.
-
-    So a worker ends some seconds after SIGTERM, which is also how Python ends it at exit. It ends without an error:
-    torch would raise one in the training process."""
+    """A signal that stops a run often goes to all its processes, but the step in progress needs its data: a worker ends
+    some seconds after SIGTERM, as which Python's own exit comes too, and without an error that torch would raise."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
@@ -172,14 +164,8 @@ def make_loader(
     dataset: SampleDataset | SampleStream, batches: Any, processor: Any, num_workers: int, pin_memory: bool = False
 ) -> DataLoader:
     """batches: an EndlessSampler or any list of lists of (pass, index); for a SampleStream the size of a batch."""
-    how = {"batch_size": batches} if isinstance(dataset, SampleStream) else {"batch_sampler": batches}
-    return DataLoader(
-        dataset,
-        collate_fn=partial(collate, pad_token_id=processor.tokenizer.pad_token_id),
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_outlive_the_step,
-        generator=torch.Generator(),  # else each pass would draw from the generator that dropout uses
-        persistent_workers=num_workers > 0,
-        **how,
-    )
+    how: dict[str, Any] = {"batch_size" if isinstance(dataset, SampleStream) else "batch_sampler": batches}
+    how |= {"num_workers": num_workers, "pin_memory": pin_memory, "persistent_workers": num_workers > 0}
+    how["collate_fn"] = partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
+    how["generator"] = torch.Generator()  # else each pass would draw from the generator that dropout uses
+    return DataLoader(dataset, worker_init_fn=_outlive_the_step, **how)

@@ -47,8 +47,7 @@ def encode_samples(
                 report.skip(Skip(error.kind, origin, error.detail))
             else:
                 fitting.append((conversation, origin, tokens))
-        parts: list[list[tuple[Conversation, str, Encoded]]] = []
-        room = 0
+        parts, room = list[list[tuple[Conversation, str, Encoded]]](), 0
         for each in fitting:
             if not parts or len(each[2].ids) > room:
                 parts.append([])
@@ -84,8 +83,8 @@ def _fit(
         raise RecordError(kind, "it can be evaluated on, not trained on")
     # An answer ends where the next token is not supervised.
     following = [*tokens.labels[1:], IGNORE_INDEX]
-    pairs = enumerate(zip(tokens.labels, following, strict=True), start=1)
-    ends = [place for place, (label, after) in pairs if label != IGNORE_INDEX == after]
+    pairs = zip(tokens.labels, following, strict=True)
+    ends = [place for place, (label, after) in enumerate(pairs, start=1) if label != IGNORE_INDEX == after]
     if not ends:
         raise RecordError("no supervised token")
     if prefix + len(tokens.ids) <= max_length:

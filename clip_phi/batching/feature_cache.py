@@ -1,10 +1,9 @@
 """The patch features of a frozen vision tower on disk: a run that finds them opens no image and runs no tower.
 
 One folder for each fingerprint of what decides the features. In it each writer has a pair of files: shard-NAME.bin has
-bfloat16 features, one row for each image, and shard-NAME.index the keys of the images. A row is on disk before the
-index names it, and each entry of the index has a checksum of itself and one of its row. So whatever stops a writer
-(SIGKILL, a power cut, a full disk) costs the rows that it is writing and nothing else, and bytes that have changed on
-disk cost their row: it is computed again, and stored once more."""
+bfloat16 features, a row for each image, and shard-NAME.index the keys of the images, with checksums of the entry and
+of the row, which is on disk before. So whatever stops a writer (SIGKILL, a power cut, a full disk) costs the rows that
+it is writing and nothing else, and bytes that have changed on disk cost their row: it is computed and stored again."""
 
 import errno
 import hashlib
@@ -32,12 +31,11 @@ RECORD = struct.Struct(f"<{KEY_BYTES}sIII")  # of an index: key, row, checksum o
 
 
 def image_key(source: File | bytes) -> bytes:
-    """16 bytes that change when an image does, found without opening it.
+    """16 bytes that change when an image does, found without opening it. Raises RecordError if there is no such file.
 
-    Bytes are hashed. A file has its path, size and modification time; a member of a zip archive has these of the
-    archive, its name and its checksum there; a cell of an Arrow file has these of the file and its place. So an image
-    that is touched or moved is computed anew. One that is overwritten with another of equal size, with its time set
-    back by hand, is not noticed. Raises RecordError if there is no such file."""
+    Of bytes a hash; of a file its path, size and modification time; of a member of a zip archive these of the archive,
+    its name and its checksum there; of a cell of an Arrow file these of the file and its place. So a touched or moved
+    image is computed anew; one of equal size put in its place, with the time set back by hand, is not noticed."""
     if isinstance(source, bytes):
         return hashlib.blake2b(source, digest_size=KEY_BYTES, person=b"bytes").digest()
     with image_errors(str(source)):
@@ -68,10 +66,10 @@ def fingerprint_of(model: Any, processor: Any, pixels: PixelMode = "exact") -> s
 
 
 class FeatureCache:
-    """Features by image key. Any number of processes may read and write one cache at once.
+    """Features by image key. Any number of processes and threads may read and write one cache at once.
 
     It may be opened before or after workers are forked, and pickled: files are opened where they are used, and a
-    process writes only to a shard of its own. refresh() reads what other processes have added. Threads may share it."""
+    process writes only to a shard of its own."""
 
     def __init__(self, folder: str | Path, fingerprint: str, shape: tuple[int, int]):
         """shape: (patches, vision hidden). Raises ValueError if the folder holds other features under this name, and
@@ -113,15 +111,12 @@ class FeatureCache:
         """Drop a row whose bytes have changed on disk; another writer's row of this image may be left."""
         if not self._found_damage:
             self._found_damage = True
-            print(
-                f"--cache_features {self.root}: {place.shard}.bin is damaged; what is wrong in it is computed again",
-                file=sys.stderr,
-            )
+            what = f"{place.shard}.bin is damaged; what is wrong in it is computed again"
+            print(f"--cache_features {self.root}: {what}", file=sys.stderr)
         with self._lock:
             if self._places.get(key) is place:
                 del self._places[key]
-                if place.older is not None:
-                    self._places[key] = place.older
+                self._places |= {key: place.older} if place.older else {}
 
     def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
         """Add features: float (keys, patches, vision hidden), rounded to bfloat16. A cached key stays as it is.
@@ -143,12 +138,10 @@ class FeatureCache:
                     self._places[key] = _Place(self._writer.shard, row, checksum)
             except OSError as error:
                 self._close_writer()  # its index may name some of these rows, so they must not be overwritten
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                raise OSError(
-                    error.errno,
-                    f"--cache_features {self.root}: {'the disk is full' if full else error.strerror}. The features of "
-                    f"{len(self):,} images, {self.row_bytes:,} bytes each, stay there and stay readable",
-                ) from error
+                reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+                kept = f"The features of {len(self):,} images, {self.row_bytes:,} bytes each, stay there"
+                message = f"--cache_features {self.root}: {reason}. {kept} and stay readable"
+                raise OSError(error.errno, message) from error
 
     def refresh(self) -> None:
         """Read what other processes have added."""
@@ -166,12 +159,11 @@ class FeatureCache:
         except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
             found, checked = None, False
         if not checked:  # absent or damaged; the folder has the fingerprint's name
-            temporary = self.folder / f"about-{secrets.token_hex(6)}"
-            with open(temporary, "w", encoding="utf-8") as file:
+            with open(self.folder / f"about-{secrets.token_hex(6)}", "w", encoding="utf-8") as file:
                 json.dump(about | {"checksum": _checksum_of(about)}, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(file.name, path)
         elif found != about:
             raise ValueError(f"--cache_features: {path} has {found}, not {about}: remove {self.folder}")
 
@@ -221,11 +213,9 @@ class _Writer:
         data = rows.contiguous().view(torch.uint8).numpy().reshape(len(keys), -1)
         _write(self.data, data.reshape(-1).data)
         os.fsync(self.data)
-        records = [
-            (key, row, zlib.crc32(part)) for row, (key, part) in enumerate(zip(keys, data, strict=True), self.rows)
-        ]
-        packed = (RECORD.pack(*record, _checksum(*record)) for record in records)
-        _write(self.index, memoryview(b"".join(packed)))
+        numbered = enumerate(zip(keys, data, strict=True), self.rows)
+        records = [(key, row, zlib.crc32(part)) for row, (key, part) in numbered]
+        _write(self.index, memoryview(b"".join(RECORD.pack(*record, _checksum(*record)) for record in records)))
         self.rows += len(keys)
         return records
 

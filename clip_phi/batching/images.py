@@ -96,12 +96,11 @@ def has_heif() -> bool:
 
 def image_suffixes() -> dict[str, str | None]:
     """Endings of image files, in lower case: None, or what must be installed to read them."""
-    found = {suffix: None for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-    return (
-        found
-        | dict.fromkeys((".avif", ".avifs"), None if features.check("avif") else NEEDS_AVIF)
-        | dict.fromkeys(HEIF_SUFFIXES, None if has_heif() else NEEDS_HEIF)
+    found: dict[str, str | None] = dict.fromkeys(
+        s for s, kind in Image.registered_extensions().items() if kind in FORMATS
     )
+    found |= dict.fromkeys((".avif", ".avifs"), None if features.check("avif") else NEEDS_AVIF)
+    return found | dict.fromkeys(HEIF_SUFFIXES, None if has_heif() else NEEDS_HEIF)
 
 
 def pixel_hash(image: Image.Image) -> str:
@@ -115,14 +114,13 @@ class Preprocessor:
     """What image_processor(load_image(source), return_tensors="pt")["pixel_values"][0] gives, in less time.
 
     A call with a source of load_image returns float32 (3, height, width), or raises its RecordError.
-
     mode "exact": bit-equal, 1.4 times as fast. For a CLIPImageProcessorPil that resizes the shortest edge to `size` by
         any resampling of PIL, crops the centre and pads nothing, with any rescaling, mean and std. Any other image
         processor, or one that crops more than it resizes to, is called itself.
-    mode "fast": 3.3 times as fast. No 8-bit value is more than one level off, and fewer than 1 % of a photo's are.
-        simplejpeg decodes to the same pixels as PIL, but torch resizes with weights of 16 bits, PIL with weights of
-        32. For RGB JPEGs without EXIF rotation that decode without a warning and are reduced FAST_REDUCTION times or
-        more by bicubic resampling; for all others the mode is "exact". Raises ImportError without simplejpeg."""
+    mode "fast": 3.3 times as fast. No 8-bit value is more than one level off, and fewer than 1 % of a photo's are:
+        torch resizes with weights of 16 bits, PIL with weights of 32. For RGB JPEGs without EXIF rotation that decode
+        without a warning and are reduced FAST_REDUCTION times or more by bicubic resampling; for all others the mode
+        is "exact". Raises ImportError without simplejpeg."""
 
     def __init__(self, image_processor: Any, mode: PixelMode = "exact"):
         if mode not in get_args(PixelMode):
@@ -138,10 +136,8 @@ class Preprocessor:
 
     def __call__(self, source: Source) -> torch.Tensor:
         data, name = _read(source)
-        if (
-            self.fast
-            and (rgb := _decode_plain_jpeg(data, FAST_REDUCTION * self.image_processor.size.shortest_edge)) is not None
-        ):
+        least = FAST_REDUCTION * self.image_processor.size.shortest_edge if self.fast else 0
+        if self.fast and (rgb := _decode_plain_jpeg(data, least)) is not None:
             return self._look_up(self._resize_fast(rgb))
         return self.of_image(_decode(data, name))
 
@@ -183,17 +179,12 @@ class Preprocessor:
 
 
 def _is_known(image_processor: Any) -> bool:
-    if type(image_processor) is not CLIPImageProcessorPil:
+    its = image_processor
+    if type(its) is not CLIPImageProcessorPil or not (its.do_resize and its.do_center_crop) or its.do_pad:
         return False
-    size, crop = image_processor.size, image_processor.crop_size
-    return (
-        image_processor.do_resize
-        and image_processor.do_center_crop
-        and not image_processor.do_pad
-        and isinstance(image_processor.resample, int)
-        and {name for name, value in dict(size).items() if value} == {"shortest_edge"}
-        and max(crop.height, crop.width) <= size.shortest_edge
-    )
+    by_edge = {name for name, value in dict(its.size).items() if value} == {"shortest_edge"}
+    crop = max(its.crop_size.height, its.crop_size.width)
+    return isinstance(its.resample, int) and by_edge and crop <= its.size.shortest_edge
 
 
 def _level_table(image_processor: Any) -> np.ndarray:
@@ -248,10 +239,8 @@ def _refuse_costly_jpeg(data: bytes, name: str) -> None:
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             frame = data[place - 1 : place + 8]
         # Only one scan is read of an image that is sequential and has all its components in the first one.
-        is_whole = (
-            marker == 0xDA and frame[:1] in (b"\xc0", b"\xc1", b"\xc9") and data[place + 2 : place + 3] == frame[-1:]
-        )
-        if is_whole or marker == 0xD9:
+        is_sequential, components = frame[:1] in (b"\xc0", b"\xc1", b"\xc9"), data[place + 2 : place + 3]
+        if marker == 0xD9 or (marker == 0xDA and is_sequential and components == frame[-1:]):
             return
         place += int.from_bytes(data[place : place + 2], "big")
 
@@ -290,14 +279,13 @@ def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
         brands = [data[place : place + 4] for place in range(8, min(len(data), 64), 4)]
         specific = (each for each in brands if each in HEIF_BRANDS - {b"mif1", b"msf1"} | AVIF_BRANDS)
         brand = next(specific, (brands or [b""])[0])
-        if brand in HEIF_BRANDS and not has_heif():
-            raise RecordError("image of a format that is not installed", f"{name}: {NEEDS_HEIF}")
-        if brand in AVIF_BRANDS and not features.check("avif"):
-            raise RecordError("image of a format that is not installed", f"{name}: {NEEDS_AVIF}")
+        lacks_heif = brand in HEIF_BRANDS and not has_heif()
+        if lacks_heif or (brand in AVIF_BRANDS and not features.check("avif")):
+            needed = NEEDS_HEIF if lacks_heif else NEEDS_AVIF
+            raise RecordError("image of a format that is not installed", f"{name}: {needed}")
         formats = ("HEIF",) if brand in HEIF_BRANDS else FORMATS
-    with warnings.catch_warnings():
-        # About odd EXIF blocks and the like: either the image is used, or a RecordError says why not.
-        warnings.simplefilter("ignore")
+    # Of odd EXIF blocks and the like: either the image is used, or a RecordError says why not.
+    with warnings.catch_warnings(action="ignore"):
         try:
             with Image.open(io.BytesIO(data), formats=formats) as image:
                 yield image
@@ -350,21 +338,17 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
         rgb = Image.new("RGB", image.size, "white")
         rgb.paste(rgba, mask=rgba)
     else:  # a profile of CMYK or gray holds before the conversion, one of RGB after it
-        rgb = (_to_srgb(image, profile) if image.mode in ("CMYK", "L") else image).convert("RGB")
-    if image.mode not in ("CMYK", "L"):
-        rgb = _to_srgb(rgb, profile)
+        rgb = image if image.mode in ("CMYK", "L") else image.convert("RGB")
+    has_profile = rgb is image or image.mode not in ("CMYK", "L")
+    if has_profile and (transform := _srgb_transform(profile, rgb.mode)) is not None:
+        rgb = ImageCms.applyTransform(rgb, transform) or rgb
+    rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
     rgb.info = {}  # neither its EXIF nor its colour profile holds for these pixels
     # Not ImageOps.exif_transpose: it rewrites the EXIF block, and fails on odd ones whose orientation can be read.
-    try:
+    method = None
+    with suppress(Exception):  # as above: an EXIF block that PIL cannot parse raises anything
         method = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # as above: an EXIF block that PIL cannot parse raises anything
-        method = None
     return rgb if method is None else rgb.transpose(method)
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    transform = _srgb_transform(profile, image.mode)
-    return image if transform is None else ImageCms.applyTransform(image, transform) or image
 
 
 @lru_cache(maxsize=32)

@@ -1,7 +1,6 @@
 """The tokenised index of a source: read and tokenised once, then mapped from disk by every process that trains.
 
-It is an Arrow file, whose pages workers share. A later start compares its checksum, and parses nothing else of it
-before: bytes that have changed on disk are noticed, and the index is made anew."""
+It is an Arrow file, whose pages workers share. Where its bytes have changed on disk, it is made anew."""
 
 import contextlib
 import hashlib
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +33,11 @@ FORMAT = 5  # of the files; raised too when a reader or the encoding comes to gi
 NAMES = " + "  # between the names of several images
 CHUNK = 1000  # samples that are tokenised together
 HINT_SAMPLES, SHORT_ANSWER = 500, 3  # samples that independent_turns_hint() reads; words
-SCHEMA = pa.schema(
-    {
-        "path": pa.string(),
-        "member": pa.string(),
-        "bytes": pa.large_binary(),
-        "more": pa.list_(pa.struct([("path", pa.string()), ("member", pa.string()), ("bytes", pa.large_binary())])),
-        "origins": pa.list_(pa.string()),
-        "conversations": pa.string(),  # json
-        "ids": pa.list_(pa.int32()),  # of all conversations, concatenated, without BOS and image
-        "labels": pa.list_(pa.int32()),
-        "lengths": pa.list_(pa.int32()),  # tokens of each conversation
-    }
-)
+IMAGE_FIELDS = {"path": pa.string(), "member": pa.string(), "bytes": pa.large_binary()}
+# conversations: json. ids, labels: of all of them, concatenated, without BOS and image. lengths: tokens of each.
+FIELDS = IMAGE_FIELDS | {"more": pa.list_(pa.struct(IMAGE_FIELDS)), "origins": pa.list_(pa.string())}
+FIELDS |= {"conversations": pa.string()} | dict.fromkeys(("ids", "labels", "lengths"), pa.list_(pa.int32()))
+SCHEMA = pa.schema(FIELDS)
 
 
 @dataclass(eq=False)
@@ -142,7 +133,7 @@ class Index:
         columns = zip(*(self.table[name].to_pylist() for name in ("path", "member", "more")), strict=True)
         files = ([(path, member), *((each["path"], each["member"]) for each in more)] for path, member, more in columns)
         names = [NAMES.join(str(File(*each)) for each in its if each[0] is not None) or None for its in files]
-        return names if self.selected is None else [names[place] for place in self.selected]
+        return np.array(names, object)[self._rows].tolist()
 
     def num_tokens(self) -> np.ndarray:
         """int64 (samples,): tokens of each sample, its image once and all end tokens included."""
@@ -155,15 +146,18 @@ class Index:
 
     def count(self) -> tuple[int, int, int]:
         """Samples with an image; captions and (other) conversations of all samples."""
-        captions = self.num_captions()
-        selected = slice(None) if self.selected is None else self.selected
-        conversations = pc.list_value_length(self.table["lengths"]).to_numpy()[selected].sum() - captions.sum()
-        return int(self._images()[selected].sum()), int(captions.sum()), int(conversations)
+        captions = int(self.num_captions().sum())
+        conversations = int(pc.list_value_length(self.table["lengths"]).to_numpy()[self._rows].sum())
+        return int(self._images()[self._rows].sum()), captions, conversations - captions
 
     def num_captions(self) -> np.ndarray:
         """int64 (samples,): conversations that begin with an answer."""
-        captions = pc.count_substring(self.table["conversations"], '[["assistant"').to_numpy().astype(np.int64)
-        return captions if self.selected is None else captions[self.selected]
+        counts = pc.count_substring(self.table["conversations"], '[["assistant"').to_numpy()
+        return counts.astype(np.int64)[self._rows]
+
+    @property
+    def _rows(self) -> Any:
+        return slice(None) if self.selected is None else self.selected
 
     def _images(self) -> np.ndarray:
         """int64 (entries of the table,): images of each."""
@@ -173,7 +167,7 @@ class Index:
     def _with_prefix(self, lengths: np.ndarray) -> np.ndarray:
         without, with_image = map(len, self.prefixes)
         lengths = lengths + without + (with_image - without) * self._images()
-        return (lengths if self.selected is None else lengths[self.selected]).astype(np.int64)
+        return lengths[self._rows].astype(np.int64)
 
 
 def count_text(images: int, captions: int, conversations: int) -> str:
@@ -200,10 +194,9 @@ def independent_turns_hint(index: Index) -> str | None:
 
 
 def load_index(source: DataSource, processor: Any, max_length: int, num_workers: int = 0) -> Index:
-    """The index of a source: mapped from the cache if neither its files nor the tokenizer have changed, else made.
-
-    The cache is the folder clip_phi in Hugging Face's cache (HF_HOME). num_workers: processes that tokenise, 0 for this
-    one. Raises ValueError or OSError if the source cannot be read at all."""
+    """The index of a source: mapped from the cache (clip_phi in HF_HOME) if neither its files nor the tokenizer have
+    changed, else made. num_workers: processes that tokenise, 0 for this one. Raises ValueError or OSError if the
+    source cannot be read at all."""
     from huggingface_hub.constants import HF_HOME
 
     folder = Path(HF_HOME) / "clip_phi" / f"index-{_fingerprint(source, processor, max_length)}"
@@ -215,18 +208,15 @@ def load_index(source: DataSource, processor: Any, max_length: int, num_workers:
     samples = transcripts.fill(source.read(media, report), report)
     temporary = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
     try:
-        with (
-            no_collector(),
-            pa.OSFile(str(temporary / "index.arrow"), "wb") as file,
-            pa.ipc.new_file(file, SCHEMA) as writer,
-        ):
+        path = temporary / "index.arrow"
+        with no_collector(), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             for batch in _tokenise(samples, processor, max_length, report, num_workers):
                 writer.write_batch(batch)
         stamps = media.file_stamps() | transcripts.file_stamps()
-        about = {"state": state, "report": report.as_dict(), "file_stamps": stamps}
-        text = json.dumps(about | {"checksum": _checksum(temporary / "index.arrow")})
+        about = {"state": state, "report": report.as_dict(), "file_stamps": stamps, "checksum": _checksum(path)}
+        text = json.dumps(about)
         (temporary / "about.json").write_text(f"{zlib.crc32(text.encode())}\n{text}", encoding="utf-8")
-        made = Index(_map(temporary / "index.arrow"), _prefixes(processor), report, folder / "index.arrow")
+        made = Index(_map(path), _prefixes(processor), report, folder / "index.arrow")
         if _open(folder, state, processor) is None:  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -295,19 +285,14 @@ def _tokenise(
 
 
 def _tokenise_chunk(processor: Any, max_length: int, chunk: list[Sample]) -> tuple[pa.RecordBatch, Report]:
-    report = Report()
-    rows = []
+    report, rows = Report(), []
     for sample, encoded in encode_samples(chunk, processor, max_length, report):
-        images = [
-            dict(zip(("path", "member"), each, strict=True)) if isinstance(each, File) else {"bytes": each}
-            for each in images_of(sample.image)
-        ]
-        first = images[0] if images else {}
+        places = [each if isinstance(each, File) else (None, None, each) for each in images_of(sample.image) or [None]]
+        first, *others = [dict(zip_longest(IMAGE_FIELDS, place)) for place in places]
         conversations = json.dumps(sample.conversations, default=bytes.hex)  # of speech that is bytes
         ids, labels = ([token for each in encoded for token in each[part]] for part in (0, 1))
         lengths = [len(each.ids) for each in encoded]
-        files = (*(first.get(name) for name in ("path", "member", "bytes")), images[1:])
-        rows.append((*files, sample.origins, conversations, ids, labels, lengths))
+        rows.append((*first.values(), others, sample.origins, conversations, ids, labels, lengths))
     columns = zip(*rows, strict=True) if rows else [()] * len(SCHEMA)
     return pa.RecordBatch.from_pydict(dict(zip(SCHEMA.names, columns, strict=True)), SCHEMA), report
 

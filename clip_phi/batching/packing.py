@@ -1,8 +1,7 @@
 """Conversations about one image share its tokens; samples are packed into one sequence.
 
 Five captions of one image share its features: 107 tokens instead of 308, with the same loss and gradients. Positions
-restart after the prefix, and attention is masked, so that each conversation is computed as if it were alone.
-"""
+restart after the prefix, and attention is masked, so that each conversation is computed as if it were alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -49,10 +48,9 @@ def build_shared_prefix(conversations: Sequence[Encoded], prefix: Sequence[int],
                 assert index > 0 or prefix, "no token precedes the first one, to predict it from"
                 logits_to_keep.append(offset + index - 1 if index > 0 else len(prefix) - 1)
                 shift_labels.append(label)
-        inside = ids[:-1]
-        input_ids += inside
-        position_ids += range(len(prefix), len(prefix) + len(inside))
-        conversation_ids += [number] * len(inside)
+        input_ids += ids[:-1]
+        position_ids += range(len(prefix), len(prefix) + len(ids) - 1)
+        conversation_ids += [number] * (len(ids) - 1)
     return SharedPrefixSample(input_ids, position_ids, conversation_ids, logits_to_keep, shift_labels, origin)
 
 
@@ -61,9 +59,7 @@ class PackedBatch:
     """One micro-batch.
 
     inputs: keyword arguments of ClipPhiForCausalLM.forward, whose decoder must use PACKED_ATTENTION.
-    num_supervised: how many tokens are supervised.
-    num_conversations: captions or conversations.
-    origins: of the samples.
+    num_supervised: tokens. num_conversations: captions or conversations. origins: of the samples.
     skipped: samples that are left out because their image cannot be read.
     cached: with a FeatureCache, the key of each image, and whether the batch has its features."""
 
@@ -91,26 +87,19 @@ def pack_samples(
     Without samples the sequence is padding, with a loss of 0: every process of a step must have something to run."""
     length = sum(len(sample.input_ids) for sample in samples)
     padding = -length % 8 or (0 if samples else 8)
-    input_ids = [token for sample in samples for token in sample.input_ids] + [pad_token_id] * padding
-    position_ids = [position for sample in samples for position in sample.position_ids] + list(range(padding))
-    logits_to_keep, start = [], 0
+    lists: dict[str, list[int]] = {"input_ids": [], "position_ids": [], "logits_to_keep": [], "shift_labels": []}
     for sample in samples:
-        logits_to_keep += [start + place for place in sample.logits_to_keep]
-        start += len(sample.input_ids)
-    shift_labels = [label for sample in samples for label in sample.shift_labels]
+        lists["logits_to_keep"] += [len(lists["input_ids"]) + place for place in sample.logits_to_keep]
+        for name in ("input_ids", "position_ids", "shift_labels"):
+            lists[name] += getattr(sample, name)
+    num_supervised = len(lists["shift_labels"])
+    lists["input_ids"] += [pad_token_id] * padding
+    lists["position_ids"] += range(padding)
+    if not num_supervised:
+        lists |= {"logits_to_keep": [0], "shift_labels": [IGNORE_INDEX]}
     conversation_ids = [sample.conversation_ids for sample in samples] + ([[1] * padding] if padding else [])
-    inputs: dict[str, Any] = {
-        "input_ids": torch.tensor([input_ids]),
-        "position_ids": torch.tensor([position_ids]),
-        "logits_to_keep": torch.tensor([logits_to_keep or [0]]),
-        "shift_labels": torch.tensor([shift_labels or [IGNORE_INDEX]]),
-        "pack_layout": make_pack_layout(conversation_ids),
-    }
-    if pixel_values is not None:
-        inputs["pixel_values"] = pixel_values
-    return PackedBatch(
-        inputs,
-        num_supervised=len(shift_labels),
-        num_conversations=sum(len(set(sample.conversation_ids) - {0}) for sample in samples),
-        origins=[sample.origin for sample in samples],
-    )
+    inputs: dict[str, Any] = {name: torch.tensor([values]) for name, values in lists.items()}
+    inputs |= {"pack_layout": make_pack_layout(conversation_ids)}
+    inputs |= {} if pixel_values is None else {"pixel_values": pixel_values}
+    num_conversations = sum(len(set(sample.conversation_ids) - {0}) for sample in samples)
+    return PackedBatch(inputs, num_supervised, num_conversations, [sample.origin for sample in samples])

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,6 +78,17 @@ def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], An
     command.set_defaults(run=run)
     command.add_argument("--debug", action="store_true", help="the traceback of an error instead of one line")
     return command
+
+
+def add_options(command: argparse.ArgumentParser, *names: str, **defaults: Any) -> None:
+    """The options of options.json under these names, each with the keywords of add_argument.
+
+    defaults: of options that several commands have with a default of each."""
+    for name in names:
+        for option, settings in OPTIONS[name].items():
+            settings = settings | ({"type": TYPES[settings["type"]]} if "type" in settings else {})
+            command.add_argument(option, **settings)
+    command.set_defaults(**defaults)
 
 
 def add_model(command: argparse.ArgumentParser, *, argument: bool = False) -> None:
@@ -175,3 +187,7 @@ def positive_number(text: str) -> float:
     if not 0 < (value := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
     return value
+
+
+OPTIONS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("options.json").read_text(encoding="utf-8"))
+TYPES = {"positive": positive, "natural": natural, "path": Path}

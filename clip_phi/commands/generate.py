@@ -7,36 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from ..data.report import plain
-from .common import add_command, add_engine, add_json, load_engine, natural, positive
+from .common import add_command, add_engine, add_json, add_options, load_engine
 from .speech import add_asr_options, transcribe
 
 
 def add_to(commands: Any) -> None:
     caption = add_command(commands, "caption", run_caption, "captions of images")
-    help = "image file, or a folder: all images in it and its subfolders"
-    caption.add_argument("images", nargs="+", metavar="IMAGE", help=help)
-    help = "file for one json object a line; bad images are counted and do not end the run"
-    caption.add_argument("--output", type=Path, metavar="FILE", help=help)
-    caption.add_argument("--resume", action="store_true", help="continuation of the FILE of a stopped run")
-
+    add_options(caption, "caption")
     ask = add_command(commands, "ask", run_ask, "the answer to a question about an image")
-    add = ask.add_argument
-    add("image", metavar="IMAGE", help="image file")
-    add("question", metavar="QUESTION", nargs="?", help="for example: 'What color is the circle?'")
-    add("--schema", type=Path, metavar="FILE", help="JSON schema that the answer follows (clip-phi[schema])")
-    add("--choices", metavar="A,B", help="the possible answers, for example yes,no (clip-phi[schema])")
-    add("--speech", metavar="FILE", help="recording of the question, or of what precedes QUESTION")
+    add_options(ask, "ask")
     add_asr_options(ask)
-    add("--speak", metavar="WAV", help="file for the spoken answer")
-    add("--voice", help="voice of --speak: a name, or folder or Hub id of a text-to-speech model")
-    add("--draw", metavar="PNG", help="file for an image drawn from the answer")
-    add("--drawing_model", help="model of --draw: folder or Hub id of a text-to-image model of diffusers")
-    add("--seed", type=natural, default=0, help="random seed of --draw")
-    add("--size", type=positive, help="width and height of --draw in pixels (default: the model's own)")
-
+    add_options(ask, "ask output")
     for command in (caption, ask):
         add_engine(command)
-        command.add_argument("--max_new_tokens", type=positive, default=64, help="longest answer in tokens")
+        add_options(command, "answer")
         add_json(command, "one json object a line instead of the text")
 
 
@@ -80,9 +64,8 @@ def run_ask(arguments: argparse.Namespace) -> None:
         raise ValueError("--draw requires --drawing_model: folder or Hub id of a text-to-image model of diffusers")
     if arguments.schema and arguments.choices:
         raise ValueError("--schema and --choices: give one of them")
-    form: dict[str, Any] = (
-        {"choice": [each.strip() for each in arguments.choices.split(",")]} if arguments.choices else {}
-    )
+    choices = [each.strip() for each in arguments.choices.split(",")] if arguments.choices else []
+    form: dict[str, Any] = {"choice": choices} if choices else {}
     if arguments.schema is not None:
         try:
             form = {"schema": json.loads(arguments.schema.read_text(encoding="utf-8"))}

@@ -6,60 +6,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import add_command, add_engine, add_model, choose_model, load_engine, positive
+from .common import add_command, add_engine, add_model, add_options, choose_model, load_engine
 
 
 def add_to(commands: Any) -> None:
     chat = add_command(commands, "chat", run_chat, "a chat page in the browser, with images, speech and text")
-    _add_server(chat, port=7860)
-    chat.add_argument("--speech_model", default="base.en", help="Whisper model for speech: a name or a folder")
-    help = "voice of spoken answers: a name or a folder (default: a small English one)"
-    chat.add_argument("--voice", default="", help=help)
-    chat.add_argument("--drawing_model", help="folder or Hub id of a text-to-image model of diffusers, for answers")
-    help = "user and password that the page asks for (default: CLIP_PHI_AUTH, or none)"
-    chat.add_argument("--auth", metavar="USER:PASSWORD", help=help)
-    chat.add_argument("--examples", type=Path, metavar="DIR", help="folder of example images (default: drawn scenes)")
-
+    add_engine(chat, argument=True)
+    add_options(chat, "server", "chat", port=7860)
     serve = add_command(commands, "serve", run_serve, "an HTTP API in the form of OpenAI's chat completions")
-    _add_server(serve, port=8000)
-    serve.add_argument("--name", help="model name in requests (default: the last part of MODEL)")
-    serve.add_argument("--api_key", help="key that clients must send (default: CLIP_PHI_API_KEY, or no key)")
-    serve.add_argument("--speech_model", help="Whisper model for input_audio: a name or a folder (default: no speech)")
-    serve.add_argument("--log_level", choices=("critical", "error", "warning", "info", "debug"), default="info")
-    help = "name of this server in requests without a key, besides addresses and names without a dot"
-    serve.add_argument("--allow_host", nargs="+", default=[], metavar="NAME", help=help)
-    help = "web page that may send requests from a browser (CORS), for example http://localhost:5173; '*': any page"
-    serve.add_argument("--allow_origin", nargs="+", default=[], metavar="ORIGIN", help=help)
-    for name, default, help in (
-        ("max_audio_seconds", 30, "longest recording in seconds"),
-        ("max_batch", 32, "requests answered at once"),
-        ("max_waiting", 256, "requests in the queue"),
-        ("max_megapixels", 25, "size of an image in megapixels"),
-        ("max_images", 8, "images in a request"),
-        ("max_tokens", 1024, "tokens in an answer"),
-        ("max_connections", 512, "open connections"),
-        ("header_seconds", 10, "seconds until the headers of a request are complete"),
-        ("body_seconds", 60, "seconds until its body is complete, or until a client reads on"),
-    ):
-        serve.add_argument(f"--{name}", type=positive, default=default, help=f"limit: {help} (default: {default})")
-
+    add_engine(serve, argument=True)
+    add_options(serve, "server", "serve", port=8000)
     help = "the chat page as a Hugging Face Space: app.py, requirements, README"
     space = add_command(commands, "space", run_space, help)
-    space.add_argument("repo_id", metavar="USER/NAME", help="name of the Space")
     add_model(space)
-    space.add_argument("--output_dir", type=Path, metavar="DIR", help="a new folder (default: outputs/space/NAME)")
-    space.add_argument("--push", action="store_true", help="upload to the Hub (run 'hf auth login' first)")
-    space.add_argument("--private", action="store_true", help="private Space (requires --push)")
-
-
-def _add_server(command: argparse.ArgumentParser, port: int) -> None:
-    add_engine(command, argument=True)
-    command.add_argument("--compile", action="store_true", help="torch.compile: slow first answers, then faster ones")
-    help = "address to listen on; 0.0.0.0: all networks (default: this machine alone)"
-    command.add_argument("--host", default="127.0.0.1", help=help)
-    command.add_argument("--port", type=positive, default=port, help="port to listen on")
-    help = "limit: size of a request or an uploaded file in MiB (default: 32)"
-    command.add_argument("--max_body_mb", type=positive, default=32, help=help)
+    add_options(space, "space")
 
 
 def run_chat(arguments: argparse.Namespace) -> None:

@@ -37,20 +37,18 @@ def read_coco_captions(annotations: Path, media: MediaFolder, report: Report) ->
                 ids.add(number if _is_id(number) else origin)
                 yield origin, record
 
-    captions: dict[Any, tuple[list[Any], list[str]]] = {}
+    captions: dict[Any, list[tuple[str, Any]]] = {}
     for origin, record in unique("annotations", "caption", "image_id"):
-        texts, origins = captions.setdefault(record["image_id"], ([], []))
-        texts.append(record.get("caption"))
-        origins.append(origin)
+        captions.setdefault(record["image_id"], []).append((origin, record.get("caption")))
 
     def records() -> Iterator[tuple[list[str], dict[str, Any]]]:
         for _, record in unique("images", "image", "id"):
             if record["id"] in captions:
-                texts, origins = captions.pop(record["id"])
+                origins, texts = map(list, zip(*captions.pop(record["id"]), strict=True))
                 # An entry that does not name its file is still an image: a missing one.
                 yield origins, {"file_name": record.get("file_name", ""), "captions": texts, "id": record["id"]}
-        for image_id, (_, origins) in captions.items():
-            for origin in origins:
+        for image_id, left in captions.items():
+            for origin, _ in left:
                 report.reject("caption of an image that is not listed", origin, str(image_id))
 
     def find(name: Any, column: str, what: str) -> File:
@@ -115,8 +113,8 @@ def read_vqa(questions: Path, annotations: str | None, media: MediaFolder, repor
     def records() -> Iterator[tuple[str, dict[str, Any]]]:
         for origin, record in _entries(questions, content, "questions"):
             number, image_id = record.get("question_id"), record.get("image_id")
-            is_known = annotations is None or number in answers if isinstance(number, int | str) else False
-            if is_known and isinstance(image_id, int):
+            has_ids = isinstance(number, int | str) and isinstance(image_id, int)
+            if has_ids and (annotations is None or number in answers):
                 known = {"image": image_id, "question": record.get("question"), "question_id": number}
                 yield origin, known | ({"answers": answers[number]} if number in answers else {})
             else:

@@ -8,7 +8,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,8 @@ def read_json(path: Path, what: str = "", lists: Sequence[str] = ()) -> Any:
         raise FileNotFoundError(f"no such file: {path}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not json: {error}") from error
-    for key in lists:
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise ValueError(f"{path} is not a {what}: it needs a list {key!r}")
+    if absent := [key for key in lists if not isinstance(content, dict) or not isinstance(content.get(key), list)]:
+        raise ValueError(f"{path} is not a {what}: it needs a list {absent[0]!r}")
     return content
 
 
@@ -58,13 +57,12 @@ def is_missing_folder(model: str, id_needs_user: bool = True) -> bool:
 @contextmanager
 def no_collector() -> Iterator[None]:
     """Switch the garbage collector off: with millions of new objects it would double the time."""
-    was_on = gc.isenabled()
+    restore = gc.enable if gc.isenabled() else gc.disable
     gc.disable()
     try:
         yield
     finally:
-        if was_on:
-            gc.enable()
+        restore()
 
 
 def clean_text(value: Any, what: str) -> str:
@@ -96,11 +94,10 @@ def read_checked_lines(path: Path) -> list[Any]:
 def file_stamp(path: str) -> list[int] | None:
     """Modification time and size: they change when a file is written or a folder gets or loses an entry. None if there
     is no such file or folder."""
-    try:
+    with suppress(OSError):
         status = os.stat(path or ".")
-    except OSError:
-        return None
-    return [status.st_mtime_ns, status.st_size]
+        return [status.st_mtime_ns, status.st_size]
+    return None
 
 
 def _spellings(name: str) -> list[str]:
@@ -116,9 +113,8 @@ def _spellings(name: str) -> list[str]:
 class MediaFolder:
     """A folder in which images and recordings are found by name. Names may be absolute.
 
-    A subfolder, or the folder itself, may also be the zip archive that it was downloaded as.
-    recordings: the folder of the recordings, if it is another one.
-    folders: the folders that were searched, each with the names of its files."""
+    A subfolder, or the folder itself, may also be the zip archive that it was downloaded as. recordings: the folder of
+    the recordings, if it is another one. folders: those that were searched, each with the names of its files."""
 
     def __init__(self, root: str | Path, recordings: str | Path | None = None):
         self.root = str(root)
@@ -188,13 +184,11 @@ class MediaFolder:
         return f" (there is {near[0]!r})" if near else ""
 
     def _look_up(self, root: str, path: str) -> File | None:
-        folder, base = os.path.split(path)
-        if base and base in self._names(folder):
+        folder, inside = os.path.split(path)
+        if inside and inside in self._names(folder):
             return File(path)
-        inside = base
         while len(folder) >= len(root) and folder:
-            archive = self._archive(folder)
-            if archive is not None:
+            if (archive := self._archive(folder)) is not None:
                 for member in (inside, f"{Path(folder).stem}/{inside}"):
                     if member in archive[1]:
                         return File(archive[0], member)
@@ -212,13 +206,11 @@ class MediaFolder:
     def _names(self, folder: str) -> set[str]:
         """Files of a folder. One listing is much cheaper than a system call for each name."""
         if folder not in self.folders:
-            try:
-                with os.scandir(folder or ".") as entries:
-                    # isfile() for links: is_file() raises OSError for one to itself.
-                    names = {each.name for each in entries if (isfile(each) if each.is_symlink() else each.is_file())}
-            except (OSError, ValueError):
-                names = set()
-            self.folders[folder] = names
+            self.folders[folder] = set()
+            with suppress(OSError, ValueError), os.scandir(folder or ".") as entries:
+                # isfile() for links: is_file() raises OSError for one to itself.
+                files = {each.name for each in entries if (isfile(each) if each.is_symlink() else each.is_file())}
+                self.folders[folder] = files
         return self.folders[folder]
 
     def _archive(self, folder: str) -> tuple[str, set[str]] | None:

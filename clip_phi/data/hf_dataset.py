@@ -35,8 +35,7 @@ def open_table(
     """A datasets.Dataset, or an IterableDataset if streaming. Its images and recordings are not decoded.
 
     path: a data set of the Hub (user/name), a file or glob (see BUILDERS; also as hf://datasets/user/name/file), or a
-        folder: of save_to_disk, or of any layout that load_dataset reads.
-    split: "train", "train[:10%]", "train+validation".
+        folder: of save_to_disk, or of any layout that load_dataset reads. split: for example "train[:10%]+validation".
     Raises OSError (no such file or data set, no network) or ValueError, in one line."""
     import datasets
 
@@ -68,8 +67,7 @@ def _open(path: str, split: str, config: str | None, revision: str | None, strea
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(path)
         splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-        lengths = {name: len(part) for name, part in splits.items()}
-        pieces = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+        pieces = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(splits[name]) for name in splits})
         parts = [splits[piece.splitname].select(range(piece.from_ or 0, piece.to)) for piece in pieces]
         dataset = datasets.concatenate_datasets(parts)
         return dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset)))) if streaming else dataset
@@ -146,23 +144,22 @@ def read_table(dataset: Any, media: MediaFolder, report: Report, layout: Layout 
 
     Images are not read: a Sample points into the Arrow file of `datasets`, or holds the bytes where there is no such
     file. If images are given by file name, all records about one image are one Sample; otherwise each record is one."""
-    name = dataset.info.dataset_name or dataset.info.builder_name or "dataset"
-    table = dataset.data
+    name, table = dataset.info.dataset_name or dataset.info.builder_name or "dataset", dataset.data
     with_bytes = [column for column in dataset.column_names if _holds_bytes(table.schema.field(column).type)]
     files = {column: _files(table, column) for column in with_bytes}
     others = dataset.remove_columns(with_bytes).with_format(None)
 
     def records() -> Iterator[tuple[str, dict[str, Any]]]:
         for start in range(0, len(dataset), BATCH_SIZE):
-            stop = min(start + BATCH_SIZE, len(dataset))
-            columns = others[start:stop]
+            rows = range(start, min(start + BATCH_SIZE, len(dataset)))
+            columns = others[start : rows.stop]
             for column in with_bytes:
                 if dataset._indices is None:
-                    columns[column] = _cells(table.fast_slice(start, stop - start)[column], range(start, stop))
+                    columns[column] = _cells(table.fast_slice(start, len(rows))[column], rows)
                 else:  # shuffled: taking its rows together would copy the images
-                    places = dataset._indices.fast_slice(start, stop - start)[0].to_pylist()
+                    places = dataset._indices.fast_slice(start, len(rows))[0].to_pylist()
                     columns[column] = [_cells(table.fast_slice(place, 1)[column], [place])[0] for place in places]
-            for row in range(start, stop):
+            for row in rows:
                 values = {column: columns[column][row - start] for column in dataset.column_names}
                 yield f"{name}:{row}", _as_record(values, media, layout.columns.values())
 
@@ -298,15 +295,12 @@ def _files(table: Any, column: str) -> list[tuple[int, str | None, int]]:
     """For each part of the table: its first row, the Arrow file that has the column (None: none), and its row there."""
     from datasets.table import ConcatenationTable, MemoryMappedTable
 
-    files: list[tuple[int, str | None, int]] = []
-    first = 0
+    files, first = list[tuple[int, str | None, int]](), 0
     for tables in table.blocks if isinstance(table, ConcatenationTable) else [[table]]:
         part = next(each for each in tables if column in each.column_names)
         on_disk = isinstance(part, MemoryMappedTable) and part.path.endswith(".arrow")
-        if on_disk and all(name in HARMLESS for name, _, _ in part.replays):
-            skipped = sum(arguments[0] for name, arguments, _ in part.replays if name == "slice")
-            files.append((first, part.path, skipped))
-        else:
-            files.append((first, None, 0))
+        on_disk = on_disk and all(name in HARMLESS for name, _, _ in part.replays)
+        skipped = sum(arguments[0] for name, arguments, _ in part.replays if name == "slice") if on_disk else 0
+        files.append((first, part.path if on_disk else None, skipped))
         first += len(part)
     return files

@@ -24,12 +24,10 @@ def read_instruct(
         records = _lines(annotations, report)
     else:
         name, content = str(annotations), read_json(annotations)
-        lists = (
-            {key: value for key, value in content.items() if _is_records(value)} if isinstance(content, dict) else {}
-        )
+        items = content.items() if isinstance(content, dict) else ()
+        lists = [pair for pair in items if isinstance(pair[1], list) and pair[1] and isinstance(pair[1][0], dict)]
         if len(lists) == 1:
-            ((key, content),) = lists.items()
-            name += f":{key}"
+            name, content = f"{name}:{lists[0][0]}", lists[0][1]
         if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
             records = ((f"{name}:{key}", {"question_id": key} | record) for key, record in content.items())
         elif isinstance(content, list):
@@ -37,10 +35,6 @@ def read_instruct(
         else:
             raise ValueError(f"{annotations} is not a list of records, nor an object with one such list")
     yield from read_records(records, media.find_value, report, layout=layout)
-
-
-def _is_records(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def has_lines(path: Path) -> bool:

@@ -26,8 +26,7 @@ class RecordError(ValueError):
 
     def __init__(self, kind: str, detail: str = ""):
         super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind = kind
-        self.detail = detail
+        self.kind, self.detail = kind, detail
 
 
 class Skip(NamedTuple):
@@ -44,10 +43,8 @@ class Report:
     """A record is one caption or one conversation.
 
     records: all that were read. So records - num_skipped are trained on; nothing else is ever left out.
-    skipped, repaired: how many, by kind. A repaired record is used, but not as it is in the file: it is cut to length,
-        or its image is put first.
-    filtered: turns that the source's own options leave out; they are no records.
-    examples: the first of each kind."""
+    skipped, repaired: how many, by kind. A repaired one is used, but cut to length, or with its image put first.
+    filtered: turns that the source's own options leave out; they are no records. examples: the first of each kind."""
 
     records: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
@@ -94,10 +91,8 @@ class Report:
 
     def add(self, other: "Report") -> None:
         """Add the report of another source."""
-        self.records += other.records
-        self.skipped += other.skipped
-        self.repaired += other.repaired
-        self.filtered += other.filtered
+        for name in ("records", "skipped", "repaired", "filtered"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         for kind, examples in other.examples.items():
             self.examples[kind] = [*self.examples.get(kind, []), *examples][:NUM_EXAMPLES]
 
@@ -105,10 +100,10 @@ class Report:
         """Raises ValueError, with the whole table, if more than this share of the records is skipped."""
         if self.num_skipped > max_bad_fraction * self.records:
             share = self.num_skipped / max(self.records, 1)
-            raise ValueError(
-                f"{self.num_skipped:,} of {self.records:,} records are bad ({share:.2%}), more than --max_bad_fraction "
-                f"{max_bad_fraction:g} allows:\n{self.table()}\nRepair them, or allow more with --max_bad_fraction."
-            )
+            bad = f"{self.num_skipped:,} of {self.records:,} records are bad ({share:.2%})"
+            allowed = f"more than --max_bad_fraction {max_bad_fraction:g} allows"
+            way_out = "Repair them, or allow more with --max_bad_fraction."
+            raise ValueError(f"{bad}, {allowed}:\n{self.table()}\n{way_out}")
 
     def table(self) -> str:
         """A line for each kind with its first example, the most frequent kind first."""
@@ -125,5 +120,5 @@ class Report:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Report":
-        skipped, repaired, filtered = (Counter(values.get(name, {})) for name in ("skipped", "repaired", "filtered"))
-        return cls(values["records"], skipped, repaired, filtered, dict(values["examples"]))
+        counts: dict[str, Any] = {name: Counter(values.get(name, {})) for name in ("skipped", "repaired", "filtered")}
+        return cls(values["records"], examples=dict(values["examples"]), **counts)

@@ -66,10 +66,8 @@ SPOKEN_INSTRUCTION = "Answer the spoken question."
 class Turn(NamedTuple):
     """One turn of a conversation.
 
-    text: the question, or the answer to train on.
-    transcript: of the recording.
-    speech: a recording that precedes the text of a user's turn.
-    references: all accepted answers to a question, where a data set has several."""
+    text: the question, or the answer to train on. transcript: of speech, a recording that precedes the text of a user's
+    turn. references: all accepted answers to a question, where a data set has several."""
 
     role: Literal["system", "user", "assistant"]
     text: str

@@ -4,8 +4,7 @@ docs/data.md has an example of each layout. Names of columns are read in any cas
 {"answer"}, or lists of them; the most frequent one is learnt. Beside a user's text may be "speech" (a recording, whose
 transcript precedes the text) and "transcript" (what is said in it). Without a text the question itself is spoken, and
 the text becomes SPOKEN_INSTRUCTION. Layout names the columns of everything else. What may be read in two ways is
-refused: a question is never dropped.
-"""
+refused: a question is never dropped."""
 
 import ast
 import re
@@ -43,11 +42,14 @@ LEADING_IMAGES = re.compile(rf"(\s*{IMAGE_TOKEN})*((?!{IMAGE_TOKEN}).)*", re.DOT
 OTHER_TAGS = re.compile("<(video|audio|bbox|ref-object|img)>")
 IMAGE_FILE = re.compile(r"(?i)data:image|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]|hif)$")
 ASKS_YES_OR_NO = re.compile(
-    r"(?im)(^|, )(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should|may)\b.*\?", re.DOTALL
+    r"(?ims)(^|, )(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should|may)\b.*\?"
 )
 
 # Finds an image or a recording: (value in the record, column and place in it, "image" or "speech").
 Find = Callable[[Any, str, str], File | bytes]
+Records = Iterable[tuple[str | list[str], Any]]  # (origin, record), or (one origin for each caption, record)
+Found = Conversation | RecordError
+WithPlace = tuple[Conversation, str, tuple[int, Any]]  # its origin, and its entry in Sample.ids
 
 
 class Layout(NamedTuple):
@@ -66,17 +68,11 @@ ANY_LAYOUT = Layout()
 
 
 def read_records(
-    records: Iterable[tuple[str | list[str], Any]],
-    find: Find,
-    report: Report,
-    group: bool = True,
-    layout: Layout = ANY_LAYOUT,
+    records: Records, find: Find, report: Report, group: bool = True, layout: Layout = ANY_LAYOUT
 ) -> Iterator[Sample]:
-    """Samples of (origin, record), or of (one origin for each caption, record).
-
-    group: make one Sample of all records about one image, in order of first appearance, and skip a record that is
-    there twice. Otherwise every record is a Sample of its own."""
-    groups: dict[Any, tuple[Images | None, list[tuple[Conversation, str, tuple[int, Any]]]]] = {}
+    """Their Samples. group: make one Sample of all records about one image, in order of first appearance, and skip a
+    record that is there twice. Otherwise every record is a Sample of its own."""
+    groups: dict[Any, tuple[Images | None, list[WithPlace]]] = {}
     seen: set[tuple[Any, Conversation, Any]] = set()
     for number, (origin, record) in enumerate(records):
         origins = [origin] if isinstance(origin, str) else origin
@@ -94,7 +90,7 @@ def read_records(
         report.records += len(conversations)
         if reader.filtered:
             report.filter("turn with a rating below the least one", origins[0], reader.filtered)
-        good: list[tuple[Conversation, str, tuple[int, Any]]] = []
+        good: list[WithPlace] = []
         question_id, image_id = record.get("question_id"), record.get("image_id", record.get("id"))
         key = question_id if isinstance(question_id, int | str) else None  # equal questions may have two ids
         for conversation, its_origin in zip(conversations, origins, strict=False):
@@ -119,13 +115,11 @@ def read_records(
         yield Sample(image, *zip(*all_of_it, strict=True))
 
 
-def _split_turns(conversation: Conversation | RecordError) -> list[Conversation | RecordError]:
+def _split_turns(conversation: Found) -> list[Found]:
     if isinstance(conversation, RecordError) or len(conversation) < 3:
         return [conversation]
-    system, turns = conversation[:1], conversation[1:]
-    if system[0].role != "system":
-        system, turns = (), conversation
-    return [(*system, *turns[place : place + 2]) for place in range(0, len(turns), 2)]
+    first = int(conversation[0].role == "system")
+    return [(*conversation[:first], *conversation[at : at + 2]) for at in range(first, len(conversation), 2)]
 
 
 class _RecordReader:
@@ -137,10 +131,8 @@ class _RecordReader:
     def __init__(self, find: Find, layout: Layout):
         self.find, self.layout = find, layout
         self.image: Any = None
-        self.column = ""
         self.repairs: list[str] = []
-        self.filtered = 0
-        self.num_images = 1
+        self.column, self.filtered, self.num_images = "", 0, 1
         self.images_lead = True  # whether every <image> of a question precedes its text
 
     @property
@@ -163,7 +155,7 @@ class _RecordReader:
         if count > 1 and not (are_first and self.images_lead):
             raise RecordError(f"several images, but an {IMAGE_TOKEN} after text", "put all before the first question")
 
-    def read(self, record: Any) -> list[Conversation | RecordError]:
+    def read(self, record: Any) -> list[Found]:
         """The conversations, or what is wrong with them. Raises RecordError if that holds for all of the record."""
         if not isinstance(record, Mapping):
             raise RecordError("record is not an object", f"{type(record).__name__} {str(record)[:40]!r}")
@@ -208,7 +200,7 @@ class _RecordReader:
             way_out = "name what is read with question= and answer=, or caption=, or conversations="
             raise RecordError("ambiguous columns", f"{', '.join(unread)} beside {', '.join(used)}: {way_out}")
 
-    def _conversations(self) -> list[Conversation | RecordError]:
+    def _conversations(self) -> list[Found]:
         values = self.values
         said = self._first(CONVERSATION_KEYS) or next((key for key in CONVERSATION_KEYS[:2] if key in values), "")
         if values.get(said) is not None:
@@ -244,7 +236,7 @@ class _RecordReader:
         is_blank = any(isinstance(self.values.get(key), str) for key in IMAGE_KEYS)
         return RecordError("image name is empty" if is_blank else kind)
 
-    def _turns(self, messages: Any) -> list[Conversation | RecordError]:
+    def _turns(self, messages: Any) -> list[Found]:
         """Of a list of turns, or of pairs of turns with ratings."""
         pairs = isinstance(messages, list | tuple) and all(isinstance(pair, Mapping) for pair in messages)
         if pairs and messages and "user" in messages[0]:
@@ -260,10 +252,10 @@ class _RecordReader:
 
     def _is_rated_well(self, place: int) -> bool:
         for name, least in self.layout.min_ratings.items():
-            for column in (f"{each}_ratings" for each in (RATINGS if name == "rating" else (name,))):
-                ratings = self.record.get(column)
+            for each in RATINGS if name == "rating" else (name,):
+                ratings = self.record.get(f"{each}_ratings")
                 if not isinstance(ratings, list | tuple) or len(ratings) <= place:
-                    raise RecordError("no ratings", f"column {column}")
+                    raise RecordError("no ratings", f"column {each}_ratings")
                 if ratings[place] is None or ratings[place] < least:
                     return False
         return True
@@ -386,14 +378,14 @@ class _RecordReader:
         *turns, last = self._conversation(messages, is_question=not texts)
         return (*turns, last._replace(references=tuple(texts)) if len(texts) > 1 else last)
 
-    def _captions(self, key: str) -> list[Conversation | RecordError]:
+    def _captions(self, key: str) -> list[Found]:
         captions = _parse_list(self.values[key])
         captions = captions if isinstance(captions, list | tuple) else [captions]
         if not captions:
             raise RecordError("no caption")
         if not self.has_image:
             raise self._no_image("caption without an image")
-        conversations: list[Conversation | RecordError] = []
+        conversations: list[Found] = []
         for caption in captions:
             try:
                 text = clean_text(caption.get("raw") if isinstance(caption, Mapping) else caption, "caption")
@@ -458,9 +450,8 @@ def _as_label(value: Any, question: Any, asked: str) -> str:
     if word in ("1", "0", "1.0", "0.0", "true", "false") and ASKS_YES_OR_NO.search(str(question)):
         return "yes" if word in ("1", "1.0", "true") else "no"
     if asked == "text" or not isinstance(value, str) or word.isdigit():
-        raise RecordError(
-            "label is not yes or no", f"{value!r}; add ,question={asked},answer=label to learn it as it is"
-        )
+        way_out = f"add ,question={asked},answer=label to learn it as it is"
+        raise RecordError("label is not yes or no", f"{value!r}; {way_out}")
     return clean_text(value, "label")
 
 
@@ -468,17 +459,12 @@ def _hint(record: Mapping[Any, Any]) -> str:
     """The columns of a record of unknown layout, and the options that may read it."""
     image = next((name for name, value in record.items() if _may_be_image("", value)), None)
     no_text = re.compile(r"(?i)(^|_)(id|index|key|url|width|height|split|source)_*$")
-    texts = [
-        name for name, value in record.items() if name != image and not (_is_blank(value) or no_text.search(str(name)))
-    ]
+    filled = (name for name, value in record.items() if name != image and not _is_blank(value))
+    texts = [name for name in filled if not no_text.search(str(name))]
     asks = [name for name in texts if str(record[name]).strip().endswith("?") or str(name).lower().startswith("q")]
     question = next(iter(asks), texts[0] if len(texts) > 1 else None)
-    others = [name for name in texts if name != question]
-    roles = {
-        "image": image,
-        "question": question,
-        "caption" if question is None else "answer": next(iter(others), None),
-    }
+    other = next((name for name in texts if name != question), None)
+    roles = {"image": image, "question": question, "caption" if question is None else "answer": other}
     options = ",".join(f"{role}={name}" for role, name in roles.items() if name is not None)
     names = ", ".join(map(str, record))[:200]
     return f"columns {names}; to read them, add for example ,{options or 'image=COLUMN'}"

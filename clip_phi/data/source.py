@@ -16,24 +16,23 @@ from .sample import Sample
 from .schema import COLUMNS, RATINGS, Layout
 from .transcripts import ENGINES, AsrSettings, Transcripts
 
-ASR = {"engine", "speech_model", "language", "max_speech_seconds"}
+ASR = {"engine": "engine", "speech_model": "model", "language": "language", "max_speech_seconds": "max_seconds"}
 MIN_RATINGS = {f"min_{name}": name for name in ("rating", *RATINGS)}
 LAYOUT = {*COLUMNS, *MIN_RATINGS, "turns"}
 # Each kind of source and its own options. All take COMMON.
 KINDS = {
     "coco": set(),
     "karpathy": {"split"},
-    "llava": {"recordings"} | ASR | LAYOUT,
+    "llava": {"recordings", *ASR, *LAYOUT},
     "vqa": {"annotations"},
-    "dataset": {"split", "config", "revision", "streaming", "recordings"} | ASR | LAYOUT,
+    "dataset": {"split", "config", "revision", "streaming", "recordings", *ASR, *LAYOUT},
 }
 COMMON = {"images", "name", "weight"}
+FOLDERS = ("images", "recordings", "annotations")  # or files
 TABLE_SUFFIXES = (".parquet", ".arrow", ".tar", ".csv", ".tsv")
 NUMBERS = {"weight", "max_speech_seconds", *MIN_RATINGS}
-HOW_TO = (
-    "a source is KIND:PATH[,option=value...], where KIND is coco, karpathy, llava, vqa or dataset, "
-    "for example coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"
-)
+HOW_TO = "a source is KIND:PATH[,option=value...], where KIND is coco, karpathy, llava, vqa or dataset, for example "
+HOW_TO += "coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ class DataSource:
 
     @property
     def asr_settings(self) -> AsrSettings:
-        names = {"speech_model": "model", "max_speech_seconds": "max_seconds"}
-        given: dict[str, Any] = {names.get(key, key): value for key, value in self.options.items() if key in ASR}
+        given: dict[str, Any] = {ASR[key]: value for key, value in self.options.items() if key in ASR}
         settings = AsrSettings(**given)
         return settings._replace(max_seconds=float(settings.max_seconds))
 
@@ -76,8 +74,7 @@ class DataSource:
         return Transcripts(self.asr_settings)
 
     def identity(self) -> list[Any]:
-        """For json: what is read, and how."""
-        # Paths may be relative, and are written into what is read.
+        """For json: what is read, and how. Paths may be relative, and are written into what is read."""
         options = {key: value for key, value in sorted(self.options.items()) if key not in ("name", "weight")}
         return [self.kind, self.path, options, os.getcwd()]
 
@@ -123,8 +120,7 @@ def parse_source(text: str) -> DataSource:
     options = dict(piece.split("=", 1) for piece in pieces)
     if not path:
         raise ValueError(f"{name} has no path: {HOW_TO}")
-    if not kind:
-        kind, path = _guess(path, options)
+    kind, path = (kind, path) if kind else _guess(path, options)
     if not kind:
         raise ValueError(f"{name} is of no known kind; {HOW_TO}")
     known = KINDS[kind] | COMMON
@@ -140,8 +136,7 @@ def parse_source(text: str) -> DataSource:
     texts = options.keys() & {"question", "caption", "conversations"}
     if len(texts) > 1 or ("answer" in options and "question" not in options):
         raise ValueError(f"{name}: name the columns question and answer, or caption, or conversations")
-    for key in options.keys() & {"images", "recordings", "annotations"}:
-        options[key] = os.path.expanduser(options[key])
+    options |= {key: os.path.expanduser(options[key]) for key in FOLDERS if key in options}
     return DataSource(kind, os.path.expanduser(path), options)
 
 
@@ -161,8 +156,7 @@ def missing_files(sources: Sequence[DataSource]) -> str | None:
     """The error that names all files of the sources that do not exist, and the command that downloads them if there is
     one; None if they all do."""
     paths = [source.path for source in sources if source.kind != "dataset"]
-    for source in sources:
-        paths += [source.options[key] for key in ("images", "recordings", "annotations") if key in source.options]
+    paths += [source.options[key] for source in sources for key in FOLDERS if key in source.options]
     missing = [path for path in paths if not Path(path).exists() and not Path(f"{path}.zip").exists()]
     hint = f". {command} downloads it" if (command := how_to_download(missing)) else ""
     return f"not found (looked in {Path.cwd()}): {', '.join(missing)}{hint}" if missing else None

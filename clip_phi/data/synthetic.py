@@ -2,8 +2,7 @@
 
 The demo and the whole-script tests train on these. Every scene is a pure function of a seed. A hash of its composition
 (the multiset of its (color, shape) pairs) decides whether it belongs to train or val. So no composition of a val scene
-is in the training data, those of the shipped backbones included.
-"""
+is in the training data, those of the shipped backbones included. synthetic.json has the words."""
 
 import hashlib
 import json
@@ -25,14 +24,10 @@ from PIL import Image, ImageDraw
 IMAGE_SIZE = 64
 MAX_OBJECTS = 3
 SPLITS = ("train", "val")
-COLORS = {
-    "red": (215, 30, 40), "green": (30, 150, 50), "blue": (35, 80, 225), "yellow": (240, 210, 20),
-    "purple": (130, 40, 165), "orange": (245, 130, 20), "pink": (250, 120, 190), "black": (25, 25, 30),
-}  # fmt: skip
-SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses",
-          "ring": "rings"}  # fmt: skip
-NUMBERS = ("zero", "one", "two", "three", "four")
-RELATIONS = ("to the left of", "to the right of", "above", "below")
+_WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))  # questions by kind, too
+COLORS: dict[str, tuple[int, ...]] = {name: tuple(rgb) for name, rgb in _WORDS["colors"].items()}
+SHAPES: dict[str, str] = _WORDS["shapes"]  # with their plurals
+NUMBERS, RELATIONS = tuple(_WORDS["numbers"]), tuple(_WORDS["relations"])
 
 _SMALL_RADIUS, _LARGE_RADIUS = 7, 11
 _GAP = 2  # pixels left free between two objects, and around the border
@@ -40,18 +35,11 @@ _CLEAR_OFFSET = 12  # pixels between two centres, for one to be left of, or abov
 _SUPERSAMPLING = 4
 _VAL_SHARE = 5  # one composition in five is a val composition
 _PLACEMENT_TRIES = 200
+_COUNT_QUESTIONS = _WORDS["count"]
 _SINGULARS = {plural: shape for shape, plural in SHAPES.items()} | {shape: shape for shape in SHAPES}
 _MENTION = re.compile(
     rf"\b(?:({'|'.join(NUMBERS)}) )?({'|'.join(COLORS)}) ({'|'.join(sorted(_SINGULARS, key=len, reverse=True))})\b"
 )
-_COLOR_QUESTIONS = ("What color is the {}?", "What is the color of the {}?", "Which color is the {}?")
-_SHAPE_QUESTIONS = ("What shape is the {} object?", "Which shape is {}?", "What is the shape of the {} object?")
-_PRESENCE_QUESTIONS = ("Is there {}?", "Can you see {}?", "Does the image show {}?")
-_COUNT_QUESTIONS = ("How many shapes are there?", "How many objects are there?", "How many shapes are in the image?")
-_DESCRIPTION_REQUESTS = (
-    "Describe the image.", "Describe the picture.", "What does the image show?", "What can you see?",
-    "Write a caption for the image.", "What is in the picture?",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,8 +95,8 @@ def sample_scene(rng: random.Random, split: str) -> Scene:
             pairs.append(rng.choice(pairs) if repeat else (rng.choice(list(COLORS)), rng.choice(list(SHAPES))))
         objects = _place(pairs, rng) if split_of(pairs) == split else None
         if objects is not None:
-            background = (rng.randint(205, 250), rng.randint(205, 250), rng.randint(205, 250))
-            return Scene(objects, background, rng.getrandbits(32))
+            red, green, blue = (rng.randint(205, 250) for _ in range(3))
+            return Scene(objects, (red, green, blue), rng.getrandbits(32))
 
 
 def _place(pairs: Sequence[tuple[str, str]], rng: random.Random) -> tuple[DrawnObject, ...] | None:
@@ -135,8 +123,8 @@ def draw_scene(scene: Scene) -> Image.Image:
     image = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
     for item in scene.objects:
         fill = (np.asarray(COLORS[item.color]) + rng.normal(0, 6, 3)).clip(0, 255).astype(int).tolist()
-        image.paste(Image.new("RGB", size, tuple(fill)), mask=_mask(item))
-    noisy = np.asarray(image) + rng.normal(0, 4, (IMAGE_SIZE, IMAGE_SIZE, 3))
+        image.paste(tuple(fill), mask=_mask(item))
+    noisy = np.asarray(image) + rng.normal(0, 4, (*size, 3))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
@@ -186,10 +174,9 @@ def in_reading_order(scene: Scene) -> list[DrawnObject]:
 
 def description(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """A request to describe the image and its answer, which names every object in reading order."""
-    objects = in_reading_order(scene)
-    named = _enumerate(objects)
+    named = _enumerate(objects := in_reading_order(scene))
     text = rng.choice((f"The image shows {named}.", _there_is(objects), f"I can see {named}."))
-    return rng.choice(_DESCRIPTION_REQUESTS), text
+    return rng.choice(_WORDS["description"]), text
 
 
 def dialogue(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
@@ -216,11 +203,9 @@ def _there_is(objects: Sequence[DrawnObject]) -> str:
 
 def _enumerate(objects: Sequence[DrawnObject]) -> str:
     """For example "a red circle and two blue squares", in the order of first appearance. Empty for none."""
-    counts = Counter((item.color, item.shape) for item in objects)
-    parts = [
-        _article(f"{color} {shape}") if count == 1 else f"{NUMBERS[count]} {color} {SHAPES[shape]}"
-        for (color, shape), count in counts.items()
-    ]
+    parts = []
+    for (color, shape), count in Counter((item.color, item.shape) for item in objects).items():
+        parts.append(_article(f"{color} {shape}") if count == 1 else f"{NUMBERS[count]} {color} {SHAPES[shape]}")
     return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
 
 
@@ -241,20 +226,19 @@ def _relatable(objects: Sequence[DrawnObject], rng: random.Random) -> tuple[Draw
     return (first, second, rng.choice(holding)) if holding else None
 
 
-def _ask(scene: Scene, rng: random.Random, questions: Sequence[str], by: str, asked: str) -> tuple[str, str] | None:
+def _ask(scene: Scene, rng: random.Random, by: str, asked: str) -> tuple[str, str] | None:
     """A question about one attribute of an object whose other one is unique, or None if there is none."""
     if not (unique := _unique(scene.objects, by)):
         return None
     item = rng.choice(unique)
-    return rng.choice(questions).format(getattr(item, by)), getattr(item, asked)
+    return rng.choice(_WORDS[asked]).format(getattr(item, by)), getattr(item, asked)
 
 
-ask_color = partial(_ask, questions=_COLOR_QUESTIONS, by="shape", asked="color")
-ask_shape = partial(_ask, questions=_SHAPE_QUESTIONS, by="color", asked="shape")
+ask_color, ask_shape = partial(_ask, by="shape", asked="color"), partial(_ask, by="color", asked="shape")
 
 
 def ask_presence(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    question = rng.choice(_PRESENCE_QUESTIONS)
+    question = rng.choice(_WORDS["presence"])
     if rng.random() < 0.5:
         return question.format(_article(rng.choice(scene.objects).name)), "yes"
     confusing = rng.random() < 0.5  # shares its color or its shape with an object that is there
@@ -274,9 +258,9 @@ def ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     if (found := _relatable(scene.objects, rng)) is None:
         return None
     first, second, relation = found
-    answer = "yes" if rng.random() < 0.5 else "no"
-    asked = relation if answer == "yes" else RELATIONS[RELATIONS.index(relation) ^ 1]
-    return f"Is the {first.name} {asked} the {second.name}?", answer
+    holds = rng.random() < 0.5
+    asked = relation if holds else RELATIONS[RELATIONS.index(relation) ^ 1]
+    return f"Is the {first.name} {asked} the {second.name}?", "yes" if holds else "no"
 
 
 def question_kind(question: str) -> str:
@@ -317,10 +301,7 @@ def _write_split(folder: Path, split: str, scenes: dict[int, Scene], rng: random
     image_folder.mkdir(parents=True, exist_ok=True)
     names = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
     categories = [{"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(names, start=1)]
-    images: list[dict[str, Any]] = []
-    all_captions: list[dict[str, Any]] = []
-    instances: list[dict[str, Any]] = []
-    conversations: list[dict[str, Any]] = []
+    images, all_captions, instances, conversations = (list[dict[str, Any]]() for _ in range(4))
     for image_id, scene in scenes.items():
         file_name = f"{image_id:012d}.jpg"
         draw_scene(scene).save(image_folder / file_name, quality=95, subsampling=0)

@@ -21,9 +21,7 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 class AsrSettings(NamedTuple):
     """How recordings are transcribed.
 
-    engine: the program that runs Whisper.
-    model: of Whisper, by name, Hub id or folder.
-    language: None to detect it.
+    engine: the program that runs Whisper. model: of Whisper, by name, Hub id or folder. language: None to detect it.
     max_seconds: how much of the beginning is transcribed."""
 
     engine: Engine = "faster-whisper"
@@ -51,16 +49,14 @@ class Transcripts:
 
     def key(self, recording: File | bytes) -> str:
         """The hash of a recording's bytes. Raises RecordError if they cannot be read."""
-        if isinstance(recording, File) and recording in self._keys:
-            return self._keys[recording]
-        try:
-            data = recording if isinstance(recording, bytes) else recording.read()
-        except Exception as error:  # zipfile, zlib and pyarrow each have errors of their own
-            raise RecordError("missing speech", f"{str(recording)}: {' '.join(str(error).split())}") from error
-        key = hashlib.blake2b(data, digest_size=16).hexdigest()
-        if isinstance(recording, File):
-            self._keys[recording] = key
-        return key
+        if isinstance(recording, bytes):
+            return hashlib.blake2b(recording, digest_size=16).hexdigest()
+        if recording not in self._keys:
+            try:
+                self._keys[recording] = self.key(recording.read())
+            except Exception as error:  # zipfile, zlib and pyarrow each have errors of their own
+                raise RecordError("missing speech", f"{recording}: {' '.join(str(error).split())}") from error
+        return self._keys[recording]
 
     def get(self, recording: File | bytes) -> dict[str, Any] | None:
         """{"text"} or {"error"}, or None if there is no transcript yet. Raises RecordError if it cannot be read."""

@@ -6,6 +6,7 @@ A request contains its images and recordings as data; nothing is fetched. GET /h
 
 import asyncio
 import binascii
+import functools
 import json
 import re
 import time
@@ -19,6 +20,7 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from ..data.report import RecordError
+from ..templates import render
 from .chat_schema import AudioPart, ChatRequest, ImagePart, TextPart, parse_request
 from .detokenizer import token_bytes
 from .engine import Completion, Engine, EngineClosedError, PreparedImage, QueueFullError, TokenLogprob
@@ -54,15 +56,9 @@ class ErrorBody(BaseModel):
 
 
 def create_app(
-    engine: Engine,
-    name: str,
-    *,
-    api_key: str | None = None,
-    limits: ApiLimits = ApiLimits(),
-    transcribe: Callable[[bytes], str] | None = None,
-    hosts: Sequence[str] = (),
-    origins: Sequence[str] = (),
-) -> FastAPI:
+    engine: Engine, name: str, *, api_key: str | None = None, limits: ApiLimits = ApiLimits(),
+    transcribe: Callable[[bytes], str] | None = None, hosts: Sequence[str] = (), origins: Sequence[str] = (),
+) -> FastAPI:  # fmt: skip
     """The application that uvicorn runs; the engine stays open when it ends.
 
     Args:
@@ -87,9 +83,8 @@ def create_app(
     app = FastAPI(title="Clip-Phi", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Gate, limits=limits, statuses=statuses, api_key=api_key, hosts=hosts)
     if origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"], max_age=3600
-        )
+        allowed: Any = {"allow_origins": origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, **allowed, max_age=3600)
     errors: Any = {status: {"model": ErrorBody} for status in (*STATUSES, "default")}
     schema = {"$ref": "#/components/schemas/ChatRequest"}
     asked = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
@@ -100,10 +95,8 @@ def create_app(
             return {"type": "text", "text": part.text}
         in_thread = asyncio.get_running_loop().run_in_executor
         if isinstance(part, AudioPart):
-            return {
-                "type": "transcript",
-                "text": await in_thread(listener, _transcript, part.input_audio.data, transcribe),
-            }
+            text = await in_thread(listener, _transcript, part.input_audio.data, transcribe)
+            return {"type": "transcript", "text": text}
         if len(images) == limits.max_images:
             raise ValueError(f"more than {limits.max_images} images")
         images.append(await in_thread(decoders, _image, part.image_url.url, engine, limits.max_pixels))
@@ -141,16 +134,13 @@ def create_app(
     async def chat_completions(request: Request) -> Response:
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, str | None]]()
 
-        def callback(number: int, stream: bool) -> Callable[[str | None], None]:
-            def put(piece: str | None) -> None:  # in the engine's thread
-                if stream or piece is None:
-                    loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
-
-            return put
+        def put(number: int, piece: str | None) -> None:  # in the engine's thread
+            if body.stream or piece is None:
+                loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
 
         try:
             body, messages, images = await read_request(request)
-            callbacks = [callback(number, body.stream) for number in range(body.n)]
+            callbacks = [functools.partial(put, number) for number in range(body.n)]
             completions = await run_in_threadpool(_submit, engine, body, messages, images, callbacks, limits)
         except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full", Retry_After=str(error.retry_after)) from error
@@ -196,36 +186,24 @@ def create_app(
             error = ApiError(error.status_code, str(error.detail), **(error.headers or {}))
         return error.response
 
-    make_schema = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            request = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-            make_schema()["components"]["schemas"] |= request.pop("$defs") | {"ChatRequest": request}
-        return make_schema()
-
-    app.openapi = openapi  # type: ignore[method-assign]
+    parts = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    app.openapi()["components"]["schemas"] |= parts.pop("$defs") | {"ChatRequest": parts}  # FastAPI keeps the schema
     return app
 
 
 def check_limits(body: ChatRequest, limits: ApiLimits) -> None:
     """Raises ApiError for what can be seen without decoding anything."""
-    stop = _stop(body)
     for is_wrong, reason, param in (
         (not body.messages or body.messages[-1].role != "user", "the last message must be a user's", "messages"),
         (len(body.messages) > limits.max_messages, f"more than {limits.max_messages} messages", "messages"),
         (0 in (body.max_tokens, body.max_completion_tokens), "must be at least 1", "max_tokens"),
-        (len(stop) > 4, "at most 4 texts", "stop"),
-        (not all(0 < len(each) <= 256 for each in stop), "each text has 1 to 256 characters", "stop"),
+        (len(body.stop) > 4, "at most 4 texts", "stop"),
+        (not all(0 < len(each) <= 256 for each in body.stop), "each text has 1 to 256 characters", "stop"),
         (bool(body.top_logprobs) and not body.logprobs, "requires logprobs", "top_logprobs"),
         (len(body.grammars()) > 1, "give one form of the answer", "structured_outputs"),
     ):
         if is_wrong:
             raise ApiError(400, f"{param}: {reason}", param=param)
-
-
-def _stop(body: ChatRequest) -> list[str]:
-    return [body.stop] if isinstance(body.stop, str) else body.stop or []
 
 
 def _submit(
@@ -240,24 +218,14 @@ def _submit(
             raise ApiError(400, f"{path}: {error}", param=path) from error
     asked = body.max_completion_tokens or body.max_tokens
     max_tokens = None if asked is None else limits.max_tokens if asked < 0 else min(asked, limits.max_tokens)
-    return engine.submit_many(
-        engine.add_default_instructions(messages),
-        images,
-        callbacks,
-        max_new_tokens=max_tokens,
-        cut=True,
-        temperature=body.temperature or 0.0,
-        top_p=body.top_p or 1.0,
-        seed=body.seed,
-        stop=_stop(body),
-        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=grammar,
-    )
+    options: dict[str, Any] = {"seed": body.seed, "stop": body.stop, "grammar": grammar, "cut": True}
+    options |= {"temperature": body.temperature or 0.0, "top_p": body.top_p or 1.0, "max_new_tokens": max_tokens}
+    options["top_logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
+    return engine.submit_many(engine.add_default_instructions(messages), images, callbacks, **options)
 
 
 def _image(url: str, engine: Engine, max_pixels: int) -> PreparedImage:
-    found = DATA_URI.match(url[:256])
-    if found is None:
+    if (found := DATA_URI.match(url[:256])) is None:
         raise ValueError("must be a data: URI, 'data:image/jpeg;base64,...': nothing is fetched from elsewhere")
     try:
         return engine.read_image(_from_base64(url[found.end() :]), max_pixels)
@@ -382,25 +350,6 @@ def _engine_error(error: BaseException) -> ApiError:
 
 def _metrics(engine: Engine, statuses: Counter[int]) -> str:
     """Prometheus text format, version 0.0.4."""
-    counts, lines = engine.counts, []
-    codes = {f'{{status="{status}"}}': count for status, count in sorted(statuses.items())}
-    ends = {f'{{finish="{end}"}}': counts[end] for end in ("stop", "length", "cancelled", "failed")}
     times = sorted(engine.first_token_seconds) or [0.0]
-    quantiles = {f'{{quantile="{q}"}}': times[min(len(times) - 1, int(q * len(times)))] for q in (0.5, 0.9, 0.99)}
-    for kind, name, about, values in (
-        ("counter", "http_responses_total", "HTTP responses by status.", codes),
-        ("counter", "requests_total", "Finished requests by reason.", ends),
-        ("summary", "first_token_seconds", "Time to the first token, of the last 1000 requests.", quantiles),
-        ("counter", "prompt_tokens_total", "Prompt tokens, images included.", counts["prompt_tokens"]),
-        ("counter", "tokens_total", "Generated tokens.", counts["tokens"]),
-        ("counter", "steps_total", "Forward passes of the decoder.", counts["steps"]),
-        ("counter", "images_total", "Images in prompts.", counts["images"]),
-        ("counter", "images_encoded_total", "Images without cached features.", counts["images_encoded"]),
-        ("gauge", "running", "Requests in the batch.", engine.num_running),
-        ("gauge", "waiting", "Requests in the queue.", engine.num_waiting),
-        ("gauge", "image_cache_bytes", "Bytes of cached image features.", engine.images.num_bytes),
-    ):
-        lines += [f"# HELP clip_phi_{name} {about}", f"# TYPE clip_phi_{name} {kind}"]
-        labelled = values.items() if isinstance(values, dict) else [("", values)]
-        lines += [f"clip_phi_{name}{labels} {value}" for labels, value in labelled]
-    return "\n".join(lines) + "\n"
+    quantiles = [(q, times[min(len(times) - 1, int(q * len(times)))]) for q in (0.5, 0.9, 0.99)]
+    return "".join(render("metrics.txt", engine=engine, statuses=sorted(statuses.items()), quantiles=quantiles))

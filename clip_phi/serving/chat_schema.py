@@ -1,5 +1,7 @@
 """OpenAI's request for a chat completion, as clients really send it: the supported part, and names of wrong parts."""
 
+import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -10,15 +12,8 @@ from .server import ApiError
 # json values of one request, counted by , : [ { and so with those in texts. More would take long to parse.
 MAX_VALUES = 100_000
 # What a field of this name may be, besides null, false, [] and {}, without asking for anything: OpenAI's defaults and
-# those of vLLM and others. A field that is neither here nor in ChatRequest is refused.
-ONES = "parallel_tool_calls repetition_penalty length_penalty best_of skip_special_tokens add_generation_prompt"
-NOTHING: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (0,)),
-    **dict.fromkeys((*ONES.split(), "spaces_between_special_tokens"), (1,)),  # which true is equal to
-    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
-    **{"top_k": (0, -1), "modalities": (["text"],), "service_tier": ("auto", "default")},
-    **{"reasoning_effort": ("none", "medium"), "verbosity": ("medium",), "prompt_cache_retention": ("in_memory",)},
-}
+# those of vLLM and others; true is equal to 1. A field that is neither there nor in ChatRequest is refused.
+NOTHING = json.loads(Path(__file__).with_name("unused_fields.json").read_text(encoding="utf-8"))
 NO_EFFECT = ("user", "safety_identifier", "prompt_cache_key")  # they say who asks, not what
 
 
@@ -83,6 +78,9 @@ class Message(_Part):
 
 Integer = Annotated[int, BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)]
 
+AsList = BeforeValidator(lambda x: [x] if isinstance(x, str) else x, json_schema_input_type=str | list[str])
+Texts = Annotated[list[str], AsList]
+
 
 class StreamOptions(_Part):
     include_usage: bool = False
@@ -99,7 +97,7 @@ class ChatRequest(_Part):
     temperature: float | None = Field(None, ge=0, le=2, description="default 0: greedy")
     top_p: float | None = Field(None, gt=0, le=1)
     seed: Annotated[Integer, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | list[str] | None = Field(None, description="at most 4")
+    stop: Texts = Field([], description="at most 4")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     n: Annotated[Integer, Field(ge=1, le=8)] = 1
@@ -116,16 +114,14 @@ class ChatRequest(_Part):
         form = self.response_format or {}
         kind = form.get("type", "text")
         guided = (("json", self.guided_json), ("regex", self.guided_regex), ("choice", self.guided_choice))
-        asked: dict[str, tuple[str, Any]] = {
-            f"guided_{name}": (name, value) for name, value in guided if value is not None
-        }
-        for name, value in (self.structured_outputs or {}).items():
-            if not _asks_for_nothing(name, value):
-                asked[f"structured_outputs.{name}"] = (name, value)
-        if kind != "text":
-            asked[f"response_format.{kind}"] = (kind, form.get(kind, True))
+        asked = [(f"guided_{name}", name, value) for name, value in guided]
+        asked += [
+            (f"structured_outputs.{name}", name, value) for name, value in (self.structured_outputs or {}).items()
+        ]
+        asked = [each for each in asked if not _asks_for_nothing(*each[1:])]
+        asked += [(f"response_format.{kind}", kind, form.get(kind, True))] if kind != "text" else []
         found = {}
-        for path, (name, value) in asked.items():
+        for path, name, value in asked:
             if name == "json_schema":
                 path, value = f"{path}.schema", value.get("schema") if isinstance(value, dict) else None
             if name not in ("json", "json_schema", "json_object", "regex", "choice"):

@@ -41,6 +41,8 @@ from .kv_cache import BatchCache, TensorCache, cache_shapes
 logger = logging.getLogger(__name__)
 QUANTIZATIONS = ("nf4", "int8")
 GB = 2**30
+Messages = Sequence[dict[str, Any]]  # of the processor's chat template
+Callback = Callable[[str | None], None]  # gets each piece of a text, and None at its end
 GREEDY = 1e-5  # a temperature below this is greedy: what it would divide by is no number in float32
 MAX_CHARACTERS = 16  # of a conversation, for each token of the context: longer texts cannot fit, and are not tokenised
 DECODING_BYTES = 16  # for each pixel of an image: what PIL needs at most, for 16-bit gray and for transparency
@@ -106,7 +108,7 @@ class Completion:
     first_token_seconds: time from submission to the first token.
     tokens_per_second: rate after the first token."""
 
-    def __init__(self, callback: Callable[[str | None], None] | None = None):
+    def __init__(self, callback: Callback | None = None):
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
         self._callback = callback or self._pieces.put
         self._cancelled = False
@@ -215,13 +217,9 @@ class Engine(AbstractContextManager["Engine"]):
 
     @classmethod
     def from_pretrained(
-        cls,
-        path: str,
-        device: str | None = None,
-        quantization: str | None = None,
-        compiled: bool = False,
+        cls, path: str, device: str | None = None, quantization: str | None = None, compiled: bool = False,
         limits: Limits = Limits(),
-    ) -> "Engine":
+    ) -> "Engine":  # fmt: skip
         """Load a model and its processor.
 
         Raises ValueError or OSError if the model cannot be loaded, ImportError without bitsandbytes.
@@ -246,33 +244,19 @@ class Engine(AbstractContextManager["Engine"]):
         return cls(model, load_with_retries(ClipPhiProcessor.from_pretrained, path), compiled, limits)
 
     def submit(
-        self,
-        messages: Sequence[dict[str, Any]],
-        images: Sequence[Image.Image | PreparedImage] = (),
-        *,
-        callback: Callable[[str | None], None] | None = None,
-        **options: Any,
-    ) -> Completion:
+        self, messages: Messages, images: Sequence[Image.Image | PreparedImage] = (), *,
+        callback: Callback | None = None, **options: Any,
+    ) -> Completion:  # fmt: skip
         """One completion of a conversation; arguments and errors are those of submit_many, and
 
         callback: called in the engine's thread with each piece, and with None at the end. Without it, iterate."""
         return self.submit_many(messages, images, [callback], **options)[0]
 
     def submit_many(
-        self,
-        messages: Sequence[dict[str, Any]],
-        images: Sequence[Image.Image | PreparedImage],
-        callbacks: Sequence[Callable[[str | None], None] | None],
-        *,
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        top_logprobs: int | None = None,
-        grammar: Grammar | None = None,
-        cut: bool = False,
-    ) -> list[Completion]:
+        self, messages: Messages, images: Sequence[Image.Image | PreparedImage], callbacks: Sequence[Callback | None],
+        *, max_new_tokens: int | None = None, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None,
+        stop: Sequence[str] = (), top_logprobs: int | None = None, grammar: Grammar | None = None, cut: bool = False,
+    ) -> list[Completion]:  # fmt: skip
         """Put a conversation that ends with a user's turn into the queue; its prompt is processed once.
 
         Raises ValueError if the template refuses the messages, they are empty or too long, a text contains a special
@@ -299,15 +283,14 @@ class Engine(AbstractContextManager["Engine"]):
         ids = self._encode(messages, len(images))
         if not ids:
             raise ValueError("the conversation is empty: write a question or attach an image")
+        room = self.cache_bytes // (len(callbacks) * self._cache.token_bytes) - len(ids)  # for each completion
         if max_new_tokens is None or cut:
-            room = min(
-                self.context - len(ids), self.cache_bytes // (len(callbacks) * self._cache.token_bytes) - len(ids)
-            )
-            max_new_tokens = max(1, min(self.limits.max_new_tokens if max_new_tokens is None else max_new_tokens, room))
+            most = self.limits.max_new_tokens if max_new_tokens is None else max_new_tokens
+            max_new_tokens = max(1, min(most, room, self.context - len(ids)))
         refuse_too_long(self.model, len(ids), max_new_tokens)
         if len(callbacks) > self.limits.max_batch:
             raise ValueError(f"{len(callbacks)} completions at once: the engine has room for {self.limits.max_batch}")
-        if len(callbacks) * (len(ids) + max_new_tokens) * self._cache.token_bytes > self.cache_bytes:
+        if max_new_tokens > room:
             available = f"the {self.cache_bytes:,} bytes that the engine has for keys and values"
             raise ValueError(f"{len(ids)} prompt tokens and {max_new_tokens} new tokens need more than {available}")
         prepared = [self._prepare(image) if isinstance(image, Image.Image) else image for image in images]
@@ -316,16 +299,10 @@ class Engine(AbstractContextManager["Engine"]):
             completion = Completion(callback)
             completion.num_prompt_tokens = len(ids)
             stream = TextStream(self.processor.tokenizer, stop)
-            uniform = random.Random(None if seed is None else seed + number)
-            options = (
-                max_new_tokens,
-                temperature,
-                top_p,
-                uniform,
-                top_logprobs,
-                grammar and grammar.copy(max_new_tokens),
-            )
-            group.append(_Request(completion, ids, prepared, stream, *options))
+            sampling = temperature, top_p, random.Random(None if seed is None else seed + number)
+            rules = grammar and grammar.copy(max_new_tokens)
+            request = _Request(completion, ids, prepared, stream, max_new_tokens, *sampling, top_logprobs, rules)
+            group.append(request)
         with self._changed:
             self.check_queue()
             queued = sum(_num_bytes(each[0].images) for each in self._waiting)
@@ -447,9 +424,7 @@ class Engine(AbstractContextManager["Engine"]):
     def _run(self) -> None:
         while not self._closed:
             try:
-                for request in self._running:
-                    if request.completion._cancelled:
-                        self._end(request, "cancelled")
+                self._end_cancelled(self._running)
                 self._remove_ended()
                 if joining := self._next_to_join():
                     self._prefill(joining)
@@ -478,10 +453,9 @@ class Engine(AbstractContextManager["Engine"]):
             longest = max((request.max_length for request in self._running), default=0)
             size, tokens = len(self._running), 0
             while self._waiting and not self._closed:
-                for request in [each for each in self._waiting[0] if each.completion._cancelled]:
-                    self._waiting[0].remove(request)
-                    self._end(request, "cancelled")
-                if not (group := self._waiting[0]):
+                self._end_cancelled(self._waiting[0])
+                group = self._waiting[0] = [request for request in self._waiting[0] if request.length >= 0]
+                if not group:
                     self._waiting.popleft()
                     continue
                 size += len(group)
@@ -556,10 +530,9 @@ class Engine(AbstractContextManager["Engine"]):
         images = [image for request in joining for image in request.images]
         found = {key: features for key, features, _ in images if features is not None}
         new: dict[str, Any] = {key: pixels for key, _, pixels in images if key not in found}
-        for key in list(new):
-            if (features := self.images.get(key)) is not None:  # of a request just before
-                found[key] = features
-                del new[key]
+        known = {key: self.images.get(key) for key in new}  # of a request just before
+        found |= {key: features for key, features in known.items() if features is not None}
+        new = {key: pixels for key, pixels in new.items() if key not in found}
         self.counts.update(images=len(images), images_encoded=len(new))
         if new:
             pixel_values = torch.stack(list(new.values())).to(self.model.device)
@@ -595,20 +568,15 @@ class Engine(AbstractContextManager["Engine"]):
             places = torch.arange(length, device=positions.device)
             near = mask & (positions.unsqueeze(-1) - places < self.window).unsqueeze(1)
             mask = {"full_attention": mask, "sliding_attention": near} if self.mixes_windows else near
-        outputs = self.forward(
-            **inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-        )
+        inputs |= {"attention_mask": mask, "position_ids": positions, "logits_to_keep": logits_to_keep}
+        outputs = self.forward(**inputs, past_key_values=self._cache, use_cache=True)
         self.counts["steps"] += 1
         return outputs.logits[:, 0].float()
 
     def _take_tokens(self, requests: list[_Request], logits: torch.Tensor) -> None:
         requests = list(requests)
-        logprobs = _logprobs(logits, requests)
+        wanted = [number for number, request in enumerate(requests) if request.top_logprobs is not None]
+        logprobs = dict(zip(wanted, logits[wanted].log_softmax(dim=-1), strict=True)) if wanted else {}
         faults: dict[int, Exception] = {}
         allowed: dict[int, np.ndarray] = {}
         for number, request in enumerate(requests):
@@ -618,10 +586,10 @@ class Engine(AbstractContextManager["Engine"]):
         if allowed:
             rows, masks = list(allowed), torch.from_numpy(np.stack(list(allowed.values()))).to(logits.device)
             logits[rows] = logits[rows].masked_fill(~masks, -torch.inf)
+        tokens: list[int | None] = [None] * len(requests)
         try:
             tokens = _choose(logits, requests)
         except Exception:  # of one of them
-            tokens = [None] * len(requests)
             for number, request in enumerate(requests):
                 with _noted(faults, number):
                     tokens[number] = _choose(logits[number : number + 1], [request])[0]
@@ -666,6 +634,11 @@ class Engine(AbstractContextManager["Engine"]):
                 if place < len(self._running):
                     self._cache.move(len(self._running), place, last.length)
                     self._running[place] = last
+
+    def _end_cancelled(self, requests: list[_Request]) -> None:
+        for request in requests:
+            if request.completion._cancelled:
+                self._end(request, "cancelled")
 
     def _fail(self, requests: list[_Request], error: BaseException) -> None:
         for request in requests:
@@ -716,12 +689,6 @@ def _choose(logits: torch.Tensor, requests: Sequence[_Request]) -> list[int | No
         for number, token in zip(sampled, order.gather(1, drawn).flatten().tolist(), strict=True):
             tokens[number] = token
     return [token if good else None for token, good in zip(tokens, finite, strict=True)]
-
-
-def _logprobs(logits: torch.Tensor, requests: Sequence[_Request]) -> dict[int, torch.Tensor]:
-    """Log-probabilities (vocabulary,) for the requests that want them, by their place; logits as of _choose."""
-    wanted = [number for number, request in enumerate(requests) if request.top_logprobs is not None]
-    return dict(zip(wanted, logits[wanted].log_softmax(dim=-1), strict=True)) if wanted else {}
 
 
 @contextmanager

@@ -35,11 +35,8 @@ class Grammars:
         except ImportError as error:
             raise ImportError("answers in a schema need llguidance: pip install 'clip-phi[schema]'") from error
         if choice is not None:
-            if (
-                not isinstance(choice, list)
-                or not choice
-                or not all(isinstance(each, str) and each and each == each.strip() for each in choice)
-            ):
+            texts = choice if isinstance(choice, list) else [None]
+            if not texts or not all(isinstance(each, str) and each and each == each.strip() for each in texts):
                 raise ValueError("must be a list of texts without spaces around them")
             regex = "|".join(map(re.escape, choice))
         if regex is not None:
@@ -52,9 +49,8 @@ class Grammars:
                 raise ValueError("must be a JSON schema, which is an object")
             # As json.dumps writes it: with free spaces, a model may write spaces up to its last token
             style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-            text = LLMatcher.grammar_from_lark(
-                'start: " "? answer\nanswer: %json ' + json.dumps({**schema, "x-guidance": style})
-            )
+            answer = json.dumps({**schema, "x-guidance": style})
+            text = LLMatcher.grammar_from_lark(f'start: " "? answer\nanswer: %json {answer}')
         if len(text) > MAX_CHARACTERS:
             raise ValueError(f"{len(text):,} characters of grammar: at most {MAX_CHARACTERS:,} here")
         with self._lock:  # takes a second for 50,000 tokens

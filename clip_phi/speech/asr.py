@@ -22,13 +22,9 @@ class Transcriber(Protocol):
 
 
 def make_transcriber(
-    engine: Engine = DEFAULT.engine,
-    model: str = DEFAULT.model,
-    device: str = "cpu",
-    language: str | None = None,
-    compute_type: str | None = None,
-    word_timestamps: bool = False,
-) -> Transcriber:
+    engine: Engine = DEFAULT.engine, model: str = DEFAULT.model, device: str = "cpu", language: str | None = None,
+    compute_type: str | None = None, word_timestamps: bool = False,
+) -> Transcriber:  # fmt: skip
     """Load a speech recognition model. There is no fallback to another engine.
 
     Raises ValueError or OSError if the model cannot be loaded, ImportError if the engine is not installed.

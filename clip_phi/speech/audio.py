@@ -17,9 +17,7 @@ SAMPLING_RATE = 16_000  # Hz, of Whisper's input
 MAX_SECONDS = AsrSettings().max_seconds
 RATES = (1_000, 1_000_000)  # Hz; other rates are in damaged headers only, and would take minutes to resample
 MAX_CHANNELS = 32
-CANCELLED = (
-    0.05  # share of the loudest channel's power below which a mix is not used; one of two channels alone has 0.25
-)
+CANCELLED = 0.05  # share of the loudest channel's power below which a mix is not used; one of two alone has 0.25
 MAX_DECODE_SECONDS = 30.0  # decoding takes under 1 s; FFmpeg would search any file to its end for audio
 
 

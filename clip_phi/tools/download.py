@@ -11,6 +11,7 @@ import stat
 import threading
 import zipfile
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -34,15 +35,10 @@ class Served(NamedTuple):
 
 
 def download(name: str, folder: Path, mirror: str | None, keep_zip: bool, connections: int) -> list[dict[str, Any]]:
-    """Download what is not there yet of a data set. Returns path and state of each file.
+    """Download what is not there yet of a data set, a key of DATASETS. Returns path and state of each file.
 
-    Args:
-        name: a key of DATASETS.
-        folder: of all data.
-        mirror: http(s) address that replaces the beginning of each official one; paths stay.
-        keep_zip: leave archives of images as they are: the readers read them.
-        connections: at once.
-
+    folder: of all data. mirror: http(s) address that replaces the beginning of each official one; paths stay.
+    keep_zip: leave archives of images as they are: the readers read them. connections: at once.
     Raises ValueError or OSError, in one line, if the disk is too small, or the server does not give the right file."""
     if mirror is not None and (urlsplit(mirror).scheme not in ("http", "https") or not urlsplit(mirror).hostname):
         raise ValueError(f"--mirror {mirror}: an address begins with http:// or https://")
@@ -57,11 +53,9 @@ def download(name: str, folder: Path, mirror: str | None, keep_zip: bool, connec
             if not _stays_packed(file, keep_zip):
                 _unpack(folder / file.path, file.members)
     states = {file: "downloaded" if file in served else "unpacked" for file in wanted}
-    return [
-        {"path": str(folder / path), "state": states.get(file, "there already")}
-        for file in files
-        for path in ([file.path] if (folder / file.path).exists() else file.targets())
-    ]
+    found = {file: [file.path] if (folder / file.path).exists() else file.targets() for file in files}
+    pairs = ((path, states.get(file, "there already")) for file, paths in found.items() for path in paths)
+    return [{"path": str(folder / path), "state": state} for path, state in pairs]
 
 
 def _stays_packed(file: RemoteFile, keep_zip: bool) -> bool:
@@ -74,10 +68,8 @@ def _is_there(file: RemoteFile, folder: Path, keep_zip: bool) -> bool:
     path = folder / file.path
     if path.exists() and file.size not in (None, path.stat().st_size):
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes, and not the published {file.size:,}: remove it")
-    targets = file.targets() if file.members else []
-    return (path.exists() and _stays_packed(file, keep_zip)) or bool(
-        targets and all((folder / target).exists() for target in targets)
-    )
+    is_unpacked = bool(file.members) and all((folder / target).exists() for target in file.targets())
+    return is_unpacked or (path.exists() and _stays_packed(file, keep_zip))
 
 
 def _ask(client: Any, file: RemoteFile, mirror: str | None) -> Served:
@@ -90,16 +82,13 @@ def _ask(client: Any, file: RemoteFile, mirror: str | None) -> Served:
             return response.status_code, response.headers
 
     code, headers = with_retries(url, ask, server=urlsplit(url).netloc)
-    ranges = code == 206
-    text = headers.get("Content-Range", "").rpartition("/")[2] if ranges else headers.get("Content-Length", "")
+    text = headers.get("Content-Range" if code == 206 else "Content-Length", "").rpartition("/")[2]
     if not text.isdigit():
         raise ValueError(f"{url}: the server does not give its length; try another --mirror")
     if file.size not in (None, int(text)):
-        raise ValueError(
-            f"{url} has {int(text):,} bytes, and not the published {file.size:,}: it is another file, or a part; try "
-            "later, or another --mirror"
-        )
-    return Served(url, int(text), ranges)
+        hint = "it is another file, or a part; try later, or another --mirror"
+        raise ValueError(f"{url} has {int(text):,} bytes, and not the published {file.size:,}: {hint}")
+    return Served(url, int(text), code == 206)
 
 
 def _check_room(folder: Path, wanted: list[RemoteFile], served: dict[RemoteFile, Served], keep_zip: bool) -> None:
@@ -107,13 +96,11 @@ def _check_room(folder: Path, wanted: list[RemoteFile], served: dict[RemoteFile,
     used = most = 0
     for file in wanted:
         size = served[file].size if file in served else (folder / file.path).stat().st_size
-        part = folder / f"{file.path}.part"
+        part, unpacks = folder / f"{file.path}.part", not _stays_packed(file, keep_zip)
         there = part.stat().st_blocks * 512 if part.exists() else 0
         used += max(0, size - there) if file in served else 0
-        most = max(most, used)
-        if not _stays_packed(file, keep_zip):
-            most = max(most, used + size)
-            used += 0 if file in served else -size  # unpacked, it takes the place of its archive
+        most = max(most, used + unpacks * size)
+        used -= size if unpacks and file not in served else 0  # unpacked, it takes the place of its archive
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if most > free:
@@ -145,7 +132,7 @@ def _fetch(client: Any, served: Served, file: RemoteFile, path: Path, connection
             with lock, open(notes, "a", encoding="utf-8") as written:
                 written.write(checked_line([*whole, start]))
 
-        with _bar(path.name, served.size, have) as bar, ThreadPoolExecutor(connections) as pool:
+        with _bar(desc=path.name, total=served.size, initial=have) as bar, ThreadPoolExecutor(connections) as pool:
             pieces = [pool.submit(fetch_piece, start) for start in starts]
             try:
                 ended, _ = wait(pieces, return_when=FIRST_EXCEPTION)
@@ -158,17 +145,15 @@ def _fetch(client: Any, served: Served, file: RemoteFile, path: Path, connection
             piece.result()  # raises its error
         digest = hashlib.sha256()
         opened.seek(0)
-        with _bar(f"checking {path.name}", served.size) as bar:
+        with _bar(desc=f"checking {path.name}", total=served.size) as bar:
             while block := opened.read(BLOCK):
                 digest.update(block)
                 bar.update(len(block))
         notes.unlink(missing_ok=True)
-        if digest.hexdigest() != file.sha256:
+        if (found := digest.hexdigest()) != file.sha256:
             part.unlink()
-            raise ValueError(
-                f"{served.url}: its SHA-256 is {digest.hexdigest()}, and not the published {file.sha256}. It is "
-                "removed: run the command again, or try another --mirror"
-            )
+            hint = "It is removed: run the command again, or try another --mirror"
+            raise ValueError(f"{served.url}: its SHA-256 is {found}, and not the published {file.sha256}. {hint}")
         os.replace(part, path)
 
 
@@ -190,9 +175,10 @@ def _fetch_range(client: Any, served: Served, file: int, start: int, end: int, b
                     if stop.is_set():
                         return
                     block = block[: end - place]
-                    _write_at(file, block, place)
-                    place += len(block)
-                    bar.update(len(block))
+                    while block:
+                        written = os.pwrite(file, block, place)
+                        block, place = block[written:], place + written
+                        bar.update(written)
             if place < end:
                 raise ConnectionError(f"it ended {end - place:,} bytes early")
         except (http.HTTPError, ConnectionError):
@@ -206,12 +192,6 @@ def _fetch_range(client: Any, served: Served, file: int, start: int, end: int, b
         if stop.is_set():  # another piece has failed
             raise OSError("stopped")
         with_retries(served.url, fetch, server=urlsplit(served.url).netloc)
-
-
-def _write_at(file: int, data: bytes, place: int) -> None:
-    while data:
-        written = os.pwrite(file, data, place)
-        data, place = data[written:], place + written
 
 
 def _unpack(archive: Path, members: tuple[str, ...]) -> None:
@@ -230,7 +210,7 @@ def _unpack(archive: Path, members: tuple[str, ...]) -> None:
             total, free = sum(info.file_size for info in chosen), shutil.disk_usage(archive.parent).free
             if total > free:
                 raise OSError(f"{archive}: {total / 1e9:.1f} GB are needed to unpack it, {free / 1e9:.1f} GB free")
-            with _bar(f"unpacking {archive.name}", total) as bar:
+            with _bar(desc=f"unpacking {archive.name}", total=total) as bar:
                 for info in chosen:
                     if ".." in Path(info.filename).parts or stat.S_ISLNK(info.external_attr >> 16):
                         raise ValueError(f"{archive}: {info.filename!r} is no plain file in it")
@@ -252,6 +232,4 @@ def _unpack(archive: Path, members: tuple[str, ...]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _bar(what: str, total: int, initial: int = 0) -> Any:
-    sizes: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1000}
-    return tqdm(desc=what, total=total, initial=initial, disable=None, dynamic_ncols=True, **sizes)
+_bar = partial(tqdm, disable=None, dynamic_ncols=True, unit="B", unit_scale=True, unit_divisor=1000)

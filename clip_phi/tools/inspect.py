@@ -232,28 +232,19 @@ def summarise(
         hints += [hint] if (hint := independent_turns_hint(index)) else []
         sources.append({"data": text, "kind": parse_source(text).kind, "skipped": found.num_skipped, **counts})
         report.add(found)
-    lengths = np.concatenate(measures)[:, 2]
-    conversations, turns, tokens, supervised = (int(count) for count in np.concatenate(measures).sum(axis=0))
-    shown = np.concatenate(used_images)
+    measured, shown = np.concatenate(measures), np.concatenate(used_images)
+    conversations, turns, tokens, supervised = map(int, measured.sum(axis=0))
     distinct, first_names = np.unique(shown), dict[str, str]()
     firsts = [(names[number], first_names.setdefault(checks[number].pixels, names[number])) for number in distinct]
     equal = [f"{name} = {first}" for name, first in firsts if name != first]
     samples = len(shown) - len(first_names)
     duplicates = {"images": len(equal), "samples": samples, "examples": equal[:NUM_EXAMPLES]}
-    return {
-        "sources": sources,
-        "samples": len(lengths),
-        "images": len(distinct),
-        "conversations": conversations,
-        "turns": turns,
-        "tokens": tokens,
-        "supervised_tokens": supervised,
-        "share_supervised": round(supervised / max(tokens, 1), 4),
-        "lengths": describe_lengths(lengths),
-        **report.as_dict(),
-        "duplicates": duplicates,
-        "leakage": _leakage(numbers[len(indexes) :], names, checks, first_names) if held_out else None,
-    } | ({"hints": hints} if hints else {})
+    summary: dict[str, Any] = {"sources": sources, "samples": len(measured), "images": len(distinct)}
+    summary |= {"conversations": conversations, "turns": turns, "tokens": tokens, "supervised_tokens": supervised}
+    summary["share_supervised"] = round(supervised / max(tokens, 1), 4)
+    summary |= {"lengths": describe_lengths(measured[:, 2]), **report.as_dict(), "duplicates": duplicates}
+    summary["leakage"] = _leakage(numbers[len(indexes) :], names, checks, first_names) if held_out else None
+    return summary | ({"hints": hints} if hints else {})
 
 
 def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], Iterator[Images | None], list[np.ndarray]]:
@@ -317,8 +308,8 @@ def describe_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
         return None
     low, high = int(lengths.min()), int(lengths.max())
     width = -(-(high - low + 1) // NUM_BINS)
-    counts = np.bincount((lengths - low) // width)
-    bins = {f"{low + width * n}-{low + width * (n + 1) - 1}": int(count) for n, count in enumerate(counts)}
+    counts = np.bincount((lengths - low) // width).tolist()
+    bins = {f"{low + width * n}-{low + width * (n + 1) - 1}": count for n, count in enumerate(counts)}
     found = {"min": low, "median": float(np.median(lengths)), "mean": round(float(lengths.mean()), 2)}
     p95 = int(np.percentile(lengths, 95, method="inverted_cdf"))
     return found | {"p95": p95, "max": high, "histogram": bins}
@@ -344,16 +335,14 @@ def _leakage(
         # COCO names an image otherwise in 2014 and in 2017: equal names are of another data set.
         elif (number := coco_id(name)) in by_id and number and Path(by_id[number]).name != Path(name).name:
             same_ids.append(f"{name} = {by_id[number]}")
-    return {
+    found: dict[str, Any] = {
         "images": len(equal),
         "val_images": len(readable),
         "unreadable": len(numbers) - len(readable),
-        "examples": equal[:NUM_EXAMPLES],
-        "look_alikes": len(look_alikes),
-        "look_alike_examples": look_alikes[:NUM_EXAMPLES],
-        "same_ids": len(same_ids),
-        "same_id_examples": same_ids[:NUM_EXAMPLES],
     }
+    found |= {"examples": equal[:NUM_EXAMPLES], "look_alikes": len(look_alikes)}
+    found |= {"look_alike_examples": look_alikes[:NUM_EXAMPLES], "same_ids": len(same_ids)}
+    return found | {"same_id_examples": same_ids[:NUM_EXAMPLES]}
 
 
 def difference_hash(image: Image.Image) -> int:
@@ -384,8 +373,7 @@ def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     captions = sum(source.get("captions", 0) for source in summary["sources"])
     counts = {"captions": captions, **summary, "conversations": summary["conversations"] - captions}
     shown = ["captions"] * bool(captions) + ["conversations"] * (counts["conversations"] > 0 or not captions)
-    for label in ("records", *shown, "samples", "images", "turns", "tokens"):
-        yield label, f"{counts[label]:,}"
+    yield from ((label, f"{counts[label]:,}") for label in ("records", *shown, "samples", "images", "turns", "tokens"))
     yield "supervised tokens", f"{summary['supervised_tokens']:,} ({summary['share_supervised']:.1%})"
     if lengths := summary["lengths"]:
         text = "min {min:,}, median {median:,.0f}, mean {mean:,.1f}, 95 % {p95:,}, max {max:,}"

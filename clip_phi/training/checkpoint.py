@@ -191,14 +191,7 @@ class Checkpoints:
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if len(state["random"]) == self.accelerator.num_processes:
-            own_state = state["random"][self.accelerator.process_index]
-            random.setstate(own_state["python"])
-            np.random.set_state(own_state["numpy"])
-            torch.set_rng_state(own_state["torch"])
-            if len(own_state["cuda"]) and torch.cuda.is_available():
-                states, device = own_state["cuda"], torch.cuda.current_device()
-                # Earlier versions saved those of all devices.
-                torch.cuda.set_rng_state(states if torch.is_tensor(states) else states[min(device, len(states) - 1)])
+            restore_random_state(state["random"][self.accelerator.process_index])
 
 
 def saved_run(output_dir: Path, wanted: str | None) -> dict[str, Any] | None:
@@ -233,6 +226,16 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else [],
     }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) and torch.cuda.is_available():
+        states, device = state["cuda"], torch.cuda.current_device()
+        # Earlier versions saved those of all devices.
+        torch.cuda.set_rng_state(states if torch.is_tensor(states) else states[min(device, len(states) - 1)])
 
 
 def describe_run(arguments: TrainingArguments, data: TrainData, world_size: int) -> dict[str, Any]:
