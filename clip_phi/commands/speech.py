@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.report import plain
 from ..data.transcripts import ENGINES, AsrSettings
-from .common import DATA, Parser, add_command, add_data, add_json, natural, positive_number
+from .common import DATA, Parser, add_command, add_data, add_json, add_options, positive_number
 
 DEFAULT = AsrSettings()
 # Options for a recording, which a data set has in its own text: --data KIND:PATH,engine=whisperx.
@@ -22,30 +22,19 @@ def add_to(commands: Any) -> None:
 
     help = "transcript of a recording, or of all recordings in a data set"
     transcribe = add_command(actions, "transcribe", run_transcribe, help)
-    transcribe.add_argument("recording", nargs="?", metavar="RECORDING", help="any sound or video file")
     help = (
         "the options engine=, speech_model=, language= and max_speech_seconds= in DATA choose how they are transcribed"
     )
     add_data(transcribe, f"data sets whose transcripts are stored for training: {DATA}; {help}")
     add_asr_options(transcribe)
-    transcribe.add_argument("--word_timestamps", action="store_true", help="times of words (with --json)")
+    add_options(transcribe, "transcribe")
     add_json(transcribe, "one json object for the recording or each data set")
 
     dataset = add_command(actions, "dataset", run_dataset, "a LLaVA json with its questions as spoken recordings")
-    dataset.add_argument("annotations", metavar="JSON", help="a list of records with conversations")
-    help = "the new json; recordings go to the folder OUT"
-    dataset.add_argument("--output", type=Path, required=True, metavar="OUT.json", help=help)
-    dataset.add_argument("--share", type=float, default=1.0, help="share of questions that are spoken (default: 1.0)")
-    dataset.add_argument("--seed", type=natural, default=0, help="random seed of that choice")
-    dataset.add_argument("--voice", help="a name, or folder or Hub id of a text-to-speech model")
+    add_options(dataset, "dataset")
     add_json(dataset)
-
     install = add_command(actions, "install", run_install, "a Python environment for --engine whisperx")
-    help = "full: 7.7 GB with CUDA; cpu: the same without CUDA; light: 40 MB that share this environment's torch, with "
-    help += "another voice detection and no word timestamps"
-    install.add_argument("--form", choices=("full", "cpu", "light"), default="full", help=help)
-    help = "folder of the environment (default: CLIP_PHI_WHISPERX, or Hugging Face's cache)"
-    install.add_argument("--folder", type=Path, help=help)
+    add_options(install, "install")
 
 
 def add_asr_options(command: argparse.ArgumentParser) -> None:
@@ -54,9 +43,7 @@ def add_asr_options(command: argparse.ArgumentParser) -> None:
     add("--engine", choices=ENGINES, help=f"speech recognition (default: {DEFAULT.engine})")
     help = f"Whisper model: a name, a Hub id or a folder in CTranslate2's form (default: {DEFAULT.model})"
     add("--speech_model", help=help)
-    add("--speech_device", default="cpu", help="cpu, cuda or cuda:1")
-    add("--compute_type", help="number type of CTranslate2 (default: int8 on the CPU, float16 on CUDA)")
-    add("--language", help="language of the speech, for example en (default: detected)")
+    add_options(command, "transcriber")
     help = f"longest recording; the rest is cut off (default: {DEFAULT.max_seconds:g})"
     add("--max_speech_seconds", type=positive_number, help=help)
 
