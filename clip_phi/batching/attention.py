@@ -106,8 +106,7 @@ def packed_attention(
     """transformers' attention interface. query: (1, heads, tokens, head size). Returns (1, tokens, heads, head size).
 
     With a keyword pack_layout, torch's varlen kernel where there is one, else or with kernel=False SDPA by bucket; of
-    each query, the last sliding_window keys. Without a layout, plain SDPA. Raises ValueError for keywords that ask for
-    another attention."""
+    each query, the last sliding_window keys. Without it, plain SDPA. Raises ValueError for keywords of another kind."""
     kernel = kwargs.pop("kernel", True)
     if (pack_layout := kwargs.pop("pack_layout", None)) is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

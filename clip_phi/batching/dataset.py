@@ -132,10 +132,8 @@ def collate(items: Sequence[Item], pad_token_id: int) -> PackedBatch:
 
 
 def add_image_features(batch: PackedBatch, model: Any, cache: FeatureCache | None) -> PackedBatch:
-    """A batch with the features of all its images: the cached ones, and those that the tower computes now.
-
-    The cache gets the new ones. All are rounded to bfloat16, so a run does not depend on what was cached. Without a
-    cache, or images, this is the batch itself."""
+    """A batch with the features of all its images: the cached ones, and those that the tower computes now, for the
+    cache too. All are rounded to bfloat16, so that a run does not depend on what was cached."""
     if cache is None or not batch.cached:
         return batch
     inputs = dict(batch.inputs)

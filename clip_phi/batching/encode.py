@@ -25,13 +25,10 @@ def encode_samples(
     A conversation longer than max_length tokens, image included, is cut after the last answer that fits. If not even
     the first fits, it is skipped. A sample whose conversations are longer together becomes several, each with the
     image. Raises ValueError if the chat template puts anything but BOS before the image."""
-    counts = [len(images_of(sample.image)) for sample in samples]
-    messages = [
-        as_messages(each, count) for sample, count in zip(samples, counts, strict=True) for each in sample.conversations
-    ]
+    messages = [as_messages(each, len(images_of(sample.image))) for sample in samples for each in sample.conversations]
     encoded = iter(_encode(messages, processor))
-    for sample, count in zip(samples, counts, strict=True):
-        prefix = len(processor.prefix_ids(count))
+    for sample in samples:
+        prefix = len(processor.prefix_ids(count := len(images_of(sample.image))))
         start = [*processor.bos_ids, *[processor.image_token_id] * count]
         fitting: list[tuple[Conversation, str, Encoded]] = []
         for conversation, origin in zip(sample.conversations, sample.origins, strict=True):
@@ -43,10 +40,9 @@ def encode_samples(
                     raise ValueError("the chat template must put the image first, after BOS if there is one")
                 tokens = Encoded(tokens.ids[len(start) :], tokens.labels[len(start) :])
                 conversation, tokens = _fit(conversation, tokens, prefix, max_length, origin, report)
+                fitting.append((conversation, origin, tokens))
             except RecordError as error:
                 report.skip(Skip(error.kind, origin, error.detail))
-            else:
-                fitting.append((conversation, origin, tokens))
         parts, room = list[list[tuple[Conversation, str, Encoded]]](), 0
         for each in fitting:
             if not parts or len(each[2].ids) > room:

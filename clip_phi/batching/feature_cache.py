@@ -66,14 +66,11 @@ def fingerprint_of(model: Any, processor: Any, pixels: PixelMode = "exact") -> s
 
 
 class FeatureCache:
-    """Features by image key. Any number of processes and threads may read and write one cache at once.
-
-    It may be opened before or after workers are forked, and pickled: files are opened where they are used, and a
-    process writes only to a shard of its own."""
+    """Features by image key. Any number of processes and threads may read and write one cache at once. It may be forked
+    and pickled: files are opened where they are used, and a process writes only to a shard of its own."""
 
     def __init__(self, folder: str | Path, fingerprint: str, shape: tuple[int, int]):
-        """shape: (patches, vision hidden). Raises ValueError if the folder holds other features under this name, and
-        OSError if it cannot be written to."""
+        """shape: (patches, vision hidden). Raises ValueError for a folder of other features, OSError if read-only."""
         self.root, self.fingerprint, self.shape = folder, fingerprint, shape
         self.folder = Path(folder) / fingerprint[:16]
         self.row_bytes = 2 * shape[0] * shape[1]
@@ -168,8 +165,7 @@ class FeatureCache:
             raise ValueError(f"--cache_features: {path} has {found}, not {about}: remove {self.folder}")
 
     def _read_index(self, shard: str) -> None:
-        """Read the records since the last time, up to the first that is incomplete or whose row is; without those that
-        have changed on disk."""
+        """Read the new records, without changed ones, up to the first that is incomplete or whose row is."""
         with open(f"{shard}.index", "rb") as file:
             file.seek(self._records_read.setdefault(shard, 0) * RECORD.size)
             data = file.read()

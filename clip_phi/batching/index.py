@@ -22,14 +22,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.files import file_stamp, no_collector
+from ..data.files import checked_line, file_stamp, no_collector, read_checked_lines
 from ..data.report import Report
 from ..data.sample import File, Images, Sample, Turn, images_of
 from ..data.source import DataSource
 from .encode import Encoded, encode_samples
 from .packing import SharedPrefixSample, build_shared_prefix
 
-FORMAT = 5  # of the files; raised too when a reader or the encoding comes to give something else
+FORMAT = 6  # of the files; raised too when a reader or the encoding comes to give something else
 NAMES = " + "  # between the names of several images
 CHUNK = 1000  # samples that are tokenised together
 HINT_SAMPLES, SHORT_ANSWER = 500, 3  # samples that independent_turns_hint() reads; words
@@ -44,9 +44,8 @@ SCHEMA = pa.schema(FIELDS)
 class Index:
     """Samples and their token ids, by number. It pickles as the name of its file.
 
-    prefixes: the token ids before the conversations of a sample without and with an image.
-    report: what was skipped and repaired when the index was made.
-    selected: which entries of the table it has, in this order; None for all."""
+    prefixes: the token ids before the conversations of a sample without and with an image. report: what was skipped and
+    repaired when it was made. selected: which entries of the table it has, in this order; None for all."""
 
     table: pa.Table
     prefixes: tuple[list[int], list[int]]
@@ -59,8 +58,8 @@ class Index:
         """In memory, for small parts."""
         tables, report = [], Report()
         for part in parts:
-            places = range(part.table.num_rows) if part.selected is None else part.selected
-            tables.append(part.table.take(pa.array(places, pa.int64())))
+            whole, chosen = part.table, part.selected
+            tables.append(whole if chosen is None else whole.take(pa.array(chosen, pa.int64())))
             report.add(part.report)
         return cls(pa.concat_tables(tables), parts[0].prefixes, report)
 
@@ -195,8 +194,7 @@ def independent_turns_hint(index: Index) -> str | None:
 
 def load_index(source: DataSource, processor: Any, max_length: int, num_workers: int = 0) -> Index:
     """The index of a source: mapped from the cache (clip_phi in HF_HOME) if neither its files nor the tokenizer have
-    changed, else made. num_workers: processes that tokenise, 0 for this one. Raises ValueError or OSError if the
-    source cannot be read at all."""
+    changed, else made, by num_workers processes (0: this one). Raises ValueError or OSError if it cannot be read."""
     from huggingface_hub.constants import HF_HOME
 
     folder = Path(HF_HOME) / "clip_phi" / f"index-{_fingerprint(source, processor, max_length)}"
@@ -214,8 +212,7 @@ def load_index(source: DataSource, processor: Any, max_length: int, num_workers:
                 writer.write_batch(batch)
         stamps = media.file_stamps() | transcripts.file_stamps()
         about = {"state": state, "report": report.as_dict(), "file_stamps": stamps, "checksum": _checksum(path)}
-        text = json.dumps(about)
-        (temporary / "about.json").write_text(f"{zlib.crc32(text.encode())}\n{text}", encoding="utf-8")
+        (temporary / "about.json").write_text(checked_line(about), encoding="utf-8")
         made = Index(_map(path), _prefixes(processor), report, folder / "index.arrow")
         if _open(folder, state, processor) is None:  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)
@@ -232,8 +229,7 @@ def _open(folder: Path, state: list[Any], processor: Any) -> Index | None:
         return None
     path = folder / "index.arrow"
     try:
-        checksum, text = (folder / "about.json").read_text(encoding="utf-8").split("\n", 1)
-        about = json.loads(text) if checksum == str(zlib.crc32(text.encode())) else None
+        about, *_ = read_checked_lines(folder / "about.json") or [None]
         if about is not None and about["state"] != state:
             return None
         # Before Arrow parses anything: wrong offsets would end the process.

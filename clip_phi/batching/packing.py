@@ -24,8 +24,7 @@ class SharedPrefixSample:
 
     conversation_ids: 0 in the prefix, 1, 2, ... in the conversations.
     logits_to_keep: positions whose next token is supervised. The end of the prefix is there once for each
-        conversation whose first token is.
-    shift_labels: those next tokens."""
+        conversation whose first token is. shift_labels: those next tokens."""
 
     input_ids: list[int]
     position_ids: list[int]

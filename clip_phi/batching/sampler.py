@@ -51,9 +51,8 @@ class FixedBatches:
 class PackedBatches:
     """As many samples as fit into budget tokens, planned from their lengths, epoch by epoch.
 
-    lengths: int (samples,), tokens of each.
-    window: samples that are packed together, in the order of the mixture, which so stays mixed. Then their packs are
-        shuffled, because the first ones have the long samples."""
+    lengths: int (samples,), tokens of each. window: samples that are packed together, in the order of the mixture,
+        which so stays mixed. Then their packs are shuffled, because the first ones have the long samples."""
 
     mixture: Mixture
     lengths: np.ndarray

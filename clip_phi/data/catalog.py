@@ -49,9 +49,7 @@ DATASETS = {
 
 def how_to_download(missing: Sequence[str]) -> str | None:
     """The command that downloads missing files, by the ends of their paths; None if none of them is known."""
-    offers = {
-        name: {target for file in dataset.files for target in file.targets()} for name, dataset in DATASETS.items()
-    }
+    offers = {name: {target for file in each.files for target in file.targets()} for name, each in DATASETS.items()}
     wanted: dict[str, set[str]] = {}  # by the folder of all data
     for path in missing:
         for target in set().union(*offers.values()):

@@ -99,8 +99,7 @@ def read_vqa(questions: Path, annotations: str | None, media: MediaFolder, repor
 
     questions: {"data_subtype": "val2014", "questions": [{"question_id", "image_id", "question"}]}; annotations:
     {"annotations": [{"question_id", "answers": [{"answer"}]}]} (Goyal et al. 2017, arXiv 1612.00837). media: the folder
-    that holds val2014/ or, with the same images, train2017/ and val2017/. Raises ValueError for a file of another
-    form. What is wrong with a record goes to the report."""
+    that holds val2014/, or train2017/ and val2017/. Raises ValueError for a file of another form."""
     content = read_json(questions, "VQA file", ("questions",))
     answers: dict[Any, Any] = {}
     if annotations is not None:

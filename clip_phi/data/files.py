@@ -42,10 +42,8 @@ def read_json(path: Path, what: str = "", lists: Sequence[str] = ()) -> Any:
 
 
 def is_missing_folder(model: str, id_needs_user: bool = True) -> bool:
-    """Whether a model's name means a folder that does not exist. Such a name must not be looked for on the Hub.
-
-    Any other name is a Hub id, user/name, where no folder here is called user. id_needs_user: False for weights
-    that may be at the root of the Hub, such as gpt2."""
+    """Whether a model's name means a folder that does not exist, and must not be looked for on the Hub: all but
+    user/name, where no folder here is called user. id_needs_user: False if it may be at the Hub's root, as gpt2."""
     if Path(model).is_dir():
         return False
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -92,8 +90,7 @@ def read_checked_lines(path: Path) -> list[Any]:
 
 
 def file_stamp(path: str) -> list[int] | None:
-    """Modification time and size: they change when a file is written or a folder gets or loses an entry. None if there
-    is no such file or folder."""
+    """Modification time and size, which change with a file, and with a folder's entries. None if there is none."""
     with suppress(OSError):
         status = os.stat(path or ".")
         return [status.st_mtime_ns, status.st_size]
@@ -124,8 +121,7 @@ class MediaFolder:
         self._archives: dict[str, tuple[str, set[str]] | None] = {}
 
     def find_value(self, value: Any, column: str, what: str, in_table: bool = False) -> File | bytes:
-        """For schema.Find: bytes as they are, base64 or a data URI of them, a name, a file URL, or the id of
-        an image; in a table also {"bytes", "path"} with one of them."""
+        """For schema.Find: bytes, base64 or a data URI of them, a name, a file URL or an id; in a table also a dict."""
         if in_table and isinstance(value, Mapping):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if value == b"":

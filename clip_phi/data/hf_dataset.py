@@ -15,6 +15,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from pyarrow import compute, types
+
 from .files import MediaFolder
 from .report import RecordError, Report, plain
 from .sample import File, Sample
@@ -54,9 +56,14 @@ def open_table(
     dataset.info.dataset_name = Path(path).name if on_disk else path
     if streaming:
         return dataset.decode(False) if dataset.features else dataset
+
+    def leave_encoded(feature: Any) -> None:
+        if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
+            feature.decode = False
+
     for column, feature in dataset.info.features.items():  # Dataset.cast would copy all images to a new file
         # The assignment notes that there is nothing to decode.
-        dataset.info.features[column] = datasets.features.features._visit(feature, _leave_encoded)
+        dataset.info.features[column] = datasets.features.features._visit(feature, leave_encoded)
     return dataset
 
 
@@ -92,8 +99,7 @@ def _open(path: str, split: str, config: str | None, revision: str | None, strea
 
 
 def _is_image_folder(folder: Path) -> bool:
-    """Whether it has images and their metadata. Then `datasets` is told so, which would take a folder with a text for a
-    folder of texts; a line on stderr counts the files that it leaves out."""
+    """Whether it has images and metadata: with a text beside them `datasets` would read texts. Counts what is left."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     described = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv")]
     left = Counter(path.suffix.lower() for path in files if not IMAGE_FILE.match(path.name) and path not in described)
@@ -108,8 +114,7 @@ def _text_features(path: str, delimiter: str) -> Any:
     """All columns of a csv file (the first, of a glob) as texts; None for a file that is not on this machine."""
     import datasets
 
-    files = sorted(glob.glob(path, recursive=True)) or ([path] if os.path.exists(path) else [])
-    if not files:
+    if not (files := sorted(glob.glob(path, recursive=True)) or [path] * os.path.exists(path)):
         return None
     with open(files[0], encoding="utf-8-sig", newline="") as file:
         names = next(csv.reader(file, delimiter=delimiter), [])
@@ -121,13 +126,6 @@ def _has_end(archive: Path) -> bool:
     with open(archive, "rb") as file:
         file.seek(max(0, archive.stat().st_size - 512))
         return not file.read().strip(b"\0")
-
-
-def _leave_encoded(feature: Any) -> None:
-    import datasets
-
-    if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
-        feature.decode = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,8 +262,6 @@ def _none_if_null(image: Any) -> Any:
 
 def _holds_bytes(kind: Any) -> bool:
     """Of an Arrow type: binary, {"bytes": binary, ...}, or a list of these."""
-    import pyarrow.types as types
-
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return _holds_bytes(kind.value_type)
     if types.is_struct(kind):
@@ -275,9 +271,6 @@ def _holds_bytes(kind: Any) -> bool:
 
 def _cells(column: Any, rows: range | list[int]) -> list[Any]:
     """For each row of a pyarrow.ChunkedArray its _Cell, a list of them, or None. The bytes stay on disk."""
-    import pyarrow.compute as compute
-    import pyarrow.types as types
-
     is_struct = types.is_struct(column.type)
     if types.is_nested(column.type) and not is_struct:
         lengths = compute.list_value_length(column).to_pylist()

@@ -8,10 +8,9 @@ import numpy as np
 class Mixture:
     """Maps a position in training to a sample: a pure function of (sizes, weights, seed, position).
 
-    sizes: samples of each source.
-    weights: relative share of each source in the samples of an epoch. None: as large as they are, so an epoch is one
-        pass over all of them. An epoch always has sum(sizes) positions. With weights, a source continues in the next
-        epoch where it ends in this one: none of its samples is repeated before all are used.
+    sizes: samples of each source; their sum is the number of positions in an epoch.
+    weights: relative share of each source in an epoch. None: as large as they are, so an epoch is one pass over all.
+        Else a source continues in the next epoch where it ends in this one: no sample comes again before all are used.
     Raises ValueError if a source is empty or its weight gives it no place in an epoch."""
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
@@ -34,8 +33,8 @@ class Mixture:
         epoch, place = divmod(position, self.length)
         if epoch != self._epoch:
             self._epoch, self._places = epoch, self._make_epoch(epoch)
-        source_pass, index = self._places[place]
-        return int(source_pass), int(index)
+        source_pass, index = self._places[place].tolist()
+        return source_pass, index
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
         sources = np.repeat(np.arange(len(self.sizes)), self.counts)

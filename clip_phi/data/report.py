@@ -10,8 +10,7 @@ NUM_EXAMPLES = 3  # of each kind, in the order of the files
 
 
 def plain(text: str) -> str:
-    """The text with control characters and invisible ones escaped, but for line ends and tabs: what comes from data or
-    a model must not control a terminal."""
+    """The text, with all but line ends, tabs and what is visible escaped: data must not control a terminal."""
     return re.sub(r"[^\n\t -~]", lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1], text)
 
 

@@ -26,8 +26,7 @@ class File(NamedTuple):
         return self.path if self.member is None else f"{self.path}!{self.member}"
 
     def read(self) -> bytes:
-        """Raises OSError, zipfile.BadZipFile or KeyError if it cannot be read, and RecordError "file too large" for
-        more than MAX_BYTES, and for a decompression bomb, before it is unpacked."""
+        """Raises OSError, BadZipFile or KeyError, or RecordError "file too large", before a bomb is unpacked."""
         if self.member is None:
             with open(self.path, "rb") as file:
                 if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
@@ -86,8 +85,7 @@ class Sample:
 
     Stage 1: five captions, each a conversation of one assistant's turn. Stage 2: one or more conversations.
     origins: "file:record" of each conversation, for messages about it.
-    ids: of each conversation the number of its record in its source, and the question_id, or a caption's image id, None
-        if it has none; empty if they are not known."""
+    ids: of each conversation its record's number, and the question_id, or a caption's image id, or None; or empty."""
 
     image: Images | None
     conversations: tuple[Conversation, ...]
@@ -97,16 +95,14 @@ class Sample:
 
 def images_of(image: Images | None) -> tuple[File | bytes, ...]:
     """The images of a Sample, in their order; a File is a tuple too."""
-    if image is None:
-        return ()
-    return (image,) if isinstance(image, File | bytes) else image
+    images = (image,) if isinstance(image, File | bytes) else image
+    return images or ()
 
 
 def user_message(text: str | None, images: int = 0, *transcripts: str | None) -> dict[str, Any]:
     """A user's turn in the chat format of transformers: images as placeholders, transcripts of speech, text.
 
-    text: the question or instruction; None or empty for none. images: how many the turn has.
-    transcripts: what is said in the turn's recordings; None is left out."""
+    text: the question, None or empty for none. images: how many. transcripts: of its recordings; None is left out."""
     content = [{"type": "image"}] * images
     content += [{"type": "transcript", "text": each} for each in transcripts if each is not None]
     return {"role": "user", "content": content + ([{"type": "text", "text": text}] if text else [])}

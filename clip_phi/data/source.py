@@ -86,8 +86,7 @@ class DataSource:
         return [file_stamp(path) for path in (self.path, self.options.get("annotations")) if path is not None]
 
     def read(self, media: MediaFolder, report: Report) -> Iterator[Sample]:
-        """All Samples, in the order of the file. Raises ValueError or OSError if a file cannot be read at all. What is
-        wrong with a record goes to the report."""
+        """All Samples, in the order of the file. Raises ValueError or OSError if a file cannot be read at all."""
         path = Path(self.path)
         if self.kind == "coco":
             return coco.read_coco_captions(path, media, report)
@@ -153,8 +152,7 @@ def parse_files(texts: Sequence[str]) -> list[DataSource]:
 
 
 def missing_files(sources: Sequence[DataSource]) -> str | None:
-    """The error that names all files of the sources that do not exist, and the command that downloads them if there is
-    one; None if they all do."""
+    """The error that names all files that do not exist, and a command that downloads them; None if they all do."""
     paths = [source.path for source in sources if source.kind != "dataset"]
     paths += [source.options[key] for source in sources for key in FOLDERS if key in source.options]
     missing = [path for path in paths if not Path(path).exists() and not Path(f"{path}.zip").exists()]

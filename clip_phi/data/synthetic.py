@@ -306,8 +306,8 @@ def _write_split(folder: Path, split: str, scenes: dict[int, Scene], rng: random
         file_name = f"{image_id:012d}.jpg"
         draw_scene(scene).save(image_folder / file_name, quality=95, subsampling=0)
         images.append({"id": image_id, "file_name": file_name, "height": IMAGE_SIZE, "width": IMAGE_SIZE, "license": 1})
-        for caption in captions(scene, rng):
-            all_captions.append({"id": len(all_captions) + 1, "image_id": image_id, "caption": caption})
+        for number, caption in enumerate(captions(scene, rng), start=len(all_captions) + 1):
+            all_captions.append({"id": number, "image_id": image_id, "caption": caption})
         for item in scene.objects:
             ids = {"id": len(instances) + 1, "image_id": image_id, "category_id": 1 + names.index(item.name)}
             instances.append(ids | {"bbox": list(item.box), "area": 4 * item.radius**2, "iscrowd": 0})
@@ -319,14 +319,10 @@ def _write_split(folder: Path, split: str, scenes: dict[int, Scene], rng: random
             conversations.append({"id": record_id, "image": file_name, "conversations": messages})
     header = {"info": {"description": f"Clip-Phi drawn scenes, {split}"}, "licenses": [{"id": 1, "name": "Apache-2.0"}]}
     header["images"] = images
-    _write_json(folder / f"annotations/captions_{split}2017.json", header | {"annotations": all_captions})
-    header |= {"annotations": instances, "categories": categories}
-    _write_json(folder / f"annotations/instances_{split}2017.json", header)
-    _write_json(folder / f"llava_instruct_{split}.json", conversations)
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, path)
+    contents: dict[str, Any] = {f"annotations/captions_{split}2017": header | {"annotations": all_captions}}
+    contents[f"annotations/instances_{split}2017"] = header | {"annotations": instances, "categories": categories}
+    for name, content in (contents | {f"llava_instruct_{split}": conversations}).items():
+        path = folder / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.with_suffix(".tmp").write_text(json.dumps(content), encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)

@@ -33,8 +33,7 @@ class AsrSettings(NamedTuple):
 class Transcripts:
     """The transcripts made with some settings, in the folder clip_phi/transcripts of Hugging Face's cache (HF_HOME).
 
-    A checked_line() each, {"audio": hash, "text"} or {"audio": hash, "error"}, appended one by one: a killed process
-    loses the last at most."""
+    Each a checked_line(), {"audio": hash, "text" or "error"}: a process that is killed loses the last at most."""
 
     def __init__(self, settings: AsrSettings, folder: Path | None = None):
         from huggingface_hub.constants import HF_HOME

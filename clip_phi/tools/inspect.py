@@ -12,23 +12,24 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+from transformers import AutoConfig
 
+from modeling_clip_phi import ClipPhiConfig, ClipPhiProcessor
 from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
 
+from ..batching.attention import context_length
 from ..batching.images import load_beside, pixel_hash
+from ..batching.index import Index, count_text, independent_turns_hint, load_index
 from ..data.report import NUM_EXAMPLES, RecordError, Report, Skip, plain
 from ..data.sample import File, Images, images_of
 from ..data.source import parse_files, parse_source
 from ..templates import render
 from ..templates.sheet import draw_images, save_png
-
-if TYPE_CHECKING:
-    from ..batching.index import Index
 
 DEMO_BACKBONES = Path(__file__).resolve().parents[2] / "examples" / "demo_backbones"
 CHUNK, WINDOW = 16, 256  # images: sent to a process at once; in memory for each process, perhaps as bytes
@@ -53,8 +54,6 @@ def inspect(options: argparse.Namespace) -> None:
     max_length = min(options.max_length, context or options.max_length)
     if max_length < options.max_length:
         print(f"--max_length is cut to the decoder's context, {max_length}, as it is in training", file=sys.stderr)
-    from ..batching.index import load_index
-
     indexes = [load_index(source, processor, max_length) for source in sources]
     total = sum(map(len, indexes))
     if options.sample >= max(total, 1):
@@ -95,16 +94,9 @@ def inspect(options: argparse.Namespace) -> None:
 def find_processor(model: str | None) -> tuple[Any, str, int | None]:
     """The processor, its name, and the decoder's context length if it is known. Prints the name on stderr.
 
-    model: a folder or Hub id, or None for the backbones of the project.
-    Raises ValueError or OSError if it cannot be loaded."""
+    model: a folder or Hub id, or None for the project's backbones. Raises ValueError or OSError if it cannot load."""
     if model is None and not DEMO_BACKBONES.is_dir():
         raise ValueError(f"there is no model here, and no {DEMO_BACKBONES}: name a tokenizer with --model")
-    from transformers import AutoConfig
-
-    from modeling_clip_phi import ClipPhiConfig, ClipPhiProcessor
-
-    from ..batching.attention import context_length
-
     name = model or str(DEMO_BACKBONES / "text")
     if model is None:
         processor = ClipPhiProcessor.from_backbones(str(DEMO_BACKBONES / "vision"), name)
@@ -141,7 +133,7 @@ class Shown:
     conversations: list[list[Piece]]
 
 
-def show(indexes: Sequence["Index"], processor: Any, first: int, number: int) -> Iterator[Shown]:
+def show(indexes: Sequence[Index], processor: Any, first: int, number: int) -> Iterator[Shown]:
     """The samples from `first` on, `number` of them, counted over all indexes."""
     total = sum(map(len, indexes))
     places = ((index, row) for index in indexes for row in range(len(index)))
@@ -203,14 +195,12 @@ class ImageCheck(NamedTuple):
 
 
 def summarise(
-    texts: Sequence[str], indexes: Sequence["Index"], held_out: Sequence["Index"], num_workers: int
+    texts: Sequence[str], indexes: Sequence[Index], held_out: Sequence[Index], num_workers: int
 ) -> dict[str, Any]:
     """For json: what training would use of all indexes together. Opens and decodes every image.
 
     texts: names of the indexes. held_out: validation data, whose images are searched for in the indexes.
     records is always conversations + the sum of skipped. An image counts once, in however many samples it is."""
-    from ..batching.index import independent_turns_hint
-
     names, images, numbers = _find_images([*indexes, *held_out])
     checks = list(tqdm(check_images(images, num_workers), total=len(names), unit="image", dynamic_ncols=True))
     report, sources, hints = Report(), [], list[str]()
@@ -221,9 +211,8 @@ def summarise(
         used = np.ones(len(index), bool)
         for row, number in enumerate(its_images):
             if number >= 0 and not checks[number].pixels:
-                used[row] = False
-                origin = index.sample(row).origins[0]
-                found.skip(Skip(checks[number].kind, origin, checks[number].detail, int(measured[row, 0])))
+                used[row], (_, _, kind, detail) = False, checks[number]
+                found.skip(Skip(kind, index.origins(row)[0], detail, int(measured[row, 0])))
         measures.append(measured[used])
         used_images.append(its_images[used & (its_images >= 0)])
         counts = {"samples": int(used.sum()), "images": len(np.unique(used_images[-1]))}
@@ -247,7 +236,7 @@ def summarise(
     return summary | ({"hints": hints} if hints else {})
 
 
-def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], Iterator[Images | None], list[np.ndarray]]:
+def _find_images(indexes: Sequence[Index]) -> tuple[list[str], Iterator[Images | None], list[np.ndarray]]:
     """Names of the distinct images, the images, and the number among them of each index' samples' images, int64
     (samples,), -1 for no image. Several images of a sample count as one."""
     found: dict[str, tuple[int, Index, int]] = {}  # number of the image, and a sample that has it
@@ -255,9 +244,8 @@ def _find_images(indexes: Sequence["Index"]) -> tuple[list[str], Iterator[Images
     for index in indexes:
         its_images = np.full(len(index), -1, np.int64)
         for row, name in enumerate(index.image_names()):
-            if name is None and index.has_image(row):
-                name = f"image in {index.sample(row).origins[0]}"
-            if name is not None:
+            if name is not None or index.has_image(row):
+                name = name or f"image in {index.origins(row)[0]}"
                 its_images[row] = found.setdefault(name, (len(found), index, row))[0]
         numbers.append(its_images)
     return list(found), (index.image(row) for _, index, row in found.values()), numbers
@@ -281,15 +269,14 @@ def check_images(images: Iterable[Images | None], num_workers: int) -> Iterator[
 
 
 def _check(image: Images | None) -> ImageCheck:
-    assert image is not None
     try:
-        opened = load_beside(image)
+        opened = load_beside(image)  # type: ignore[arg-type]  # asked for with those that have one
         return ImageCheck(pixel_hash(opened), difference_hash(opened))
     except RecordError as error:
         return ImageCheck(kind=error.kind, detail=error.detail)
 
 
-def measure(index: "Index") -> np.ndarray:
+def measure(index: Index) -> np.ndarray:
     """int64 (samples, 4): conversations, turns, tokens (those of the image once), supervised tokens of each sample."""
     rows = [np.zeros((0, 3), np.int64)]
     for batch in index.table.to_batches():
@@ -318,8 +305,7 @@ def describe_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
 def _leakage(
     held_out: Sequence[np.ndarray], names: list[str], checks: list[ImageCheck], trained: dict[str, str]
 ) -> dict[str, Any]:
-    """Held-out images that are trained on: with equal pixels; or else with a similar look, as another copy has; or else
-    with the same COCO number."""
+    """Held-out images that are trained on: with equal pixels, else the look of a copy, else the same COCO number."""
     numbers = [number for number in np.unique(np.concatenate(held_out)) if number >= 0]
     readable = [number for number in numbers if checks[number].pixels]
     looks, known = {check.pixels: check.look for check in checks}, list(trained.values())
@@ -335,14 +321,11 @@ def _leakage(
         # COCO names an image otherwise in 2014 and in 2017: equal names are of another data set.
         elif (number := coco_id(name)) in by_id and number and Path(by_id[number]).name != Path(name).name:
             same_ids.append(f"{name} = {by_id[number]}")
-    found: dict[str, Any] = {
-        "images": len(equal),
-        "val_images": len(readable),
-        "unreadable": len(numbers) - len(readable),
-    }
-    found |= {"examples": equal[:NUM_EXAMPLES], "look_alikes": len(look_alikes)}
-    found |= {"look_alike_examples": look_alikes[:NUM_EXAMPLES], "same_ids": len(same_ids)}
-    return found | {"same_id_examples": same_ids[:NUM_EXAMPLES]}
+    found: dict[str, Any] = {"images": len(equal), "val_images": len(readable)}
+    found |= {"unreadable": len(numbers) - len(readable), "examples": equal[:NUM_EXAMPLES]}
+    for kind, pairs in (("look_alike", look_alikes), ("same_id", same_ids)):
+        found |= {f"{kind}s": len(pairs), f"{kind}_examples": pairs[:NUM_EXAMPLES]}
+    return found
 
 
 def difference_hash(image: Image.Image) -> int:
@@ -362,8 +345,6 @@ def coco_id(name: str) -> str | None:
 
 def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The summary as lines of a label and a text."""
-    from ..batching.index import count_text
-
     for source in summary["sources"]:
         captions = source.get("captions", 0)
         text = count_text(source["images"], captions, source["conversations"] - captions)
@@ -405,7 +386,7 @@ def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield "", f"  {leakage['unreadable']:,} more cannot be read"
 
 
-def draw(path: str, indexes: Sequence["Index"], samples: Sequence[Shown]) -> None:
+def draw(path: str, indexes: Sequence[Index], samples: Sequence[Shown]) -> None:
     """Histograms of tokens and of supervised tokens per sample, and below them images with their first answers."""
     from matplotlib.figure import Figure
 
