@@ -1,5 +1,6 @@
 """Versions, machine and devices of a run; memory and peak FLOP/s of a device."""
 
+import json
 import os
 import platform
 import re
@@ -42,33 +43,7 @@ class Gpu(NamedTuple):
 
 # The first whose name fits counts. Peaks: NVIDIA's data sheets, without sparsity; of GeForce cards twice the peak in
 # float32, as in the Ada whitepaper. Memory: as torch's out-of-memory messages state it, of GeForce cards 0.4 GiB less.
-GPUS = (
-    Gpu("A100", 312.0, "a100-40", "A100 40 GB", 39.4),
-    Gpu("A100", 312.0, "a100-80", "A100 80 GB", 79.1),
-    Gpu("H100 PCIe", 756.0),
-    Gpu("H100 NVL", 835.0),
-    Gpu("H100", 989.4, "h100-80 h100", "H100 SXM 80 GB", 79.1),
-    Gpu("GH200", 989.4),
-    Gpu("H200", 989.4, "h200-141 h200", "H200 141 GB", 139.7),
-    Gpu("B200", 2250.0, "b200", "B200 180 GB", 178.0),
-    Gpu("A10G", 70.0, "a10g", "A10G 24 GB", 22.0),
-    Gpu("A10", 125.0, "a10", "A10 24 GB", 22.0),
-    Gpu("L40S", 362.0, "l40s", "L40S 48 GB", 44.4),
-    Gpu("L40", 181.0, "l40", "L40 48 GB", 44.4),
-    Gpu("L4", 121.0, "l4-24 l4", "L4 24 GB", 22.0),
-    Gpu("T4", 65.0, "t4-16 t4", "T4 16 GB", 14.56, "float16", has_varlen=False),
-    Gpu("V100", 125.0, "v100-16 v100", "V100 16 GB", 15.77, "float16", has_varlen=False),
-    Gpu("RTX 5090", 209.5, "rtx5090", "RTX 5090 32 GB", 31.4),
-    Gpu("RTX 4090", 165.2, "rtx-24 rtx4090", "RTX 4090 24 GB", 23.6),
-    Gpu("RTX 4080", 97.5, "rtx4080", "RTX 4080 16 GB", 15.6),
-    Gpu("RTX 4070 Ti", 80.2, "rtx4070ti", "RTX 4070 Ti 12 GB", 11.6),
-    Gpu("RTX 4070", 58.3, "rtx4070", "RTX 4070 12 GB", 11.6),
-    Gpu("RTX 4060 Ti", 44.1, "rtx4060ti", "RTX 4060 Ti 16 GB", 15.6),
-    Gpu("RTX 4060", 30.2, "rtx-8 rtx4060", "RTX 4060 8 GB", 7.6),
-    Gpu("RTX 3090", 71.0, "rtx3090", "RTX 3090 24 GB", 23.6),
-    Gpu("RTX 3080", 59.5, "rtx3080", "RTX 3080 10 GB", 9.6),
-    Gpu("RTX 3060", 25.5, "rtx3060", "RTX 3060 12 GB", 11.6),
-)
+GPUS = tuple(Gpu(**each) for each in json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8")))
 
 
 def find_gpu(name: str) -> Gpu | None:
@@ -128,11 +103,9 @@ def has_kernels(major: int, minor: int, architectures: list[str]) -> bool:
     """Whether a build for these, such as sm_80 or compute_90, runs on a device of this capability.
 
     Machine code runs on later devices of the same generation, PTX on all later ones."""
-    for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures)):
-        built = divmod(int(number), 10)
-        if (kind == "compute" or built[0] == major) and built <= (major, minor):
-            return True
-    return not architectures
+    built = [(kind, divmod(int(x), 10)) for kind, x in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures))]
+    fits = ((kind == "compute" or at[0] == major) and at <= (major, minor) for kind, at in built)
+    return not architectures or any(fits)
 
 
 def check_bitsandbytes() -> Iterator[Check]:
@@ -181,12 +154,8 @@ def quantization_config(kind: str, compute_dtype: Any) -> Any:
         raise ImportError(f"--quantization {kind} needs bitsandbytes: pip install 'clip-phi[cuda]'")
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute_dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, **nf4)
 
 
 def without_secrets(text: str) -> str:
@@ -196,12 +165,8 @@ def without_secrets(text: str) -> str:
 
 def requirements() -> dict[str, str]:
     """What the package needs without extras, as pip writes it, by name: {"peft": "peft>=0.20"}."""
-    needed = [Requirement(text) for text in requires("clip-phi") or []]
-    return {
-        each.name: each.name + ",".join(sorted(map(str, each.specifier), reverse=True))
-        for each in needed
-        if each.marker is None
-    }
+    needed = [each for each in map(Requirement, requires("clip-phi") or []) if each.marker is None]
+    return {each.name: each.name + ",".join(sorted(map(str, each.specifier), reverse=True)) for each in needed}
 
 
 def installed_version(package: str) -> str | None:
@@ -213,10 +178,13 @@ def installed_version(package: str) -> str | None:
 
 def git_commit() -> str | None:
     """The commit of the checkout with this file, and "+changes" if it has any; None outside of a checkout."""
-    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        how: Any = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True, "timeout": 10}
+        return str(subprocess.run(["git", *words], **how).stdout.strip())
+
     try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return commit + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -234,9 +202,7 @@ def peak_flops(device: Any) -> float | None:
     """Peak FLOP/s of the device in half precision; None if unknown."""
     import torch
 
-    if device.type != "cuda":
-        return None
-    gpu = find_gpu(torch.cuda.get_device_name(device))
+    gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return gpu.tflops * 1e12 if gpu is not None else None
 
 
@@ -246,8 +212,3 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _git(folder: Path, *words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
-    return done.stdout.strip()
