@@ -41,9 +41,8 @@ class Gpu(NamedTuple):
     has_varlen: bool = True
 
 
-# The first whose name fits counts. Peaks: NVIDIA's data sheets, without sparsity; of GeForce cards twice the peak in
-# float32, as in the Ada whitepaper. Memory: as torch's out-of-memory messages state it, of GeForce cards 0.4 GiB less.
-GPUS = tuple(Gpu(**each) for each in json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8")))
+# The first whose name fits counts.
+GPUS = tuple(Gpu(*row) for row in json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))["gpus"])
 
 
 def find_gpu(name: str) -> Gpu | None:

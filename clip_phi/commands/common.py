@@ -190,4 +190,5 @@ def positive_number(text: str) -> float:
 
 
 OPTIONS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("options.json").read_text(encoding="utf-8"))
-TYPES = {"positive": positive, "natural": natural, "path": Path, "int": int, "float": float}
+TYPES: dict[str, Any] = {"int": int, "float": float, "path": Path}
+TYPES |= {"positive": positive, "natural": natural, "positive_number": positive_number}

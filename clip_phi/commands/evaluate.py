@@ -13,14 +13,11 @@ def add_to(commands: Any) -> None:
     help = "scores of a model, beside its scores without the image and with others"
     evaluate = add_command(commands, "evaluate", run_evaluate, help)
     add_model(evaluate, argument=True)
-    add_options(evaluate, "evaluate")
     add_data(evaluate, f"data to evaluate on: {DATA} (default, for {DEMO_MODEL} alone: the demo's validation data)")
-    add_options(evaluate, "evaluate settings")
     help = "the better one of two evaluated models, with a confidence interval"
     compare = add_command(commands, "compare", run_compare, help)
-    add_options(compare, "compare")
-    for command in (evaluate, compare):
-        add_options(command, "result")
+    for name, command in (("evaluate", evaluate), ("compare", compare)):
+        add_options(command, name, "result")
         add_json(command, "the result as one json object")
 
 

@@ -14,9 +14,9 @@ def add_to(commands: Any) -> None:
     export = add_command(commands, "export", run_export, "a trained model's files for llama.cpp, vLLM, Llava or ONNX")
     help = "a model from a projector that a notebook, LLaVA or Lightning saved"
     projector = add_command(commands, "import-projector", run_import_projector, help)
-    for name, command in {"push": push, "export": export, "import-projector": projector}.items():
-        if command is not projector:
-            add_model(command, argument=True)
+    for command in (push, export):
+        add_model(command, argument=True)
+    for name, command in (("push", push), ("export", export), ("import-projector", projector)):
         add_options(command, name)
         add_json(command)
 

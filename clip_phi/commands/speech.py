@@ -19,17 +19,13 @@ ASR_OPTIONS = ("engine", "speech_model", "language", "max_speech_seconds")
 def add_to(commands: Any) -> None:
     speech: Parser = commands.add_parser("speech", help="transcripts of recordings, data sets with speech, WhisperX")
     actions = speech.add_commands("ACTION")
-
     help = "transcript of a recording, or of all recordings in a data set"
     transcribe = add_command(actions, "transcribe", run_transcribe, help)
-    help = (
-        "the options engine=, speech_model=, language= and max_speech_seconds= in DATA choose how they are transcribed"
-    )
-    add_data(transcribe, f"data sets whose transcripts are stored for training: {DATA}; {help}")
+    help = f"data sets whose transcripts are stored for training: {DATA}; the options engine=, speech_model=, "
+    add_data(transcribe, f"{help}language= and max_speech_seconds= in DATA choose how they are transcribed")
     add_asr_options(transcribe)
     add_options(transcribe, "transcribe")
     add_json(transcribe, "one json object for the recording or each data set")
-
     dataset = add_command(actions, "dataset", run_dataset, "a LLaVA json with its questions as spoken recordings")
     add_options(dataset, "dataset")
     add_json(dataset)

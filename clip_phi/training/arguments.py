@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
@@ -27,44 +28,23 @@ METRICS = {
     "pope": ("accuracy", "f1", "precision", "recall"),
     "exact": ("exact_match",),
 }
-# The groups of --help, in its order.
-GROUPS = {
-    "run": "stage config output_dir resume_from_checkpoint seed debug",
-    "data": "data eval_data holdout_images max_eval_images max_length max_bad_fraction dataloader_num_workers "
-    "image_processing cache_features",
-    "model": "vision_backbone text_backbone vision_revision text_revision projector_type vision_feature_layer "
-    "vision_feature_select_strategy init_from tune_decoder "
-    "lora_r lora_alpha lora_dropout lora_targets quantization merged caption_instruction",
-    "batches": "per_device_train_batch_size max_tokens_per_batch tokens_per_optimizer_step gradient_accumulation_steps "
-    "num_train_epochs max_steps captions_per_image per_device_eval_batch_size",
-    "optimisation": "learning_rate lora_learning_rate optim lr_scheduler_type warmup_ratio weight_decay max_grad_norm "
-    "gradient_checkpointing mixed_precision attention tf32 nan_policy",
-    "checkpoints": "save_steps save_total_limit",
-    "evaluation": "eval_steps eval_task eval_task_images metric_for_best_model early_stopping_patience "
-    "num_sample_texts max_new_tokens",
-    "logging": "logging_steps report_to peak_tflops",
-    "Hub": "push_to_hub hub_private_repo",
+# options.yaml, beside this module: the groups of --help, in its order, with all options and what is said of each.
+GROUPS: dict[str, dict[str, dict[str, str]]] = yaml.safe_load(
+    Path(__file__).with_name("options.yaml").read_text(encoding="utf-8")
+)
+OPTIONS = {name: about for group in GROUPS.values() for name, about in group.items()}
+BOUNDS: dict[str, Callable[[float], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "at least 0": lambda value: 0 <= value < math.inf,
+    "more than 0": lambda value: 0 < value < math.inf,
+    "between 0 and 1": lambda value: 0 <= value <= 1,
+    "at least 0 and less than 1": lambda value: 0 <= value < 1,
 }
-Bound = tuple[str, Callable[[float], bool]]
-AT_LEAST_1: Bound = ("at least 1", lambda value: value >= 1)
-NOT_NEGATIVE: Bound = ("at least 0", lambda value: 0 <= value < math.inf)
-POSITIVE: Bound = ("more than 0", lambda value: 0 < value < math.inf)
-SHARE: Bound = ("between 0 and 1", lambda value: 0 <= value <= 1)
-BELOW_1: Bound = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
 
 
-def _option(default: Any, help: str, bound: Bound | None = None) -> Any:
-    """A field with its line of --help. bound: what a number must be, in words and as a check."""
-    metadata = {"help": help, "bound": bound}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def _default(name: str, default: Any) -> Any:
-    """The field of TrainingArguments with another default."""
-    metadata = TrainingArguments.__dataclass_fields__[name].metadata
-    return _option(default, metadata["help"], metadata["bound"])
+def _list(*texts: str) -> Any:
+    """A field with this list as its default."""
+    return field(default_factory=lambda: list(texts))
 
 
 @dataclass
@@ -73,89 +53,61 @@ class TrainingArguments:
 
     Names are those of transformers.TrainingArguments and peft.LoraConfig where these have one."""
 
-    stage: int = field(metadata={"help": "1: projector alone, on captions; 2: projector and LoRA, on conversations"})
-    config: str | None = _option(None, "yaml file of these options; the command line overrides it")
-    output_dir: str = _option("outputs/stage1", "folder of the model, training checkpoints, metrics.jsonl, curve.png")
-    resume_from_checkpoint: str | None = _option(
-        None, "training checkpoint to resume; bare: the newest, if there is one"
-    )
-    seed: int = _option(0, "seed of the order, the dropout and the new weights")
-    debug: bool = _option(False, "traceback of an error instead of one line")
+    stage: int
+    config: str | None = None
+    output_dir: str = "outputs/stage1"
+    resume_from_checkpoint: str | None = None
+    seed: int = 0
+    debug: bool = False
 
-    data: list[str] = _option([], "training data, KIND:PATH[,option=value...]; several are mixed. See docs/data.md")
-    eval_data: list[str] = _option(
-        [], "held-out data in the same form; without a value, or with --data alone: --holdout_images of --data"
-    )
-    holdout_images: int = _option(
-        500,
-        "images held out of --data if there is no --eval_data; the default is at most a tenth of them",
-        NOT_NEGATIVE,
-    )
-    max_eval_images: int = _option(500, "images evaluated on, the first of each --eval_data", AT_LEAST_1)
-    max_length: int = _option(2048, "longest conversation in tokens, image included; longer ones are cut", AT_LEAST_1)
-    max_bad_fraction: float = _option(0.01, "largest share of damaged records before the run stops; 0: none", BELOW_1)
-    dataloader_num_workers: int = _option(4, "processes that read images; 0: the training process", NOT_NEGATIVE)
-    image_processing: Literal["exact", "fast"] = _option(
-        "exact", "exact: the image processor's; fast: one of 256 levels off in 1 of 100 values (needs simplejpeg)"
-    )
-    cache_features: str | None = _option(None, "folder for the vision tower's features; later epochs open no image")
+    data: list[str] = _list()
+    eval_data: list[str] = _list()
+    holdout_images: int = 500
+    max_eval_images: int = 500
+    max_length: int = 2048
+    max_bad_fraction: float = 0.01
+    dataloader_num_workers: int = 4
+    image_processing: Literal["exact", "fast"] = "exact"
+    cache_features: str | None = None
 
-    per_device_train_batch_size: int = _option(
-        16, "images in a forward pass on one device, without --max_tokens_per_batch", AT_LEAST_1
-    )
-    max_tokens_per_batch: int | Literal["auto"] = _option(
-        "auto",
-        "tokens in a device's forward pass, instead of images; auto: on CUDA as many as fit; 0: off",
-        NOT_NEGATIVE,
-    )
-    tokens_per_optimizer_step: int = _option(
-        8192, "tokens in one step on all devices; with --max_tokens_per_batch, the accumulation follows", AT_LEAST_1
-    )
-    gradient_accumulation_steps: int = _option(1, "forward passes in one step", AT_LEAST_1)
-    num_train_epochs: float = _option(1.0, "passes over the training images", POSITIVE)
-    max_steps: int = _option(0, "number of steps, instead of --num_train_epochs; 0: off", NOT_NEGATIVE)
-    per_device_eval_batch_size: int = _option(0, "images per evaluation pass; 0: as many as in training", NOT_NEGATIVE)
+    per_device_train_batch_size: int = 16
+    max_tokens_per_batch: int | Literal["auto"] = "auto"
+    tokens_per_optimizer_step: int = 8192
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: float = 1.0
+    max_steps: int = 0
+    per_device_eval_batch_size: int = 0
 
-    learning_rate: float = _option(1e-3, "peak learning rate of the projector, after the warm-up", POSITIVE)
-    optim: Literal["auto", "adam8bit", "paged_adam8bit", "adamw_torch_fused"] = _option(
-        "auto", "optimizer; paged: its states may leave the GPU; auto: adam8bit on CUDA, adamw_torch_fused elsewhere"
-    )
-    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = _option(
-        "cosine", "shape of the learning rate after the warm-up"
-    )
-    warmup_ratio: float = _option(0.03, "share of all steps in which the learning rate rises from 0", SHARE)
-    weight_decay: float = _option(0.0, "weight decay of all trained weights but the biases")
-    max_grad_norm: float = _option(1.0, "largest norm of the gradients, clipped to it; 0: no clipping", NOT_NEGATIVE)
-    gradient_checkpointing: bool = _option(False, "recomputed activations of the decoder: less memory, half more work")
-    mixed_precision: Literal["auto", "bf16", "fp16", "no"] = _option(
-        "auto", "precision of the products; auto: by the launcher's yaml or option, else by the GPU"
-    )
-    attention: Literal["auto", "varlen", "sdpa"] = _option(
-        "auto", "attention in packs; varlen: FlashAttention's kernel; auto: varlen in stage 2 where there is one"
-    )
-    tf32: bool = _option(True, "TF32 for products of float32 matrices on CUDA")
-    nan_policy: Literal["stop", "skip"] = _option("stop", "reaction to a non-finite loss or gradient; it is saved")
+    learning_rate: float = 1e-3
+    optim: Literal["auto", "adam8bit", "paged_adam8bit", "adamw_torch_fused"] = "auto"
+    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
+    attention: Literal["auto", "varlen", "sdpa"] = "auto"
+    tf32: bool = True
+    nan_policy: Literal["stop", "skip"] = "stop"
 
-    save_steps: int = _option(500, "steps between training checkpoints; one is written at the end", AT_LEAST_1)
-    save_total_limit: int = _option(2, "training checkpoints kept, the newest ones", AT_LEAST_1)
-    merged: bool = _option(False, "one whole model with LoRA folded in, instead of the trained weights only")
+    save_steps: int = 500
+    save_total_limit: int = 2
+    merged: bool = False
 
-    eval_steps: int = _option(1000, "steps between evaluations that save the model; one is at the end", AT_LEAST_1)
-    eval_task: Literal["none", "captions", "vqa", "pope", "exact"] = _option(
-        "none", "task whose metrics each evaluation measures, with and without the image, as clip-phi evaluate does"
-    )
-    eval_task_images: int = _option(32, "images for --eval_task, the first of each --eval_data", AT_LEAST_1)
-    metric_for_best_model: str = _option("none", "loss or metric of --eval_task that selects best/; none: no best/")
-    early_stopping_patience: int = _option(0, "evaluations without a new best/ until the stop; 0: never", NOT_NEGATIVE)
-    num_sample_texts: int = _option(4, "held-out images with a sample text at each evaluation", NOT_NEGATIVE)
-    max_new_tokens: int = _option(64, "longest generated text in tokens", AT_LEAST_1)
+    eval_steps: int = 1000
+    eval_task: Literal["none", "captions", "vqa", "pope", "exact"] = "none"
+    eval_task_images: int = 32
+    metric_for_best_model: str = "none"
+    early_stopping_patience: int = 0
+    num_sample_texts: int = 4
+    max_new_tokens: int = 64
 
-    logging_steps: int = _option(10, "steps between lines of the log", AT_LEAST_1)
-    report_to: list[str] = _option([], f"trackers beside metrics.jsonl: {', '.join(TRACKERS)}")
-    peak_tflops: float = _option(0.0, "peak of one device for the MFU, in TFLOP/s; 0: by the GPU's name", NOT_NEGATIVE)
+    logging_steps: int = 10
+    report_to: list[str] = _list()
+    peak_tflops: float = 0.0
 
-    push_to_hub: str | None = _option(None, "Hub repository user/name for the model at the end; see docs/hub.md")
-    hub_private_repo: bool = _option(False, "private repository, if --push_to_hub makes a new one")
+    push_to_hub: str | None = None
+    hub_private_repo: bool = False
 
     # The names of the options that the command line or --config gives, and do not come from the defaults.
     given: frozenset[str] = frozenset()
@@ -168,10 +120,9 @@ class TrainingArguments:
     def problems(self) -> list[str]:
         found = []
         for each in dataclasses.fields(self):
-            words, is_inside = each.metadata.get("bound") or ("", None)
-            value = getattr(self, each.name)
-            if is_inside is not None and value != "auto" and not is_inside(value):
-                found.append(f"--{each.name} must be {words}, not {value}")
+            bound, value = each.metadata.get("bound"), getattr(self, each.name)
+            if bound is not None and value != "auto" and not BOUNDS[bound](value):
+                found.append(f"--{each.name} must be {bound}, not {value}")
         for name in ("vision_backbone", "text_backbone", "init_from"):
             value = getattr(self, name, ".")
             if is_missing_folder(value, id_needs_user=name == "init_from"):
@@ -256,55 +207,37 @@ class TrainingArguments:
 class Stage1Arguments(TrainingArguments):
     """Stage 1: train the projector alone on captions, from two frozen backbones."""
 
-    vision_backbone: str = _option(VISION_BACKBONE, "Hub id or folder of the vision tower")
-    vision_revision: str | None = _option(None, "branch, tag or commit of --vision_backbone; its commit is pinned")
-    text_backbone: str = _option(TEXT_BACKBONE, "Hub id or folder of the decoder")
-    text_revision: str | None = _option(None, "branch, tag or commit of --text_backbone; its commit is pinned")
-    projector_type: Literal["linear", "mlp", "norm_mlp"] = _option(
-        "linear", "projector of one layer; of two with GELU between; or of one layer, a norm and two more"
-    )
-    vision_feature_layer: int = _option(
-        -2, "hidden state of the tower that the projector gets: 0 is the embedding, -1 the last layer's"
-    )
-    vision_feature_select_strategy: Literal["default", "full"] = _option(
-        "default", "features of that layer: the patches alone, or CLS and registers too"
-    )
-    data: list[str] = _default(
-        "data", ["coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"]
-    )
-    eval_data: list[str] = _default(
-        "eval_data", ["coco:data/coco/annotations/captions_val2017.json,images=data/coco/val2017"]
-    )
-    captions_per_image: int = _option(5, "captions of an image in one step; the others take turns", AT_LEAST_1)
+    vision_backbone: str = VISION_BACKBONE
+    vision_revision: str | None = None
+    text_backbone: str = TEXT_BACKBONE
+    text_revision: str | None = None
+    projector_type: Literal["linear", "mlp", "norm_mlp"] = "linear"
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    data: list[str] = _list("coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017")
+    eval_data: list[str] = _list("coco:data/coco/annotations/captions_val2017.json,images=data/coco/val2017")
+    captions_per_image: int = 5
 
 
 @dataclass
 class Stage2Arguments(TrainingArguments):
     """Stage 2: train the projector and LoRA on the decoder, or all of it, on conversations, from a trained model."""
 
-    init_from: str = _option(
-        "outputs/stage1", "model to start from, folder or Hub id; a LoRA adapter that it has is trained on"
-    )
-    output_dir: str = _default("output_dir", "outputs/stage2")
-    data: list[str] = _default("data", ["llava:data/llava_instruct_150k.json,images=data/coco/train2017"])
-    learning_rate: float = _default("learning_rate", 2e-5)
-    per_device_train_batch_size: int = _default("per_device_train_batch_size", 8)
-    tokens_per_optimizer_step: int = _default("tokens_per_optimizer_step", 16384)
-    gradient_accumulation_steps: int = _default("gradient_accumulation_steps", 4)
-    lora_learning_rate: float = _option(2e-4, "peak learning rate of LoRA, after the warm-up", POSITIVE)
-    lora_r: int = _option(64, "rank of the LoRA matrices", AT_LEAST_1)
-    lora_alpha: int = _option(128, "scale of LoRA's output: lora_alpha / lora_r")
-    lora_dropout: float = _option(0.05, "dropout before the LoRA matrices", BELOW_1)
-    lora_targets: str = _option(
-        "auto", "linear layers with LoRA, such as q_proj,fc1; auto: all in the decoder's blocks"
-    )
-    tune_decoder: Literal["lora", "full"] = _option(
-        "lora", "trained weights of the decoder; full: all of them, at --learning_rate, instead of LoRA"
-    )
-    quantization: Literal["none", "nf4", "int8"] = _option(
-        "none", "precision of the frozen decoder: 4 bits (nf4, twice quantised: QLoRA) or 8; needs bitsandbytes"
-    )
-    caption_instruction: str = _option("Describe the image.", "question with which 'clip-phi caption' asks the model")
+    init_from: str = "outputs/stage1"
+    output_dir: str = "outputs/stage2"
+    data: list[str] = _list("llava:data/llava_instruct_150k.json,images=data/coco/train2017")
+    learning_rate: float = 2e-5
+    per_device_train_batch_size: int = 8
+    tokens_per_optimizer_step: int = 16384
+    gradient_accumulation_steps: int = 4
+    lora_learning_rate: float = 2e-4
+    lora_r: int = 64
+    lora_alpha: int = 128
+    lora_dropout: float = 0.05
+    lora_targets: str = "auto"
+    tune_decoder: Literal["lora", "full"] = "lora"
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    caption_instruction: str = "Describe the image."
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -322,6 +255,8 @@ class Stage2Arguments(TrainingArguments):
 
 
 STAGES: dict[int, type[TrainingArguments]] = {1: Stage1Arguments, 2: Stage2Arguments}
+for _field in (each for kind in STAGES.values() for each in dataclasses.fields(kind)):
+    _field.metadata = MappingProxyType(OPTIONS.get(_field.name, {}))
 
 
 def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
@@ -358,10 +293,9 @@ def _make_parser(stage: int) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,  # so that only what is given is found
     )
     hints, defaults = get_type_hints(kind), kind(stage)
-    helps = {each.name: each.metadata["help"] for each in dataclasses.fields(kind) if "help" in each.metadata}
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
-        for name in filter(helps.__contains__, names.split()):
+        for name in filter(hints.__contains__, names):
             hint, usual = hints[name], getattr(defaults, name)
             if get_origin(hint) is Literal:
                 how: dict[str, Any] = {"choices": get_args(hint)}
@@ -378,7 +312,7 @@ def _make_parser(stage: int) -> argparse.ArgumentParser:
                 how = {"type": convert, "metavar": metavar}
             usual = " ".join(usual) if isinstance(usual, list) else usual
             shown = "" if usual in (None, "") or name == "stage" else f" (default: {usual})"
-            group.add_argument(f"--{name}", help=(helps[name] + shown).replace("%", "%%"), **how)
+            group.add_argument(f"--{name}", help=(names[name]["help"] + shown).replace("%", "%%"), **how)
     return parser
 
 

@@ -25,36 +25,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, recursively_apply
 from safetensors.torch import load_file, save_file
 
-from .arguments import NEWEST, TrainingArguments
+from .arguments import NEWEST, OPTIONS, TrainingArguments
 from .data import TrainData
 from .fsdp import gather, shard_like, trained_weights
 from .guards import WRITE_ERRORS
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a signal stopped the run, and --resume_from_checkpoint continues it
 FILES = ("trained.safetensors", "state.pt")
-# Options whose other values give the samples another order, or the weights another meaning.
-FIXED = (
-    *("stage", "seed", "max_length", "per_device_train_batch_size", "max_tokens_per_batch", "captions_per_image"),
-    *("optim", "vision_backbone", "vision_revision", "text_backbone", "text_revision", "init_from", "projector_type"),
-    *("lora_r", "lora_alpha", "lora_targets", "holdout_images", "tune_decoder", "quantization"),
-    *("data", "batches_per_step"),  # of describe_run
-)
-# Those that change nothing that is learnt. Any that is in neither list may change, but then so does the training.
-FREE = (
-    *("config", "output_dir", "debug", "resume_from_checkpoint", "save_total_limit", "save_steps", "logging_steps"),
-    *("eval_steps", "data", "eval_data", "max_eval_images", "max_bad_fraction", "dataloader_num_workers"),
-    *("num_sample_texts", "max_new_tokens", "merged", "caption_instruction", "gradient_checkpointing", "report_to"),
-    *(
-        "peak_tflops",
-        "tokens_per_optimizer_step",
-        "eval_task",
-        "eval_task_images",
-        "per_device_eval_batch_size",
-        "push_to_hub",
-        "hub_private_repo",
-    ),
-    "given",
-)
+# What may not differ in a run that is resumed, and what is not compared; data and batches_per_step: of describe_run.
+FIXED = {"data", "batches_per_step", *(name for name, about in OPTIONS.items() if about.get("resume") == "fixed")}
+FREE = {"given", *(name for name, about in OPTIONS.items() if about.get("resume") == "free")}
 
 
 @dataclass
