@@ -102,11 +102,9 @@ def has_kernels(major: int, minor: int, architectures: list[str]) -> bool:
     """Whether a build for these, such as sm_80 or compute_90, runs on a device of this capability.
 
     Machine code runs on later devices of the same generation, PTX on all later ones."""
-    for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures)):
-        built = divmod(int(number), 10)
-        if (kind == "compute" or built[0] == major) and built <= (major, minor):
-            return True
-    return not architectures
+    built = [(kind, divmod(int(x), 10)) for kind, x in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures))]
+    fits = ((kind == "compute" or at[0] == major) and at <= (major, minor) for kind, at in built)
+    return not architectures or any(fits)
 
 
 def check_bitsandbytes() -> Iterator[Check]:
@@ -155,12 +153,8 @@ def quantization_config(kind: str, compute_dtype: Any) -> Any:
         raise ImportError(f"--quantization {kind} needs bitsandbytes: pip install 'clip-phi[cuda]'")
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute_dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, **nf4)
 
 
 def without_secrets(text: str) -> str:
@@ -170,12 +164,8 @@ def without_secrets(text: str) -> str:
 
 def requirements() -> dict[str, str]:
     """What the package needs without extras, as pip writes it, by name: {"peft": "peft>=0.20"}."""
-    needed = [Requirement(text) for text in requires("clip-phi") or []]
-    return {
-        each.name: each.name + ",".join(sorted(map(str, each.specifier), reverse=True))
-        for each in needed
-        if each.marker is None
-    }
+    needed = [each for each in map(Requirement, requires("clip-phi") or []) if each.marker is None]
+    return {each.name: each.name + ",".join(sorted(map(str, each.specifier), reverse=True)) for each in needed}
 
 
 def installed_version(package: str) -> str | None:
@@ -187,10 +177,13 @@ def installed_version(package: str) -> str | None:
 
 def git_commit() -> str | None:
     """The commit of the checkout with this file, and "+changes" if it has any; None outside of a checkout."""
-    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        how: Any = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True, "timeout": 10}
+        return str(subprocess.run(["git", *words], **how).stdout.strip())
+
     try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return commit + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -208,9 +201,7 @@ def peak_flops(device: Any) -> float | None:
     """Peak FLOP/s of the device in half precision; None if unknown."""
     import torch
 
-    if device.type != "cuda":
-        return None
-    gpu = find_gpu(torch.cuda.get_device_name(device))
+    gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return gpu.tflops * 1e12 if gpu is not None else None
 
 
@@ -220,8 +211,3 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _git(folder: Path, *words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
-    return done.stdout.strip()

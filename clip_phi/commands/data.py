@@ -56,7 +56,7 @@ def run_download(arguments: argparse.Namespace) -> None:
 def run_draw_data(arguments: argparse.Namespace) -> None:
     from ..data.synthetic import write_dataset
 
-    write_dataset(arguments.folder, arguments.num_train, arguments.num_val, arguments.seed)
-    written = {"folder": arguments.folder, "num_train": arguments.num_train, "num_val": arguments.num_val}
-    text = f"{arguments.num_train} training and {arguments.num_val} validation images are in {arguments.folder}"
-    print(json.dumps(written | {"seed": arguments.seed}) if arguments.json else text)
+    written = {name: getattr(arguments, name) for name in ("folder", "num_train", "num_val", "seed")}
+    write_dataset(**written)
+    text = "{num_train} training and {num_val} validation images are in {folder}".format(**written)
+    print(json.dumps(written) if arguments.json else text)

@@ -25,17 +25,9 @@ def run_push(arguments: argparse.Namespace) -> None:
     model = choose_model(arguments)
     from ..hub.push import push
 
-    pushed = push(
-        model,
-        arguments.repo_id,
-        private=arguments.private or None,
-        branch=arguments.revision,
-        tag=arguments.tag,
-        create_pr=arguments.create_pr,
-        merged=arguments.merged,
-        message=arguments.message,
-        images=not arguments.no_images,
-    )
+    options = {name: getattr(arguments, name) for name in ("tag", "create_pr", "merged", "message")}
+    options |= {"private": arguments.private or None, "branch": arguments.revision, "images": not arguments.no_images}
+    pushed = push(model, arguments.repo_id, **options)
     print(json.dumps(asdict(pushed)) if arguments.json else pushed)
 
 
@@ -52,9 +44,8 @@ def run_import_projector(arguments: argparse.Namespace) -> None:
     from ..export.legacy_projector import import_projector
     from ..training.arguments import TEXT_BACKBONE, VISION_BACKBONE
 
-    vision = arguments.vision_backbone or VISION_BACKBONE
-    text = arguments.text_backbone or TEXT_BACKBONE
-    folder = arguments.folder
+    file, folder = arguments.file, arguments.folder
+    vision, text = arguments.vision_backbone or VISION_BACKBONE, arguments.text_backbone or TEXT_BACKBONE
     more = {"layer": arguments.vision_feature_layer, "block": arguments.block, "adapter": arguments.adapter}
-    done = import_projector(arguments.file, vision, text, Path(folder), **more)
+    done = import_projector(file, vision, text, Path(folder), **more)
     print(json.dumps(done) if arguments.json else f"wrote {folder}; try: clip-phi caption --model {folder} IMAGE")

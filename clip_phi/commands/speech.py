@@ -39,9 +39,7 @@ def add_asr_options(command: argparse.ArgumentParser) -> None:
     add("--engine", choices=ENGINES, help=f"speech recognition (default: {DEFAULT.engine})")
     help = f"Whisper model: a name, a Hub id or a folder in CTranslate2's form (default: {DEFAULT.model})"
     add("--speech_model", help=help)
-    add("--speech_device", default="cpu", help="cpu, cuda or cuda:1")
-    add("--compute_type", help="number type of CTranslate2 (default: int8 on the CPU, float16 on CUDA)")
-    add("--language", help="language of the speech, for example en (default: detected)")
+    add_options(command, "transcriber")
     help = f"longest recording; the rest is cut off (default: {DEFAULT.max_seconds:g})"
     add("--max_speech_seconds", type=positive_number, help=help)
 
@@ -55,9 +53,8 @@ def transcribe(file: str, arguments: argparse.Namespace) -> Any:
 
     clip = load_audio(file, arguments.max_speech_seconds or DEFAULT.max_seconds)
     engine, model = arguments.engine or DEFAULT.engine, arguments.speech_model or DEFAULT.model
-    device, words = arguments.speech_device, getattr(arguments, "word_timestamps", False)
-    transcriber = make_transcriber(engine, model, device, arguments.language, arguments.compute_type, words)
-    with closing(transcriber):
+    how = (arguments.speech_device, arguments.language, arguments.compute_type)
+    with closing(make_transcriber(engine, model, *how, getattr(arguments, "word_timestamps", False))) as transcriber:
         transcript = transcriber.transcribe(clip)
     if not arguments.json:
         print(plain(f"clip-phi: {transcript.engine}: {transcript.text or '(no speech)'}"), file=sys.stderr)
@@ -72,17 +69,14 @@ def run_transcribe(arguments: argparse.Namespace) -> None:
     if (arguments.recording is None) == (not arguments.data):
         raise ValueError("transcribe needs either a RECORDING or --data DATA")
     if arguments.data:
-        _transcribe_data(arguments)
-        return
+        return _transcribe_data(arguments)
     transcript = transcribe(arguments.recording, arguments)
-    if arguments.json:
-        found = asdict(transcript) | {"model": arguments.speech_model or DEFAULT.model}
-        found["segments"] = [
-            segment._asdict() | {"words": [word._asdict() for word in segment.words]} for segment in transcript.segments
-        ]
-        print(json.dumps(found))
-    else:
-        print(plain(transcript.text))
+    if not arguments.json:
+        return print(plain(transcript.text))
+    found = asdict(transcript) | {"model": arguments.speech_model or DEFAULT.model}
+    parts = transcript.segments
+    found["segments"] = [part._asdict() | {"words": [word._asdict() for word in part.words]} for part in parts]
+    print(json.dumps(found))
 
 
 def _transcribe_data(arguments: argparse.Namespace) -> None:
@@ -107,9 +101,8 @@ def run_dataset(arguments: argparse.Namespace) -> None:
     from ..speech.spoken_data import synthesize_questions
     from ..speech.tts import make_tts
 
-    output = arguments.output
-    speaker = make_tts(arguments.voice)
-    found = synthesize_questions(Path(arguments.annotations), output, speaker, arguments.share, arguments.seed)
+    annotations, output = Path(arguments.annotations), arguments.output
+    found = synthesize_questions(annotations, output, make_tts(arguments.voice), arguments.share, arguments.seed)
     print(json.dumps(asdict(found)) if arguments.json else found)
     if not arguments.json:
         data = f"llava:{output},images=IMAGES,recordings={output.with_suffix('')}"
