@@ -102,10 +102,9 @@ def has_kernels(major: int, minor: int, architectures: list[str]) -> bool:
     """Whether a build for these, such as sm_80 or compute_90, runs on a device of this capability.
 
     Machine code runs on later devices of the same generation, PTX on all later ones."""
-    found = re.findall(r"(sm|compute)_(\d+)", " ".join(architectures))
-    built = [(kind, divmod(int(number), 10)) for kind, number in found]
-    fits = ((kind == "compute" or each[0] == major) and each <= (major, minor) for kind, each in built)
-    return any(fits) or not architectures
+    built = [(kind, divmod(int(x), 10)) for kind, x in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures))]
+    fits = ((kind == "compute" or at[0] == major) and at <= (major, minor) for kind, at in built)
+    return not architectures or any(fits)
 
 
 def check_bitsandbytes() -> Iterator[Check]:
@@ -178,9 +177,13 @@ def installed_version(package: str) -> str | None:
 
 def git_commit() -> str | None:
     """The commit of the checkout with this file, and "+changes" if it has any; None outside of a checkout."""
+
+    def git(*words: str) -> str:
+        how: Any = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True, "timeout": 10}
+        return str(subprocess.run(["git", *words], **how).stdout.strip())
+
     try:
-        commit = _git("rev-parse", "HEAD")
-        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -208,8 +211,3 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _git(*words: str) -> str:
-    run: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 10}
-    return subprocess.run(["git", *words], check=True, **run).stdout.strip()

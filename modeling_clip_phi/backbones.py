@@ -1,7 +1,6 @@
 """Two frozen backbones to one Clip-Phi model, and back: pinned revisions, delta and merged checkpoints, adapters.
 
-A delta checkpoint holds trained weights only (the projector, a PEFT adapter) and names its two backbones. A weight
-that is missing, unknown or of another shape is an error."""
+A delta checkpoint holds trained weights only (the projector, a PEFT adapter) and names its two backbones."""
 
 import copy
 import hashlib
@@ -27,8 +26,8 @@ PEFT_PARTS = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.\w+(?=\.)")  # w
 HUB_OPTIONS = ["cache_dir", "force_download", "local_files_only", "proxies", "token"]
 PLACEMENT = ["dtype", "device_map", "max_memory", "offload_folder", "quantization_config", "attn_implementation"]
 # Arguments that transformers' own classes and pipelines pass along, and that change nothing for a delta.
-PASSIVE = ["trust_remote_code", "code_revision", "adapter_kwargs", "use_safetensors", "weights_only"]
-PASSIVE += ["low_cpu_mem_usage", "_from_auto", "_from_pipeline", "_commit_hash"]
+PASSIVE = ["trust_remote_code", "code_revision", "adapter_kwargs", "use_safetensors", "weights_only", "_from_auto"]
+PASSIVE += ["low_cpu_mem_usage", "_from_pipeline", "_commit_hash"]
 SEVERAL_DEVICES = ["auto", "balanced", "balanced_low_0", "sequential"]
 CHANGED = torch.tensor(torch.nan)  # equal to nothing
 
@@ -92,7 +91,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         fields |= find_backbone("vision", vision, vision_revision, hub)
         fields |= find_backbone("text", text, text_revision, hub)
         tokenizer = AutoTokenizer.from_pretrained(text, revision=fields["text_backbone_revision"] or "main", **hub)
-        fields["text_tokenizer_sha256"] = hash_vocabulary(tokenizer.get_vocab())
+        fields["text_tokenizer_sha256"] = hash_vocabulary(tokenizer)
         found = add_special_tokens(tokenizer).convert_tokens_to_ids(IMAGE_TOKEN)
         fields["image_token_id"] = found if image_token_id is None else image_token_id
         model = load_backbones(cls, ClipPhiConfig(delta=True, **fields), hub, placement, tokenizer)
@@ -120,9 +119,8 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
 
         merged: False, the default of a model made from backbones: the projector, the LoRA adapter (in the subfolder
             "adapter", PEFT's format) and the names and commits of the backbones. True: all weights, LoRA folded in.
-
-        Raises ValueError if a delta would lose weights that are trainable or have changed since loading, or if a
-        quantised decoder, or an adapter other than plain LoRA, would have to be merged."""
+        Raises ValueError if a delta would lose weights that are trainable or have changed since loading, or if weights
+        that are quantised, or an adapter other than plain LoRA, would have to be merged."""
         # Trainer passes state_dict and no merged. It resumes from model.safetensors alone: the adapter is there, too.
         by_trainer, state_dict = merged is None and "state_dict" in kwargs, kwargs.pop("state_dict", None)
         adapted = bool(getattr(self, "peft_config", None))  # transformers would save an adapter alone
@@ -243,7 +241,7 @@ def measure_tower(config: Any, *size: int) -> torch.Size:
 def select_patches(outputs: Any, config: Any, height: int, width: int) -> torch.Tensor:
     """Features (images, patches, width) of a tower's hidden state, a map or a sequence, for pixels of this size.
 
-    Of a sequence, "default" leaves out what precedes one feature for each patch: CLS, registers, or nothing."""
+    Of a sequence, "default" leaves out what is before the patches: CLS, registers, or nothing."""
     states, vision = outputs.hidden_states[config.vision_feature_layer], config.vision_config
     if states.dim() == 4:  # channels last, or first
         last = states.shape[1] == states.shape[2] != states.shape[3]
@@ -290,8 +288,8 @@ def local_parts(config: ClipPhiConfig) -> list[str]:
     return [part for part in ("vision", "text") if getattr(config, f"{part}_backbone_revision") is None]
 
 
-def hash_vocabulary(vocabulary: dict[str, int]) -> str:
-    return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
+def hash_vocabulary(tokenizer: Any) -> str:
+    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
 
 
 def sort_options(options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -321,8 +319,8 @@ def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict
         if Path(folder).is_absolute() or ".." in Path(folder).parts:
             raise ValueError(f"the adapter {folder} of {path} is not in its folder")
         peft = import_optional("peft", f"{path} holds a LoRA adapter")
-        adapter_file = cached_file(path, f"{folder}/adapter_config.json", **own)
-        adapter_config = peft.PeftConfig.from_pretrained(str(Path(adapter_file).parent))
+        adapter_file = Path(str(cached_file(path, f"{folder}/adapter_config.json", **own)))
+        adapter_config = peft.PeftConfig.from_pretrained(str(adapter_file.parent))
         adapter_config.inference_mode = True  # frozen
         model.add_adapter(adapter_config)
         found = load_file(cached_file(path, f"{folder}/adapter_model.safetensors", **own))
@@ -351,8 +349,8 @@ def check_backbones(path: Any, config: ClipPhiConfig, hub: dict, other_text: boo
     # A commit does not change, but a folder may, and so may the backbone that the caller gives.
     if config.text_tokenizer_sha256 is not None and (revision is None or other_text):
         revision = config.text_backbone_revision or "main"
-        vocabulary = AutoTokenizer.from_pretrained(backbone, revision=revision, **hub).get_vocab()
-        if hash_vocabulary(vocabulary) != config.text_tokenizer_sha256:
+        tokenizer = AutoTokenizer.from_pretrained(backbone, revision=revision, **hub)
+        if hash_vocabulary(tokenizer) != config.text_tokenizer_sha256:
             raise ValueError(f"{path} was trained with another tokenizer than that of {backbone}: its tokens differ")
 
 

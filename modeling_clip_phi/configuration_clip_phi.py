@@ -38,12 +38,9 @@ class ClipPhiConfig(PreTrainedConfig):
     image_token_id: int = 50295  # stands for one image feature in input_ids; the embedding needs no row for it
     projector_type: Literal["linear", "mlp", "norm_mlp"] = "linear"  # see make_projector
     projector_bias: bool = True
-    # The tower's hidden state that the projector gets: 0 is the embedding's output, -1 the last layer's. The default is
-    # LLaVA's (arXiv 2304.08485, section 4.1): CLIP trains its last layer for CLS only.
+    # The tower's hidden state for the projector; -1 is the last, which CLIP trains for CLS. LLaVA (2304.08485): -2.
     vision_feature_layer: int = -2
-    vision_feature_select_strategy: Literal["default", "full"] = (
-        "default"  # the patches alone; or CLS and registers too
-    )
+    vision_feature_select_strategy: Literal["default", "full"] = "default"  # patches alone; or CLS and registers too
     vision_backbone: str | None = None  # Hub id or folder of the frozen weights; None in a model without backbones
     vision_backbone_revision: str | None = None  # the commit that it is pinned to; None for a folder
     text_backbone: str | None = None

@@ -34,9 +34,9 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> Any:
-        """The tower's output; its pooler_output is a list of one projected (patches, text hidden) tensor per image.
+        """The tower's output; its pooler_output lists a projected (patches, text hidden) tensor for each image.
 
-        pixel_values: float (images, 3, height, width), normalised and of the size that the image processor gives."""
+        pixel_values: float (images, 3, height, width), as the image processor gives them."""
         wanted = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
         outputs, features = self._run_tower(pixel_values, **kwargs)
         outputs.pooler_output = list(self._project(features))
@@ -90,8 +90,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
                 vision_features: float (images, patches, vision hidden), from get_vision_features; or in kwargs
                 mm_encoder_outputs: {"image": the result of get_image_features}.
             attention_mask: int or bool (batch, sequence); or bool (batch, 1, queries, keys), True where one attends.
-            kwargs: of the decoder: position_ids, its cache (past_key_values; cache from transformers 5.24 on), and the
-                pack_layout of several samples in one sequence.
+            kwargs: of the decoder: position_ids, its cache, and the pack_layout of several samples in one sequence.
 
         Raises ValueError for a wrong number of image tokens, or a mask that the decoder's attention cannot use."""
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -111,8 +110,7 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             rows = (mask.flatten().cumsum(0) - 1).clamp(0)  # masked_scatter's backward makes the host wait for the GPU
             inputs_embeds = torch.where(mask, image_features[rows].view_as(inputs_embeds), inputs_embeds)
         elif self.training and torch.is_grad_enabled():  # DDP needs a gradient of every trained weight
-            width = next(self.projector.parameters()).shape[1]
-            nothing = self._project(inputs_embeds.new_zeros(1, width)).sum() * 0
+            nothing = self._project(inputs_embeds.new_zeros(1, next(self.projector.parameters()).shape[1])).sum() * 0
             inputs_embeds = inputs_embeds + nothing.to(inputs_embeds.device, inputs_embeds.dtype)
         attention = self.language_model.config._attn_implementation
         if "pack_layout" in kwargs:
@@ -170,8 +168,7 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
 
         Args:
             labels: int (batch, sequence), aligned with input_ids; -100 where nothing is learnt.
-            logits_to_keep: 0 for all positions, n for the last n, or int (positions,) or (batch, positions): these,
-                which may repeat.
+            logits_to_keep: 0 for all positions, n for the last n, or int (positions,) or (batch, positions): these.
             skip_logits: leave logits None, as in training with labels: the head runs at supervised positions only.
             kwargs: also shift_labels: int (batch, positions), instead of labels: the token after each kept position;
                 and num_items_in_batch: divides the summed loss, instead of the number of supervised tokens."""

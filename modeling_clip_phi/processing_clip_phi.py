@@ -23,10 +23,9 @@ class ClipPhiProcessor(ProcessorMixin):
     Generation reads the tokens that training puts before an answer. BOS is in front, once, if the tokenizer adds it.
 
     Args:
-        image_processor: The vision tower's.
-        tokenizer: The decoder's, with <image> and a padding token that is not its end token: see from_backbones.
-        chat_template: A Jinja template, answers in generation blocks that end with the end token.
-        num_image_tokens: Features of one image, and so <image> tokens for it: 49 for TinyCLIP (224 pixels, patch 32).
+        image_processor, tokenizer: of tower and decoder; the latter with <image>, and padding that is no end token.
+        chat_template: a Jinja template, answers in generation blocks that end with the end token.
+        num_image_tokens: features of one image, and so <image> tokens for it: 49 for TinyCLIP (224 pixels, patch 32).
 
     Raises ValueError if the tokenizer lacks one of the two tokens, or adds tokens behind a text."""
 
@@ -55,15 +54,12 @@ class ClipPhiProcessor(ProcessorMixin):
         if (count := tokenizer.vocab_size) > (rows := read_config("text", text, text_revision, hub).vocab_size):
             raise ValueError(f"the tokenizer of {text} has {count} tokens, and its embedding {rows} rows")
         # The PIL backend gives the same pixels everywhere, whether torchvision is installed or not.
-        image_processor = AutoImageProcessor.from_pretrained(
-            vision, backend="pil", revision=vision_revision or "main", **hub
-        )
+        pil = {"backend": "pil", "revision": vision_revision or "main", **hub}
+        image_processor = AutoImageProcessor.from_pretrained(vision, **pil)
         images = (torch.zeros((3, *size), dtype=torch.uint8) for size in ((90, 120), (120, 90)))
         shape, other = (tuple(image_processor(each, return_tensors="pt")["pixel_values"].shape) for each in images)
         if shape != other or len(shape) != 4:
-            raise ValueError(
-                f"{vision}: its image processor gives pixels of shape {shape} and {other}, not of one fixed size"
-            )
+            raise ValueError(f"{vision}: the image processor gives pixels {shape} and {other}, not of one fixed size")
         config = ClipPhiConfig(vision_config=read_config("vision", vision, vision_revision, hub), **fields)
         count, _ = measure_tower(config, *shape[2:])
         return cls(image_processor, add_special_tokens(tokenizer), num_image_tokens=count)
@@ -89,11 +85,8 @@ class ClipPhiProcessor(ProcessorMixin):
     ) -> list[tuple[list[int], list[int]]]:
         """Token ids and labels of each conversation: the ids of answers and their end tokens, -100 elsewhere.
 
-        Args:
-            conversations: Each [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}, ...].
-            add_generation_prompt: Passed to the chat template; this project's own does not use it.
-            expand_images: Whether an image is num_image_tokens <image> tokens, or a single one.
-
+        conversations: each [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}, ...].
+        expand_images: whether an image is num_image_tokens <image> tokens, or a single one.
         Raises ValueError if a text has a special token or half a character, if the template refuses the messages, or if
         the tokenizer joins the end of a prompt with its answer."""
         try:

@@ -8,6 +8,7 @@ import torch
 from conftest import TEXT, VISION, save_tokenizer
 from helpers import run_clean
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -235,8 +236,15 @@ def test_a_residual_block_in_a_second_file_and_a_lora_folder(vision_backbone, te
     tuned.save_pretrained(tmp_path / "lora")
     words = ["import-projector", str(tmp_path / "linear.pth"), str(tmp_path / "out")]
     words += ["--block", str(tmp_path / "block.pth"), "--adapter", str(tmp_path / "lora")]
-    assert main([*words, "--vision_backbone", vision_backbone, "--text_backbone", text_backbone]) == 0
+    words += ["--vision_backbone", vision_backbone, "--text_backbone", text_backbone]
+    assert main(words) == 0
     assert_same_logits(tmp_path / "out", module, -1, tuned.eval())
+
+    weights = load_file(tmp_path / "lora/adapter_model.safetensors")
+    halves = {name: value for name, value in weights.items() if "lora_B" not in name or "q_proj" not in name}
+    save_file(halves, tmp_path / "lora/adapter_model.safetensors")
+    assert main([*words[:2], str(tmp_path / "half"), *words[3:]]) == 2
+    assert "lacks 2 of the weights" in capsys.readouterr().err and not (tmp_path / "half").exists()
 
 
 def tuned_decoder(module, vision, text):

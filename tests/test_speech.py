@@ -406,7 +406,7 @@ def test_ask_puts_the_transcript_before_the_instruction(image_file, checkpoint, 
     asked = []
     monkeypatch.setattr(
         "clip_phi.serving.engine.Engine.stream",
-        lambda self, text, image, new, transcript: asked.append((text, transcript)) or iter(["a ", "b"]),
+        lambda self, text, image, new, transcript, grammar: asked.append((text, transcript)) or iter(["a ", "b"]),
     )
     assert main(ask) == 0
     record = json.loads(capsys.readouterr().out)

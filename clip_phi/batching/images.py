@@ -70,9 +70,8 @@ def load_image(source: Source, max_pixels: int | None = None) -> Image.Image:
 
     source: a file on disk, the content of one, or a File. max_pixels: None for MAX_PIXELS.
     Raises RecordError, with the name of source in its detail: "missing image", "empty image file", "not an image",
-    "image of a format that is not installed", "damaged image", "file too large", "image too large" (more than
-    max_pixels by its header), "image too costly" (a JPEG of more than MAX_SCANS scans) or "absurd image size" (one side
-    more than MAX_ASPECT times the other). What is too large or too costly is not decoded."""
+    "image of a format that is not installed", "damaged image"; or, before it is decoded, "file too large", "image too
+    large" (by its header), "image too costly" (a JPEG of many scans) or "absurd image size" (see MAX_ASPECT)."""
     return _decode(*_read(source), max_pixels)
 
 
@@ -96,10 +95,8 @@ def has_heif() -> bool:
 
 def image_suffixes() -> dict[str, str | None]:
     """Endings of image files, in lower case: None, or what must be installed to read them."""
-    found: dict[str, str | None] = dict.fromkeys(
-        s for s, kind in Image.registered_extensions().items() if kind in FORMATS
-    )
-    found |= dict.fromkeys((".avif", ".avifs"), None if features.check("avif") else NEEDS_AVIF)
+    known = [suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS]
+    found = dict.fromkeys(known) | dict.fromkeys((".avif", ".avifs"), None if features.check("avif") else NEEDS_AVIF)
     return found | dict.fromkeys(HEIF_SUFFIXES, None if has_heif() else NEEDS_HEIF)
 
 
@@ -183,8 +180,8 @@ def _is_known(image_processor: Any) -> bool:
     if type(its) is not CLIPImageProcessorPil or not (its.do_resize and its.do_center_crop) or its.do_pad:
         return False
     by_edge = {name for name, value in dict(its.size).items() if value} == {"shortest_edge"}
-    crop = max(its.crop_size.height, its.crop_size.width)
-    return isinstance(its.resample, int) and by_edge and crop <= its.size.shortest_edge
+    edge, crop = its.size.shortest_edge, its.crop_size
+    return isinstance(its.resample, int) and by_edge and max(crop.height, crop.width) <= edge
 
 
 def _level_table(image_processor: Any) -> np.ndarray:

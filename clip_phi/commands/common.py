@@ -103,10 +103,7 @@ def add_model(command: argparse.ArgumentParser, *, argument: bool = False) -> No
 def add_engine(command: argparse.ArgumentParser, *, argument: bool = False) -> None:
     """The options of load_engine, except for --compile."""
     add_model(command, argument=argument)
-    command.add_argument("--device", help="for example cuda:1 or cpu (default: CUDA if there is one)")
-    help = "decoder in 4 or 8 bits: less memory, slightly less accurate, and with int8 on a CPU faster "
-    help += "(nf4, and int8 on a GPU: pip install 'clip-phi[cuda]')"
-    command.add_argument("--quantization", choices=("nf4", "int8"), help=help)
+    add_options(command, "engine")
 
 
 def load_engine(arguments: argparse.Namespace, limits: Any = None) -> Any:
@@ -190,4 +187,5 @@ def positive_number(text: str) -> float:
 
 
 OPTIONS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("options.json").read_text(encoding="utf-8"))
-TYPES = {"positive": positive, "natural": natural, "path": Path}
+TYPES: dict[str, Any] = {"int": int, "float": float, "path": Path}
+TYPES |= {"positive": positive, "natural": natural, "positive_number": positive_number}

@@ -7,48 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from ..data.catalog import DATASETS
-from .common import DATA, MODELS, add_command, add_data, add_json, check_model, natural, newest_model, positive
+from .common import DATA, MODELS, add_command, add_data, add_json, add_options, check_model, natural, newest_model
 
 
 def add_to(commands: Any) -> None:
     inspect = add_command(commands, "inspect", run_inspect, "the model's view of a data set, and the errors in it")
-    add = inspect.add_argument
-    add("data_argument", nargs="*", metavar="DATA", help="the same as --data")
     add_data(inspect, f"data to inspect: {DATA}")
-    add("--sample", type=natural, default=0, metavar="N", help="first sample to show (default: 0)")
-    add("--num", type=positive, default=1, metavar="N", help="number of samples to show (default: 1)")
-    add("--summary", action="store_true", help="counts of what training would use and skip; opens every image")
     add_data(inspect, "validation data, whose images are searched for in the data (with the summary)", "--eval_data")
-    add_json(inspect, "the summary as one json object")
-    help = "file (several times: files); .json: the summary; .html: samples, and the summary with --summary; .png: "
-    add("--output", action="append", default=[], metavar="FILE", help=f"{help}histograms of lengths, and images")
-    help = (
-        f"folder or Hub id of the model whose tokenizer is used (default: the newest of {', '.join(MODELS)}, or else "
-    )
-    add("--model", metavar="PATH_OR_ID", help=f"{help}the small backbones of the project)")
-    add("--max_length", type=positive, default=2048, help="longest sample in tokens, as in training")
+    add_options(inspect, "inspect")
+    help = f"folder or Hub id of the model whose tokenizer is used (default: the newest of {', '.join(MODELS)}, or "
+    inspect.add_argument("--model", metavar="PATH_OR_ID", help=f"{help}else the small backbones of the project)")
     help = "processes that open images; 0: this process alone (default: %(default)s, the number of cores)"
-    add("--num_workers", type=natural, default=os.cpu_count(), help=help)
+    inspect.add_argument("--num_workers", type=natural, default=os.cpu_count(), help=help)
+    add_json(inspect, "the summary as one json object")
 
     help = "a public data set, into the folders that training reads by default"
     download = add_command(commands, "download", run_download, help)
-    add = download.add_argument
     names = "; ".join(f"{name}: {dataset.about}" for name, dataset in DATASETS.items())
-    add("name", choices=DATASETS, metavar="NAME", help=names)
-    add("--output_dir", default="data", metavar="DIR", help="folder of all data")
-    add("--keep_zip", action="store_true", help="images left in their zip archives, which training reads too")
-    help = "http(s) address in place of the beginning of each official one, such as https://mirror.example; the paths "
-    add("--mirror", metavar="URL", help=f"{help}behind it stay")
-    add("--connections", type=positive, default=4, metavar="N", help="parts of a file that are fetched at once")
-    add_json(download)
-
+    download.add_argument("name", choices=DATASETS, metavar="NAME", help=names)
     help = "a small synthetic data set in the layouts of COCO and LLaVA-Instruct"
     draw = add_command(commands, "draw-data", run_draw_data, help)
-    draw.add_argument("folder", metavar="DIR", help="folder to write")
-    draw.add_argument("--num_train", type=positive, default=4000, help="training images")
-    draw.add_argument("--num_val", type=positive, default=400, help="validation images")
-    draw.add_argument("--seed", type=int, default=0, help="random seed; equal seeds give equal files")
-    add_json(draw)
+    for name, command in (("download", download), ("draw-data", draw)):
+        add_options(command, name)
+        add_json(command)
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
@@ -75,7 +56,7 @@ def run_download(arguments: argparse.Namespace) -> None:
 def run_draw_data(arguments: argparse.Namespace) -> None:
     from ..data.synthetic import write_dataset
 
-    write_dataset(arguments.folder, arguments.num_train, arguments.num_val, arguments.seed)
-    written = {"folder": arguments.folder, "num_train": arguments.num_train, "num_val": arguments.num_val}
-    text = f"{arguments.num_train} training and {arguments.num_val} validation images are in {arguments.folder}"
-    print(json.dumps(written | {"seed": arguments.seed}) if arguments.json else text)
+    written = {name: getattr(arguments, name) for name in ("folder", "num_train", "num_val", "seed")}
+    write_dataset(**written)
+    text = "{num_train} training and {num_val} validation images are in {folder}".format(**written)
+    print(json.dumps(written) if arguments.json else text)

@@ -6,48 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from ..data.report import plain
-from .common import DATA, DEMO_MODEL, add_command, add_data, add_json, add_model, choose_model, positive
-
-TASKS = ("captions", "vqa", "pope", "exact", "loss")
+from .common import DATA, DEMO_MODEL, add_command, add_data, add_json, add_model, add_options, choose_model
 
 
 def add_to(commands: Any) -> None:
     help = "scores of a model, beside its scores without the image and with others"
     evaluate = add_command(commands, "evaluate", run_evaluate, help)
-    add = evaluate.add_argument
     add_model(evaluate, argument=True)
-    help = "captions: CIDEr-D and others; vqa: short answers by VQAv2's rules; pope: yes or no; exact: exact match, as "
-    help += "in GQA; loss: cross-entropy of all answers in the data"
-    add("--task", required=True, choices=TASKS, help=help)
     add_data(evaluate, f"data to evaluate on: {DATA} (default, for {DEMO_MODEL} alone: the demo's validation data)")
-    add("--num_images", type=positive, metavar="N", help="only the first N images (default: all)")
-    add("--max_bad_fraction", type=float, default=0.01, help="largest share of bad records")
-    help = "prompt instead of the usual one; for questions with {question} in it (default: the question itself; for "
-    add("--prompt", help=f"{help}captions the instruction that the model was trained with)")
-    add("--num_beams", type=positive, default=1, help="beams of beam search (default: 1, greedy)")
-    add("--max_new_tokens", type=positive, default=64, help="longest answer in tokens")
-    add("--batch_size", type=positive, default=32, help="prompts in a batch")
-    add("--shuffles", type=positive, default=1, help="shuffles of the images to average")
-    help = "folder or Hub id of a CLIP model for CLIPScore (default: the vision tower's own, if it is stored here)"
-    add("--clip", metavar="CLIP", help=help)
-    add("--meteor", action="store_true", help="METEOR as well (needs Java and clip-phi[metrics])")
-    add("--device", help="for example cuda:1 or cpu (default: what Accelerate finds)")
-    help = (
-        "folder for result, samples, page, images and the results file that evaluation servers of VQAv2 and COCO read "
-    )
-    help += "(default: MODEL/evaluation, or outputs/evaluation for one on "
-    add("--output_dir", metavar="DIR", help=f"{help}the Hub)")
-
     help = "the better one of two evaluated models, with a confidence interval"
     compare = add_command(commands, "compare", run_compare, help)
-    help = "two folders of evaluated models, or TASK.json files in them"
-    compare.add_argument("models", nargs="*", metavar="MODEL", help=help)
-    compare.add_argument("--model", action="append", default=[], metavar="PATH", help="the same as MODEL, twice")
-    compare.add_argument("--task", choices=TASKS, help="result to compare, if a folder has several")
-
-    for command in (evaluate, compare):
-        command.add_argument("--seed", type=int, default=0, help="random seed of every random choice")
-        command.add_argument("--output", metavar="FILE", help="one more copy of the result as json")
+    for name, command in (("evaluate", evaluate), ("compare", compare)):
+        add_options(command, name, "result")
         add_json(command, "the result as one json object")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.report import plain
 from ..data.transcripts import ENGINES, AsrSettings
-from .common import DATA, Parser, add_command, add_data, add_json, natural, positive_number
+from .common import DATA, Parser, add_command, add_data, add_json, add_options, positive_number
 
 DEFAULT = AsrSettings()
 # Options for a recording, which a data set has in its own text: --data KIND:PATH,engine=whisperx.
@@ -19,33 +19,18 @@ ASR_OPTIONS = ("engine", "speech_model", "language", "max_speech_seconds")
 def add_to(commands: Any) -> None:
     speech: Parser = commands.add_parser("speech", help="transcripts of recordings, data sets with speech, WhisperX")
     actions = speech.add_commands("ACTION")
-
     help = "transcript of a recording, or of all recordings in a data set"
     transcribe = add_command(actions, "transcribe", run_transcribe, help)
-    transcribe.add_argument("recording", nargs="?", metavar="RECORDING", help="any sound or video file")
-    help = (
-        f"data sets whose transcripts are stored for training: {DATA}; the options engine=, speech_model=, language= "
-    )
-    add_data(transcribe, f"{help}and max_speech_seconds= in DATA choose how they are transcribed")
+    help = f"data sets whose transcripts are stored for training: {DATA}; the options engine=, speech_model=, "
+    add_data(transcribe, f"{help}language= and max_speech_seconds= in DATA choose how they are transcribed")
     add_asr_options(transcribe)
-    transcribe.add_argument("--word_timestamps", action="store_true", help="times of words (with --json)")
+    add_options(transcribe, "transcribe")
     add_json(transcribe, "one json object for the recording or each data set")
-
     dataset = add_command(actions, "dataset", run_dataset, "a LLaVA json with its questions as spoken recordings")
-    dataset.add_argument("annotations", metavar="JSON", help="a list of records with conversations")
-    help = "the new json; recordings go to the folder OUT"
-    dataset.add_argument("--output", type=Path, required=True, metavar="OUT.json", help=help)
-    dataset.add_argument("--share", type=float, default=1.0, help="share of questions that are spoken (default: 1.0)")
-    dataset.add_argument("--seed", type=natural, default=0, help="random seed of that choice")
-    dataset.add_argument("--voice", help="a name, or folder or Hub id of a text-to-speech model")
+    add_options(dataset, "dataset")
     add_json(dataset)
-
     install = add_command(actions, "install", run_install, "a Python environment for --engine whisperx")
-    help = "full: 7.7 GB with CUDA; cpu: the same without CUDA; light: 40 MB that share this environment's torch, with "
-    help += "another voice detection and no word timestamps"
-    install.add_argument("--form", choices=("full", "cpu", "light"), default="full", help=help)
-    help = "folder of the environment (default: CLIP_PHI_WHISPERX, or Hugging Face's cache)"
-    install.add_argument("--folder", type=Path, help=help)
+    add_options(install, "install")
 
 
 def add_asr_options(command: argparse.ArgumentParser) -> None:
@@ -54,9 +39,7 @@ def add_asr_options(command: argparse.ArgumentParser) -> None:
     add("--engine", choices=ENGINES, help=f"speech recognition (default: {DEFAULT.engine})")
     help = f"Whisper model: a name, a Hub id or a folder in CTranslate2's form (default: {DEFAULT.model})"
     add("--speech_model", help=help)
-    add("--speech_device", default="cpu", help="cpu, cuda or cuda:1")
-    add("--compute_type", help="number type of CTranslate2 (default: int8 on the CPU, float16 on CUDA)")
-    add("--language", help="language of the speech, for example en (default: detected)")
+    add_options(command, "transcriber")
     help = f"longest recording; the rest is cut off (default: {DEFAULT.max_seconds:g})"
     add("--max_speech_seconds", type=positive_number, help=help)
 
@@ -70,9 +53,8 @@ def transcribe(file: str, arguments: argparse.Namespace) -> Any:
 
     clip = load_audio(file, arguments.max_speech_seconds or DEFAULT.max_seconds)
     engine, model = arguments.engine or DEFAULT.engine, arguments.speech_model or DEFAULT.model
-    device, words = arguments.speech_device, getattr(arguments, "word_timestamps", False)
-    transcriber = make_transcriber(engine, model, device, arguments.language, arguments.compute_type, words)
-    with closing(transcriber):
+    how = (arguments.speech_device, arguments.language, arguments.compute_type)
+    with closing(make_transcriber(engine, model, *how, getattr(arguments, "word_timestamps", False))) as transcriber:
         transcript = transcriber.transcribe(clip)
     if not arguments.json:
         print(plain(f"clip-phi: {transcript.engine}: {transcript.text or '(no speech)'}"), file=sys.stderr)
@@ -87,17 +69,14 @@ def run_transcribe(arguments: argparse.Namespace) -> None:
     if (arguments.recording is None) == (not arguments.data):
         raise ValueError("transcribe needs either a RECORDING or --data DATA")
     if arguments.data:
-        _transcribe_data(arguments)
-        return
+        return _transcribe_data(arguments)
     transcript = transcribe(arguments.recording, arguments)
-    if arguments.json:
-        found = asdict(transcript) | {"model": arguments.speech_model or DEFAULT.model}
-        found["segments"] = [
-            segment._asdict() | {"words": [word._asdict() for word in segment.words]} for segment in transcript.segments
-        ]
-        print(json.dumps(found))
-    else:
-        print(plain(transcript.text))
+    if not arguments.json:
+        return print(plain(transcript.text))
+    found = asdict(transcript) | {"model": arguments.speech_model or DEFAULT.model}
+    parts = transcript.segments
+    found["segments"] = [part._asdict() | {"words": [word._asdict() for word in part.words]} for part in parts]
+    print(json.dumps(found))
 
 
 def _transcribe_data(arguments: argparse.Namespace) -> None:
@@ -122,9 +101,8 @@ def run_dataset(arguments: argparse.Namespace) -> None:
     from ..speech.spoken_data import synthesize_questions
     from ..speech.tts import make_tts
 
-    output = arguments.output
-    speaker = make_tts(arguments.voice)
-    found = synthesize_questions(Path(arguments.annotations), output, speaker, arguments.share, arguments.seed)
+    annotations, output = Path(arguments.annotations), arguments.output
+    found = synthesize_questions(annotations, output, make_tts(arguments.voice), arguments.share, arguments.seed)
     print(json.dumps(asdict(found)) if arguments.json else found)
     if not arguments.json:
         data = f"llava:{output},images=IMAGES,recordings={output.with_suffix('')}"

@@ -4,26 +4,13 @@ import argparse
 import json
 from typing import Any
 
-from .common import add_command, add_json, check_model, positive
+from .common import add_command, add_json, add_options, check_model
 
 
 def add_to(commands: Any) -> None:
     plan = add_command(commands, "plan", run_plan, "memory by item, largest batch and hours of a training run")
-    add = plan.add_argument
-    gpus = "such as t4, l4, a100-40, a100-80, h100, rtx4090, rtx3060, or cpu-16 (no GPU, in float32)"
-    add("--gpu", required=True, help=gpus)
-    add("--stage", type=int, choices=(1, 2), default=1, help="stage of training")
-    add("--model", metavar="PATH_OR_ID", help="model whose shapes are planned for (default: TinyCLIP and phi-2)")
-    add("--mfu", type=float, default=0.4, help="assumed share of the GPU's peak")
-    optimizers = ("auto", "adam8bit", "paged_adam8bit", "adamw_torch_fused")
-    add("--optim", choices=optimizers, default="auto", help="as in training")
-    add("--captions_per_image", type=positive, help="stage 1: captions an image (default: as in training)")
-    add("--lora_r", type=positive, help="stage 2: rank of LoRA (default: as in training)")
-    add("--tune_decoder", choices=("lora", "full"), help="stage 2: part that is trained (default: lora)")
-    add("--quantization", choices=("none", "nf4", "int8"), help="stage 2: decoder (default: none)")
-    add("--gradient_checkpointing", action="store_true", help="recomputed activations of the decoder")
+    add_options(plan, "plan")
     add_json(plan)
-
     doctor = add_command(commands, "doctor", run_doctor, "checks of the installation and this machine, with remedies")
     add_json(doctor)
 
@@ -35,11 +22,10 @@ def run_plan(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--mfu must be more than 0 and at most 1, not {arguments.mfu}")
     options = {"optim": arguments.optim, "gradient_checkpointing": arguments.gradient_checkpointing}
     for name, stage in {"captions_per_image": 1, "lora_r": 2, "tune_decoder": 2, "quantization": 2}.items():
-        value = getattr(arguments, name)
-        if value is not None and stage != arguments.stage:
-            raise ValueError(f"--{name} requires --stage {stage}, not --stage {arguments.stage}")
-        if value is not None:
+        if (value := getattr(arguments, name)) is not None:
             options[name] = value
+            if stage != arguments.stage:
+                raise ValueError(f"--{name} requires --stage {stage}, not --stage {arguments.stage}")
     if arguments.tune_decoder == "full" and arguments.quantization in ("nf4", "int8"):
         raise ValueError(f"--quantization {arguments.quantization}: quantized weights cannot be trained")
     from modeling_clip_phi import ClipPhiConfig

@@ -33,7 +33,6 @@ _PERIOD = re.compile(r"\.(?!\d)")
 _COMMA = re.compile(r"\d,\d")
 MOST_PERIODS = 32  # the official evaluation removes no more
 AGREEING = 3  # other people who must give an answer for it to count in full
-PEOPLE = 10  # who answer a question of VQAv2
 
 
 def normalise(answer: str) -> str:
@@ -57,10 +56,7 @@ def vqa_accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) ->
     the others gave counts in full, and in thirds below; the mean over all is its accuracy. With fewer than four people,
     all others must have given it; with one, that one.
     Raises ValueError if a question has no reference, or there are not as many of them as answers."""
-    _check(answers, references)
-    return np.array(
-        [_accuracy(normalise(a), [normalise(r) for r in rs]) for a, rs in zip(answers, references, strict=True)]
-    )
+    return np.array([_accuracy(*pair) for pair in _normalised(answers, references)])
 
 
 def _accuracy(answer: str, references: Sequence[str]) -> float:
@@ -77,9 +73,7 @@ def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
     """1 where an answer equals one of its references, both normalised, else 0: float64 (answers,).
 
     Raises ValueError as vqa_accuracy does."""
-    _check(answers, references)
-    found = [normalise(a) in {normalise(r) for r in rs} for a, rs in zip(answers, references, strict=True)]
-    return np.array(found, dtype=np.float64)
+    return np.array([answer in accepted for answer, accepted in _normalised(answers, references)], dtype=np.float64)
 
 
 def says_yes(answer: str) -> bool:
@@ -97,8 +91,7 @@ def pope(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
         raise ValueError(f"{len(answers):,} answers for {len(labels):,} labels: give equally many, at least one")
     if unknown := sorted(set(labels) - {"yes", "no"}):
         raise ValueError(f"POPE's labels are yes and no, not {', '.join(map(repr, unknown[:3]))}")
-    yes = np.array([says_yes(answer) for answer in answers])
-    true = np.array([label == "yes" for label in labels])
+    yes, true = np.array([says_yes(answer) for answer in answers]), np.array([label == "yes" for label in labels])
     hits = int((yes & true).sum())
     precision, recall = hits / max(int(yes.sum()), 1), hits / max(int(true.sum()), 1)
     return {
@@ -110,8 +103,9 @@ def pope(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
     }
 
 
-def _check(answers: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+def _normalised(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[str, list[str]]]:
     if len(answers) != len(references) or not answers:
         raise ValueError(f"{len(answers):,} answers for {len(references):,} questions: give equally many, at least one")
     if not all(references):
         raise ValueError("each question needs at least one reference answer")
+    return [(normalise(a), [normalise(r) for r in rs]) for a, rs in zip(answers, references, strict=True)]

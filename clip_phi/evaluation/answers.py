@@ -2,7 +2,7 @@
 another prompt are never used."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ class Processes:
     gather: Callable[[list[Any]], list[Any]] = lambda values: values  # joins the lists of all, in each of them
     wait: Callable[[], Any] = lambda: None  # returns when all have called it
     log: Callable[..., Any] = print  # prints a line
+    progress: Callable[[Any], Any] = lambda batches: batches  # wraps batches or samples, for a progress bar
 
 
 class Question(NamedTuple):
@@ -60,9 +61,8 @@ class AnswerFile:
             for path in stale:
                 path.unlink()
             if stale:
-                processes.log(
-                    f"saved answers in {folder} are of another model, data, prompt or decoding, and are not used"
-                )
+                about = "are of another model, data, prompt or decoding, and are not used"
+                processes.log(f"saved answers in {folder} {about}")
         processes.wait()  # before the others read, and before any process writes
         lines = [line for path in sorted(folder.glob("rank-*.jsonl")) for line in read_checked_lines(path)[1:]]
         self.answers = {key: GeneratedAnswer(*answer) for key, *answer in lines}
@@ -82,13 +82,12 @@ class AnswerFile:
 def answer_all(
     model: Any,
     processor: Any,
-    questions: Sequence[Question],
+    questions: list[Question],
     decoding: Decoding,
     processes: Processes,
     file: AnswerFile | None,
-    progress: Callable[[Any], Any],
 ) -> dict[str, GeneratedAnswer]:
-    """This process' share of the answers, and those that the file has already, by key. progress: wraps the batches."""
+    """This process' share of the answers, and those that the file has already, by key."""
     found = dict(file.answers) if file is not None else {}
     # Prompts of similar length, with or without an image, share a batch: less padding.
     missing = sorted(
@@ -96,8 +95,7 @@ def answer_all(
         key=lambda question: (question.image is None, len(question.text or ""), question.key),
     )[processes.rank :: processes.world_size]
     size = decoding.batch_size
-    batches = [missing[start : start + size] for start in range(0, len(missing), size)]
-    for batch in progress(batches):
+    for batch in processes.progress([missing[start : start + size] for start in range(0, len(missing), size)]):
         prompts = [prompt_for(each) for each in batch]
         answers = generate_answers(model, processor, prompts, decoding.max_new_tokens, decoding.num_beams)
         new = dict(zip((question.key for question in batch), answers, strict=True))

@@ -71,8 +71,7 @@ def tokenise(caption: str) -> list[str]:
 
 def _split_at_apostrophes(word: str) -> list[str]:
     word = word.replace("’", "'") if len(word) > 2 else word
-    match = _CONTRACTION.fullmatch(word)
-    if match:
+    if match := _CONTRACTION.fullmatch(word):
         stem, ending = match.groups()
         return [*(_split_at_apostrophes(stem) if stem else []), ending]
     if word.startswith("y'"):
@@ -83,10 +82,8 @@ def _split_at_apostrophes(word: str) -> list[str]:
 
 
 class CaptionScores(NamedTuple):
-    """corpus: the metrics by name. each: of those that are means over the images, float64 (images,)."""
-
-    corpus: dict[str, float]
-    each: dict[str, np.ndarray]
+    corpus: dict[str, float]  # the metrics by name
+    each: dict[str, np.ndarray]  # of those that are means over the images: float64 (images,)
 
 
 class CaptionScorer:
@@ -136,10 +133,8 @@ class CaptionScorer:
         plain = clipped = 0.0
         for other in references:
             penalty = math.exp(-((own.length - other.length) ** 2) / (2 * SIGMA**2))
-            orders = zip(own.weights, other.weights, own.norms, other.norms, strict=True)
-            for mine, theirs, my_norm, their_norm in orders:
-                norm = my_norm * their_norm
-                if norm == 0:
+            for mine, theirs, *norms in zip(own.weights, other.weights, own.norms, other.norms, strict=True):
+                if (norm := math.prod(norms)) == 0:
                     continue
                 shared = mine.keys() & theirs.keys()
                 plain += sum(mine[ngram] * theirs[ngram] for ngram in shared) / norm
@@ -180,8 +175,7 @@ def bleu(candidates: Sequence[_Words], references: Sequence[Sequence[_Words]]) -
         closest += min((abs(len(other.words) - len(own.words)), len(other.words)) for other in others)[1]
         guessed += [max(0, len(own.words) - order) for order in range(MAX_ORDER)]
         for ngram, count in own.counts.items():
-            most = max(other.counts.get(ngram, 0) for other in others)
-            correct[len(ngram) - 1] += min(count, most)
+            correct[len(ngram) - 1] += min(count, max(other.counts.get(ngram, 0) for other in others))
     precisions = (correct + 1e-15) / (guessed + 1e-9)  # the reference's own guards against 0
     ratio = (length + 1e-15) / (closest + 1e-9)
     brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
@@ -224,12 +218,12 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> floa
         raise ImportError("METEOR needs pycocoevalcap: pip install 'clip-phi[metrics]'") from error
     if shutil.which("java") is None:
         raise OSError("METEOR needs Java, for example: apt-get install default-jre-headless")
-    keys = range(len(captions))
-    texts = {key: [" ".join(tokenise(captions[key]))] for key in keys}
-    truth = {key: [" ".join(tokenise(caption)) for caption in references[key]] for key in keys}
+    texts, truth = (
+        {key: [" ".join(tokenise(caption)) for caption in each] for key, each in enumerate(lists)}
+        for lists in ([[caption] for caption in captions], references)
+    )
     program = Meteor()
     try:
-        score, _ = program.compute_score(truth, texts)
+        return float(program.compute_score(truth, texts)[0])
     finally:
         program.meteor_p.kill()
-    return float(score)

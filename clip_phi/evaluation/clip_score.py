@@ -31,8 +31,7 @@ class ClipScorer:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], images: Iterable[Image.Image]) -> np.ndarray:
         """float64 (texts,). images: RGB, one for each text."""
-        scores = []
-        images = iter(images)
+        scores, images = [], iter(images)
         for start in range(0, len(texts), BATCH_SIZE):
             batch = [PREFIX + text for text in texts[start : start + BATCH_SIZE]]
             pixels = self.image_processor([next(images) for _ in batch], return_tensors="pt")["pixel_values"]
@@ -47,18 +46,17 @@ class ClipScorer:
         most = self.model.config.text_config.max_position_embeddings - 1
         rows = [ids[:-1] if ids[-1] == end else ids for ids in self.tokenizer(list(texts))["input_ids"]]
         rows = [[*ids[:most], end] for ids in rows]
-        longest = max(map(len, rows))
-        padded = torch.tensor([row + [end] * (longest - len(row)) for row in rows], device=self.model.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.model.device)
-        return {"input_ids": padded, "attention_mask": mask}
+        longest, device = max(map(len, rows)), self.model.device
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+        padded = [row + [end] * (longest - len(row)) for row in rows]
+        return {"input_ids": torch.tensor(padded, device=device), "attention_mask": mask}
 
 
 def local_clip(config: Any, device: Any, log: Callable[[str], Any]) -> ClipScorer | None:
     """The scorer of the CLIP model that the vision tower is from, if this machine has it with its text half."""
     from transformers import AutoConfig
 
-    source = config.vision_backbone
-    if source is None:
+    if (source := config.vision_backbone) is None:
         return None
     try:
         if getattr(AutoConfig.from_pretrained(source, local_files_only=True), "text_config", None) is None:

@@ -8,7 +8,7 @@ to a question. The margin is the score minus the better of blind and shuffled: w
 import hashlib
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,22 +24,13 @@ from ..data.sample import Sample, images_of, user_message
 from .answers import AnswerFile, Decoding, Processes, Question, answer_all
 from .bootstrap import by_group, margin_interval
 from .generate import GeneratedAnswer, held_out_loss
-from .tasks import (
-    QUESTION,
-    EvalItem,
-    EvalSet,
-    guess_from_questions,
-    make_scorer,
-    official_results,
-    question_kind,
-    tables,
-)
+from .tasks import QUESTION, EvalItem, EvalSet, guess_by_question, make_scorer, official_results, question_kind, tables
 
 CONTROLS = ("blind", "shuffled")
 
 
 class EvalResult(NamedTuple):
-    """What an evaluation gives, for json."""
+    """For json."""
 
     result: dict[str, Any]  # scores, margin and settings, without model and environment
     samples: list[dict[str, Any]]  # one for each item
@@ -66,16 +57,11 @@ def evaluate_answers(
     folder: Path | None = None,
     model_hash: str = "",
     processes: Processes | None = None,
-    progress: Callable[[Any], Any] = lambda batches: batches,
 ) -> EvalResult:
     """Generate the answers of the model and of its controls, and score them. All processes call it, and get the result.
 
-    Args:
-        model: a ClipPhiForCausalLM in eval mode.
-        eval_set: of any task but loss.
-        folder: where answers are saved as they are generated; None to save none.
-        model_hash: saved answers of another model are not used.
-        progress: wraps the batches, for a progress bar."""
+    model: a ClipPhiForCausalLM in eval mode. eval_set: of any task but loss. folder: where answers are saved as they
+    are generated; None to save none. model_hash: saved answers of another model are not used."""
     processes = processes or Processes()
     prompt = prompt_of(eval_set, model, decoding.prompt)
     shown = processor.apply_chat_template([user_message(prompt, 1)], add_generation_prompt=True)
@@ -88,14 +74,13 @@ def evaluate_answers(
         file = AnswerFile(folder, binding, processes)
         if saved := sum(question.key in file.answers for question in unique):
             processes.log(f"{saved:,} of {len(unique):,} answers are there already")
-    mine = answer_all(model, processor, unique, decoding, processes, file, progress)
+    mine = answer_all(model, processor, unique, decoding, processes, file)
     answers = dict(processes.gather([*mine.items()]))
     generated = {name: [answers[question.key] for question in asked] for name, asked in questions.items()}
-    texts = [answer.text for answer in generated["score"] + generated["unscored"]]
-    official = official_results(eval_set, texts)
     unscored = generated.pop("unscored")
+    official = official_results(eval_set, [answer.text for answer in generated["score"] + unscored])
     if eval_set.items:
-        result, samples = _score(eval_set, generated, shown, decoding)[:2]
+        result, samples = _score(eval_set, generated, shown, decoding)
     else:
         result, samples = {"task": eval_set.task, "data": _about_data(eval_set), "seed": decoding.seed}, []
         result |= {"answers": {"score": _count(unscored)}, "prompt": shown, "decoding": decoding.about()}
@@ -130,14 +115,13 @@ def _questions(eval_set: EvalSet, prompt: str | None, decoding: Decoding) -> dic
 def _replace_one(images: Sequence[tuple[str, Any]], place: int, seed: int) -> list[tuple[str, Any]]:
     """Where a sample has several images, the one at `place` is another sample's. Empty if none can be replaced."""
     parts = {number: digest.split("+") for number, (digest, _) in enumerate(images) if "+" in digest}
-    rows = [number for number, each in parts.items() if len(each) > place]
-    if len({parts[number][place] for number in rows}) < 2:
+    at_place = {number: each[place] for number, each in parts.items() if len(each) > place}
+    if len(set(at_place.values())) < 2:
         return []
-    replaced = list(images)
-    partners = derange([parts[number][place] for number in rows], seed)
-    for number, partner in zip(rows, (rows[partner] for partner in partners), strict=True):
+    replaced, rows = list(images), list(at_place)
+    for number, partner in zip(rows, derange([*at_place.values()], seed), strict=True):
         digests, files = list(parts[number]), list(images_of(images[number][1]))
-        digests[place], files[place] = parts[partner][place], images_of(images[partner][1])[place]
+        digests[place], files[place] = at_place[rows[partner]], images_of(images[rows[partner]][1])[place]
         replaced[number] = "+".join(digests), tuple(files)
     return replaced
 
@@ -147,12 +131,11 @@ def derange(digests: Sequence[str], seed: int = 0, number: int = 0) -> list[int]
 
     Several images are replaced by as many. number: each gives another shuffle. Raises ValueError if none can replace
     one."""
-    count = len(digests)
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
     if len(set(digests)) < 2:
         raise ValueError("all images are the same: none can replace another")
-    partners = [0] * count
+    count = len(digests)
+    order, partners = list(range(count)), [0] * count
+    random.Random(seed).shuffle(order)
     for place, index in enumerate(order):
         steps = (order[(place + 1 + number + step) % count] for step in range(count))
         digest, size = digests[index], digests[index].count("+")
@@ -165,15 +148,13 @@ def derange(digests: Sequence[str], seed: int = 0, number: int = 0) -> list[int]
 
 def _score(
     eval_set: EvalSet, generated: dict[str, list[GeneratedAnswer]], prompt: str, decoding: Decoding
-) -> EvalResult:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     score = make_scorer(eval_set)
     one_replaced = {name: generated.pop(name) for name in list(generated) if name.startswith("image ")}
     texts = {name: [answer.text for answer in answers] for name, answers in generated.items()}
-    scores = {name: score(answers) for name, answers in texts.items()}
-    corpus, each = (
-        {name: found for name, (found, _) in scores.items()},
-        {name: each for name, (_, each) in scores.items()},
-    )
+    corpus, each = {}, {}
+    for name, answers in texts.items():
+        corpus[name], each[name] = score(answers)
     several = np.array(["+" in eval_set.digests[item.image] for item in eval_set.items])
     one_by_one = {
         name: float(score([answer.text for answer in answers])[1][several].mean())
@@ -183,23 +164,15 @@ def _score(
         one_by_one["score"] = float(each["score"][several].mean())
     shuffles = [name for name in generated if name.startswith("shuffled")]
     each["shuffled"] = np.mean([each.pop(name) for name in shuffles], axis=0)
-    metrics = {
-        name: {
-            "score": value,
-            "blind": corpus["blind"][name],
-            "shuffled": float(np.mean([corpus[shuffle][name] for shuffle in shuffles])),
-        }
-        for name, value in corpus["score"].items()
-    }
+    corpus["shuffled"] = {key: float(np.mean([corpus[name][key] for name in shuffles])) for key in corpus["score"]}
+    metrics = {key: {name: corpus[name][key] for name in each} for key in corpus["score"]}
     means = {name: float(values.mean()) for name, values in each.items()}
     sums, counts = by_group(np.stack([*each.values()], axis=1), eval_set.groups())
     result = _result(eval_set, means, sums, counts, decoding.seed) | {"metrics": metrics}
     result |= {"one_image_shuffled": one_by_one} if one_by_one else {}
-    guesses = guess_from_questions(eval_set)
-    if guesses is not None:
+    if (guesses := guess_by_question(eval_set)) is not None:
         result["question_only"] = {"score": float(score(guesses)[1].mean())}
-    generated["shuffled"] = generated[shuffles[0]]
-    texts["shuffled"] = texts[shuffles[0]]
+    generated["shuffled"], texts["shuffled"] = generated[shuffles[0]], texts[shuffles[0]]
     result |= {
         "answers": {name: _count(generated[name]) for name in each},
         "tables": tables(eval_set, texts["score"], each["score"]),
@@ -218,7 +191,7 @@ def _score(
         sample |= {"references": list(item.references), "answer": texts["score"][number]}
         sample |= {f"{name}_answer": texts[name][number] for name in CONTROLS}
         samples.append(sample | {name: round(float(values[number]), 6) for name, values in each.items()})
-    return EvalResult(result, samples)
+    return result, samples
 
 
 def _result(
@@ -273,28 +246,21 @@ def evaluate_loss(
     samples: Sequence[Sample],
     eval_set: EvalSet,
     decoding: Decoding,
-    *,
     max_length: int = 2048,
     processes: Processes | None = None,
-    progress: Callable[[Any], Any] = lambda batches: batches,
 ) -> EvalResult:
     """The held-out loss in nats per supervised token, with the image, without it, and with another image.
 
     A bare caption without its image begins after the end token. The margin is the better control minus the loss, so a
     positive one is good, as for all tasks. One sample is one forward pass. All processes call it, and get the result.
 
-    Args:
-        model: a ClipPhiForCausalLM in eval mode.
-        eval_set: of the same samples, for the task loss: one item an image.
-        decoding: its seed.
-        max_length: longest conversation in tokens.
-        progress: wraps the samples, for a progress bar."""
+    model: a ClipPhiForCausalLM in eval mode. eval_set: of the same samples, for the task loss: one item an image.
+    decoding: its seed. max_length: longest conversation in tokens."""
     processes = processes or Processes()
     model.set_attn_implementation({"text_config": PACKED_ATTENTION})
-    preprocess = Preprocessor(processor.image_processor)
+    preprocess, report = Preprocessor(processor.image_processor), Report()
     partners = derange(eval_set.digests, decoding.seed)
     pad, end = processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id
-    report = Report()
     encoded = list(encode_samples(samples, processor, max_length, report))
     places = {image: number for number, image in enumerate(eval_set.images)}
     known = [(places[sample.image], conversations) for sample, conversations in encoded if sample.image in places]
@@ -309,7 +275,7 @@ def evaluate_loss(
         return held_out_loss(model, [pack], model.device).tolist()
 
     found = []
-    for number in progress(range(processes.rank, len(known), processes.world_size)):
+    for number in processes.progress(range(processes.rank, len(known), processes.world_size)):
         place, conversations = known[number]
         with_image, blind, shuffled = (loss(conversations, image) for image in (place, None, partners[place]))
         found.append([number, place, with_image[0], blind[0], shuffled[0], with_image[1]])
@@ -320,16 +286,10 @@ def evaluate_loss(
     counts = np.bincount(groups, weights=tokens)
     means = dict(zip(("score", *CONTROLS), (sums.sum(0) / counts.sum()).tolist(), strict=True))
     result = _result(eval_set, means, sums, counts, decoding.seed, upside=-1)
-    result["data"] |= {
-        "samples": len(table),
-        "supervised_tokens": int(tokens.sum()),
-        "skipped": dict(eval_set.report.skipped + report.skipped),
-    }
-    result |= {
-        "metrics": {"loss": means, "perplexity": {name: math.exp(mean) for name, mean in means.items()}},
-        "prompt": "the turns before each answer",
-        "lower_is_better": True,
-    }
+    skipped = dict(eval_set.report.skipped + report.skipped)
+    result["data"] |= {"samples": len(table), "supervised_tokens": int(tokens.sum()), "skipped": skipped}
+    result["metrics"] = {"loss": means, "perplexity": {name: math.exp(mean) for name, mean in means.items()}}
+    result |= {"prompt": "the turns before each answer", "lower_is_better": True}
     each = [
         eval_set.describe_image(image)
         | {"tokens": int(count)}

@@ -88,7 +88,6 @@ def refuse_too_long(model: Any, num_tokens: int, max_new_tokens: int) -> None:
     """Raises ValueError if so many tokens of prompt and answer do not fit the decoder's context."""
     context = context_length(model.config)
     if context is not None and num_tokens + max_new_tokens > context:
-        raise ValueError(
-            f"a prompt of {num_tokens} tokens (image included) and an answer of up to {max_new_tokens} do not fit "
-            f"the context of {context} tokens: shorten the prompt or lower --max_new_tokens"
-        )
+        both = f"a prompt of {num_tokens} tokens (image included) and an answer of up to {max_new_tokens}"
+        way_out = "shorten the prompt or lower --max_new_tokens"
+        raise ValueError(f"{both} do not fit the context of {context} tokens: {way_out}")

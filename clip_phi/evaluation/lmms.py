@@ -24,8 +24,7 @@ class ClipPhi(lmms):
         import torch
         from accelerate import Accelerator
 
-        accelerator = Accelerator(cpu=device == "cpu")
-        self.accelerator = accelerator
+        self.accelerator = accelerator = Accelerator(cpu=device == "cpu")
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         self.batch_size = int(batch_size)
         self.device = torch.device(device) if device and self._world_size == 1 else accelerator.device

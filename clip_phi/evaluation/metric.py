@@ -23,21 +23,14 @@ class ClipPhiMetric(evaluate.Metric):
 
     def _info(self):
         text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=DESCRIPTIONS[self.config_name],
-            citation="",
-            inputs_description=self.__doc__,
-            features=datasets.Features(
-                {"predictions": text, "references": text if self.config_name == "pope" else datasets.Sequence(text)}
-            ),
-        )
+        references = text if self.config_name == "pope" else datasets.Sequence(text)
+        features = datasets.Features({"predictions": text, "references": references})
+        about = {"description": DESCRIPTIONS[self.config_name], "inputs_description": self.__doc__}
+        return evaluate.MetricInfo(citation="", features=features, **about)
 
     def _compute(self, predictions, references):
         if self.config_name == "captions":
             return CaptionScorer(references)(predictions).corpus
         if self.config_name == "pope":
             return pope(predictions, references)
-        return {
-            "vqa_accuracy": float(vqa_accuracy(predictions, references).mean()),
-            "exact_match": float(exact_match(predictions, references).mean()),
-        }
+        return {each.__name__: float(each(predictions, references).mean()) for each in (vqa_accuracy, exact_match)}

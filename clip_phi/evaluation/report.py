@@ -33,9 +33,8 @@ def model_sha256(folder: Path) -> str:
     """Of the files that a model's answers depend on: weights, adapter, configs, tokenizer."""
     digest = hashlib.sha256()
     for path in sorted({path for name in WEIGHTS for path in folder.glob(name)}):
-        digest.update(f"{path.relative_to(folder)}\0".encode())
         with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(f"{path.relative_to(folder)}\0".encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -68,15 +67,11 @@ def write(evaluation: EvalResult, eval_set: EvalSet, folder: Path, extra: Path |
         folder.mkdir(parents=True, exist_ok=True)
         draw_sheet(sheets[0], result, chosen, images)
     for path, text in texts.items():
-        _write(path, text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".tmp")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
     return [*texts, *sheets]
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def choose(evaluation: EvalResult) -> dict[str, list[dict[str, Any]]]:
@@ -109,14 +104,13 @@ def summary(result: dict[str, Any]) -> list[list[str]]:
 def format_result(result: dict[str, Any]) -> str:
     """For the terminal."""
     data = result["data"]
+    head = f"{result['task']} on {data['images']:,} images"
     if "score" not in result:
-        count = data["without_reference"]
-        return f"{result['task']} on {data['images']:,} images: {count:,} samples without a reference: no score"
+        return f"{head}: {data['without_reference']:,} samples without a reference: no score"
     rows = summary(result)
-    head = f"{result['task']} on {data['images']:,} images, {data['samples']:,} samples"
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join(filter(None, [head, *lines, no_margin(result)]))
+    return "\n".join(filter(None, [f"{head}, {data['samples']:,} samples", *lines, no_margin(result)]))
 
 
 def no_margin(result: dict[str, Any]) -> str | None:
@@ -134,16 +128,9 @@ def page(result: dict[str, Any], chosen: dict[str, list[dict[str, Any]]], images
         title = name.replace("_", " ")
         tables[title] = [[title.removeprefix("by "), "samples", result["metric"]], *cells]
     settings = {key: value for key, value in result.items() if key not in ("metrics", "tables", "answers")}
-    values = {
-        "title": f"{result['task']}: {result.get('checkpoint', {}).get('name', 'a model')}",
-        "warning": no_margin(result),
-        "summary": summary(result),
-        "tables": tables,
-        "chosen": chosen,
-        "images": images,
-        "columns": NAMES,
-        "settings": plain_json(settings, indent=2),
-    }
+    values: dict[str, Any] = {"tables": tables, "chosen": chosen, "images": images, "columns": NAMES}
+    values["title"] = f"{result['task']}: {result.get('checkpoint', {}).get('name', 'a model')}"
+    values |= {"warning": no_margin(result), "summary": summary(result), "settings": plain_json(settings, indent=2)}
     return "".join(render("evaluation.html", **values))
 
 
@@ -156,10 +143,8 @@ def draw_sheet(
     bands = {kind: samples for kind, samples in chosen.items() if samples}
     heights = [-(-len(samples) // 4) for samples in bands.values()]
     figure = Figure(figsize=(12.8, 3.4 * sum(heights) + 0.6), layout="constrained")
-    figure.suptitle(
-        f"{result['task']}: {result['metric']} {result['score']:.3f}, blind {result['blind']:.3f}, "
-        f"shuffled {result['shuffled']:.3f}"
-    )
+    controls = f"blind {result['blind']:.3f}, shuffled {result['shuffled']:.3f}"
+    figure.suptitle(f"{result['task']}: {result['metric']} {result['score']:.3f}, {controls}")
     panels: Any = np.atleast_1d(np.asarray(figure.subfigures(len(bands), 1, height_ratios=heights), dtype=object))
     for panel, (kind, samples) in zip(panels, bands.items(), strict=True):
         panel.suptitle(kind, x=0.01, ha="left", fontsize=10, weight="bold")
@@ -235,8 +220,7 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
 
 def format_comparison(found: dict[str, Any]) -> str:
     """For the terminal."""
-    difference, (low, high) = found["difference"], found["difference_ci95"]
-    counts = found["samples"]
+    difference, (low, high), counts = found["difference"], found["difference_ci95"], found["samples"]
     better = "B" if difference < 0 else "A"
     if better == "B":
         difference, low, high = -difference, -high, -low
@@ -249,8 +233,7 @@ def format_comparison(found: dict[str, Any]) -> str:
         f"  A  {found['score_a']:.4f}  {found['a']}",
         f"  B  {found['score_b']:.4f}  {found['b']}",
         f"  {verdict}",
-        f"  A better in {counts['a_better']:,} samples, equal in {counts['equal']:,}, B better in "
-        f"{counts['b_better']:,}",
+        "  A better in {a_better:,} samples, equal in {equal:,}, B better in {b_better:,}".format(**counts),
     ]
     if low <= 0 <= high:
         lines.append("  the interval contains 0: these data do not show which is better")

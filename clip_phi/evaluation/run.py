@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,9 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     """Run clip-phi evaluate with the options of its command line, and print the result.
 
     Raises ValueError or OSError if the model or the data cannot be used."""
-    texts = list(options.data)
-    if not texts:
-        if Path(options.model) != Path(demo_model):
-            raise ValueError("--data is required: [KIND:]PATH, as in training")
-        texts = [DEMO_SOURCES.get(options.task, DEMO_SOURCES["vqa"])]
+    if not options.data and Path(options.model) != Path(demo_model):
+        raise ValueError("--data is required: [KIND:]PATH, as in training")
+    texts = options.data or [DEMO_SOURCES.get(options.task, DEMO_SOURCES["vqa"])]
     sources = parse_files(texts)
     from accelerate import PartialState
     from accelerate.utils import gather_object, parse_flag_from_env
@@ -51,7 +50,8 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
         if state.is_main_process:
             print(plain(text), file=sys.stderr, flush=True)
 
-    processes = Processes(state.process_index, state.num_processes, gather_object, state.wait_for_everyone, log)
+    bar = partial(tqdm, unit="batch", disable=not state.is_main_process, dynamic_ncols=True)
+    processes = Processes(state.process_index, state.num_processes, gather_object, state.wait_for_everyone, log, bar)
     report = Report()
     samples = read_samples(sources, report)
     eval_set = make_eval_set(options.task, samples, report, options.num_images, options.max_bad_fraction)
@@ -62,16 +62,12 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     # beside the weights, if they are in a folder
     beside = Path(options.model, "evaluation") if Path(options.model).is_dir() else None
     output = Path(options.output_dir or beside or f"outputs/evaluation/{options.model.replace('/', '--')}")
-    decoding = Decoding(
-        options.prompt, options.max_new_tokens, options.num_beams, options.batch_size, options.seed, options.shuffles
-    )
-    progress = partial(tqdm, unit="batch", disable=not state.is_main_process, dynamic_ncols=True)
-    common: dict[str, Any] = {"processes": processes, "progress": progress}
+    decoding = Decoding(**{each.name: getattr(options, each.name) for each in fields(Decoding)})
     if options.task == "loss":
-        evaluation = evaluate_loss(model, processor, samples, eval_set, decoding, **common)
+        evaluation = evaluate_loss(model, processor, samples, eval_set, decoding, processes=processes)
     else:
-        folder = output / f"{options.task}.answers"
-        evaluation = evaluate_answers(model, processor, eval_set, decoding, folder=folder, model_hash=sha256, **common)
+        saved: dict[str, Any] = {"folder": output / f"{options.task}.answers", "model_hash": sha256}
+        evaluation = evaluate_answers(model, processor, eval_set, decoding, processes=processes, **saved)
     if state.is_main_process:
         if options.task == "captions" and eval_set.items:
             add_caption_metrics(evaluation, eval_set, model, options.clip, options.meteor, log)

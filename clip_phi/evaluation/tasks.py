@@ -93,14 +93,9 @@ def make_eval_set(
 ) -> EvalSet:
     """The items that samples have for a task.
 
-    Args:
-        task: a key of METRICS.
-        samples: of all sources.
-        report: of their reader. Images are opened here, and damaged ones are added to it.
-        num_images: use the first so many images; None for all.
-        max_bad_fraction: of the records.
-
-    Raises ValueError if more records are bad, if no item is found, or if all items are about one image."""
+    task: a key of METRICS. samples: of all sources. report: of their reader; images are opened here, and damaged ones
+    are added to it. num_images: use the first so many; None for all. Raises ValueError if more than max_bad_fraction of
+    the records are bad, if no item is found, or if all items are about one image."""
     eval_set = EvalSet(task, [], [], [], report)
     places: dict[Images, int] = {}
     for sample in samples:
@@ -136,16 +131,16 @@ def make_eval_set(
 def _items(task: str, sample: Sample, left_out: Counter[str]) -> Iterator[EvalItem]:
     """The items about the image of a sample; their image is -1. Counts what is left out."""
     first_turns = [conversation[0] for conversation in sample.conversations if conversation]
-    captions = [turn.text for turn in first_turns if turn.role == "assistant"]
+    captions = tuple(turn.text for turn in first_turns if turn.role == "assistant")
     ids = sample.ids or ((0, None),) * len(sample.origins)
     if task == "captions":
         left_out["conversation, not a caption"] += len(first_turns) - len(captions)
         if captions or not first_turns:
-            yield EvalItem(-1, None, tuple(captions), sample.origins[0], id=ids[0])
+            yield EvalItem(-1, None, captions, sample.origins[0], id=ids[0])
         return
     if task == "loss":
-        turns = [turn for conversation in sample.conversations for turn in conversation]
-        yield EvalItem(-1, None, tuple(turn.text for turn in turns if turn.role == "assistant"), sample.origins[0])
+        answers = (turn.text for turns in sample.conversations for turn in turns if turn.role == "assistant")
+        yield EvalItem(-1, None, tuple(answers), sample.origins[0])
         return
     left_out["caption, not a question"] += len(captions)
     for conversation, origin, its_id in zip(sample.conversations, sample.origins, ids, strict=True):
@@ -170,14 +165,13 @@ def official_results(eval_set: EvalSet, answers: Sequence[str]) -> list[dict[str
     VQAv2: [{"question_id", "answer"}]; COCO captions: [{"image_id", "caption"}]; POPE: lines of {"question", "answer"}
     in the order of its questions, here with their question_id."""
     items = eval_set.items + eval_set.unscored
-    rows = []
+    rows, ids = [], [item.id[1] for item in items]
     for item, answer in sorted(zip(items, answers, strict=True), key=lambda pair: pair[0].id[0]):
         if eval_set.task == "captions":
             rows.append({"image_id": item.id[1], "caption": answer})
         else:
             asked = {"question": item.full_question} if eval_set.task == "pope" else {}
             rows.append({"question_id": item.id[1], **asked, "answer": answer})
-    ids = [item.id[1] for item in items]
     has_ids = all(isinstance(each, int | str) for each in ids) and len(set(ids)) == len(ids)
     return rows if has_ids and eval_set.task in OFFICIAL else []
 
@@ -203,7 +197,7 @@ def make_scorer(eval_set: EvalSet) -> Callable[[Sequence[str]], tuple[dict[str, 
     return score
 
 
-def guess_from_questions(eval_set: EvalSet) -> list[str] | None:
+def guess_by_question(eval_set: EvalSet) -> list[str] | None:
     """The best guess for each item without an image: the most frequent answer to the question about the other images.
 
     If it has none there, that to questions of its kind, or to all. None if the task has no questions."""

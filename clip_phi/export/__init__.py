@@ -13,11 +13,8 @@ from ..hub.retry import load_with_retries
 def export(name: str, folder: Path, to: str, dtype: str = "float16") -> dict[str, Any]:
     """Write a model in another program's format, read it back, and compare it with the model.
 
-    Args:
-        name: folder or Hub id of the model, delta or merged.
-        folder: new or empty.
-        to: "gguf", "llava", "onnx" or "vllm".
-        dtype: of gguf's matrices, "float16" or "float32".
+    name: folder or Hub id of the model, delta or merged. folder: new or empty. to: "gguf", "llava", "onnx" or "vllm".
+    dtype: of gguf's matrices, "float16" or "float32".
 
     Returns {"files", "largest_difference"}, and "tensors" of gguf. Raises ValueError if the format cannot represent the
     model, or the written one gives other outputs; ImportError without the packages of the extra gguf or onnx."""

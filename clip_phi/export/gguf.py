@@ -18,25 +18,7 @@ from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 from .rotation import WideTower
 
 # llama.cpp gives a message as a text, with a marker <__media...__> for each image, into which a server puts letters.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-    {%- set user = namespace(images='', text='') -%}
-    {%- if message['role'] == 'user' -%}
-        {%- for part in message['content'].split('<__media') -%}
-            {%- set pieces = part.split('__>') -%}
-            {%- if loop.first -%}{%- set user.text = part -%}
-            {%- else -%}
-                {%- set user.images = user.images + '<__media' + pieces[0] + '__>' -%}
-                {%- set user.text = user.text + pieces[1:] | join('__>') -%}
-            {%- endif -%}
-        {%- endfor -%}
-        {%- set text = user.text | trim -%}
-        {{- user.images -}}{{- 'Instruct: ' + text + '\\nOutput:' if text or not user.images -}}
-    {%- elif message['role'] == 'assistant' -%}{{- ' ' + message['content'] | trim + eos_token -}}
-    {%- else -%}{{- message['content'] | trim + '\\n' -}}
-    {%- endif -%}
-{%- endfor -%}
-"""
+CHAT_TEMPLATE = Path(__file__).with_name("llama_cpp.jinja").read_text(encoding="utf-8")
 # What llama.cpp and transformers call the sizes that both halves of the model have.
 SIZES = {
     **{"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size"},
@@ -72,9 +54,9 @@ def refuse_unsupported(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -
         found.append(f"the tower is a {vision.model_type!r}; llama.cpp's llava graph is a CLIP tower")
     elif vision.hidden_act not in ("quick_gelu", "gelu", "gelu_pytorch_tanh"):
         found.append(f"the tower's activation is {vision.hidden_act!r}; llama.cpp's are quick_gelu and gelu")
-    if model.config.projector_type == "norm_mlp":
+    if config.projector_type == "norm_mlp":
         found.append("llama.cpp's llava projector has no norm")
-    if model.config.vision_feature_select_strategy != "default":
+    if config.vision_feature_select_strategy != "default":
         found.append("the projector uses the CLS feature too, which llama.cpp's llava graph drops")
     backend = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     plain = backend["model"]["type"] == "BPE" and (backend["pre_tokenizer"] or {}).get("type") == "ByteLevel"
@@ -97,8 +79,7 @@ def _write_text(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Pa
     config: Any = model.config.text_config
     sizes = {theirs: getattr(config, ours) for theirs, ours in SIZES.items()}
     writer = _new_writer(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI2], "", dtype, **sizes)
-    head_width = config.hidden_size // config.num_attention_heads
-    rope = config.rope_parameters
+    head_width, rope = config.hidden_size // config.num_attention_heads, config.rope_parameters
     writer.add_context_length(config.max_position_embeddings)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_eps(config.layer_norm_eps)
@@ -119,18 +100,14 @@ def _write_text(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Pa
 def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     """A token for every row of the embedding; those that the tokenizer lacks are marked as unused."""
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
-    added = tokenizer.added_tokens_decoder
-    tokens, kinds = [], []
-    for number in range(vocab_size):
-        kind = gguf.TokenType.NORMAL if number in by_id else gguf.TokenType.UNUSED
-        if number in added:
-            kind = gguf.TokenType.CONTROL if added[number].special else gguf.TokenType.USER_DEFINED
-        tokens.append(by_id.get(number, f"[PAD{number}]"))
-        kinds.append(kind)
+    kinds = [gguf.TokenType.NORMAL if number in by_id else gguf.TokenType.UNUSED for number in range(vocab_size)]
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if number < vocab_size:
+            kinds[number] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
+    writer.add_token_list([by_id.get(number, f"[PAD{number}]") for number in range(vocab_size)])
     writer.add_token_types(kinds)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     writer.add_eos_token_id(tokenizer.eos_token_id)
@@ -143,9 +120,8 @@ def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
 
 def _write_mmproj(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Path, dtype: str) -> int:
     whole: Any = model.config
-    config = whole.vision_config
+    config, layer = whole.vision_config, whole.vision_feature_layer
     layers = config.num_hidden_layers
-    layer = whole.vision_feature_layer
     used = layer if layer >= 0 else layers + 1 + layer
     names = {f"embeddings.{part}_embedding": f"v.{part}_embd" for part in ("class", "patch", "position")}
     names["pre_layrnorm"] = "v.pre_ln"
@@ -214,7 +190,7 @@ def _write(writer: Any, path: Path, tensors: dict[str, torch.Tensor], dtype: str
     writer.close()
     found = read_tensors(path)
     for name in found.keys() | arrays.keys():
-        if name not in found or name not in arrays or not np.array_equal(found[name], arrays[name]):
+        if not np.array_equal(found.get(name, np.nan), arrays.get(name, np.nan)):
             raise ValueError(f"{path} has another {name} than was written")
     return len(arrays)
 

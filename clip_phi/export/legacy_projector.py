@@ -13,6 +13,7 @@ from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "projector")  # of Lightning, and of training loops
 BLOCK = re.compile(r"(?:^|\.)(pre_norm|proj\.[02])\.(weight|bias)$")  # of LLaVA's SimpleResBlock
 LLAVA = "mm_projector."
+WAY_OUT = "save projector.state_dict() with torch.save"
 
 
 def import_projector(
@@ -25,12 +26,10 @@ def import_projector(
     Args:
         path: a state dict (torch.save or safetensors), or a checkpoint that contains one: of a linear layer, of LLaVA's
             mm_projector.bin (linear or mlp2x_gelu), or of a linear layer and a residual block.
-        vision, text: the backbones that it was trained on, folders or Hub ids.
-        folder: of the model to write.
+        vision, text: the backbones that it was trained on, folders or Hub ids. folder: of the model to write.
         layer: the hidden state of the tower that it was trained on; None is -2, LLaVA's, for a file of LLaVA, and
             otherwise -1, the last.
-        block: a second file with the residual block behind the linear layer.
-        adapter: a folder of PEFT with a LoRA adapter of the decoder.
+        block, adapter: a second file with the residual block behind the linear layer; PEFT's folder of a LoRA adapter.
 
     Returns {"files", "parameters"}. Raises ValueError if the files hold no such layers, other widths, or weights that
     the model would lose."""
@@ -68,13 +67,11 @@ def _read(path: str) -> dict[str, torch.Tensor]:
     except FileNotFoundError as error:
         raise ValueError(f"no such file: {path}") from error
     except Exception as error:  # pickle.UnpicklingError, RuntimeError, EOFError, by what is wrong with the file
-        raise ValueError(
-            f"{path} cannot be read safely ({str(error).splitlines()[0]}): save projector.state_dict() with torch.save"
-        ) from error
+        raise ValueError(f"{path} cannot be read safely ({str(error).splitlines()[0]}): {WAY_OUT}") from error
     while isinstance(state, dict) and not all(isinstance(value, torch.Tensor) for value in state.values()):
         state = next((state[name] for name in WRAPPERS if isinstance(state.get(name), dict)), None)
     if not isinstance(state, dict) or not state:
-        raise ValueError(f"{path} is not the state dict of a projector: save projector.state_dict() with torch.save")
+        raise ValueError(f"{path} is not the state dict of a projector: {WAY_OUT}")
     return {str(name): value.float() for name, value in state.items()}
 
 
@@ -92,9 +89,8 @@ def _without_backbones(path: str, state: dict[str, torch.Tensor], model: Any) ->
         if match is None:
             rest[name] = value
         elif not any(torch.equal(match.to(dtype), value.to(dtype)) for dtype in (value.dtype, torch.bfloat16)):
-            raise ValueError(
-                f"{path} has another {name} than the backbones: this reads a projector, not tuned backbones"
-            )
+            what = f"{path} has another {name} than the backbones"
+            raise ValueError(f"{what}: this reads a projector, not tuned backbones")
     return rest
 
 
@@ -142,7 +138,7 @@ def _load_adapter(model: Any, folder: Path) -> None:
     """Add the LoRA adapter of a decoder alone, as PEFT saved it."""
     from peft import PeftConfig
 
-    from modeling_clip_phi.backbones import adapter_weights, copy_weights
+    from modeling_clip_phi.backbones import adapter_weights, copy_weights, refuse_missing
 
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -166,4 +162,6 @@ def _load_adapter(model: Any, folder: Path) -> None:
     if settings.get("modules_to_save"):
         raise ValueError(f"{folder} also holds whole layers ({', '.join(settings['modules_to_save'])}), not LoRA alone")
     model.add_adapter(config)
-    copy_weights(path, weights, adapter_weights(model))
+    missing: set[str] = set()
+    copy_weights(path, weights, adapter_weights(model), missing)
+    refuse_missing(path, missing)

@@ -9,12 +9,10 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
-from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiModel, ClipPhiProcessor
+from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiModel, ClipPhiProcessor
 from modeling_clip_phi.backbones import measure_tower
 
 from . import random_pixels
-
-STRATEGIES = ("default", "full")
 
 
 def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path) -> dict[str, Any]:
@@ -31,25 +29,25 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     if config.projector_type == "norm_mlp":
         raise ValueError("Llava has no projector with a norm: use the model as it is, or --to vllm")
     # Llava's "default" drops one feature before the patches, whatever it is.
-    sizes = [measure_tower(_with_strategy(config, each), *[config.vision_config.image_size] * 2) for each in STRATEGIES]
-    extra, strategy = sizes[1][0] - sizes[0][0], config.vision_feature_select_strategy
+    default, full, size = copy.copy(config), copy.copy(config), config.vision_config.image_size
+    default.vision_feature_select_strategy, full.vision_feature_select_strategy = "default", "full"
+    extra = measure_tower(full, size, size)[0] - measure_tower(default, size, size)[0]
+    strategy = config.vision_feature_select_strategy
     if extra > 1 and strategy == "default":
         raise ValueError(f"Llava drops one feature before the patches, and this tower has {extra} there")
     strategy = strategy if extra else "full"
     linear = config.projector_type == "linear"
+    same = ("vision_config", "text_config", "vision_feature_layer", "tie_word_embeddings")
     llava_config = LlavaConfig(
-        vision_config=config.vision_config,
-        text_config=config.text_config,
+        **{name: getattr(config, name) for name in same},
         image_token_index=config.image_token_id,
         projector_hidden_act="linear" if linear else "gelu",
-        vision_feature_layer=config.vision_feature_layer,
         vision_feature_select_strategy=strategy,
-        tie_word_embeddings=config.tie_word_embeddings,
     )
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(llava_config)
-    state = {f"model.vision_tower.{name}": value for name, value in model.model.vision_tower.state_dict().items()}
-    state |= {f"model.language_model.{name}": value for name, value in model.model.language_model.state_dict().items()}
+    kept = ("model.vision_tower.", "model.language_model.")
+    state = {name: value for name, value in model.state_dict().items() if name.startswith(kept)}
     state["lm_head.weight"] = model.lm_head.weight.detach()
     projector = model.model.projector.state_dict()
     zeros = model.lm_head.weight.new_zeros(config.text_config.hidden_size)
@@ -95,12 +93,6 @@ def export_vllm(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: 
     read_back = ClipPhiModel.from_pretrained(folder, dtype=model.dtype)
     logging.set_verbosity(verbosity)
     return _compare(model.model, read_back, processor, folder, "last_hidden_state")
-
-
-def _with_strategy(config: ClipPhiConfig, strategy: str) -> ClipPhiConfig:
-    changed = copy.copy(config)
-    changed.vision_feature_select_strategy = strategy  # type: ignore[assignment]
-    return changed
 
 
 def _refuse_no_row(model: Any, where: str) -> None:

@@ -37,17 +37,9 @@ def export_onnx(model: ClipPhiForCausalLM, _: Any, folder: Path) -> dict[str, An
     path = folder / "vision.onnx"
     module = _Features(model.float()).eval()
     pixels = random_pixels(model, 2)
-    torch.onnx.export(
-        module,
-        (pixels,),
-        str(path),
-        input_names=["pixel_values"],
-        output_names=["image_features"],
-        dynamic_shapes={"pixel_values": {0: torch.export.Dim("images")}},
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    names: dict[str, Any] = {"input_names": ["pixel_values"], "output_names": ["image_features"]}
+    names["dynamic_shapes"] = {"pixel_values": {0: torch.export.Dim("images")}}
+    torch.onnx.export(module, (pixels,), str(path), **names, dynamo=True, external_data=False, verbose=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     difference = 0.0
     with torch.no_grad():

@@ -24,11 +24,8 @@ SHARPNESS = 2000.0  # of the attention that copies; a row of large features has 
 class WideTower:
     """Tensors under llama.cpp's names, from those of a CLIP tower under the same names.
 
-    Args:
-        tensors: v.class_embd, v.patch_embd.weight, v.position_embd.weight, v.pre_ln.*, and the layers v.blk.* in use.
-        heads: of the tower.
-        epsilon: of its norms.
-
+    tensors: v.class_embd, v.patch_embd.weight, v.position_embd.weight, v.pre_ln.*, and the layers v.blk.* in use.
+    heads, epsilon: of the tower, and of its norms.
     Raises ValueError for a tower with one head, which cannot copy a row and remove the old one at once."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], heads: int, epsilon: float):
@@ -51,11 +48,8 @@ class WideTower:
     def convert(self) -> dict[str, torch.Tensor]:
         layers = 1 + max(int(name.split(".")[2]) for name in self.tensors if name.startswith("v.blk."))
         out = self._embeddings()
-        blocks = [
-            self._first(),
-            *(self._layer(number, number == layers - 1) for number in range(layers)),
-            *self._copies(),
-        ]
+        own = (self._layer(number, number == layers - 1) for number in range(layers))
+        blocks = [self._first(), *own, *self._copies()]
         for number, block in enumerate(blocks):
             out |= {f"v.blk.{number}.{name}": value for name, value in block.items()}
         self.layers = len(blocks)
@@ -99,8 +93,8 @@ class WideTower:
     def _norm(self, weight: torch.Tensor, bias: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tower's norm on the first columns, and zeros on the others."""
         zeros = torch.zeros(self.wide - self.width, dtype=torch.double)
-        scale = math.sqrt(self.width / self.wide)
-        return {"weight": torch.cat([weight.double() * scale, zeros]), "bias": torch.cat([bias.double(), zeros])}
+        weight = weight.double() * math.sqrt(self.width / self.wide)
+        return {"weight": torch.cat([weight, zeros]), "bias": torch.cat([bias.double(), zeros])}
 
     def _out(self, matrix: torch.Tensor) -> torch.Tensor:
         """What is added to a row (width, n): without its mean, which goes to its own two columns."""
@@ -138,9 +132,8 @@ class WideTower:
 
     def _layer(self, number: int, is_last: bool) -> dict[str, torch.Tensor]:
         block = self._nothing()
-        old = {
-            name.split(".", 3)[3]: value for name, value in self.tensors.items() if name.startswith(f"v.blk.{number}.")
-        }
+        prefix = f"v.blk.{number}."
+        old = {name.removeprefix(prefix): each for name, each in self.tensors.items() if name.startswith(prefix)}
         for name in ("ln1", "ln2"):
             norm = self._norm(old[f"{name}.weight"], old[f"{name}.bias"])
             block |= {f"{name}.{kind}": value for kind, value in norm.items()}
@@ -158,9 +151,8 @@ class WideTower:
         block["ffn_down.weight"][:, :inner] = self._out(old["ffn_down.weight"])
         block["ffn_down.bias"] = self._out(old["ffn_down.bias"][:, None])[:, 0]
         if is_last:
-            block["ffn_down.bias"][[self.large, self.large + 1]] = torch.tensor(
-                [self.constant, -self.constant]
-            ).double()
+            block["ffn_down.bias"][self.large] = self.constant
+            block["ffn_down.bias"][self.large + 1] = -self.constant
         return block
 
     def _copies(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -172,15 +164,13 @@ class WideTower:
             # The norm divides by the constant's share: this takes it back.
             block["ln1.weight"][columns] = self.constant * math.sqrt(2 / self.wide)
             block["ln1.weight"][self.width : self.mean] = self.constant * math.sqrt(2 / self.wide) / CODE
+            rows, scale = torch.arange(self.code), math.sqrt(SHARPNESS * math.sqrt(self.wide_head))
             for head in range(self.heads):
-                first = head * self.wide_head
-                copies = head < self.heads // 2
+                first, copies = head * self.wide_head, head < self.heads // 2
                 asked = self.width + (self.code if copies else 0)  # the code of the row before, or the row's own
-                rows = torch.arange(self.code)
-                scale = math.sqrt(SHARPNESS * math.sqrt(self.wide_head))
                 block["attn_q.weight"][first + rows, asked + rows] = scale
                 block["attn_k.weight"][first + rows, self.width + rows] = scale
-                group = first if copies else first - self.heads // 2 * self.wide_head
+                group = first if copies else first - room
                 for place, column in enumerate(some[group : group + self.wide_head]):
                     block["attn_v.weight"][first + place, column] = 1.0
                     block["attn_out.weight"][column, first + place] = 1.0 if copies else -1.0

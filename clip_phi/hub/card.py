@@ -40,9 +40,9 @@ PROJECTORS["norm_mlp"] = "one linear layer, a norm, and two layers with GELU bet
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 # Data sets on the Hub, by the names of their official files.
 HUB_DATASETS = {"llava_instruct_150k.json": "liuhaotian/LLaVA-Instruct-150K"}
+COCO = "COCO's own annotations are CC BY 4.0, its images have the licenses that their photographers chose"
 DATA_LICENSES = {
-    "coco": "COCO's own annotations are CC BY 4.0, its images have the licenses that their photographers chose",
-    "karpathy": "COCO's own annotations are CC BY 4.0, its images have the licenses that their photographers chose",
+    **{"coco": COCO, "karpathy": COCO},
     "llava": "LLaVA-Instruct-150K itself is CC BY 4.0 and was made with GPT-4, so that OpenAI's terms of use apply",
     "vqa": "VQA's own questions and answers are CC BY 4.0, its images are COCO's",
     "dataset": "its license is on its own page",
@@ -72,15 +72,12 @@ class Run:
             at = Path(stage["options"].get("init_from") or "/nowhere")
         if (folder / "data_report.json").is_file():
             run.report = _read_json(folder / "data_report.json")
-        if (folder / "samples.jsonl").is_file():
-            lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-            texts = [json.loads(line) for line in lines if line.strip()]
+        if (samples := folder / "samples.jsonl").is_file():
+            texts = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines() if line.strip()]
             run.samples = [text for text in texts if text["step"] == texts[-1]["step"]][:NUM_SAMPLES]
         results = sorted((folder / "evaluation").glob("*.json"))
-        for path in (each for each in results if not each.name.endswith(".results.json")):
-            evaluation = _read_json(path)
-            if "task" in evaluation and "score" in evaluation:
-                run.evaluations.append(evaluation)
+        found = [_read_json(each) for each in results if not each.name.endswith(".results.json")]
+        run.evaluations = [each for each in found if "task" in each and "score" in each]
         return run
 
     def sources(self) -> list[tuple[int, str, str]]:
@@ -117,9 +114,8 @@ def card_images(run: Run) -> dict[str, bytes]:
     """Files that the card shows, by name: the loss curve, and the images of the run's samples as small JPEGs.
 
     They are encoded again, so that a camera's metadata (places, names) is not in them."""
-    files = {}
-    if (run.folder / "curve.png").is_file():
-        files["curve.png"] = (run.folder / "curve.png").read_bytes()
+    curve = run.folder / "curve.png"
+    files = {"curve.png": curve.read_bytes()} if curve.is_file() else {}
     for number, sample in enumerate(run.samples, start=1):
         try:
             image = Image.open(io.BytesIO(File(*sample["image"].split("!", 1)).read())).convert("RGB")
@@ -149,22 +145,15 @@ def make_card(
     names = ["torch", "transformers", "pillow", *(["peft"] if config.get("adapter") and not merged else [])]
     packages = run.stages[-1]["environment"]["packages"] if run.stages else {}
     values = {
-        "run": run,
-        "repo_id": repo_id,
-        "revision": revision,
-        "merged": merged,
+        **{"run": run, "repo_id": repo_id, "revision": revision, "merged": merged, "tuned": tuned, "images": images},
+        **{"licenses": licenses, "data": _data_lines(run), "settings": _settings(run.stages)},
         "tower": _link(config.get("vision_backbone"), config.get("vision_backbone_revision")),
         "decoder": _link(config.get("text_backbone"), config.get("text_backbone_revision")),
         "projector": PROJECTORS[config["projector_type"]],
-        "tuned": tuned,
         "requirements": " ".join(f'"{needed[name]}"' for name in names),
-        "settings": _settings(run.stages),
         "versions": [f"{name} {packages[name]}" for name in (*names[:2], "accelerate", "peft") if name in packages],
-        "data": _data_lines(run),
-        "licenses": licenses,
-        "images": images,
-        "show": _show,
         "link": _link,
+        "show": lambda value: "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value),
         "cell": lambda text: " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;"),
     }
     body = plain(scrub("".join(render("card.md", **values))))
@@ -221,9 +210,8 @@ def _metadata(run: Run, repo_id: str, licenses: dict[str, str | None]) -> ModelC
     license = next(iter(licenses.values())) if len(set(licenses.values())) == 1 else None
     datasets = dict.fromkeys(found for _, kind, path in run.sources() if (found := _hub_dataset(kind, path)))
     more = {} if license else {"license_name": "see-card", "license_link": "README.md"}
+    more |= {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     return ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
         license=license or "other",
         language="en",
         base_model=list(licenses) or None,
@@ -314,10 +302,6 @@ def _duration(stage: dict[str, Any]) -> str:
         return "not finished"
     began, ended = (datetime.strptime(stage[name], "%Y-%m-%dT%H:%M:%S%z") for name in ("began", "ended"))
     return str(ended - began)  # hours:minutes:seconds
-
-
-def _show(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

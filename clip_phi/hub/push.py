@@ -27,17 +27,16 @@ SHIPPED = re.compile(
 )
 CARD_IMAGES = re.compile(r"curve\.png|samples/\d+\.jpg")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+TOKENS = "https://huggingface.co/settings/tokens"
 
 
 @dataclass
 class Pushed:
-    """commit: the head of the branch. changed: whether the push made it. revision: what to load."""
-
     repo_id: str
     url: str
-    commit: str
-    changed: bool
-    revision: str
+    commit: str  # the head of the branch
+    changed: bool  # whether the push made it
+    revision: str  # what to load
     pull_request: str | None = None
 
     def __str__(self) -> str:
@@ -65,10 +64,8 @@ def push(
     model does not have are deleted; other files stay. The same push again makes no commit.
 
     Args:
-        folder: of a training run, or of a saved model.
-        repo_id: user/name, or a name of the token's user.
-        branch: None for main.
-        tag: of the commit; None for a name made from the hash of the weights.
+        folder, repo_id: of a training run or a saved model; user/name, or a name of the token's user.
+        branch, tag: None for main; of the commit, None for a name made from the hash of the weights.
         create_pr: open a pull request, or continue one of the same title.
         merged: push all weights, LoRA folded in, instead of the delta that training saved.
         images: show the run's held-out sample images in the card.
@@ -90,10 +87,8 @@ def push(
             refs = with_retries(f"reading the tags of {repo_id}", lambda: api.list_repo_refs(repo_id))
             heads = [each.target_commit for each in refs.branches if each.name == (branch or "main")]
             if at := [each.target_commit for each in refs.tags if each.name == tag and each.target_commit not in heads]:
-                raise ValueError(
-                    f"{repo_id} already has a tag {tag}, at {at[0][:12]}: choose another --tag, since others may have "
-                    "pinned that one"
-                )
+                why = "since others may have pinned that one"
+                raise ValueError(f"{repo_id} already has a tag {tag}, at {at[0][:12]}: choose another --tag, {why}")
         if branch is not None and not create_pr:
             with_retries(f"creating branch {branch}", lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
         shown = {name: data for name, data in card_images(run).items() if images or not name.startswith("samples/")}
@@ -128,12 +123,9 @@ def _check_access(repo_id: str, create_pr: bool = False) -> tuple[HfApi, str, st
     Raises ValueError or OSError, in one line, if the token has no right to write there."""
     if is_offline_mode():
         raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it")
-    token = get_token()
-    if token is None:
-        raise ValueError(
-            "no token for the Hub: run 'hf auth login', or set HF_TOKEN; "
-            "https://huggingface.co/settings/tokens creates one (with write access)"
-        )
+    if (token := get_token()) is None:
+        way_out = f"run 'hf auth login', or set HF_TOKEN; {TOKENS} creates one (with write access)"
+        raise ValueError(f"no token for the Hub: {way_out}")
     api = HfApi(token=token, library_name="clip-phi")
     try:
         validate_repo_id(repo_id)
@@ -141,19 +133,15 @@ def _check_access(repo_id: str, create_pr: bool = False) -> tuple[HfApi, str, st
         raise ValueError(f"{repo_id!r} is no repository id: it is user/name, such as alice/clip-phi") from error
     me = with_retries("checking the token", api.whoami)
     name = me["name"]
-    namespace, _, repository = repo_id.rpartition("/")
-    namespace = namespace or name
+    namespace, _, repository = (repo_id if "/" in repo_id else f"{name}/{repo_id}").rpartition("/")
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise ValueError(
-            f"{name}'s token may only read: create one with write access at "
-            "https://huggingface.co/settings/tokens, then run 'hf auth login'"
-        )
+        way_out = f"create one with write access at {TOKENS}, then run 'hf auth login'"
+        raise ValueError(f"{name}'s token may only read: {way_out}")
     orgs = {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
     if not create_pr and namespace not in (name, *orgs):
-        raise ValueError(
-            f"{namespace} is not a namespace of this token (it has {', '.join([name, *sorted(orgs)])}): push to "
-            f"{name}/{repository}, or offer it with --create_pr"
-        )
+        has = f"it has {', '.join([name, *sorted(orgs)])}"
+        way_out = f"push to {name}/{repository}, or offer it with --create_pr"
+        raise ValueError(f"{namespace} is not a namespace of this token ({has}): {way_out}")
     if not create_pr and orgs.get(namespace) == "read":
         raise ValueError(f"{name} may read in {namespace} and not write: ask its owners, or give --create_pr")
     return api, name, f"{namespace}/{repository}"
@@ -168,26 +156,19 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder} contains a {run.config.get('model_type')!r} model, not a 'clip_phi' one")
     run.config.setdefault("delta", False)
     if not list(folder.glob("model*.safetensors")):
-        pickles = [path.name for path in folder.iterdir() if path.suffix in PICKLES]
-        if pickles:
-            raise ValueError(
-                f"{folder / pickles[0]} is a pickle, which can run any code when it is opened, and is never pushed: "
-                "save the model with save_pretrained, which writes safetensors"
-            )
+        if pickles := [path for path in folder.iterdir() if path.suffix in PICKLES]:
+            why = "is a pickle, which can run any code when it is opened, and is never pushed"
+            raise ValueError(f"{pickles[0]} {why}: save the model with save_pretrained, which writes safetensors")
         raise ValueError(f"{folder} contains no weights (no model.safetensors)")
     return run
 
 
 def refuse_local_backbones(folder: Path, config: dict[str, Any], merged: bool) -> None:
     """Raises ValueError for a delta whose backbones are not on the Hub."""
-    local = [
-        config.get(f"{part}_backbone") for part in ("vision", "text") if not config.get(f"{part}_backbone_revision")
-    ]
+    local = [f"{part}_backbone" for part in ("vision", "text") if not config.get(f"{part}_backbone_revision")]
     if config["delta"] and not merged and local:
-        raise ValueError(
-            f"{folder} is a delta on {local[0]}, a local folder that nobody else has: push all weights with --merged, "
-            "or train on backbones of the Hub"
-        )
+        what = f"{folder} is a delta on {config.get(local[0])}, a local folder that nobody else has"
+        raise ValueError(f"{what}: push all weights with --merged, or train on backbones of the Hub")
 
 
 def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
@@ -214,8 +195,7 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
     for path in place.rglob("*.json"):
         if path.name != "tokenizer.json":
             content = json.loads(path.read_text(encoding="utf-8"))
-            cleaned = _without_local_names(content)
-            if cleaned != content:
+            if (cleaned := _without_local_names(content)) != content:
                 path.write_text(plain_json(cleaned, indent=2) + "\n", encoding="utf-8")
     private = {str(path) for path in (Path.home(), Path.cwd(), folder.resolve().parent) if len(path.parts) > 1}
     for path in place.rglob("*"):
@@ -223,9 +203,8 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
             text = path.read_text(encoding="utf-8")
             if found := [each for each in private if f"{each}/" in text] or SECRET.findall(text):
                 what = found[0] if found[0].startswith("/") else "an access token"
-                raise ValueError(
-                    f"{folder / path.relative_to(place)} contains {what}, which must not be pushed: remove it"
-                )
+                file = folder / path.relative_to(place)
+                raise ValueError(f"{file} contains {what}, which must not be pushed: remove it")
 
 
 def _without_local_names(value: Any, key: str = "") -> Any:
@@ -244,13 +223,7 @@ def _is_hub_id(value: Any) -> bool:
 
 
 def _commit(
-    api: HfApi,
-    repo_id: str,
-    branch: str,
-    author: str | None,
-    title: str,
-    additions: dict[str, CommitOperationAdd],
-    card: str,
+    api: HfApi, repo_id: str, branch: str, author: str | None, title: str, additions: dict[str, Any], card: str
 ) -> tuple[str, bool, str | None]:
     """One try of the commit: it reads the repository, and is refused (412) if that changes before the commit is made.
 
@@ -271,9 +244,8 @@ def _commit(
     stale = [name for name in sorted(held - set(additions)) if SHIPPED.fullmatch(name) or CARD_IMAGES.fullmatch(name)]
     operations = [CommitOperationAdd("README.md", merge_cards(old, card).encode()), *additions.values()]
     operations += [CommitOperationDelete(name) for name in stale]
-    new = author is not None and opened is None
-    options = {"commit_message": title, "revision": at, "parent_commit": info.sha, "create_pr": new}
-    done = api.create_commit(repo_id, operations, **options)
+    options = {"revision": at, "parent_commit": info.sha, "create_pr": author is not None and opened is None}
+    done = api.create_commit(repo_id, operations, commit_message=title, **options)
     url = done.pr_url or (f"{api.endpoint}/{repo_id}/discussions/{opened}" if opened else None)
     return done.oid, done.oid != info.sha, url
 

@@ -25,6 +25,7 @@ FINAL = {
 HTTPError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 http: Any = import_module(HTTPError.__module__.partition(".")[0])
 Result = TypeVar("Result")
+Find = Callable[[BaseException], BaseException | None]  # the error of the server or connection behind it, if any
 
 
 def with_retries(what: str, action: Callable[[], Result], server: str = HUB) -> Result:
@@ -46,19 +47,13 @@ def load_with_retries(load: Callable[..., Result], *names: Any, **options: Any) 
         cause = _find(error, HTTPError)
         return None if type(cause).__name__ == "ConnectError" else cause
 
-    what = f"loading {' and '.join(map(str, names))}"
-    return _retry(what, lambda: load(*names, **options), LOAD_WAITS, find, explain=False)
+    return _retry(f"loading {' and '.join(map(str, names))}", lambda: load(*names, **options), LOAD_WAITS, find, False)
 
 
 def _retry(
-    what: str,
-    action: Callable[[], Result],
-    waits: tuple[float, ...],
-    find: Callable[[BaseException], BaseException | None],
-    explain: bool,
-    server: str = HUB,
+    what: str, action: Callable[[], Result], waits: tuple[float, ...], find: Find, explain: bool, server: str = HUB
 ) -> Result:
-    """find: the error of the server or the connection behind an error, if there is one. explain: final failures too."""
+    """explain: final failures too."""
     for wait in (*waits, None):
         try:
             return action()
@@ -74,9 +69,9 @@ def _retry(
                 reason = f"{server} answered {status} {headers.get('X-Error-Message', '')}".rstrip()
             if is_final:
                 status = 404 if isinstance(cause, RepositoryNotFoundError) else status
-                known = FINAL.get(status or 0) if server == HUB else None
-                message = f"{what}: {known} ({reason})" if known else f"{what}: {reason}"
-                raise (ValueError if known else OSError)(message) from error
+                if server == HUB and (known := FINAL.get(status or 0)):
+                    raise ValueError(f"{what}: {known} ({reason})") from error
+                raise OSError(f"{what}: {reason}") from error
             if wait is None:
                 tries = f"{len(waits) + 1} times: try again later; finished transfers are kept"
                 raise OSError(f"{what}: {reason} {tries}") from error

@@ -20,9 +20,8 @@ def cache_shapes(model: Any) -> list[Shape]:
     outputs = model.model.language_model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
     layers = next(value.layers for value in outputs.values() if isinstance(value, Cache))
     if not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
-        raise ValueError(
-            f"{model.config.get_text_config().model_type!r} decoders are not supported: the cache of some layers"
-        )
+        kind = model.config.get_text_config().model_type
+        raise ValueError(f"{kind!r} decoders are not supported: some layers do not cache keys and values")
     return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
 
 

@@ -198,10 +198,8 @@ class _Protocol(H11Protocol):
 
 def make_config(app: Any, limits: ServerLimits = ServerLimits(), log_level: str = "info") -> uvicorn.Config:
     """uvicorn's configuration with these limits. Running requests have 10 seconds to end after SIGINT or SIGTERM."""
-    http: Any = functools.partial(_Protocol, limits=limits)
-    return uvicorn.Config(
-        app, http=http, ws="none", log_level=log_level, timeout_keep_alive=15, timeout_graceful_shutdown=10
-    )
+    options: Any = {"http": functools.partial(_Protocol, limits=limits), "ws": "none", "log_level": log_level}
+    return uvicorn.Config(app, **options, timeout_keep_alive=15, timeout_graceful_shutdown=10)
 
 
 def serve(app: Any, host: str, port: int, log_level: str = "info", limits: ServerLimits = ServerLimits()) -> None:

@@ -93,9 +93,8 @@ def as_plain(segment: dict[str, Any]) -> dict[str, Any]:
     def seconds(value: Any) -> float | None:  # none, or NaN, where a word could not be aligned
         return None if value is None or value != value else float(value)
 
-    words = [
-        (each["word"], seconds(each.get("start")), seconds(each.get("end"))) for each in segment.get("words") or ()
-    ]
+    found = segment.get("words") or ()
+    words = [(each["word"], seconds(each.get("start")), seconds(each.get("end"))) for each in found]
     return {"text": segment["text"], "start": float(segment["start"]), "end": float(segment["end"]), "words": words}
 
 

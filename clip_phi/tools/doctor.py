@@ -36,8 +36,7 @@ def doctor(as_json: bool, debug: bool) -> int:
         environment = describe_environment()
     except Exception as error:  # without torch, or with a broken one
         environment = {"error": _one_line(error)}
-    listed = [each._asdict() for each in checks]
-    print(json.dumps({"environment": environment, "checks": listed, "problems": problems}))
+    print(json.dumps({"environment": environment, "checks": [each._asdict() for each in checks], "problems": problems}))
     return int(problems > 0)
 
 
@@ -64,7 +63,7 @@ def check_packages() -> Iterator[Check]:
     from packaging.requirements import Requirement  # comes with transformers
 
     try:
-        needed = [Requirement(text) for text in requires("clip-phi") or []]
+        needed = map(Requirement, requires("clip-phi") or [])
     except PackageNotFoundError:
         yield Check("note", "packages", "clip-phi is not installed: its requirements are unknown", "pip install -e .")
         return
@@ -209,8 +208,8 @@ def check_speech() -> Iterator[Check]:
 
         missing = {"mp3", "flac", "aac", "opus", "vorbis", "pcm_s16le"} - av.codecs_available
         assert not get_speech_timestamps(np.zeros(16_000, np.float32)), "speech detected in silence"
-        found = f"PyAV {av.__version__} cannot decode {', '.join(sorted(missing))}"
-        found = found if missing else "decoding of files and detection of speech work"
+        broken = f"PyAV {av.__version__} cannot decode {', '.join(sorted(missing))}"
+        found = broken if missing else "decoding of files and detection of speech work"
         yield check("speech in", found, not missing, "pip install --force-reinstall av")
     if installed_version("hibari-tts"):
         from ..speech.tts import make_tts

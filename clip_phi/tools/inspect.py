@@ -58,12 +58,12 @@ def inspect(options: argparse.Namespace) -> None:
     total = sum(map(len, indexes))
     if options.sample >= max(total, 1):
         raise ValueError(f"--sample {options.sample}: there are {total:,} samples, from 0 on")
-    summary, rows = None, list[tuple[str, str]]()
+    summary, rows = None, list[list[str]]()
     if options.summary or options.json or held_out or any(path.endswith(".json") for path in options.output):
         others = [load_index(source, processor, max_length) for source in held_out]
         about = {"data": options.data, "val": options.eval_data, "processor": name, "max_length": max_length}
         summary = about | summarise(options.data, indexes, others, options.num_workers)
-        rows = list(table(summary))
+        rows = table(summary)
         lines = [_line(f"{label:<20} {value}").rstrip() for label, value in rows]
         print(json.dumps(summary) if options.json else "\n".join(lines))
     for path in options.output:
@@ -343,47 +343,12 @@ def coco_id(name: str) -> str | None:
     return found[1] if found else None
 
 
-def table(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def table(summary: dict[str, Any]) -> list[list[str]]:
     """The summary as lines of a label and a text."""
-    for source in summary["sources"]:
-        captions = source.get("captions", 0)
-        text = count_text(source["images"], captions, source["conversations"] - captions)
-        yield "data", f"{source['data']}: {text}, {source['skipped']:,} records skipped"
-    for hint in summary.get("hints", []):
-        yield "hint", hint.removeprefix("hint: ")
     captions = sum(source.get("captions", 0) for source in summary["sources"])
-    counts = {"captions": captions, **summary, "conversations": summary["conversations"] - captions}
-    shown = ["captions"] * bool(captions) + ["conversations"] * (counts["conversations"] > 0 or not captions)
-    yield from ((label, f"{counts[label]:,}") for label in ("records", *shown, "samples", "images", "turns", "tokens"))
-    yield "supervised tokens", f"{summary['supervised_tokens']:,} ({summary['share_supervised']:.1%})"
-    if lengths := summary["lengths"]:
-        text = "min {min:,}, median {median:,.0f}, mean {mean:,.1f}, 95 % {p95:,}, max {max:,}"
-        yield "tokens per sample", text.format(**lengths)
-        most = max(lengths["histogram"].values())
-        for bin, count in lengths["histogram"].items():
-            yield f"  {bin}", f"{count:>9,} {'█' * -(-40 * count // most)}"
-    for what, label in (("skipped", "skipped"), ("repaired", "repaired"), ("filtered", "left out")):
-        if what not in summary:
-            continue
-        yield label, f"{sum(summary[what].values()):,}"
-        for kind, count in sorted(summary[what].items(), key=lambda entry: (-entry[1], entry[0])):
-            yield f"  {count:,}", kind
-            yield from (("", f"  {example}") for example in summary["examples"][kind])
-    duplicates = summary["duplicates"]
-    yield "duplicates", f"{duplicates['images']:,} images equal another one"
-    yield from (("", f"  {example}") for example in duplicates["examples"])
-    if shared := duplicates["samples"]:
-        yield "shared images", f"{shared:,} samples are about the image of another sample, in this source or another"
-    if leakage := summary["leakage"]:
-        yield "leakage", "{images:,} of {val_images:,} validation images are trained on".format(**leakage)
-        yield from (("", f"  {example}") for example in leakage["examples"])
-        kinds = {"look_alike": "look like an image that is", "same_id": "have the number of an image that is"}
-        for kind, what in kinds.items():
-            if leakage[f"{kind}s"]:
-                yield "", f"  {leakage[f'{kind}s']:,} more {what}"
-                yield from (("", f"  {example}") for example in leakage[f"{kind}_examples"])
-        if leakage["unreadable"]:
-            yield "", f"  {leakage['unreadable']:,} more cannot be read"
+    values: dict[str, Any] = {"hints": [], "filtered": None, "captions": captions, "n": "{:,}".format, **summary}
+    text = "".join(render("inspection.txt", line=_line, count_text=count_text, **values))
+    return [row.split("\t", 1) for row in text.splitlines()]
 
 
 def draw(path: str, indexes: Sequence[Index], samples: Sequence[Shown]) -> None:
