@@ -1,12 +1,14 @@
 """Streaming detokenizer: whole characters, up to a stop string, without surrounding spaces."""
 
-import functools
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+# Characters of a byte-level BPE vocabulary to the bytes that they stand for
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class TextStream:
@@ -58,12 +60,6 @@ class TextStream:
         return piece
 
 
-@functools.cache
-def _byte_values() -> dict[str, int]:
-    """Characters of a byte-level BPE vocabulary to the bytes that they stand for."""
-    return {character: byte for byte, character in bytes_to_unicode().items()}
-
-
 def token_bytes(tokenizer: Any, token: int) -> bytes:
     """The bytes that a token stands for in a text: those of a special token are its name's."""
     name = tokenizer.convert_ids_to_tokens(token)
@@ -72,7 +68,7 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
     if name in tokenizer.get_added_vocab():
         return name.encode()
     if "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
-        return bytes(map(_byte_values().__getitem__, name))
+        return bytes(map(BYTES.__getitem__, name))
     if (byte := re.fullmatch(r"<0x([0-9A-F]{2})>", name)) is not None:
         return bytes.fromhex(byte[1])
     return name.replace("▁", " ").encode()
