@@ -28,25 +28,10 @@ PATH = re.compile(r"(?<![\w.~/\\])(?:~\w*(?=[/\\])|\.\.(?=[/\\])|[A-Za-z]:(?=[\\
 KIND = r"(?:file|coco|karpathy|llava|vqa|dataset):"  # what precedes a path, and is not the scheme of a URL
 NUM_SAMPLES = 4
 IMAGE_SIZE = 256  # pixels, of the longer side
-# The training options that the card shows, in this order.
-HYPERPARAMETERS = (
-    *("optim", "learning_rate", "lora_learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay"),
-    *("max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_tokens_per_batch"),
-    *("gradient_accumulation_steps", "captions_per_image", "max_length", "lora_r", "lora_alpha", "lora_dropout"),
-    *("lora_targets", "tune_decoder", "quantization", "seed"),
-)
-PROJECTORS = {"linear": "one linear layer", "mlp": "two linear layers with GELU between"}
-PROJECTORS["norm_mlp"] = "one linear layer, a norm, and two layers with GELU between"
-PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
-# Data sets on the Hub, by the names of their official files.
-HUB_DATASETS = {"llava_instruct_150k.json": "liuhaotian/LLaVA-Instruct-150K"}
-COCO = "COCO's own annotations are CC BY 4.0, its images have the licenses that their photographers chose"
-DATA_LICENSES = {
-    **{"coco": COCO, "karpathy": COCO},
-    "llava": "LLaVA-Instruct-150K itself is CC BY 4.0 and was made with GPT-4, so that OpenAI's terms of use apply",
-    "vqa": "VQA's own questions and answers are CC BY 4.0, its images are COCO's",
-    "dataset": "its license is on its own page",
-}
+TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+HYPERPARAMETERS: list[str] = TABLES["hyperparameters"]  # the training options that the card shows, in this order
+HUB_DATASETS: dict[str, str] = TABLES["hub_datasets"]  # data sets on the Hub, by the names of their official files
+PROJECTORS, PRECISIONS, DATA_LICENSES = (TABLES[name] for name in ("projectors", "precisions", "data_licenses"))
 
 
 @dataclass
