@@ -339,7 +339,11 @@ def test_a_quantised_decoder_trains_lora_and_saves_a_delta_for_the_whole_one(kin
 def test_stage_2_goes_on_with_its_adapter_or_refuses_another_one(stage2_of, train, data, tmp_path):
     folder = stage2_of("--lora_targets", "q_proj,fc1", "--lora_r", 3)
     (last,) = [value for step, value in metrics(folder, "eval_loss").items() if step == 2]
-    options = [*stage2(data, folder, tmp_path / "three", "--max_steps", 2, "--lora_learning_rate", 0.001), "--lora_r", 3]
+    options = [
+        *stage2(data, folder, tmp_path / "three", "--max_steps", 2, "--lora_learning_rate", 0.001),
+        "--lora_r",
+        3,
+    ]
     train([*options, "--lora_dropout", 0.25, "--save_steps", 1])
     run = json.loads((tmp_path / "three/run.json").read_text())
     assert [run["options"][name] for name in ("lora_r", "lora_alpha", "lora_targets", "lora_dropout")] == [
