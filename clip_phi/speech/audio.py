@@ -157,11 +157,13 @@ def _resample(frames: Any) -> Iterator[np.ndarray]:
     try:
         for (_, layout, _), alike in kinds:  # some streams change the format midway
             layouts = ["mono"] if layout == "mono" else ["mono", layout]
-            resamplers = [av.AudioResampler("s16p", name, SAMPLING_RATE) for name in layouts]
+            # Packed: reading the planes of more than eight channels crashes PyAV.
+            resamplers = [av.AudioResampler("s16", name, SAMPLING_RATE) for name in layouts]
             given: list[list[np.ndarray]] = [[] for _ in layouts]
             for frame in itertools.chain(alike, [None]):  # None drains them
                 for pieces, resampler in zip(given, resamplers, strict=True):
-                    pieces += [piece.to_ndarray() for piece in resampler.resample(frame)]
+                    done = resampler.resample(frame)
+                    pieces += [piece.to_ndarray().reshape(-1, piece.layout.nb_channels).T for piece in done]
                 if all(given):
                     whole = [np.concatenate(pieces, axis=1) for pieces in given]
                     size = min(each.shape[1] for each in whole)
