@@ -30,13 +30,13 @@ from training import (
     IMAGE,
     PATCHES,
     TRUE_SIZE,
-    VOCABULARY,
     Contender,
     Models,
     Size,
     Work,
     caption_work,
     conversation_work,
+    make_configs,
     make_hugging_face,
     make_models,
     make_ours,
@@ -44,7 +44,6 @@ from training import (
     step,
     to_device,
 )
-from transformers import CLIPVisionConfig, PhiConfig
 
 from clip_phi.batching.attention import SDPA_PACKED_ATTENTION, has_varlen_kernel
 from clip_phi.batching.packing import PackedBatch, SharedPrefixSample, build_shared_prefix, pack_samples
@@ -103,34 +102,15 @@ class Row:
     error: str = ""
 
 
-def config_of(size: Size) -> ClipPhiConfig:
-    vision = CLIPVisionConfig(
-        hidden_size=size.tower_hidden,
-        intermediate_size=4 * size.tower_hidden,
-        num_hidden_layers=size.tower_layers,
-        num_attention_heads=size.tower_heads,
-        image_size=224,
-        patch_size=32,
-    )
-    text = PhiConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=size.hidden,
-        intermediate_size=4 * size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        partial_rotary_factor=size.rotary,
-    )
-    return ClipPhiConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
-
-
 def build(variant: Variant, arguments: TrainingArguments, size: Size, device: torch.device) -> ClipPhiForCausalLM:
     """A model of random weights, ready to train."""
     torch.manual_seed(0)
+    vision, text = make_configs(size)
     default = torch.get_default_dtype()
     torch.set_default_dtype(variant.dtype)
     try:
         with device:
-            model = ClipPhiForCausalLM(config_of(size))
+            model = ClipPhiForCausalLM(ClipPhiConfig(vision_config=vision, text_config=text, image_token_id=IMAGE))
     finally:
         torch.set_default_dtype(default)
     if isinstance(arguments, Stage2Arguments) and arguments.quantization != "none":

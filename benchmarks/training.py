@@ -167,9 +167,7 @@ class Models(NamedTuple):
     trained: list[nn.Parameter]  # the parameters whose gradients are compared: the same objects in all three
 
 
-def make_models(size: Size, lora_r: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Models:
-    """Make frozen backbones in dtype with random weights, and projector and LoRA (none for rank 0) in float32."""
-    torch.manual_seed(0)
+def make_configs(size: Size) -> tuple[CLIPVisionConfig, PhiConfig]:
     vision = CLIPVisionConfig(
         hidden_size=size.tower_hidden,
         intermediate_size=4 * size.tower_hidden,
@@ -187,6 +185,13 @@ def make_models(size: Size, lora_r: int, device: str = "cpu", dtype: torch.dtype
         partial_rotary_factor=size.rotary,
         hidden_act="gelu_new",
     )
+    return vision, text
+
+
+def make_models(size: Size, lora_r: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Models:
+    """Make frozen backbones in dtype with random weights, and projector and LoRA (none for rank 0) in float32."""
+    torch.manual_seed(0)
+    vision, text = make_configs(size)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -186,6 +186,9 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, to
         with patch.object(logging.getLogger("transformers.modeling_utils"), "disabled", part == "vision"):
             model, info = auto_class.from_pretrained(path, output_loading_info=True, **options, **hub)
         refuse_missing(path, info["missing_keys"])
+        unused = [name for name in info["unexpected_keys"] if not name.startswith(("text_", "visual_proj", "logit_"))]
+        if unused and part == "vision":
+            logging.getLogger(__name__).warning("%s: weights that are not used: %s", path, sorted(unused))
         loaded.append(model)
     vision_tower, decoder = loaded
     with torch.device("meta"):

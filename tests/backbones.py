@@ -20,7 +20,7 @@ import transformers
 from conftest import VISION, save_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from clip_phi.batching.attention import use_packed_attention
+from clip_phi.batching.attention import PACKED_ATTENTION, refuse_other_attention
 from clip_phi.batching.encode import Encoded
 from clip_phi.batching.packing import build_shared_prefix, pack_samples
 from clip_phi.serving.engine import Engine
@@ -286,8 +286,7 @@ def check_decoder(family: str, vision: str, folder: Path) -> dict[str, Any]:
         processor = ClipPhiProcessor.from_backbones(vision, text)
         model = ClipPhiForCausalLM.from_backbones(vision, text)
         own = model.config.get_text_config()._attn_implementation
-        use_packed_attention(model)  # refuses
-        model.set_attn_implementation({"text_config": own})
+        refuse_other_attention(model)
         packed = packed_difference(model, processor, own)
         return {"packed_vs_alone": packed, "reload": reload_difference(model, folder), "refused": None} | {
             "cached": float(not all(same_tokens(model, processor)))
@@ -316,7 +315,7 @@ def packed_difference(model: Any, processor: Any, own: str) -> float:
             labels = torch.tensor([[-100] * len(prefix) + labels])
             loss = model(input_ids=torch.tensor([prefix + ids]), labels=labels, use_cache=False, **inputs).loss
             alone, count = alone + loss.item() * (len(ids) - 2), count + len(ids) - 2
-    use_packed_attention(model)
+    model.set_attn_implementation({"text_config": PACKED_ATTENTION})
     inputs = pack_samples(samples, pixels, processor.tokenizer.pad_token_id).inputs
     found = model(**inputs, use_cache=False, num_items_in_batch=count, skip_logits=True).loss.item()
     model.set_attn_implementation({"text_config": own})

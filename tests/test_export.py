@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from clip_phi.cli import main
+from clip_phi.export.rotation import WideTower
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 LLAMA = {name: value for name, value in TEXT.items() if name != "resid_pdrop"}
@@ -305,6 +306,88 @@ def test_other_files_are_refused_in_one_line(content, words, vision_backbone, te
     assert said.count("\n") == 1
     assert re.search(words, said)
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------ llama.cpp's order of rows
+
+BLOCK = {f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"} | {"mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
+BLOCK |= {"layer_norm1": "ln1", "layer_norm2": "ln2", "self_attn.out_proj": "attn_out"}
+
+
+def tower_tensors(tower, layers):
+    """The weights of a CLIPVisionModel's first layers under llama.cpp's names."""
+    state = {name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
+    tensors = {f"v.{part}_embd.weight": state[f"embeddings.{part}_embedding.weight"] for part in ("patch", "position")}
+    tensors["v.class_embd"] = state["embeddings.class_embedding"]
+    for kind in ("weight", "bias"):
+        tensors[f"v.pre_ln.{kind}"] = state[f"pre_layrnorm.{kind}"]
+        for number in range(layers):
+            for ours, theirs in BLOCK.items():
+                tensors[f"v.blk.{number}.{theirs}.{kind}"] = state[f"encoder.layers.{number}.{ours}.{kind}"]
+    return tensors
+
+
+def llama_cpp_rows(tensors, wide, pixels, activation):
+    """Rows 1 to N of llama.cpp's llava graph: CLS behind the patches, positions in the order of rows."""
+    patch = tensors["v.patch_embd.weight"]
+    rows = nn.functional.conv2d(pixels, patch, stride=patch.shape[-1]).flatten(2).transpose(1, 2)[0]
+    rows = torch.cat([rows, tensors["v.class_embd"][None]]) + tensors["v.position_embd.weight"]
+
+    def norm(x, name):
+        return nn.functional.layer_norm(
+            x, (wide.wide,), tensors[f"{name}.weight"], tensors[f"{name}.bias"], wide.epsilon
+        )
+
+    def linear(x, name):
+        return nn.functional.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    rows = norm(rows, "v.pre_ln")
+    for number in range(wide.layers):
+        block = f"v.blk.{number}"
+        inside = norm(rows, f"{block}.ln1")
+        heads = [
+            linear(inside, f"{block}.attn_{part}").view(len(rows), wide.heads, -1).transpose(0, 1) for part in "qkv"
+        ]
+        mixed = nn.functional.scaled_dot_product_attention(*heads).transpose(0, 1).flatten(1)
+        rows = rows + linear(mixed, f"{block}.attn_out")
+        rows = rows + linear(activation(linear(norm(rows, f"{block}.ln2"), f"{block}.ffn_up")), f"{block}.ffn_down")
+    return rows[1:]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layer"),
+    [
+        ({"hidden_size": 64, "num_attention_heads": 2}, -2),
+        ({"hidden_size": 96, "num_attention_heads": 3, "hidden_act": "gelu"}, -1),
+        ({"hidden_size": 640, "num_attention_heads": 10, "image_size": 224}, -2),  # TinyCLIP's 50 rows
+    ],
+)
+def test_a_wide_tower_gives_the_features_in_llama_cpps_order_of_rows(sizes, layer):
+    torch.manual_seed(4)
+    shape = {"num_hidden_layers": 3, "intermediate_size": 4 * sizes["hidden_size"], "patch_size": 32, "image_size": 96}
+    config = CLIPVisionConfig(**shape | sizes)
+    tower = CLIPVisionModel(config).eval()
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.03)
+        pixels = torch.randn(1, 3, config.image_size, config.image_size)
+        pixels[..., : config.image_size // 2] *= 0.01  # patches of other sizes: their codes are of other sizes, too
+        expected = tower(pixels, output_hidden_states=True).hidden_states[layer][0, 1:]
+        wide = WideTower(tower_tensors(tower, layer % 4), config.num_attention_heads, config.layer_norm_eps)
+        activation = nn.functional.gelu if sizes.get("hidden_act") == "gelu" else lambda x: x * torch.sigmoid(1.702 * x)
+        rows = llama_cpp_rows(wide.convert(), wide, pixels, activation)
+        weight = torch.randn(32, config.hidden_size)
+        found, wanted = rows @ wide.projector(weight).T, expected @ weight.T
+    assert (found - wanted).abs().max() < 2e-3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("sizes", [{"num_attention_heads": 1}, {"num_attention_heads": 8}])
+def test_a_tower_whose_rows_cannot_be_told_apart_is_refused(sizes):
+    config = CLIPVisionConfig(hidden_size=64, num_hidden_layers=1, patch_size=32, image_size=96, **sizes)
+    with pytest.raises(
+        ValueError, match="llama.cpp needs a tower with two attention heads, and heads at least as wide"
+    ):
+        WideTower(tower_tensors(CLIPVisionModel(config), 1), config.num_attention_heads, config.layer_norm_eps)
 
 
 # ------------------------------------------------------------------ make test-export

@@ -917,16 +917,25 @@ def test_image_token_defaults_to_the_first_spare_row(model, text_backbone):
     assert model.config.image_token_id == len(AutoTokenizer.from_pretrained(text_backbone))
 
 
-def test_unused_text_half_is_not_reported(vision_backbone, text_backbone, caplog):
+def test_unused_text_half_is_not_reported_but_problems_are(vision_backbone, text_backbone, tmp_path, caplog):
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addHandler(caplog.handler)
+    logging.getLogger("modeling_clip_phi.backbones").addHandler(caplog.handler)
     transformers_logging.set_verbosity_warning()
     try:
         ClipPhiForCausalLM.from_backbones(vision_backbone, text_backbone)
-        assert "LOAD REPORT" not in caplog.text
+        assert "LOAD REPORT" not in caplog.text and "not used" not in caplog.text
+        shutil.copytree(vision_backbone, tmp_path / "vision")
+        weights = load_file(tmp_path / "vision/model.safetensors")
+        weights["vision_model.surprise"] = torch.zeros(1)
+        save_file(weights, tmp_path / "vision/model.safetensors", metadata={"format": "pt"})
+        ClipPhiForCausalLM.from_backbones(str(tmp_path / "vision"), text_backbone)
+        assert "surprise" in caplog.text and "weights that are not used" in caplog.text
+        assert "text_model" not in caplog.text
     finally:
         transformers_logging.set_verbosity_error()
         logger.removeHandler(caplog.handler)
+        logging.getLogger("modeling_clip_phi.backbones").removeHandler(caplog.handler)
 
 
 # -------------------------------------------------------------------------------------------- placement, other parts

@@ -180,12 +180,6 @@ def attend_by_piece(
     return kernel(query.transpose(0, 1), keys, values, *starts, scale=scaling, window_size=(left, 0))
 
 
-def use_packed_attention(model: Any) -> None:
-    """Give the decoder of a ClipPhiForCausalLM PACKED_ATTENTION. Raises ValueError as refuse_other_attention does."""
-    refuse_other_attention(model)
-    model.set_attn_implementation({"text_config": PACKED_ATTENTION})
-
-
 @torch.no_grad()
 def refuse_other_attention(model: Any) -> None:
     """Raises ValueError for a decoder in which packed samples would change each other's results.

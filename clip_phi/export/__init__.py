@@ -16,8 +16,8 @@ def export(name: str, folder: Path, to: str, dtype: str = "float16") -> dict[str
     name: folder or Hub id of the model, delta or merged. folder: new or empty. to: "gguf", "llava", "onnx" or "vllm".
     dtype: of gguf's matrices, "float16" or "float32".
 
-    Returns {"files", "largest_difference"}, and "tensors" of gguf. Raises ValueError if the format cannot represent the
-    model, or the written one gives other outputs; ImportError without the packages of the extra gguf or onnx."""
+    Returns {"files", "largest_difference"}, of gguf {"files", "tensors"}. Raises ValueError if the format cannot
+    represent the model, or the written one gives other outputs; ImportError without the extra gguf or onnx."""
     from transformers.utils import logging
 
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor

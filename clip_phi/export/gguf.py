@@ -33,13 +33,14 @@ CLIP_BLOCK = BLOCK | {"layer_norm1": "ln1", "layer_norm2": "ln2", "self_attn.out
 def export_gguf(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path, dtype: str) -> dict[str, Any]:
     """Write text.gguf and mmproj.gguf. dtype: of matrices, float16 or float32; vectors are float32.
 
-    Returns {"files", "tensors", "largest_difference"}: of a written tensor, after reading back, which is 0. Raises
-    ValueError if llama.cpp's graphs cannot represent the model."""
+    Returns {"files", "tensors"}: their number, each read back and compared. Raises ValueError if llama.cpp's graphs
+    cannot represent the model."""
     refuse_unsupported(model, processor)
+    tower = _wide_tower(model)
     folder.mkdir(parents=True, exist_ok=True)
     text, mmproj = folder / "text.gguf", folder / "mmproj.gguf"
-    num_tensors = _write_text(model, processor, text, dtype) + _write_mmproj(model, processor, mmproj, dtype)
-    return {"files": [str(text), str(mmproj)], "tensors": num_tensors, "largest_difference": 0.0}
+    num_tensors = _write_text(model, processor, text, dtype) + _write_mmproj(model, processor, tower, mmproj, dtype)
+    return {"files": [str(text), str(mmproj)], "tensors": num_tensors}
 
 
 def refuse_unsupported(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -> None:
@@ -54,6 +55,8 @@ def refuse_unsupported(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -
         found.append(f"the tower is a {vision.model_type!r}; llama.cpp's llava graph is a CLIP tower")
     elif vision.hidden_act not in ("quick_gelu", "gelu", "gelu_pytorch_tanh"):
         found.append(f"the tower's activation is {vision.hidden_act!r}; llama.cpp's are quick_gelu and gelu")
+    elif config.vision_feature_layer in (0, -vision.num_hidden_layers - 1):
+        found.append("the projector reads the tower's embedding, and llama.cpp's llava graph a layer's output")
     if config.projector_type == "norm_mlp":
         found.append("llama.cpp's llava projector has no norm")
     if config.vision_feature_select_strategy != "default":
@@ -118,7 +121,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     writer.add_chat_template(CHAT_TEMPLATE)
 
 
-def _write_mmproj(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Path, dtype: str) -> int:
+def _wide_tower(model: ClipPhiForCausalLM) -> WideTower:
     whole: Any = model.config
     config, layer = whole.vision_config, whole.vision_feature_layer
     layers = config.num_hidden_layers
@@ -130,7 +133,14 @@ def _write_mmproj(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: 
         names |= {f"{ours}.{name}": f"v.blk.{number}.{theirs}" for name, theirs in CLIP_BLOCK.items()}
     state = {name.removeprefix("vision_model."): value for name, value in model.model.vision_tower.state_dict().items()}
     unused = ("post_layernorm", "position_ids", *(f"encoder.layers.{number}." for number in range(used, layers)))
-    tower = WideTower(_renamed(state, names, ignore=unused), config.num_attention_heads, config.layer_norm_eps)
+    return WideTower(_renamed(state, names, ignore=unused), config.num_attention_heads, config.layer_norm_eps)
+
+
+def _write_mmproj(
+    model: ClipPhiForCausalLM, processor: ClipPhiProcessor, tower: WideTower, path: Path, dtype: str
+) -> int:
+    whole: Any = model.config
+    config = whole.vision_config
     tensors = tower.convert() | _projector(model, tower)
     sizes = {"embedding_length": tower.wide, "feed_forward_length": tower.hidden, "block_count": tower.layers}
     writer = _new_writer(path, "clip", "vision_", dtype, head_count=tower.heads, **sizes)
