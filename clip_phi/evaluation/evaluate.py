@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..batching.attention import PACKED_ATTENTION
+from ..batching.attention import packed_attention
 from ..batching.encode import Encoded, encode_samples
 from ..batching.images import Preprocessor
 from ..batching.packing import build_shared_prefix, pack_samples
@@ -257,7 +257,6 @@ def evaluate_loss(
     model: a ClipPhiForCausalLM in eval mode. eval_set: of the same samples, for the task loss: one item an image.
     decoding: its seed. max_length: longest conversation in tokens."""
     processes = processes or Processes()
-    model.set_attn_implementation({"text_config": PACKED_ATTENTION})
     preprocess, report = Preprocessor(processor.image_processor), Report()
     partners = derange(eval_set.digests, decoding.seed)
     pad, end = processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id
@@ -275,10 +274,11 @@ def evaluate_loss(
         return held_out_loss(model, [pack], model.device).tolist()
 
     found = []
-    for number in processes.progress(range(processes.rank, len(known), processes.world_size)):
-        place, conversations = known[number]
-        with_image, blind, shuffled = (loss(conversations, image) for image in (place, None, partners[place]))
-        found.append([number, place, with_image[0], blind[0], shuffled[0], with_image[1]])
+    with packed_attention(model):
+        for number in processes.progress(range(processes.rank, len(known), processes.world_size)):
+            place, conversations = known[number]
+            with_image, blind, shuffled = (loss(conversations, image) for image in (place, None, partners[place]))
+            found.append([number, place, with_image[0], blind[0], shuffled[0], with_image[1]])
     table = np.array(sorted(processes.gather(found)))
     images, losses, tokens = table[:, 1].astype(int), table[:, 2:5], table[:, 5]
     groups = np.unique([eval_set.digests[image] for image in images], return_inverse=True)[1]
