@@ -7,21 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.report import plain
-from .common import add_command, add_engine, add_json, add_options, load_engine
-from .speech import add_asr_options, transcribe
-
-
-def add_to(commands: Any) -> None:
-    caption = add_command(commands, "caption", run_caption, "captions of images")
-    add_options(caption, "caption")
-    ask = add_command(commands, "ask", run_ask, "the answer to a question about an image")
-    add_options(ask, "ask")
-    add_asr_options(ask)
-    add_options(ask, "ask output")
-    for command in (caption, ask):
-        add_engine(command)
-        add_options(command, "answer")
-        add_json(command, "one json object a line instead of the text")
+from .common import load_engine
+from .speech import transcribe
 
 
 def run_caption(arguments: argparse.Namespace) -> int:
