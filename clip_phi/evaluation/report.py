@@ -120,15 +120,10 @@ def no_margin(result: dict[str, Any]) -> str | None:
 
 def page(result: dict[str, Any], chosen: dict[str, list[dict[str, Any]]], images: dict[str, Image.Image]) -> str:
     """One HTML page that needs no other file. chosen: samples by kind. images: small ones, by digest."""
-    tables = {}
-    for name, rows in result.get("tables", {}).items():
-        cells = [[key, f"{row['samples']:,}", f"{row['score']:.4f}"] for key, row in rows.items()]
-        title = name.replace("_", " ")
-        tables[title] = [[title.removeprefix("by "), "samples", result["metric"]], *cells]
     settings = {key: value for key, value in result.items() if key not in ("metrics", "tables", "answers")}
-    values: dict[str, Any] = {"tables": tables, "chosen": chosen, "images": images, "columns": NAMES}
-    values["title"] = f"{result['task']}: {result.get('checkpoint', {}).get('name', 'a model')}"
+    values: dict[str, Any] = {"result": result, "chosen": chosen, "images": images, "columns": NAMES}
     values |= {"warning": no_margin(result), "summary": summary(result), "settings": plain_json(settings, indent=2)}
+    values["title"] = f"{result['task']}: {result.get('checkpoint', {}).get('name', 'a model')}"
     return "".join(render("evaluation.html", **values))
 
 

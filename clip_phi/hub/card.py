@@ -131,13 +131,11 @@ def make_card(
     packages = run.stages[-1]["environment"]["packages"] if run.stages else {}
     values = {
         **{"run": run, "repo_id": repo_id, "revision": revision, "merged": merged, "tuned": tuned, "images": images},
-        **{"licenses": licenses, "data": _data_lines(run), "settings": _settings(run.stages)},
-        "tower": _link(config.get("vision_backbone"), config.get("vision_backbone_revision")),
-        "decoder": _link(config.get("text_backbone"), config.get("text_backbone_revision")),
+        **{"licenses": licenses, "data_licenses": DATA_LICENSES, "settings": _settings(run.stages)},
         "projector": PROJECTORS[config["projector_type"]],
         "requirements": " ".join(f'"{needed[name]}"' for name in names),
         "versions": [f"{name} {packages[name]}" for name in (*names[:2], "accelerate", "peft") if name in packages],
-        "link": _link,
+        **{"hub_dataset": _hub_dataset, "portable": portable},
         "show": lambda value: "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value),
         "cell": lambda text: " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;"),
     }
@@ -241,32 +239,9 @@ def _settings(stages: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
     return rows + [(label, [fact(stage) for stage in stages]) for label, fact in facts.items()]
 
 
-def _data_lines(run: Run) -> list[str]:
-    lines = []
-    for stage, kind, path in run.sources():
-        on_hub = _hub_dataset(kind, path)
-        shown = f"[{on_hub}](https://huggingface.co/datasets/{on_hub})" if on_hub else f"`{portable(path)}`"
-        lines.append(f"stage {stage}: {shown}, read as `{kind}` ({DATA_LICENSES[kind]})")
-    for each in run.stages:
-        data = each["data"]
-        records = f"{data['records']:,} records, " if data.get("records") else ""
-        lines.append(f"stage {each['options']['stage']}: {records}fingerprint `{data['fingerprint']}`")
-    if run.report and run.report["skipped"]:
-        skipped = ", ".join(f"{count:,} {kind}" for kind, count in run.report["skipped"].items())
-        lines.append(f"damaged records that the last stage skipped: {skipped}")
-    return lines
-
-
 def _hub_dataset(kind: str, path: str) -> str | None:
     is_hub_id = kind == "dataset" and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
     return path if is_hub_id else HUB_DATASETS.get(Path(path).name)
-
-
-def _link(backbone: str | None, revision: str | None = None) -> str:
-    if backbone is None or Path(backbone).is_absolute():
-        return "its own backbone"
-    at = f" at commit `{revision[:12]}`" if revision else ""
-    return f"[{backbone}](https://huggingface.co/{backbone}){at}"
 
 
 def _kind_and_path(text: str) -> tuple[str, str]:
