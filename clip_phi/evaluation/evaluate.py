@@ -74,8 +74,7 @@ def evaluate_answers(
         file = AnswerFile(folder, binding, processes)
         if saved := sum(question.key in file.answers for question in unique):
             processes.log(f"{saved:,} of {len(unique):,} answers are there already")
-    mine = answer_all(model, processor, unique, decoding, processes, file)
-    answers = dict(processes.gather([*mine.items()]))
+    answers = dict(processes.gather([*answer_all(model, processor, unique, decoding, processes, file).items()]))
     generated = {name: [answers[question.key] for question in asked] for name, asked in questions.items()}
     unscored = generated.pop("unscored")
     official = official_results(eval_set, [answer.text for answer in generated["score"] + unscored])
@@ -264,9 +263,8 @@ def evaluate_loss(
         bare = any(labels[0] >= 0 for _, labels in conversations)
         images = images_of(None if image is None else eval_set.images[image])
         prefix = processor.prefix_ids(len(images)) or ([end] if bare else [])
-        shared = build_shared_prefix(conversations, prefix, "")
         pixels = torch.stack([preprocess(each) for each in images]) if images else None
-        pack = pack_samples([shared], pixels, pad).to(model.device)
+        pack = pack_samples([build_shared_prefix(conversations, prefix, "")], pixels, pad).to(model.device)
         return held_out_loss(model, [pack], model.device).tolist()
 
     found = []

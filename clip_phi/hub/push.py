@@ -192,15 +192,15 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
                 (place / name).symlink_to((folder / name).resolve())
             else:
                 shutil.copyfile(folder / name, place / name)
-    for path in place.rglob("*.json"):
-        if path.name != "tokenizer.json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if (cleaned := _without_local_names(content)) != content:
-                path.write_text(plain_json(cleaned, indent=2) + "\n", encoding="utf-8")
     private = {str(path) for path in (Path.home(), Path.cwd(), folder.resolve().parent) if len(path.parts) > 1}
-    for path in place.rglob("*"):
-        if path.is_file() and path.suffix != ".safetensors":
+    for path in map(place.joinpath, _relative(place)):
+        if path.suffix != ".safetensors":
             text = path.read_text(encoding="utf-8")
+            if path.suffix == ".json" and path.name != "tokenizer.json":
+                content = json.loads(text)
+                if (cleaned := _without_local_names(content)) != content:
+                    text = plain_json(cleaned, indent=2) + "\n"
+                    path.write_text(text, encoding="utf-8")
             if found := [each for each in private if f"{each}/" in text] or SECRET.findall(text):
                 what = found[0] if found[0].startswith("/") else "an access token"
                 file = folder / path.relative_to(place)

@@ -29,14 +29,13 @@ def doctor(as_json: bool, debug: bool) -> int:
             arrow = f" -> {each.remedy}" if each.remedy else ""
             print(f"{each.status:<8} {each.name:<16} {each.found}{arrow}", flush=True)
     problems, notes = (sum(each.status == status for each in checks) for status in ("problem", "note"))
-    if not as_json:
-        print(f"{len(checks)} checks: {problems or 'no'} problems, {notes or 'no'} notes")
-        return int(problems > 0)
-    try:
-        environment = describe_environment()
-    except Exception as error:  # without torch, or with a broken one
-        environment = {"error": _one_line(error)}
-    print(json.dumps({"environment": environment, "checks": [each._asdict() for each in checks], "problems": problems}))
+    if as_json:
+        try:
+            environment = describe_environment()
+        except Exception as error:  # without torch, or with a broken one
+            environment = {"error": _one_line(error)}
+        found = {"environment": environment, "checks": [each._asdict() for each in checks], "problems": problems}
+    print(json.dumps(found) if as_json else f"{len(checks)} checks: {problems or 'no'} problems, {notes or 'no'} notes")
     return int(problems > 0)
 
 

@@ -72,22 +72,20 @@ def inspect(options: argparse.Namespace) -> None:
             Path(path).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         elif path.endswith(".html"):
             title = _line(" ".join(options.data))
-            pieces = render("inspection.html", title=title, rows=rows, samples=samples, line=_line, zip=zip)
             with open(path, "w", encoding="utf-8") as file:
-                file.writelines(pieces)
+                file.writelines(render("inspection.html", title=title, rows=rows, samples=samples, line=_line, zip=zip))
         else:
             draw(path, indexes, list(islice(samples, SHEET)))
     if summary is None and not options.output:
         colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         for sample in show(indexes, processor, options.sample, options.num):
             print(format_sample(sample, colored))
-    report = Report()
-    for index in indexes:
-        report.add(index.report)
-    if summary is None and total == 0:
-        print(report.table())
     if not (total if summary is None else summary["samples"]):
-        report = report if summary is None else Report.from_dict(summary)
+        report = Report() if summary is None else Report.from_dict(summary)
+        if summary is None:
+            for index in indexes:
+                report.add(index.report)
+            print(report.table())
         raise ValueError(f"no sample can be used, of {report.records:,} records:\n{report.table()}")
 
 
@@ -112,25 +110,19 @@ def find_processor(model: str | None) -> tuple[Any, str, int | None]:
     return processor, name, context_length(config)
 
 
-class Piece(NamedTuple):
-    """Neighbouring tokens of a conversation that are all supervised, or all not, as text."""
-
-    text: str
-    supervised: bool
-
-
 @dataclass(frozen=True)
 class Shown:
     """One sample as the model gets it.
 
-    image_line: its image's name and size, or the error in it. image: a thumbnail, or None."""
+    image_line: its image's name and size, or the error in it. image: a thumbnail, or None. conversations: as texts of
+    neighbouring tokens that are all supervised, or all not, and whether they are."""
 
     title: str
     counts: str
     image_line: str
     image: Image.Image | None
     origins: tuple[str, ...]
-    conversations: list[list[Piece]]
+    conversations: list[list[tuple[str, bool]]]
 
 
 def show(indexes: Sequence[Index], processor: Any, first: int, number: int) -> Iterator[Shown]:
@@ -157,7 +149,7 @@ def show(indexes: Sequence[Index], processor: Any, first: int, number: int) -> I
         yield Shown(title, counts, line, image, origins, conversations)
 
 
-def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[Piece]:
+def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[tuple[str, bool]]:
     """Decoded from the beginning each time, since some tokenizers drop the space before a first word."""
     pieces, stop, before = [], 0, ""
     kinds = zip(np.equal(ids, processor.image_token_id), np.not_equal(labels, IGNORE_INDEX), strict=True)
@@ -166,7 +158,7 @@ def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[Piece]:
         stop += length
         text = processor.tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         piece = f"{processor.image_token}×{length}" if is_image else plain(text.removeprefix(before))
-        pieces.append(Piece(piece.replace("\n", "⏎\n"), bool(supervised)))
+        pieces.append((piece.replace("\n", "⏎\n"), bool(supervised)))
         before = text
     return pieces
 
@@ -176,7 +168,7 @@ def format_sample(sample: Shown, colored: bool) -> str:
     start, end = ("\033[1;32m", "\033[0m") if colored else ("⟦", "⟧")
     lines = [sample.title, f"image: {_line(sample.image_line)}", sample.counts]
     for origin, pieces in zip(sample.origins, sample.conversations, strict=True):
-        text = "".join(f"{start}{piece.text}{end}" if piece.supervised else piece.text for piece in pieces)
+        text = "".join(f"{start}{piece}{end}" if supervised else piece for piece, supervised in pieces)
         lines += [f"- {_line(origin)}", text]
     return "\n".join(lines) + "\n"
 
@@ -226,8 +218,7 @@ def summarise(
     distinct, first_names = np.unique(shown), dict[str, str]()
     firsts = [(names[number], first_names.setdefault(checks[number].pixels, names[number])) for number in distinct]
     equal = [f"{name} = {first}" for name, first in firsts if name != first]
-    samples = len(shown) - len(first_names)
-    duplicates = {"images": len(equal), "samples": samples, "examples": equal[:NUM_EXAMPLES]}
+    duplicates = {"images": len(equal), "samples": len(shown) - len(first_names), "examples": equal[:NUM_EXAMPLES]}
     summary: dict[str, Any] = {"sources": sources, "samples": len(measured), "images": len(distinct)}
     summary |= {"conversations": conversations, "turns": turns, "tokens": tokens, "supervised_tokens": supervised}
     summary["share_supervised"] = round(supervised / max(tokens, 1), 4)
@@ -298,8 +289,8 @@ def describe_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
     counts = np.bincount((lengths - low) // width).tolist()
     bins = {f"{low + width * n}-{low + width * (n + 1) - 1}": count for n, count in enumerate(counts)}
     found = {"min": low, "median": float(np.median(lengths)), "mean": round(float(lengths.mean()), 2)}
-    p95 = int(np.percentile(lengths, 95, method="inverted_cdf"))
-    return found | {"p95": p95, "max": high, "histogram": bins}
+    found["p95"] = int(np.percentile(lengths, 95, method="inverted_cdf"))
+    return found | {"max": high, "histogram": bins}
 
 
 def _leakage(
@@ -362,7 +353,7 @@ def draw(path: str, indexes: Sequence[Index], samples: Sequence[Shown]) -> None:
     for axes, column, label in zip(panels[0].subplots(1, 2), (2, 3), ("tokens", "supervised tokens"), strict=True):
         axes.hist(counts[:, column], bins=40, color="tab:blue")
         axes.set(xlabel=f"{label} per sample", ylabel="samples")
-    answers = [next((each.text for each in sample.conversations[0] if each.supervised), "") for sample in samples]
+    answers = [next((text for text, supervised in sample.conversations[0] if supervised), "") for sample in samples]
     texts = [f"{sample.title}\n{' '.join(answer.split())}" for sample, answer in zip(samples, answers, strict=True)]
     draw_images(panels[1], [sample.image for sample in samples], texts)
     save_png(figure, path, dpi=110)
