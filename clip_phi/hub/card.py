@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -28,10 +27,9 @@ PATH = re.compile(r"(?<![\w.~/\\])(?:~\w*(?=[/\\])|\.\.(?=[/\\])|[A-Za-z]:(?=[\\
 KIND = r"(?:file|coco|karpathy|llava|vqa|dataset):"  # what precedes a path, and is not the scheme of a URL
 NUM_SAMPLES = 4
 IMAGE_SIZE = 256  # pixels, of the longer side
-TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-HYPERPARAMETERS: list[str] = TABLES["hyperparameters"]  # the training options that the card shows, in this order
-HUB_DATASETS: dict[str, str] = TABLES["hub_datasets"]  # data sets on the Hub, by the names of their official files
-PROJECTORS, PRECISIONS, DATA_LICENSES = (TABLES[name] for name in ("projectors", "precisions", "data_licenses"))
+# hyperparameters: the training options that the card shows, in this order. hub_datasets: data sets on the Hub, by the
+# names of their official files.
+TABLES: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 
 @dataclass
@@ -120,22 +118,15 @@ def make_card(
 
     repo_id: user/name. revision: what the code in the card pins. merged: whether the repository contains all weights.
     images: of card_images. licenses: of each backbone, None if it states none."""
-    config, options = run.config, run.stages[-1]["options"] if run.stages else {}
-    tuned = "frozen" if config.get("delta") or run.stages else "not recorded"
-    if options.get("tune_decoder") == "full":
-        tuned = "trained in stage 2"
-    elif config.get("adapter") or options.get("tune_decoder") == "lora":
-        tuned = "frozen; LoRA trained in stage 2"
     needed = requirements()
-    names = ["torch", "transformers", "pillow", *(["peft"] if config.get("adapter") and not merged else [])]
+    names = ["torch", "transformers", "pillow", *(["peft"] if run.config.get("adapter") and not merged else [])]
     packages = run.stages[-1]["environment"]["packages"] if run.stages else {}
     values = {
-        **{"run": run, "repo_id": repo_id, "revision": revision, "merged": merged, "tuned": tuned, "images": images},
-        **{"licenses": licenses, "data_licenses": DATA_LICENSES, "settings": _settings(run.stages)},
-        "projector": PROJECTORS[config["projector_type"]],
+        **{"run": run, "repo_id": repo_id, "revision": revision, "merged": merged, "images": images},
+        **{"licenses": licenses, "tables": TABLES, "hub_dataset": _hub_dataset, "portable": portable},
+        "duration": _duration,
         "requirements": " ".join(f'"{needed[name]}"' for name in names),
         "versions": [f"{name} {packages[name]}" for name in (*names[:2], "accelerate", "peft") if name in packages],
-        **{"hub_dataset": _hub_dataset, "portable": portable},
         "show": lambda value: "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value),
         "cell": lambda text: " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;"),
     }
@@ -224,37 +215,16 @@ def _eval_results(evaluation: dict[str, Any]) -> list[huggingface_hub.EvalResult
     ]
 
 
-def _settings(stages: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """Label and value of each stage, for the table of the training."""
-    facts: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "steps": lambda stage: f"{stage['num_steps']:,}",
-        "trained parameters": lambda stage: f"{stage['trainable_parameters']:,}",
-        "precision": lambda stage: PRECISIONS.get(stage["mixed_precision"], "float32"),
-        "hardware": _hardware,
-        "time": _duration,
-        "held-out loss, nats per token": lambda stage: stage.get("held_out_loss"),
-    }
-    rows = [(name, [stage["options"].get(name) for stage in stages]) for name in HYPERPARAMETERS]
-    rows = [row for row in rows if any(row[0] in stage["options"] for stage in stages)]
-    return rows + [(label, [fact(stage) for stage in stages]) for label, fact in facts.items()]
-
-
 def _hub_dataset(kind: str, path: str) -> str | None:
     is_hub_id = kind == "dataset" and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
-    return path if is_hub_id else HUB_DATASETS.get(Path(path).name)
+    return path if is_hub_id else TABLES["hub_datasets"].get(Path(path).name)
 
 
 def _kind_and_path(text: str) -> tuple[str, str]:
     kind, separator, rest = text.partition(":")
-    if not separator or kind not in DATA_LICENSES:
+    if not separator or kind not in TABLES["data_licenses"]:
         kind, rest = "dataset", text
     return kind, re.split(r"[,:](?=[a-z]+=)", rest)[0]
-
-
-def _hardware(stage: dict[str, Any]) -> str:
-    machine = stage["environment"]
-    cpu = {"name": f"CPU ({machine['cpu']}, {machine['cores']} cores)"}
-    return f"{stage['processes']} x {(machine['devices'] or [cpu])[0]['name']}"
 
 
 def _duration(stage: dict[str, Any]) -> str:
