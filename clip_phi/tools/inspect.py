@@ -165,12 +165,8 @@ def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[tuple[str
 
 def format_sample(sample: Shown, colored: bool) -> str:
     """A sample for the terminal, with supervised tokens in bold green, or between brackets."""
-    start, end = ("\033[1;32m", "\033[0m") if colored else ("⟦", "⟧")
-    lines = [sample.title, f"image: {_line(sample.image_line)}", sample.counts]
-    for origin, pieces in zip(sample.origins, sample.conversations, strict=True):
-        text = "".join(f"{start}{piece}{end}" if supervised else piece for piece, supervised in pieces)
-        lines += [f"- {_line(origin)}", text]
-    return "\n".join(lines) + "\n"
+    marks = ("\033[1;32m", "\033[0m") if colored else ("⟦", "⟧")
+    return "".join(render("sample.txt", sample=sample, marks=marks, line=_line, zip=zip))
 
 
 def _line(text: str) -> str:
