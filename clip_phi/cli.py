@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from .commands.common import COMMANDS, Parser, add_commands, print_error
+from .commands.common import COMMANDS, Parser, print_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def make_parser() -> Parser:
         description="Use a Clip-Phi model: caption images, answer questions about them, serve, evaluate and share it.",
         epilog="Each command explains its options: clip-phi COMMAND --help. Training: train_accelerate.py --help.",
     )
-    add_commands(parser, "COMMAND", COMMANDS)
+    parser.add_commands("COMMAND", COMMANDS)
     return parser
 
 

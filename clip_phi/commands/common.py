@@ -39,9 +39,23 @@ class Parser(argparse.ArgumentParser):
         self.commands: Any = None
         self._is_parsing = False
 
-    def add_commands(self, metavar: str) -> Any:
+    def add_commands(self, metavar: str, table: dict[str, Any]) -> None:
+        """Add the commands of a table, as in commands.json. Each is carried out by a function run_NAME of its module.
+
+        options: its groups of options.json. defaults: of options that several commands have with a default of each.
+        actions: the commands below a command that does nothing itself."""
         self.commands = self.add_subparsers(dest=metavar.lower(), required=True, metavar=metavar)
-        return self.commands
+        for name, about in table.items():
+            help = about["help"]
+            if "actions" in about:
+                self.commands.add_parser(name, help=help).add_commands("ACTION", about["actions"])
+                continue
+            command = self.commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+            command.add_argument("--debug", action="store_true", help="the traceback of an error instead of one line")
+            for option, settings in (pair for group in about["options"] for pair in OPTIONS[group].items()):
+                command.add_argument(option, **{key: _filled(value) for key, value in settings.items()})
+            run = f"{about['module']}.run_{name.replace('-', '_')}"
+            command.set_defaults(run=run, **about.get("defaults", {}))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -73,26 +87,6 @@ class Parser(argparse.ArgumentParser):
         if name not in known:
             nearest = [f"; the nearest known one is {each}" for each in difflib.get_close_matches(name, known, 1)]
             self.error(f"unknown {what} {name}{''.join(nearest)} (see {self.prog} --help)")
-
-
-def add_commands(parser: Parser, metavar: str, table: dict[str, Any]) -> None:
-    """Add the commands of a table, as in commands.json. Each is carried out by a function run_NAME of its module.
-
-    options: its groups of options.json. defaults: of options that several commands have with a default of each.
-    actions: the commands below a command that does nothing itself."""
-    commands = parser.add_commands(metavar)
-    for name, about in table.items():
-        help = about["help"]
-        if "actions" in about:
-            add_commands(commands.add_parser(name, help=help), "ACTION", about["actions"])
-            continue
-        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
-        command.set_defaults(run=f"{about['module']}.run_{name.replace('-', '_')}")
-        command.add_argument("--debug", action="store_true", help="the traceback of an error instead of one line")
-        for group in about["options"]:
-            for option, settings in OPTIONS[group].items():
-                command.add_argument(option, **{key: _filled(value) for key, value in settings.items()})
-        command.set_defaults(**about.get("defaults", {}))
 
 
 def _filled(value: Any) -> Any:

@@ -9,9 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import yaml
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
 from ..data.report import plain
@@ -183,6 +182,22 @@ def _merge_results(old: list[dict] | None, new: list[dict]) -> list[dict]:
 def _metadata(run: Run, repo_id: str, licenses: dict[str, str | None]) -> ModelCardData:
     license = next(iter(licenses.values())) if len(set(licenses.values())) == 1 else None
     datasets = dict.fromkeys(found for _, kind, path in run.sources() if (found := _hub_dataset(kind, path)))
+    scores = (("score", ""), ("blind", " without the image"), ("shuffled", " with another's image"))
+    results = [
+        EvalResult(
+            task_type="image-text-to-text",
+            task_name={"vqa": "Visual question answering", "captions": "Image captioning"}.get(each["task"]),
+            dataset_type=each["task"],
+            dataset_name=scrub(each["data"]["source"]),
+            dataset_args={key: each["data"][key] for key in ("images", "samples", "fingerprint")},
+            metric_type=each["metric"],
+            metric_name=each["metric"] + suffix,
+            metric_value=round(each[key], 6),
+        )
+        for each in run.evaluations
+        for key, suffix in scores
+        if each.get(key) is not None
+    ]
     more = {} if license else {"license_name": "see-card", "license_link": "README.md"}
     more |= {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     return ModelCardData(
@@ -192,27 +207,9 @@ def _metadata(run: Run, repo_id: str, licenses: dict[str, str | None]) -> ModelC
         datasets=list(datasets) or None,
         tags=["clip-phi", "custom_code", "vision-language", "llava"],
         model_name=repo_id.split("/")[-1],
-        eval_results=[result for each in run.evaluations for result in _eval_results(each)] or None,
+        eval_results=results or None,
         **more,
     )
-
-
-def _eval_results(evaluation: dict[str, Any]) -> list[huggingface_hub.EvalResult]:
-    data = evaluation["data"]
-    return [
-        huggingface_hub.EvalResult(
-            task_type="image-text-to-text",
-            task_name={"vqa": "Visual question answering", "captions": "Image captioning"}.get(evaluation["task"]),
-            dataset_type=evaluation["task"],
-            dataset_name=scrub(data["source"]),
-            dataset_args={key: data[key] for key in ("images", "samples", "fingerprint")},
-            metric_type=evaluation["metric"],
-            metric_name=evaluation["metric"] + suffix,
-            metric_value=round(evaluation[key], 6),
-        )
-        for key, suffix in (("score", ""), ("blind", " without the image"), ("shuffled", " with another's image"))
-        if evaluation.get(key) is not None
-    ]
 
 
 def _hub_dataset(kind: str, path: str) -> str | None:
