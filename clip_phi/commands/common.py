@@ -11,7 +11,7 @@ from string import Template
 from typing import Any, NoReturn
 
 from ..data.catalog import DATASETS
-from ..data.files import is_missing_folder
+from ..data.files import is_missing_folder, read_object
 from ..data.report import plain
 from ..data.transcripts import ENGINES, AsrSettings
 
@@ -130,12 +130,7 @@ def choose_model(arguments: argparse.Namespace) -> str:
 
 def _check_config(path: Path) -> None:
     """Raises ValueError for a config that is no json object or has too many layers, before anything is made of it."""
-    from ..data.files import read_json
-
-    config = read_json(path) if path.is_file() else {}
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a json object")
-    for name, part in config.items():
+    for name, part in (read_object(path) if path.is_file() else {}).items():
         layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
         if layers is not None and not (isinstance(layers, int) and 0 <= layers <= MAX_LAYERS):
             raise ValueError(f"{path}: {name} has num_hidden_layers {layers}: at most {MAX_LAYERS}")

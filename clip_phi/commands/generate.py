@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..data.files import read_json
 from ..data.report import plain
 from .common import load_engine
 from .speech import transcribe
@@ -54,10 +55,7 @@ def run_ask(arguments: argparse.Namespace) -> None:
     choices = [each.strip() for each in arguments.choices.split(",")] if arguments.choices else []
     form: dict[str, Any] = {"choice": choices} if choices else {}
     if arguments.schema is not None:
-        try:
-            form = {"schema": json.loads(arguments.schema.read_text(encoding="utf-8"))}
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{arguments.schema} is not json: {error}") from error
+        form = {"schema": read_json(arguments.schema)}
     for path in filter(None, (arguments.speak, arguments.draw)):  # before minutes of work
         if not Path(path).absolute().parent.is_dir():
             raise ValueError(f"cannot write {path}: there is no such folder")

@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
+from ..data.files import read_object
 from ..data.report import plain
 from ..data.sample import File
 from ..environment import requirements, without_secrets
@@ -45,20 +46,20 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> "Run":
         """Raises ValueError if a file is not a json object."""
-        run = cls(folder, _read_json(folder / "config.json"))
+        run = cls(folder, read_object(folder / "config.json"))
         at, seen = folder, set()
         while (at / "run.json").is_file() and at not in seen:  # stage 2 started from the folder of stage 1
             seen.add(at)
-            stage = _read_json(at / "run.json")
+            stage = read_object(at / "run.json")
             run.stages.insert(0, stage)
             at = Path(stage["options"].get("init_from") or "/nowhere")
         if (folder / "data_report.json").is_file():
-            run.report = _read_json(folder / "data_report.json")
+            run.report = read_object(folder / "data_report.json")
         if (samples := folder / "samples.jsonl").is_file():
             texts = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines() if line.strip()]
             run.samples = [text for text in texts if text["step"] == texts[-1]["step"]][:NUM_SAMPLES]
         results = sorted((folder / "evaluation").glob("*.json"))
-        found = [_read_json(each) for each in results if not each.name.endswith(".results.json")]
+        found = [read_object(each) for each in results if not each.name.endswith(".results.json")]
         run.evaluations = [each for each in found if "task" in each and "score" in each]
         return run
 
@@ -229,10 +230,3 @@ def _duration(stage: dict[str, Any]) -> str:
         return "not finished"
     began, ended = (datetime.strptime(stage[name], "%Y-%m-%dT%H:%M:%S%z") for name in ("began", "ended"))
     return str(ended - began)  # hours:minutes:seconds
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a json object: {error}") from error
