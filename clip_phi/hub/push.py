@@ -197,8 +197,8 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
         if path.suffix != ".safetensors":
             text = path.read_text(encoding="utf-8")
             if path.suffix == ".json" and path.name != "tokenizer.json":
-                content = json.loads(text)
-                if (cleaned := _without_local_names(content)) != content:
+                cleaned = json.loads(text, object_pairs_hook=_without_local_names)
+                if cleaned != json.loads(text):
                     text = plain_json(cleaned, indent=2) + "\n"
                     path.write_text(text, encoding="utf-8")
             if found := [each for each in private if f"{each}/" in text] or SECRET.findall(text):
@@ -207,15 +207,11 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
                 raise ValueError(f"{file} contains {what}, which must not be pushed: remove it")
 
 
-def _without_local_names(value: Any, key: str = "") -> Any:
-    """The value of a json file without names of local folders; Hub ids stay."""
-    if isinstance(value, dict):
-        local = {name for name, each in value.items() if name.endswith("name_or_path") and not _is_hub_id(each)}
-        local |= {"is_local", "local_files_only"}
-        return {name: _without_local_names(each, name) for name, each in value.items() if name not in local}
-    if isinstance(value, list):
-        return [_without_local_names(each) for each in value]
-    return None if key.endswith("_backbone") and not _is_hub_id(value) else value
+def _without_local_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a json file without names of local folders; Hub ids stay."""
+    local = {name for name, value in pairs if name.endswith("name_or_path") and not _is_hub_id(value)}
+    kept = {name: value for name, value in pairs if name not in local | {"is_local", "local_files_only"}}
+    return kept | {name: None for name, value in pairs if name.endswith("_backbone") and not _is_hub_id(value)}
 
 
 def _is_hub_id(value: Any) -> bool:

@@ -66,12 +66,12 @@ def check_packages() -> Iterator[Check]:
     except PackageNotFoundError:
         yield Check("note", "packages", "clip-phi is not installed: its requirements are unknown", "pip install -e .")
         return
-    seen: dict[str, Any] = {}
-    for requirement in needed:
-        extra = str(requirement.marker or "").partition("extra == ")[2].strip('"')
-        if extra != "dev" and (requirement.marker is None or requirement.marker.evaluate({"extra": extra})):
-            seen.setdefault(requirement.name, (requirement.specifier, extra))
-    for name, (specifier, extra) in seen.items():
+    seen: set[str] = set()
+    for name, specifier, marker in ((each.name, each.specifier, each.marker) for each in needed):
+        extra = str(marker or "").partition("extra == ")[2].strip('"')
+        if name in seen or extra == "dev" or not (marker is None or marker.evaluate({"extra": extra})):
+            continue
+        seen.add(name)
         version = installed_version(name)
         if version is None and extra:
             yield Check("note", name, "not installed; only some features need it", f"pip install 'clip-phi[{extra}]'")
