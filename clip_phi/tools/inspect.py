@@ -55,9 +55,9 @@ def inspect(options: argparse.Namespace) -> None:
     if max_length < options.max_length:
         print(f"--max_length is cut to the decoder's context, {max_length}, as it is in training", file=sys.stderr)
     indexes = [load_index(source, processor, max_length) for source in sources]
-    total = sum(map(len, indexes))
-    if options.sample >= max(total, 1):
-        raise ValueError(f"--sample {options.sample}: there are {total:,} samples, from 0 on")
+    whole = Index.concatenate(indexes)
+    if options.sample >= max(len(whole), 1):
+        raise ValueError(f"--sample {options.sample}: there are {len(whole):,} samples, from 0 on")
     summary, rows = None, list[list[str]]()
     if options.summary or options.json or held_out or any(path.endswith(".json") for path in options.output):
         others = [load_index(source, processor, max_length) for source in held_out]
@@ -67,7 +67,7 @@ def inspect(options: argparse.Namespace) -> None:
         lines = [_line(f"{label:<20} {value}").rstrip() for label, value in rows]
         print(json.dumps(summary) if options.json else "\n".join(lines))
     for path in options.output:
-        samples = show(indexes, processor, options.sample, options.num)
+        samples = show(whole, processor, options.sample, options.num)
         if path.endswith(".json"):
             Path(path).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         elif path.endswith(".html"):
@@ -75,16 +75,14 @@ def inspect(options: argparse.Namespace) -> None:
             with open(path, "w", encoding="utf-8") as file:
                 file.writelines(render("inspection.html", title=title, rows=rows, samples=samples, line=_line, zip=zip))
         else:
-            draw(path, indexes, list(islice(samples, SHEET)))
+            draw(path, whole, list(islice(samples, SHEET)))
     if summary is None and not options.output:
         colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        for sample in show(indexes, processor, options.sample, options.num):
+        for sample in show(whole, processor, options.sample, options.num):
             print(format_sample(sample, colored))
-    if not (total if summary is None else summary["samples"]):
-        report = Report() if summary is None else Report.from_dict(summary)
+    if not (len(whole) if summary is None else summary["samples"]):
+        report = whole.report if summary is None else Report.from_dict(summary)
         if summary is None:
-            for index in indexes:
-                report.add(index.report)
             print(report.table())
         raise ValueError(f"no sample can be used, of {report.records:,} records:\n{report.table()}")
 
@@ -125,11 +123,9 @@ class Shown:
     conversations: list[list[tuple[str, bool]]]
 
 
-def show(indexes: Sequence[Index], processor: Any, first: int, number: int) -> Iterator[Shown]:
-    """The samples from `first` on, `number` of them, counted over all indexes."""
-    total = sum(map(len, indexes))
-    places = ((index, row) for index in indexes for row in range(len(index)))
-    for sample, (index, row) in enumerate(islice(places, first, first + number), start=first):
+def show(index: Index, processor: Any, first: int, number: int) -> Iterator[Shown]:
+    """The samples from `first` on, `number` of them."""
+    for row in range(first, min(first + number, len(index))):
         source, encoded = index.image(row), index.encoded(row)
         image, line, prefix = None, "no image", index.prefix(row)
         if source is not None:
@@ -145,7 +141,7 @@ def show(indexes: Sequence[Index], processor: Any, first: int, number: int) -> I
         tokens = len(prefix) + sum(len(ids) for ids, _ in encoded)
         supervised = sum(label != IGNORE_INDEX for _, labels in encoded for label in labels)
         counts = f"{tokens:,} tokens, {supervised:,} of them supervised ({supervised / tokens:.1%})"
-        title, origins = f"sample {sample:,} of {total:,}", index.sample(row).origins
+        title, origins = f"sample {row:,} of {len(index):,}", index.sample(row).origins
         yield Shown(title, counts, line, image, origins, conversations)
 
 
@@ -338,14 +334,14 @@ def table(summary: dict[str, Any]) -> list[list[str]]:
     return [row.split("\t", 1) for row in text.splitlines()]
 
 
-def draw(path: str, indexes: Sequence[Index], samples: Sequence[Shown]) -> None:
+def draw(path: str, index: Index, samples: Sequence[Shown]) -> None:
     """Histograms of tokens and of supervised tokens per sample, and below them images with their first answers."""
     from matplotlib.figure import Figure
 
     height = max(1, -(-len(samples) // 4))
     figure = Figure(figsize=(10, 3 + 3 * height), layout="constrained")
     panels: Any = figure.subfigures(2, 1, height_ratios=[1, height])
-    counts = np.concatenate([measure(index) for index in indexes])
+    counts = measure(index)
     for axes, column, label in zip(panels[0].subplots(1, 2), (2, 3), ("tokens", "supervised tokens"), strict=True):
         axes.hist(counts[:, column], bins=40, color="tab:blue")
         axes.set(xlabel=f"{label} per sample", ylabel="samples")
