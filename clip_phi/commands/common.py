@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..data.catalog import DATASETS
 from ..data.files import is_missing_folder, read_object
 from ..data.report import plain
 from ..data.transcripts import ENGINES, AsrSettings
+from ..environment import cpu_cores
 
 DEMO_MODEL = "outputs/demo/model"
 MODELS = ("outputs/stage2", "outputs/stage1", DEMO_MODEL)  # where training and 'make demo' write by default
@@ -169,7 +169,7 @@ OPTIONS, COMMANDS = (
 )
 # What "$NAME" in options.json stands for.
 VALUES: dict[str, Any] = {each.__name__: each for each in (int, float, Path, positive, natural, positive_number)}
-VALUES |= {"DATA": "[KIND:]PATH[,option=value...], as --data in train_accelerate.py", "CORES": os.cpu_count()}
+VALUES |= {"DATA": "[KIND:]PATH[,option=value...], as --data in train_accelerate.py", "CORES": cpu_cores()}
 VALUES |= {"MODELS": ", ".join(MODELS), "DEMO_MODEL": DEMO_MODEL, "DATASETS": DATASETS, "ENGINES": ENGINES}
 VALUES["DOWNLOADS"] = "; ".join(f"{name}: {dataset.about}" for name, dataset in DATASETS.items())
 VALUES |= AsrSettings()._asdict() | {"SECONDS": f"{AsrSettings().max_seconds:g}"}
