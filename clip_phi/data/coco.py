@@ -93,6 +93,24 @@ def read_karpathy_split(annotations: Path, media: MediaFolder, split: str, repor
     yield from read_records(records(), find, report)
 
 
+def read_instances(annotations: Path) -> tuple[list[str], dict[int | str, list[tuple[str, list[float]]]]]:
+    """The names of the categories; and for each image, by its id and by its file's name, its objects with their boxes.
+
+    annotations: the official json, {"images": [{"id", "file_name"}], "categories": [{"id", "name"}], "annotations":
+    [{"image_id", "category_id", "bbox"}]}. A box is left, top, width and height in pixels. Raises ValueError for a file
+    of another form, or with an object whose image or category is not listed."""
+    content = read_json(annotations, "COCO instances file", ("images", "annotations", "categories"))
+    try:
+        categories = {each["id"]: str(each["name"]) for each in content["categories"]}
+        found: dict[int | str, list[tuple[str, list[float]]]] = {each["id"]: [] for each in content["images"]}
+        for each in content["annotations"]:
+            found[each["image_id"]].append((categories[each["category_id"]], each["bbox"]))
+        names = {os.path.basename(each["file_name"]): found[each["id"]] for each in content["images"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{annotations} is not a COCO instances file: an entry lacks or misses {error}") from error
+    return list(categories.values()), found | names
+
+
 def read_vqa(questions: Path, annotations: str | None, media: MediaFolder, report: Report) -> Iterator[Sample]:
     """One Sample for each image, each question a conversation: the most frequent answer is learnt. Without annotations
     the questions have no answers: they can be evaluated on, not trained on.

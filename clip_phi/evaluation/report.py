@@ -89,8 +89,10 @@ def summary(result: dict[str, Any]) -> list[list[str]]:
     order = sorted(result["metrics"], key=lambda name: name != result["metric"])
     rows = [["", *NAMES.values()]]
     rows += [[name, *(f"{result['metrics'][name][key]:.4f}" for key in NAMES)] for name in order]
-    low, high = result["margin_ci95"]
-    rows.append([f"margin of {result['metric']}", f"{result['margin']:+.4f}", f"95 %: {low:+.4f} to {high:+.4f}", ""])
+    margins = {result["metric"]: result, **result.get("chair", {})}
+    for name, found in margins.items():
+        low, high = found["margin_ci95"]
+        rows.append([f"margin of {name}", f"{found['margin']:+.4f}", f"95 %: {low:+.4f} to {high:+.4f}", ""])
     for name, score in result.get("one_image_shuffled", {}).items():
         label = "samples with several images" if name == "score" else f"  {name} alone shuffled"
         rows.append([label, f"{score:.4f}", "", ""])

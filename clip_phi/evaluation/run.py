@@ -11,12 +11,13 @@ from typing import Any
 
 from ..batching.images import load_beside
 from ..data.report import Report, plain
-from ..data.source import parse_files
+from ..data.source import DataSource, parse_files
 from ..environment import describe_environment
 from ..hub.card import portable
 from ..hub.retry import load_with_retries
 from . import caption_metrics
 from .answers import Decoding, Processes
+from .chair import ChairScorer, chair
 from .clip_score import ClipScorer, local_clip
 from .evaluate import EvalResult, evaluate_answers, evaluate_loss
 from .report import format_result, model_sha256, write
@@ -57,6 +58,7 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     eval_set = make_eval_set(options.task, samples, report, options.num_images, options.max_bad_fraction)
     if report.num_skipped:
         log(f"{report.num_skipped:,} of {report.records:,} records are skipped:\n{report.table()}")
+    chair_scorer = find_chair_scorer(options.objects, sources, eval_set, log)
     model, processor, files = load(options.model, options.device or state.device)
     sha256 = model_sha256(files)
     # beside the weights, if they are in a folder
@@ -70,7 +72,7 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
         evaluation = evaluate_answers(model, processor, eval_set, decoding, processes=processes, **saved)
     if state.is_main_process:
         if options.task == "captions" and eval_set.items:
-            add_caption_metrics(evaluation, eval_set, model, options.clip, options.meteor, log)
+            add_caption_metrics(evaluation, eval_set, model, options.clip, options.meteor, chair_scorer, log)
         result = evaluation.result
         result["data"] = {"source": " + ".join(map(portable, texts))} | result["data"]
         result |= {
@@ -109,10 +111,29 @@ def load(name: str, device: Any) -> tuple[Any, Any, Path]:
     return model, processor, Path(cached_file(name, "config.json") or name).parent
 
 
+def find_chair_scorer(files: list[str], sources: list[DataSource], eval_set: EvalSet, log: Any) -> ChairScorer | None:
+    """CHAIR's scorer, by the given instances files or those beside COCO's captions; None if there are none.
+
+    Raises ValueError if the given ones lack an image, or for a task without captions."""
+    if files and eval_set.task != "captions":
+        raise ValueError(f"--objects requires --task captions, not {eval_set.task}")
+    captions = [path for path in (Path(source.path) for source in sources) if path.name.startswith("captions_")]
+    beside = [path.with_name(path.name.replace("captions_", "instances_", 1)) for path in captions]
+    paths = [Path(file) for file in files] or [path for path in beside if path.is_file()]
+    try:
+        return ChairScorer(eval_set, paths) if paths and eval_set.task == "captions" else None
+    except ValueError as error:
+        if files:
+            raise ValueError(f"--objects: {error}") from error
+        log(f"no CHAIR: {error}")
+        return None
+
+
 def add_caption_metrics(
-    evaluation: EvalResult, eval_set: EvalSet, model: Any, clip: str | None, meteor: bool, log: Callable[[str], Any]
-) -> None:
-    """Add CLIPScore, by the given CLIP or by that of the vision tower if it is stored here, and METEOR if wanted."""
+    evaluation: EvalResult, eval_set: EvalSet, model: Any, clip: str | None, meteor: bool,
+    chair_scorer: ChairScorer | None, log: Callable[[str], Any],
+) -> None:  # fmt: skip
+    """Add CLIPScore, by the given CLIP or by the vision tower's if it is stored here; CHAIR; and METEOR if wanted."""
     keys = {"score": "answer", "blind": "blind_answer", "shuffled": "shuffled_answer"}
     texts = {name: [sample[key] for sample in evaluation.samples] for name, key in keys.items()}
     metrics = evaluation.result["metrics"]
@@ -123,6 +144,13 @@ def add_caption_metrics(
             for name, answers in texts.items()
         }
         evaluation.result["clip"] = portable(scorer.name)
+    if chair_scorer is not None:
+        found = {name: chair_scorer(answers) for name, answers in texts.items()}
+        counts = {name: count for name, (count, _) in found.items()}
+        scores, evaluation.result["chair"] = chair(counts, eval_set.groups(), evaluation.result["seed"])
+        metrics |= scores
+        for sample, names in zip(evaluation.samples, found["score"][1], strict=True):
+            sample["hallucinated"] = names
     if meteor:
         references = [item.references for item in eval_set.items]
         metrics["METEOR"] = {name: caption_metrics.meteor(answers, references) for name, answers in texts.items()}
