@@ -100,7 +100,7 @@ def _alike(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def packed_attention(
+def attend_packed(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. query: (1, heads, tokens, head size). Returns (1, tokens, heads, head size).
@@ -180,6 +180,17 @@ def attend_by_piece(
     return kernel(query.transpose(0, 1), keys, values, *starts, scale=scaling, window_size=(left, 0))
 
 
+@contextmanager
+def packed_attention(model: Any) -> Iterator[None]:
+    """Inside, the decoder of a ClipPhiForCausalLM takes packs; then it has its own attention again."""
+    own = model.config.get_text_config()._attn_implementation
+    try:
+        model.set_attn_implementation({"text_config": PACKED_ATTENTION})
+        yield
+    finally:
+        model.set_attn_implementation({"text_config": own})
+
+
 @torch.no_grad()
 def refuse_other_attention(model: Any) -> None:
     """Raises ValueError for a decoder in which packed samples would change each other's results.
@@ -201,18 +212,15 @@ def refuse_other_attention(model: Any) -> None:
         "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),  # or it makes one of its own
         "pack_layout": tree_map_only(Tensor, lambda tensor: tensor.to(device), layout),
     }
-    own = config._attn_implementation
     try:
         with _sliding_windows_of(4, decoder):
             conversations = torch.cat([prefix, first]), torch.cat([prefix, second]), other
             alone = [decoder(each[None], use_cache=False).last_hidden_state[0] for each in conversations]
-            model.set_attn_implementation({"text_config": PACKED_ATTENTION})
-            packed = decoder(ids[None], use_cache=False, **pack).last_hidden_state[0]
+            with packed_attention(model):
+                packed = decoder(ids[None], use_cache=False, **pack).last_hidden_state[0]
     except Exception as error:  # of the decoder's own code, which may be anything
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"{refused}: it does not run with packed attention ({reason}); {hint}") from error
-    finally:
-        model.set_attn_implementation({"text_config": own})
     expected = torch.cat([alone[0], alone[1][3:], alone[2]])
     difference = ((packed - expected).norm(dim=-1) / expected.norm(dim=-1)).float()
     # Nothing comes before the first conversation: its difference is rounding, of half precision and quantised layers.
@@ -239,5 +247,5 @@ def _sliding_windows_of(size: int, decoder: Any) -> Iterator[None]:
 
 
 for name, kernel in ((PACKED_ATTENTION, True), (SDPA_PACKED_ATTENTION, False)):
-    AttentionInterface.register(name, partial(packed_attention, kernel=kernel))
+    AttentionInterface.register(name, partial(attend_packed, kernel=kernel))
     AttentionMaskInterface.register(name, sdpa_mask)
