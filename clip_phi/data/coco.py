@@ -94,11 +94,10 @@ def read_karpathy_split(annotations: Path, media: MediaFolder, split: str, repor
 
 
 def read_instances(annotations: Path) -> tuple[list[str], dict[int | str, list[tuple[str, list[float]]]]]:
-    """The names of the categories; and for each image, by its id and by its file's name, its objects with their boxes.
+    """The categories; and for each image, by its id and by its file's name, the category and bbox of each object.
 
     annotations: the official json, {"images": [{"id", "file_name"}], "categories": [{"id", "name"}], "annotations":
-    [{"image_id", "category_id", "bbox"}]}. A box is left, top, width and height in pixels. Raises ValueError for a file
-    of another form, or with an object whose image or category is not listed."""
+    [{"image_id", "category_id", "bbox"}]}. Raises ValueError for another form, or if a category or image is missing."""
     content = read_json(annotations, "COCO instances file", ("images", "annotations", "categories"))
     try:
         categories = {each["id"]: str(each["name"]) for each in content["categories"]}

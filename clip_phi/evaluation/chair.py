@@ -9,17 +9,17 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..data.coco import read_instances
 from .bootstrap import by_group, margin_interval
 from .caption_metrics import tokenise
+from .evaluate import EvalResult
 from .tasks import EvalSet
 
 WORDS: dict[str, list[str]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-RATIOS = {"CHAIRi": (0, 1), "CHAIRs": (2, 3), "object_recall": (4, 5)}  # columns of ChairScorer
+RATIOS = {"CHAIRi": (0, 1), "CHAIRs": (2, 3), "object_recall": (4, 5)}  # columns of ChairScorer's counts
 
 
 class ObjectWords:
@@ -45,30 +45,25 @@ def _plural(word: str) -> str:
 
 
 class ChairScorer:
-    """files: COCO's instances files of the items' images. Raises ValueError if an image is in none, or differs in two.
+    """file: COCO's instances file of the items' images. Raises ValueError if it lacks one.
 
     there: the categories of each item's instances. allowed: these, and what the reference captions name."""
 
-    def __init__(self, eval_set: EvalSet, files: Sequence[Path]):
-        categories, objects, self.there = dict[str, None](), dict[Any, Any](), list[set[str]]()
-        for names, found in map(read_instances, files):
-            if clash := [key for key in found.keys() & objects.keys() if found[key] != objects[key]]:
-                raise ValueError(f"image {clash[0]} has other objects in another file")
-            categories, objects = categories | dict.fromkeys(names), objects | found
+    def __init__(self, eval_set: EvalSet, file: Path):
+        categories, objects = read_instances(file)
+        self.words, self.there = ObjectWords(categories), list[set[str]]()
         for item in eval_set.items:
             keys = (item.id[1], eval_set.describe_image(item.image)["image"])
             if not (known := [key for key in keys if key in objects]):
-                raise ValueError(f"{' + '.join(map(str, files))}: no image {keys[1]}")
+                raise ValueError(f"{file} lacks image {keys[1]}: --objects FILE is the instances file of all images")
             self.there.append({name for name, _ in objects[known[0]]})
-        self.words = ObjectWords(categories)
-        named = [set().union(*map(self.words.mentions, item.references)) for item in eval_set.items]
-        self.allowed = [first | second for first, second in zip(self.there, named, strict=True)]
+        both = zip(self.there, eval_set.items, strict=True)
+        self.allowed = [there.union(*map(self.words.mentions, item.references)) for there, item in both]
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, list[list[str]]]:
-        """For the caption of each item, float64 (captions, 6) for RATIOS, and the categories that are named wrongly.
+        """For the caption of each item, what RATIOS divide, float64 (captions, 6), and the categories named wrongly.
 
-        The columns: mentions of what is not there, and all; whether there is one, and 1; the instances' categories that
-        are named, and all."""
+        The columns: mentions of what is not there, and all; whether there is one, and 1; categories named, and all."""
         rows, hallucinated = [], []
         for caption, there, allowed in zip(captions, self.there, self.allowed, strict=True):
             names = self.words.mentions(caption)
@@ -77,17 +72,20 @@ class ChairScorer:
         return np.array(rows, dtype=np.float64), hallucinated
 
 
-def chair(counts: dict[str, np.ndarray], groups: np.ndarray, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Scores by metric, and margins of CHAIRi and CHAIRs over the better control, with intervals; for a result.
+def add_chair(evaluation: EvalResult, eval_set: EvalSet, scorer: ChairScorer, texts: dict[str, list[str]]) -> None:
+    """Add the scores, the margins of CHAIRi and CHAIRs over the better control, and what each caption names wrongly.
 
-    counts: of ChairScorer, for the model, then the controls. groups: of EvalSet. A share of nothing is 0: captions that
-    name no object have a CHAIRi of 0. object_recall is the share of the instances' categories that are named."""
-    scores, margins = {}, {}
+    texts: captions of the model, then of the controls. A share of nothing is 0: captions that name no object have a
+    CHAIRi of 0. object_recall is the share of the instances' categories that are named."""
+    result, found = evaluation.result, {name: scorer(captions) for name, captions in texts.items()}
+    result["chair"], digests = {}, [eval_set.digests[item.image] for item in eval_set.items]
     for metric, columns in RATIOS.items():
-        upper, lower = (by_group(np.stack([n[:, c] for n in counts.values()], 1), groups)[0] for c in columns)
+        counts = (np.stack([each[:, column] for each, _ in found.values()], axis=1) for column in columns)
+        upper, lower = (by_group(count, digests)[0] for count in counts)
         means = upper.sum(0) / np.maximum(lower.sum(0), 1)
-        scores[metric] = dict(zip(counts, means.tolist(), strict=True))
-        interval = list(margin_interval(-upper, lower, seed))
-        margins[metric] = {"margin": float(means[1:].min() - means[0]), "margin_ci95": interval}
-    del margins["object_recall"]
-    return scores, margins
+        result["metrics"][metric] = dict(zip(found, means.tolist(), strict=True))
+        if metric != "object_recall":
+            interval = list(margin_interval(-upper, lower, result["seed"]))
+            result["chair"][metric] = {"margin": float(means[1:].min() - means[0]), "margin_ci95": interval}
+    for sample, names in zip(evaluation.samples, found["score"][1], strict=True):
+        sample["hallucinated"] = names

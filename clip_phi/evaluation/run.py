@@ -11,13 +11,13 @@ from typing import Any
 
 from ..batching.images import load_beside
 from ..data.report import Report, plain
-from ..data.source import DataSource, parse_files
+from ..data.source import parse_files
 from ..environment import describe_environment
 from ..hub.card import portable
 from ..hub.retry import load_with_retries
 from . import caption_metrics
 from .answers import Decoding, Processes
-from .chair import ChairScorer, chair
+from .chair import ChairScorer, add_chair
 from .clip_score import ClipScorer, local_clip
 from .evaluate import EvalResult, evaluate_answers, evaluate_loss
 from .report import format_result, model_sha256, write
@@ -58,12 +58,17 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     eval_set = make_eval_set(options.task, samples, report, options.num_images, options.max_bad_fraction)
     if report.num_skipped:
         log(f"{report.num_skipped:,} of {report.records:,} records are skipped:\n{report.table()}")
-    chair_scorer = find_chair_scorer(options.objects, sources, eval_set, log)
+    if options.objects and options.task != "captions":
+        raise ValueError(f"--objects requires --task captions, not {options.task}")
+    paths = [path for source in sources if (path := Path(source.path)).name.startswith("captions_")]
+    beside = [path.with_name(f"instances_{path.name.removeprefix('captions_')}") for path in paths]
+    objects = options.objects or (beside[0] if len(sources) == len(beside) == 1 and beside[0].is_file() else None)
+    chair_scorer = ChairScorer(eval_set, objects) if objects and options.task == "captions" else None
     model, processor, files = load(options.model, options.device or state.device)
     sha256 = model_sha256(files)
     # beside the weights, if they are in a folder
-    beside = Path(options.model, "evaluation") if Path(options.model).is_dir() else None
-    output = Path(options.output_dir or beside or f"outputs/evaluation/{options.model.replace('/', '--')}")
+    own = Path(options.model, "evaluation") if Path(options.model).is_dir() else None
+    output = Path(options.output_dir or own or f"outputs/evaluation/{options.model.replace('/', '--')}")
     decoding = Decoding(**{each.name: getattr(options, each.name) for each in fields(Decoding)})
     if options.task == "loss":
         evaluation = evaluate_loss(model, processor, samples, eval_set, decoding, processes=processes)
@@ -111,24 +116,6 @@ def load(name: str, device: Any) -> tuple[Any, Any, Path]:
     return model, processor, Path(cached_file(name, "config.json") or name).parent
 
 
-def find_chair_scorer(files: list[str], sources: list[DataSource], eval_set: EvalSet, log: Any) -> ChairScorer | None:
-    """CHAIR's scorer, by the given instances files or those beside COCO's captions; None if there are none.
-
-    Raises ValueError if the given ones lack an image, or for a task without captions."""
-    if files and eval_set.task != "captions":
-        raise ValueError(f"--objects requires --task captions, not {eval_set.task}")
-    captions = [path for path in (Path(source.path) for source in sources) if path.name.startswith("captions_")]
-    beside = [path.with_name(path.name.replace("captions_", "instances_", 1)) for path in captions]
-    paths = [Path(file) for file in files] or [path for path in beside if path.is_file()]
-    try:
-        return ChairScorer(eval_set, paths) if paths and eval_set.task == "captions" else None
-    except ValueError as error:
-        if files:
-            raise ValueError(f"--objects: {error}") from error
-        log(f"no CHAIR: {error}")
-        return None
-
-
 def add_caption_metrics(
     evaluation: EvalResult, eval_set: EvalSet, model: Any, clip: str | None, meteor: bool,
     chair_scorer: ChairScorer | None, log: Callable[[str], Any],
@@ -145,12 +132,7 @@ def add_caption_metrics(
         }
         evaluation.result["clip"] = portable(scorer.name)
     if chair_scorer is not None:
-        found = {name: chair_scorer(answers) for name, answers in texts.items()}
-        counts = {name: count for name, (count, _) in found.items()}
-        scores, evaluation.result["chair"] = chair(counts, eval_set.groups(), evaluation.result["seed"])
-        metrics |= scores
-        for sample, names in zip(evaluation.samples, found["score"][1], strict=True):
-            sample["hallucinated"] = names
+        add_chair(evaluation, eval_set, chair_scorer, texts)
     if meteor:
         references = [item.references for item in eval_set.items]
         metrics["METEOR"] = {name: caption_metrics.meteor(answers, references) for name, answers in texts.items()}
