@@ -89,6 +89,13 @@ def read_checked_lines(path: Path) -> list[Any]:
     return [json.loads(text) for line, text in texts if line == b'["%08x", %b]' % (zlib.crc32(text), text)]
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file under another name and rename it, so that a kill leaves the whole old or new one."""
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def file_stamp(path: str) -> list[int] | None:
     """Modification time and size, which change with a file, and with a folder's entries. None if there is none."""
     with suppress(OSError):

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .files import replace_file
+
 IMAGE_SIZE = 64
 MAX_OBJECTS = 3
 SPLITS = ("train", "val")
@@ -324,5 +326,4 @@ def _write_split(folder: Path, split: str, scenes: dict[int, Scene], rng: random
     for name, content in (contents | {f"llava_instruct_{split}": conversations}).items():
         path = folder / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
-        path.with_suffix(".tmp").write_text(json.dumps(content), encoding="utf-8")
-        os.replace(path.with_suffix(".tmp"), path)
+        replace_file(path, json.dumps(content))

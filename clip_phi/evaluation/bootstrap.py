@@ -1,16 +1,23 @@
 """Confidence intervals of differences, by a paired bootstrap over images."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 
 RESAMPLES = 2000
 CHUNK = 250  # resamples in memory at once
 
 
-def by_group(scores: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sums (groups, columns) and counts (groups,) of scores (samples, columns). groups: int (samples,), from 0 on."""
-    sums = np.zeros((int(groups.max()) + 1, scores.shape[1]))
-    np.add.at(sums, groups, scores)
-    return sums, np.bincount(groups, minlength=len(sums)).astype(np.float64)
+def by_group(scores: np.ndarray, groups: Iterable[Any], weights: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """Sums (groups, columns) of scores (samples, columns), and sums (groups,) of their weights, by default 1 each.
+
+    groups: the group of each sample, such as the digest of its image. They come in the order of their first samples."""
+    numbers: dict[Any, int] = {}
+    places = [numbers.setdefault(group, len(numbers)) for group in groups]
+    sums = np.zeros((len(numbers), scores.shape[1]))
+    np.add.at(sums, places, scores)
+    return sums, np.bincount(places, weights=weights).astype(np.float64)
 
 
 def margin_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, float]:

@@ -150,26 +150,23 @@ def _score(
     eval_set: EvalSet, generated: dict[str, list[GeneratedAnswer]], prompt: str, decoding: Decoding
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     score = make_scorer(eval_set)
-    one_replaced = {name: generated.pop(name) for name in list(generated) if name.startswith("image ")}
     texts = {name: [answer.text for answer in answers] for name, answers in generated.items()}
     corpus, each = {}, {}
     for name, answers in texts.items():
         corpus[name], each[name] = score(answers)
-    several = np.array(["+" in eval_set.digests[item.image] for item in eval_set.items])
-    one_by_one = {
-        name: float(score([answer.text for answer in answers])[1][several].mean())
-        for name, answers in one_replaced.items()
-    }
-    if one_by_one:
-        one_by_one["score"] = float(each["score"][several].mean())
-    shuffles = [name for name in generated if name.startswith("shuffled")]
+    one_replaced = {name: each.pop(name) for name in [*each] if name.startswith("image ")}
+    shuffles = [name for name in each if name.startswith("shuffled")]
     each["shuffled"] = np.mean([each.pop(name) for name in shuffles], axis=0)
     corpus["shuffled"] = {key: float(np.mean([corpus[name][key] for name in shuffles])) for key in corpus["score"]}
     metrics = {key: {name: corpus[name][key] for name in each} for key in corpus["score"]}
     means = {name: float(values.mean()) for name, values in each.items()}
-    sums, counts = by_group(np.stack([*each.values()], axis=1), eval_set.groups())
+    digests = [eval_set.digests[item.image] for item in eval_set.items]
+    sums, counts = by_group(np.stack([*each.values()], axis=1), digests)
     result = _result(eval_set, means, sums, counts, decoding.seed) | {"metrics": metrics}
-    result |= {"one_image_shuffled": one_by_one} if one_by_one else {}
+    if one_replaced:
+        several = np.array(["+" in digest for digest in digests])
+        scores = one_replaced | {"score": each["score"]}
+        result["one_image_shuffled"] = {name: float(values[several].mean()) for name, values in scores.items()}
     if (guesses := guess_by_question(eval_set)) is not None:
         result["question_only"] = {"score": float(score(guesses)[1].mean())}
     generated["shuffled"], texts["shuffled"] = generated[shuffles[0]], texts[shuffles[0]]
@@ -211,12 +208,11 @@ def _result(
 
 
 def _about_data(eval_set: EvalSet) -> dict[str, Any]:
-    unscored = {"without_reference": len(eval_set.unscored)} if eval_set.unscored else {}
     return {
         "fingerprint": eval_set.fingerprint(),
         "images": len(eval_set.images),
         "samples": len(eval_set.items),
-        **unscored,
+        **({"without_reference": len(eval_set.unscored)} if eval_set.unscored else {}),
         "skipped": dict(eval_set.report.skipped),
         "left_out": dict(+eval_set.left_out),
     }
@@ -281,9 +277,7 @@ def evaluate_loss(
             found.append([number, place, with_image[0], blind[0], shuffled[0], with_image[1]])
     table = np.array(sorted(processes.gather(found)))
     images, losses, tokens = table[:, 1].astype(int), table[:, 2:5], table[:, 5]
-    groups = np.unique([eval_set.digests[image] for image in images], return_inverse=True)[1]
-    sums, _ = by_group(losses, groups)
-    counts = np.bincount(groups, weights=tokens)
+    sums, counts = by_group(losses, [eval_set.digests[image] for image in images], tokens)
     means = dict(zip(("score", *CONTROLS), (sums.sum(0) / counts.sum()).tolist(), strict=True))
     result = _result(eval_set, means, sums, counts, decoding.seed, upside=-1)
     skipped = dict(eval_set.report.skipped + report.skipped)

@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,11 +75,6 @@ class EvalSet:
             for image, digest in both
         )
         return {"image": " + ".join(names), "image_digest": self.digests[number]}
-
-    def groups(self) -> np.ndarray:
-        """int64 (items,): the same number, from 0 on, for items about equal images."""
-        numbers: dict[str, int] = {}
-        return np.array([numbers.setdefault(self.digests[item.image], len(numbers)) for item in self.items])
 
 
 def read_samples(sources: Sequence[DataSource], report: Report) -> list[Sample]:
@@ -204,17 +199,16 @@ def guess_by_question(eval_set: EvalSet) -> list[str] | None:
     if eval_set.task == "captions":
         return None
     answers: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)  # of all images, and of each
-    groups = [str(group) for group in eval_set.groups()]
     keys = []
-    for item, group in zip(eval_set.items, groups, strict=True):
-        question = item.full_question
-        keys.append([("question", normalise(question)), ("kind", question_kind(question)), ("all",)])
-        for key in keys[-1]:
+    for item in eval_set.items:
+        question, digest = item.full_question, eval_set.digests[item.image]
+        general = [("question", normalise(question)), ("kind", question_kind(question)), ("all",)]
+        keys.append([(key, (*key, digest)) for key in general])
+        for key in chain(*keys[-1]):
             answers[key].update(item.references)
-            answers[*key, group].update(item.references)
     guesses = []
-    for its_keys, group in zip(keys, groups, strict=True):
-        elsewhere = (answers[key] - answers[*key, group] for key in its_keys)
+    for pairs in keys:
+        elsewhere = (answers[key] - answers[its_own] for key, its_own in pairs)
         found = next(filter(None, elsewhere), Counter({"": 1}))
         guesses.append(min(found, key=lambda answer: (-found[answer], answer)))
     return guesses

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..batching.images import image_suffixes, load_image
+from ..data.files import replace_file
 from ..data.report import RecordError, plain
 from .engine import Completion, Engine, as_prompt
 
@@ -101,9 +102,7 @@ def _keep_captions(output: Path) -> set[str]:
                 captions[record["image"]] = line
         except (ValueError, KeyError, TypeError):
             continue
-    rewritten = output.with_name(f".{output.name}.whole")
-    rewritten.write_text("".join(f"{line}\n" for line in captions.values()), encoding="utf-8")
-    rewritten.replace(output)
+    replace_file(output, "".join(f"{line}\n" for line in captions.values()))
     return set(captions)
 
 

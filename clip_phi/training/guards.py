@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..batching.packing import PackedBatch
+from ..data.files import replace_file
 from ..data.report import plain, plain_json
 from ..environment import without_secrets
 from .arguments import TrainingArguments
@@ -220,7 +221,5 @@ def tolerate_write_errors(what: str, last: bool = False) -> Iterator[None]:
 
 
 def write_run(path: Path, record: dict[str, Any]) -> None:
-    """Write run.json under another name and rename it, over that of an earlier part of the run; without tokens."""
-    aside = path.with_suffix(".making")
-    aside.write_text(without_secrets(plain_json(record, indent=2)) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    """Write run.json, over that of an earlier part of the run; without tokens."""
+    replace_file(path, without_secrets(plain_json(record, indent=2)) + "\n")
