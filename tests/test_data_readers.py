@@ -6,8 +6,8 @@ import zipfile
 import pytest
 from PIL import Image
 
+from clip_phi.batching.sampler import Mixture
 from clip_phi.data.files import MediaFolder
-from clip_phi.data.mixture import Mixture
 from clip_phi.data.report import Report, Skip
 from clip_phi.data.sample import File, Sample, Turn, as_messages
 from clip_phi.data.source import DataSource, parse_source
