@@ -148,12 +148,11 @@ class _RecordReader:
         columns = self.layout.columns
         if absent := [column for column in columns.values() if column not in record]:
             raise RecordError(f"no column {absent[0]!r}", f"columns {', '.join(map(str, record))[:200]}")
-        self.values = values = {key: record[name] for key, name in names.items()}
         if columns:
-            images = {key: value for key, value in values.items() if key in IMAGE_KEYS and "image" not in columns}
+            images = {key: name for key, name in names.items() if key in IMAGE_KEYS and "image" not in columns}
             fields = {"answer": "answers", "caption": "captions"}
-            self.values = values = images | {fields.get(key, key): record[name] for key, name in columns.items()}
-            names |= columns
+            names = images | {fields.get(key, key): name for key, name in columns.items()}
+        self.values = values = {key: record[name] for key, name in names.items()}
         self.filled = {key: None for key, value in values.items() if not _is_blank(value)}
         if media := next(filter(OTHER_MEDIA.match, self.filled), None):
             raise RecordError("video or audio", f"column {names[media]}; a sample is an image and text")
@@ -329,7 +328,7 @@ class _RecordReader:
         value = item[key].get("url") if key == "image_url" and isinstance(item[key], Mapping) else item[key]
         before = [image for image, _ in self.images]
         if not before or (self.images[0][1].startswith("content/") and [value] != before):
-            self.images.append((value, f"content/{key}"))
+            self.images.append((value, f"content/{key}/{len(before)}"))
         elif len(before) == 1 and isinstance(before[0], str) and [value] != before:
             raise RecordError("several images", f"{before[0][:80]} and {str(value)[:80]}")
 
@@ -415,7 +414,7 @@ def _may_be_image(name: str, value: Any) -> bool:
     """By its value, or by its name if it is no number."""
     value = value[0] if isinstance(value, list | tuple) and value else value
     if isinstance(value, Mapping):
-        value = b"" if value.get("bytes") else value.get("path") or ""
+        value = b"" if value.get("bytes") is not None else value.get("path") or ""
     if isinstance(value, str):
         return bool(IMAGE_FILE.match(value[:500]) or (value.strip() and IMAGE_LIKE.search(name)))
     return value is not None and not isinstance(value, int | float | list | tuple)
