@@ -101,19 +101,15 @@ class FeatureCache:
             read = os.preadv(self._file(place.shard), [data], place.row * self.row_bytes)
             if read == self.row_bytes and zlib.crc32(data) == place.checksum:
                 return features
-            self._forget(key, place)
+            if not self._found_damage:
+                self._found_damage = True
+                what = f"{place.shard}.bin is damaged; what is wrong in it is computed again"
+                print(f"--cache_features {self.root}: {what}", file=sys.stderr)
+            with self._lock:  # another writer's row of this image may be left
+                if self._places.get(key) is place:
+                    del self._places[key]
+                    self._places |= {key: place.older} if place.older else {}
         return None
-
-    def _forget(self, key: bytes, place: "_Place") -> None:
-        """Drop a row whose bytes have changed on disk; another writer's row of this image may be left."""
-        if not self._found_damage:
-            self._found_damage = True
-            what = f"{place.shard}.bin is damaged; what is wrong in it is computed again"
-            print(f"--cache_features {self.root}: {what}", file=sys.stderr)
-        with self._lock:
-            if self._places.get(key) is place:
-                del self._places[key]
-                self._places |= {key: place.older} if place.older else {}
 
     def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
         """Add features: float (keys, patches, vision hidden), rounded to bfloat16. A cached key stays as it is.
@@ -156,11 +152,9 @@ class FeatureCache:
         except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
             found, checked = None, False
         if not checked:  # absent or damaged; the folder has the fingerprint's name
-            with open(self.folder / f"about-{secrets.token_hex(6)}", "w", encoding="utf-8") as file:
-                json.dump(about | {"checksum": _checksum_of(about)}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(file.name, path)
+            whole = self.folder / f"about-{secrets.token_hex(6)}"
+            whole.write_text(json.dumps(about | {"checksum": _checksum_of(about)}), encoding="utf-8")
+            whole.replace(path)
         elif found != about:
             raise ValueError(f"--cache_features: {path} has {found}, not {about}: remove {self.folder}")
 
