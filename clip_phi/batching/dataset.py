@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,15 +23,21 @@ from .packing import PackedBatch, SharedPrefixSample, build_shared_prefix, pack_
 GRACE_SECONDS = 5
 REFRESH_SECONDS = 30  # between looks at what other processes have written to the cache
 
-LoadedImage = tuple[torch.Tensor, bytes | None]  # as ImageReader gives it
+
+class LoadedImage(NamedTuple):
+    """An image for the model, and its key in the FeatureCache, if there is one.
+
+    tensor: float32 pixel values (3, height, width), or bfloat16 features (patches, vision hidden) of the cache."""
+
+    tensor: torch.Tensor
+    key: bytes | None = None
+
+
 Item = tuple[SharedPrefixSample, list[LoadedImage]] | Skip
 
 
 class ImageReader:
-    """Loads images, in a worker. Raises RecordError if one cannot be read.
-
-    An image is float32 pixel values (3, height, width), or bfloat16 features (patches, vision hidden) of the cache.
-    Beside it is its key in the FeatureCache, if there is one."""
+    """Loads images, in a worker. Raises RecordError if one cannot be read."""
 
     def __init__(self, processor: Any, pixels: PixelMode = "exact", cache: FeatureCache | None = None):
         self.preprocess, self.cache = Preprocessor(processor.image_processor, pixels), cache
@@ -39,13 +45,13 @@ class ImageReader:
 
     def __call__(self, image: File | bytes) -> LoadedImage:
         if self.cache is None:
-            return self.preprocess(image), None
+            return LoadedImage(self.preprocess(image))
         key = image_key(image)
         if key not in self.cache and time.monotonic() - self._refreshed > REFRESH_SECONDS:
             self.cache.refresh()  # the training process writes, in this run too
             self._refreshed = time.monotonic()
         features = self.cache.get(key)
-        return self.preprocess(image) if features is None else features, key
+        return LoadedImage(self.preprocess(image) if features is None else features, key)
 
     def load(self, sample: SharedPrefixSample, image: Images | None, num_conversations: int) -> Item:
         """The sample with its images, or a Skip of its conversations if one cannot be read."""
@@ -116,11 +122,11 @@ class SampleStream(IterableDataset):
 def collate(items: Sequence[Item], pad_token_id: int) -> PackedBatch:
     loaded = [item for item in items if not isinstance(item, Skip)]
     images = [image for _, its_images in loaded for image in its_images]
-    features, pixels = ([image for image, _ in images if image.dim() == dim] for dim in (2, 3))
+    features, pixels = ([image.tensor for image in images if image.tensor.dim() == dim] for dim in (2, 3))
     batch = pack_samples([sample for sample, _ in loaded], torch.stack(pixels) if pixels else None, pad_token_id)
     if features:
         batch.inputs["vision_features"] = torch.stack(features)
-    batch.cached.extend((key, image.dim() == 2) for image, key in images if key is not None)
+    batch.cached.extend((image.key, image.tensor.dim() == 2) for image in images if image.key is not None)
     batch.skipped.extend(item for item in items if isinstance(item, Skip))
     return batch
 

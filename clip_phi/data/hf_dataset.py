@@ -138,8 +138,8 @@ def read_table(dataset: Any, media: MediaFolder, report: Report, layout: Layout 
         data, path = (value["bytes"], value.get("path", pa.NULL)) if is_struct else (value, pa.NULL)
         parts = files[column.partition("/")[0]]
         first, file, skipped = parts[bisect_right(parts, row, key=lambda part: part[0]) - 1]
-        stays = file is not None and data.is_valid and data.as_buffer().size > 0
-        content = File(file, f"{row - first + skipped}/{column}") if stays else data.as_py()
+        is_empty = not data.is_valid or data.as_buffer().size == 0
+        content = data.as_py() if file is None or is_empty else File(file, f"{row - first + skipped}/{column}")
         return _none_if_null({"bytes": content, "path": path.as_py()})
 
     def records() -> Iterator[tuple[str, dict[str, Any]]]:
