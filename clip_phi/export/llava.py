@@ -63,8 +63,8 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     for part in (llava.config, llava.config.vision_config, llava.config.text_config):
         part.name_or_path = ""  # a local folder
     llava.save_pretrained(folder)
-    vars(processor.image_processor).pop("auto_map", None)  # they name the remote code that they were loaded with
-    processor.tokenizer.init_kwargs.pop("auto_map", None)
+    for saved in (processor.image_processor.__dict__, processor.tokenizer.init_kwargs):
+        saved.pop("auto_map", None)  # the remote code that they were loaded with
     LlavaProcessor(
         image_processor=processor.image_processor,
         tokenizer=processor.tokenizer,
