@@ -11,7 +11,9 @@ from .common import add_command, add_json, add_model, add_options, choose_model
 
 def add_to(commands: Any) -> None:
     push = add_command(commands, "push", run_push, "upload of a trained model to the Hub, with its model card")
-    export = add_command(commands, "export", run_export, "a trained model's files for llama.cpp, vLLM, Llava or ONNX")
+    export = add_command(
+        commands, "export", run_export, "a trained model's files for llama.cpp, vLLM, browsers, Llava or ONNX"
+    )
     help = "a model from a projector that a notebook, LLaVA or Lightning saved"
     projector = add_command(commands, "import-projector", run_import_projector, help)
     for command in (push, export):
@@ -35,7 +37,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     model = choose_model(arguments)
     from ..export import export
 
-    done = export(model, Path(arguments.folder), arguments.to, arguments.dtype)
+    done = export(model, Path(arguments.folder), arguments.to, arguments.dtype, arguments.packages)
     checked = f"{done['tensors']} tensors read back" if "tensors" in done else None
     checked = checked or f"largest difference from the model {done['largest_difference']:.2g}"
     print(json.dumps(done) if arguments.json else f"wrote {', '.join(done['files'])}; {checked}")
