@@ -179,6 +179,9 @@ def test_camera_streaming_stop_and_errors(export, open_page, requests, tmp_path)
     parts = [text for text in page.evaluate("seen") if text and text != answer]
     assert len(parts) > 2 and all(answer.startswith(part.strip()) for part in parts), "words come one after the other"
     assert "tokens/s" in page.inner_text("#speed")
+    page.evaluate("document.querySelector('[type=submit]').click(); document.getElementById('stop').click()")
+    page.wait_for_function(ANSWER)
+    assert len(page.inner_text("#answer")) < len(answer)
 
 
 def test_the_page_fits_a_phone_and_says_what_is_missing(export, open_page, tmp_path):

@@ -11,6 +11,13 @@ env.useBrowserCache = env.useWasmCache = false;
 const library = (ending) => new URL(`lib/ort-wasm-simd-threaded.asyncify.${ending}`, import.meta.url).href;
 env.backends.onnx.wasm.wasmPaths = { mjs: library("mjs"), wasm: library("wasm") };
 
+// Between two tokens other messages are read: WebAssembly alone would not let "stop" through.
+const channel = new MessageChannel();
+const pause = () =>
+    new Promise((resolve) => {
+        channel.port1.onmessage = resolve;
+        channel.port2.postMessage(null);
+    });
 const stopping = new InterruptableStoppingCriteria();
 let processor, model;
 
@@ -23,11 +30,17 @@ async function load() {
     };
     processor = await AutoProcessor.from_pretrained(MODEL);
     model = await AutoModelForImageTextToText.from_pretrained(MODEL, { device: "wasm", progress_callback });
+    const forward = model.forward.bind(model);
+    model.forward = async (inputs) => {
+        await pause();
+        return forward(inputs);
+    };
     const dtype = model.config["transformers.js_config"].dtype;
     postMessage({ kind: "ready", processing: processor.image_processor.config, size, dtype });
 }
 
 async function ask(question, { data, width, height }) {
+    stopping.reset();
     const text = question || model.config.caption_instruction;
     const content = [{ type: "image" }, ...(text ? [{ type: "text", text }] : [])];
     const prompt = processor.apply_chat_template([{ role: "user", content }], { add_generation_prompt: true });
@@ -45,7 +58,6 @@ async function ask(question, { data, width, height }) {
             tokens += 1;
         },
     });
-    stopping.reset();
     const limits = { max_new_tokens: 256, do_sample: false, stopping_criteria: stopping };
     const ids = await model.generate({ ...inputs, ...limits, streamer });
     const answer = ids.slice(null, [inputs.input_ids.dims[1], null]);
