@@ -57,8 +57,7 @@ def export_web(model: Any, processor: Any, folder: Path, dtype: str, packages: s
         for name in ENVIRONMENT.list_templates(filter_func=lambda name: name.startswith("web/")):
             (site / Path(name).name).write_text("".join(render(name, **values)), encoding="utf-8")
         # engines other than transformers' do not know the blocks that mark answers for training
-        template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", processor.chat_template)
-        processor.tokenizer.chat_template = template
+        processor.tokenizer.chat_template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", processor.chat_template)
         processor.tokenizer.save_pretrained(site, save_jinja_files=False)
         for library in libraries:
             (site / "lib").mkdir(exist_ok=True)
@@ -71,9 +70,7 @@ def _refuse_unsupported(model: Any, processor: Any, dtype: str, libraries: list[
     """Returns the cache of three positions in two sequences. Raises ValueError for what does not run in a browser."""
     config, kind = model.config.text_config, processor.image_processor.to_dict()["image_processor_type"]
     if lost := [path for path in libraries if not path.is_file()]:
-        raise ValueError(
-            f"no file {lost[0]}: 'npm install --prefix DIR @huggingface/transformers' makes DIR/node_modules"
-        )
+        raise ValueError(f"no file {lost[0]}: 'npm install @huggingface/transformers' makes a folder node_modules")
     if kind not in PROCESSORS:
         raise ValueError(f"the page prepares images as {', '.join(PROCESSORS)} do, not as {kind}")
     if getattr(config, "sliding_window", None):
@@ -111,11 +108,11 @@ def _write_embedding(path: Path, model: Any, rounded: bool) -> None:
     """The embedding of each token; rounded, a row is int8 with a scale."""
     embed, rows = model.get_input_embeddings(), nn.Module()
     weight = embed(torch.arange(embed.num_embeddings)).detach()  # some decoders scale it
-    scale = weight.abs().amax(1, keepdim=True).clamp(1e-9) / 127 if rounded else torch.ones(len(weight), 1)
-    rows.scale, rows.weight = (
-        nn.Buffer(scale),
-        nn.Buffer((weight / scale).round().to(torch.int8) if rounded else weight),
-    )
+    scale = torch.ones(len(weight), 1)
+    if rounded:
+        scale = weight.abs().amax(1, keepdim=True).clamp(1e-9) / 127
+        weight = (weight / scale).round().to(torch.int8)
+    rows.weight, rows.scale = nn.Buffer(weight), nn.Buffer(scale)
     write_graph(path, _embed, rows, (torch.zeros(2, 4).long(),), ["input_ids"], ["inputs_embeds"], [ROWS])
 
 
@@ -137,19 +134,16 @@ def _write_graphs(model: Any, processor: Any, folder: Path, past: list[torch.Ten
 
 def _compare(model: Any, processor: Any, paths: list[Path], past: list[torch.Tensor]) -> float:
     vision, embed, decoder = (onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in paths)
-    question, pixels = (
-        processor.tokenizer("What is it?", add_special_tokens=False)["input_ids"],
-        random_pixels(processor),
-    )
-    ids = torch.tensor([processor.prefix_ids(True) + question * 2])
+    question = processor.tokenizer("What is it?", add_special_tokens=False)["input_ids"]
+    ids, pixels = torch.tensor([processor.prefix_ids(True) + question * 2]), random_pixels(processor)
     with torch.no_grad():
         wanted = model(input_ids=ids, pixel_values=pixels, logits_to_keep=3).logits[0].numpy()
     embeds = embed.run(None, {"input_ids": ids.numpy()})[0]
     embeds[ids.numpy() == processor.image_token_id] = vision.run(None, {"pixel_values": pixels.numpy()})[0][0]
-    cache, start, difference = [part[:1, :, :0].numpy() for part in past], 0, 0.0
+    names, cache = [each.name for each in decoder.get_inputs()], [part[:1, :, :0].numpy() for part in past]
+    start, difference = 0, 0.0
     for logits, stop in zip(wanted, range(ids.shape[1] - 2, ids.shape[1] + 1), strict=True):
         given = (embeds[:, start:stop], np.ones((1, stop), np.int64), np.arange(start, stop)[None], *cache)
-        names = [each.name for each in decoder.get_inputs()]
         found, *cache = decoder.run(None, dict(zip(names, given, strict=True)))
         difference, start = max(difference, float(np.abs(found[0, -1] - logits).max() / np.ptp(logits))), stop
     return difference
