@@ -29,7 +29,7 @@ prompt = Environment().from_string(texts["chat_template"]).render(messages=[mess
 prompt = prompt.replace(processor["image_token"], processor["image_token"] * features.shape[1])
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 ids = np.array([tokenizer.encode(prompt, add_special_tokens=processor["add_special_tokens"]).ids])
-embeds, answer, length = embed.run(None, {"input_ids": ids})[0], [], ids.shape[1]
+embeds, answer, length = embed.run(None, {"input_ids": ids})[0], list[int](), ids.shape[1]
 embeds[ids == config["image_token_index"]] = features[0]
 cache = [np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32) for each in decoder.get_inputs()[3:]]
 while len(answer) < 256 and not set(answer) & set(generation["eos_token_id"]):

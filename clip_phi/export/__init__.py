@@ -25,11 +25,9 @@ def export(name: str, folder: Path, to: str, dtype: str | None = None, packages:
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
     logging.disable_progress_bar()
-    known = DTYPES.get(to, [None])
-    if (dtype or known[0]) not in known:
-        raise ValueError(
-            f"--to {to} takes no --dtype {dtype}" + (f", but {' or '.join(known)}" if to in DTYPES else "")
-        )
+    known = DTYPES.get(to, [])
+    if dtype and dtype not in known:
+        raise ValueError(f"--to {to} takes no --dtype {dtype}" + (f", but {' or '.join(known)}" if known else ""))
     if packages and to != "web":
         raise ValueError("--packages requires --to web")
     extra = "onnx" if to == "web" else to
@@ -47,7 +45,7 @@ def export(name: str, folder: Path, to: str, dtype: str | None = None, packages:
         with tempfile.TemporaryDirectory() as whole:  # LoRA folded in
             model.save_pretrained(whole, merged=True)
             model = ClipPhiForCausalLM.from_pretrained(whole, **options)
-    more = {"dtype": dtype or known[0]} if to in DTYPES else {}
+    more: dict[str, Any] = {"dtype": dtype or known[0]} if known else {}
     more |= {"packages": packages} if to == "web" else {}
     return getattr(module, f"export_{to}")(model, processor, folder, **more)
 
