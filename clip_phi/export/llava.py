@@ -106,7 +106,7 @@ def _refuse_no_row(model: Any, where: str) -> None:
 def _compare(model: Any, read_back: Any, processor: ClipPhiProcessor, folder: Path, what: str) -> dict[str, Any]:
     """Compare an output of two models for a question about a random image."""
     ids = [processor.image_token_id] * processor.num_image_tokens + processor.tokenizer("What is it?")["input_ids"]
-    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": random_pixels(model).to(model.dtype)}
+    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": random_pixels(processor).to(model.dtype)}
     with torch.no_grad():
         difference = (read_back(**inputs)[what] - model(**inputs)[what]).abs().max().item()
     if not difference <= 1e-4:
