@@ -173,6 +173,19 @@ def test_each_image_is_shuffled_alone(processor, model, tmp_path):
         _questions(make_eval_set("vqa", [*samples, sample(9, 10, 11)], Report()), "{question}", Decoding())
 
 
+def test_evaluating_the_loss_leaves_the_models_attention_as_it_was(processor, fresh_model, monkeypatch):
+    samples = [sample(1, 2), sample(3, 4, answer="the second")]
+    eval_set = make_eval_set("loss", samples, Report())
+    fresh_model.set_attn_implementation({"text_config": "eager"})
+    found = evaluate_loss(fresh_model, processor, samples, eval_set, Decoding())
+    assert found.result["data"]["samples"] == 2
+    assert fresh_model.model.language_model.config._attn_implementation == "eager"
+    monkeypatch.setattr("clip_phi.evaluation.evaluate.held_out_loss", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate_loss(fresh_model, processor, samples, eval_set, Decoding())
+    assert fresh_model.model.language_model.config._attn_implementation == "eager"
+
+
 def test_training_packs_and_evaluates_samples_of_several_images(checkpoint, tmp_path):
     write_dataset(tmp_path / "data", num_train=6, num_val=4)
     files = sorted(path.name for path in (tmp_path / "data/train2017").iterdir())

@@ -3,7 +3,7 @@
 All other layers treat tokens independently. PackLayout says which tokens attend to which; nothing else is computed."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -75,19 +75,18 @@ def make_pack_layout(conversation_ids: Sequence[Sequence[int]]) -> PackLayout:
         mask = ((ids[:, None] == 0) | (ids[:, None] == ids[..., None])).tril().unsqueeze(1) if several else None
         buckets.append(Bucket(places, mask, positions))
         filled += places.numel()
-    queries, keys, key_places = [0], [0], list[np.ndarray]()
+    sizes, key_places = [(0, 0)], list[np.ndarray]()  # of each piece, its queries and keys
     for start, ids in zip(starts, conversation_ids, strict=False):
         cuts = [0, *(np.flatnonzero(np.diff(ids)) + 1), len(ids)]
         prefix = cuts[1] if ids[0] == 0 else 0
         for first, stop in zip(cuts, cuts[1:], strict=False):
             seen = np.concatenate([np.arange(prefix if first else 0), np.arange(first, stop)])
             key_places.append(seen + start)
-            queries.append(queries[-1] + int(stop - first))
-            keys.append(keys[-1] + len(seen))
+            sizes.append((int(stop - first), len(seen)))
     keys_seen = torch.from_numpy(np.concatenate(key_places))
-    query_starts, key_starts = (torch.tensor(each, dtype=torch.int32) for each in (queries, keys))
-    longest = int(max(np.diff(queries))), int(max(np.diff(keys)))
-    return PackLayout(buckets, places_in_buckets, keys_seen, query_starts, key_starts, longest)
+    query_starts, key_starts = torch.tensor(sizes).T.cumsum(1).to(torch.int32)
+    longest_query, longest_key = np.max(sizes, axis=0).tolist()
+    return PackLayout(buckets, places_in_buckets, keys_seen, query_starts, key_starts, (longest_query, longest_key))
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:
@@ -100,7 +99,7 @@ def _alike(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def packed_attention(
+def attend_packed(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. query: (1, heads, tokens, head size). Returns (1, tokens, heads, head size).
@@ -180,6 +179,17 @@ def attend_by_piece(
     return kernel(query.transpose(0, 1), keys, values, *starts, scale=scaling, window_size=(left, 0))
 
 
+@contextmanager
+def packed_attention(model: Any) -> Iterator[None]:
+    """Inside, the decoder of a ClipPhiForCausalLM takes packs; then it has its own attention again."""
+    own = model.config.get_text_config()._attn_implementation
+    try:
+        model.set_attn_implementation({"text_config": PACKED_ATTENTION})
+        yield
+    finally:
+        model.set_attn_implementation({"text_config": own})
+
+
 @torch.no_grad()
 def refuse_other_attention(model: Any) -> None:
     """Raises ValueError for a decoder in which packed samples would change each other's results.
@@ -201,18 +211,15 @@ def refuse_other_attention(model: Any) -> None:
         "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),  # or it makes one of its own
         "pack_layout": tree_map_only(Tensor, lambda tensor: tensor.to(device), layout),
     }
-    own = config._attn_implementation
     try:
         with _sliding_windows_of(4, decoder):
             conversations = torch.cat([prefix, first]), torch.cat([prefix, second]), other
             alone = [decoder(each[None], use_cache=False).last_hidden_state[0] for each in conversations]
-            model.set_attn_implementation({"text_config": PACKED_ATTENTION})
-            packed = decoder(ids[None], use_cache=False, **pack).last_hidden_state[0]
+            with packed_attention(model):
+                packed = decoder(ids[None], use_cache=False, **pack).last_hidden_state[0]
     except Exception as error:  # of the decoder's own code, which may be anything
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"{refused}: it does not run with packed attention ({reason}); {hint}") from error
-    finally:
-        model.set_attn_implementation({"text_config": own})
     expected = torch.cat([alone[0], alone[1][3:], alone[2]])
     difference = ((packed - expected).norm(dim=-1) / expected.norm(dim=-1)).float()
     # Nothing comes before the first conversation: its difference is rounding, of half precision and quantised layers.
@@ -227,17 +234,14 @@ def refuse_other_attention(model: Any) -> None:
 @contextmanager
 def _sliding_windows_of(size: int, decoder: Any) -> Iterator[None]:
     """Where the decoder has sliding windows, windows of another size."""
-    owners = [part for part in (decoder.config, *decoder.modules()) if getattr(part, "sliding_window", None)]
-    before = [part.sliding_window for part in owners]
-    try:
-        for part in owners:
-            part.sliding_window = size
+    with ExitStack() as restore:
+        for part in (decoder.config, *decoder.modules()):
+            if getattr(part, "sliding_window", None):
+                restore.callback(setattr, part, "sliding_window", part.sliding_window)
+                part.sliding_window = size
         yield
-    finally:
-        for part, value in zip(owners, before, strict=True):
-            part.sliding_window = value
 
 
 for name, kernel in ((PACKED_ATTENTION, True), (SDPA_PACKED_ATTENTION, False)):
-    AttentionInterface.register(name, partial(packed_attention, kernel=kernel))
+    AttentionInterface.register(name, partial(attend_packed, kernel=kernel))
     AttentionMaskInterface.register(name, sdpa_mask)

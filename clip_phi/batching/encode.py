@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
@@ -17,6 +18,11 @@ class Encoded(NamedTuple):
     labels: list[int]
 
 
+def prefix_ids(processor: Any, num_images: int) -> list[int]:
+    """Token ids before a conversation: BOS if the decoder has one, then num_image_tokens <image> tokens an image."""
+    return processor.bos_ids + [processor.image_token_id] * processor.num_image_tokens * num_images
+
+
 def encode_samples(
     samples: Sequence[Sample], processor: Any, max_length: int, report: Report
 ) -> Iterator[tuple[Sample, list[Encoded]]]:
@@ -28,7 +34,7 @@ def encode_samples(
     messages = [as_messages(each, len(images_of(sample.image))) for sample in samples for each in sample.conversations]
     encoded = iter(_encode(messages, processor))
     for sample in samples:
-        prefix = len(processor.prefix_ids(count := len(images_of(sample.image))))
+        prefix = len(prefix_ids(processor, count := len(images_of(sample.image))))
         start = [*processor.bos_ids, *[processor.image_token_id] * count]
         fitting: list[tuple[Conversation, str, Encoded]] = []
         for conversation, origin in zip(sample.conversations, sample.origins, strict=True):
@@ -78,8 +84,7 @@ def _fit(
         kind = "question without an answer" if conversation else "image without a caption"
         raise RecordError(kind, "it can be evaluated on, not trained on")
     # An answer ends where the next token is not supervised.
-    following = [*tokens.labels[1:], IGNORE_INDEX]
-    pairs = zip(tokens.labels, following, strict=True)
+    pairs = pairwise([*tokens.labels, IGNORE_INDEX])
     ends = [place for place, (label, after) in enumerate(pairs, start=1) if label != IGNORE_INDEX == after]
     if not ends:
         raise RecordError("no supervised token")

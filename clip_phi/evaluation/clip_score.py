@@ -25,7 +25,8 @@ class ClipScorer:
 
         self.name = clip
         self.model = AutoModel.from_pretrained(clip, **options).float().to(device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(clip, **options)
+        self.tokenizer = AutoTokenizer.from_pretrained(clip, padding_side="right", **options)
+        self.tokenizer.pad_token = self.tokenizer.eos_token
         self.image_processor = AutoImageProcessor.from_pretrained(clip, backend="pil", **options)
 
     @torch.no_grad()
@@ -40,16 +41,13 @@ class ClipScorer:
             scores.append(WEIGHT * cosine.clamp(min=0).double().cpu().numpy())
         return np.concatenate(scores)
 
-    def _tokens(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def _tokens(self, texts: Sequence[str]) -> Any:
         """Each with one end token, where CLIP takes the embedding; only some tokenizers add it themselves."""
         end = self.tokenizer.eos_token_id
         most = self.model.config.text_config.max_position_embeddings - 1
         rows = [ids[:-1] if ids[-1] == end else ids for ids in self.tokenizer(list(texts))["input_ids"]]
         rows = [[*ids[:most], end] for ids in rows]
-        longest, device = max(map(len, rows)), self.model.device
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-        padded = [row + [end] * (longest - len(row)) for row in rows]
-        return {"input_ids": torch.tensor(padded, device=device), "attention_mask": mask}
+        return self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
 
 
 def local_clip(config: Any, device: Any, log: Callable[[str], Any]) -> ClipScorer | None:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..batching.attention import PACKED_ATTENTION
-from ..batching.encode import Encoded, encode_samples
+from ..batching.attention import packed_attention
+from ..batching.encode import Encoded, encode_samples, prefix_ids
 from ..batching.images import Preprocessor
 from ..batching.packing import build_shared_prefix, pack_samples
 from ..data.report import Report
@@ -37,17 +37,6 @@ class EvalResult(NamedTuple):
     official: list[dict[str, Any]] = []  # noqa: RUF012  # of official_results
 
 
-def prompt_of(eval_set: EvalSet, model: Any, wanted: str | None) -> str | None:
-    """The prompt with "{question}" for the question; None for the caption of a bare image.
-
-    Raises ValueError if a wanted prompt for questions lacks "{question}"."""
-    if eval_set.task == "captions":
-        return wanted if wanted is not None else model.config.caption_instruction
-    if wanted is not None and QUESTION not in wanted:
-        raise ValueError(f"--prompt {wanted!r} must contain {QUESTION}, which is replaced by the question")
-    return wanted or QUESTION
-
-
 def evaluate_answers(
     model: Any,
     processor: Any,
@@ -61,21 +50,26 @@ def evaluate_answers(
     """Generate the answers of the model and of its controls, and score them. All processes call it, and get the result.
 
     model: a ClipPhiForCausalLM in eval mode. eval_set: of any task but loss. folder: where answers are saved as they
-    are generated; None to save none. model_hash: saved answers of another model are not used."""
+    are generated; None to save none. model_hash: saved answers of another model are not used. Raises ValueError if the
+    prompt for questions lacks "{question}"."""
     processes = processes or Processes()
-    prompt = prompt_of(eval_set, model, decoding.prompt)
+    prompt = decoding.prompt  # in the end None for the caption of a bare image
+    if eval_set.task == "captions":
+        prompt = model.config.caption_instruction if prompt is None else prompt
+    elif prompt is None:
+        prompt = QUESTION
+    elif QUESTION not in prompt:
+        raise ValueError(f"--prompt {prompt!r} must contain {QUESTION}, which is replaced by the question")
     shown = processor.apply_chat_template([user_message(prompt, 1)], add_generation_prompt=True)
     questions = _questions(eval_set, prompt, decoding)
     unique = list({question.key: question for asked in questions.values() for question in asked}.values())
     file = None
     if folder is not None:
         binding = {"checkpoint": model_hash, "dtype": str(model.dtype), "data": eval_set.fingerprint(), "prompt": shown}
-        binding |= {"max_new_tokens": decoding.max_new_tokens, "num_beams": decoding.num_beams}
-        file = AnswerFile(folder, binding, processes)
+        file = AnswerFile(folder, binding | decoding.about(), processes)
         if saved := sum(question.key in file.answers for question in unique):
             processes.log(f"{saved:,} of {len(unique):,} answers are there already")
-    mine = answer_all(model, processor, unique, decoding, processes, file)
-    answers = dict(processes.gather([*mine.items()]))
+    answers = dict(processes.gather([*answer_all(model, processor, unique, decoding, processes, file).items()]))
     generated = {name: [answers[question.key] for question in asked] for name, asked in questions.items()}
     unscored = generated.pop("unscored")
     official = official_results(eval_set, [answer.text for answer in generated["score"] + unscored])
@@ -150,26 +144,23 @@ def _score(
     eval_set: EvalSet, generated: dict[str, list[GeneratedAnswer]], prompt: str, decoding: Decoding
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     score = make_scorer(eval_set)
-    one_replaced = {name: generated.pop(name) for name in list(generated) if name.startswith("image ")}
     texts = {name: [answer.text for answer in answers] for name, answers in generated.items()}
     corpus, each = {}, {}
     for name, answers in texts.items():
         corpus[name], each[name] = score(answers)
-    several = np.array(["+" in eval_set.digests[item.image] for item in eval_set.items])
-    one_by_one = {
-        name: float(score([answer.text for answer in answers])[1][several].mean())
-        for name, answers in one_replaced.items()
-    }
-    if one_by_one:
-        one_by_one["score"] = float(each["score"][several].mean())
-    shuffles = [name for name in generated if name.startswith("shuffled")]
+    one_replaced = {name: each.pop(name) for name in [*each] if name.startswith("image ")}
+    shuffles = [name for name in each if name.startswith("shuffled")]
     each["shuffled"] = np.mean([each.pop(name) for name in shuffles], axis=0)
     corpus["shuffled"] = {key: float(np.mean([corpus[name][key] for name in shuffles])) for key in corpus["score"]}
     metrics = {key: {name: corpus[name][key] for name in each} for key in corpus["score"]}
     means = {name: float(values.mean()) for name, values in each.items()}
-    sums, counts = by_group(np.stack([*each.values()], axis=1), eval_set.groups())
+    digests = [eval_set.digests[item.image] for item in eval_set.items]
+    sums, counts = by_group(np.stack([*each.values()], axis=1), digests)
     result = _result(eval_set, means, sums, counts, decoding.seed) | {"metrics": metrics}
-    result |= {"one_image_shuffled": one_by_one} if one_by_one else {}
+    if one_replaced:
+        several = np.array(["+" in digest for digest in digests])
+        scores = one_replaced | {"score": each["score"]}
+        result["one_image_shuffled"] = {name: float(values[several].mean()) for name, values in scores.items()}
     if (guesses := guess_by_question(eval_set)) is not None:
         result["question_only"] = {"score": float(score(guesses)[1].mean())}
     generated["shuffled"], texts["shuffled"] = generated[shuffles[0]], texts[shuffles[0]]
@@ -211,12 +202,11 @@ def _result(
 
 
 def _about_data(eval_set: EvalSet) -> dict[str, Any]:
-    unscored = {"without_reference": len(eval_set.unscored)} if eval_set.unscored else {}
     return {
         "fingerprint": eval_set.fingerprint(),
         "images": len(eval_set.images),
         "samples": len(eval_set.items),
-        **unscored,
+        **({"without_reference": len(eval_set.unscored)} if eval_set.unscored else {}),
         "skipped": dict(eval_set.report.skipped),
         "left_out": dict(+eval_set.left_out),
     }
@@ -257,7 +247,6 @@ def evaluate_loss(
     model: a ClipPhiForCausalLM in eval mode. eval_set: of the same samples, for the task loss: one item an image.
     decoding: its seed. max_length: longest conversation in tokens."""
     processes = processes or Processes()
-    model.set_attn_implementation({"text_config": PACKED_ATTENTION})
     preprocess, report = Preprocessor(processor.image_processor), Report()
     partners = derange(eval_set.digests, decoding.seed)
     pad, end = processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id
@@ -268,22 +257,20 @@ def evaluate_loss(
     def loss(conversations: list[Encoded], image: int | None) -> list[float]:
         bare = any(labels[0] >= 0 for _, labels in conversations)
         images = images_of(None if image is None else eval_set.images[image])
-        prefix = processor.prefix_ids(len(images)) or ([end] if bare else [])
-        shared = build_shared_prefix(conversations, prefix, "")
+        prefix = prefix_ids(processor, len(images)) or ([end] if bare else [])
         pixels = torch.stack([preprocess(each) for each in images]) if images else None
-        pack = pack_samples([shared], pixels, pad).to(model.device)
+        pack = pack_samples([build_shared_prefix(conversations, prefix, "")], pixels, pad).to(model.device)
         return held_out_loss(model, [pack], model.device).tolist()
 
     found = []
-    for number in processes.progress(range(processes.rank, len(known), processes.world_size)):
-        place, conversations = known[number]
-        with_image, blind, shuffled = (loss(conversations, image) for image in (place, None, partners[place]))
-        found.append([number, place, with_image[0], blind[0], shuffled[0], with_image[1]])
+    with packed_attention(model):
+        for number in processes.progress(range(processes.rank, len(known), processes.world_size)):
+            place, conversations = known[number]
+            with_image, blind, shuffled = (loss(conversations, image) for image in (place, None, partners[place]))
+            found.append([number, place, with_image[0], blind[0], shuffled[0], with_image[1]])
     table = np.array(sorted(processes.gather(found)))
     images, losses, tokens = table[:, 1].astype(int), table[:, 2:5], table[:, 5]
-    groups = np.unique([eval_set.digests[image] for image in images], return_inverse=True)[1]
-    sums, _ = by_group(losses, groups)
-    counts = np.bincount(groups, weights=tokens)
+    sums, counts = by_group(losses, [eval_set.digests[image] for image in images], tokens)
     means = dict(zip(("score", *CONTROLS), (sums.sum(0) / counts.sum()).tolist(), strict=True))
     result = _result(eval_set, means, sums, counts, decoding.seed, upside=-1)
     skipped = dict(eval_set.report.skipped + report.skipped)

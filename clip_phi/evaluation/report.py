@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..batching.images import load_beside
+from ..data.files import replace_file
 from ..data.report import plain, plain_json
 from ..hub.card import portable
 from ..templates import render
@@ -68,9 +68,7 @@ def write(evaluation: EvalResult, eval_set: EvalSet, folder: Path, extra: Path |
         draw_sheet(sheets[0], result, chosen, images)
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".tmp")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        replace_file(path, text)
     return [*texts, *sheets]
 
 
@@ -86,19 +84,8 @@ def choose(evaluation: EvalResult) -> dict[str, list[dict[str, Any]]]:
 
 def summary(result: dict[str, Any]) -> list[list[str]]:
     """Rows of the table of a result, the first its header."""
-    order = sorted(result["metrics"], key=lambda name: name != result["metric"])
-    rows = [["", *NAMES.values()]]
-    rows += [[name, *(f"{result['metrics'][name][key]:.4f}" for key in NAMES)] for name in order]
-    low, high = result["margin_ci95"]
-    rows.append([f"margin of {result['metric']}", f"{result['margin']:+.4f}", f"95 %: {low:+.4f} to {high:+.4f}", ""])
-    for name, score in result.get("one_image_shuffled", {}).items():
-        label = "samples with several images" if name == "score" else f"  {name} alone shuffled"
-        rows.append([label, f"{score:.4f}", "", ""])
-    if "question_only" in result:
-        rows.append(["best guess from the question", f"{result['question_only']['score']:.4f}", "", ""])
-    for kind in ("empty", "cut", "never_ended") if "answers" in result else ():
-        rows.append([f"answers {kind.replace('_', ' ')}", *(f"{result['answers'][key][kind]:,}" for key in NAMES)])
-    return rows
+    text = "".join(render("result.txt", result=result, names=NAMES))
+    return [row.split("\t") for row in text.splitlines()]
 
 
 def format_result(result: dict[str, Any]) -> str:
@@ -122,15 +109,10 @@ def no_margin(result: dict[str, Any]) -> str | None:
 
 def page(result: dict[str, Any], chosen: dict[str, list[dict[str, Any]]], images: dict[str, Image.Image]) -> str:
     """One HTML page that needs no other file. chosen: samples by kind. images: small ones, by digest."""
-    tables = {}
-    for name, rows in result.get("tables", {}).items():
-        cells = [[key, f"{row['samples']:,}", f"{row['score']:.4f}"] for key, row in rows.items()]
-        title = name.replace("_", " ")
-        tables[title] = [[title.removeprefix("by "), "samples", result["metric"]], *cells]
     settings = {key: value for key, value in result.items() if key not in ("metrics", "tables", "answers")}
-    values: dict[str, Any] = {"tables": tables, "chosen": chosen, "images": images, "columns": NAMES}
-    values["title"] = f"{result['task']}: {result.get('checkpoint', {}).get('name', 'a model')}"
+    values: dict[str, Any] = {"result": result, "chosen": chosen, "images": images, "columns": NAMES}
     values |= {"warning": no_margin(result), "summary": summary(result), "settings": plain_json(settings, indent=2)}
+    values["title"] = f"{result['task']}: {result.get('checkpoint', {}).get('name', 'a model')}"
     return "".join(render("evaluation.html", **values))
 
 
@@ -195,14 +177,12 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
         one, other = (f"{each[what]['fingerprint'] if what == 'data' else each[what]}" for each in (a, b))
         if one != other:
             raise ValueError(f"{first} and {second} are of different {what} ({one} and {other}) and cannot be compared")
-    places: dict[str, int] = {}
-    groups = np.array([places.setdefault(row["image_digest"], len(places)) for row in a_rows])
     upside = -1 if a.get("lower_is_better") else 1
     scores = upside * np.array([[one["score"], other["score"]] for one, other in zip(a_rows, b_rows, strict=True)])
     weights = np.array([row.get("tokens", 1) for row in a_rows], dtype=np.float64)
-    sums, _ = by_group(scores * weights[:, None], groups)
+    sums, counts = by_group(scores * weights[:, None], [row["image_digest"] for row in a_rows], weights)
     better = scores[:, 0] - scores[:, 1]
-    counts = {"a_better": better > 0, "equal": better == 0, "b_better": better < 0}
+    samples = {"a_better": better > 0, "equal": better == 0, "b_better": better < 0}
     return {
         "task": a["task"],
         "metric": a["metric"],
@@ -211,8 +191,8 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
         "score_a": a["score"],
         "score_b": b["score"],
         "difference": upside * (a["score"] - b["score"]),
-        "difference_ci95": list(margin_interval(sums, np.bincount(groups, weights=weights), seed)),
-        "samples": {name: int(found.sum()) for name, found in counts.items()},
+        "difference_ci95": list(margin_interval(sums, counts, seed)),
+        "samples": {name: int(found.sum()) for name, found in samples.items()},
         "same_prompt": a["prompt"] == b["prompt"],
         "seed": seed,
     }
@@ -220,23 +200,7 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
 
 def format_comparison(found: dict[str, Any]) -> str:
     """For the terminal."""
-    difference, (low, high), counts = found["difference"], found["difference_ci95"], found["samples"]
-    better = "B" if difference < 0 else "A"
-    if better == "B":
-        difference, low, high = -difference, -high, -low
-    verdict = f"{better} is better by {difference:.4f}, 95 %: {low:+.4f} to {high:+.4f}"
-    if f"{difference:.4f}" == "0.0000":
-        verdict = "A and B have the same score"
-        verdict += f", 95 % of the difference: {low:+.4f} to {high:+.4f}" if low < high else " in every resample"
-    lines = [
-        f"{found['task']}, {found['metric']}",
-        f"  A  {found['score_a']:.4f}  {found['a']}",
-        f"  B  {found['score_b']:.4f}  {found['b']}",
-        f"  {verdict}",
-        "  A better in {a_better:,} samples, equal in {equal:,}, B better in {b_better:,}".format(**counts),
-    ]
-    if low <= 0 <= high:
-        lines.append("  the interval contains 0: these data do not show which is better")
-    if not found["same_prompt"]:
-        lines.append("  their prompts differ")
-    return "\n".join(lines)
+    sign = -1 if found["difference"] < 0 else 1
+    low, high = sorted(sign * bound for bound in found["difference_ci95"])
+    values = {"difference": sign * found["difference"], "low": low, "high": high, "better": "B" if sign < 0 else "A"}
+    return "".join(render("comparison.txt", **found | values)).rstrip("\n")

@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,17 +69,11 @@ class EvalSet:
 
     def describe_image(self, number: int) -> dict[str, str]:
         """The name of an image without its folders, or a part of its digest, and the digest."""
-        both = zip(images_of(self.images[number]), self.digests[number].split("+"), strict=True)
         names = (
             f"image {digest[:12]}" if isinstance(image, bytes) else (image.member or image.path).rsplit("/", 1)[-1]
-            for image, digest in both
+            for image, digest in zip(images_of(self.images[number]), self.digests[number].split("+"), strict=True)
         )
         return {"image": " + ".join(names), "image_digest": self.digests[number]}
-
-    def groups(self) -> np.ndarray:
-        """int64 (items,): the same number, from 0 on, for items about equal images."""
-        numbers: dict[str, int] = {}
-        return np.array([numbers.setdefault(self.digests[item.image], len(numbers)) for item in self.items])
 
 
 def read_samples(sources: Sequence[DataSource], report: Report) -> list[Sample]:
@@ -204,17 +198,16 @@ def guess_by_question(eval_set: EvalSet) -> list[str] | None:
     if eval_set.task == "captions":
         return None
     answers: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)  # of all images, and of each
-    groups = [str(group) for group in eval_set.groups()]
     keys = []
-    for item, group in zip(eval_set.items, groups, strict=True):
-        question = item.full_question
-        keys.append([("question", normalise(question)), ("kind", question_kind(question)), ("all",)])
-        for key in keys[-1]:
+    for item in eval_set.items:
+        question, digest = item.full_question, eval_set.digests[item.image]
+        general = [("question", normalise(question)), ("kind", question_kind(question)), ("all",)]
+        keys.append([(key, (*key, digest)) for key in general])
+        for key in chain(*keys[-1]):
             answers[key].update(item.references)
-            answers[*key, group].update(item.references)
     guesses = []
-    for its_keys, group in zip(keys, groups, strict=True):
-        elsewhere = (answers[key] - answers[*key, group] for key in its_keys)
+    for pairs in keys:
+        elsewhere = (answers[key] - answers[its_own] for key, its_own in pairs)
         found = next(filter(None, elsewhere), Counter({"": 1}))
         guesses.append(min(found, key=lambda answer: (-found[answer], answer)))
     return guesses

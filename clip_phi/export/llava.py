@@ -63,6 +63,8 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     for part in (llava.config, llava.config.vision_config, llava.config.text_config):
         part.name_or_path = ""  # a local folder
     llava.save_pretrained(folder)
+    for saved in (processor.image_processor.__dict__, processor.tokenizer.init_kwargs):
+        saved.pop("auto_map", None)  # the remote code that they were loaded with
     LlavaProcessor(
         image_processor=processor.image_processor,
         tokenizer=processor.tokenizer,
@@ -104,7 +106,7 @@ def _refuse_no_row(model: Any, where: str) -> None:
 def _compare(model: Any, read_back: Any, processor: ClipPhiProcessor, folder: Path, what: str) -> dict[str, Any]:
     """Compare an output of two models for a question about a random image."""
     ids = [processor.image_token_id] * processor.num_image_tokens + processor.tokenizer("What is it?")["input_ids"]
-    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": random_pixels(model).to(model.dtype)}
+    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": random_pixels(processor).to(model.dtype)}
     with torch.no_grad():
         difference = (read_back(**inputs)[what] - model(**inputs)[what]).abs().max().item()
     if not difference <= 1e-4:

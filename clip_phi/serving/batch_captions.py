@@ -1,7 +1,6 @@
 """Captions of many images, in a file that a stopped run continues."""
 
 import json
-import os
 import sys
 import time
 from collections import Counter, deque
@@ -14,7 +13,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..batching.images import image_suffixes, load_image
+from ..data.files import replace_file
 from ..data.report import RecordError, plain
+from ..environment import cpu_cores
 from .engine import Completion, Engine, as_prompt
 
 SHOWN = 5  # errors printed on the terminal; all are in the output
@@ -79,7 +80,7 @@ def _captions(engine: Engine, names: Sequence[str], max_new_tokens: int) -> Iter
         return engine.submit(messages, [load_image(name)], max_new_tokens=max_new_tokens)
 
     submitted: deque[tuple[str, Future[Completion]]] = deque()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, cpu_cores())) as pool:
         for place in range(len(names) + ahead):
             if place < len(names):
                 submitted.append((names[place], pool.submit(submit, names[place])))
@@ -101,9 +102,7 @@ def _keep_captions(output: Path) -> set[str]:
                 captions[record["image"]] = line
         except (ValueError, KeyError, TypeError):
             continue
-    rewritten = output.with_name(f".{output.name}.whole")
-    rewritten.write_text("".join(f"{line}\n" for line in captions.values()), encoding="utf-8")
-    rewritten.replace(output)
+    replace_file(output, "".join(f"{line}\n" for line in captions.values()))
     return set(captions)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..data.files import read_json
+from ..data.files import read_json, replace_file
 from ..data.report import NUM_EXAMPLES, RecordError, Report
 from ..data.sample import SPOKEN_INSTRUCTION, File
 from ..data.schema import IMAGE_TOKEN
@@ -145,9 +145,7 @@ def synthesize_questions(
             stats.spoken += 1
             image = f"{IMAGE_TOKEN}\n" if IMAGE_TOKEN in turn["value"] else ""
             turn.update(value=image + SPOKEN_INSTRUCTION, speech=name)
-    part = output.with_suffix(".json.part")
-    part.write_text(json.dumps(records), encoding="utf-8")
-    part.replace(output)
+    replace_file(output, json.dumps(records))
     return stats
 
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,16 +17,15 @@ import yaml
 
 from ..data.files import is_missing_folder
 from ..data.source import DataSource, missing_files, parse_source
+from ..environment import cpu_cores
 
 VISION_BACKBONE = "wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
 TEXT_BACKBONE = "microsoft/phi-2"
 TRACKERS = ("tensorboard", "wandb", "trackio")
 NEWEST = "newest"  # --resume_from_checkpoint without a value
 # options.yaml, beside this module: the groups of --help, in its order, with all options and what is said of each.
-GROUPS: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(
-    Path(__file__).with_name("options.yaml").read_text(encoding="utf-8")
-)
-OPTIONS = {name: about for group in GROUPS.values() for name, about in group.items()}
+GROUPS = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
+OPTIONS: dict[str, dict[str, Any]] = {name: about for group in GROUPS.values() for name, about in group.items()}
 METRICS: dict[str, list[str]] = OPTIONS["metric_for_best_model"]["metrics"]
 BOUNDS: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda value: value >= 1,
@@ -39,6 +39,11 @@ BOUNDS: dict[str, Callable[[float], bool]] = {
 def _list(*texts: str) -> Any:
     """A field with this list as its default."""
     return field(default_factory=lambda: list(texts))
+
+
+def usual_workers() -> int:
+    """One for each CPU core, shared among the launcher's processes of this machine; at most 8."""
+    return max(1, min(8, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 @dataclass
@@ -60,7 +65,7 @@ class TrainingArguments:
     max_eval_images: int = 500
     max_length: int = 2048
     max_bad_fraction: float = 0.01
-    dataloader_num_workers: int = 4
+    dataloader_num_workers: int = field(default_factory=usual_workers)
     image_processing: Literal["exact", "fast"] = "exact"
     cache_features: str | None = None
 
@@ -127,10 +132,8 @@ class TrainingArguments:
         if self.eval_task == "none" and "eval_task_images" in self.given:
             found.append("--eval_task_images has no effect without --eval_task")
         if self.packs and "per_device_train_batch_size" in self.given:
-            found.append(
-                f"--per_device_train_batch_size has no effect with --max_tokens_per_batch {self.max_tokens_per_batch}: "
-                "leave it out, or add --max_tokens_per_batch 0"
-            )
+            what = f"has no effect with --max_tokens_per_batch {self.max_tokens_per_batch}: leave it out, or add"
+            found.append(f"--per_device_train_batch_size {what} --max_tokens_per_batch 0")
         if "tokens_per_optimizer_step" in self.given:
             if "gradient_accumulation_steps" in self.given:
                 found.append("--tokens_per_optimizer_step decides --gradient_accumulation_steps: give one of the two")
