@@ -578,14 +578,14 @@ class Engine(AbstractContextManager["Engine"]):
         wanted = [number for number, request in enumerate(requests) if request.top_logprobs is not None]
         logprobs = dict(zip(wanted, logits[wanted].log_softmax(dim=-1), strict=True)) if wanted else {}
         faults: dict[int, Exception] = {}
-        allowed: dict[int, np.ndarray] = {}
+        bits = np.full((len(requests), -(-logits.shape[1] // 32) * 4), 255, np.uint8)  # all tokens are allowed
         for number, request in enumerate(requests):
             if request.grammar is not None:
                 with _noted(faults, number):
-                    allowed[number] = request.grammar.allowed()[: logits.shape[1]]
-        if allowed:
-            rows, masks = list(allowed), torch.from_numpy(np.stack(list(allowed.values()))).to(logits.device)
-            logits[rows] = logits[rows].masked_fill(~masks, -torch.inf)
+                    request.grammar.fill(bits[number])
+        if any(request.grammar is not None for request in requests):
+            allowed = np.unpackbits(bits, axis=1, count=logits.shape[1], bitorder="little").view(bool)
+            logits = logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
         tokens: list[int | None] = [None] * len(requests)
         try:
             tokens = _choose(logits, requests)
