@@ -171,12 +171,15 @@ def create_app(
     @app.get("/health")
     async def health() -> Response:
         state = {"status": "ok" if engine.alive else "closed", "model": name}
-        numbers = {"running": engine.num_running, "waiting": engine.num_waiting}
-        return JSONResponse(state | numbers, status_code=200 if engine.alive else 503)
+        state |= {"running": engine.num_running, "waiting": engine.num_waiting}
+        return JSONResponse(state, status_code=200 if engine.alive else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return PlainTextResponse(_metrics(engine, statuses), media_type="text/plain; version=0.0.4")
+        times = sorted(engine.first_token_seconds) or [0.0]
+        quantiles = [(q, times[min(len(times) - 1, int(q * len(times)))]) for q in (0.5, 0.9, 0.99)]
+        text = "".join(render("metrics.txt", engine=engine, statuses=sorted(statuses.items()), quantiles=quantiles))
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     @app.exception_handler(ApiError)
     @app.exception_handler(RequestValidationError)
@@ -346,10 +349,3 @@ async def _wait(completions: list[Completion], pieces: asyncio.Queue[tuple[int, 
 def _engine_error(error: BaseException) -> ApiError:
     message = " ".join(str(error).split()) or type(error).__name__
     return ApiError(503 if isinstance(error, EngineClosedError) else 500, message)
-
-
-def _metrics(engine: Engine, statuses: Counter[int]) -> str:
-    """Prometheus text format, version 0.0.4."""
-    times = sorted(engine.first_token_seconds) or [0.0]
-    quantiles = [(q, times[min(len(times) - 1, int(q * len(times)))]) for q in (0.5, 0.9, 0.99)]
-    return "".join(render("metrics.txt", engine=engine, statuses=sorted(statuses.items()), quantiles=quantiles))

@@ -333,7 +333,7 @@ class Engine(AbstractContextManager["Engine"]):
 
     @contextmanager
     def _reserved(self, num_bytes: int) -> Iterator[None]:
-        """Block until other threads leave so many bytes of Limits.decoding_bytes."""
+        """Wait until other threads leave so many bytes of Limits.decoding_bytes."""
         num_bytes = min(num_bytes, self.limits.decoding_bytes)
         with self._freed:
             self._freed.wait_for(lambda: self._free_bytes >= num_bytes)
@@ -528,11 +528,9 @@ class Engine(AbstractContextManager["Engine"]):
     def _features(self, joining: list[_Request]) -> list[list[torch.Tensor]]:
         """Features (patches, text hidden) of each image of each request; new images go through the vision tower."""
         images = [image for request in joining for image in request.images]
-        found = {key: features for key, features, _ in images if features is not None}
-        new: dict[str, Any] = {key: pixels for key, _, pixels in images if key not in found}
-        known = {key: self.images.get(key) for key in new}  # of a request just before
-        found |= {key: features for key, features in known.items() if features is not None}
-        new = {key: pixels for key, pixels in new.items() if key not in found}
+        # An image may have come into the cache since it was read: by a request just before.
+        found: dict[str, Any] = {key: self.images.get(key) if known is None else known for key, known, _ in images}
+        new = {key: pixels for key, _, pixels in images if found[key] is None and pixels is not None}
         self.counts.update(images=len(images), images_encoded=len(new))
         if new:
             pixel_values = torch.stack(list(new.values())).to(self.model.device)
@@ -574,15 +572,13 @@ class Engine(AbstractContextManager["Engine"]):
         return outputs.logits[:, 0].float()
 
     def _take_tokens(self, requests: list[_Request], logits: torch.Tensor) -> None:
-        requests = list(requests)
         wanted = [number for number, request in enumerate(requests) if request.top_logprobs is not None]
         logprobs = dict(zip(wanted, logits[wanted].log_softmax(dim=-1), strict=True)) if wanted else {}
-        faults: dict[int, Exception] = {}
         bits = np.full((len(requests), -(-logits.shape[1] // 32) * 4), 255, np.uint8)  # all tokens are allowed
-        for number, request in enumerate(requests):
+        for row, request in zip(bits, requests, strict=True):
             if request.grammar is not None:
-                with _noted(faults, number):
-                    request.grammar.fill(bits[number])
+                with self._failing_alone(request):
+                    request.grammar.fill(row)
         if any(request.grammar is not None for request in requests):
             allowed = np.unpackbits(bits, axis=1, count=logits.shape[1], bitorder="little").view(bool)
             logits = logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
@@ -591,15 +587,21 @@ class Engine(AbstractContextManager["Engine"]):
             tokens = _choose(logits, requests)
         except Exception:  # of one of them
             for number, request in enumerate(requests):
-                with _noted(faults, number):
+                with self._failing_alone(request):
                     tokens[number] = _choose(logits[number : number + 1], [request])[0]
         for number, (request, token) in enumerate(zip(requests, tokens, strict=True)):
-            if number not in faults:
-                with _noted(faults, number):  # also of its callback or its text
+            if request.length >= 0:
+                with self._failing_alone(request):  # its callback or its text may raise too
                     self._take_token(request, token, logprobs.get(number))
-            if number in faults:  # no other request is concerned
-                self._end(request, None, faults[number])
         self._remove_ended()
+
+    @contextmanager
+    def _failing_alone(self, request: _Request) -> Iterator[None]:
+        """An error ends this request, and no other one."""
+        try:
+            yield
+        except Exception as error:
+            self._end(request, None, error)
 
     def _take_token(self, request: _Request, token: int | None, logprobs: torch.Tensor | None) -> None:
         if token is None:
@@ -689,14 +691,6 @@ def _choose(logits: torch.Tensor, requests: Sequence[_Request]) -> list[int | No
         for number, token in zip(sampled, order.gather(1, drawn).flatten().tolist(), strict=True):
             tokens[number] = token
     return [token if good else None for token, good in zip(tokens, finite, strict=True)]
-
-
-@contextmanager
-def _noted(faults: dict[int, Exception], number: int) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        faults[number] = error
 
 
 def _num_characters(message: dict[str, Any]) -> int:

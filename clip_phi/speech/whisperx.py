@@ -210,9 +210,8 @@ class WhisperXTranscriber:
         if late.is_set():
             raise WorkerError(f"WhisperX did not {what} within {seconds:g} seconds, and was stopped")
         self._errors.seek(0)
-        last_line = self._errors.read().strip().splitlines()[-1:]
-        how = f"killed by signal {-status}" if status is not None and status < 0 else f"exit status {status}"
-        raise _WorkerExited(": ".join([how, *last_line]))
+        how = f"killed by signal {-status}" if (status or 0) < 0 else f"exit status {status}"
+        raise _WorkerExited(": ".join([how, *self._errors.read().strip().splitlines()[-1:]]))
 
     def _stop(self) -> None:
         process, self._process = self._process, None
