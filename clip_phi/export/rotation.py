@@ -106,7 +106,7 @@ class WideTower:
 
     def _nothing(self) -> dict[str, torch.Tensor]:
         """A block that adds nothing."""
-        sizes = {f"attn_{part}": (self.wide, self.wide) for part in ("q", "k", "v", "out")}
+        sizes: dict[str, tuple[int, ...]] = {f"attn_{part}": (self.wide,) * 2 for part in ("q", "k", "v", "out")}
         sizes |= {"ln1": (self.wide,), "ln2": (self.wide,)}
         sizes |= {"ffn_up": (self.hidden, self.wide), "ffn_down": (self.wide, self.hidden)}
         weights = {f"{name}.weight": torch.zeros(size, dtype=torch.double) for name, size in sizes.items()}
