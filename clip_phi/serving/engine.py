@@ -574,12 +574,13 @@ class Engine(AbstractContextManager["Engine"]):
     def _take_tokens(self, requests: list[_Request], logits: torch.Tensor) -> None:
         wanted = [number for number, request in enumerate(requests) if request.top_logprobs is not None]
         logprobs = dict(zip(wanted, logits[wanted].log_softmax(dim=-1), strict=True)) if wanted else {}
-        bits = np.full((len(requests), -(-logits.shape[1] // 32) * 4), 255, np.uint8)  # all tokens are allowed
-        for row, request in zip(bits, requests, strict=True):
+        masks = [b"\xff" * (-(-logits.shape[1] // 32) * 4)] * len(requests)  # all tokens are allowed
+        for number, request in enumerate(requests):
             if request.grammar is not None:
                 with self._failing_alone(request):
-                    request.grammar.fill(row)
+                    masks[number] = request.grammar.allowed()
         if any(request.grammar is not None for request in requests):
+            bits = np.frombuffer(b"".join(masks), np.uint8).reshape(len(requests), -1)
             allowed = np.unpackbits(bits, axis=1, count=logits.shape[1], bitorder="little").view(bool)
             logits = logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
         tokens: list[int | None] = [None] * len(requests)

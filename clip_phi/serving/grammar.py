@@ -93,9 +93,9 @@ class Grammar:
         """Whether the answer may end here."""
         return self.matcher.is_accepting()
 
-    def fill(self, bits: np.ndarray) -> None:
-        """Write a bit for each token, 1 where it may follow: into uint8 (bytes,), contiguous, a multiple of 4 long."""
-        self.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+    def allowed(self) -> bytes:
+        """A bit for each token, the lowest first, 1 where it may follow; their number is rounded up to 32."""
+        return self.matcher.compute_bitmask()
 
     def take(self, token: int, left: int) -> int:
         """Go on with this token, or another one if the answer could not end within `left` tokens, it included.
@@ -155,6 +155,5 @@ class Grammar:
         for mark in '}]"' if is_quote else "}],0123456789":
             if may(mark):
                 return self.marks[mark]
-        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
-        allowed = np.unpackbits(bits, bitorder="little").nonzero()[0]
+        allowed = np.unpackbits(np.frombuffer(self.allowed(), np.uint8), bitorder="little").nonzero()[0]
         return int(allowed[number % len(allowed)])  # each in turn: one of them leads to the end
