@@ -41,6 +41,13 @@ def read_json(path: Path, what: str = "", lists: Sequence[str] = ()) -> Any:
     return content
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a json file. Raises as read_json does."""
+    if not isinstance(content := read_json(path), dict):
+        raise ValueError(f"{path} is not a json object")
+    return content
+
+
 def is_missing_folder(model: str, id_needs_user: bool = True) -> bool:
     """Whether a model's name means a folder that does not exist, and must not be looked for on the Hub: all but
     user/name, where no folder here is called user. id_needs_user: False if it may be at the Hub's root, as gpt2."""
