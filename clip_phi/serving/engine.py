@@ -108,7 +108,7 @@ class Completion:
     first_token_seconds: time from submission to the first token.
     tokens_per_second: rate after the first token."""
 
-    def __init__(self, callback: Callback | None = None):
+    def __init__(self, num_prompt_tokens: int, callback: Callback | None):
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
         self._callback = callback or self._pieces.put
         self._cancelled = False
@@ -117,7 +117,7 @@ class Completion:
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.text = ""
-        self.num_prompt_tokens = self.num_tokens = 0
+        self.num_prompt_tokens, self.num_tokens = num_prompt_tokens, 0
         self.logprobs: list[TokenLogprob] = []
 
     @property
@@ -179,9 +179,8 @@ class Engine(AbstractContextManager["Engine"]):
     equally likely to six digits, in bfloat16 to two or three. Greedy completions are those of transformers' generate;
     sampled ones repeat with their seed. Raises ValueError for a decoder that training refuses too.
 
-    Args:
-        model: a ClipPhiForCausalLM, in eval mode from now on.
-        compiled: torch.compile the step that generates a token for every request; the first requests are slow."""
+    model: a ClipPhiForCausalLM, in eval mode from now on.
+    compiled: torch.compile the step that generates a token for every request; the first requests are slow."""
 
     def __init__(self, model: Any, processor: Any, compiled: bool = False, limits: Limits = Limits()):
         self.model, self.processor, self.limits = model.eval(), processor, limits
@@ -264,7 +263,6 @@ class Engine(AbstractContextManager["Engine"]):
         meaning; QueueFullError; EngineClosedError.
 
         Args:
-            messages: for the processor's chat template.
             images: RGB, or of read_image: one for each {"type": "image"}, in order.
             callbacks: as of submit, one for each completion.
             max_new_tokens: None for Limits.max_new_tokens, or what the context has room for.
@@ -296,13 +294,11 @@ class Engine(AbstractContextManager["Engine"]):
         prepared = [self._prepare(image) if isinstance(image, Image.Image) else image for image in images]
         group = []
         for number, callback in enumerate(callbacks):
-            completion = Completion(callback)
-            completion.num_prompt_tokens = len(ids)
             stream = TextStream(self.processor.tokenizer, stop)
-            sampling = temperature, top_p, random.Random(None if seed is None else seed + number)
+            sampling = temperature, top_p, random.Random(None if seed is None else seed + number), top_logprobs
             rules = grammar and grammar.copy(max_new_tokens)
-            request = _Request(completion, ids, prepared, stream, max_new_tokens, *sampling, top_logprobs, rules)
-            group.append(request)
+            completion = Completion(len(ids), callback)
+            group.append(_Request(completion, ids, prepared, stream, max_new_tokens, *sampling, rules))
         with self._changed:
             self.check_queue()
             queued = sum(_num_bytes(each[0].images) for each in self._waiting)
