@@ -329,7 +329,7 @@ class Engine(AbstractContextManager["Engine"]):
 
     @contextmanager
     def _reserved(self, num_bytes: int) -> Iterator[None]:
-        """Wait until other threads leave so many bytes of Limits.decoding_bytes."""
+        """Block until other threads leave so many bytes of Limits.decoding_bytes."""
         num_bytes = min(num_bytes, self.limits.decoding_bytes)
         with self._freed:
             self._freed.wait_for(lambda: self._free_bytes >= num_bytes)
