@@ -570,11 +570,12 @@ class Engine(AbstractContextManager["Engine"]):
     def _take_tokens(self, requests: list[_Request], logits: torch.Tensor) -> None:
         wanted = [number for number, request in enumerate(requests) if request.top_logprobs is not None]
         logprobs = dict(zip(wanted, logits[wanted].log_softmax(dim=-1), strict=True)) if wanted else {}
-        masks = [b"\xff" * (-(-logits.shape[1] // 32) * 4)] * len(requests)  # all tokens are allowed
+        everything = b"\xff" * -(-logits.shape[1] // 8)  # a bit for each token
+        masks = [everything] * len(requests)
         for number, request in enumerate(requests):
             if request.grammar is not None:
                 with self._failing_alone(request):
-                    masks[number] = request.grammar.allowed()
+                    masks[number] = request.grammar.allowed()[: len(everything)]
         if any(request.grammar is not None for request in requests):
             bits = np.frombuffer(b"".join(masks), np.uint8).reshape(len(requests), -1)
             allowed = np.unpackbits(bits, axis=1, count=logits.shape[1], bitorder="little").view(bool)

@@ -94,7 +94,7 @@ class Grammar:
         return self.matcher.is_accepting()
 
     def allowed(self) -> bytes:
-        """A bit for each token, the lowest first, 1 where it may follow; their number is rounded up to 32."""
+        """A bit for each token, the lowest first, 1 where it may follow; and some more bits."""
         return self.matcher.compute_bitmask()
 
     def take(self, token: int, left: int) -> int:
