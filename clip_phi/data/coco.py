@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .files import MediaFolder, read_json
+from .files import MediaFolder, coco_names, read_json
 from .report import RecordError, Report
 from .sample import File, Sample
 from .schema import read_records
@@ -87,10 +87,27 @@ def read_karpathy_split(annotations: Path, media: MediaFolder, split: str, repor
                 yield origin, {"image": record, "captions": record.get("sentences"), "id": record.get("cocoid")}
 
     def find(record: Any, column: str, what: str) -> Any:
-        names = [f"{record.get('filepath')}/{record.get('filename')}", record.get("filename")]
-        return media.find(*names, *_names_of_2017(record.get("cocoid")))
+        name = record.get("filename")
+        return media.find(f"{record.get('filepath')}/{name}", name, *coco_names(record.get("cocoid")))
 
     yield from read_records(records(), find, report)
+
+
+def read_instances(annotations: Path) -> tuple[list[str], dict[int | str, list[tuple[str, list[float]]]]]:
+    """The categories; and for each image, by its id and by its file's name, the category and bbox of each object.
+
+    annotations: the official json, {"images": [{"id", "file_name"}], "categories": [{"id", "name"}], "annotations":
+    [{"image_id", "category_id", "bbox"}]}. Raises ValueError for another form, or if a category or image is missing."""
+    content = read_json(annotations, "COCO instances file", ("images", "annotations", "categories"))
+    try:
+        categories = {each["id"]: str(each["name"]) for each in content["categories"]}
+        found: dict[int | str, list[tuple[str, list[float]]]] = {each["id"]: [] for each in content["images"]}
+        for each in content["annotations"]:
+            found[each["image_id"]].append((categories[each["category_id"]], each["bbox"]))
+        names = {os.path.basename(each["file_name"]): found[each["id"]] for each in content["images"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{annotations} is not a COCO instances file: an entry lacks or misses {error}") from error
+    return list(categories.values()), found | names
 
 
 def read_vqa(questions: Path, annotations: str | None, media: MediaFolder, report: Report) -> Iterator[Sample]:
@@ -121,7 +138,7 @@ def read_vqa(questions: Path, annotations: str | None, media: MediaFolder, repor
 
     def find(image_id: int, column: str, what: str) -> Any:
         name = f"COCO_{subtype}_{image_id:012d}.jpg"
-        return media.find(f"{subtype}/{name}", name, f"{image_id:012d}.jpg", *_names_of_2017(image_id))
+        return media.find(f"{subtype}/{name}", name, *coco_names(image_id))
 
     yield from read_records(records(), find, report)
 
@@ -134,8 +151,3 @@ def _entries(path: Path, content: dict[str, Any], key: str) -> Iterator[tuple[st
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, int | str) and not isinstance(value, bool)  # True would be 1
-
-
-def _names_of_2017(image_id: Any) -> list[str]:
-    """Where an image of COCO 2014 is in the folders of 2017: the same images, divided otherwise."""
-    return [f"{folder}/{image_id:012d}.jpg" for folder in ("train2017", "val2017")] if isinstance(image_id, int) else []
