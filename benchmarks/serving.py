@@ -4,8 +4,7 @@
 
 Part 1 runs in this process. 16 threads request short captions of drawn scenes, each of a new image; transformers'
 generate writes the same captions one by one, with the same weights. The texts are compared. The figures are the least
-CPU time of several alternating runs on one thread. schema_cost is the CPU time of 16 answers in a JSON schema, relative
-to as many tokens of 16 answers without one.
+CPU time of several alternating runs on one thread.
 
 Part 2 starts a `clip-phi serve` and sends requests of many sizes from --clients for --seconds. With --hostile, one
 client in ten disconnects early, one request in ten is malformed, and one in fifty is an attack: megabytes of text,
@@ -42,7 +41,7 @@ from PIL import Image
 from clip_phi.batching.images import FORMATS
 from clip_phi.data.synthetic import draw_scene, sample_scene
 from clip_phi.evaluation.generate import generate_texts
-from clip_phi.serving.engine import Engine, Limits, as_prompt
+from clip_phi.serving.engine import Engine, as_prompt
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 DEMO = Path("outputs/demo/model")
@@ -99,7 +98,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or (str(DEMO) if DEMO.is_dir() else _untrained(folder))
         result = race(model, options.requests, options.concurrent, options.new_tokens, options.repeats)
-        result |= {"schema_cost": schema_cost(model, 8 * options.new_tokens, options.repeats)}
         result |= load(model, options.clients, options.seconds, options.hostile)
     for name, value in result.items():
         print(f"{name:24} {value:.4g}" if isinstance(value, int | float) else f"{name:24} {value}")
@@ -184,24 +182,6 @@ def _alone(engine: Engine, instruction: str | None, image: Image.Image, new_toke
     answer = engine.submit(*as_prompt(instruction, image), max_new_tokens=new_tokens)
     answer.result()
     return answer.first_token_seconds or 0.0
-
-
-def schema_cost(model: str, new_tokens: int, repeats: int) -> float:
-    """CPU time of answers in a schema, relative to answers without one of the same length."""
-    thing = {"color": {"enum": ["red", "blue", "green"]}, "name": {"type": "string"}, "count": {"type": "integer"}}
-    item = {"type": "object", "properties": thing, "required": list(thing), "additionalProperties": False}
-    with Engine.from_pretrained(model, "cpu", limits=Limits(max_batch=16)) as engine:
-        engine.ends = set()  # all answers have new_tokens
-        grammar = engine.grammars.compile(schema={"type": "array", "items": item, "minItems": 100})
-        seconds: dict[bool, list[float]] = {False: [], True: []}
-        for in_schema in [False, True] * (repeats + 1):
-            started = time.process_time()
-            options: Any = {"max_new_tokens": new_tokens, "grammar": grammar if in_schema else None}
-            answers = [engine.submit(*as_prompt(f"What is thing {n}?", None), **options) for n in range(16)]
-            for answer in answers:
-                answer.result()
-            seconds[in_schema].append(time.process_time() - started)
-    return min(seconds[True][1:]) / min(seconds[False][1:])
 
 
 def random_schema(choose: random.Random, depth: int = 0) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     for part in (llava.config, llava.config.vision_config, llava.config.text_config):
         part.name_or_path = ""  # a local folder
     llava.save_pretrained(folder)
+    for saved in (processor.image_processor.__dict__, processor.tokenizer.init_kwargs):
+        saved.pop("auto_map", None)  # the remote code that they were loaded with
     same = ("image_processor", "tokenizer", "image_token", "chat_template")
     options = {name: getattr(processor, name) for name in same} | {"vision_feature_select_strategy": strategy}
     options |= {"patch_size": config.vision_config.patch_size, "num_additional_image_tokens": extra}  # CLS
@@ -95,7 +97,7 @@ def _refuse_no_row(model: Any, where: str) -> None:
 def _compare(model: Any, read_back: Any, processor: ClipPhiProcessor, folder: Path, what: str) -> dict[str, Any]:
     """Compare an output of two models for a question about a random image."""
     ids = [processor.image_token_id] * processor.num_image_tokens + processor.tokenizer("What is it?")["input_ids"]
-    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": random_pixels(model).to(model.dtype)}
+    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": random_pixels(processor).to(model.dtype)}
     with torch.no_grad():
         difference = (read_back(**inputs)[what] - model(**inputs)[what]).abs().max().item()
     if not difference <= 1e-4:
