@@ -78,6 +78,13 @@ def assess(likelihoods: np.ndarray, gains: np.ndarray, right: np.ndarray, digest
     return found
 
 
+def describe(found: dict[str, Any]) -> str:
+    """Engine.confidence in one line, for people."""
+    gain = "" if found["gain"] is None else f", {found['gain']:+.2f} by the image"
+    confidence = "not calibrated" if found["confidence"] is None else f"confidence {found['confidence']:.2f}"
+    return f"likelihood {found['likelihood']:.2g}{gain}; {confidence}"
+
+
 def save_scaling(folder: Path, model: Any, result: dict[str, Any]) -> None:
     """Keep the scaling of a result's likelihoods beside the weights, where load_scaling finds it."""
     if not (found := result.get("confidence")):
