@@ -95,7 +95,8 @@ def save_scaling(folder: Path, model: Any, result: dict[str, Any]) -> None:
 
 def load_scaling(model: str, weights: Any) -> dict[str, float] | None:
     """The slope and bias kept with a model, a folder or Hub id; None without them, or if they are of other weights."""
-    path = cached_file(model, FILE, _raise_exceptions_for_missing_entries=False)
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    path = cached_file(model, FILE, **quiet)
     found = {} if path is None else read_json(Path(path))
     return {name: found[name] for name in ("slope", "bias")} if found.get("weights") == _weights_hash(weights) else None
 
