@@ -23,7 +23,7 @@ from .onnx import FEATURES, TOLERANCE, image_features, write_graph
 
 DTYPES = {"float32": "fp32", "int8": "int8", "int4": "q4"}  # as transformers.js calls them
 BYTES = {"float32": 4.0, "int8": 1.2, "int4": 0.7}  # of a weight, with the scales of blocks of 32
-MAX_BYTES, MAX_ROUNDING = 2e9, 0.2  # of a file in a browser; of the logits, relative to their range
+MAX_BYTES, MAX_ROUNDING = 2e9, 0.2  # of a model in a browser; of the logits, relative to their range
 PACKAGES = ["@huggingface/transformers/dist/transformers.min.js"]
 PACKAGES += [f"onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.{end}" for end in ("mjs", "wasm")]
 PROCESSORS = ("CLIPImageProcessor", "SiglipImageProcessor", "ViTImageProcessor", "BitImageProcessor")  # as the page's
@@ -80,11 +80,8 @@ def _refuse_unsupported(model: Any, processor: Any, dtype: str, libraries: list[
         raise ValueError(f"the page prepares images as {', '.join(PROCESSORS)} do, not as {kind}")
     if getattr(config, "sliding_window", None):
         raise ValueError("the decoder has sliding windows, and the cache of the graph has none")
-    embedding = model.get_input_embeddings().weight
-    decoder = {*model.model.language_model.parameters(), *model.lm_head.parameters()} - {embedding}
-    count = max(sum(each.numel() for each in decoder | {model.lm_head.weight}), embedding.numel())
-    if (size := count * BYTES[dtype]) > MAX_BYTES:
-        raise ValueError(f"the weights would be a file of {size / 1e9:.1f} GB, and a browser loads 2: see --dtype")
+    if (size := model.num_parameters() * BYTES[dtype]) > MAX_BYTES:
+        raise ValueError(f"the model would take {size / 1e9:.1f} GB, and a browser loads 2: see --dtype")
     cache = DynamicCache()
     with torch.no_grad():
         model(input_ids=torch.zeros(2, 3, dtype=torch.long), past_key_values=cache, use_cache=True)
