@@ -7,6 +7,7 @@ cache, and then each token with the cache of those before it."""
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,12 @@ def _refuse_unsupported(model: Any, processor: Any, dtype: str, libraries: list[
     if (size := model.num_parameters() * BYTES[dtype]) > MAX_BYTES:
         raise ValueError(f"the model would take {size / 1e9:.1f} GB, and a browser loads 2: see --dtype")
     cache = DynamicCache()
-    with torch.no_grad():
+    with torch.no_grad(), suppress(Exception):  # decoders with other caches fail in their own ways
         model(input_ids=torch.zeros(2, 3, dtype=torch.long), past_key_values=cache, use_cache=True)
     past = [part for layer in cache.layers for part in (layer.keys, layer.values)]
-    if len(past) != 2 * config.num_hidden_layers or any(part.dim() != 4 or part.shape[2] != 3 for part in past):
+    if len(past) != 2 * config.num_hidden_layers or any(
+        getattr(part, "ndim", 0) != 4 or part.shape[2] != 3 for part in past
+    ):
         raise ValueError(f"the cache of a {config.model_type} decoder is not one of keys and values in each layer")
     return past
 
