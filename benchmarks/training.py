@@ -50,7 +50,7 @@ from clip_phi.batching.attention import PACKED_ATTENTION
 from clip_phi.batching.encode import Encoded
 from clip_phi.batching.packing import SharedPrefixSample, build_shared_prefix, pack_samples
 from clip_phi.batching.sampler import plan_packs
-from clip_phi.training.arguments import STAGES, Stage1Arguments
+from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
 from clip_phi.training.model import make_trainable
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
@@ -670,7 +670,7 @@ def run_profile(size: Size, images: int, log_mean: float) -> dict[str, Any]:
     matrix = torch.randn(2048, 2048)
     for stage, work in ((1, caption_work(images)), (2, conversation_work(images, log_mean))):
         models = make_models(size, lora_r=0)
-        arguments = STAGES[stage](stage=stage, **({"lora_r": LORA_R} if stage == 2 else {}))
+        arguments = Stage1Arguments(stage=1) if stage == 1 else Stage2Arguments(stage=2, lora_r=LORA_R)
         make_trainable(models.ours, arguments, torch.device("cpu"), torch.float32)
         trained = [parameter for parameter in models.ours.parameters() if parameter.requires_grad]
         contender = make_ours(models, work)
