@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..batching.images import load_beside
-from ..data.report import Report, plain
+from ..data.sample import Report, plain
 from ..data.source import parse_files
 from ..environment import describe_environment
 from ..hub.card import portable
@@ -19,6 +19,7 @@ from . import caption_metrics
 from .answers import Decoding, Processes
 from .chair import ChairScorer, add_chair
 from .clip_score import ClipScorer, local_clip
+from .confidence import save_scaling
 from .evaluate import EvalResult, evaluate_answers, evaluate_loss
 from .report import format_result, model_sha256, write
 from .tasks import OFFICIAL, EvalSet, make_eval_set, read_samples
@@ -60,6 +61,9 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
         log(f"{report.num_skipped:,} of {report.records:,} records are skipped:\n{report.table()}")
     if options.objects and options.task != "captions":
         raise ValueError(f"--objects requires --task captions, not {options.task}")
+    is_answered = options.task not in ("captions", "loss")
+    if options.calibrate and not (is_answered and Path(options.model).is_dir()):
+        raise ValueError("--calibrate requires --task vqa, pope or exact, and a model in a folder")
     paths = [path for source in sources if (path := Path(source.path)).name.startswith("captions_")]
     beside = [path.with_name(f"instances_{path.name.removeprefix('captions_')}") for path in paths]
     objects = options.objects or (beside[0] if len(sources) == len(beside) == 1 and beside[0].is_file() else None)
@@ -74,7 +78,8 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
         evaluation = evaluate_loss(model, processor, samples, eval_set, decoding, processes=processes)
     else:
         saved: dict[str, Any] = {"folder": output / f"{options.task}.answers", "model_hash": sha256}
-        evaluation = evaluate_answers(model, processor, eval_set, decoding, processes=processes, **saved)
+        saved |= {"processes": processes, "confidence": is_answered}
+        evaluation = evaluate_answers(model, processor, eval_set, decoding, **saved)
     if state.is_main_process:
         if options.task == "captions" and eval_set.items:
             add_caption_metrics(evaluation, eval_set, model, options.clip, options.meteor, chair_scorer, log)
@@ -87,6 +92,8 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
             # variables hold folders of this machine
             "environment": {name: value for name, value in describe_environment().items() if name != "variables"},
         }
+        if options.calibrate:
+            save_scaling(Path(options.model), model, result)
         written = write(evaluation, eval_set, output, Path(options.output) if options.output else None)
         print(json.dumps(result) if options.json else plain(format_result(result)))
         log(f"written: {', '.join(map(str, written))}")

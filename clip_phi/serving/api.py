@@ -6,7 +6,6 @@ A request contains its images and recordings as data; nothing is fetched. GET /h
 
 import asyncio
 import binascii
-import functools
 import json
 import re
 import time
@@ -16,10 +15,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from ..data.report import RecordError
+from ..data.sample import RecordError
 from ..templates import render
 from .chat_schema import AudioPart, ChatRequest, ImagePart, TextPart, parse_request
 from .detokenizer import token_bytes
@@ -58,6 +58,7 @@ class ErrorBody(BaseModel):
 def create_app(
     engine: Engine, name: str, *, api_key: str | None = None, limits: ApiLimits = ApiLimits(),
     transcribe: Callable[[bytes], str] | None = None, hosts: Sequence[str] = (), origins: Sequence[str] = (),
+    abstain_below: float | None = None,
 ) -> FastAPI:  # fmt: skip
     """The application that uvicorn runs; the engine stays open when it ends.
 
@@ -66,6 +67,7 @@ def create_app(
         api_key: bearer token that every request under /v1 needs.
         transcribe: text of an audio file's bytes; raises ValueError for bytes that are none, ImportError if a package
             is missing. None: input_audio is refused.
+        abstain_below: confidence below which an answer becomes ABSTENTION, unless the request gives its form.
         hosts: names of this server that a Host header may have, see Gate.
         origins: of web pages that may send requests (CORS), for example http://localhost:5173, or "*"."""
     statuses: Counter[int] = Counter()
@@ -75,9 +77,10 @@ def create_app(
     decoders = ThreadPoolExecutor(DECODERS, "clip-phi images")
     listener = ThreadPoolExecutor(1, "clip-phi speech")
 
-    def check_model(model: str) -> None:
+    def check_model(model: str) -> dict[str, Any]:
         if model != name:
             raise ApiError(404, f"there is no model {model!r} here, only {name!r}", code="model_not_found")
+        return about
 
     # Without its documentation page, which loads scripts from the web, and without redirects
     app = FastAPI(title="Clip-Phi", docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -95,8 +98,10 @@ def create_app(
             return {"type": "text", "text": part.text}
         in_thread = asyncio.get_running_loop().run_in_executor
         if isinstance(part, AudioPart):
-            text = await in_thread(listener, _transcript, part.input_audio.data, transcribe)
-            return {"type": "transcript", "text": text}
+            if transcribe is None:
+                raise ImportError("this server has no speech recognition: start it with --speech_model")
+            data = part.input_audio.data
+            return {"type": "transcript", "text": await in_thread(listener, lambda: transcribe(_from_base64(data)))}
         if len(images) == limits.max_images:
             raise ValueError(f"more than {limits.max_images} images")
         images.append(await in_thread(decoders, _image, part.image_url.url, engine, limits.max_pixels))
@@ -140,7 +145,9 @@ def create_app(
 
         try:
             body, messages, images = await read_request(request)
-            callbacks = [functools.partial(put, number) for number in range(body.n)]
+            below = None if body.grammars() else abstain_below
+            body.confidence = body.confidence or below is not None
+            callbacks = [partial(put, number) for number in range(body.n)]
             completions = await run_in_threadpool(_submit, engine, body, messages, images, callbacks, limits)
         except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full", Retry_After=str(error.retry_after)) from error
@@ -150,14 +157,15 @@ def create_app(
             raise ApiError(501, str(error), code="part_missing") from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        answer = _Answer(completions, body, name, engine.processor.tokenizer)
+        judged: Any = {"messages": engine.add_default_instructions(messages), "abstain_below": below}
+        answer = _Answer(completions, body, name, engine.processor.tokenizer, partial(engine.confidence, **judged))
         if body.stream:
             return StreamingResponse(answer.events(pieces), media_type="text/event-stream")
         await _wait(completions, pieces, request)
         for completion in completions:
             if completion.error is not None:
                 raise _engine_error(completion.error)
-        return JSONResponse(answer.whole())
+        return JSONResponse(await run_in_threadpool(answer.whole))
 
     @app.get("/v1/models", responses=errors)
     async def models() -> dict[str, Any]:
@@ -165,18 +173,20 @@ def create_app(
 
     @app.get("/v1/models/{model:path}", responses=errors)
     async def model(model: str) -> dict[str, Any]:
-        check_model(model)
-        return about
+        return check_model(model)
 
     @app.get("/health")
     async def health() -> Response:
-        state = {"status": "ok" if engine.alive else "closed", "model": name}
-        numbers = {"running": engine.num_running, "waiting": engine.num_waiting}
-        return JSONResponse(state | numbers, status_code=200 if engine.alive else 503)
+        state: dict[str, Any] = {"status": "ok" if engine.alive else "closed", "model": name}
+        state |= {"running": engine.num_running, "waiting": engine.num_waiting}
+        return JSONResponse(state, status_code=200 if engine.alive else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return PlainTextResponse(_metrics(engine, statuses), media_type="text/plain; version=0.0.4")
+        times = sorted(engine.first_token_seconds) or [0.0]
+        quantiles = [(q, times[min(len(times) - 1, int(q * len(times)))]) for q in (0.5, 0.9, 0.99)]
+        text = "".join(render("metrics.txt", engine=engine, statuses=sorted(statuses.items()), quantiles=quantiles))
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     @app.exception_handler(ApiError)
     @app.exception_handler(RequestValidationError)
@@ -220,7 +230,7 @@ def _submit(
     max_tokens = None if asked is None else limits.max_tokens if asked < 0 else min(asked, limits.max_tokens)
     options: dict[str, Any] = {"seed": body.seed, "stop": body.stop, "grammar": grammar, "cut": True}
     options |= {"temperature": body.temperature or 0.0, "top_p": body.top_p or 1.0, "max_new_tokens": max_tokens}
-    options["top_logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
+    options["top_logprobs"] = (body.top_logprobs or 0) if body.logprobs or body.confidence else None
     return engine.submit_many(engine.add_default_instructions(messages), images, callbacks, **options)
 
 
@@ -231,12 +241,6 @@ def _image(url: str, engine: Engine, max_pixels: int) -> PreparedImage:
         return engine.read_image(_from_base64(url[found.end() :]), max_pixels)
     except RecordError as error:
         raise ValueError(str(error)) from error
-
-
-def _transcript(data: str, transcribe: Callable[[bytes], str] | None) -> str:
-    if transcribe is None:
-        raise ImportError("this server has no speech recognition: start it with --speech_model")
-    return transcribe(_from_base64(data))
 
 
 def _from_base64(text: str) -> bytes:
@@ -260,16 +264,18 @@ def _from_base64(text: str) -> bytes:
 class _Answer:
     """The completions of one request in OpenAI's format, whole or as server-sent events."""
 
-    def __init__(self, completions: list[Completion], body: ChatRequest, name: str, tokenizer: Any):
-        self.completions, self.body, self.tokenizer = completions, body, tokenizer
+    def __init__(self, completions: list[Completion], body: ChatRequest, name: str, tokenizer: Any, judge: partial):
+        """judge: Engine.confidence; with abstain_below no text is sent before it is known."""
+        self.completions, self.body, self.tokenizer, self.judge = completions, body, tokenizer, judge
         self.common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         self.num_sent = [0] * len(completions)  # log-probabilities
 
     def whole(self) -> dict[str, Any]:
         choices = []
         for number, done in enumerate(self.completions):
+            more = self._confidence(done)
             message = {"role": "assistant", "content": done.text, "refusal": None}
-            choices.append(self._choice(number, done.finish_reason, message=message))
+            choices.append(self._choice(number, done.finish_reason, message=message, **more))
         return self.common | {"object": "chat.completion", "choices": choices} | self._usage()
 
     async def events(self, pieces: asyncio.Queue[tuple[int, str | None]]) -> AsyncIterator[str]:
@@ -277,18 +283,21 @@ class _Answer:
         try:
             for number in range(len(self.completions)):
                 yield self._event(self._choice(number, None, delta={"role": "assistant", "content": ""}))
-            running = len(self.completions)
+            running, withheld = len(self.completions), self.judge.keywords["abstain_below"] is not None
             while running:
                 number, piece = await pieces.get()
                 done = self.completions[number]
                 if piece is not None:
-                    yield self._event(self._choice(number, None, delta={"content": piece}))
+                    if not withheld:
+                        yield self._event(self._choice(number, None, delta={"content": piece}))
                 elif done.error is not None:
                     yield _event(_engine_error(done.error).body)
                     return
                 else:
                     running -= 1
-                    yield self._event(self._choice(number, done.finish_reason, delta={}))
+                    more = await run_in_threadpool(self._confidence, done)
+                    delta = {"content": done.text} if withheld else {}
+                    yield self._event(self._choice(number, done.finish_reason, delta=delta, **more))
             if self.body.stream_options.include_usage:
                 yield self._event(**self._usage())
             yield "data: [DONE]\n\n"
@@ -305,6 +314,9 @@ class _Answer:
             logprobs = {"content": [self._logprob(each) for each in new], "refusal": None}
         return {"index": number, "logprobs": logprobs, "finish_reason": finish_reason} | content
 
+    def _confidence(self, done: Completion) -> dict[str, Any]:
+        return {"confidence": self.judge(done)} if self.body.confidence else {}
+
     def _logprob(self, found: TokenLogprob) -> dict[str, Any]:
         top = [self._token(token) | {"logprob": logprob} for token, logprob in found.top]
         return self._token(found.token) | {"logprob": found.logprob, "top_logprobs": top}
@@ -316,8 +328,8 @@ class _Answer:
     def _usage(self) -> dict[str, Any]:
         """OpenAI's usage, and timings, which OpenAI does not have."""
         first = self.completions[0]
-        usage = {"prompt_tokens": first.num_prompt_tokens}
-        usage["completion_tokens"] = sum(completion.num_tokens for completion in self.completions)
+        tokens = sum(completion.num_tokens for completion in self.completions)
+        usage = {"prompt_tokens": first.num_prompt_tokens, "completion_tokens": tokens}
         timings = {"first_token_seconds": first.first_token_seconds, "tokens_per_second": first.tokens_per_second}
         return {"usage": usage | {"total_tokens": sum(usage.values())}, "timings": timings}
 
@@ -346,10 +358,3 @@ async def _wait(completions: list[Completion], pieces: asyncio.Queue[tuple[int, 
 def _engine_error(error: BaseException) -> ApiError:
     message = " ".join(str(error).split()) or type(error).__name__
     return ApiError(503 if isinstance(error, EngineClosedError) else 500, message)
-
-
-def _metrics(engine: Engine, statuses: Counter[int]) -> str:
-    """Prometheus text format, version 0.0.4."""
-    times = sorted(engine.first_token_seconds) or [0.0]
-    quantiles = [(q, times[min(len(times) - 1, int(q * len(times)))]) for q in (0.5, 0.9, 0.99)]
-    return "".join(render("metrics.txt", engine=engine, statuses=sorted(statuses.items()), quantiles=quantiles))

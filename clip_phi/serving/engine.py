@@ -31,7 +31,8 @@ from ..batching.attention import context_length, refuse_other_attention
 from ..batching.images import MAX_PIXELS, Preprocessor, load_image, pixel_hash, read_header
 from ..data.sample import SPOKEN_INSTRUCTION, user_message
 from ..environment import quantization_config
-from ..evaluation.generate import end_tokens, refuse_too_long
+from ..evaluation.confidence import ABSTENTION, load_scaling, logit, scale
+from ..evaluation.generate import answer_logprobs, end_tokens, refuse_too_long
 from ..hub.retry import load_with_retries
 from .detokenizer import TextStream
 from .grammar import Grammar, Grammars
@@ -104,11 +105,11 @@ class Completion:
     finish_reason: "stop" (end token or stop string), "length" or "cancelled"; None until then.
     num_prompt_tokens: tokens of the prompt, images included.
     num_tokens: generated tokens, the end token included.
-    logprobs: of each generated token but the end token, if they were asked for.
+    logprobs: of each generated token but the end token, if they were asked for. logprob: of all, the end token too.
     first_token_seconds: time from submission to the first token.
     tokens_per_second: rate after the first token."""
 
-    def __init__(self, callback: Callback | None = None):
+    def __init__(self, num_prompt_tokens: int, callback: Callback | None):
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
         self._callback = callback or self._pieces.put
         self._cancelled = False
@@ -117,8 +118,9 @@ class Completion:
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.text = ""
-        self.num_prompt_tokens = self.num_tokens = 0
+        self.num_prompt_tokens, self.num_tokens = num_prompt_tokens, 0
         self.logprobs: list[TokenLogprob] = []
+        self.logprob = 0.0
 
     @property
     def first_token_seconds(self) -> float | None:
@@ -179,12 +181,12 @@ class Engine(AbstractContextManager["Engine"]):
     equally likely to six digits, in bfloat16 to two or three. Greedy completions are those of transformers' generate;
     sampled ones repeat with their seed. Raises ValueError for a decoder that training refuses too.
 
-    Args:
-        model: a ClipPhiForCausalLM, in eval mode from now on.
-        compiled: torch.compile the step that generates a token for every request; the first requests are slow."""
+    model: a ClipPhiForCausalLM, in eval mode from now on.
+    compiled: torch.compile the step that generates a token for every request; the first requests are slow."""
 
     def __init__(self, model: Any, processor: Any, compiled: bool = False, limits: Limits = Limits()):
         self.model, self.processor, self.limits = model.eval(), processor, limits
+        self.scaling: dict[str, float] | None = None  # of likelihoods to confidences
         refuse_other_attention(model)
         config = model.config.get_text_config()
         self.context: int = context_length(model.config) or 2048
@@ -241,7 +243,9 @@ class Engine(AbstractContextManager["Engine"]):
         model = load_with_retries(ClipPhiForCausalLM.from_pretrained, path, **options)
         if not has_bitsandbytes:
             (fold_lora if quantization is None else quantize_decoder)(model.to(place))
-        return cls(model, load_with_retries(ClipPhiProcessor.from_pretrained, path), compiled, limits)
+        engine = cls(model, load_with_retries(ClipPhiProcessor.from_pretrained, path), compiled, limits)
+        engine.scaling = load_scaling(path, model)
+        return engine
 
     def submit(
         self, messages: Messages, images: Sequence[Image.Image | PreparedImage] = (), *,
@@ -264,7 +268,6 @@ class Engine(AbstractContextManager["Engine"]):
         meaning; QueueFullError; EngineClosedError.
 
         Args:
-            messages: for the processor's chat template.
             images: RGB, or of read_image: one for each {"type": "image"}, in order.
             callbacks: as of submit, one for each completion.
             max_new_tokens: None for Limits.max_new_tokens, or what the context has room for.
@@ -296,13 +299,11 @@ class Engine(AbstractContextManager["Engine"]):
         prepared = [self._prepare(image) if isinstance(image, Image.Image) else image for image in images]
         group = []
         for number, callback in enumerate(callbacks):
-            completion = Completion(callback)
-            completion.num_prompt_tokens = len(ids)
             stream = TextStream(self.processor.tokenizer, stop)
-            sampling = temperature, top_p, random.Random(None if seed is None else seed + number)
+            sampling = temperature, top_p, random.Random(None if seed is None else seed + number), top_logprobs
             rules = grammar and grammar.copy(max_new_tokens)
-            request = _Request(completion, ids, prepared, stream, max_new_tokens, *sampling, top_logprobs, rules)
-            group.append(request)
+            completion = Completion(len(ids), callback)
+            group.append(_Request(completion, ids, prepared, stream, max_new_tokens, *sampling, rules))
         with self._changed:
             self.check_queue()
             queued = sum(_num_bytes(each[0].images) for each in self._waiting)
@@ -359,6 +360,26 @@ class Engine(AbstractContextManager["Engine"]):
     def caption(self, image: Image.Image, max_new_tokens: int = 64) -> Iterator[str]:
         """The caption, with the instruction that the model was trained on."""
         return self.stream(self.model.config.caption_instruction, image, max_new_tokens)
+
+    def confidence(
+        self, completion: Completion, messages: Messages, abstain_below: float | None = None
+    ) -> dict[str, Any]:
+        """How sure a whole completion is that was submitted with top_logprobs; for json, see evaluation/confidence.py.
+
+        gain is None without an image, confidence where the model has no scaling. If the confidence, or else the
+        likelihood, is below `abstain_below`, the completion has abstained: its text becomes ABSTENTION."""
+        likelihood, gain = math.exp(completion.logprob), None
+        contents: list[Any] = [message["content"] for message in messages]
+        texts = [each if isinstance(each, str) else [i for i in each if i["type"] != "image"] for each in contents]
+        if texts != contents:
+            blind = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
+            with self._encoding:
+                (logprob,) = answer_logprobs(self.model, self.processor, [(blind, None)], [completion.text])
+            gain = likelihood - math.exp(logprob)
+        confidence = None if self.scaling is None else float(scale(logit(likelihood), **self.scaling))
+        abstained = (likelihood if confidence is None else confidence) < (abstain_below or 0)
+        completion.text = ABSTENTION if abstained else completion.text
+        return {"likelihood": likelihood, "gain": gain, "confidence": confidence, "abstained": abstained}
 
     def add_default_instructions(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages; a user's turn without text gets the instruction that the model was trained on.
@@ -528,11 +549,9 @@ class Engine(AbstractContextManager["Engine"]):
     def _features(self, joining: list[_Request]) -> list[list[torch.Tensor]]:
         """Features (patches, text hidden) of each image of each request; new images go through the vision tower."""
         images = [image for request in joining for image in request.images]
-        found = {key: features for key, features, _ in images if features is not None}
-        new: dict[str, Any] = {key: pixels for key, _, pixels in images if key not in found}
-        known = {key: self.images.get(key) for key in new}  # of a request just before
-        found |= {key: features for key, features in known.items() if features is not None}
-        new = {key: pixels for key, pixels in new.items() if key not in found}
+        # An image may have come into the cache since it was read: by a request just before.
+        found: dict[str, Any] = {key: self.images.get(key) if known is None else known for key, known, _ in images}
+        new = {key: pixels for key, _, pixels in images if found[key] is None and pixels is not None}
         self.counts.update(images=len(images), images_encoded=len(new))
         if new:
             pixel_values = torch.stack(list(new.values())).to(self.model.device)
@@ -574,32 +593,38 @@ class Engine(AbstractContextManager["Engine"]):
         return outputs.logits[:, 0].float()
 
     def _take_tokens(self, requests: list[_Request], logits: torch.Tensor) -> None:
-        requests = list(requests)
         wanted = [number for number, request in enumerate(requests) if request.top_logprobs is not None]
         logprobs = dict(zip(wanted, logits[wanted].log_softmax(dim=-1), strict=True)) if wanted else {}
-        faults: dict[int, Exception] = {}
-        allowed: dict[int, np.ndarray] = {}
+        everything = b"\xff" * -(-logits.shape[1] // 8)  # a bit for each token
+        masks = [everything] * len(requests)
         for number, request in enumerate(requests):
             if request.grammar is not None:
-                with _noted(faults, number):
-                    allowed[number] = request.grammar.allowed()[: logits.shape[1]]
-        if allowed:
-            rows, masks = list(allowed), torch.from_numpy(np.stack(list(allowed.values()))).to(logits.device)
-            logits[rows] = logits[rows].masked_fill(~masks, -torch.inf)
+                with self._failing_alone(request):
+                    masks[number] = request.grammar.allowed()[: len(everything)]
+        if any(request.grammar is not None for request in requests):
+            bits = np.frombuffer(b"".join(masks), np.uint8).reshape(len(requests), -1)
+            allowed = np.unpackbits(bits, axis=1, count=logits.shape[1], bitorder="little").view(bool)
+            logits = logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
         tokens: list[int | None] = [None] * len(requests)
         try:
             tokens = _choose(logits, requests)
         except Exception:  # of one of them
             for number, request in enumerate(requests):
-                with _noted(faults, number):
+                with self._failing_alone(request):
                     tokens[number] = _choose(logits[number : number + 1], [request])[0]
         for number, (request, token) in enumerate(zip(requests, tokens, strict=True)):
-            if number not in faults:
-                with _noted(faults, number):  # also of its callback or its text
+            if request.length >= 0:
+                with self._failing_alone(request):  # its callback or its text may raise too
                     self._take_token(request, token, logprobs.get(number))
-            if number in faults:  # no other request is concerned
-                self._end(request, None, faults[number])
         self._remove_ended()
+
+    @contextmanager
+    def _failing_alone(self, request: _Request) -> Iterator[None]:
+        """An error ends this request, and no other one."""
+        try:
+            yield
+        except Exception as error:
+            self._end(request, None, error)
 
     def _take_token(self, request: _Request, token: int | None, logprobs: torch.Tensor | None) -> None:
         if token is None:
@@ -610,6 +635,7 @@ class Engine(AbstractContextManager["Engine"]):
         request.last = token
         completion.num_tokens += 1
         self.counts["tokens"] += 1
+        completion.logprob += 0.0 if logprobs is None else float(logprobs[token])
         completion._last = time.perf_counter()
         if completion.num_tokens == 1:
             completion._first = completion._last
@@ -689,14 +715,6 @@ def _choose(logits: torch.Tensor, requests: Sequence[_Request]) -> list[int | No
         for number, token in zip(sampled, order.gather(1, drawn).flatten().tolist(), strict=True):
             tokens[number] = token
     return [token if good else None for token, good in zip(tokens, finite, strict=True)]
-
-
-@contextmanager
-def _noted(faults: dict[int, Exception], number: int) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        faults[number] = error
 
 
 def _num_characters(message: dict[str, Any]) -> int:
