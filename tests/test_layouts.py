@@ -14,8 +14,7 @@ from PIL import Image
 from clip_phi.batching.index import load_index
 from clip_phi.cli import main
 from clip_phi.data.hf_dataset import stream_table
-from clip_phi.data.report import Report
-from clip_phi.data.sample import Turn
+from clip_phi.data.sample import Report, Turn
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.evaluation.report import format_comparison
@@ -521,7 +520,7 @@ def test_the_better_of_two_answers_is_learnt_and_the_worse_one_kept_beside_it(im
         ),
         (A | {"prompt": "Q?", "completions": ["x", "y"]}, "completions without responses and ratings"),
         (A | {"prompt": "Q?", "completions": [rated("1", response="x"), rated("2")]}, "completions without responses"),
-        (A | {"prompt": "Q?", "completions": [rated("3", response="x"), rated("3", response="y")]}, "rated alike"),
+        (A | {"prompt": "Q?", "completions": [rated("3", response="x"), rated("3", response="y")]}, "are equal"),
     ],
 )
 def test_a_pair_that_says_nothing_is_refused(read, row, kind):

@@ -10,8 +10,7 @@ from typing import Any
 from datasets import Dataset, Image, List
 
 from ..batching.images import load_image
-from ..data.report import Report, plain
-from ..data.sample import images_of, user_message
+from ..data.sample import Report, images_of, plain, user_message
 from ..data.source import parse_files
 from ..evaluation.answer_metrics import vqa_accuracy
 from ..evaluation.chair import ChairScorer, find_chair
@@ -75,12 +74,11 @@ def _compare(
     judged = {text: judge(text) for text in (*said, *item.references)}
     counts = Counter(f"samples: {'wrong' if judged[text][0] else 'right'}" for text in texts)
     counts["samples: empty or cut"] = many - len(texts)
-    worst = max(said, key=lambda text: judged[text][0], default=None)
     best = max(judged, key=lambda text: (not judged[text][0], judged[text][1]))
-    if worst is None or not judged[worst][0]:
-        return None, counts + Counter({"no pair: no sample is wrong": 1})
-    if judged[best][0] or judged[best][1] < max(judged[worst][1], 0.1):
-        return None, counts + Counter({"no pair: nothing is better": 1})
+    worst = max(said, key=lambda text: judged[text][0], default=best)
+    if not judged[worst][0] or judged[best][0] or judged[best][1] < max(judged[worst][1], 0.1):
+        reason = "nothing is better" if judged[worst][0] else "no sample is wrong"
+        return None, counts + Counter({f"no pair: {reason}": 1})
     turns = {"prompt": ("user", prompt), "chosen": ("assistant", best), "rejected": ("assistant", worst)}
     row: dict[str, Any] = {name: [{"role": role, "content": text}] for name, (role, text) in turns.items()}
     row["images"] = [{"bytes": image if isinstance(image, bytes) else image.read()} for image in images]

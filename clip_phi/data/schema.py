@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .files import clean_text
-from .report import RecordError, Report, Skip
-from .sample import SPOKEN_INSTRUCTION, Conversation, File, Images, Sample, Turn
+from .sample import SPOKEN_INSTRUCTION, Conversation, File, Images, RecordError, Report, Sample, Skip, Turn
 
 IMAGE_TOKEN = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -40,7 +39,6 @@ TEXT_KEYS = {*CONVERSATION_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, *CAPTION_KEYS}  #
 OTHER_MEDIA = re.compile("(video|audio)s?(_|$)")
 LEADING_IMAGES = re.compile(rf"(\s*{IMAGE_TOKEN})*((?!{IMAGE_TOKEN}).)*", re.DOTALL)
 OTHER_TAGS = re.compile("<(video|audio|bbox|ref-object|img)>")
-NUMBER = re.compile(r"\d+(\.\d+)?")
 IMAGE_FILE = re.compile(r"(?i)data:image|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]|hif)$")
 ASKS_YES_OR_NO = re.compile(
     r"(?ims)(^|, )(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should|may)\b.*\?"
@@ -444,20 +442,16 @@ def _as_messages(value: Any, role: str) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def _worst_and_best(completions: Any) -> tuple[Any, Any]:
+def _worst_and_best(completions: Any) -> list[Any]:
     """Responses by mean rating: of {"response", "annotations": {aspect: {"Rating": "4"}}}, as in VLFeedback (arXiv
-    2410.09421), or {"response", "rating": 4}. Those without a number are left out."""
+    2410.09421), or {"response", "rating": 4}. Ratings without a number are left out; of equal ones the last counts."""
     try:
         marks = [each.get("annotations", {"": {"Rating": each.get("rating")}}).values() for each in completions]
-        texts = [[text for mark in each if NUMBER.fullmatch(text := str(mark["Rating"]))] for each in marks]
-        means = [sum(map(float, each)) / len(each) if each else None for each in texts]
-        rated = sorted((mean, place) for place, mean in enumerate(means) if mean is not None)
-        worst, best = (completions[rated[place][1]]["response"] for place in (0, -1))
-    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        texts = [[text for mark in each if re.fullmatch(r"\d+(\.\d+)?", text := str(mark["Rating"]))] for each in marks]
+        means = {sum(map(float, each)) / len(each): place for place, each in enumerate(texts) if each}
+        return [completions[means[choose(means)]]["response"] for choose in (min, max)]
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise RecordError("completions without responses and ratings") from error
-    if rated[0][0] == rated[-1][0]:
-        raise RecordError("completions are rated alike")
-    return worst, best
 
 
 def _as_label(value: Any, question: Any, asked: str) -> str:
