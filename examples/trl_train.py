@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from clip_phi.data.sample import Report, Turn, as_messages, images_of
+from clip_phi.data.report import Report
+from clip_phi.data.sample import Turn, as_messages, images_of
 from clip_phi.data.source import parse_source
 from clip_phi.evaluation.answer_metrics import vqa_accuracy
 from clip_phi.evaluation.tasks import MAX_ANSWER_WORDS, read_samples

@@ -11,7 +11,8 @@ import pytest
 from clip_phi.batching.images import load_image
 from clip_phi.cli import main
 from clip_phi.commands.preferences import _compare
-from clip_phi.data.sample import Report, Turn
+from clip_phi.data.report import Report
+from clip_phi.data.sample import Turn
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import COLORS, SHAPES, write_dataset
 from clip_phi.evaluation.chair import find_chair

@@ -10,7 +10,8 @@ from typing import Any
 from datasets import Dataset, Image, List
 
 from ..batching.images import load_image
-from ..data.sample import Report, images_of, plain, user_message
+from ..data.report import Report, plain
+from ..data.sample import images_of, user_message
 from ..data.source import parse_files
 from ..evaluation.answer_metrics import vqa_accuracy
 from ..evaluation.chair import ChairScorer, find_chair
