@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
+from clip_phi.batching.images import load_image
+from clip_phi.data.hf_dataset import open_table
 from clip_phi.data.report import Report
 from clip_phi.data.sample import Turn, as_messages, images_of
-from clip_phi.data.source import parse_source
+from clip_phi.data.source import DataSource, parse_source
 from clip_phi.evaluation.answer_metrics import vqa_accuracy
 from clip_phi.evaluation.tasks import MAX_ANSWER_WORDS, read_samples
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
@@ -53,6 +55,9 @@ def parse_arguments() -> argparse.Namespace:
 def records(method: str, data: str) -> Iterator[dict[str, Any]]:
     """Rows for TRL: the bytes of the images, and messages; TRL adds the <image> places. Prints what is not used."""
     report, unused = Report(), Counter[str]()
+    if method == "dpo":
+        yield from pairs(data)
+        return
     for sample in read_samples([parse_source(data)], report):
         images = images_of(sample.image)
         content = [{"bytes": image if isinstance(image, bytes) else image.read()} for image in images]
@@ -61,14 +66,6 @@ def records(method: str, data: str) -> Iterator[dict[str, Any]]:
                 unused["no image"] += 1
             elif method == "sft":
                 yield {"images": content, "messages": texts(conversation)}
-            elif method == "dpo":
-                *turns, last = conversation
-                if last.rejected is None:
-                    unused["no rejected answer"] += 1
-                    continue
-                sides = {"chosen": last.text, "rejected": last.rejected}
-                found = {name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
-                yield {"images": content, "prompt": texts(tuple(turns)), **found}
             else:
                 answer = conversation[1] if len(conversation) > 1 and conversation[0].role == "user" else None
                 if answer is None or len(answer.text.split()) > MAX_ANSWER_WORDS:
@@ -79,6 +76,54 @@ def records(method: str, data: str) -> Iterator[dict[str, Any]]:
     report.refuse_bad(0.01)
     for reason, count in (unused + report.skipped).items():
         print(f"{count:,} conversations are not used: {reason}")
+
+
+def pairs(data: str) -> Iterator[dict[str, Any]]:
+    """A prompt with a better and a worse answer, each a text or messages. Prints the rows without a pair, by reason.
+
+    In place of chosen and rejected may be completions with ratings, as in VLFeedback (arXiv 2410.09421): [{"response",
+    "annotations": {aspect: {"Rating": "4"}}}]. The best and the worst by mean rating are taken."""
+    source, unused = parse_source(data), Counter[str]()
+    for record in open_table(source.path, **source.table_options()):
+        images = record.get("images") or [record.get("image")]
+        prompt = record.get("prompt") or record.get("question")
+        worse, better = record.get("rejected"), record.get("chosen")
+        if record.get("completions"):
+            worse, better = worst_and_best(record["completions"])
+        if not (images[0] and prompt and worse and better) or worse == better:
+            unused["no image, prompt, or two different answers"] += 1
+            continue
+        row: dict[str, Any] = {"images": [cell(image, source) for image in images]}
+        for name, role, part in (
+            ("prompt", "user", prompt),
+            ("chosen", "assistant", better),
+            ("rejected", "assistant", worse),
+        ):
+            turns = [{"role": role, "content": part}] if isinstance(part, str) else part
+            row[name] = [turn | {"content": turn["content"].replace("<image>", "").strip()} for turn in turns]
+        yield row
+    for reason, count in unused.items():
+        print(f"{count:,} rows are not used: {reason}")
+
+
+def cell(image: Any, source: DataSource) -> dict[str, Any]:
+    """An image of a table, or the name of one in the folder images=, as TRL's data hold it."""
+    data = image["bytes"] if isinstance(image, dict) else (source.images / image).read_bytes()
+    load_image(data)  # raises an error that names the fault
+    return {"bytes": data}
+
+
+def worst_and_best(completions: Any) -> tuple[str | None, str | None]:
+    """None twice if all are rated alike, or not at all. A rating that is no number is left out."""
+    if isinstance(completions, dict):  # as datasets stores a list of objects that was a Sequence
+        completions = [dict(zip(completions, each, strict=True)) for each in zip(*completions.values(), strict=True)]
+    means: dict[float, str] = {}
+    for each in completions:
+        marks = [mark["Rating"] for mark in each["annotations"].values() if mark]
+        numbers = [float(mark) for mark in marks if str(mark).replace(".", "", 1).isdigit()]
+        if numbers:
+            means.setdefault(sum(numbers) / len(numbers), each["response"])
+    return (means[min(means)], means[max(means)]) if len(means) > 1 else (None, None)
 
 
 def texts(conversation: tuple[Turn, ...]) -> list[dict[str, str]]:

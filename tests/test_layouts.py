@@ -90,16 +90,6 @@ def inspect(checkpoint, capsys):
     return call
 
 
-def rated(*ratings, **more):
-    """A completion of VLFeedback."""
-    return {"model": "m", "annotations": {str(at): {"Rating": each} for at, each in enumerate(ratings)}} | more
-
-
-# Layouts of rows with a better and a worse answer.
-RLAIF_V = A | {"question": "Q?", "chosen": "good", "rejected": "bad", "ds_name": "R", "idx": 3, "image_path": "x.jpg"}
-VLFEEDBACK = [rated("4", "5", "N/A", response="good"), rated("1", "2", response="bad"), rated("2", "3", response="so")]
-
-
 def asked(question, answer, *before):
     return [[*before, ("user", question), ("assistant", answer)]]
 
@@ -137,8 +127,6 @@ def asked(question, answer, *before):
         (A | {"text": "Is it?", "question_id": 0, "answer": "no"}, asked("Is it?", "no")),
         (A | {"text": "Is it?", "question_id": 0, "category": "x"}, [[("user", "Is it?")]]),
         (A | {"question": "Q?"}, [[("user", "Q?")]]),
-        (RLAIF_V, asked("Q?", "good")),
-        (A | {"prompt": "Q?", "completions": VLFEEDBACK}, asked("Q?", "good")),
         (A | {"question": "Q?", "answer": None}, [[("user", "Q?")]]),
         (A | {"texts": TURNS[:1]}, asked("red?", "no")),
         ({"image": "", "conversations": SAID}, asked("Hi", "yes")),
@@ -454,77 +442,3 @@ def test_compare_says_which_is_better(difference, interval, line):
     found |= {"difference": difference, "difference_ci95": interval}
     text = format_comparison(found | {"samples": {"a_better": 1, "equal": 1, "b_better": 1}})
     assert line in text and "by +" not in text and "by -" not in text
-
-
-ASKED, GOOD, BAD = (
-    {"role": role, "content": text} for role, text in (("user", "Q?"), ("assistant", "good"), ("assistant", "bad"))
-)
-MORE = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-
-
-@pytest.mark.parametrize(
-    ("row", "turns"),
-    [
-        (RLAIF_V, 2),
-        (A | {"prompt": "Q?", "completions": VLFEEDBACK}, 2),
-        (
-            A
-            | {"prompt": "Q?", "completions": [{"response": "bad", "rating": 2}, {"response": "good", "rating": 3.5}]},
-            2,
-        ),
-        (A | {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, 2),
-        (A | {"prompt": [*MORE, ASKED], "chosen": [GOOD], "rejected": [BAD]}, 4),
-        (A | {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, 2),
-        (A | {"chosen": [*MORE, ASKED, GOOD], "rejected": [*MORE, ASKED, BAD]}, 4),
-        (
-            A
-            | {
-                "conversations": [{"from": "human", "value": "<image>Q?"}],
-                "chosen": {"from": "gpt", "value": "good"},
-                "rejected": {"from": "gpt", "value": "bad"},
-            },
-            2,
-        ),
-        (
-            {
-                "prompt": [
-                    {"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "Q?"}]}
-                ],
-                "chosen": [GOOD],
-                "rejected": [BAD],
-            },
-            2,
-        ),
-    ],
-)
-def test_the_better_of_two_answers_is_learnt_and_the_worse_one_kept_beside_it(images, tmp_path, row, turns):
-    (tmp_path / "rows.json").write_text(json.dumps([row]))
-    source, report = parse_source(f"llava:{tmp_path / 'rows.json'},images={images}"), Report()
-    ((sample),) = source.read(source.media(), report)
-    ((*_, question, answer),) = sample.conversations
-    assert len(sample.conversations[0]) == turns and str(sample.image).endswith("a.jpg")
-    assert (question.text, answer.text, answer.rejected) == ("Q?", "good", "bad")
-    assert not report.repaired and not report.skipped
-
-
-@pytest.mark.parametrize(
-    ("row", "kind"),
-    [
-        (RLAIF_V | {"rejected": "good"}, "chosen and rejected are equal, or differ before the last answer"),
-        (RLAIF_V | {"rejected": " "}, "answer is empty"),
-        (RLAIF_V | {"chosen": None}, "turn is not an object"),
-        (RLAIF_V | {"query": "Another?"}, "ambiguous columns"),
-        (A | {"chosen": [ASKED, GOOD], "rejected": [*MORE, ASKED, BAD]}, "chosen and rejected are equal, or differ"),
-        (
-            A | {"prompt": "Q?", "completions": [rated("N/A", response="x")]},
-            "completions without responses and ratings",
-        ),
-        (A | {"prompt": "Q?", "completions": ["x", "y"]}, "completions without responses and ratings"),
-        (A | {"prompt": "Q?", "completions": [rated("1", response="x"), rated("2")]}, "completions without responses"),
-        (A | {"prompt": "Q?", "completions": [rated("3", response="x"), rated("3", response="y")]}, "are equal"),
-    ],
-)
-def test_a_pair_that_says_nothing_is_refused(read, row, kind):
-    said, _, report = read(row)
-    (found,) = report.skipped
-    assert said == [] and kind in found

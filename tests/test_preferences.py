@@ -12,7 +12,6 @@ from clip_phi.batching.images import load_image
 from clip_phi.cli import main
 from clip_phi.commands.preferences import _compare
 from clip_phi.data.report import Report
-from clip_phi.data.sample import Turn
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import COLORS, SHAPES, write_dataset
 from clip_phi.evaluation.chair import find_chair
@@ -112,9 +111,7 @@ def test_a_caption_with_absent_objects_is_paired_with_one_that_says_as_much(data
     assert counts != {} and (compare(data, "captions", number, best, wrong)[0][0] == best) == two
 
 
-def test_the_file_is_read_by_datasets_and_by_this_project_and_equal_seeds_give_equal_pairs(
-    checkpoint, data, tmp_path, capsys
-):
+def test_the_file_is_read_by_datasets_and_equal_seeds_give_equal_pairs(checkpoint, data, tmp_path, capsys):
     def rows(name, *more):
         file = tmp_path / name
         command = ["preferences", checkpoint, file, "--task", "vqa", "--data", source(data, "vqa"), *more]
@@ -132,13 +129,8 @@ def test_the_file_is_read_by_datasets_and_by_this_project_and_equal_seeds_give_e
     assert counted["left out: answer is longer than 3 words"] > 0
     assert sorted(first.column_names) == ["chosen", "images", "prompt", "rejected"]
     assert first[0]["images"][0].size == load_image(next(iter((data / "val2017").iterdir()))).size
-    report, texts = Report(), [(row["prompt"], row["chosen"], row["rejected"]) for row in first]
-    read = parse_source(str(file))
-    conversations = [each for s in read.read(read.media(), report) for each in s.conversations]
-    assert report.num_skipped == 0 and conversations == [
-        (Turn("user", p[0]["content"]), Turn("assistant", c[0]["content"], rejected=r[0]["content"].strip()))
-        for p, c, r in texts
-    ]
+    texts = [(row["prompt"], row["chosen"], row["rejected"]) for row in first]
+    assert all([turn["role"] for part in text for turn in part] == ["user", "assistant", "assistant"] for text in texts)
     again, other = rows("b.parquet")[0], rows("c.parquet", "--seed", "1")[0]
     assert [(row["prompt"], row["chosen"], row["rejected"]) for row in again] == texts
     assert [(row["prompt"], row["chosen"], row["rejected"]) for row in other] != texts

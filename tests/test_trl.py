@@ -154,7 +154,7 @@ def test_the_example_trains_and_evaluate_takes_its_result(method, start, tmp_pat
     assert json.loads(capsys.readouterr().out)["data"]["images"] == 4
 
 
-def test_rows_of_preferences_are_learnt_as_they_are(start, tmp_path):
+def test_rows_of_preferences_are_learnt_as_they_are(start, tmp_path, capsys):
     """RLAIF-V's and VLFeedback's layouts, and what has no worse answer is counted."""
     images = start / "data/train2017"
     first, second, *_ = sorted(path.name for path in images.iterdir())
@@ -167,7 +167,8 @@ def test_rows_of_preferences_are_learnt_as_they_are(start, tmp_path):
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     records = runpy.run_path(str(ROOT / "examples/trl_train.py"))["records"]
-    found = list(records("dpo", f"llava:{tmp_path / 'rows.jsonl'},images={images}"))
+    found = list(records("dpo", f"dataset:{tmp_path / 'rows.jsonl'},images={images}"))
     texts = [[row[name][0]["content"] for name in ("prompt", "chosen", "rejected")] for row in found]
+    assert capsys.readouterr().out == "1 rows are not used: no image, prompt, or two different answers\n"
     assert texts == [["How many?", "one", "six"], ["How many?", "two", "nine"]]
     assert [row["images"][0]["bytes"] for row in found] == [(images / name).read_bytes() for name in (first, second)]

@@ -29,7 +29,7 @@ from ..data.source import DataSource
 from .encode import Encoded, encode_samples, prefix_ids
 from .packing import SharedPrefixSample, build_shared_prefix
 
-FORMAT = 8  # of the files; raised too when a reader or the encoding comes to give something else
+FORMAT = 7  # of the files; raised too when a reader or the encoding comes to give something else
 NAMES = " + "  # between the names of several images
 CHUNK = 1000  # samples that are tokenised together
 HINT_SAMPLES, SHORT_ANSWER = 500, 3  # samples that independent_turns_hint() reads; words
@@ -289,7 +289,7 @@ def _tokenise_chunk(processor: Any, max_length: int, chunk: list[Sample]) -> tup
     return pa.RecordBatch.from_pylist(rows, SCHEMA), report
 
 
-def _turn(role: Any, text: str, transcript: str | None, speech: Any, references: list[str], rejected: Any) -> Turn:
+def _turn(role: Any, text: str, transcript: str | None, speech: Any, references: list[str]) -> Turn:
     if speech is not None:
         speech = bytes.fromhex(speech) if isinstance(speech, str) else File(*speech)
-    return Turn(role, text, transcript, speech, tuple(references), rejected)
+    return Turn(role, text, transcript, speech, tuple(references))

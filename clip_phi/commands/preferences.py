@@ -19,7 +19,6 @@ from ..evaluation.tasks import EvalSet, make_eval_set, read_samples
 from .common import load_engine
 
 RIGHT = 0.5  # VQA accuracy of an answer that counts as right: two of ten people gave it
-PROMPTS = 8  # in the engine at once
 
 
 def run_preferences(arguments: argparse.Namespace) -> None:
@@ -34,15 +33,14 @@ def run_preferences(arguments: argparse.Namespace) -> None:
     account = Counter({"no pair: no reference": len(eval_set.unscored)})
     account.update({f"left out: {kind}": count for kind, count in eval_set.left_out.items()})
     account.update({f"skipped: {kind}": count for kind, count in report.skipped.items()})
-    with load_engine(arguments) as engine, ThreadPoolExecutor(PROMPTS) as pool:
-        numbers = range(len(eval_set.items))
-        results = list(pool.map(lambda number: _compare(number, engine, eval_set, chair, arguments), numbers))
+    with load_engine(arguments) as engine, ThreadPoolExecutor(8) as pool:  # so many prompts are in the engine at once
+        results = list(pool.map(lambda n: _compare(n, engine, eval_set, chair, arguments), range(len(eval_set.items))))
     account = sum((counts for _, counts in results), account)
     lines = "".join(f"\n{count:9,} {kind}" for kind, count in sorted(account.items()) if count)
     if not (rows := [row for row, _ in results if row]):
         raise ValueError(f"no pair:{lines}")
     Dataset.from_list(rows).cast_column("images", List(Image())).to_parquet(arguments.file)
-    print(plain(f"{len(rows):,} pairs in {arguments.file}, of {len(numbers):,} prompts{lines}"))
+    print(plain(f"{len(rows):,} pairs in {arguments.file}, of {len(results):,} prompts{lines}"))
 
 
 def _compare(
@@ -78,8 +76,7 @@ def _compare(
     best = max(judged, key=lambda text: (not judged[text][0], judged[text][1]))
     worst = max(said, key=lambda text: judged[text][0], default=best)
     if not judged[worst][0] or judged[best][0] or judged[best][1] < max(judged[worst][1], 0.1):
-        reason = "nothing is better" if judged[worst][0] else "no sample is wrong"
-        return None, counts + Counter({f"no pair: {reason}": 1})
+        return None, counts + Counter([f"no pair: {'nothing is better' if judged[worst][0] else 'no sample is wrong'}"])
     turns = {"prompt": ("user", prompt), "chosen": ("assistant", best), "rejected": ("assistant", worst)}
     row: dict[str, Any] = {name: [{"role": role, "content": text}] for name, (role, text) in turns.items()}
     row["images"] = [{"bytes": image if isinstance(image, bytes) else image.read()} for image in images]

@@ -20,11 +20,11 @@ from pyarrow import types
 from .files import MediaFolder
 from .report import RecordError, Report, plain
 from .sample import File, Sample
-from .schema import ANY_LAYOUT, CONVERSATION_KEYS, IMAGE_FILE, IMAGE_KEYS, Layout, read_records
+from .schema import ANY_LAYOUT, IMAGE_FILE, IMAGE_KEYS, Layout, read_records
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".tar": "webdataset"}
 BUILDERS |= dict.fromkeys((".jsonl", ".json"), "json")
-LISTS = (*CONVERSATION_KEYS, "prompt", "completion", "completions", "chosen", "rejected", "answers")
+LISTS = ("conversations", "conversation", "messages", "texts", "prompt", "completion", "answers")
 BATCH_SIZE = 1000  # records read at once
 BUFFER_SIZE = 1000  # records that a stream is shuffled over, in memory with their images
 # What may be done to a table after it is opened without moving rows or columns inside its file.

@@ -66,14 +66,13 @@ class Turn(NamedTuple):
     """One turn of a conversation.
 
     text: the question, or the answer to train on. transcript: of speech, a recording that precedes the text of a user's
-    turn. references: all accepted answers to a question, where a data set has several. rejected: a worse answer."""
+    turn. references: all accepted answers to a question, where a data set has several."""
 
     role: Literal["system", "user", "assistant"]
     text: str
     transcript: str | None = None
     speech: File | bytes | None = None
     references: tuple[str, ...] = ()
-    rejected: str | None = None
 
 
 Conversation = tuple[Turn, ...]

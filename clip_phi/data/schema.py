@@ -182,8 +182,6 @@ class _RecordReader:
 
     def _conversations(self) -> list[Found]:
         values = self.values
-        if not self.layout.min_ratings and ({"chosen", "rejected"} <= values.keys() or "completions" in self.filled):
-            return [self._pair()]
         said = self._first(CONVERSATION_KEYS) or next((key for key in CONVERSATION_KEYS[:2] if key in values), "")
         if (messages := values.get(said)) is not None:
             self._refuse_unread([said], BESIDE_ANSWER)
@@ -214,20 +212,6 @@ class _RecordReader:
             raise RecordError("no conversation, question or caption", _hint(self.record))
         self._refuse_unread([caption], BESIDE_CAPTION)
         return self._captions(caption)
-
-    def _pair(self) -> Conversation:
-        """The conversation that ends with the better answer, and names the worse one. Each is a text or messages."""
-        values, asked = self.values, self._first((*CONVERSATION_KEYS, *QUESTION_KEYS))
-        self._refuse_unread([asked] if asked else [], BESIDE_QUESTION)
-        prompt, images, found = _as_messages(values[asked], "user") if asked else [], self.images, list[Conversation]()
-        sides = (values["rejected"], values["chosen"]) if "chosen" in values else _worst_and_best(values["completions"])
-        for side in sides:
-            self.images, self.repairs = list(images), []  # those of the prompt are read twice
-            found.append(self._conversation([*prompt, *_as_messages(side, "assistant")]))
-        (*before, worse), (*turns, better) = found
-        if before != turns or worse.text == better.text:
-            raise RecordError("chosen and rejected are equal, or differ before the last answer")
-        return (*turns, better._replace(rejected=worse.text))
 
     def _no_image(self, kind: str) -> RecordError:
         is_blank = any(isinstance(self.values.get(key), str) for key in IMAGE_KEYS)
@@ -436,23 +420,6 @@ def _may_be_image(name: str, value: Any) -> bool:
     if isinstance(value, str):
         return bool(IMAGE_FILE.match(value[:500]) or (value.strip() and IMAGE_LIKE.search(name)))
     return value is not None and not isinstance(value, int | float | list | tuple)
-
-
-def _as_messages(value: Any, role: str) -> Sequence[Any]:
-    value = {"role": role, "content": value} if isinstance(value, str) else value
-    return value if isinstance(value, list | tuple) else [value]
-
-
-def _worst_and_best(completions: Any) -> list[Any]:
-    """Responses by mean rating: of {"response", "annotations": {aspect: {"Rating": "4"}}}, as in VLFeedback (arXiv
-    2410.09421), or {"response", "rating": 4}. Ratings without a number are left out; of equal ones the last counts."""
-    try:
-        marks = [each.get("annotations", {"": {"Rating": each.get("rating")}}).values() for each in completions]
-        texts = [[text for mark in each if re.fullmatch(r"\d+(\.\d+)?", text := str(mark["Rating"]))] for each in marks]
-        means = {sum(map(float, each)) / len(each): place for place, each in enumerate(texts) if each}
-        return [completions[means[choose(means)]]["response"] for choose in (min, max)]
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise RecordError("completions without responses and ratings") from error
 
 
 def _as_label(value: Any, question: Any, asked: str) -> str:
