@@ -18,7 +18,9 @@ def add_to(commands: Any) -> None:
     add_options(ask, "ask")
     add_asr_options(ask)
     add_options(ask, "ask output")
-    for command in (caption, ask):
+    explain = add_command(commands, "explain", run_explain, "the parts of an image that an answer comes from")
+    add_options(explain, "explain")
+    for command in (caption, ask, explain):
         add_engine(command)
         add_options(command, "answer")
         add_json(command, "one json object a line instead of the text")
@@ -108,6 +110,28 @@ def run_ask(arguments: argparse.Namespace) -> None:
         record["draw"] = arguments.draw
     if arguments.json:
         print(json.dumps(record | {"answer": "".join(answer).strip()}), flush=True)
+
+
+def run_explain(arguments: argparse.Namespace) -> None:
+    output = arguments.output
+    if output is not None and (output.suffix not in (".png", ".html") or not output.absolute().parent.is_dir()):
+        raise ValueError(f"cannot write {output}: --output is a .png or .html file in a folder that exists")
+    if arguments.word is not None and (output is None or output.suffix == ".html"):
+        raise ValueError("--word requires --output FILE.png: an .html file has the maps of all words")
+    from ..batching.images import load_image
+    from ..data.files import replace_file
+    from ..evaluation.explain import explain
+
+    images = [load_image(name) for name in arguments.images]
+    options = {name: getattr(arguments, name) for name in ("question", "answer", "method", "max_new_tokens")}
+    with load_engine(arguments) as engine:
+        found = explain(engine.model, engine.processor, images, **options)
+    if output is not None and output.suffix == ".png":
+        found.draw(images, arguments.word).save(output)
+    elif output is not None:
+        replace_file(output, plain(found.page(images, arguments.question)))
+    record = {"images": arguments.images, "question": arguments.question, **vars(found), "maps": found.maps.tolist()}
+    print(json.dumps(record) if arguments.json else plain(found.answer))
 
 
 def _printed(pieces: Iterator[str], collected: list[str], quiet: bool) -> Iterator[str]:

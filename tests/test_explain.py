@@ -1,0 +1,349 @@
+"""Where a model looked: each map against a second, plain computation, and where it lies in the image."""
+
+import copy
+import json
+import re
+
+import numpy as np
+import peft
+import pytest
+import torch
+from backbones import CROP, EXACT, TOWERS
+from PIL import Image
+from transformers import AutoConfig, CLIPImageProcessorPil, ViTImageProcessorPil
+
+from clip_phi.batching.images import Preprocessor
+from clip_phi.cli import main
+from clip_phi.commands.common import OPTIONS
+from clip_phi.evaluation.explain import DEFAULT_METHOD, METHODS, Target, crop_box, explain, overlay, patch_grid
+from modeling_clip_phi import ClipPhiForCausalLM
+
+QUESTION, ANSWER = "what is it?", "a red circle and yes"
+
+
+def picture(seed=0, size=(32, 32)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def messages(images=1):
+    content = [{"type": "image"}] * images + [{"type": "text", "text": QUESTION}]
+    return [{"role": "user", "content": content}]
+
+
+def target(model, processor, *images, answer=ANSWER, **options):
+    images = images or (picture(),)
+    return Target(model, processor, messages(len(images)), images, answer, **options)
+
+
+def likelihood(model, processor, pixels, features=None, answer=ANSWER):
+    """Log-likelihood of each token of an answer, from embeddings that are put together by hand."""
+    said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    prompt, _ = processor.encode(messages(), add_generation_prompt=True)
+    ids, _ = processor.encode([*messages(), said])
+    ids = torch.tensor(ids[:-1])  # without the end token
+    embeds = model.get_input_embeddings()(ids.masked_fill(ids == processor.image_token_id, 0))
+    if features is None:
+        features = model.get_image_features(pixels[None], return_dict=True).pooler_output[0]
+    (first, *_), count = (ids == processor.image_token_id).nonzero().flatten().tolist(), processor.num_image_tokens
+    embeds = torch.cat([embeds[:first], features, embeds[first + count :]])
+    logits = model(inputs_embeds=embeds[None]).logits[0].log_softmax(-1)
+    return torch.stack([logits[place - 1, ids[place]] for place in range(len(prompt), len(ids))])
+
+
+@pytest.fixture
+def pixels(processor):
+    return Preprocessor(processor.image_processor).of_image(picture())
+
+
+@pytest.mark.parametrize("leave_out", ["pixels", "mean", "zero"])
+def test_occlusion_is_the_likelihood_that_is_lost_without_a_patch(model, processor, pixels, leave_out):
+    found = target(model, processor, leave_out=leave_out, window=1).maps("occlusion")
+    with torch.no_grad():
+        features = model.get_image_features(pixels[None], return_dict=True).pooler_output[0]
+        whole = likelihood(model, processor, pixels)
+        for place in range(4):
+            changed, row, column = pixels.clone(), place // 2, place % 2
+            changed[:, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] = pixels.mean((1, 2), keepdim=True)
+            other = features.clone()
+            other[place] = features.mean(0) if leave_out == "mean" else 0
+            other = None if leave_out == "pixels" else other
+            lost = whole - likelihood(model, processor, changed, other)
+            assert found[:, 0, row, column].sum() == pytest.approx(float(lost.sum()), abs=1e-5)
+
+
+def test_a_window_gives_each_patch_the_mean_of_the_windows_over_it(model, processor):
+    one = target(model, processor)
+    masks = torch.zeros(9, 2, 2, dtype=torch.bool)
+    for number in range(9):
+        row, column = number // 3 - 1, number % 3 - 1
+        masks[number, max(row, 0) : row + 2, max(column, 0) : column + 2] = True
+    with torch.no_grad():
+        lost = one.score(one.features[None]) - one.score_without(0, masks)
+    expected = [[lost[masks[:, row, column]].mean(0) for column in range(2)] for row in range(2)]
+    expected = torch.stack([torch.stack(row) for row in expected]).movedim(-1, 0)
+    assert torch.allclose(torch.from_numpy(one.maps("occlusion")[:, 0]), expected, atol=1e-6)
+
+
+def test_a_patch_that_the_model_ignores_has_the_value_zero(fresh_model, processor):
+    mask = torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None]
+    fresh_model.model.projector.register_forward_hook(lambda module, inputs, output: output * mask)
+    for method in ("occlusion", "gradient"):
+        found = target(fresh_model, processor, leave_out="zero", window=1).maps(method)
+        assert (found[:, 0, 1, 1] == 0).all() and (found[:, 0] != 0).sum() == found[:, 0].size - len(found)
+
+
+def test_an_image_that_the_model_ignores_has_maps_of_zeros(fresh_model, processor):
+    for weight in fresh_model.model.projector.parameters():
+        weight.data.zero_()
+    for method in ("occlusion", "gradient", "integrated"):
+        assert np.abs(target(fresh_model, processor).maps(method)).max() < 1e-6
+
+
+def test_a_patch_of_the_mean_color_is_no_loss_when_it_is_left_out(model, processor):
+    image = Image.new("RGB", (32, 32), (100, 100, 100))
+    image.paste((60, 60, 60), (16, 0, 32, 16))
+    image.paste((140, 140, 140), (0, 16, 16, 32))
+    found = np.abs(target(model, processor, image, window=1).maps("occlusion")[:, 0]).sum(0)
+    assert found[0, 0] < 1e-4 and found[1, 1] < 1e-4 and found[0, 1] > 1e-3 and found[1, 0] > 1e-3
+
+
+def test_gradient_is_autograd_by_hand(model, processor, pixels):
+    features = model.get_image_features(pixels[None], return_dict=True).pooler_output[0].detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(likelihood(model, processor, pixels, features).sum(), features)
+    expected = (gradient * features).sum(-1).detach().reshape(2, 2)
+    assert torch.allclose(torch.from_numpy(target(model, processor).maps("gradient").sum(0)[0]), expected, atol=1e-5)
+
+
+def test_integrated_gradients_sum_to_the_gain_over_the_mean_feature(model, processor, pixels):
+    one = target(model, processor, steps=64)
+    means = one.features.mean(1, keepdim=True).expand_as(one.features)
+    with torch.no_grad():
+        gain = (one.score(one.features[None]) - one.score(means[None]))[0]
+    found = torch.from_numpy(one.maps("integrated"))
+    assert torch.allclose(found.sum((1, 2, 3)), gain, rtol=1e-2, atol=1e-4) and gain.abs().max() > 1e-3
+
+
+def test_attention_is_the_mean_over_layers_and_heads_of_the_answers_queries(fresh_model, processor):
+    one = target(fresh_model, processor)
+    own = fresh_model.model.language_model.config._attn_implementation
+    found = one.maps("attention")
+    assert fresh_model.model.language_model.config._attn_implementation == own == "sdpa"
+    fresh_model.set_attn_implementation({"text_config": "eager"})
+    ids, image = one.ids, processor.image_processor(picture(), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        layers = fresh_model(ids, pixel_values=image, output_attentions=True).attentions
+    weights = torch.stack(layers).mean((0, 1, 2))[one.start - 1 : -1][:, ids[0] == processor.image_token_id]
+    assert np.allclose(found.sum(0)[0], weights.sum(0).reshape(2, 2), atol=1e-6) and found.min() > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_of_words_sum_to_the_answers_and_do_not_depend_on_the_batch(fresh_model, processor, method):
+    before = {name: weight.clone() for name, weight in fresh_model.state_dict().items()}
+    found = explain(fresh_model, processor, picture(), QUESTION, ANSWER, method, batch_size=1)
+    again = explain(fresh_model, processor, picture(), QUESTION, ANSWER, method, batch_size=32)
+    assert found.words == ANSWER.split() and found.maps.shape == (5, 1, 2, 2) and found.maps.dtype == np.float32
+    assert np.allclose(found.maps, again.maps, atol=1e-5) and np.allclose(found.heat(), found.maps.sum(0))
+    assert np.array_equal(found.heat("Circle."), found.maps[2]) and np.abs(found.maps).max() > 1e-4
+    assert all(torch.equal(before[name], weight) for name, weight in fresh_model.state_dict().items())
+    assert all(weight.grad is None for weight in fresh_model.parameters()) and not fresh_model.training
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_of_several_images_has_its_map(model, processor, method):
+    first, second = picture(1), picture(2, (80, 40))
+    found = explain(model, processor, [first, second], QUESTION, ANSWER, method)
+    assert found.maps.shape == (5, 2, 2, 2) and found.boxes[0] == pytest.approx((0, 0, 32, 32), abs=0.2)
+    assert found.boxes[1] == pytest.approx((20, 0, 60, 40), abs=0.2)
+    swapped = explain(model, processor, [second, first], QUESTION, ANSWER, method)
+    assert not np.allclose(found.maps[:, 0], swapped.maps[:, 1], atol=1e-5)
+    assert found.draw([first, second]).size == (256 + 560, 280)
+
+
+def test_the_answer_is_the_models_own_if_none_is_given(model, processor):
+    given = explain(model, processor, picture(), QUESTION, max_new_tokens=5)
+    assert given.answer and np.array_equal(
+        given.maps, explain(model, processor, picture(), QUESTION, given.answer).maps
+    )
+
+
+def test_later_turns_are_explained_with_those_before(model, processor):
+    talk = [*messages(), {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
+    talk += [{"role": "user", "content": [{"type": "text", "text": "and a star?"}]}]
+    later = explain(model, processor, picture(), talk, ANSWER)
+    assert later.words == ANSWER.split() and not np.allclose(
+        later.maps, explain(model, processor, picture(), QUESTION, ANSWER).maps, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_about_the_same_maps(fresh_model, processor, dtype):
+    fresh_model.lm_head.weight.data *= 10
+    exact = {method: explain(fresh_model, processor, picture(), QUESTION, ANSWER, method) for method in METHODS}
+    half = fresh_model.to(dtype)
+    for method, expected in exact.items():
+        found = explain(half, processor, picture(), QUESTION, ANSWER, method).heat()
+        scale = np.abs(expected.heat()).max()
+        assert np.abs(found - expected.heat()).max() < 0.3 * scale, method
+
+
+def test_maps_that_are_not_finite_are_refused(fresh_model, processor):
+    fresh_model.lm_head.weight.data[5] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        explain(fresh_model, processor, picture(), QUESTION, ANSWER)
+
+
+def test_a_lora_adapter_is_explained_as_its_merged_model(fresh_model, processor, tmp_path):
+    fresh_model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False))
+    fresh_model.save_pretrained(tmp_path / "delta")
+    fresh_model.save_pretrained(tmp_path / "merged", merged=True)
+    delta, merged = (ClipPhiForCausalLM.from_pretrained(tmp_path / name) for name in ("delta", "merged"))
+    for method in METHODS:
+        found, other = (explain(each, processor, picture(), QUESTION, ANSWER, method) for each in (delta, merged))
+        assert np.allclose(found.maps, other.maps, atol=1e-4)
+
+
+# Where the map lies
+
+
+@pytest.mark.parametrize("size", [(32, 32), (640, 427), (427, 640), (1000, 300), (50, 33), (33, 34)])
+def test_the_map_lies_where_the_crop_lies(processor, size):
+    width, height, *crop = Preprocessor(processor.image_processor)._places(*size)
+    scale = np.array([size[0] / width, size[1] / height] * 2)
+    assert np.abs(np.array(crop_box(processor.image_processor, size)) - crop * scale).max() < 0.02 * min(size)
+
+
+def test_a_map_over_a_resized_image_lies_over_all_of_it():
+    assert crop_box(ViTImageProcessorPil(**EXACT), (300, 90)) == pytest.approx((0, 0, 300, 90), abs=1)
+    part = CLIPImageProcessorPil(**CROP | {"size": {"shortest_edge": 64}})  # half of each side is cropped
+    assert crop_box(part, (200, 200)) == pytest.approx((50, 50, 150, 150), abs=1)
+
+
+def test_an_image_processor_that_mirrors_is_refused():
+    class Mirror(CLIPImageProcessorPil):
+        def __call__(self, images, **options):
+            return super().__call__(images.transpose(Image.Transpose.FLIP_LEFT_RIGHT), **options)
+
+    with pytest.raises(ValueError, match="does more than resize and crop"):
+        crop_box(Mirror(**CROP), (64, 64))
+
+
+def test_the_overlay_is_bright_in_the_strongest_patch_and_dark_outside_the_crop():
+    drawn = np.asarray(
+        overlay(Image.new("RGB", (512, 256), (200, 40, 40)), np.array([[0, 3.0], [-2, 1.5]]), (128, 0, 384, 256))
+    )
+    color, dark = [200, 40, 40], drawn[0, 0].tolist()
+    assert drawn[64, 320].tolist() == color and dark == [dark[0]] * 3 and dark[0] < 30
+    assert drawn[64, 192].tolist() == drawn[192, 192].tolist() == drawn[200, 10].tolist() == dark
+    assert dark[0] < drawn[192, 320, 0] < 200
+
+
+@pytest.mark.parametrize("family", [name for name, tower in TOWERS.items() if tower[4]])
+def test_the_grid_of_each_tower(family):
+    kind, fields, _, sizes, count = TOWERS[family]
+    edge = sizes["size"].get("shortest_edge") or sizes["size"]["height"]
+    vision = AutoConfig.for_model(kind, **fields)
+    if count == 1:
+        with pytest.raises(ValueError, match="the 1 features of this 'efficientnet' tower are no grid"):
+            patch_grid(vision, count, edge, edge)
+    else:
+        assert patch_grid(vision, count, edge, edge) == (count**0.5, count**0.5)
+
+
+def test_grids_that_are_not_square_and_features_that_are_no_grid():
+    vision = AutoConfig.for_model("clip_vision_model", patch_size=8)
+    assert patch_grid(vision, 24, 32, 48) == (4, 6) and patch_grid(vision, 6, 32, 48) == (2, 3)  # merged by 2 x 2
+    assert patch_grid(vision, 26, 32, 48) == (4, 6)  # after CLS and a register
+    for count in (3, 5, 8, 23):
+        with pytest.raises(ValueError, match=f"the {count} features of this 'clip_vision_model' tower are no grid"):
+            patch_grid(vision, count, 32, 48)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_feature_before_the_patches_has_no_place_in_the_map(vision_backbone, text_backbone, processor, method):
+    options = {"vision_feature_select_strategy": "full"}
+    full = ClipPhiForCausalLM.from_backbones(vision_backbone, text_backbone, **options)
+    its = copy.deepcopy(processor)
+    its.num_image_tokens = 5
+    one = target(full, its, leave_out="mean", window=1)
+    assert one.extra == 1 and one.maps(method).shape == (5, 1, 2, 2)
+    if method == "gradient":
+        features = one.features[None].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(one.score(features).sum(), features)
+        expected = (gradient * features).sum(-1)[0, 0, 1:].detach().reshape(2, 2)
+        assert np.allclose(one.maps(method).sum(0)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"answer": "  "}, "there is no word in the answer"),
+        ({"images": []}, "there is no image"),
+        ({"method": "guess"}, "unknown method 'guess': it is one of occlusion, gradient"),
+        ({"leave_out": "half"}, "leave_out is pixels, mean, zero"),
+        ({"window": 0}, "at least 1"),
+        ({"answer": "yes " * 300}, "do not fit the context of 256 tokens"),
+        ({"question": "<image>"}, "a text contains <image>"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused_in_a_line(model, processor, options, message):
+    options = {"images": picture(), "question": QUESTION, "answer": ANSWER} | options
+    with pytest.raises(ValueError, match=message) as raised:
+        explain(model, processor, **options)
+    assert "\n" not in str(raised.value)
+
+
+# The command
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path, capsys):
+    picture(3, (48, 40)).save(tmp_path / "a.png")
+
+    def run(*arguments):
+        status = main(["explain", str(tmp_path / "a.png"), *arguments, "--model", checkpoint, "--max_new_tokens", "6"])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_explain_writes_the_overlay_of_an_answer_and_of_a_word(run, tmp_path):
+    status, out, _ = run(QUESTION, "--answer", ANSWER, "--output", str(tmp_path / "o.png"))
+    assert status == 0 and out == f"{ANSWER}\n"
+    run(QUESTION, "--answer", ANSWER, "--output", str(tmp_path / "w.png"), "--word", "circle")
+    whole, word = (np.asarray(Image.open(tmp_path / name)) for name in ("o.png", "w.png"))
+    assert whole.shape == (280, 336, 3) and not np.array_equal(whole, word)
+    method = OPTIONS["explain"]["--method"]
+    assert tuple(method["choices"]) == METHODS and method["default"] == DEFAULT_METHOD
+
+
+def test_explain_prints_json(run, model, processor):
+    _, out, _ = run(QUESTION, "--method", "gradient", "--json")
+    found = json.loads(out)
+    expected = explain(model, processor, picture(3, (48, 40)), QUESTION, method="gradient", max_new_tokens=6)
+    assert np.allclose(found["maps"], expected.maps, atol=1e-5) and found["words"] == expected.words
+    assert found["answer"] == expected.answer and found["boxes"] == [list(expected.boxes[0])]
+
+
+def test_the_page_needs_no_other_file_and_escapes_what_it_shows(run, tmp_path):
+    path = tmp_path / "o.html"
+    status, *_ = run("is <b>it</b>?", "--answer", "a </script><script>alert(1)</script> &amp;", "--output", str(path))
+    page = path.read_text()
+    assert status == 0 and page.count("<script>") == 1 and "<b>" not in page and "&amp;amp;" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page) and page.count("<i></i>") == 4
+    maps = json.loads(re.search(r"const maps = (.*);  //", page)[1])
+    assert np.shape(maps) == (4, 1, 2, 2) and np.allclose(maps[0], np.sum(maps[1:], 0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--output", "o.jpg"), "--output is a .png or .html file"),
+        (("--output", "/nowhere/o.png"), "in a folder that exists"),
+        (("--word", "red"), "--word requires --output FILE.png"),
+        (("--answer", ANSWER, "--word", "zebra", "--output", "/tmp/o.png"), "the answer has no word 'zebra'"),
+        (("--quantization", "int8", "--method", "gradient"), "int8 layers have no gradient"),
+    ],
+)
+def test_wrong_options_get_one_line(run, arguments, message):
+    status, out, error = run(QUESTION, *arguments)
+    assert status == 2 and out == "" and message in error and error.count("\n") == 1
