@@ -121,6 +121,11 @@ def check_bitsandbytes() -> Iterator[Check]:
     yield check("8-bit optimizer", found, is_ok, remedy, "problem")
 
 
+def cpu_cores() -> int:
+    """Cores that this process may use: fewer than the machine has in many containers and Slurm jobs."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def describe_environment() -> dict[str, Any]:
     """For a json file: installed versions, machine, git commit, devices. No secrets."""
     import torch
@@ -130,7 +135,7 @@ def describe_environment() -> dict[str, Any]:
         "packages": {name: found for name in PACKAGES if (found := installed_version(name))},
         "platform": platform.platform(),
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cores": cpu_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "devices": [
             {"name": found.name, "memory_bytes": found.total_memory, "capability": f"{found.major}.{found.minor}"}

@@ -68,8 +68,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         else:
             quantization: Any = copy.copy(kwargs.get("quantization_config"))
             if getattr(quantization, "llm_int8_skip_modules", ...) is None:  # bitsandbytes, for the decoder alone
-                names = ["vision_tower", "projector", "model.vision_tower", "model.projector"]  # of both classes
-                quantization.llm_int8_skip_modules = ["lm_head", *names]
+                quantization.llm_int8_skip_modules = ["lm_head", "(model.)?vision_tower", "(model.)?projector"]
             kwargs |= {"quantization_config": quantization, "output_loading_info": True}
             model, info = super().from_pretrained(path, *model_args, config=config, **kwargs)
             model.base_model.vision_tower.requires_grad_(False)  # until the caller asks for it
@@ -77,25 +76,21 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     @classmethod
-    def from_backbones(cls, vision, text, *, vision_revision=None, text_revision=None, image_token_id=None, **options):
+    def from_backbones(cls, vision, text, *, vision_revision=None, text_revision=None, **options):
         """A pretrained tower and a pretrained decoder (Hub id or folder), frozen, with a new projector between them.
 
         Args:
             vision_revision, text_revision: branch, tag or commit; the config keeps the commit.
-            image_token_id: by default the tokenizer's "<image>", or the first id after its last token.
             options: HUB_OPTIONS; PLACEMENT (quantization_config is for the decoder alone, attn_implementation may be
-                {"vision_config": ..., "text_config": ...}, dtype is float32 by default); fields of ClipPhiConfig.
+                {"vision_config": ..., "text_config": ...}, dtype is float32 by default); fields of ClipPhiConfig
+                (image_token_id is by default the tokenizer's "<image>", or the first id after its last token).
 
         Raises ValueError if a checkpoint lacks weights or is not supported; TypeError for an unknown option."""
         hub, placement, _, fields = sort_options(options)
-        fields |= find_backbone("vision", vision, vision_revision, hub)
-        fields |= find_backbone("text", text, text_revision, hub)
-        tokenizer = AutoTokenizer.from_pretrained(text, revision=fields["text_backbone_revision"] or "main", **hub)
-        fields["text_tokenizer_sha256"] = hash_vocabulary(tokenizer)
-        found = add_special_tokens(tokenizer).convert_tokens_to_ids(IMAGE_TOKEN)
-        fields["image_token_id"] = found if image_token_id is None else image_token_id
-        model = load_backbones(cls, ClipPhiConfig(delta=True, **fields), hub, placement, tokenizer)
-        return dispatch(model, placement)
+        fields |= pin_backbone("vision", vision, vision_revision, hub) | pin_backbone("text", text, text_revision, hub)
+        tokenizer, fields["text_tokenizer_sha256"] = load_tokenizer(text, fields["text_backbone_revision"], hub)
+        fields.setdefault("image_token_id", add_special_tokens(tokenizer).convert_tokens_to_ids(IMAGE_TOKEN))
+        return load_backbones(cls, ClipPhiConfig(delta=True, **fields), hub, placement, tokenizer).dispatch(placement)
 
     def freeze_backbones(self) -> None:
         """Freeze tower, decoder and head: no gradients, and no dropout in train mode either (phi-2's is 0.1)."""
@@ -108,10 +103,9 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """Add a PEFT adapter. Raises ValueError if there is one. transformers' own refuses peft 0.21 from 5.24 on."""
-        peft = import_optional("peft", "a LoRA adapter needs peft")
         if getattr(self, "peft_config", None):
             raise ValueError("the model has an adapter: save it with merged=True, and load that to add another one")
-        peft.inject_adapter_in_model(adapter_config, self, adapter_name or "default")
+        importlib.import_module("peft").inject_adapter_in_model(adapter_config, self, adapter_name or "default")
         self._hf_peft_config_loaded = True
 
     def save_pretrained(self, save_directory, *args, merged: bool | None = None, **kwargs):
@@ -119,8 +113,8 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
 
         merged: False, the default of a model made from backbones: the projector, the LoRA adapter (in the subfolder
             "adapter", PEFT's format) and the names and commits of the backbones. True: all weights, LoRA folded in.
-        Raises ValueError if a delta would lose weights that are trainable or have changed since loading, or if weights
-        that are quantised, or an adapter other than plain LoRA, would have to be merged."""
+        Raises ValueError if a delta would lose weights that are trainable or have changed since loading, or a part of
+        its adapter; or if quantised weights, or an adapter other than plain LoRA, would have to be merged."""
         # Trainer passes state_dict and no merged. It resumes from model.safetensors alone: the adapter is there, too.
         by_trainer, state_dict = merged is None and "state_dict" in kwargs, kwargs.pop("state_dict", None)
         adapted = bool(getattr(self, "peft_config", None))  # transformers would save an adapter alone
@@ -130,7 +124,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             if getattr(self, "hf_quantizer", None) is not None:
                 raise ValueError("quantised weights cannot be merged: save the delta, and load it without quantisation")
             state = fold_adapter(self, state_dict or self.state_dict())
-            fields |= dict.fromkeys(f"{part}_backbone" for part in local_parts(self.config))  # not needed any more
+            fields |= dict.fromkeys(f"{part}_backbone" for part in self.local_parts())  # not needed any more
         else:
             if not self.config.delta or self.loaded_backbones is None:
                 raise ValueError("this model was not made from backbones: save it with merged=True")
@@ -141,7 +135,16 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             # Not state_dict(): it changes what bitsandbytes' 4-bit layers answer on a CPU (0.50.2, measured)
             state = state_dict or {name: parameter.detach() for name, parameter in self.named_parameters()}
             if adapted:
-                save_adapter(self, Path(save_directory) / "adapter", state)
+                weights, folder = self.adapter_weights(state), Path(save_directory) / "adapter"
+                refuse_missing("state_dict", self.adapter_weights().keys() - weights.keys())
+                if any(weight.is_meta for weight in weights.values()):
+                    raise ValueError("the adapter is offloaded: load the model without device_map to save it")
+                adapter_config = copy.copy(next(iter(self.peft_config.values())))
+                adapter_config.base_model_name_or_path = self.config.text_backbone
+                adapter_config.modules_to_save = None  # the projector is in model.safetensors
+                adapter_config.save_pretrained(folder)
+                tensors = {PEFT_PREFIX + name: weights[name].contiguous().cpu() for name in weights if "lora_" in name}
+                save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             kept = {PEFT_PARTS.sub("", name): name for name in state if "original_module" not in name}
             names = [name for name in kept if (by_trainer if "lora_" in name else name.startswith("model.projector."))]
             state = {name: state[kept[name]] for name in names}
@@ -160,10 +163,29 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
     def push_to_hub(self, repo_id: str, *, merged: bool | None = None, **kwargs: Any) -> Any:
         """Push without a model card; merged as in save_pretrained. Raises ValueError for a delta of local folders."""
         delta = self.config.delta and not merged
-        for part in local_parts(self.config) if delta else []:
+        for part in self.local_parts() if delta else []:
             raise ValueError(f"the {part} backbone is a local folder: push a whole model, with merged=True")
         with patch.object(self.config, "delta", delta):
             return super().push_to_hub(repo_id, **kwargs)
+
+    def local_parts(self) -> list[str]:
+        return [part for part in ("vision", "text") if getattr(self.config, f"{part}_backbone_revision") is None]
+
+    def adapter_weights(self, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """The adapter's weights, the model's own or those in a state dict, under PEFT's names."""
+        peft, (name,) = importlib.import_module("peft"), self.peft_config
+        options = {"state_dict": state or dict(self.named_parameters()), "save_embedding_layers": False}
+        return peft.get_peft_model_state_dict(self, adapter_name=name, **options)
+
+    def dispatch(self, placement: dict[str, Any]) -> Any:
+        """Place a model that is loaded completely: copying into a weight that was moved to the disk has no effect."""
+        if not placement["dispatch"]:
+            return self
+        accelerate, device_map = importlib.import_module("accelerate"), placement["device_map"]
+        if isinstance(device_map, str):  # each device is filled before the next one
+            device_map = accelerate.infer_auto_device_map(self, placement.get("max_memory"), self._no_split_modules)
+        options = {"offload_dir": placement.get("offload_folder"), "skip_keys": self._skip_keys_device_placement}
+        return accelerate.dispatch_model(self, device_map, **options)
 
 
 def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, tokenizer: Any = None) -> Any:
@@ -175,7 +197,7 @@ def load_backbones(model_class: Any, config: Any, hub: dict, placement: dict, to
     several = set(device_map) != {""} if isinstance(device_map, dict) else device_map in SEVERAL_DEVICES
     placement["dispatch"] = several and quantization is None  # bitsandbytes' layers stay where they were made
     if several:
-        device_map = None if quantization is None else {"": torch.accelerator.current_accelerator(True) or "cpu"}
+        device_map = {"": "cpu" if quantization is None else torch.accelerator.current_accelerator(True) or "cpu"}
     loaded = []
     for part, auto_class in (("vision", AutoModel), ("text", AutoModelForCausalLM)):
         path, revision = getattr(config, f"{part}_backbone"), getattr(config, f"{part}_backbone_revision")
@@ -258,41 +280,18 @@ def select_patches(outputs: Any, config: Any, height: int, width: int) -> torch.
     return states[:, max(0, count - patches) :]  # all, where patches are merged (Swin)
 
 
-def dispatch(model: Any, placement: dict) -> Any:
-    """Place a model that is loaded completely: copying into a weight that was moved to the disk has no effect."""
-    if not placement["dispatch"]:
-        return model
-    accelerate, device_map = import_optional("accelerate", "device_map needs accelerate"), placement["device_map"]
-    if isinstance(device_map, str):  # each device is filled before the next one
-        device_map = accelerate.infer_auto_device_map(model, placement.get("max_memory"), model._no_split_modules)
-    options = {"offload_dir": placement.get("offload_folder"), "skip_keys": model._skip_keys_device_placement}
-    return accelerate.dispatch_model(model, device_map, **options)
-
-
-def import_optional(package: str, reason: str) -> Any:
-    """By name: transformers refuses remote code if a package is absent that an import statement names."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"{reason}: pip install {package}") from error
-
-
-def find_backbone(part: str, path: Any, revision: str | None, hub: dict) -> dict[str, Any]:
+def pin_backbone(part: str, path: Any, revision: str | None, hub: dict) -> dict[str, Any]:
     """Fields of ClipPhiConfig: the id of a repository and the commit of a `revision`, or a folder; and its config."""
-    if Path(path).is_dir():
-        path, commit = str(Path(path).resolve()), None
-    else:  # .../snapshots/<commit>/config.json
-        commit = Path(str(cached_file(path, "config.json", revision=revision or "main", **hub))).parent.name
+    folder = Path(str(cached_file(path, "config.json", revision=revision or "main", **hub))).parent
+    path, commit = (str(folder.resolve()), None) if Path(path).is_dir() else (path, folder.name)  # snapshots/<commit>
     config = read_config(part, path, commit, hub)
     return {f"{part}_backbone": path, f"{part}_backbone_revision": commit, f"{part}_config": config}
 
 
-def local_parts(config: ClipPhiConfig) -> list[str]:
-    return [part for part in ("vision", "text") if getattr(config, f"{part}_backbone_revision") is None]
-
-
-def hash_vocabulary(tokenizer: Any) -> str:
-    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+def load_tokenizer(path: Any, revision: str | None, hub: dict) -> tuple[Any, str]:
+    """A tokenizer, and the hash of its vocabulary."""
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", **hub)
+    return tokenizer, hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
 
 
 def sort_options(options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -317,21 +316,24 @@ def load_delta(model_class: Any, path: Any, config: ClipPhiConfig, options: dict
     model.config.name_or_path = str(path)
     projector = {f"model.projector.{name}": weight for name, weight in model.model.projector.named_parameters()}
     found = load_file(cached_file(path, "model.safetensors", **own))
-    copy_weights(path, {name: found[name] for name in found if "lora_" not in name}, projector, missing)
+    missing |= copy_weights(path, {name: found[name] for name in found if "lora_" not in name}, projector)
     if (folder := config.adapter) is not None:
         if Path(folder).is_absolute() or ".." in Path(folder).parts:
             raise ValueError(f"the adapter {folder} of {path} is not in its folder")
-        peft = import_optional("peft", f"{path} holds a LoRA adapter")
+        try:  # transformers refuses remote code if a package is absent that an import statement outside a try names
+            from peft import PeftConfig
+        except ImportError as error:
+            raise ImportError(f"{path} holds a LoRA adapter: pip install peft") from error
         adapter_file = Path(str(cached_file(path, f"{folder}/adapter_config.json", **own)))
-        adapter_config = peft.PeftConfig.from_pretrained(str(adapter_file.parent))
+        adapter_config = PeftConfig.from_pretrained(str(adapter_file.parent))
         adapter_config.inference_mode = True  # frozen
         model.add_adapter(adapter_config)
         found = load_file(cached_file(path, f"{folder}/adapter_model.safetensors", **own))
         found = {name.removeprefix(PEFT_PREFIX): weight for name, weight in found.items()}
-        copy_weights(f"{path}/{folder}", found, adapter_weights(model), missing)
+        missing |= copy_weights(f"{path}/{folder}", found, model.adapter_weights())
     if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False, **own):
         model.generation_config = GenerationConfig.from_pretrained(path, **own)
-    return dispatch(model.eval(), placement)
+    return model.eval().dispatch(placement)
 
 
 def check_backbones(path: Any, config: ClipPhiConfig, hub: dict, other_text: bool) -> None:
@@ -339,7 +341,7 @@ def check_backbones(path: Any, config: ClipPhiConfig, hub: dict, other_text: boo
     for part in ("vision", "text"):
         backbone, revision = getattr(config, f"{part}_backbone"), getattr(config, f"{part}_backbone_revision")
         try:
-            found = find_backbone(part, backbone, revision, hub)
+            found = pin_backbone(part, backbone, revision, hub)
         except (OSError, ValueError) as error:
             where, reason = f"on the Hub at {revision}" if revision else "as a folder", str(error).split("\n")[0]
             problem = f"{path} needs {backbone}, which was not found {where} ({reason})"
@@ -350,11 +352,9 @@ def check_backbones(path: Any, config: ClipPhiConfig, hub: dict, other_text: boo
                 raise ValueError(f"{path} was trained on {backbone} with {size} {before}, which now has {size} {now}")
         config.update(found)
     # A commit does not change, but a folder may, and so may the backbone that the caller gives.
-    if config.text_tokenizer_sha256 is not None and (revision is None or other_text):
-        revision = config.text_backbone_revision or "main"
-        tokenizer = AutoTokenizer.from_pretrained(backbone, revision=revision, **hub)
-        if hash_vocabulary(tokenizer) != config.text_tokenizer_sha256:
-            raise ValueError(f"{path} was trained with another tokenizer than that of {backbone}: its tokens differ")
+    sha256, may_differ = config.text_tokenizer_sha256, revision is None or other_text
+    if sha256 is not None and may_differ and load_tokenizer(backbone, config.text_backbone_revision, hub)[1] != sha256:
+        raise ValueError(f"{path} was trained with another tokenizer than that of {backbone}: its tokens differ")
 
 
 def refuse_missing(path: Any, missing: set[str]) -> None:
@@ -362,16 +362,15 @@ def refuse_missing(path: Any, missing: set[str]) -> None:
         raise ValueError(f"{path} lacks {len(names)} of the weights its config asks for: {', '.join(names[:3])}, ...")
 
 
-@torch.no_grad()
-def copy_weights(path: Any, found: dict[str, torch.Tensor], own: dict[str, torch.Tensor], missing: set[str]) -> None:
-    """Copy weights into the model's own, and add names to missing. Raises ValueError for other names or shapes."""
-    missing |= own.keys() - found.keys()
+def copy_weights(path: Any, found: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> set[str]:
+    """Copy weights into the model's own; returns what is missing. Raises ValueError for other names or shapes."""
     if unknown := sorted(found.keys() - own.keys()):
         raise ValueError(f"{path} holds {len(unknown)} weights that the model has no place for: {unknown[0]}, ...")
     for name, weight in ((name, own[name]) for name in own if name in found):
         if found[name].shape != weight.shape:
             raise ValueError(f"{path}: {name} has shape {tuple(found[name].shape)}, not {tuple(weight.shape)}")
-        weight.copy_(found[name])
+        weight.data.copy_(found[name])
+    return own.keys() - found.keys()
 
 
 def sample_backbones(model: nn.Module) -> dict[str, torch.Tensor | None]:
@@ -394,27 +393,6 @@ def is_same(old: torch.Tensor | None, new: torch.Tensor | None) -> bool:
     return any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in (old.dtype, torch.bfloat16, torch.float16))
 
 
-def adapter_weights(model: Any, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The adapter's weights, the model's own or those in a state dict, under PEFT's names."""
-    peft, (name,) = import_optional("peft", "a LoRA adapter needs peft"), model.peft_config
-    options = {"state_dict": state or dict(model.named_parameters()), "save_embedding_layers": False}
-    return peft.get_peft_model_state_dict(model, adapter_name=name, **options)
-
-
-def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write the adapter in PEFT's format. Raises ValueError if the state dict does not hold all of it."""
-    weights = adapter_weights(model, state)
-    refuse_missing("state_dict", adapter_weights(model).keys() - weights.keys())
-    if any(weight.is_meta for weight in weights.values()):
-        raise ValueError("the adapter is offloaded: load the model without device_map to save it")
-    adapter_config = copy.copy(next(iter(model.peft_config.values())))
-    adapter_config.base_model_name_or_path = model.config.text_backbone
-    adapter_config.modules_to_save = None  # the projector is in model.safetensors
-    adapter_config.save_pretrained(folder)
-    tensors = {f"{PEFT_PREFIX}{name}": weights[name].contiguous().cpu() for name in weights if "lora_" in name}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
 @torch.no_grad()
 def fold_adapter(model: nn.Module, state: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
     """A state dict with LoRA folded in: W + scaling * B @ A in float32 (arXiv 2106.09685, section 4.1).
@@ -422,9 +400,8 @@ def fold_adapter(model: nn.Module, state: dict[str, torch.Tensor], prefix: str =
     The model stays as it is. Raises ValueError for other adapters, and layers that are quantised or offloaded."""
     kept = (key for key in state if ".lora_" not in key and ".original_module." not in key)
     folded = {PEFT_PARTS.sub("", key): state[key] for key in kept}
-    for path, layer in model.named_modules(prefix=prefix):
-        if not hasattr(layer, "get_base_layer"):
-            continue
+    adapted = {path: part for path, part in model.named_modules(prefix=prefix) if hasattr(part, "get_base_layer")}
+    for path, layer in adapted.items():
         (name,), weight = layer.active_adapters, folded[f"{path}.weight"]
         plain = name in getattr(layer, "lora_A", ()) and not (layer.lora_variant.get(name) or layer.lora_bias.get(name))
         if not (plain and weight.dim() == 2 and weight.is_floating_point() and not weight.is_meta):

@@ -5,22 +5,18 @@ import difflib
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from tokenizers import AddedToken
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AddedToken, AutoConfig, PreTrainedConfig
 
 IMAGE_TOKEN = "<image>"
 IGNORE_INDEX = -100  # the label of a token that is not learnt; also torch's default of ignore_index
 
 # Where wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M (its vision half) and microsoft/phi-2 differ from the defaults.
-TINY_CLIP = {"hidden_size": 640, "intermediate_size": 2560, "num_attention_heads": 10}
-PHI_2: dict[str, Any] = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32}
+TINYCLIP = {"model_type": "clip_vision_model", "hidden_size": 640, "intermediate_size": 2560, "num_attention_heads": 10}
+PHI_2: dict[str, Any] = {"model_type": "phi", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32}
 PHI_2 |= {"partial_rotary_factor": 0.4, "resid_pdrop": 0.1, "bos_token_id": 50256, "eos_token_id": 50256}
 
 # AutoModel gives the class that has `generate`; pipeline("image-text-to-text") uses AutoModelForImageTextToText.
 AUTO_CLASSES = ["AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
-AUTO_MAP = dict.fromkeys(AUTO_CLASSES, "modeling_clip_phi.ClipPhiForCausalLM")
-AUTO_MAP["AutoConfig"] = "configuration_clip_phi.ClipPhiConfig"
-AUTO_MAP["AutoProcessor"] = "processing_clip_phi.ClipPhiProcessor"
 
 
 @strict
@@ -55,10 +51,9 @@ class ClipPhiConfig(PreTrainedConfig):
         for key in kwargs.keys() - self.__dataclass_fields__.keys():
             if match := difflib.get_close_matches(key, self.__dataclass_fields__, n=1, cutoff=0.85):
                 raise ValueError(f"ClipPhiConfig has no field {key!r}: did you mean {match[0]!r}?")
-        defaults = {"vision_config": ("clip_vision_model", TINY_CLIP), "text_config": ("phi", PHI_2)}
-        for name, (model_type, default) in defaults.items():
+        for name, default in (("vision_config", TINYCLIP), ("text_config", PHI_2)):
             if not isinstance(value := getattr(self, name), PreTrainedConfig):
-                value = {"model_type": model_type} | (default if value is None else value)
+                value = default if value is None else {"model_type": default["model_type"]} | value
                 setattr(self, name, AutoConfig.for_model(**value))
         # gelu_new is the same function with eight passes over the activations instead of one: four times the time.
         for name in ("hidden_act", "activation_function"):
@@ -66,7 +61,7 @@ class ClipPhiConfig(PreTrainedConfig):
                 self.text_config = copy.copy(self.text_config)
                 setattr(self.text_config, name, "gelu_pytorch_tanh")
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs.setdefault("auto_map", dict.fromkeys(AUTO_CLASSES, "modeling_clip_phi.ClipPhiForCausalLM"))
         super().__post_init__(**kwargs)
         layers = getattr(self.vision_config, "num_hidden_layers", None)
         if layers is not None and not -layers - 1 <= self.vision_feature_layer <= layers:

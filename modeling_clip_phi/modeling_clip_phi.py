@@ -49,8 +49,8 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         return self._run_tower(pixel_values)[1]
 
     def _run_tower(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[Any, torch.Tensor]:
-        options = kwargs | {"output_hidden_states": True, "return_dict": True}
-        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **options)
+        kwargs |= {"output_hidden_states": True, "return_dict": True}
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
         return outputs, select_patches(outputs, self.config, *pixel_values.shape[2:])
 
     def _project(self, features: torch.Tensor) -> torch.Tensor:
@@ -215,14 +215,13 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         if torch.is_grad_enabled() and hidden_states.requires_grad and frozen and not (own_loss or hooked):
             return self._frozen_head_loss(hidden_states, labels, size) / count
         kwargs |= {"vocab_size": head.out_features, "labels": None, "num_items_in_batch": count}
-
-        def of_chunk(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return self.loss_function(logits=head(states), shift_labels=labels, **kwargs)
-
         if len(labels) <= size:
-            return of_chunk(hidden_states, labels)
-        chunks = zip(hidden_states.split(size), labels.split(size), strict=True)
-        return sum(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks)  # computed again backward
+            return self._chunk_loss(hidden_states, labels, kwargs)
+        chunks = zip(hidden_states.split(size), labels.split(size), strict=True)  # each is computed again backward
+        return sum(checkpoint(self._chunk_loss, *chunk, kwargs, use_reentrant=False) for chunk in chunks)
+
+    def _chunk_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        return self.loss_function(logits=self.lm_head(hidden_states), shift_labels=labels, **options)
 
     def _frozen_head_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, size: int) -> torch.Tensor:
         """The summed cross-entropy, computed with its gradient: no logits are kept, and none are computed twice."""

@@ -20,8 +20,6 @@ Messages = Sequence[dict[str, Any]]
 class ClipPhiProcessor(ProcessorMixin):
     """Image processor, tokenizer and chat template: training, evaluation and serving get their token ids here.
 
-    Generation reads the tokens that training puts before an answer. BOS is in front, once, if the tokenizer adds it.
-
     Args:
         image_processor, tokenizer: of tower and decoder; the latter with <image>, and padding that is no end token.
         chat_template: a Jinja template, answers in generation blocks that end with the end token.
@@ -37,10 +35,9 @@ class ClipPhiProcessor(ProcessorMixin):
             raise ValueError("the tokenizer needs a padding token of its own, or the end token is never learnt")
         self.num_image_tokens, self.image_token_id = num_image_tokens, tokenizer.convert_tokens_to_ids(self.image_token)
         tokenizer.padding_side = "left"  # for batched generation; training pads by itself
-        added = tokenizer(self.image_token)["input_ids"]
-        self.bos_ids: list[int] = added[: added.index(self.image_token_id)]
-        if added[-1] != self.image_token_id:
-            raise ValueError(f"the tokenizer adds {tokenizer.decode(added[-1:])} behind a text: switch this off")
+        *self.bos_ids, last = tokenizer(self.image_token)["input_ids"]
+        if last != self.image_token_id:
+            raise ValueError(f"the tokenizer adds {tokenizer.decode([last])} behind a text: switch this off")
         self.bos = "".join(tokenizer.convert_ids_to_tokens(self.bos_ids))
         # Each checkpoint has the template too. Labels are made from its generation blocks, which hold the answers.
         chat_template = chat_template or self.bos + Path(__file__).with_name("chat_template.jinja").read_text()
@@ -54,15 +51,13 @@ class ClipPhiProcessor(ProcessorMixin):
         if (count := tokenizer.vocab_size) > (rows := read_config("text", text, text_revision, hub).vocab_size):
             raise ValueError(f"the tokenizer of {text} has {count} tokens, and its embedding {rows} rows")
         # The PIL backend gives the same pixels everywhere, whether torchvision is installed or not.
-        pil = {"backend": "pil", "revision": vision_revision or "main", **hub}
-        image_processor = AutoImageProcessor.from_pretrained(vision, **pil)
+        processor = AutoImageProcessor.from_pretrained(vision, backend="pil", revision=vision_revision or "main", **hub)
         images = (torch.zeros((3, *size), dtype=torch.uint8) for size in ((90, 120), (120, 90)))
-        shape, other = (tuple(image_processor(each, return_tensors="pt")["pixel_values"].shape) for each in images)
+        shape, other = (tuple(processor(each, return_tensors="pt")["pixel_values"].shape) for each in images)
         if shape != other or len(shape) != 4:
             raise ValueError(f"{vision}: the image processor gives pixels {shape} and {other}, not of one fixed size")
         config = ClipPhiConfig(vision_config=read_config("vision", vision, vision_revision, hub), **fields)
-        count, _ = measure_tower(config, *shape[2:])
-        return cls(image_processor, add_special_tokens(tokenizer), num_image_tokens=count)
+        return cls(processor, add_special_tokens(tokenizer), num_image_tokens=measure_tower(config, *shape[2:])[0])
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """ProcessorMixin's, but for a text that begins with BOS: it gets no second one."""
@@ -124,14 +119,10 @@ class ClipPhiProcessor(ProcessorMixin):
             encoded.append((ids, labels))
         return encoded
 
-    def prefix_ids(self, has_image: bool) -> list[int]:
-        """Token ids before a conversation: BOS if the decoder has one, and the image's tokens if there is an image."""
-        return self.bos_ids + [self.image_token_id] * self.num_image_tokens * has_image
-
     def _check_special_tokens(self, messages: Messages, text: str) -> None:
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError("a text contains half a character, a surrogate without its other half")
-        contents = (message["content"] for message in messages if isinstance(message["content"], list))
+        contents = (each["content"] for each in messages if isinstance(each["content"], list))
         images = sum(item["type"] == "image" for content in contents for item in content)
         wanted = Counter({self.tokenizer.pad_token: 0, self.image_token: images})
         wanted[self.tokenizer.eos_token] += sum(message["role"] == "assistant" for message in messages)

@@ -131,3 +131,10 @@ def test_bare_options_and_options_with_a_value():
     assert (arguments.resume_from_checkpoint, arguments.merged, arguments.tf32) == ("newest", True, False)
     assert parse_arguments(["--stage", "1", "--resume_from_checkpoint", "a/b"]).resume_from_checkpoint == "a/b"
     assert parse_arguments(["--stage", "1"]).resume_from_checkpoint is None
+
+
+def test_workers_are_as_many_as_the_cores_of_each_process_of_the_launcher(monkeypatch):
+    for cores, processes, workers in ((12, 1, 8), (2, 1, 2), (1, 1, 1), (16, 8, 2), (4, 8, 1)):
+        monkeypatch.setattr("clip_phi.training.arguments.cpu_cores", lambda cores=cores: cores)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert parse_arguments(["--stage", "1"]).dataloader_num_workers == workers

@@ -249,6 +249,16 @@ def test_a_loss_that_jumps_is_logged_with_its_samples(tmp_path):
     assert line == {"step": 101, "loss_spike": 9.0, "origins": ["a.json:3", "a.json:7"]}
 
 
+def test_a_run_that_waits_for_its_data_says_once_what_to_try(tmp_path, capsys):
+    log = monitor.TrainingLogger(tmp_path, 9, True, torch.device("cpu"), advice="try --image_processing fast")
+    for step, waited in ((1, 50.0), (2, 0.0), (3, 50.0), (4, 50.0)):  # the first line includes the start
+        log.count(monitor.StepCounts(), 1.0, waited)
+        log.log(step)
+    assert [line.partition(":")[2] for line in capsys.readouterr().out.splitlines() if "waits for" in line] == [
+        " try --image_processing fast"
+    ]
+
+
 def test_run_json_and_tensorboard_tell_what_metrics_jsonl_tells_and_a_resumed_run_goes_on_counting(
     train, few, data, tmp_path
 ):

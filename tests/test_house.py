@@ -13,7 +13,7 @@ from helpers import ROOT
 BOUNDS = {
     "product_lines": 15_950,
     "modeling_lines": 450,
-    "remote_code_lines": 940,
+    "remote_code_lines": 900,
     "longest_function_in_loop": 80,
     "readme_lines": 200,
     "long_lines": 0,

@@ -3,6 +3,7 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PhiConfig, PreTrainedTokenizerFast
 
+from clip_phi.batching.encode import prefix_ids
 from clip_phi.evaluation.generate import encode_prompts
 from clip_phi.serving.engine import Engine
 from modeling_clip_phi import ClipPhiProcessor
@@ -181,7 +182,7 @@ def test_bos_is_at_the_front_once(any_processor):
     bos = bos_of(any_processor)
     image, hand_written = Image.new("RGB", (8, 8)), "<image>Instruct: a\nOutput:"
     for has_image in (True, False):
-        assert any_processor.prefix_ids(has_image) == bos + [any_processor.image_token_id] * 4 * has_image
+        assert prefix_ids(any_processor, has_image) == bos + [any_processor.image_token_id] * 4 * has_image
     for messages in TALKS.values():
         ids, _ = any_processor.encode(messages)
         assert ids[: len(bos)] == bos and (not bos or ids[len(bos)] != bos[0])

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..data.report import RecordError, Report, Skip
 from ..data.sample import File, Images, Sample, images_of
-from .encode import encode_samples
+from .encode import encode_samples, prefix_ids
 from .feature_cache import FeatureCache, image_key
 from .images import PixelMode, Preprocessor
 from .index import Index
@@ -112,7 +112,7 @@ class SampleStream(IterableDataset):
         report.skip = skips.append  # type: ignore[method-assign, assignment]  # what it would count is passed on
         for sample in self.samples(report):
             for part, encoded in encode_samples([sample], self.processor, self.max_length, report):
-                prefix = self.processor.prefix_ids(len(images_of(part.image)))
+                prefix = prefix_ids(self.processor, len(images_of(part.image)))
                 shared = build_shared_prefix(encoded, prefix, part.origins[0])
                 yield self.read.load(shared, part.image, len(encoded))
             yield from skips

@@ -17,6 +17,11 @@ class Encoded(NamedTuple):
     labels: list[int]
 
 
+def prefix_ids(processor: Any, num_images: int) -> list[int]:
+    """Token ids before a conversation: BOS if the decoder has one, then num_image_tokens <image> tokens an image."""
+    return processor.bos_ids + [processor.image_token_id] * processor.num_image_tokens * num_images
+
+
 def encode_samples(
     samples: Sequence[Sample], processor: Any, max_length: int, report: Report
 ) -> Iterator[tuple[Sample, list[Encoded]]]:
@@ -28,7 +33,7 @@ def encode_samples(
     messages = [as_messages(each, len(images_of(sample.image))) for sample in samples for each in sample.conversations]
     encoded = iter(_encode(messages, processor))
     for sample in samples:
-        prefix = len(processor.prefix_ids(count := len(images_of(sample.image))))
+        prefix = len(prefix_ids(processor, count := len(images_of(sample.image))))
         start = [*processor.bos_ids, *[processor.image_token_id] * count]
         fitting: list[tuple[Conversation, str, Encoded]] = []
         for conversation, origin in zip(sample.conversations, sample.origins, strict=True):

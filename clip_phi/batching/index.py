@@ -26,7 +26,7 @@ from ..data.files import checked_line, file_stamp, no_collector, read_checked_li
 from ..data.report import Report
 from ..data.sample import File, Images, Sample, Turn, images_of
 from ..data.source import DataSource
-from .encode import Encoded, encode_samples
+from .encode import Encoded, encode_samples, prefix_ids
 from .packing import SharedPrefixSample, build_shared_prefix
 
 FORMAT = 6  # of the files; raised too when a reader or the encoding comes to give something else
@@ -254,7 +254,7 @@ def _map(path: Path) -> pa.Table:
 
 
 def _prefixes(processor: Any) -> tuple[list[int], list[int]]:
-    return processor.prefix_ids(False), processor.prefix_ids(True)
+    return prefix_ids(processor, 0), prefix_ids(processor, 1)
 
 
 def _fingerprint(source: DataSource, processor: Any, max_length: int) -> str:

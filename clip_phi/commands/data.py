@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ..data.catalog import DATASETS
+from ..environment import cpu_cores
 from .common import DATA, MODELS, add_command, add_data, add_json, add_options, check_model, natural, newest_model
 
 
@@ -18,7 +18,7 @@ def add_to(commands: Any) -> None:
     help = f"folder or Hub id of the model whose tokenizer is used (default: the newest of {', '.join(MODELS)}, or "
     inspect.add_argument("--model", metavar="PATH_OR_ID", help=f"{help}else the small backbones of the project)")
     help = "processes that open images; 0: this process alone (default: %(default)s, the number of cores)"
-    inspect.add_argument("--num_workers", type=natural, default=os.cpu_count(), help=help)
+    inspect.add_argument("--num_workers", type=natural, default=cpu_cores(), help=help)
     add_json(inspect, "the summary as one json object")
 
     help = "a public data set, into the folders that training reads by default"

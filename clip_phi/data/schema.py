@@ -401,7 +401,9 @@ def _is_blank(value: Any) -> bool:
     """None, NaN, an empty list, or a text of nothing but white space."""
     if isinstance(value, str):
         return not value.strip()
-    return value is None or (isinstance(value, float) and value != value) or value in ([], {}, ())
+    if isinstance(value, (list, dict, tuple)):  # `value in ([], {})` makes two objects, and the collector run
+        return not value
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def _parse_list(value: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..batching.attention import packed_attention
-from ..batching.encode import Encoded, encode_samples
+from ..batching.encode import Encoded, encode_samples, prefix_ids
 from ..batching.images import Preprocessor
 from ..batching.packing import build_shared_prefix, pack_samples
 from ..data.report import Report
@@ -263,7 +263,7 @@ def evaluate_loss(
     def loss(conversations: list[Encoded], image: int | None) -> list[float]:
         bare = any(labels[0] >= 0 for _, labels in conversations)
         images = images_of(None if image is None else eval_set.images[image])
-        prefix = processor.prefix_ids(len(images)) or ([end] if bare else [])
+        prefix = prefix_ids(processor, len(images)) or ([end] if bare else [])
         shared = build_shared_prefix(conversations, prefix, "")
         pixels = torch.stack([preprocess(each) for each in images]) if images else None
         pack = pack_samples([shared], pixels, pad).to(model.device)

@@ -138,7 +138,7 @@ def _load_adapter(model: Any, folder: Path) -> None:
     """Add the LoRA adapter of a decoder alone, as PEFT saved it."""
     from peft import PeftConfig
 
-    from modeling_clip_phi.backbones import adapter_weights, copy_weights, refuse_missing
+    from modeling_clip_phi.backbones import copy_weights, refuse_missing
 
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -162,6 +162,4 @@ def _load_adapter(model: Any, folder: Path) -> None:
     if settings.get("modules_to_save"):
         raise ValueError(f"{folder} also holds whole layers ({', '.join(settings['modules_to_save'])}), not LoRA alone")
     model.add_adapter(config)
-    missing: set[str] = set()
-    copy_weights(path, weights, adapter_weights(model), missing)
-    refuse_missing(path, missing)
+    refuse_missing(path, copy_weights(path, weights, model.adapter_weights()))

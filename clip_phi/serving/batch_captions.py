@@ -1,7 +1,6 @@
 """Captions of many images, in a file that a stopped run continues."""
 
 import json
-import os
 import sys
 import time
 from collections import Counter, deque
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from ..batching.images import image_suffixes, load_image
 from ..data.files import replace_file
 from ..data.report import RecordError, plain
+from ..environment import cpu_cores
 from .engine import Completion, Engine, as_prompt
 
 SHOWN = 5  # errors printed on the terminal; all are in the output
@@ -80,7 +80,7 @@ def _captions(engine: Engine, names: Sequence[str], max_new_tokens: int) -> Iter
         return engine.submit(messages, [load_image(name)], max_new_tokens=max_new_tokens)
 
     submitted: deque[tuple[str, Future[Completion]]] = deque()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, cpu_cores())) as pool:
         for place in range(len(names) + ahead):
             if place < len(names):
                 submitted.append((names[place], pool.submit(submit, names[place])))

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import yaml
 
 from ..data.files import is_missing_folder
 from ..data.source import DataSource, missing_files, parse_source
+from ..environment import cpu_cores
 
 VISION_BACKBONE = "wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
 TEXT_BACKBONE = "microsoft/phi-2"
@@ -41,6 +43,11 @@ def _list(*texts: str) -> Any:
     return field(default_factory=lambda: list(texts))
 
 
+def usual_workers() -> int:
+    """One for each CPU core, shared among the launcher's processes of this machine; at most 8."""
+    return max(1, min(8, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 @dataclass
 class TrainingArguments:
     """What both stages share. WHERE it runs (devices, precision) is Accelerate's yaml; see accelerate_config.yaml.
@@ -60,7 +67,7 @@ class TrainingArguments:
     max_eval_images: int = 500
     max_length: int = 2048
     max_bad_fraction: float = 0.01
-    dataloader_num_workers: int = 4
+    dataloader_num_workers: int = field(default_factory=usual_workers)
     image_processing: Literal["exact", "fast"] = "exact"
     cache_features: str | None = None
 

@@ -60,7 +60,8 @@ class Evaluator:
         losses, texts = {}, []
         for name, index in self.held_out.items():
             batches = eval_batches(len(index), batch_size, accelerator.process_index, accelerator.num_processes)
-            loader = make_loader(SampleDataset([index], self.read), batches, self.processor, 0)
+            workers = min(self.arguments.dataloader_num_workers, len(batches) // 4)  # a few batches do not pay for one
+            loader = make_loader(SampleDataset([index], self.read), batches, self.processor, workers)
             loss = held_out_loss(model, map(to_device, loader), accelerator.device)
             losses[name] = accelerator.reduce(loss, "sum").tolist()
         if accelerator.is_main_process or is_sharded(accelerator):

@@ -78,7 +78,8 @@ class TrainingLogger:
     records. On a terminal a progress bar shows the last line; elsewhere each line is printed.
 
     active: whether this is the main process. device: whose peak memory is logged. steps_per_epoch: None for a stream.
-    peak: FLOP/s of all devices together, for the MFU; None if unknown. track: Accelerator.log."""
+    peak: FLOP/s of all devices together, for the MFU; None if unknown. track: Accelerator.log. advice: printed once, if
+    training waits for its data for more than 5 % of the time."""
 
     folder: Path
     num_steps: int
@@ -87,6 +88,7 @@ class TrainingLogger:
     steps_per_epoch: float | None = None
     peak: float | None = None
     track: Callable[..., Any] = lambda values, step: None
+    advice: str = ""
 
     def __post_init__(self) -> None:
         self.losses: list[tuple[int, float]] = []
@@ -140,7 +142,8 @@ class TrainingLogger:
         new: Any = [after - before for after, before in zip(self.seen, self._last, strict=True)]
         rate = StepCounts(*(count / seconds for count in new))
         left = (self.num_steps - step) * seconds / max(step - self._step, 1)
-        waiting, self._waited, self._last, self._step = self._waited / seconds, 0.0, self.seen, step
+        is_first, waiting = not self._step, self._waited / seconds
+        self._waited, self._last, self._step = 0.0, self.seen, step
         loss, self._loss_sum, self._tokens = self._loss_sum / max(self._tokens, 1), 0.0, 0
         self.losses.append((step, loss))
         line = {
@@ -166,6 +169,10 @@ class TrainingLogger:
         self._bar.set_postfix_str(text)
         if self._bar.disable:
             self._print(f"step {step:,}/{self.num_steps:,}: {text}, ETA {timedelta(seconds=round(left))}")
+
+        if self.advice and waiting > 0.05 and not is_first:  # the first line has the start of the processes in it
+            self._print(f"training waits for its data {waiting:.0%} of the time: {self.advice}")
+            self.advice = ""
 
     def log_spike(self, step: int, loss: float, origins: Sequence[str]) -> None:
         """Log a loss that jumps, with this process' samples of that step."""
