@@ -1,14 +1,14 @@
 """Where a model looked: what each patch of an image adds to the log-likelihood of an answer, and of each of its words.
 
-METHODS: occlusion leaves patches out and measures what the likelihood loses: the causal reference. gradient is gradient
-x input on the projected features. integrated is the same, averaged on the way from the image's mean feature (integrated
+METHODS: occlusion leaves patches out and measures the likelihood that is lost: the causal reference. gradient is
+gradient x input on the projected features. integrated is its mean on the way from the image's mean feature (integrated
 gradients, arXiv 1703.01365). attention is the mean attention from the answer to the patches, which need not be a cause.
 docs/explain.md has the measured comparison."""
 
 import math
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import punctuation
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,16 +24,16 @@ from .generate import generate_answers, refuse_too_long
 
 METHODS = ("occlusion", "gradient", "integrated", "attention")
 DEFAULT_METHOD = "occlusion"
-LEAVE_OUT = ("pixels", "mean", "zero")  # what replaces a patch: see Target
+LEAVE_OUT = ("pixels", "mean", "zero")
 SHOWN_SIZE = 256  # pixels: smaller images are enlarged
-Box = tuple[float, float, float, float]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
 class Explanation:
     """maps: float32 (words, images, rows, columns), in nats (attention: in shares of 1); negative where a patch speaks
-    against the word. Their sum over the words is the answer's. boxes: of each image left, top, right and bottom of the
-    map in its own pixels, since the image processor may crop it."""
+    against the word. The answer's map is their sum over the words. boxes: where the map of each image lies, in its
+    pixels, since the image processor may crop it."""
 
     answer: str
     words: list[str]
@@ -45,8 +45,8 @@ class Explanation:
         """Float32 (images, rows, columns), of the answer or of the first such word. Raises ValueError without one."""
         if word is None:
             return self.maps.sum(0)
-        words = [each.strip(string.punctuation).casefold() for each in self.words]
-        if (wanted := word.strip(string.punctuation).casefold()) not in words:
+        words = [each.strip(punctuation).casefold() for each in self.words]
+        if (wanted := word.strip(punctuation).casefold()) not in words:
             raise ValueError(f"the answer has no word {word!r}: {self.answer}")
         return self.maps[words.index(wanted)]
 
@@ -65,11 +65,11 @@ def explain(
     model: Any, processor: Any, images: Image.Image | Sequence[Image.Image], question: str | Sequence[dict] | None,
     answer: str | None = None, method: str = DEFAULT_METHOD, *, max_new_tokens: int = 64, **options: Any,
 ) -> Explanation:  # fmt: skip
-    """The maps of an answer, of a model in eval mode; its weights and settings are afterwards as before.
+    """The maps of an answer, by a model in eval mode, which stays as it is.
 
     Args:
         images: RGB, one or several, in the order of their places in the question.
-        question: text, or None for a bare caption; or a conversation in the chat format that ends with a user's turn.
+        question: text; None for a bare caption; or a conversation that ends with a user's turn, for the chat template.
         answer: None for the greedy one.
         method: of METHODS.
         options: of Target.
@@ -89,15 +89,15 @@ class Target:
     """The log-likelihood of the words of one answer, as a function of the image features.
 
     Args:
-        messages: a conversation that ends with a user's turn.
-        leave_out: what replaces a patch that is left out. "pixels": in the image, by the image's mean color, before the
-            tower mixes the patches; "mean" or "zero": its feature after the tower, by the image's mean feature or by 0.
+        messages: a conversation that ends with a user's turn. images: of its places, RGB.
+        leave_out: what replaces a patch. "pixels": the image's mean color, before the tower mixes the patches; "mean",
+            "zero": the image's mean feature or 0, after the tower.
         window: rows and columns of patches that occlusion leaves out at once; a patch gets the mean of its windows.
         steps: of integrated gradients.
         batch_size: of forward passes.
 
-    Attributes: words; grid: rows and columns of patches; features: float (images, features, text hidden), of which the
-    last of each image are the patches in reading order, after CLS and registers if the model uses them."""
+    Attributes: words; grid: rows and columns of patches; features: float (images, features, text hidden), the last of
+    which are the patches in reading order: CLS and registers, if the model uses them, come first."""
 
     def __init__(
         self, model: Any, processor: Any, messages: Sequence[dict], images: Sequence[Image.Image], answer: str,
@@ -115,16 +115,14 @@ class Target:
         self.start = max(place for place in range(end) if labels[place] < 0) + 1
         refuse_too_long(model, end, 0)
         self.ids = torch.tensor([ids[:end]], device=model.device)
-        decode = processor.tokenizer.decode
-        self.words = decode(ids[self.start : end]).split()
-        counts = [len(decode(ids[self.start : place + 1]).split()) for place in range(self.start, end)]
-        words = torch.tensor(counts).clamp(1, len(self.words)) - 1  # of each token
-        self.word_of = one_hot(words, len(self.words)).to(model.device, torch.float32)
-        pixels = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
-        self.pixels = pixels.to(model.device)
+        texts = [processor.tokenizer.decode(ids[self.start : place]) for place in range(self.start + 1, end + 1)]
+        self.words = texts[-1].split()
+        places = torch.tensor([len(text.split()) for text in texts]).clamp(1, len(self.words)) - 1  # of each token
+        self.word_of = one_hot(places, len(self.words)).to(model.device, torch.float32)
+        self.pixels = processor.image_processor(list(images), return_tensors="pt")["pixel_values"].to(model.device)
         with torch.no_grad():
             self.features = self._encode(self.pixels)
-        self.grid = patch_grid(model.config.vision_config, self.features.shape[1], *pixels.shape[2:])
+        self.grid = patch_grid(model.config.vision_config, self.features.shape[1], *self.pixels.shape[2:])
         self.extra = self.features.shape[1] - math.prod(self.grid)
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -132,9 +130,8 @@ class Target:
 
     def _run(self, features: torch.Tensor, **options: Any) -> Any:
         encoded = {"image": SimpleNamespace(pooler_output=features.flatten(0, 1))}
-        places = torch.arange(self.start - 1, self.ids.shape[1] - 1, device=self.ids.device)  # before each token
-        options |= {"mm_encoder_outputs": encoded, "logits_to_keep": places, "use_cache": False}
-        return self.model(self.ids.expand(len(features), -1), **options)
+        options |= {"logits_to_keep": torch.arange(self.start - 1, self.ids.shape[1] - 1, device=self.ids.device)}
+        return self.model(self.ids.expand(len(features), -1), mm_encoder_outputs=encoded, use_cache=False, **options)
 
     def score(self, features: torch.Tensor) -> torch.Tensor:
         """Log-likelihood in nats, float32 (rows, words), of features (rows, images, features, text hidden)."""
@@ -161,11 +158,14 @@ class Target:
         """Those of Explanation. Raises ValueError as explain()."""
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}: it is one of {', '.join(METHODS)}")
-        own = {"occlusion": self._occlusion, "attention": self._attention}.get(method)
-        maps = (own() if own else self._gradient(method == "integrated")).float().cpu().numpy()
-        if not np.isfinite(maps).all():
+        if method == "occlusion":
+            maps = self._occlusion()
+        else:
+            maps = self._attention() if method == "attention" else self._gradient(method == "integrated")
+            maps = maps[..., self.extra :].unflatten(-1, self.grid)
+        if not maps.isfinite().all():
             raise ValueError(f"the {method} maps are not finite: load the model in bfloat16 or float32")
-        return maps
+        return maps.cpu().numpy()
 
     def _occlusion(self) -> torch.Tensor:
         (rows, columns), size = self.grid, self.window
@@ -184,15 +184,15 @@ class Target:
         start = self.features.mean(1, keepdim=True) if integrated else torch.zeros_like(self.features)
         difference = self.features - start
         shares = (torch.arange(self.steps) + 0.5) / self.steps if integrated else torch.ones(1)
-        words = torch.arange(len(self.words)).repeat_interleave(len(shares)).to(self.ids.device)
-        shares = shares.repeat(len(self.words)).to(difference)
-        maps = torch.zeros(len(self.words), *self.features.shape[:2], device=self.ids.device)
-        for its, share in zip(words.split(self.batch_size), shares.split(self.batch_size), strict=True):
+        pairs = torch.cartesian_prod(torch.arange(len(self.words)), shares).to(self.ids.device)
+        maps = difference.new_zeros(len(self.words), *self.features.shape[:2], dtype=torch.float32)
+        for words, along in (pair.T for pair in pairs.split(self.batch_size)):
             with torch.enable_grad():
-                inputs = (start + share.view(-1, 1, 1, 1) * difference).requires_grad_()
-                (gradient,) = torch.autograd.grad(self.score(inputs).gather(1, its[:, None]).sum(), inputs)
-            maps.index_add_(0, its, (gradient.float() * difference.float()).sum(-1))
-        return self._on_grid(maps * len(self.words) / len(shares))
+                inputs = (start + along.to(start).view(-1, 1, 1, 1) * difference).requires_grad_()
+                likely = self.score(inputs).gather(1, words.long()[:, None])
+                (gradient,) = torch.autograd.grad(likely.sum(), inputs)
+            maps.index_add_(0, words.long(), (gradient.float() * difference.float()).sum(-1) / len(shares))
+        return maps
 
     @torch.no_grad()
     def _attention(self) -> torch.Tensor:
@@ -205,17 +205,13 @@ class Target:
         if any(layer is None for layer in layers):
             raise ValueError("this decoder does not return its attention: use another method")
         weights = sum(layer[0].float().mean(0) for layer in layers) / len(layers)  # (queries, keys)
-        keys = (self.ids[0] == self.model.config.image_token_id).nonzero().flatten()
-        maps = self.word_of.T @ weights[self.start - 1 : -1, keys]
-        return self._on_grid(maps.unflatten(1, self.features.shape[:2]))
-
-    def _on_grid(self, maps: torch.Tensor) -> torch.Tensor:
-        return maps[..., self.extra :].unflatten(-1, self.grid)
+        images = (self.word_of.T @ weights[self.start - 1 : -1])[:, self.ids[0] == self.model.config.image_token_id]
+        return images.unflatten(1, self.features.shape[:2])
 
 
 def patch_grid(vision: Any, count: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of a tower's patches, for `count` features of pixels of this size; merged patches (Swin) and
-    feature maps too. Raises ValueError if the features are no grid."""
+    """Rows and columns of the `count` features that a tower's config gives for pixels of this size; patches may be
+    merged (Swin) or a feature map. Raises ValueError if the features are no grid."""
     size = getattr(vision, "patch_size", None) or 1
     patch = (size, size) if isinstance(size, int) else size
     rows, columns = height // patch[0], width // patch[1]
@@ -227,17 +223,15 @@ def patch_grid(vision: Any, count: int, height: int, width: int) -> tuple[int, i
 
 
 def crop_box(image_processor: Any, size: tuple[int, int]) -> Box:
-    """Left, top, right and bottom of what the model gets of an image of this size (width, height), in its pixels.
+    """The part of an image of this size (width, height) that the model gets, in its pixels.
 
-    Found by images whose gray level is the place. Raises ValueError if more is done to them than resizing and cropping.
-    """
+    Found by images whose gray level is the place. Raises ValueError if they are not only resized and cropped."""
     edges = []
     for axis, length in enumerate(size):
         # the other axis adds up to half a level: the image processor's rounding then averages out
         ramp = np.add.outer(np.linspace(0, 255, length), np.linspace(-0.5, 0.5, size[1 - axis])).round().clip(0, 255)
-        image = Image.fromarray((ramp if axis else ramp.T).astype(np.uint8))
-        options = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
-        pixels = image_processor(image.convert("RGB"), **options)["pixel_values"][0]
+        image = Image.fromarray((ramp if axis else ramp.T).astype(np.uint8)).convert("RGB")
+        pixels = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
         levels = pixels.astype(np.float64).mean((0, 1 + axis))
         middle = np.arange(len(levels) // 4, len(levels) - len(levels) // 4)  # what is near the edges is rounded
         slope, first = np.polyfit(middle + 0.5, levels[middle], 1)
