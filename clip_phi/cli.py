@@ -3,12 +3,9 @@
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from .commands import data, evaluate, generate, hub, serving, speech, system
-from .commands.common import Parser, print_error
-
-# The order in which a newcomer needs the commands: try a model, serve it, look at data, train, evaluate, share.
-TOPICS = (generate, serving, data, speech, system, evaluate, hub)
+from .commands.common import COMMANDS, Parser, print_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exits with status 2 and one such line if the options themselves are wrong."""
     arguments = make_parser().parse_args(argv)
     try:
-        status: int = arguments.run(arguments) or 0
+        module, function = arguments.run.split(".")
+        status: int = getattr(import_module(f"clip_phi.commands.{module}"), function)(arguments) or 0
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # `| head` closed the pipe
@@ -37,9 +35,7 @@ def make_parser() -> Parser:
         description="Use a Clip-Phi model: caption images, answer questions about them, serve, evaluate and share it.",
         epilog="Each command explains its options: clip-phi COMMAND --help. Training: train_accelerate.py --help.",
     )
-    commands = parser.add_commands("COMMAND")
-    for topic in TOPICS:
-        topic.add_to(commands)
+    parser.add_commands("COMMAND", COMMANDS)
     return parser
 
 

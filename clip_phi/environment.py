@@ -182,13 +182,10 @@ def installed_version(package: str) -> str | None:
 
 def git_commit() -> str | None:
     """The commit of the checkout with this file, and "+changes" if it has any; None outside of a checkout."""
-
-    def git(*words: str) -> str:
-        how: Any = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True, "timeout": 10}
-        return str(subprocess.run(["git", *words], **how).stdout.strip())
-
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    how: Any = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True, "timeout": 10}
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return str(subprocess.run(command, **how).stdout.strip())
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -211,8 +208,6 @@ def peak_flops(device: Any) -> float | None:
 
 
 def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)", path.read_text(encoding="utf-8"), re.M) if path.is_file() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -109,8 +109,9 @@ def evaluate_stages(scenes: list[dict[str, Any]]) -> dict[str, Any]:
     and their scores are those of 'clip-phi evaluate', which asks each question alone. Returns the figures of
     result.json.
     """
+    from scene_scores import object_f1, question_kind
+
     from clip_phi.batching.images import load_image
-    from clip_phi.data.synthetic import object_f1, question_kind
     from clip_phi.evaluation.generate import generate_texts
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
@@ -195,8 +196,7 @@ def draw_sheet(scenes: list[dict[str, Any]], path: Path) -> None:
     """Draw unseen scenes with the model's captions and answers, green where they are right."""
     from matplotlib.figure import Figure
     from PIL import Image
-
-    from clip_phi.data.synthetic import object_f1
+    from scene_scores import object_f1
 
     figure = Figure(figsize=(16, 8.5), layout="constrained")
     figure.suptitle("Unseen scenes: caption after stage 1, description and answers after stage 2 (green: right)")
@@ -233,8 +233,7 @@ def draw_example(scenes: list[dict[str, Any]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
     from PIL import Image
-
-    from clip_phi.data.synthetic import object_f1
+    from scene_scores import object_f1
 
     def share_right(scene: dict[str, Any]) -> float:
         scores = [object_f1(scene["caption"], scene["truth"]) == 1, *(turn["score"] == 1 for turn in scene["turns"])]

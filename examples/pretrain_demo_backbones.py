@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # busy-waiting threads slow each 
 
 import numpy as np
 import torch
+from scene_scores import question_kind
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import (
@@ -540,7 +541,7 @@ def evaluate_decoder(decoder: PhiForCausalLM, batches: TextBatches, words: Seque
     asked: Counter[str] = Counter()
     for prompt, answer in (turn for _, conversation in pairs for turn in conversation):
         correct = min([next(tokens) for _ in range(len(batches.encode(answer)) + 1)])
-        kind = drawn.question_kind(prompt.removeprefix("Instruct: "))
+        kind = question_kind(prompt.removeprefix("Instruct: "))
         right[kind] += correct
         asked[kind] += 1
     accuracy = {kind: right[kind] / asked[kind] for kind in sorted(asked)} | {"all": right.total() / asked.total()}

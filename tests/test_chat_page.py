@@ -20,9 +20,10 @@ import httpx2 as httpx
 import numpy as np
 import pytest
 from PIL import Image
+from scene_scores import mentioned_objects
 
 from clip_phi.cli import main
-from clip_phi.data.synthetic import NUMBERS, draw_scene, mentioned_objects, sample_scene
+from clip_phi.data.synthetic import NUMBERS, draw_scene, sample_scene
 from clip_phi.serving.engine import Engine, Limits, as_prompt
 from clip_phi.serving.modalities import Modalities, load_modalities
 from clip_phi.speech.tts import Speech

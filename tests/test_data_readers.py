@@ -6,8 +6,8 @@ import zipfile
 import pytest
 from PIL import Image
 
+from clip_phi.batching.sampler import Mixture
 from clip_phi.data.files import MediaFolder
-from clip_phi.data.mixture import Mixture
 from clip_phi.data.report import Report, Skip
 from clip_phi.data.sample import File, Sample, Turn, as_messages
 from clip_phi.data.source import DataSource, parse_source
@@ -313,6 +313,7 @@ BAD = [
     ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "content is not text or image"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content text is not text"),
     ({"prompt": "x", "completion": 3}, "prompt or completion is neither text nor a list"),
+    ({"question": "x", "answer": "y", "history": 7}, "history is not a list of questions with answers"),
     ({"question": "x", "answers": []}, "answers are not a list, or it is empty"),
     ({"caption": "x"}, "caption without an image"),
     ({"image": CAT, "captions": []}, "no caption"),

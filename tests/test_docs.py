@@ -20,9 +20,9 @@ import torch
 from fork_server import free_port, run_forked
 from huggingface_hub import ModelCard
 from PIL import Image
+from scene_scores import question_kind
 
 from clip_phi.cli import make_parser
-from clip_phi.data.synthetic import question_kind
 from clip_phi.hub.card import Run, card_images, make_card
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scene_scores import mentioned_objects, object_f1, question_kind
 
 from clip_phi.data import synthetic as drawn
 
@@ -58,7 +59,7 @@ def test_files_have_the_official_layouts(folder):
             with Image.open(folder / f"{split}2017" / f"{image['id']:012d}.jpg") as picture:
                 assert (picture.format, picture.size) == ("JPEG", (image["width"], image["height"]))
         for row in captions["annotations"]:
-            assert drawn.mentioned_objects(row["caption"]) == truth[row["image_id"]], row["caption"]
+            assert mentioned_objects(row["caption"]) == truth[row["image_id"]], row["caption"]
         records = json.loads((folder / f"llava_instruct_{split}.json").read_text())
         assert len({record["id"] for record in records}) == len(records) == 2 * count
         for record in records:
@@ -111,7 +112,7 @@ def test_each_object_is_drawn_in_its_color():
 
 def test_answers_are_true(questions):
     for scene, question, answer in questions:
-        named = set(drawn.mentioned_objects(question))
+        named = set(mentioned_objects(question))
         if question in drawn._COUNT_QUESTIONS:
             assert drawn.NUMBERS.index(answer) == len(scene.objects)
         elif answer in drawn.COLORS:
@@ -135,7 +136,7 @@ def test_answers_are_true(questions):
 def test_every_question_has_the_kind_of_its_answer(questions):
     seen = Counter()
     for _, question, answer in questions:
-        kind = drawn.question_kind(question)
+        kind = question_kind(question)
         if answer in ("yes", "no"):
             upright = "above" in question or "below" in question
             relation = "above_below" if upright else "left_right"
@@ -152,7 +153,7 @@ def test_descriptions_name_every_object():
     for _ in range(300):
         scene = drawn.sample_scene(rng, "train")
         request, answer = drawn.description(scene, rng)
-        assert drawn.mentioned_objects(answer) == scene.composition and not drawn.mentioned_objects(request)
+        assert mentioned_objects(answer) == scene.composition and not mentioned_objects(request)
 
 
 def test_yes_and_no_and_counts_are_balanced(questions):
@@ -161,7 +162,7 @@ def test_yes_and_no_and_counts_are_balanced(questions):
         assert abs(answers["yes"] / answers.total() - 0.5) < 0.03
     counts = Counter(answer for _, question, answer in questions if question in drawn._COUNT_QUESTIONS)
     assert max(counts.values()) / counts.total() < 0.38
-    negatives = [(scene, *drawn.mentioned_objects(q)) for scene, q, a in questions if a == "no" and "Is the" not in q]
+    negatives = [(scene, *mentioned_objects(q)) for scene, q, a in questions if a == "no" and "Is the" not in q]
     hard = [any(color == o.color or shape == o.shape for o in scene.objects) for scene, (color, shape) in negatives]
     assert abs(np.mean(hard) - 0.5) < 0.04
 
@@ -189,7 +190,7 @@ def test_no_guess_from_the_question_alone_is_right_in_more_than_55_percent(quest
     ],
 )
 def test_object_f1(text, truth, score):
-    assert drawn.object_f1(text, Counter(truth)) == pytest.approx(score)
+    assert object_f1(text, Counter(truth)) == pytest.approx(score)
 
 
 def test_the_verb_agrees_with_what_comes_first():

@@ -75,19 +75,18 @@ def make_pack_layout(conversation_ids: Sequence[Sequence[int]]) -> PackLayout:
         mask = ((ids[:, None] == 0) | (ids[:, None] == ids[..., None])).tril().unsqueeze(1) if several else None
         buckets.append(Bucket(places, mask, positions))
         filled += places.numel()
-    queries, keys, key_places = [0], [0], list[np.ndarray]()
+    sizes, key_places = [(0, 0)], list[np.ndarray]()  # of each piece, its queries and keys
     for start, ids in zip(starts, conversation_ids, strict=False):
         cuts = [0, *(np.flatnonzero(np.diff(ids)) + 1), len(ids)]
         prefix = cuts[1] if ids[0] == 0 else 0
         for first, stop in zip(cuts, cuts[1:], strict=False):
             seen = np.concatenate([np.arange(prefix if first else 0), np.arange(first, stop)])
             key_places.append(seen + start)
-            queries.append(queries[-1] + int(stop - first))
-            keys.append(keys[-1] + len(seen))
+            sizes.append((int(stop - first), len(seen)))
     keys_seen = torch.from_numpy(np.concatenate(key_places))
-    query_starts, key_starts = (torch.tensor(each, dtype=torch.int32) for each in (queries, keys))
-    longest = int(max(np.diff(queries))), int(max(np.diff(keys)))
-    return PackLayout(buckets, places_in_buckets, keys_seen, query_starts, key_starts, longest)
+    query_starts, key_starts = torch.tensor(sizes).T.cumsum(1).to(torch.int32)
+    longest_query, longest_key = np.max(sizes, axis=0).tolist()
+    return PackLayout(buckets, places_in_buckets, keys_seen, query_starts, key_starts, (longest_query, longest_key))
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
@@ -83,8 +84,7 @@ def _fit(
         kind = "question without an answer" if conversation else "image without a caption"
         raise RecordError(kind, "it can be evaluated on, not trained on")
     # An answer ends where the next token is not supervised.
-    following = [*tokens.labels[1:], IGNORE_INDEX]
-    pairs = zip(tokens.labels, following, strict=True)
+    pairs = pairwise([*tokens.labels, IGNORE_INDEX])
     ends = [place for place, (label, after) in enumerate(pairs, start=1) if label != IGNORE_INDEX == after]
     if not ends:
         raise RecordError("no supervised token")

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -75,7 +75,8 @@ class FeatureCache:
         self.folder = Path(folder) / fingerprint[:16]
         self.row_bytes = 2 * shape[0] * shape[1]
         self._lock = threading.RLock()
-        self._places: dict[bytes, _Place] = {}  # by key
+        # By key: path of the shard without suffix, row and checksum; of an image that several writers added, all.
+        self._places: dict[bytes, tuple[tuple[str, int, int], ...]] = {}
         self._records_read: dict[str, int] = {}  # of the index of each shard
         # A shard, open for reading. Forked processes and threads may share it: nothing moves a position in it.
         self._file = cache(lambda shard: os.open(f"{shard}.bin", os.O_RDONLY))
@@ -95,25 +96,21 @@ class FeatureCache:
 
     def get(self, key: bytes) -> torch.Tensor | None:
         """The features of an image: bfloat16 (patches, vision hidden) on the CPU. None if there are none."""
-        while (place := self._places.get(key)) is not None:
+        for place in reversed(self._places.get(key, ())):
+            shard, row, checksum = place
             features = torch.empty(self.shape, dtype=torch.bfloat16)
             data = features.view(torch.int16).numpy()
-            read = os.preadv(self._file(place.shard), [data], place.row * self.row_bytes)
-            if read == self.row_bytes and zlib.crc32(data) == place.checksum:
+            read = os.preadv(self._file(shard), [data], row * self.row_bytes)
+            if read == self.row_bytes and zlib.crc32(data) == checksum:
                 return features
-            self._forget(key, place)
+            if not self._found_damage:
+                self._found_damage = True
+                what = f"{shard}.bin is damaged; what is wrong in it is computed again"
+                print(f"--cache_features {self.root}: {what}", file=sys.stderr)
+            with self._lock:
+                left = tuple(each for each in self._places.pop(key, ()) if each != place)
+                self._places |= {key: left} if left else {}
         return None
-
-    def _forget(self, key: bytes, place: "_Place") -> None:
-        """Drop a row whose bytes have changed on disk; another writer's row of this image may be left."""
-        if not self._found_damage:
-            self._found_damage = True
-            what = f"{place.shard}.bin is damaged; what is wrong in it is computed again"
-            print(f"--cache_features {self.root}: {what}", file=sys.stderr)
-        with self._lock:
-            if self._places.get(key) is place:
-                del self._places[key]
-                self._places |= {key: place.older} if place.older else {}
 
     def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
         """Add features: float (keys, patches, vision hidden), rounded to bfloat16. A cached key stays as it is.
@@ -132,7 +129,7 @@ class FeatureCache:
                     self._writer = _Writer(str(self.folder / f"shard-{secrets.token_hex(8)}"))
                 rows = features.detach()[list(new.values())].to("cpu", torch.bfloat16)
                 for key, row, checksum in self._writer.append(list(new), rows):
-                    self._places[key] = _Place(self._writer.shard, row, checksum)
+                    self._places[key] = ((self._writer.shard, row, checksum),)
             except OSError as error:
                 self._close_writer()  # its index may name some of these rows, so they must not be overwritten
                 reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
@@ -156,11 +153,9 @@ class FeatureCache:
         except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
             found, checked = None, False
         if not checked:  # absent or damaged; the folder has the fingerprint's name
-            with open(self.folder / f"about-{secrets.token_hex(6)}", "w", encoding="utf-8") as file:
-                json.dump(about | {"checksum": _checksum_of(about)}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(file.name, path)
+            whole = self.folder / f"about-{secrets.token_hex(6)}"
+            whole.write_text(json.dumps(about | {"checksum": _checksum_of(about)}), encoding="utf-8")
+            whole.replace(path)
         elif found != about:
             raise ValueError(f"--cache_features: {path} has {found}, not {about}: remove {self.folder}")
 
@@ -174,9 +169,8 @@ class FeatureCache:
             if check == _checksum(key, row, checksum):
                 if row >= num_rows:
                     break
-                older = self._places.get(key)
-                if older is None or older[:2] != (shard, row):
-                    self._places[key] = _Place(shard, row, checksum, older)
+                place, known = (shard, row, checksum), self._places.get(key, ())
+                self._places[key] = known if place in known else (*known, place)
             self._records_read[shard] += 1
 
     def _close_writer(self) -> None:
@@ -184,15 +178,6 @@ class FeatureCache:
             os.close(self._writer.data)
             os.close(self._writer.index)
         self._writer = None
-
-
-class _Place(NamedTuple):
-    """Where features are. shard: path without suffix. older: another place of the same image."""
-
-    shard: str
-    row: int
-    checksum: int
-    older: "_Place | None" = None
 
 
 class _Writer:

@@ -137,15 +137,22 @@ class Preprocessor:
     def __call__(self, source: Source) -> torch.Tensor:
         data, name = _read(source)
         least = FAST_REDUCTION * self.image_processor.size.shortest_edge if self.fast else 0
-        if self.fast and (rgb := _decode_plain_jpeg(data, least)) is not None:
-            return self._look_up(self._resize_fast(rgb))
-        return self.of_image(_decode(data, name))
+        if not self.fast or (rgb := _decode_plain_jpeg(data, least)) is None:
+            return self.of_image(_decode(data, name))
+        width, height, left, top, right, bottom = self._places(rgb.shape[1], rgb.shape[0])
+        batch = torch.from_numpy(rgb).permute(2, 0, 1).unsqueeze(0)
+        resized = interpolate(batch, size=(height, width), mode="bicubic", antialias=True)[0]
+        return self._look_up(resized[:, top:bottom, left:right].permute(1, 2, 0).numpy())
 
     def of_image(self, image: Image.Image) -> torch.Tensor:
         """The same for what load_image returns, in mode "exact"."""
         if self.table is None:
             return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
-        return self._look_up(self._resize(image))
+        width, height, left, top, right, bottom = self._places(*image.size)
+        # PIL resizes the rows, rounds, then resizes the columns: a crop in between changes no remaining pixel.
+        rows = image.resize((width, image.height), self.image_processor.resample).crop((left, 0, right, image.height))
+        columns = rows.resize((rows.width, height), self.image_processor.resample)
+        return self._look_up(np.asarray(columns.crop((0, top, rows.width, bottom))))
 
     def _places(self, width: int, height: int) -> tuple[int, int, int, int, int, int]:
         """Resized width and height, and left, top, right and bottom of the crop in the resized image."""
@@ -153,21 +160,6 @@ class Preprocessor:
         new_width, new_height = (int(edge * side / min(width, height)) for side in (width, height))
         left, top = (new_width - crop.width) // 2, (new_height - crop.height) // 2
         return new_width, new_height, left, top, left + crop.width, top + crop.height
-
-    def _resize(self, image: Image.Image) -> np.ndarray:
-        """uint8 (height, width, 3), cropped."""
-        width, height, left, top, right, bottom = self._places(*image.size)
-        # PIL resizes the rows, rounds, then resizes the columns: a crop in between changes no remaining pixel.
-        rows = image.resize((width, image.height), self.image_processor.resample).crop((left, 0, right, image.height))
-        columns = rows.resize((rows.width, height), self.image_processor.resample)
-        return np.asarray(columns.crop((0, top, rows.width, bottom)))
-
-    def _resize_fast(self, rgb: np.ndarray) -> np.ndarray:
-        """uint8 (height, width, 3), cropped."""
-        width, height, left, top, right, bottom = self._places(rgb.shape[1], rgb.shape[0])
-        batch = torch.from_numpy(rgb).permute(2, 0, 1).unsqueeze(0)
-        resized = interpolate(batch, size=(height, width), mode="bicubic", antialias=True)[0]
-        return resized[:, top:bottom, left:right].permute(1, 2, 0).numpy()
 
     def _look_up(self, levels: np.ndarray) -> torch.Tensor:
         """levels: uint8 (height, width, 3)."""

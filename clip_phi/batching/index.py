@@ -29,15 +29,14 @@ from ..data.source import DataSource
 from .encode import Encoded, encode_samples, prefix_ids
 from .packing import SharedPrefixSample, build_shared_prefix
 
-FORMAT = 6  # of the files; raised too when a reader or the encoding comes to give something else
+FORMAT = 7  # of the files; raised too when a reader or the encoding comes to give something else
 NAMES = " + "  # between the names of several images
 CHUNK = 1000  # samples that are tokenised together
 HINT_SAMPLES, SHORT_ANSWER = 500, 3  # samples that independent_turns_hint() reads; words
-IMAGE_FIELDS = {"path": pa.string(), "member": pa.string(), "bytes": pa.large_binary()}
+IMAGE = {"path": pa.string(), "member": pa.string(), "bytes": pa.large_binary()}
 # conversations: json. ids, labels: of all of them, concatenated, without BOS and image. lengths: tokens of each.
-FIELDS = IMAGE_FIELDS | {"more": pa.list_(pa.struct(IMAGE_FIELDS)), "origins": pa.list_(pa.string())}
-FIELDS |= {"conversations": pa.string()} | dict.fromkeys(("ids", "labels", "lengths"), pa.list_(pa.int32()))
-SCHEMA = pa.schema(FIELDS)
+FIELDS = {"images": pa.list_(pa.struct(IMAGE)), "origins": pa.list_(pa.string()), "conversations": pa.string()}
+SCHEMA = pa.schema(FIELDS | dict.fromkeys(("ids", "labels", "lengths"), pa.list_(pa.int32())))
 
 
 @dataclass(eq=False)
@@ -78,12 +77,12 @@ class Index:
         return self.table[name][number if self.selected is None else int(self.selected[number])]
 
     def image(self, number: int) -> Images | None:
-        path, member, data = (self._cell(name, number).as_py() for name in ("path", "member", "bytes"))
-        more = [_image(**each) for each in self._cell("more", number).as_py()]
-        return (_image(path, member, data), *more) if more else _image(path, member, data)
+        cells = (each.values() for each in self._cell("images", number).as_py())
+        images = [data if path is None else File(path, member) for path, member, data in cells]
+        return tuple(images) if len(images) > 1 else next(iter(images), None)
 
     def has_image(self, number: int) -> bool:
-        return self._cell("path", number).is_valid or self._cell("bytes", number).is_valid
+        return len(self._cell("images", number)) > 0
 
     def origins(self, number: int) -> list[str]:
         return self._cell("origins", number).as_py()
@@ -105,7 +104,7 @@ class Index:
     def prefix(self, number: int) -> list[int]:
         """Token ids before each conversation of a sample: BOS, if the decoder has one, and the image's."""
         without, with_image = self.prefixes
-        return without + with_image[len(without) :] * (self.has_image(number) + len(self._cell("more", number)))
+        return without + with_image[len(without) :] * len(self._cell("images", number))
 
     def shared_prefix_sample(self, number: int, conversations: Sequence[int] | None = None) -> SharedPrefixSample:
         """A sample with all its conversations, or with these."""
@@ -129,25 +128,27 @@ class Index:
 
     def image_names(self) -> list[str | None]:
         """The image file of each sample, several joined by NAMES; None for text-only samples and images in bytes."""
-        columns = zip(*(self.table[name].to_pylist() for name in ("path", "member", "more")), strict=True)
-        files = ([(path, member), *((each["path"], each["member"]) for each in more)] for path, member, more in columns)
-        names = [NAMES.join(str(File(*each)) for each in its if each[0] is not None) or None for its in files]
+        images = pc.list_flatten(self.table["images"])
+        paths, members = (pc.struct_field(images, name).to_pylist() for name in ("path", "member"))
+        files = iter([path and str(File(path, member)) for path, member in zip(paths, members, strict=True)])
+        counts = pc.list_value_length(self.table["images"]).to_pylist()
+        names = [NAMES.join(filter(None, islice(files, count))) or None for count in counts]
         return np.array(names, object)[self._rows].tolist()
 
     def num_tokens(self) -> np.ndarray:
         """int64 (samples,): tokens of each sample, its image once and all end tokens included."""
-        return self._with_prefix(pc.list_value_length(self.table["ids"]).to_numpy())
+        return self._with_prefix(self._lengths("ids"))
 
     def packed_lengths(self, num_conversations: int | None = None) -> np.ndarray:
         """int64 (samples,): tokens of each sample that go into the model; the most that so many conversations have."""
         taken = (sorted(lengths, reverse=True)[:num_conversations] for lengths in self.table["lengths"].to_pylist())
-        return self._with_prefix(np.array([sum(each) - len(each) for each in taken], dtype=np.int64))
+        return self._with_prefix(np.array([sum(each) - len(each) for each in taken], dtype=np.int64)[self._rows])
 
     def count(self) -> tuple[int, int, int]:
         """Samples with an image; captions and (other) conversations of all samples."""
-        captions = int(self.num_captions().sum())
-        conversations = int(pc.list_value_length(self.table["lengths"]).to_numpy()[self._rows].sum())
-        return int(self._images()[self._rows].sum()), captions, conversations - captions
+        counts = (self._lengths("images"), self.num_captions(), self._lengths("lengths"))
+        images, captions, conversations = (int(each.sum()) for each in counts)
+        return images, captions, conversations - captions
 
     def num_captions(self) -> np.ndarray:
         """int64 (samples,): conversations that begin with an answer."""
@@ -158,15 +159,13 @@ class Index:
     def _rows(self) -> Any:
         return slice(None) if self.selected is None else self.selected
 
-    def _images(self) -> np.ndarray:
-        """int64 (entries of the table,): images of each."""
-        first = pc.or_(self.table["path"].is_valid(), self.table["bytes"].is_valid()).to_numpy()
-        return first.astype(np.int64) + pc.list_value_length(self.table["more"]).to_numpy()
+    def _lengths(self, name: str) -> np.ndarray:
+        """int64 (samples,): of the lists in a column."""
+        return pc.list_value_length(self.table[name]).to_numpy()[self._rows].astype(np.int64)
 
     def _with_prefix(self, lengths: np.ndarray) -> np.ndarray:
         without, with_image = map(len, self.prefixes)
-        lengths = lengths + without + (with_image - without) * self._images()
-        return lengths[self._rows].astype(np.int64)
+        return lengths + without + (with_image - without) * self._lengths("images")
 
 
 def count_text(images: int, captions: int, conversations: int) -> str:
@@ -204,22 +203,19 @@ def load_index(source: DataSource, processor: Any, max_length: int, num_workers:
     folder.parent.mkdir(parents=True, exist_ok=True)
     media, transcripts, report = source.media(), source.transcripts(), Report()
     samples = transcripts.fill(source.read(media, report), report)
-    temporary = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
-    try:
-        path = temporary / "index.arrow"
+    with tempfile.TemporaryDirectory(prefix="making-", dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+        path = Path(temporary) / "index.arrow"
         with no_collector(), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             for batch in _tokenise(samples, processor, max_length, report, num_workers):
                 writer.write_batch(batch)
         stamps = media.file_stamps() | transcripts.file_stamps()
         about = {"state": state, "report": report.as_dict(), "file_stamps": stamps, "checksum": _checksum(path)}
-        (temporary / "about.json").write_text(checked_line(about), encoding="utf-8")
+        path.with_name("about.json").write_text(checked_line(about), encoding="utf-8")
         made = Index(_map(path), _prefixes(processor), report, folder / "index.arrow")
         if _open(folder, state, processor) is None:  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
                 os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return made
 
 
@@ -283,18 +279,14 @@ def _tokenise(
 def _tokenise_chunk(processor: Any, max_length: int, chunk: list[Sample]) -> tuple[pa.RecordBatch, Report]:
     report, rows = Report(), []
     for sample, encoded in encode_samples(chunk, processor, max_length, report):
-        places = [each if isinstance(each, File) else (None, None, each) for each in images_of(sample.image) or [None]]
-        first, *others = [dict(zip_longest(IMAGE_FIELDS, place)) for place in places]
+        places = (each if isinstance(each, File) else (None, None, each) for each in images_of(sample.image))
+        images = [dict(zip_longest(IMAGE, place)) for place in places]
         conversations = json.dumps(sample.conversations, default=bytes.hex)  # of speech that is bytes
         ids, labels = ([token for each in encoded for token in each[part]] for part in (0, 1))
         lengths = [len(each.ids) for each in encoded]
-        rows.append((*first.values(), others, sample.origins, conversations, ids, labels, lengths))
-    columns = zip(*rows, strict=True) if rows else [()] * len(SCHEMA)
-    return pa.RecordBatch.from_pydict(dict(zip(SCHEMA.names, columns, strict=True)), SCHEMA), report
-
-
-def _image(path: str | None, member: str | None, bytes: bytes | None) -> Any:
-    return File(path, member) if path is not None else bytes
+        row = (images, sample.origins, conversations, ids, labels, lengths)
+        rows.append(dict(zip(SCHEMA.names, row, strict=True)))
+    return pa.RecordBatch.from_pylist(rows, SCHEMA), report
 
 
 def _turn(role: Any, text: str, transcript: str | None, speech: Any, references: list[str]) -> Turn:

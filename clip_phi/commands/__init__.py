@@ -1,1 +1,1 @@
-"""The commands of clip-phi, one module per topic. Each module has add_to(commands), which adds its parsers."""
+"""The commands of clip-phi, one module per topic. commands.json lists them, and options.json their options."""

@@ -4,17 +4,20 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 from typing import Any, NoReturn
 
-from ..data.files import is_missing_folder
+from ..data.catalog import DATASETS
+from ..data.files import is_missing_folder, read_object
 from ..data.report import plain
+from ..data.transcripts import ENGINES, AsrSettings
+from ..environment import cpu_cores
 
 DEMO_MODEL = "outputs/demo/model"
 MODELS = ("outputs/stage2", "outputs/stage1", DEMO_MODEL)  # where training and 'make demo' write by default
 MAX_LAYERS = 1000
-DATA = "[KIND:]PATH[,option=value...], as --data in train_accelerate.py"
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -36,9 +39,23 @@ class Parser(argparse.ArgumentParser):
         self.commands: Any = None
         self._is_parsing = False
 
-    def add_commands(self, metavar: str) -> Any:
+    def add_commands(self, metavar: str, table: dict[str, Any]) -> None:
+        """Add the commands of a table, as in commands.json. Each is carried out by a function run_NAME of its module.
+
+        options: its groups of options.json. defaults: of options that several commands have with a default of each.
+        actions: the commands below a command that does nothing itself."""
         self.commands = self.add_subparsers(dest=metavar.lower(), required=True, metavar=metavar)
-        return self.commands
+        for name, about in table.items():
+            help = about["help"]
+            if "actions" in about:
+                self.commands.add_parser(name, help=help).add_commands("ACTION", about["actions"])
+                continue
+            command = self.commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+            command.add_argument("--debug", action="store_true", help="the traceback of an error instead of one line")
+            for option, settings in (pair for group in about["options"] for pair in OPTIONS[group].items()):
+                command.add_argument(option, **{key: _filled(value) for key, value in settings.items()})
+            run = f"{about['module']}.run_{name.replace('-', '_')}"
+            command.set_defaults(run=run, **about.get("defaults", {}))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -72,38 +89,11 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown {what} {name}{''.join(nearest)} (see {self.prog} --help)")
 
 
-def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], Any], help: str) -> Parser:
-    """A parser for one command, which `run` carries out."""
-    command: Parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
-    command.set_defaults(run=run)
-    command.add_argument("--debug", action="store_true", help="the traceback of an error instead of one line")
-    return command
-
-
-def add_options(command: argparse.ArgumentParser, *names: str, **defaults: Any) -> None:
-    """The options of options.json under these names, each with the keywords of add_argument.
-
-    defaults: of options that several commands have with a default of each."""
-    for name in names:
-        for option, settings in OPTIONS[name].items():
-            settings = settings | ({"type": TYPES[settings["type"]]} if "type" in settings else {})
-            command.add_argument(option, **settings)
-    command.set_defaults(**defaults)
-
-
-def add_model(command: argparse.ArgumentParser, *, argument: bool = False) -> None:
-    """--model; argument: the model may also be given as the command's (first) argument."""
-    command.set_defaults(model_argument=None)
-    if argument:
-        command.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
-    help = f"folder or Hub id of a trained model (default: the newest of {', '.join(MODELS)})"
-    command.add_argument("--model", metavar="PATH_OR_ID", help=help)
-
-
-def add_engine(command: argparse.ArgumentParser, *, argument: bool = False) -> None:
-    """The options of load_engine, except for --compile."""
-    add_model(command, argument=argument)
-    add_options(command, "engine")
+def _filled(value: Any) -> Any:
+    """A value of options.json: "$NAME" is that of VALUES, or inside of a help text its text."""
+    if not isinstance(value, str):
+        return value
+    return VALUES[value[1:]] if value.startswith("$") else Template(value).substitute(VALUES)
 
 
 def load_engine(arguments: argparse.Namespace, limits: Any = None) -> Any:
@@ -112,14 +102,6 @@ def load_engine(arguments: argparse.Namespace, limits: Any = None) -> Any:
 
     compiles = getattr(arguments, "compile", False)
     return Engine.from_pretrained(model, arguments.device, arguments.quantization, compiles, limits or Limits())
-
-
-def add_json(command: argparse.ArgumentParser, what: str = "one json object instead of the text") -> None:
-    command.add_argument("--json", action="store_true", help=f"{what}, on standard output")
-
-
-def add_data(command: argparse.ArgumentParser, help: str, name: str = "--data") -> None:
-    command.add_argument(name, nargs="+", action="extend", default=[], metavar="DATA", help=help)
 
 
 def newest_model() -> str | None:
@@ -132,9 +114,10 @@ def choose_model(arguments: argparse.Namespace) -> str:
     """The model given by --model or as an argument, or else the newest, which is then named on stderr.
 
     Stored in arguments.model. Raises ValueError if it is given twice, its folder does not exist, or there is none."""
-    if arguments.model is not None and arguments.model_argument is not None:
-        raise ValueError(f"two models: {arguments.model_argument} and --model {arguments.model}. Give one of them")
-    model: str | None = arguments.model or arguments.model_argument
+    argument: str | None = getattr(arguments, "model_argument", None)
+    if arguments.model is not None and argument is not None:
+        raise ValueError(f"two models: {argument} and --model {arguments.model}. Give one of them")
+    model = arguments.model or argument
     if model is None:
         if (model := newest_model()) is None:
             raise ValueError(f"no model in {', '.join(MODELS)}: run 'make demo' first, or give --model PATH_OR_ID")
@@ -147,12 +130,7 @@ def choose_model(arguments: argparse.Namespace) -> str:
 
 def _check_config(path: Path) -> None:
     """Raises ValueError for a config that is no json object or has too many layers, before anything is made of it."""
-    from ..data.files import read_json
-
-    config = read_json(path) if path.is_file() else {}
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a json object")
-    for name, part in config.items():
+    for name, part in (read_object(path) if path.is_file() else {}).items():
         layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
         if layers is not None and not (isinstance(layers, int) and 0 <= layers <= MAX_LAYERS):
             raise ValueError(f"{path}: {name} has num_hidden_layers {layers}: at most {MAX_LAYERS}")
@@ -186,6 +164,12 @@ def positive_number(text: str) -> float:
     return value
 
 
-OPTIONS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("options.json").read_text(encoding="utf-8"))
-TYPES: dict[str, Any] = {"int": int, "float": float, "path": Path}
-TYPES |= {"positive": positive, "natural": natural, "positive_number": positive_number}
+OPTIONS, COMMANDS = (
+    json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8")) for name in ("options.json", "commands.json")
+)
+# What "$NAME" in options.json stands for.
+VALUES: dict[str, Any] = {each.__name__: each for each in (int, float, Path, positive, natural, positive_number)}
+VALUES |= {"DATA": "[KIND:]PATH[,option=value...], as --data in train_accelerate.py", "CORES": cpu_cores()}
+VALUES |= {"MODELS": ", ".join(MODELS), "DEMO_MODEL": DEMO_MODEL, "DATASETS": DATASETS, "ENGINES": ENGINES}
+VALUES["DOWNLOADS"] = "; ".join(f"{name}: {dataset.about}" for name, dataset in DATASETS.items())
+VALUES |= AsrSettings()._asdict() | {"SECONDS": f"{AsrSettings().max_seconds:g}"}

@@ -3,22 +3,9 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from ..data.report import plain
-from .common import DATA, DEMO_MODEL, add_command, add_data, add_json, add_model, add_options, choose_model
-
-
-def add_to(commands: Any) -> None:
-    help = "scores of a model, beside its scores without the image and with others"
-    evaluate = add_command(commands, "evaluate", run_evaluate, help)
-    add_model(evaluate, argument=True)
-    add_data(evaluate, f"data to evaluate on: {DATA} (default, for {DEMO_MODEL} alone: the demo's validation data)")
-    help = "the better one of two evaluated models, with a confidence interval"
-    compare = add_command(commands, "compare", run_compare, help)
-    for name, command in (("evaluate", evaluate), ("compare", compare)):
-        add_options(command, name, "result")
-        add_json(command, "the result as one json object")
+from .common import DEMO_MODEL, choose_model
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:

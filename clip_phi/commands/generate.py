@@ -1,4 +1,4 @@
-"""clip-phi caption and ask: captions and answers as text, as speech or as an image."""
+"""clip-phi caption, ask and explain: captions and answers as text, as speech or as an image, and maps of an image."""
 
 import argparse
 import json
@@ -6,24 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..data.files import read_json
 from ..data.report import plain
-from .common import add_command, add_engine, add_json, add_options, load_engine
-from .speech import add_asr_options, transcribe
-
-
-def add_to(commands: Any) -> None:
-    caption = add_command(commands, "caption", run_caption, "captions of images")
-    add_options(caption, "caption")
-    ask = add_command(commands, "ask", run_ask, "the answer to a question about an image")
-    add_options(ask, "ask")
-    add_asr_options(ask)
-    add_options(ask, "ask output")
-    explain = add_command(commands, "explain", run_explain, "the parts of an image that an answer comes from")
-    add_options(explain, "explain")
-    for command in (caption, ask, explain):
-        add_engine(command)
-        add_options(command, "answer")
-        add_json(command, "one json object a line instead of the text")
+from .common import load_engine
+from .speech import transcribe
 
 
 def run_caption(arguments: argparse.Namespace) -> int:
@@ -69,10 +55,7 @@ def run_ask(arguments: argparse.Namespace) -> None:
     choices = [each.strip() for each in arguments.choices.split(",")] if arguments.choices else []
     form: dict[str, Any] = {"choice": choices} if choices else {}
     if arguments.schema is not None:
-        try:
-            form = {"schema": json.loads(arguments.schema.read_text(encoding="utf-8"))}
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{arguments.schema} is not json: {error}") from error
+        form = {"schema": read_json(arguments.schema)}
     for path in filter(None, (arguments.speak, arguments.draw)):  # before minutes of work
         if not Path(path).absolute().parent.is_dir():
             raise ValueError(f"cannot write {path}: there is no such folder")

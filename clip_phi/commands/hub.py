@@ -4,21 +4,8 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from .common import add_command, add_json, add_model, add_options, choose_model
-
-
-def add_to(commands: Any) -> None:
-    push = add_command(commands, "push", run_push, "upload of a trained model to the Hub, with its model card")
-    export = add_command(commands, "export", run_export, "a trained model's files for llama.cpp, vLLM, Llava or ONNX")
-    help = "a model from a projector that a notebook, LLaVA or Lightning saved"
-    projector = add_command(commands, "import-projector", run_import_projector, help)
-    for command in (push, export):
-        add_model(command, argument=True)
-    for name, command in (("push", push), ("export", export), ("import-projector", projector)):
-        add_options(command, name)
-        add_json(command)
+from .common import choose_model
 
 
 def run_push(arguments: argparse.Namespace) -> None:

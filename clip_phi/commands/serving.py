@@ -4,22 +4,8 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-from .common import add_command, add_engine, add_model, add_options, choose_model, load_engine
-
-
-def add_to(commands: Any) -> None:
-    chat = add_command(commands, "chat", run_chat, "a chat page in the browser, with images, speech and text")
-    add_engine(chat, argument=True)
-    add_options(chat, "server", "chat", port=7860)
-    serve = add_command(commands, "serve", run_serve, "an HTTP API in the form of OpenAI's chat completions")
-    add_engine(serve, argument=True)
-    add_options(serve, "server", "serve", port=8000)
-    help = "the chat page as a Hugging Face Space: app.py, requirements, README"
-    space = add_command(commands, "space", run_space, help)
-    add_model(space)
-    add_options(space, "space")
+from .common import choose_model, load_engine
 
 
 def run_chat(arguments: argparse.Namespace) -> None:

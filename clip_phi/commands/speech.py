@@ -8,40 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..data.report import plain
-from ..data.transcripts import ENGINES, AsrSettings
-from .common import DATA, Parser, add_command, add_data, add_json, add_options, positive_number
+from ..data.transcripts import AsrSettings
 
 DEFAULT = AsrSettings()
 # Options for a recording, which a data set has in its own text: --data KIND:PATH,engine=whisperx.
 ASR_OPTIONS = ("engine", "speech_model", "language", "max_speech_seconds")
-
-
-def add_to(commands: Any) -> None:
-    speech: Parser = commands.add_parser("speech", help="transcripts of recordings, data sets with speech, WhisperX")
-    actions = speech.add_commands("ACTION")
-    help = "transcript of a recording, or of all recordings in a data set"
-    transcribe = add_command(actions, "transcribe", run_transcribe, help)
-    help = f"data sets whose transcripts are stored for training: {DATA}; the options engine=, speech_model=, "
-    add_data(transcribe, f"{help}language= and max_speech_seconds= in DATA choose how they are transcribed")
-    add_asr_options(transcribe)
-    add_options(transcribe, "transcribe")
-    add_json(transcribe, "one json object for the recording or each data set")
-    dataset = add_command(actions, "dataset", run_dataset, "a LLaVA json with its questions as spoken recordings")
-    add_options(dataset, "dataset")
-    add_json(dataset)
-    install = add_command(actions, "install", run_install, "a Python environment for --engine whisperx")
-    add_options(install, "install")
-
-
-def add_asr_options(command: argparse.ArgumentParser) -> None:
-    """Which model transcribes speech, and how."""
-    add = command.add_argument
-    add("--engine", choices=ENGINES, help=f"speech recognition (default: {DEFAULT.engine})")
-    help = f"Whisper model: a name, a Hub id or a folder in CTranslate2's form (default: {DEFAULT.model})"
-    add("--speech_model", help=help)
-    add_options(command, "transcriber")
-    help = f"longest recording; the rest is cut off (default: {DEFAULT.max_seconds:g})"
-    add("--max_speech_seconds", type=positive_number, help=help)
 
 
 def transcribe(file: str, arguments: argparse.Namespace) -> Any:

@@ -2,17 +2,8 @@
 
 import argparse
 import json
-from typing import Any
 
-from .common import add_command, add_json, add_options, check_model
-
-
-def add_to(commands: Any) -> None:
-    plan = add_command(commands, "plan", run_plan, "memory by item, largest batch and hours of a training run")
-    add_options(plan, "plan")
-    add_json(plan)
-    doctor = add_command(commands, "doctor", run_doctor, "checks of the installation and this machine, with remedies")
-    add_json(doctor)
+from .common import check_model
 
 
 def run_plan(arguments: argparse.Namespace) -> None:

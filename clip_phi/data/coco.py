@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .files import MediaFolder, read_json
+from .files import MediaFolder, coco_names, read_json
 from .report import RecordError, Report
 from .sample import File, Sample
 from .schema import read_records
@@ -87,8 +87,8 @@ def read_karpathy_split(annotations: Path, media: MediaFolder, split: str, repor
                 yield origin, {"image": record, "captions": record.get("sentences"), "id": record.get("cocoid")}
 
     def find(record: Any, column: str, what: str) -> Any:
-        names = [f"{record.get('filepath')}/{record.get('filename')}", record.get("filename")]
-        return media.find(*names, *_names_of_2017(record.get("cocoid")))
+        name = record.get("filename")
+        return media.find(f"{record.get('filepath')}/{name}", name, *coco_names(record.get("cocoid")))
 
     yield from read_records(records(), find, report)
 
@@ -121,7 +121,7 @@ def read_vqa(questions: Path, annotations: str | None, media: MediaFolder, repor
 
     def find(image_id: int, column: str, what: str) -> Any:
         name = f"COCO_{subtype}_{image_id:012d}.jpg"
-        return media.find(f"{subtype}/{name}", name, f"{image_id:012d}.jpg", *_names_of_2017(image_id))
+        return media.find(f"{subtype}/{name}", name, *coco_names(image_id))
 
     yield from read_records(records(), find, report)
 
@@ -134,8 +134,3 @@ def _entries(path: Path, content: dict[str, Any], key: str) -> Iterator[tuple[st
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, int | str) and not isinstance(value, bool)  # True would be 1
-
-
-def _names_of_2017(image_id: Any) -> list[str]:
-    """Where an image of COCO 2014 is in the folders of 2017: the same images, divided otherwise."""
-    return [f"{folder}/{image_id:012d}.jpg" for folder in ("train2017", "val2017")] if isinstance(image_id, int) else []

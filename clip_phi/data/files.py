@@ -7,8 +7,9 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,6 @@ from .report import NUM_EXAMPLES, RecordError
 from .sample import File
 
 MAX_PATH = 4096  # PATH_MAX of Linux; elsewhere it is less
-ID_COLUMNS = ("image_id", "imageid")  # of VQA and GQA
-COCO_FOLDERS = ("", "train2017/", "val2017/")
 # A data URI, or the first bytes of JPEG, PNG, GIF, WebP or BMP
 BASE64 = re.compile(r"data:[^,]*;base64,|(/9j/|iVBORw0KG|R0lGOD|UklGR|Qk[0-3])[A-Za-z0-9+/]{32,}")
 
@@ -38,6 +37,13 @@ def read_json(path: Path, what: str = "", lists: Sequence[str] = ()) -> Any:
         raise ValueError(f"{path} is not json: {error}") from error
     if absent := [key for key in lists if not isinstance(content, dict) or not isinstance(content.get(key), list)]:
         raise ValueError(f"{path} is not a {what}: it needs a list {absent[0]!r}")
+    return content
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a json file. Raises as read_json does."""
+    if not isinstance(content := read_json(path), dict):
+        raise ValueError(f"{path} is not a json object")
     return content
 
 
@@ -104,6 +110,12 @@ def file_stamp(path: str) -> list[int] | None:
     return None
 
 
+def coco_names(image_id: Any) -> list[str]:
+    """Where COCO 2017 has an image, by its id. Those of 2014 are the same images, divided otherwise."""
+    is_number = str(image_id).isdecimal()
+    return [f"{folder}{int(image_id):012d}.jpg" for folder in ("", "train2017/", "val2017/") if is_number]
+
+
 def _spellings(name: str) -> list[str]:
     """Other spellings of a file's name: of a file URL, with slashes, without %20, of both Unicode forms, with ~."""
     found = [name.removeprefix("file://localhost").removeprefix("file://").removeprefix("file:")]
@@ -128,16 +140,16 @@ class MediaFolder:
         self._archives: dict[str, tuple[str, set[str]] | None] = {}
 
     def find_value(self, value: Any, column: str, what: str, in_table: bool = False) -> File | bytes:
-        """For schema.Find: bytes, base64 or a data URI of them, a name, a file URL or an id; in a table also a dict."""
+        """For schema.Find: bytes, base64 or a data URI of them, a name, a file URL or an id; in a table also a dict, of
+        bytes (or the File that has them) or path."""
         if in_table and isinstance(value, Mapping):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if value == b"":
             raise RecordError(f"{what} is empty")
-        if isinstance(value, bytes):
+        if isinstance(value, bytes | File):
             return value
-        if column.lower() in ID_COLUMNS:
-            number = [f"{folder}{int(value):012d}.jpg" for folder in COCO_FOLDERS] if str(value).isdecimal() else []
-            return self.find(f"{value}.jpg", f"{value}.png", str(value), *number, what=what)
+        if column.lower() in ("image_id", "imageid"):  # of VQA and GQA
+            return self.find(f"{value}.jpg", f"{value}.png", str(value), *coco_names(value), what=what)
         if isinstance(value, str) and BASE64.match(value[:64]):
             try:
                 text = value.partition(",")[2] if value.startswith("data:") else value
@@ -150,27 +162,23 @@ class MediaFolder:
 
     def find(self, *names: Any, what: str = "image") -> File:
         """The first of these names that exists. Raises the RecordError of the first name if none does."""
-        errors = []
-        for spell in (lambda name: [name], _spellings):
-            for name in names:
-                try:
-                    return self._find(name, what, spell)
-                except RecordError as error:
-                    errors.append(error)
-        first = errors[0]
-        hint = self._hint(first.detail) if first.kind.startswith("missing") else ""
-        raise RecordError(first.kind, f"{first.detail}{hint}")
-
-    def _find(self, name: Any, what: str, spell: Callable[[str], list[str]]) -> File:
-        name = clean_text(name, f"{what} name")
-        root = self.recordings if what == "speech" else self.root
-        path = os.path.join(root, name)
-        if "\0" in name or len(path) > MAX_PATH:
-            raise RecordError(f"{what} name is not valid", repr(name[:100]))
-        for spelling in spell(name):
+        root, valid, errors = self.recordings if what == "speech" else self.root, list[str](), list[RecordError]()
+        for name in names:
+            try:
+                path = os.path.join(root, text := clean_text(name, f"{what} name"))
+                if "\0" in text or len(path) > MAX_PATH:
+                    raise RecordError(f"{what} name is not valid", repr(text[:100]))
+                if (found := self._look_up(root, path)) is not None:
+                    return found
+                valid.append(text)
+                raise RecordError(f"missing {what}", path)
+            except RecordError as error:
+                errors.append(error)
+        for spelling in chain.from_iterable(map(_spellings, valid)):
             if (found := self._look_up(root, os.path.join(root, spelling))) is not None:
                 return found
-        raise RecordError(f"missing {what}", path)
+        hint = self._hint(errors[0].detail) if errors[0].kind.startswith("missing") else ""
+        raise RecordError(errors[0].kind, f"{errors[0].detail}{hint}")
 
     def _hint(self, path: str) -> str:
         """Why a file may be missing; for the first few of them, since it takes time."""
@@ -212,8 +220,8 @@ class MediaFolder:
             self.folders[folder] = set()
             with suppress(OSError, ValueError), os.scandir(folder or ".") as entries:
                 # isfile() for links: is_file() raises OSError for one to itself.
-                files = {each.name for each in entries if (isfile(each) if each.is_symlink() else each.is_file())}
-                self.folders[folder] = files
+                files = (each.name for each in entries if (isfile(each) if each.is_symlink() else each.is_file()))
+                self.folders[folder] = set(files)
         return self.folders[folder]
 
     def _archive(self, folder: str) -> tuple[str, set[str]] | None:

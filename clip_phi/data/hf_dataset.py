@@ -9,13 +9,13 @@ import tarfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from pyarrow import compute, types
+import pyarrow as pa
+from pyarrow import types
 
 from .files import MediaFolder
 from .report import RecordError, Report, plain
@@ -78,20 +78,27 @@ def _open(path: str, split: str, config: str | None, revision: str | None, strea
         parts = [splits[piece.splitname].select(range(piece.from_ or 0, piece.to)) for piece in pieces]
         dataset = datasets.concatenate_datasets(parts)
         return dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset)))) if streaming else dataset
-    for archive in folder.rglob("*.tar") if folder.is_dir() else map(Path, glob.glob(path, recursive=True)):
-        if archive.suffix == ".tar" and not _has_end(archive):
-            raise ValueError(f"{archive} is incomplete: download it again")
+    files = sorted(glob.glob(path, recursive=True)) or [path] * folder.exists()
+    for archive in folder.rglob("*.tar") if folder.is_dir() else map(Path, files):
+        if archive.suffix == ".tar":
+            with open(archive, "rb") as file:
+                file.seek(max(0, archive.stat().st_size - 512))
+                if file.read().strip(b"\0"):  # zeros end a tar; without them tarfile may take a cut one for the whole
+                    raise ValueError(f"{archive} is incomplete: download it again")
     options: dict[str, Any] = {"split": split, "streaming": streaming}
     if folder.is_dir():  # an absolute path, since a folder may be called "parquet" or "json"
         if _is_image_folder(folder):
             return datasets.load_dataset("imagefolder", data_dir=os.path.abspath(path), **options)
         return datasets.load_dataset(os.path.abspath(path), config, **options)
     if folder.suffix in BUILDERS:
-        if "://" not in path and not glob.glob(path, recursive=True) and not folder.exists():
+        if "://" not in path and not files:
             raise FileNotFoundError("no such file")
         if BUILDERS[folder.suffix] == "csv":  # texts as they are: "None" is an answer, and 007 no number
-            delimiter = "\t" if folder.suffix == ".tsv" else ","
-            options |= {"sep": delimiter, "keep_default_na": False, "features": _text_features(path, delimiter)}
+            options |= {"sep": "\t" if folder.suffix == ".tsv" else ",", "keep_default_na": False}
+            for first in files[:1]:
+                with open(first, encoding="utf-8-sig", newline="") as lines:
+                    names = next(csv.reader(lines, delimiter=options["sep"]), [])
+                options["features"] = datasets.Features({name: datasets.Value("string") for name in names})
         return datasets.load_dataset(BUILDERS[folder.suffix], data_files=path, **options)
     if folder.exists():
         raise ValueError(f"a table is a folder or one of *{', *'.join(BUILDERS)}")
@@ -110,74 +117,43 @@ def _is_image_folder(folder: Path) -> bool:
     return is_image_folder
 
 
-def _text_features(path: str, delimiter: str) -> Any:
-    """All columns of a csv file (the first, of a glob) as texts; None for a file that is not on this machine."""
-    import datasets
-
-    if not (files := sorted(glob.glob(path, recursive=True)) or [path] * os.path.exists(path)):
-        return None
-    with open(files[0], encoding="utf-8-sig", newline="") as file:
-        names = next(csv.reader(file, delimiter=delimiter), [])
-    return datasets.Features({name: datasets.Value("string") for name in names})
-
-
-def _has_end(archive: Path) -> bool:
-    """A tar ends in zeros. Without them tarfile takes a cut file for the whole, unless the cut is inside a member."""
-    with open(archive, "rb") as file:
-        file.seek(max(0, archive.stat().st_size - 512))
-        return not file.read().strip(b"\0")
-
-
-@dataclass(frozen=True, slots=True)
-class _Cell:
-    """An image in a table, unread. row: in the table; size: of its bytes, None if there is only a path."""
-
-    row: int
-    size: int | None
-    path: str | None
-
-
 def read_table(dataset: Any, media: MediaFolder, report: Report, layout: Layout = ANY_LAYOUT) -> Iterator[Sample]:
     """Samples of a datasets.Dataset, in its order. Their origins are "name:row".
 
     Images are not read: a Sample points into the Arrow file of `datasets`, or holds the bytes where there is no such
     file. If images are given by file name, all records about one image are one Sample; otherwise each record is one."""
     name, table = dataset.info.dataset_name or dataset.info.builder_name or "dataset", dataset.data
-    with_bytes = [column for column in dataset.column_names if _holds_bytes(table.schema.field(column).type)]
+    names = dataset.column_names
+    with_bytes = [column for column in names if _holds_bytes(table.schema.field(column).type)]
     files = {column: _files(table, column) for column in with_bytes}
     others = dataset.remove_columns(with_bytes).with_format(None)
 
-    def records() -> Iterator[tuple[str, dict[str, Any]]]:
-        for start in range(0, len(dataset), BATCH_SIZE):
-            rows = range(start, min(start + BATCH_SIZE, len(dataset)))
-            columns = others[start : rows.stop]
-            for column in with_bytes:
-                if dataset._indices is None:
-                    columns[column] = _cells(table.fast_slice(start, len(rows))[column], rows)
-                else:  # shuffled: taking its rows together would copy the images
-                    places = dataset._indices.fast_slice(start, len(rows))[0].to_pylist()
-                    columns[column] = [_cells(table.fast_slice(place, 1)[column], [place])[0] for place in places]
-            for row in rows:
-                values = {column: columns[column][row - start] for column in dataset.column_names}
-                yield f"{name}:{row}", _as_record(values, media, layout.columns.values())
+    def cell(value: Any, row: int, column: str) -> Any:
+        """A pyarrow.Scalar as a value of Python, in which a File stands for bytes that are on disk."""
+        if not value.is_valid:
+            return None
+        if isinstance(value, pa.ListScalar):
+            return [cell(each, row, f"{column}/{place}") for place, each in enumerate(value.values)]
+        is_struct = isinstance(value, pa.StructScalar)
+        data, path = (value["bytes"], value.get("path", pa.NULL)) if is_struct else (value, pa.NULL)
+        parts = files[column.partition("/")[0]]
+        first, file, skipped = parts[bisect_right(parts, row, key=lambda part: part[0]) - 1]
+        is_empty = not data.is_valid or data.as_buffer().size == 0
+        content = data.as_py() if file is None or is_empty else File(file, f"{row - first + skipped}/{column}")
+        return _none_if_null({"bytes": content, "path": path.as_py()})
 
-    def find(value: Any, column: str, what: str) -> File | bytes:
-        if not isinstance(value, _Cell):
-            return media.find_value(value, column, what, in_table=True)
-        if value.size is None:
-            return media.find(value.path, what=what)
-        if not value.size:
-            raise RecordError(f"{what} is empty")
-        key, *place = column.split("/")
-        first, path, skipped = files[key][bisect_right(files[key], value.row, key=lambda part: part[0]) - 1]
-        if path is not None:
-            return File(path, f"{value.row - first + skipped}/{column}")
-        cell = table.fast_slice(value.row, 1)[key].to_pylist()[0]
-        cell = cell[int(place[0])] if place else cell
-        return cell["bytes"] if isinstance(cell, dict) else cell
+    def records() -> Iterator[tuple[str, dict[str, Any]]]:
+        for row in range(len(dataset)):
+            if (at := row % BATCH_SIZE) == 0:
+                columns = others[row : row + BATCH_SIZE]
+            # A slice of one row, wherever it is in the table: anything else would copy the images.
+            place = row if dataset._indices is None else dataset._indices.fast_slice(row, 1)[0][0].as_py()
+            cells = table.fast_slice(place, 1) if with_bytes else {}
+            values = {key: columns[key][at] if key in columns else cell(cells[key][0], place, key) for key in names}
+            yield f"{name}:{row}", _as_record(values, media, layout.columns.values())
 
     has_images = any(column.lower() in IMAGE_KEYS or column == layout.columns.get("image") for column in with_bytes)
-    yield from read_records(records(), find, report, not has_images, layout)
+    yield from read_records(records(), partial(media.find_value, in_table=True), report, not has_images, layout)
 
 
 def stream_table(
@@ -267,21 +243,6 @@ def _holds_bytes(kind: Any) -> bool:
     if types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
     return types.is_binary(kind) or types.is_large_binary(kind)
-
-
-def _cells(column: Any, rows: range | list[int]) -> list[Any]:
-    """For each row of a pyarrow.ChunkedArray its _Cell, a list of them, or None. The bytes stay on disk."""
-    is_struct = types.is_struct(column.type)
-    if types.is_nested(column.type) and not is_struct:
-        lengths = compute.list_value_length(column).to_pylist()
-        owners = [row for row, length in zip(rows, lengths, strict=True) for _ in range(length or 0)]
-        items = iter(_cells(compute.list_flatten(column), owners))
-        return [None if length is None else [next(items) for _ in range(length)] for length in lengths]
-    sizes = compute.binary_length(compute.struct_field(column, "bytes") if is_struct else column).to_pylist()
-    has_path = is_struct and column.type.get_field_index("path") >= 0
-    paths = compute.struct_field(column, "path").to_pylist() if has_path else [None] * len(sizes)
-    parts = zip(rows, sizes, paths, strict=True)
-    return [None if size is None and path is None else _Cell(row, size, path) for row, size, path in parts]
 
 
 def _files(table: Any, column: str) -> list[tuple[int, str | None, int]]:

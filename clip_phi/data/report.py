@@ -58,15 +58,13 @@ class Report:
 
     def skip(self, skip: Skip) -> None:
         """Count records that are left out, or one that is repaired."""
-        counts = self.skipped if skip.records else self.repaired
-        counts[skip.kind] += skip.records or 1
-        self._add_example(skip.kind, skip.origin, skip.detail)
+        self._count(self.skipped if skip.records else self.repaired, *skip)
 
     def filter(self, kind: str, origin: str, count: int) -> None:
-        self.filtered[kind] += count
-        self._add_example(kind, origin)
+        self._count(self.filtered, kind, origin, "", count)
 
-    def _add_example(self, kind: str, origin: str, detail: str = "") -> None:
+    def _count(self, counts: Counter[str], kind: str, origin: str, detail: str, number: int) -> None:
+        counts[kind] += number or 1
         examples = self.examples.setdefault(kind, [])
         if len(examples) < NUM_EXAMPLES:
             text = f"{origin}: {detail}" if detail else origin

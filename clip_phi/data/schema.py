@@ -9,7 +9,7 @@ refused: a question is never dropped."""
 import ast
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .files import clean_text
@@ -72,7 +72,7 @@ def read_records(
 ) -> Iterator[Sample]:
     """Their Samples. group: make one Sample of all records about one image, in order of first appearance, and skip a
     record that is there twice. Otherwise every record is a Sample of its own."""
-    groups: dict[Any, tuple[Images | None, list[WithPlace]]] = {}
+    groups: dict[Any, list[WithPlace]] = {}  # by image; by number if there is none
     seen: set[tuple[Any, Conversation, Any]] = set()
     for number, (origin, record) in enumerate(records):
         origins = [origin] if isinstance(origin, str) else origin
@@ -83,7 +83,7 @@ def read_records(
                 conversations = [part for each in conversations for part in _split_turns(each)]
             if len(origins) != len(conversations):
                 origins = origins[:1] * len(conversations) or origins
-            image = reader.find_image() if conversations else None
+            image = reader.find_images() if conversations else None
         except RecordError as error:
             report.reject(error.kind, origins[0], error.detail, len(origins))
             continue
@@ -108,11 +108,11 @@ def read_records(
         for kind in reader.repairs:
             report.repair(kind, origins[0])
         if group:
-            groups.setdefault(object() if image is None else image, (image, []))[1].extend(good)
+            groups.setdefault(number if image is None else image, []).extend(good)
         else:
             yield Sample(image, *zip(*good, strict=True))
-    for image, all_of_it in groups.values():
-        yield Sample(image, *zip(*all_of_it, strict=True))
+    for key, all_of_it in groups.items():
+        yield Sample(None if isinstance(key, int) else key, *zip(*all_of_it, strict=True))
 
 
 def _split_turns(conversation: Found) -> list[Found]:
@@ -125,35 +125,19 @@ def _split_turns(conversation: Found) -> list[Found]:
 class _RecordReader:
     """Reads one record, with read(). What it finds beside the conversations:
 
-    image: as it is in the record, a list of several; column: its column and place. has_image: whether there is one.
+    images: as they are in the record, each with its column and place.
     repairs: kinds of repair. filtered: the number of turns that min_ratings leaves out."""
 
     def __init__(self, find: Find, layout: Layout):
         self.find, self.layout = find, layout
-        self.image: Any = None
+        self.images: list[tuple[Any, str]] = []
         self.repairs: list[str] = []
-        self.column, self.filtered, self.num_images = "", 0, 1
+        self.filtered = 0
         self.images_lead = True  # whether every <image> of a question precedes its text
 
-    @property
-    def has_image(self) -> bool:
-        return self.image is not None
-
-    def find_image(self) -> Images | None:
-        if self.num_images == 1:
-            return self.find(self.image, self.column, "image") if self.has_image else None
-        places = (f"{self.column}/{place}" for place in range(len(self.image)))
-        both = [each for each in zip(self.image, places, strict=True) if not _is_blank(each[0])]
-        return tuple(self.find(value, place, "image") for value, place in both)
-
-    def _check_places(self, count: int, are_first: bool = True) -> None:
-        """Raises RecordError if <image> is there count times, and not once for each image, before the text."""
-        if count > 1 and self.num_images == 1:
-            raise RecordError(f"several {IMAGE_TOKEN} for one image", f"{count} of them")
-        if count and count != self.num_images:
-            raise RecordError(f"{IMAGE_TOKEN} not once for each image", f"{count} of them, {self.num_images} images")
-        if count > 1 and not (are_first and self.images_lead):
-            raise RecordError(f"several images, but an {IMAGE_TOKEN} after text", "put all before the first question")
+    def find_images(self) -> Images | None:
+        found = [self.find(value, column, "image") for value, column in self.images]
+        return tuple(found) if len(found) > 1 else next(iter(found), None)
 
     def read(self, record: Any) -> list[Found]:
         """The conversations, or what is wrong with them. Raises RecordError if that holds for all of the record."""
@@ -164,29 +148,25 @@ class _RecordReader:
         columns = self.layout.columns
         if absent := [column for column in columns.values() if column not in record]:
             raise RecordError(f"no column {absent[0]!r}", f"columns {', '.join(map(str, record))[:200]}")
-        self.values = values = {key: record[name] for key, name in names.items()}
         if columns:
-            images = {key: value for key, value in values.items() if key in IMAGE_KEYS and "image" not in columns}
+            images = {key: name for key, name in names.items() if key in IMAGE_KEYS and "image" not in columns}
             fields = {"answer": "answers", "caption": "captions"}
-            self.values = values = images | {fields.get(key, key): record[name] for key, name in columns.items()}
-            names |= columns
+            names = images | {fields.get(key, key): name for key, name in columns.items()}
+        self.values = values = {key: record[name] for key, name in names.items()}
         self.filled = {key: None for key, value in values.items() if not _is_blank(value)}
         if media := next(filter(OTHER_MEDIA.match, self.filled), None):
             raise RecordError("video or audio", f"column {names[media]}; a sample is an image and text")
         if key := self._first(IMAGE_KEYS):
-            self.image, self.column = values[key], str(names[key])
-            if isinstance(self.image, list | tuple):
-                places = [place for place, each in enumerate(self.image) if not _is_blank(each)]
-                if len(places) > 1 and key not in ("image", "images"):
-                    raise RecordError("several images", f"{len(places)} of them in {self.column}")
-                self.num_images = max(1, len(places))
-                if self.num_images == 1:
-                    self.column += f"/{places[0] if places else 0}"
-                    self.image = self.image[places[0]] if places else None
+            self.images = [(values[key], str(names[key]))]
+            if isinstance(values[key], list | tuple):
+                several = enumerate(values[key])
+                self.images = [(each, f"{names[key]}/{place}") for place, each in several if not _is_blank(each)]
+            if len(self.images) > 1 and key not in ("image", "images"):
+                raise RecordError("several images", f"{len(self.images)} of them in {names[key]}")
         conversations = self._conversations()
-        if not (self.has_image or columns):
-            unread = [key for key in self.filled if key not in TEXT_KEYS and _may_be_image(key, values[key])]
-            if key := next(iter(unread), None):
+        if not (self.images or columns):
+            unread = (key for key in self.filled if key not in TEXT_KEYS and _may_be_image(key, values[key]))
+            if key := next(unread, None):
                 raise RecordError("image column of an unknown name", f"{names[key]}: add ,image={names[key]}")
         return conversations
 
@@ -203,20 +183,21 @@ class _RecordReader:
     def _conversations(self) -> list[Found]:
         values = self.values
         said = self._first(CONVERSATION_KEYS) or next((key for key in CONVERSATION_KEYS[:2] if key in values), "")
-        if values.get(said) is not None:
+        if (messages := values.get(said)) is not None:
             self._refuse_unread([said], BESIDE_ANSWER)
-            return self._turns(values[said])
+            are_pairs = isinstance(messages, list | tuple) and all(isinstance(pair, Mapping) for pair in messages)
+            if are_pairs and messages and "user" in messages[0]:
+                return self._rated_turns(messages)
         if self.layout.min_ratings:
             raise RecordError("no ratings", "min_rating is for records with texts and *_ratings")
-        if "prompt" in values and "completion" in values:
-            messages: list[Any] = []
-            for key, role in (("prompt", "user"), ("completion", "assistant")):
-                part = values.get(key)
-                part = [{"role": role, "content": part}] if isinstance(part, str) else part
-                if not isinstance(part, list | tuple):
-                    raise RecordError("prompt or completion is neither text nor a list")
-                messages += part
+        if messages is not None:
             return [self._conversation(messages)]
+        if "prompt" in values and "completion" in values:
+            both = {"user": values["prompt"], "assistant": values["completion"]}.items()
+            parts = [[{"role": role, "content": part}] if isinstance(part, str) else part for role, part in both]
+            if not all(isinstance(part, list | tuple) for part in parts):
+                raise RecordError("prompt or completion is neither text nor a list")
+            return [self._conversation([*parts[0], *parts[1]])]
         asked = [key for key in QUESTION_KEYS if key in self.filled]
         asked = asked[:2] if asked[:2] == ["instruction", "input"] else asked[:1]
         answer = self._first(ANSWER_KEYS)
@@ -236,19 +217,11 @@ class _RecordReader:
         is_blank = any(isinstance(self.values.get(key), str) for key in IMAGE_KEYS)
         return RecordError("image name is empty" if is_blank else kind)
 
-    def _turns(self, messages: Any) -> list[Found]:
-        """Of a list of turns, or of pairs of turns with ratings."""
-        pairs = isinstance(messages, list | tuple) and all(isinstance(pair, Mapping) for pair in messages)
-        if pairs and messages and "user" in messages[0]:
-            kept = [pair for place, pair in enumerate(messages) if self._is_rated_well(place)]
-            self.filtered = len(messages) - len(kept)
-            if not kept:
-                return []
-            roles = ("user", "assistant")
-            messages = [{"role": role, "content": pair.get(role)} for pair in kept for role in roles]
-        elif self.layout.min_ratings:
-            raise RecordError("no ratings", "min_rating is for records with texts and *_ratings")
-        return [self._conversation(messages)]
+    def _rated_turns(self, pairs: Sequence[Mapping[str, Any]]) -> list[Found]:
+        kept = [pair for place, pair in enumerate(pairs) if self._is_rated_well(place)]
+        self.filtered = len(pairs) - len(kept)
+        turns = [{"role": role, "content": pair.get(role)} for pair in kept for role in ("user", "assistant")]
+        return [self._conversation(turns)] if kept else []
 
     def _is_rated_well(self, place: int) -> bool:
         for name, least in self.layout.min_ratings.items():
@@ -298,10 +271,16 @@ class _RecordReader:
             transcript = clean_text(transcript, "transcript") if transcript is not None else None
             recording = self.find(speech, "speech", "speech") if speech is not None else None
             turns.append(Turn(role, text, transcript, recording))  # type: ignore[arg-type]
-        if image_turns and not self.has_image:
-            raise self._no_image(f"{IMAGE_TOKEN} without an image")
         first = next((index for index, turn in enumerate(turns) if turn.role == "user"), 0)
-        self._check_places(len(image_turns), set(image_turns) <= {first})
+        asked, there = len(image_turns), len(self.images)
+        if asked and not there:
+            raise self._no_image(f"{IMAGE_TOKEN} without an image")
+        if asked > 1 and there == 1:
+            raise RecordError(f"several {IMAGE_TOKEN} for one image", f"{asked} of them")
+        if asked and asked != there:
+            raise RecordError(f"{IMAGE_TOKEN} not once for each image", f"{asked} of them, {there} images")
+        if asked > 1 and not (set(image_turns) == {first} and self.images_lead):
+            raise RecordError(f"several images, but an {IMAGE_TOKEN} after text", "put all before the first question")
         if is_question:
             return tuple(turns)
         if not any(turn.role == "assistant" for turn in turns):
@@ -311,7 +290,7 @@ class _RecordReader:
             self.repairs.append("last question has no answer, and was cut")
         if image_turns and image_turns[0] != first:
             self.repairs.append("image stood in a later turn, and was put first")
-        elif self.has_image and not image_turns and "value" in messages[0]:
+        elif self.images and not image_turns and "value" in messages[0]:
             self.repairs.append(f"image without {IMAGE_TOKEN} in the text was put first")
         return tuple(turns)
 
@@ -347,20 +326,19 @@ class _RecordReader:
         if key is None:
             return
         value = item[key].get("url") if key == "image_url" and isinstance(item[key], Mapping) else item[key]
-        if not self.has_image:
-            self.image, self.column = value, f"content/{key}"
-        elif self.column.startswith("content/") and value != self.image:
-            self.image = [*(self.image if self.num_images > 1 else [self.image]), value]
-            self.num_images += 1
-        elif isinstance(self.image, str) and value != self.image:
-            raise RecordError("several images", f"{str(self.image)[:80]} and {str(value)[:80]}")
+        before = [image for image, _ in self.images]
+        if not before or (self.images[0][1].startswith("content/") and [value] != before):
+            self.images.append((value, f"content/{key}/{len(before)}"))
+        elif len(before) == 1 and isinstance(before[0], str) and [value] != before:
+            raise RecordError("several images", f"{before[0][:80]} and {str(value)[:80]}")
 
     def _question(self, asked: list[str], answer: str | None) -> Conversation:
         """A question, with what precedes it, and its answer if there is one."""
         values = self.values
         self._refuse_unread([*asked, *([answer] if answer else [])], BESIDE_ANSWER if answer else BESIDE_QUESTION)
         history = values.get("history") or []
-        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+        pairs = history if isinstance(history, list | tuple) else [history]
+        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
             raise RecordError("history is not a list of questions with answers")
         said = [text for pair in history for text in pair]
         said.append(values[asked[0]] if len(asked) == 1 else [{"type": "text", "text": values[key]} for key in asked])
@@ -372,8 +350,7 @@ class _RecordReader:
             if answer in (None, "answers") and not (self.layout.columns or isinstance(value, list | tuple | dict)):
                 raise RecordError("answers are not a list, or it is empty", "add question= and answer= to read a text")
             texts = _as_answers(value)
-        (usual, _), *_ = Counter(texts).most_common(1) or [("", 0)]
-        said += [usual] if texts else []
+        said += [usual for usual, _ in Counter(texts).most_common(1)]
         messages = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(said)]
         *turns, last = self._conversation(messages, is_question=not texts)
         return (*turns, last._replace(references=tuple(texts)) if len(texts) > 1 else last)
@@ -383,7 +360,7 @@ class _RecordReader:
         captions = captions if isinstance(captions, list | tuple) else [captions]
         if not captions:
             raise RecordError("no caption")
-        if not self.has_image:
+        if not self.images:
             raise self._no_image("caption without an image")
         conversations: list[Found] = []
         for caption in captions:
@@ -439,7 +416,7 @@ def _may_be_image(name: str, value: Any) -> bool:
     """By its value, or by its name if it is no number."""
     value = value[0] if isinstance(value, list | tuple) and value else value
     if isinstance(value, Mapping):
-        value = b"" if value.get("bytes") else value.get("path") or ""
+        value = b"" if value.get("bytes") is not None else value.get("path") or ""
     if isinstance(value, str):
         return bool(IMAGE_FILE.match(value[:500]) or (value.strip() and IMAGE_LIKE.search(name)))
     return value is not None and not isinstance(value, int | float | list | tuple)

@@ -30,6 +30,8 @@ KINDS = {
 COMMON = {"images", "name", "weight"}
 FOLDERS = ("images", "recordings", "annotations")  # or files
 TABLE_SUFFIXES = (".parquet", ".arrow", ".tar", ".csv", ".tsv")
+TABLE_FILES = ["dataset_info.json", "state.json", "metadata.csv", "**/*metadata.jsonl"]
+TABLE_FILES += ["**/*.parquet", "**/*.arrow", "**/*.tar"]
 NUMBERS = {"weight", "max_speech_seconds", *MIN_RATINGS}
 HOW_TO = "a source is KIND:PATH[,option=value...], where KIND is coco, karpathy, llava, vqa or dataset, for example "
 HOW_TO += "coco:data/coco/annotations/captions_train2017.json,images=data/coco/train2017"
@@ -164,7 +166,7 @@ def _guess(path: str, options: dict[str, str]) -> tuple[str, str]:
     """The kind of a bare path ("" if it is unknown) and its file, from its name and the first bytes of its content."""
     path = os.path.expanduser(path)
     file = Path(path)
-    if file.is_dir() and not _is_table(file):
+    if file.is_dir() and not any(next(file.glob(pattern), None) for pattern in TABLE_FILES):
         found = sorted(file.glob("annotations/captions_*.json"))
         train = file / "annotations/captions_train2017.json"
         options.setdefault("images", path)
@@ -187,8 +189,3 @@ def _guess(path: str, options: dict[str, str]) -> tuple[str, str]:
         return "", path
     marks = {"imageId": "llava", "sentences": "karpathy", "questions": "vqa", "annotations": "coco", "images": "coco"}
     return next((kind for key, kind in marks.items() if f'"{key}"'.encode() in both), "llava"), path
-
-
-def _is_table(folder: Path) -> bool:
-    patterns = "dataset_info.json state.json metadata.csv **/*.parquet **/*.arrow **/*.tar **/*metadata.jsonl"
-    return any(next(folder.glob(pattern), None) for pattern in patterns.split())

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -38,10 +37,6 @@ _SUPERSAMPLING = 4
 _VAL_SHARE = 5  # one composition in five is a val composition
 _PLACEMENT_TRIES = 200
 _COUNT_QUESTIONS = _WORDS["count"]
-_SINGULARS = {plural: shape for shape, plural in SHAPES.items()} | {shape: shape for shape in SHAPES}
-_MENTION = re.compile(
-    rf"\b(?:({'|'.join(NUMBERS)}) )?({'|'.join(COLORS)}) ({'|'.join(sorted(_SINGULARS, key=len, reverse=True))})\b"
-)
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ class Scene:
 
     @property
     def composition(self) -> "Counter[tuple[str, str]]":
-        """How often each (color, shape) pair occurs: the ground truth of object_f1."""
+        """How often each (color, shape) pair occurs: the ground truth of a description."""
         return Counter((item.color, item.shape) for item in self.objects)
 
 
@@ -263,29 +258,6 @@ def ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     holds = rng.random() < 0.5
     asked = relation if holds else RELATIONS[RELATIONS.index(relation) ^ 1]
     return f"Is the {first.name} {asked} the {second.name}?", "yes" if holds else "no"
-
-
-def question_kind(question: str) -> str:
-    """The kind of a question of dialogue: color, shape, presence, count, left_right or above_below."""
-    text = question.lower()
-    if text.startswith("is the "):
-        return "above_below" if " above " in text or " below " in text else "left_right"
-    kinds = {"how many": "count", "color": "color", "shape": "shape"}
-    return next((kind for words, kind in kinds.items() if words in text), "presence")
-
-
-def mentioned_objects(text: str) -> "Counter[tuple[str, str]]":
-    """Count the (color, shape) pairs in a text, in any case. "two blue squares" counts twice."""
-    found: Counter[tuple[str, str]] = Counter()
-    for number, color, shape in _MENTION.findall(text.lower()):
-        found[color, _SINGULARS[shape]] += NUMBERS.index(number) if number else 1
-    return found
-
-
-def object_f1(predicted_text: str, truth: "Counter[tuple[str, str]]") -> float:
-    """F1 in [0, 1] between the objects that a text names and a scene's composition, with their numbers."""
-    predicted = mentioned_objects(predicted_text)
-    return 2 * (predicted & truth).total() / max(1, predicted.total() + truth.total())
 
 
 def write_dataset(folder: str | os.PathLike[str], num_train: int, num_val: int, seed: int = 0) -> None:

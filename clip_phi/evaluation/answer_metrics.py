@@ -79,8 +79,7 @@ def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
 def says_yes(answer: str) -> bool:
     """POPE's reading of an answer: no if its first sentence holds the word no, No or not, else yes (arXiv 2305.10355,
     its evaluate.py)."""
-    words = answer.split(".")[0].replace(",", "").split(" ")
-    return not {"No", "no", "not"} & set(words)
+    return not {"No", "no", "not"} & set(answer.split(".")[0].replace(",", "").split(" "))
 
 
 def pope(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:

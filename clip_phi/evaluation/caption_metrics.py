@@ -52,6 +52,8 @@ _RENAMED = {
 # The punctuation that coco-caption removes, and other characters that its tokenizer turns into it.
 _DROPPED = {*"'`\".?!,:;-“”‘’–—…", "..."}
 
+_Vector = tuple[list[dict[tuple[str, ...], float]], list[float], int]  # TF-IDF weights by order, their norms, a length
+
 
 def tokenise(caption: str) -> list[str]:
     """The words of a caption in lower case, by the Penn Treebank's rules, without punctuation."""
@@ -119,21 +121,21 @@ class CaptionScorer:
         corpus = {f"BLEU-{order}": score for order, score in enumerate(bleu(candidates, self.references), start=1)}
         return CaptionScores(corpus | {name: float(scores.mean()) for name, scores in each.items()}, each)
 
-    def _vector(self, words: "_Words") -> "_Vector":
+    def _vector(self, words: "_Words") -> _Vector:
         weights: list[dict[tuple[str, ...], float]] = [{} for _ in range(MAX_ORDER)]
         for ngram, count in words.counts.items():
             weights[len(ngram) - 1][ngram] = count * self._weight.get(ngram, self._unseen)
         norms = [math.sqrt(sum(value * value for value in part.values())) for part in weights]
         # As in the reference, a caption's length is its number of word pairs.
-        return _Vector(weights, norms, max(0, len(words.words) - 1))
+        return weights, norms, max(0, len(words.words) - 1)
 
-    def _cider(self, words: "_Words", references: Sequence["_Vector"]) -> tuple[float, float]:
+    def _cider(self, words: "_Words", references: Sequence[_Vector]) -> tuple[float, float]:
         """CIDEr-unclipped and CIDEr-D of one image."""
-        own = self._vector(words)
+        weights, own_norms, length = self._vector(words)
         plain = clipped = 0.0
-        for other in references:
-            penalty = math.exp(-((own.length - other.length) ** 2) / (2 * SIGMA**2))
-            for mine, theirs, *norms in zip(own.weights, other.weights, own.norms, other.norms, strict=True):
+        for other_weights, other_norms, other_length in references:
+            penalty = math.exp(-((length - other_length) ** 2) / (2 * SIGMA**2))
+            for mine, theirs, *norms in zip(weights, other_weights, own_norms, other_norms, strict=True):
                 if (norm := math.prod(norms)) == 0:
                     continue
                 shared = mine.keys() & theirs.keys()
@@ -156,14 +158,6 @@ class _Words(NamedTuple):
         for order in range(1, MAX_ORDER + 1):
             counts.update(zip(*(words[start:] for start in range(order)), strict=False))
         return cls(words, counts)
-
-
-class _Vector(NamedTuple):
-    """TF-IDF weights by order, and their norms."""
-
-    weights: list[dict[tuple[str, ...], float]]
-    norms: list[float]
-    length: int
 
 
 def bleu(candidates: Sequence[_Words], references: Sequence[Sequence[_Words]]) -> list[float]:

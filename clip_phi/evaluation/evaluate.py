@@ -37,17 +37,6 @@ class EvalResult(NamedTuple):
     official: list[dict[str, Any]] = []  # noqa: RUF012  # of official_results
 
 
-def prompt_of(eval_set: EvalSet, model: Any, wanted: str | None) -> str | None:
-    """The prompt with "{question}" for the question; None for the caption of a bare image.
-
-    Raises ValueError if a wanted prompt for questions lacks "{question}"."""
-    if eval_set.task == "captions":
-        return wanted if wanted is not None else model.config.caption_instruction
-    if wanted is not None and QUESTION not in wanted:
-        raise ValueError(f"--prompt {wanted!r} must contain {QUESTION}, which is replaced by the question")
-    return wanted or QUESTION
-
-
 def evaluate_answers(
     model: Any,
     processor: Any,
@@ -61,21 +50,26 @@ def evaluate_answers(
     """Generate the answers of the model and of its controls, and score them. All processes call it, and get the result.
 
     model: a ClipPhiForCausalLM in eval mode. eval_set: of any task but loss. folder: where answers are saved as they
-    are generated; None to save none. model_hash: saved answers of another model are not used."""
+    are generated; None to save none. model_hash: saved answers of another model are not used. Raises ValueError if the
+    prompt for questions lacks "{question}"."""
     processes = processes or Processes()
-    prompt = prompt_of(eval_set, model, decoding.prompt)
+    prompt = decoding.prompt  # in the end None for the caption of a bare image
+    if eval_set.task == "captions":
+        prompt = model.config.caption_instruction if prompt is None else prompt
+    elif prompt is None:
+        prompt = QUESTION
+    elif QUESTION not in prompt:
+        raise ValueError(f"--prompt {prompt!r} must contain {QUESTION}, which is replaced by the question")
     shown = processor.apply_chat_template([user_message(prompt, 1)], add_generation_prompt=True)
     questions = _questions(eval_set, prompt, decoding)
     unique = list({question.key: question for asked in questions.values() for question in asked}.values())
     file = None
     if folder is not None:
         binding = {"checkpoint": model_hash, "dtype": str(model.dtype), "data": eval_set.fingerprint(), "prompt": shown}
-        binding |= {"max_new_tokens": decoding.max_new_tokens, "num_beams": decoding.num_beams}
-        file = AnswerFile(folder, binding, processes)
+        file = AnswerFile(folder, binding | decoding.about(), processes)
         if saved := sum(question.key in file.answers for question in unique):
             processes.log(f"{saved:,} of {len(unique):,} answers are there already")
-    mine = answer_all(model, processor, unique, decoding, processes, file)
-    answers = dict(processes.gather([*mine.items()]))
+    answers = dict(processes.gather([*answer_all(model, processor, unique, decoding, processes, file).items()]))
     generated = {name: [answers[question.key] for question in asked] for name, asked in questions.items()}
     unscored = generated.pop("unscored")
     official = official_results(eval_set, [answer.text for answer in generated["score"] + unscored])
@@ -264,9 +258,8 @@ def evaluate_loss(
         bare = any(labels[0] >= 0 for _, labels in conversations)
         images = images_of(None if image is None else eval_set.images[image])
         prefix = prefix_ids(processor, len(images)) or ([end] if bare else [])
-        shared = build_shared_prefix(conversations, prefix, "")
         pixels = torch.stack([preprocess(each) for each in images]) if images else None
-        pack = pack_samples([shared], pixels, pad).to(model.device)
+        pack = pack_samples([build_shared_prefix(conversations, prefix, "")], pixels, pad).to(model.device)
         return held_out_loss(model, [pack], model.device).tolist()
 
     found = []

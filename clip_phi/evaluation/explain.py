@@ -184,7 +184,7 @@ class Target:
         start = self.features.mean(1, keepdim=True) if integrated else torch.zeros_like(self.features)
         difference = self.features - start
         shares = (torch.arange(self.steps) + 0.5) / self.steps if integrated else torch.ones(1)
-        pairs = torch.cartesian_prod(torch.arange(len(self.words)), shares).to(self.ids.device)
+        pairs = torch.cartesian_prod(torch.arange(len(self.words)).float(), shares).to(self.ids.device)
         maps = difference.new_zeros(len(self.words), *self.features.shape[:2], dtype=torch.float32)
         for words, along in (pair.T for pair in pairs.split(self.batch_size)):
             with torch.enable_grad():

@@ -84,19 +84,8 @@ def choose(evaluation: EvalResult) -> dict[str, list[dict[str, Any]]]:
 
 def summary(result: dict[str, Any]) -> list[list[str]]:
     """Rows of the table of a result, the first its header."""
-    order = sorted(result["metrics"], key=lambda name: name != result["metric"])
-    rows = [["", *NAMES.values()]]
-    rows += [[name, *(f"{result['metrics'][name][key]:.4f}" for key in NAMES)] for name in order]
-    low, high = result["margin_ci95"]
-    rows.append([f"margin of {result['metric']}", f"{result['margin']:+.4f}", f"95 %: {low:+.4f} to {high:+.4f}", ""])
-    for name, score in result.get("one_image_shuffled", {}).items():
-        label = "samples with several images" if name == "score" else f"  {name} alone shuffled"
-        rows.append([label, f"{score:.4f}", "", ""])
-    if "question_only" in result:
-        rows.append(["best guess from the question", f"{result['question_only']['score']:.4f}", "", ""])
-    for kind in ("empty", "cut", "never_ended") if "answers" in result else ():
-        rows.append([f"answers {kind.replace('_', ' ')}", *(f"{result['answers'][key][kind]:,}" for key in NAMES)])
-    return rows
+    text = "".join(render("result.txt", result=result, names=NAMES))
+    return [row.split("\t") for row in text.splitlines()]
 
 
 def format_result(result: dict[str, Any]) -> str:
@@ -120,15 +109,10 @@ def no_margin(result: dict[str, Any]) -> str | None:
 
 def page(result: dict[str, Any], chosen: dict[str, list[dict[str, Any]]], images: dict[str, Image.Image]) -> str:
     """One HTML page that needs no other file. chosen: samples by kind. images: small ones, by digest."""
-    tables = {}
-    for name, rows in result.get("tables", {}).items():
-        cells = [[key, f"{row['samples']:,}", f"{row['score']:.4f}"] for key, row in rows.items()]
-        title = name.replace("_", " ")
-        tables[title] = [[title.removeprefix("by "), "samples", result["metric"]], *cells]
     settings = {key: value for key, value in result.items() if key not in ("metrics", "tables", "answers")}
-    values: dict[str, Any] = {"tables": tables, "chosen": chosen, "images": images, "columns": NAMES}
-    values["title"] = f"{result['task']}: {result.get('checkpoint', {}).get('name', 'a model')}"
+    values: dict[str, Any] = {"result": result, "chosen": chosen, "images": images, "columns": NAMES}
     values |= {"warning": no_margin(result), "summary": summary(result), "settings": plain_json(settings, indent=2)}
+    values["title"] = f"{result['task']}: {result.get('checkpoint', {}).get('name', 'a model')}"
     return "".join(render("evaluation.html", **values))
 
 

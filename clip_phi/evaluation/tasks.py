@@ -69,10 +69,9 @@ class EvalSet:
 
     def describe_image(self, number: int) -> dict[str, str]:
         """The name of an image without its folders, or a part of its digest, and the digest."""
-        both = zip(images_of(self.images[number]), self.digests[number].split("+"), strict=True)
         names = (
             f"image {digest[:12]}" if isinstance(image, bytes) else (image.member or image.path).rsplit("/", 1)[-1]
-            for image, digest in both
+            for image, digest in zip(images_of(self.images[number]), self.digests[number].split("+"), strict=True)
         )
         return {"image": " + ".join(names), "image_digest": self.digests[number]}
 

@@ -4,17 +4,16 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import yaml
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
+from ..data.files import read_object
 from ..data.report import plain
 from ..data.sample import File
 from ..environment import requirements, without_secrets
@@ -28,10 +27,9 @@ PATH = re.compile(r"(?<![\w.~/\\])(?:~\w*(?=[/\\])|\.\.(?=[/\\])|[A-Za-z]:(?=[\\
 KIND = r"(?:file|coco|karpathy|llava|vqa|dataset):"  # what precedes a path, and is not the scheme of a URL
 NUM_SAMPLES = 4
 IMAGE_SIZE = 256  # pixels, of the longer side
-TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-HYPERPARAMETERS: list[str] = TABLES["hyperparameters"]  # the training options that the card shows, in this order
-HUB_DATASETS: dict[str, str] = TABLES["hub_datasets"]  # data sets on the Hub, by the names of their official files
-PROJECTORS, PRECISIONS, DATA_LICENSES = (TABLES[name] for name in ("projectors", "precisions", "data_licenses"))
+# hyperparameters: the training options that the card shows, in this order. hub_datasets: data sets on the Hub, by the
+# names of their official files.
+TABLES: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 
 @dataclass
@@ -48,20 +46,20 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> "Run":
         """Raises ValueError if a file is not a json object."""
-        run = cls(folder, _read_json(folder / "config.json"))
+        run = cls(folder, read_object(folder / "config.json"))
         at, seen = folder, set()
         while (at / "run.json").is_file() and at not in seen:  # stage 2 started from the folder of stage 1
             seen.add(at)
-            stage = _read_json(at / "run.json")
+            stage = read_object(at / "run.json")
             run.stages.insert(0, stage)
             at = Path(stage["options"].get("init_from") or "/nowhere")
         if (folder / "data_report.json").is_file():
-            run.report = _read_json(folder / "data_report.json")
+            run.report = read_object(folder / "data_report.json")
         if (samples := folder / "samples.jsonl").is_file():
             texts = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines() if line.strip()]
             run.samples = [text for text in texts if text["step"] == texts[-1]["step"]][:NUM_SAMPLES]
         results = sorted((folder / "evaluation").glob("*.json"))
-        found = [_read_json(each) for each in results if not each.name.endswith(".results.json")]
+        found = [read_object(each) for each in results if not each.name.endswith(".results.json")]
         run.evaluations = [each for each in found if "task" in each and "score" in each]
         return run
 
@@ -120,24 +118,15 @@ def make_card(
 
     repo_id: user/name. revision: what the code in the card pins. merged: whether the repository contains all weights.
     images: of card_images. licenses: of each backbone, None if it states none."""
-    config, options = run.config, run.stages[-1]["options"] if run.stages else {}
-    tuned = "frozen" if config.get("delta") or run.stages else "not recorded"
-    if options.get("tune_decoder") == "full":
-        tuned = "trained in stage 2"
-    elif config.get("adapter") or options.get("tune_decoder") == "lora":
-        tuned = "frozen; LoRA trained in stage 2"
     needed = requirements()
-    names = ["torch", "transformers", "pillow", *(["peft"] if config.get("adapter") and not merged else [])]
+    names = ["torch", "transformers", "pillow", *(["peft"] if run.config.get("adapter") and not merged else [])]
     packages = run.stages[-1]["environment"]["packages"] if run.stages else {}
     values = {
-        **{"run": run, "repo_id": repo_id, "revision": revision, "merged": merged, "tuned": tuned, "images": images},
-        **{"licenses": licenses, "data": _data_lines(run), "settings": _settings(run.stages)},
-        "tower": _link(config.get("vision_backbone"), config.get("vision_backbone_revision")),
-        "decoder": _link(config.get("text_backbone"), config.get("text_backbone_revision")),
-        "projector": PROJECTORS[config["projector_type"]],
+        **{"run": run, "repo_id": repo_id, "revision": revision, "merged": merged, "images": images},
+        **{"licenses": licenses, "tables": TABLES, "hub_dataset": _hub_dataset, "portable": portable},
+        "duration": _duration,
         "requirements": " ".join(f'"{needed[name]}"' for name in names),
         "versions": [f"{name} {packages[name]}" for name in (*names[:2], "accelerate", "peft") if name in packages],
-        "link": _link,
         "show": lambda value: "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value),
         "cell": lambda text: " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;"),
     }
@@ -194,6 +183,22 @@ def _merge_results(old: list[dict] | None, new: list[dict]) -> list[dict]:
 def _metadata(run: Run, repo_id: str, licenses: dict[str, str | None]) -> ModelCardData:
     license = next(iter(licenses.values())) if len(set(licenses.values())) == 1 else None
     datasets = dict.fromkeys(found for _, kind, path in run.sources() if (found := _hub_dataset(kind, path)))
+    scores = (("score", ""), ("blind", " without the image"), ("shuffled", " with another's image"))
+    results = [
+        EvalResult(
+            task_type="image-text-to-text",
+            task_name={"vqa": "Visual question answering", "captions": "Image captioning"}.get(each["task"]),
+            dataset_type=each["task"],
+            dataset_name=scrub(each["data"]["source"]),
+            dataset_args={key: each["data"][key] for key in ("images", "samples", "fingerprint")},
+            metric_type=each["metric"],
+            metric_name=each["metric"] + suffix,
+            metric_value=round(each[key], 6),
+        )
+        for each in run.evaluations
+        for key, suffix in scores
+        if each.get(key) is not None
+    ]
     more = {} if license else {"license_name": "see-card", "license_link": "README.md"}
     more |= {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     return ModelCardData(
@@ -203,83 +208,21 @@ def _metadata(run: Run, repo_id: str, licenses: dict[str, str | None]) -> ModelC
         datasets=list(datasets) or None,
         tags=["clip-phi", "custom_code", "vision-language", "llava"],
         model_name=repo_id.split("/")[-1],
-        eval_results=[result for each in run.evaluations for result in _eval_results(each)] or None,
+        eval_results=results or None,
         **more,
     )
 
 
-def _eval_results(evaluation: dict[str, Any]) -> list[huggingface_hub.EvalResult]:
-    data = evaluation["data"]
-    return [
-        huggingface_hub.EvalResult(
-            task_type="image-text-to-text",
-            task_name={"vqa": "Visual question answering", "captions": "Image captioning"}.get(evaluation["task"]),
-            dataset_type=evaluation["task"],
-            dataset_name=scrub(data["source"]),
-            dataset_args={key: data[key] for key in ("images", "samples", "fingerprint")},
-            metric_type=evaluation["metric"],
-            metric_name=evaluation["metric"] + suffix,
-            metric_value=round(evaluation[key], 6),
-        )
-        for key, suffix in (("score", ""), ("blind", " without the image"), ("shuffled", " with another's image"))
-        if evaluation.get(key) is not None
-    ]
-
-
-def _settings(stages: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """Label and value of each stage, for the table of the training."""
-    facts: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "steps": lambda stage: f"{stage['num_steps']:,}",
-        "trained parameters": lambda stage: f"{stage['trainable_parameters']:,}",
-        "precision": lambda stage: PRECISIONS.get(stage["mixed_precision"], "float32"),
-        "hardware": _hardware,
-        "time": _duration,
-        "held-out loss, nats per token": lambda stage: stage.get("held_out_loss"),
-    }
-    rows = [(name, [stage["options"].get(name) for stage in stages]) for name in HYPERPARAMETERS]
-    rows = [row for row in rows if any(row[0] in stage["options"] for stage in stages)]
-    return rows + [(label, [fact(stage) for stage in stages]) for label, fact in facts.items()]
-
-
-def _data_lines(run: Run) -> list[str]:
-    lines = []
-    for stage, kind, path in run.sources():
-        on_hub = _hub_dataset(kind, path)
-        shown = f"[{on_hub}](https://huggingface.co/datasets/{on_hub})" if on_hub else f"`{portable(path)}`"
-        lines.append(f"stage {stage}: {shown}, read as `{kind}` ({DATA_LICENSES[kind]})")
-    for each in run.stages:
-        data = each["data"]
-        records = f"{data['records']:,} records, " if data.get("records") else ""
-        lines.append(f"stage {each['options']['stage']}: {records}fingerprint `{data['fingerprint']}`")
-    if run.report and run.report["skipped"]:
-        skipped = ", ".join(f"{count:,} {kind}" for kind, count in run.report["skipped"].items())
-        lines.append(f"damaged records that the last stage skipped: {skipped}")
-    return lines
-
-
 def _hub_dataset(kind: str, path: str) -> str | None:
     is_hub_id = kind == "dataset" and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
-    return path if is_hub_id else HUB_DATASETS.get(Path(path).name)
-
-
-def _link(backbone: str | None, revision: str | None = None) -> str:
-    if backbone is None or Path(backbone).is_absolute():
-        return "its own backbone"
-    at = f" at commit `{revision[:12]}`" if revision else ""
-    return f"[{backbone}](https://huggingface.co/{backbone}){at}"
+    return path if is_hub_id else TABLES["hub_datasets"].get(Path(path).name)
 
 
 def _kind_and_path(text: str) -> tuple[str, str]:
     kind, separator, rest = text.partition(":")
-    if not separator or kind not in DATA_LICENSES:
+    if not separator or kind not in TABLES["data_licenses"]:
         kind, rest = "dataset", text
     return kind, re.split(r"[,:](?=[a-z]+=)", rest)[0]
-
-
-def _hardware(stage: dict[str, Any]) -> str:
-    machine = stage["environment"]
-    cpu = {"name": f"CPU ({machine['cpu']}, {machine['cores']} cores)"}
-    return f"{stage['processes']} x {(machine['devices'] or [cpu])[0]['name']}"
 
 
 def _duration(stage: dict[str, Any]) -> str:
@@ -287,10 +230,3 @@ def _duration(stage: dict[str, Any]) -> str:
         return "not finished"
     began, ended = (datetime.strptime(stage[name], "%Y-%m-%dT%H:%M:%S%z") for name in ("began", "ended"))
     return str(ended - began)  # hours:minutes:seconds
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a json object: {error}") from error

@@ -192,30 +192,26 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
                 (place / name).symlink_to((folder / name).resolve())
             else:
                 shutil.copyfile(folder / name, place / name)
-    for path in place.rglob("*.json"):
-        if path.name != "tokenizer.json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if (cleaned := _without_local_names(content)) != content:
-                path.write_text(plain_json(cleaned, indent=2) + "\n", encoding="utf-8")
     private = {str(path) for path in (Path.home(), Path.cwd(), folder.resolve().parent) if len(path.parts) > 1}
-    for path in place.rglob("*"):
-        if path.is_file() and path.suffix != ".safetensors":
+    for path in map(place.joinpath, _relative(place)):
+        if path.suffix != ".safetensors":
             text = path.read_text(encoding="utf-8")
+            if path.suffix == ".json" and path.name != "tokenizer.json":
+                cleaned = json.loads(text, object_pairs_hook=_without_local_names)
+                if cleaned != json.loads(text):
+                    text = plain_json(cleaned, indent=2) + "\n"
+                    path.write_text(text, encoding="utf-8")
             if found := [each for each in private if f"{each}/" in text] or SECRET.findall(text):
                 what = found[0] if found[0].startswith("/") else "an access token"
                 file = folder / path.relative_to(place)
                 raise ValueError(f"{file} contains {what}, which must not be pushed: remove it")
 
 
-def _without_local_names(value: Any, key: str = "") -> Any:
-    """The value of a json file without names of local folders; Hub ids stay."""
-    if isinstance(value, dict):
-        local = {name for name, each in value.items() if name.endswith("name_or_path") and not _is_hub_id(each)}
-        local |= {"is_local", "local_files_only"}
-        return {name: _without_local_names(each, name) for name, each in value.items() if name not in local}
-    if isinstance(value, list):
-        return [_without_local_names(each) for each in value]
-    return None if key.endswith("_backbone") and not _is_hub_id(value) else value
+def _without_local_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a json file without names of local folders; Hub ids stay."""
+    local = {name for name, value in pairs if name.endswith("name_or_path") and not _is_hub_id(value)}
+    kept = {name: value for name, value in pairs if name not in local | {"is_local", "local_files_only"}}
+    return kept | {name: None for name, value in pairs if name.endswith("_backbone") and not _is_hub_id(value)}
 
 
 def _is_hub_id(value: Any) -> bool:

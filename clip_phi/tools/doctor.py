@@ -29,14 +29,13 @@ def doctor(as_json: bool, debug: bool) -> int:
             arrow = f" -> {each.remedy}" if each.remedy else ""
             print(f"{each.status:<8} {each.name:<16} {each.found}{arrow}", flush=True)
     problems, notes = (sum(each.status == status for each in checks) for status in ("problem", "note"))
-    if not as_json:
-        print(f"{len(checks)} checks: {problems or 'no'} problems, {notes or 'no'} notes")
-        return int(problems > 0)
-    try:
-        environment = describe_environment()
-    except Exception as error:  # without torch, or with a broken one
-        environment = {"error": _one_line(error)}
-    print(json.dumps({"environment": environment, "checks": [each._asdict() for each in checks], "problems": problems}))
+    if as_json:
+        try:
+            environment = describe_environment()
+        except Exception as error:  # without torch, or with a broken one
+            environment = {"error": _one_line(error)}
+        found = {"environment": environment, "checks": [each._asdict() for each in checks], "problems": problems}
+    print(json.dumps(found) if as_json else f"{len(checks)} checks: {problems or 'no'} problems, {notes or 'no'} notes")
     return int(problems > 0)
 
 
@@ -67,12 +66,12 @@ def check_packages() -> Iterator[Check]:
     except PackageNotFoundError:
         yield Check("note", "packages", "clip-phi is not installed: its requirements are unknown", "pip install -e .")
         return
-    seen: dict[str, Any] = {}
-    for requirement in needed:
-        extra = str(requirement.marker or "").partition("extra == ")[2].strip('"')
-        if extra != "dev" and (requirement.marker is None or requirement.marker.evaluate({"extra": extra})):
-            seen.setdefault(requirement.name, (requirement.specifier, extra))
-    for name, (specifier, extra) in seen.items():
+    seen: set[str] = set()
+    for name, specifier, marker in ((each.name, each.specifier, each.marker) for each in needed):
+        extra = str(marker or "").partition("extra == ")[2].strip('"')
+        if name in seen or extra == "dev" or not (marker is None or marker.evaluate({"extra": extra})):
+            continue
+        seen.add(name)
         version = installed_version(name)
         if version is None and extra:
             yield Check("note", name, "not installed; only some features need it", f"pip install 'clip-phi[{extra}]'")
@@ -172,18 +171,19 @@ def check_training_step() -> Iterator[Check]:
     from ..batching.encode import Encoded
     from ..batching.packing import build_shared_prefix, pack_samples
     from ..training.arguments import Stage1Arguments
+    from ..training.model import make_trainable
     from ..training.optim import make_optimizer
 
-    device, dtype = _device_and_dtype()
+    arguments, (device, dtype) = Stage1Arguments(stage=1), _device_and_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, pixels = _tiny_model().to(device, dtype).train(), torch.randn(2, 3, 32, 32)
-    model.model.projector.float()
+    make_trainable(model, arguments, device, dtype)
     conversations = [Encoded([5, 6, 7, 8], [-100, 6, 7, 8]), Encoded([9, 10], [9, 10])]
     image = [model.config.image_token_id] * 4
     samples = [build_shared_prefix(conversations[:number], image, str(number)) for number in (2, 1)]
     pack = pack_samples(samples, pixels, 0).to(device)
-    optimizer = make_optimizer(model, Stage1Arguments(stage=1), device)
+    optimizer = make_optimizer(model, arguments, device)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss = model(**pack.inputs, use_cache=False, num_items_in_batch=pack.num_supervised).loss
@@ -259,15 +259,9 @@ def _tiny_model() -> Any:
 
     from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
-    from ..batching.attention import PACKED_ATTENTION
-
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision, text = CLIPVisionConfig(**shape, image_size=32, patch_size=16), PhiConfig(**shape, vocab_size=128)
-    model = ClipPhiForCausalLM(ClipPhiConfig(vision_config=vision, text_config=text, image_token_id=127))
-    model.freeze_backbones()
-    model.model.projector.requires_grad_(True)
-    model.set_attn_implementation({"text_config": PACKED_ATTENTION})
-    return model
+    return ClipPhiForCausalLM(ClipPhiConfig(vision_config=vision, text_config=text, image_token_id=127))
 
 
 def _one_line(error: Exception) -> str:

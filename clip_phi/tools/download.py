@@ -133,9 +133,8 @@ def _fetch(client: Any, served: Served, file: RemoteFile, path: Path, connection
                 written.write(checked_line([*whole, start]))
 
         with _bar(desc=path.name, total=served.size, initial=have) as bar, ThreadPoolExecutor(connections) as pool:
-            pieces = [pool.submit(fetch_piece, start) for start in starts]
             try:
-                ended, _ = wait(pieces, return_when=FIRST_EXCEPTION)
+                ended, _ = wait([pool.submit(fetch_piece, start) for start in starts], return_when=FIRST_EXCEPTION)
             except KeyboardInterrupt:
                 raise OSError(f"stopped: the same command goes on with {part}") from None
             finally:

@@ -55,9 +55,9 @@ def inspect(options: argparse.Namespace) -> None:
     if max_length < options.max_length:
         print(f"--max_length is cut to the decoder's context, {max_length}, as it is in training", file=sys.stderr)
     indexes = [load_index(source, processor, max_length) for source in sources]
-    total = sum(map(len, indexes))
-    if options.sample >= max(total, 1):
-        raise ValueError(f"--sample {options.sample}: there are {total:,} samples, from 0 on")
+    whole = Index.concatenate(indexes)
+    if options.sample >= max(len(whole), 1):
+        raise ValueError(f"--sample {options.sample}: there are {len(whole):,} samples, from 0 on")
     summary, rows = None, list[list[str]]()
     if options.summary or options.json or held_out or any(path.endswith(".json") for path in options.output):
         others = [load_index(source, processor, max_length) for source in held_out]
@@ -67,27 +67,23 @@ def inspect(options: argparse.Namespace) -> None:
         lines = [_line(f"{label:<20} {value}").rstrip() for label, value in rows]
         print(json.dumps(summary) if options.json else "\n".join(lines))
     for path in options.output:
-        samples = show(indexes, processor, options.sample, options.num)
+        samples = show(whole, processor, options.sample, options.num)
         if path.endswith(".json"):
             Path(path).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         elif path.endswith(".html"):
             title = _line(" ".join(options.data))
-            pieces = render("inspection.html", title=title, rows=rows, samples=samples, line=_line, zip=zip)
             with open(path, "w", encoding="utf-8") as file:
-                file.writelines(pieces)
+                file.writelines(render("inspection.html", title=title, rows=rows, samples=samples, line=_line, zip=zip))
         else:
-            draw(path, indexes, list(islice(samples, SHEET)))
+            draw(path, whole, list(islice(samples, SHEET)))
     if summary is None and not options.output:
         colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        for sample in show(indexes, processor, options.sample, options.num):
+        for sample in show(whole, processor, options.sample, options.num):
             print(format_sample(sample, colored))
-    report = Report()
-    for index in indexes:
-        report.add(index.report)
-    if summary is None and total == 0:
-        print(report.table())
-    if not (total if summary is None else summary["samples"]):
-        report = report if summary is None else Report.from_dict(summary)
+    if not (len(whole) if summary is None else summary["samples"]):
+        report = whole.report if summary is None else Report.from_dict(summary)
+        if summary is None:
+            print(report.table())
         raise ValueError(f"no sample can be used, of {report.records:,} records:\n{report.table()}")
 
 
@@ -112,32 +108,24 @@ def find_processor(model: str | None) -> tuple[Any, str, int | None]:
     return processor, name, context_length(config)
 
 
-class Piece(NamedTuple):
-    """Neighbouring tokens of a conversation that are all supervised, or all not, as text."""
-
-    text: str
-    supervised: bool
-
-
 @dataclass(frozen=True)
 class Shown:
     """One sample as the model gets it.
 
-    image_line: its image's name and size, or the error in it. image: a thumbnail, or None."""
+    image_line: its image's name and size, or the error in it. image: a thumbnail, or None. conversations: as texts of
+    neighbouring tokens that are all supervised, or all not, and whether they are."""
 
     title: str
     counts: str
     image_line: str
     image: Image.Image | None
     origins: tuple[str, ...]
-    conversations: list[list[Piece]]
+    conversations: list[list[tuple[str, bool]]]
 
 
-def show(indexes: Sequence[Index], processor: Any, first: int, number: int) -> Iterator[Shown]:
-    """The samples from `first` on, `number` of them, counted over all indexes."""
-    total = sum(map(len, indexes))
-    places = ((index, row) for index in indexes for row in range(len(index)))
-    for sample, (index, row) in enumerate(islice(places, first, first + number), start=first):
+def show(index: Index, processor: Any, first: int, number: int) -> Iterator[Shown]:
+    """The samples from `first` on, `number` of them."""
+    for row in range(first, min(first + number, len(index))):
         source, encoded = index.image(row), index.encoded(row)
         image, line, prefix = None, "no image", index.prefix(row)
         if source is not None:
@@ -153,11 +141,11 @@ def show(indexes: Sequence[Index], processor: Any, first: int, number: int) -> I
         tokens = len(prefix) + sum(len(ids) for ids, _ in encoded)
         supervised = sum(label != IGNORE_INDEX for _, labels in encoded for label in labels)
         counts = f"{tokens:,} tokens, {supervised:,} of them supervised ({supervised / tokens:.1%})"
-        title, origins = f"sample {sample:,} of {total:,}", index.sample(row).origins
+        title, origins = f"sample {row:,} of {len(index):,}", index.sample(row).origins
         yield Shown(title, counts, line, image, origins, conversations)
 
 
-def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[Piece]:
+def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[tuple[str, bool]]:
     """Decoded from the beginning each time, since some tokenizers drop the space before a first word."""
     pieces, stop, before = [], 0, ""
     kinds = zip(np.equal(ids, processor.image_token_id), np.not_equal(labels, IGNORE_INDEX), strict=True)
@@ -166,19 +154,15 @@ def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[Piece]:
         stop += length
         text = processor.tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         piece = f"{processor.image_token}×{length}" if is_image else plain(text.removeprefix(before))
-        pieces.append(Piece(piece.replace("\n", "⏎\n"), bool(supervised)))
+        pieces.append((piece.replace("\n", "⏎\n"), bool(supervised)))
         before = text
     return pieces
 
 
 def format_sample(sample: Shown, colored: bool) -> str:
     """A sample for the terminal, with supervised tokens in bold green, or between brackets."""
-    start, end = ("\033[1;32m", "\033[0m") if colored else ("⟦", "⟧")
-    lines = [sample.title, f"image: {_line(sample.image_line)}", sample.counts]
-    for origin, pieces in zip(sample.origins, sample.conversations, strict=True):
-        text = "".join(f"{start}{piece.text}{end}" if piece.supervised else piece.text for piece in pieces)
-        lines += [f"- {_line(origin)}", text]
-    return "\n".join(lines) + "\n"
+    marks = ("\033[1;32m", "\033[0m") if colored else ("⟦", "⟧")
+    return "".join(render("sample.txt", sample=sample, marks=marks, line=_line, zip=zip))
 
 
 def _line(text: str) -> str:
@@ -226,8 +210,7 @@ def summarise(
     distinct, first_names = np.unique(shown), dict[str, str]()
     firsts = [(names[number], first_names.setdefault(checks[number].pixels, names[number])) for number in distinct]
     equal = [f"{name} = {first}" for name, first in firsts if name != first]
-    samples = len(shown) - len(first_names)
-    duplicates = {"images": len(equal), "samples": samples, "examples": equal[:NUM_EXAMPLES]}
+    duplicates = {"images": len(equal), "samples": len(shown) - len(first_names), "examples": equal[:NUM_EXAMPLES]}
     summary: dict[str, Any] = {"sources": sources, "samples": len(measured), "images": len(distinct)}
     summary |= {"conversations": conversations, "turns": turns, "tokens": tokens, "supervised_tokens": supervised}
     summary["share_supervised"] = round(supervised / max(tokens, 1), 4)
@@ -298,8 +281,8 @@ def describe_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
     counts = np.bincount((lengths - low) // width).tolist()
     bins = {f"{low + width * n}-{low + width * (n + 1) - 1}": count for n, count in enumerate(counts)}
     found = {"min": low, "median": float(np.median(lengths)), "mean": round(float(lengths.mean()), 2)}
-    p95 = int(np.percentile(lengths, 95, method="inverted_cdf"))
-    return found | {"p95": p95, "max": high, "histogram": bins}
+    found["p95"] = int(np.percentile(lengths, 95, method="inverted_cdf"))
+    return found | {"max": high, "histogram": bins}
 
 
 def _leakage(
@@ -351,18 +334,18 @@ def table(summary: dict[str, Any]) -> list[list[str]]:
     return [row.split("\t", 1) for row in text.splitlines()]
 
 
-def draw(path: str, indexes: Sequence[Index], samples: Sequence[Shown]) -> None:
+def draw(path: str, index: Index, samples: Sequence[Shown]) -> None:
     """Histograms of tokens and of supervised tokens per sample, and below them images with their first answers."""
     from matplotlib.figure import Figure
 
     height = max(1, -(-len(samples) // 4))
     figure = Figure(figsize=(10, 3 + 3 * height), layout="constrained")
     panels: Any = figure.subfigures(2, 1, height_ratios=[1, height])
-    counts = np.concatenate([measure(index) for index in indexes])
+    counts = measure(index)
     for axes, column, label in zip(panels[0].subplots(1, 2), (2, 3), ("tokens", "supervised tokens"), strict=True):
         axes.hist(counts[:, column], bins=40, color="tab:blue")
         axes.set(xlabel=f"{label} per sample", ylabel="samples")
-    answers = [next((each.text for each in sample.conversations[0] if each.supervised), "") for sample in samples]
+    answers = [next((text for text, supervised in sample.conversations[0] if supervised), "") for sample in samples]
     texts = [f"{sample.title}\n{' '.join(answer.split())}" for sample, answer in zip(samples, answers, strict=True)]
     draw_images(panels[1], [sample.image for sample in samples], texts)
     save_png(figure, path, dpi=110)

@@ -7,6 +7,7 @@ from typing import Any
 from modeling_clip_phi import ClipPhiConfig
 
 from ..environment import Gpu
+from ..templates import render
 from ..training.arguments import Stage2Arguments, TrainingArguments
 from ..training.memory import CARDS, GIB, Formula, largest_pack, typical_sample
 
@@ -52,20 +53,4 @@ def make_plan(arguments: TrainingArguments, card: Gpu, mfu: float, config: ClipP
 
 def format_plan(plan: dict[str, Any]) -> str:
     """The plan as a table."""
-    bill, memory, rate = plan["bill_bytes"], plan["memory_bytes"] / GIB, plan["samples_per_second"]
-    rows = [*bill.items(), ("together", sum(bill.values()))]
-    lines = [
-        f"{plan['gpu']}, stage {plan['stage']}",
-        f"  parameters            {plan['parameters']:,}, of which {plan['trainable_parameters']:,} are trained",
-        f"  FLOPs per sample      {plan['flops_per_sample'] / 1e9:,.0f} G",
-        f"  kept per token        {plan['activation_bytes_per_token'] / 1e6:.2f} MB for the backward pass",
-        *(f"  {name:<30}{size / GIB:8.2f} GiB" for name, size in rows),
-    ]
-    lines[-1] += f" of {memory:.2f}"
-    if plan["pageable_bytes"]:
-        lines.append("  of which the optimizer may leave the card while a step needs the room")
-    fits = f"  largest --max_tokens_per_batch   {plan['max_tokens_per_batch']:,} ({plan['images_per_step']:,} images)"
-    lines.append(fits if plan["fits"] else "  Not even one image fits: try --gradient_checkpointing, or a larger card")
-    rate = f"{rate:,.{0 if rate >= 10 else 2}f} samples/s, {plan['hours_per_epoch']:.2f} hours for an epoch of"
-    lines.append(f"  at {plan['assumed_mfu']:.0%} of its peak        {rate} {plan['samples_per_epoch']:,}")
-    return "\n".join(lines)
+    return "".join(render("plan.txt", GIB=GIB, **plan)).rstrip("\n")

@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader
 
 from ..batching.dataset import ImageReader, SampleDataset, SampleStream, make_loader
 from ..batching.index import NAMES, Index, count_text, independent_turns_hint, load_index
-from ..batching.sampler import Batches, EndlessSampler, FixedBatches, PackedBatches
-from ..data.mixture import Mixture
+from ..batching.sampler import Batches, EndlessSampler, FixedBatches, Mixture, PackedBatches
 from ..data.report import Report, Skip
 from ..data.sample import Sample
 from ..data.source import DataSource, parse_source
