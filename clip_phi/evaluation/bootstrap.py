@@ -23,16 +23,16 @@ def by_group(scores: np.ndarray, groups: Iterable[Any], weights: Any = None) -> 
 def margin_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of a mean's margin over the best of other means, by the percentile bootstrap (Efron 1979).
 
-    sums: float (groups, 1 + others), of the score and of what it is compared with; counts: (groups,), their samples.
-    Whole groups are resampled, since questions about one image are not independent. The best of the others is chosen
-    in each resample. The same seed gives the same interval."""
+    sums: float (groups, 1 + others), of the score and of what it is compared with; counts: (groups,), their samples, or
+    of each (groups, 1 + others). Whole groups are resampled, since questions about one image are not independent. The
+    best of the others is chosen in each resample. The same seed gives the same interval."""
     rng = np.random.default_rng(seed)
     number = len(counts)
     found = []
     for _ in range(RESAMPLES // CHUNK):
         drawn = rng.integers(0, number, (CHUNK, number))
         weights = np.stack([np.bincount(row, minlength=number) for row in drawn])
-        means = (weights @ sums) / (weights @ counts)[:, None]
+        means = (weights @ sums) / np.maximum(weights @ counts.reshape(number, -1), 1)
         found.append(means[:, 0] - means[:, 1:].max(axis=1))
     low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
     return float(low), float(high)

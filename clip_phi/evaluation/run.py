@@ -17,6 +17,7 @@ from ..hub.card import portable
 from ..hub.retry import load_with_retries
 from . import caption_metrics
 from .answers import Decoding, Processes
+from .chair import ChairScorer, add_chair
 from .clip_score import ClipScorer, local_clip
 from .evaluate import EvalResult, evaluate_answers, evaluate_loss
 from .report import format_result, model_sha256, write
@@ -57,11 +58,17 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     eval_set = make_eval_set(options.task, samples, report, options.num_images, options.max_bad_fraction)
     if report.num_skipped:
         log(f"{report.num_skipped:,} of {report.records:,} records are skipped:\n{report.table()}")
+    if options.objects and options.task != "captions":
+        raise ValueError(f"--objects requires --task captions, not {options.task}")
+    paths = [path for source in sources if (path := Path(source.path)).name.startswith("captions_")]
+    beside = [path.with_name(f"instances_{path.name.removeprefix('captions_')}") for path in paths]
+    objects = options.objects or (beside[0] if len(sources) == len(beside) == 1 and beside[0].is_file() else None)
+    chair_scorer = ChairScorer(eval_set, objects) if objects and options.task == "captions" else None
     model, processor, files = load(options.model, options.device or state.device)
     sha256 = model_sha256(files)
     # beside the weights, if they are in a folder
-    beside = Path(options.model, "evaluation") if Path(options.model).is_dir() else None
-    output = Path(options.output_dir or beside or f"outputs/evaluation/{options.model.replace('/', '--')}")
+    own = Path(options.model, "evaluation") if Path(options.model).is_dir() else None
+    output = Path(options.output_dir or own or f"outputs/evaluation/{options.model.replace('/', '--')}")
     decoding = Decoding(**{each.name: getattr(options, each.name) for each in fields(Decoding)})
     if options.task == "loss":
         evaluation = evaluate_loss(model, processor, samples, eval_set, decoding, processes=processes)
@@ -70,7 +77,7 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
         evaluation = evaluate_answers(model, processor, eval_set, decoding, processes=processes, **saved)
     if state.is_main_process:
         if options.task == "captions" and eval_set.items:
-            add_caption_metrics(evaluation, eval_set, model, options.clip, options.meteor, log)
+            add_caption_metrics(evaluation, eval_set, model, options.clip, options.meteor, chair_scorer, log)
         result = evaluation.result
         result["data"] = {"source": " + ".join(map(portable, texts))} | result["data"]
         result |= {
@@ -110,9 +117,10 @@ def load(name: str, device: Any) -> tuple[Any, Any, Path]:
 
 
 def add_caption_metrics(
-    evaluation: EvalResult, eval_set: EvalSet, model: Any, clip: str | None, meteor: bool, log: Callable[[str], Any]
-) -> None:
-    """Add CLIPScore, by the given CLIP or by that of the vision tower if it is stored here, and METEOR if wanted."""
+    evaluation: EvalResult, eval_set: EvalSet, model: Any, clip: str | None, meteor: bool,
+    chair_scorer: ChairScorer | None, log: Callable[[str], Any],
+) -> None:  # fmt: skip
+    """Add CLIPScore, by the given CLIP or by the vision tower's if it is stored here; CHAIR; and METEOR if wanted."""
     keys = {"score": "answer", "blind": "blind_answer", "shuffled": "shuffled_answer"}
     texts = {name: [sample[key] for sample in evaluation.samples] for name, key in keys.items()}
     metrics = evaluation.result["metrics"]
@@ -123,6 +131,8 @@ def add_caption_metrics(
             for name, answers in texts.items()
         }
         evaluation.result["clip"] = portable(scorer.name)
+    if chair_scorer is not None:
+        add_chair(evaluation, eval_set, chair_scorer, texts)
     if meteor:
         references = [item.references for item in eval_set.items]
         metrics["METEOR"] = {name: caption_metrics.meteor(answers, references) for name, answers in texts.items()}
