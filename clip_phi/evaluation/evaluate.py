@@ -156,7 +156,7 @@ def _score(
     means = {name: float(values.mean()) for name, values in each.items()}
     digests = [eval_set.digests[item.image] for item in eval_set.items]
     sums, counts = by_group(np.stack([*each.values()], axis=1), digests)
-    result = _result(eval_set, means, sums, counts, decoding.seed) | {"metrics": metrics}
+    result = shared_result(eval_set, means, sums, counts, decoding.seed) | {"metrics": metrics}
     if one_replaced:
         several = np.array(["+" in digest for digest in digests])
         scores = one_replaced | {"score": each["score"]}
@@ -185,7 +185,7 @@ def _score(
     return result, samples
 
 
-def _result(
+def shared_result(
     eval_set: EvalSet, means: dict[str, float], sums: np.ndarray, counts: np.ndarray, seed: int, upside: int = 1
 ) -> dict[str, Any]:
     """The part that all tasks share. means: score, blind and shuffled. sums, counts: float (groups, 3) and (groups,),
@@ -272,7 +272,7 @@ def evaluate_loss(
     images, losses, tokens = table[:, 1].astype(int), table[:, 2:5], table[:, 5]
     sums, counts = by_group(losses, [eval_set.digests[image] for image in images], tokens)
     means = dict(zip(("score", *CONTROLS), (sums.sum(0) / counts.sum()).tolist(), strict=True))
-    result = _result(eval_set, means, sums, counts, decoding.seed, upside=-1)
+    result = shared_result(eval_set, means, sums, counts, decoding.seed, upside=-1)
     skipped = dict(eval_set.report.skipped + report.skipped)
     result["data"] |= {"samples": len(table), "supervised_tokens": int(tokens.sum()), "skipped": skipped}
     result["metrics"] = {"loss": means, "perplexity": {name: math.exp(mean) for name, mean in means.items()}}
