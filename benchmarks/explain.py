@@ -48,8 +48,8 @@ def ways_to_leave_out(model: str, data: Path, samples: list[dict[str, Any]]) -> 
         image = load_image(data / "val2017" / sample["image"])
         crop = crop_box(processor.image_processor, image.size)
         for way, size in product(LEAVE_OUT, WINDOWS):
-            messages, options = [user_message(sample["question"], 1)], {"leave_out": way, "window": size}
-            target = Target(weights, processor, messages, [image], sample["answer"], **options)
+            asked = [user_message(sample["question"], 1)], [image], sample["answer"]
+            target = Target(weights, processor, *asked, leave_out=way, window=size)
             heat = target.maps("occlusion").sum(0)[0]
             hits[f"{way}, {size} x {size}"].append(is_hit(heat, crop, sample["boxes"]))
     return {name: sum(found) / len(found) for name, found in hits.items()}
@@ -59,7 +59,10 @@ def confidence(model: str) -> dict[str, float | None]:
     path = Path(model, "evaluation/vqa.json")
     result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found = result.get("confidence", {}).get("likelihood", {})
-    return {"ece": found.get("scaled", {}).get("ece"), "accuracy_at_80": found.get("accuracy_at_80")}
+    return {
+        "ece": found.get("scaled", {}).get("ece"),
+        "accuracy_at_80": found.get("accuracy_at_coverage", {}).get("0.8"),
+    }
 
 
 def page(found: dict[str, Any]) -> str:
@@ -83,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="outputs/demo/model", help="folder of a model of the demo")
     parser.add_argument("--data", type=Path, default=Path("outputs/demo/data"), help="folder of drawn scenes")
-    parser.add_argument("--num_images", type=int, default=100, help="scenes that are asked about")
+    parser.add_argument("--num_images", type=int, default=60, help="scenes that are asked about")
     parser.add_argument("--json", metavar="FILE", help="file to write the figures to, as json")
     parser.add_argument("--page", metavar="FILE", help="page whose tables are written")
     arguments = parser.parse_args()
@@ -95,7 +98,7 @@ def main() -> None:
     found |= {"centre": methods["centre"]["hit_rate"], "default": result["method"], **confidence(arguments.model)}
     found |= {"images": result["data"]["images"], "questions": result["one_object_answered_right"], "methods": methods}
     found["by_question_type"] = result["tables"]["by_question_type"]
-    found["leave_out"] = ways_to_leave_out(arguments.model, arguments.data, chosen[:: max(1, len(chosen) // 150)])
+    found["leave_out"] = ways_to_leave_out(arguments.model, arguments.data, chosen[:: max(1, len(chosen) // 80)])
     print(json.dumps(found, indent=2))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
