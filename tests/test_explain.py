@@ -1,5 +1,6 @@
 """Where a model looked: each map against a second, plain computation, and where it lies in the image."""
 
+import contextlib
 import copy
 import json
 import re
@@ -15,7 +16,15 @@ from transformers import AutoConfig, CLIPImageProcessorPil, ViTImageProcessorPil
 from clip_phi.batching.images import Preprocessor
 from clip_phi.cli import main
 from clip_phi.commands.common import OPTIONS
+from clip_phi.data.report import Report
+from clip_phi.data.source import parse_files
+from clip_phi.data.synthetic import ask_about_boxes, write_dataset
+from clip_phi.evaluation import pointing
+from clip_phi.evaluation.answers import Decoding, Processes
 from clip_phi.evaluation.explain import DEFAULT_METHOD, METHODS, Target, crop_box, explain, overlay, patch_grid
+from clip_phi.evaluation.generate import GeneratedAnswer
+from clip_phi.evaluation.pointing import MAPS, evaluate_pointing, insertion_and_deletion, is_hit
+from clip_phi.evaluation.tasks import make_eval_set, read_samples
 from modeling_clip_phi import ClipPhiForCausalLM
 
 QUESTION, ANSWER = "what is it?", "a red circle and yes"
@@ -347,3 +356,124 @@ def test_the_page_needs_no_other_file_and_escapes_what_it_shows(run, tmp_path):
 def test_wrong_options_get_one_line(run, arguments, message):
     status, out, error = run(QUESTION, *arguments)
     assert status == 2 and out == "" and message in error and error.count("\n") == 1
+
+
+# The task pointing
+
+
+def test_a_map_hits_at_most_a_quarter_of_a_patch_away_from_the_box():
+    heat = np.zeros((2, 4))
+    heat[1, 2] = 1  # its patch is 100 to 120 and 40 to 60, since the map begins at (60, 20): its centre is (110, 50)
+    crop = (60, 20, 140, 60)
+    for box, hit in [
+        ((105, 45, 112, 52), True),
+        ((90, 30, 105, 45), True),
+        ((90, 30, 104.9, 50), False),
+        ((115.1, 40, 130, 60), False),
+        ((0, 0, 200, 44.9), False),
+        ((0, 55, 200, 90), True),
+    ]:
+        assert is_hit(heat, crop, [box]) == hit, box
+    assert is_hit(heat, crop, [(0, 0, 1, 1), (109, 49, 111, 51)])
+
+
+def test_insertion_and_deletion_are_areas_under_the_answers_probability(model, processor):
+    one = target(model, processor, answer="yes")
+    heat = np.array([[1.0, 4.0], [3.0, 2.0]])
+    order = [(0, 1), (1, 0), (1, 1), (0, 0)]
+    found = insertion_and_deletion(one, np.stack([heat, -heat]))
+    for number, its_order in enumerate((order, order[::-1])):
+        curves = []
+        for inserts in (True, False):
+            likely = []
+            for count in range(5):
+                mask = torch.full((1, 2, 2), inserts)
+                for row, column in its_order[:count]:
+                    mask[0, row, column] = not inserts
+                likely.append(float(one.score_without(0, mask).sum().exp()))
+            curves.append(sum((a + b) / 8 for a, b in zip(likely, likely[1:], strict=False)))
+        assert found[number] == pytest.approx(curves, rel=0.2)  # steps of an eighth here, of a quarter there
+    assert found[0, 0] == pytest.approx(found[1, 1], abs=1e-6)  # to insert in an order is to delete in the other
+
+
+def test_each_drawn_object_that_can_be_named_is_asked_about_with_its_box():
+    scene = [("red circle", (2, 4, 20, 20)), ("blue star", (40, 30, 14, 14)), ("blue ring", (30, 2, 12, 12))]
+    asked = ask_about_boxes(scene)
+    boxes = dict(scene)
+    for question, answer, around in asked[:3]:
+        assert answer == "yes" and question == f"Is there a {next(n for n in boxes if boxes[n] == around[0])}?"
+    assert ("What color is the circle?", "red", [boxes["red circle"]]) in asked
+    assert ("What shape is the red object?", "circle", [boxes["red circle"]]) in asked
+    assert not any("blue object" in question for question, *_ in asked)
+    (relation,) = [each for each in asked if each[0].startswith("Is the ")]
+    assert relation[1] == "yes" and len(relation[2]) == 2
+
+
+def test_an_object_of_a_photo_is_asked_about_if_its_category_is_there_once():
+    found = ask_about_boxes(
+        [("dog", [1, 2, 3, 4]), ("cat", [5, 6, 7, 8]), ("cat", [9, 9, 9, 9]), ("apple", []), ("umbrella", [0, 0, 2, 2])]
+    )
+    assert found == [("Is there a dog?", "yes", [[1, 2, 3, 4]]), ("Is there an umbrella?", "yes", [[0, 0, 2, 2]])]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    write_dataset(folder, 1, 5, seed=3)
+    return folder
+
+
+def options_of(scenes, checkpoint, folder, *options):
+    annotations = scenes / "annotations/captions_val2017.json"
+    data = ["--data", f"coco:{annotations},images={scenes / 'val2017'}", "--output_dir", str(folder)]
+    return ["evaluate", checkpoint, "--task", "pointing", "--max_new_tokens", "3", "--device", "cpu", *data, *options]
+
+
+def test_pointing_is_evaluated_with_its_controls(scenes, checkpoint, tmp_path, capsys):
+    assert main(options_of(scenes, checkpoint, tmp_path, "--json")) == 0
+    result = json.loads(capsys.readouterr().out)
+    samples = [json.loads(line) for line in (tmp_path / "pointing.samples.jsonl").read_text().splitlines()]
+    objects = json.loads((scenes / "annotations/instances_val2017.json").read_text())["annotations"]
+    corners = {(x, y, x + w, y + h) for x, y, w, h in (each["bbox"] for each in objects)}
+    assert all(tuple(box) in corners for sample in samples for box in sample["boxes"]) and len(samples) >= 10
+    assert result["metric"] == "hit_rate" and set(result["metrics"]) == {"hit_rate", "insertion", "deletion"}
+    for key, name in (("score", DEFAULT_METHOD), ("blind", "centre"), ("shuffled", "shuffled")):
+        for place, metric in enumerate(("hit_rate", "insertion", "deletion")):
+            mean = np.mean([sample["maps"][name][place] for sample in samples])
+            assert result["metrics"][metric][key] == pytest.approx(mean)
+        assert result[key] == result["metrics"]["hit_rate"][key]
+    assert sum(each["samples"] for each in result["tables"]["by_question_type"].values()) == len(samples)
+    right = [sample for sample in samples if sample["answer"] in sample["references"]]
+    assert result["answered_right"] == len(right) / len(samples)
+    assert bool(result["methods"]) == any(len(sample["boxes"]) == 1 for sample in right)
+    assert "hit_rate" in (tmp_path / "pointing.html").read_text()
+
+
+def test_maps_of_right_answers_about_one_object_have_their_own_figures(scenes, model, processor, monkeypatch):
+    def evaluate(processes=None):
+        source = parse_files([f"coco:{scenes}/annotations/captions_val2017.json,images={scenes}/val2017"])
+        eval_set = make_eval_set("pointing", read_samples(source, Report()), Report(), num_images=3)
+        file = scenes / "annotations/instances_val2017.json"
+        return evaluate_pointing(model, processor, eval_set, Decoding(max_new_tokens=2), file, processes)
+
+    monkeypatch.setattr(pointing, "generate_answers", lambda *_: [GeneratedAnswer("yes", 1, True)])
+    result, samples, _ = evaluate()
+    chosen = [each for each in samples if each["references"] == ["yes"] and len(each["boxes"]) == 1]
+    assert result["one_object_answered_right"] == len(chosen) < len(samples) and list(result["methods"]) == [*MAPS]
+    for name, found in result["methods"].items():
+        assert found["hit_rate"] == pytest.approx(np.mean([each["maps"][name][0] for each in chosen]))
+        low, high = found["hit_rate_ci95"]
+        assert low <= found["hit_rate"] <= high
+    shares = []
+    for rank in range(2):
+        with contextlib.suppress(StopIteration):
+            evaluate(Processes(rank, 2, lambda rows: shares.append(rows) or next(iter(()))))
+    again = evaluate(Processes(0, 2, lambda rows: shares[0] + shares[1]))
+    assert again.result == result and again.samples == samples
+
+
+def test_images_without_objects_are_refused_in_a_line(scenes, checkpoint, tmp_path, capsys):
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    assert main(options_of(scenes, checkpoint, tmp_path, "--objects", str(path))) == 2
+    assert "no objects of 000000000002.jpg; --objects FILE names the instances file" in capsys.readouterr().err
