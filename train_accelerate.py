@@ -91,7 +91,7 @@ class Run:
             torch.set_float32_matmul_precision("high" if arguments.tf32 else "highest")
 
         self.processor = load_processor(arguments)
-        model = load_model(arguments, self.processor, accelerator)
+        model = load_model(arguments, accelerator)
         arguments = resolve(arguments, accelerator, model)
         before = saved_run(output_dir, arguments.resume_from_checkpoint)
         arguments, fits = fit_batches(arguments, model, accelerator, before)

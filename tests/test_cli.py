@@ -4,12 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from PIL import Image
 
 from clip_phi.cli import main
-from clip_phi.commands.common import choose_model
+from clip_phi.commands.common import COMMANDS, OPTIONS, choose_model
 from clip_phi.data.report import plain
 from clip_phi.evaluation.generate import generate_texts
 
@@ -111,6 +112,16 @@ def test_a_hostile_config_is_one_line_before_anything_is_made_of_it(config, mess
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match="missing image: none.png"):
         main(["caption", "none.png", "--debug"])
+
+
+def test_each_command_has_a_function_and_each_group_of_options_a_command():
+    table = COMMANDS | COMMANDS["speech"]["actions"]
+    commands = {name: about for name, about in table.items() if "actions" not in about}
+    assert len(commands) == len(table) - 1 > 10
+    for name, about in commands.items():
+        module = import_module(f"clip_phi.commands.{about['module']}")
+        assert callable(getattr(module, f"run_{name.replace('-', '_')}")), name
+    assert {group for about in commands.values() for group in about["options"]} == OPTIONS.keys()
 
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path):

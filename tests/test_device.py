@@ -19,6 +19,8 @@ from clip_phi.batching import attention
 from clip_phi.batching.encode import Encoded
 from clip_phi.batching.packing import build_shared_prefix, pack_samples
 from clip_phi.data.synthetic import write_dataset
+from clip_phi.serving.engine import Engine
+from clip_phi.serving.kv_cache import BatchCache, cache_shapes
 from clip_phi.training import device as devices
 from clip_phi.training import memory
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
@@ -247,6 +249,15 @@ def fake_pack(model, with_images=True):
     return pack_samples(samples, torch.zeros(2, 3, 32, 32) if with_images else None, 0)
 
 
+def put_on_fake_cuda(model, mode):
+    names = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in names:
+        owner, _, own = name.rpartition(".")
+        fake = mode.from_tensor(tensor).detach().to("cuda:0")
+        fake = torch.nn.Parameter(fake, False) if isinstance(tensor, torch.nn.Parameter) else fake
+        setattr(model.get_submodule(owner), own, fake)
+
+
 def run_on_fake_cuda(model, arguments, dtype, with_images=True):
     """The loss of a pack, with all weights on a fake CUDA device, under CUDA's autocast."""
     pack = fake_pack(model, with_images)
@@ -254,12 +265,7 @@ def run_on_fake_cuda(model, arguments, dtype, with_images=True):
     model.set_attn_implementation({"vision_config": "eager"})
     place = torch.device("cuda:0")
     with FakeTensorMode() as mode, WithoutGuard(), torch.no_grad():
-        names = [*model.named_parameters(), *model.named_buffers()]
-        for name, tensor in names:
-            owner, _, own = name.rpartition(".")
-            fake = mode.from_tensor(tensor).detach().to(place)
-            fake = torch.nn.Parameter(fake, False) if isinstance(tensor, torch.nn.Parameter) else fake
-            setattr(model.get_submodule(owner), own, fake)
+        put_on_fake_cuda(model, mode)
         inputs = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, pack.inputs)
         inputs = type(pack)(inputs, *list(vars(pack).values())[1:]).to(place).inputs
         half = dtype if dtype != torch.float32 else torch.bfloat16
@@ -279,16 +285,22 @@ def no_checks(monkeypatch, gpu):
 
 
 class WithoutGuard(TorchFunctionMode):
-    """Two methods of a tensor ask for the device itself, also of a fake one: the same without them."""
+    """Some functions ask for the device itself, also of a fake one: the same without them."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.contiguous:
             return args[0].clone(memory_format=torch.contiguous_format)
+        if func is torch.tensor and "device" in (kwargs or {}):  # an empty one, of a new cache
+            return torch.empty(len(args[0]), **kwargs)
         if func is torch.Tensor.__getitem__:
             return self.select(args[0], args[1] if isinstance(args[1], tuple) else (args[1],))
+        if func is torch.Tensor.__setitem__:
+            return torch.ops.aten.index_put_(*args)
         return func(*args, **(kwargs or {}))
 
     def select(self, tensor, items):
+        if all(isinstance(item, torch.Tensor) for item in items):
+            return torch.ops.aten.index.Tensor(tensor, items)
         dim, named = 0, sum(item is not None and item is not Ellipsis for item in items)
         for item in items:
             if item is Ellipsis:
@@ -305,7 +317,7 @@ class WithoutGuard(TorchFunctionMode):
         return tensor
 
 
-def plain_attention(query, key, value, attn_mask=None, is_causal=False, scale=None):
+def plain_attention(query, key, value, attn_mask=None, is_causal=False, scale=None, dropout_p=0.0):
     assert query.dtype == key.dtype == value.dtype and (attn_mask is None or attn_mask.device == query.device)
     return (query @ key.transpose(-1, -2)).softmax(-1).to(value.dtype) @ value
 
@@ -324,6 +336,40 @@ def test_the_forward_pass_runs_on_fake_cuda_tensors(kind, dtype, fresh_model, no
 def test_text_only_packs_run_on_fake_cuda_tensors(fresh_model, no_checks):
     arguments = Stage2Arguments(stage=2, attention="sdpa", lora_r=2)
     assert run_on_fake_cuda(fresh_model, arguments, torch.bfloat16, with_images=False).device.type == "cuda"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_generation_runs_on_fake_cuda_tensors(dtype, fresh_model, no_checks):
+    """What generate runs: a prompt of two images, then a token with the cache."""
+    fresh_model.to(dtype).set_attn_implementation("eager")
+    ids = torch.tensor([[fresh_model.config.image_token_id] * 4 + [5, 6]] * 2)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, WithoutGuard(), torch.no_grad():
+        put_on_fake_cuda(fresh_model, mode)
+        inputs = {"input_ids": ids, "pixel_values": torch.zeros(2, 3, 32, 32), "attention_mask": torch.ones_like(ids)}
+        on_device = {name: mode.from_tensor(tensor).to("cuda:0") for name, tensor in inputs.items()}
+        outputs = fresh_model(**on_device, use_cache=True, logits_to_keep=1)
+        token = outputs.logits.argmax(-1)
+        outputs = fresh_model(input_ids=token, past_key_values=outputs.past_key_values, use_cache=True)
+    assert (outputs.logits.device.type, outputs.logits.dtype, token.shape) == ("cuda", dtype, (2, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_engines_steps_run_on_fake_cuda_tensors(dtype, fresh_model, processor, no_checks, monkeypatch):
+    """Images, a prompt of two requests, and a step of both, in the cache of continuous batching."""
+    monkeypatch.setattr("clip_phi.serving.engine.refuse_other_attention", lambda model: None)  # compares values
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", plain_attention)
+    fresh_model.to(dtype).set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
+    shapes = cache_shapes(fresh_model)
+    with Engine(fresh_model, processor) as engine, FakeTensorMode() as mode, WithoutGuard(), torch.no_grad():
+        put_on_fake_cuda(fresh_model, mode)
+        features = fresh_model.get_image_features(torch.zeros(2, 3, 32, 32).to("cuda:0")).pooler_output
+        engine._cache = BatchCache(shapes, dtype, fresh_model.device, 2**30)
+        engine._cache.reserve(2, 8)
+        embeds = torch.stack(features).to(dtype)
+        positions, lasts = torch.arange(4).repeat(2, 1), torch.tensor([[3], [2]]).to("cuda:0")
+        logits = engine._forward(0, positions, 4, lasts, inputs_embeds=embeds)
+        step = engine._forward(0, torch.tensor([[4], [3]]), 5, 1, input_ids=logits.argmax(-1, keepdim=True))
+    assert {(each.device.type, each.dtype, each.shape[0]) for each in (logits, step)} == {("cuda", torch.float32, 2)}
 
 
 def test_attention_in_half_precision_whatever_the_residual_stream(fresh_model, no_checks, monkeypatch):

@@ -3,7 +3,7 @@
 All other layers treat tokens independently. PackLayout says which tokens attend to which; nothing else is computed."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -234,15 +234,12 @@ def refuse_other_attention(model: Any) -> None:
 @contextmanager
 def _sliding_windows_of(size: int, decoder: Any) -> Iterator[None]:
     """Where the decoder has sliding windows, windows of another size."""
-    owners = [part for part in (decoder.config, *decoder.modules()) if getattr(part, "sliding_window", None)]
-    before = [part.sliding_window for part in owners]
-    try:
-        for part in owners:
-            part.sliding_window = size
+    with ExitStack() as restore:
+        for part in (decoder.config, *decoder.modules()):
+            if getattr(part, "sliding_window", None):
+                restore.callback(setattr, part, "sliding_window", part.sliding_window)
+                part.sliding_window = size
         yield
-    finally:
-        for part, value in zip(owners, before, strict=True):
-            part.sliding_window = value
 
 
 for name, kernel in ((PACKED_ATTENTION, True), (SDPA_PACKED_ATTENTION, False)):

@@ -131,7 +131,11 @@ class Preprocessor:
             except ImportError as error:
                 raise ImportError("--image_processing fast needs simplejpeg: pip install 'clip-phi[fast]'") from error
         self.image_processor = image_processor
-        self.table = _level_table(image_processor) if _is_known(image_processor) else None
+        self.table: np.ndarray | None = None  # (3, 256): the image processor's value of each level
+        if _is_known(image_processor):
+            levels = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+            pixels = image_processor(levels, do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"]
+            self.table = pixels.reshape(3, 256)
         self.fast = mode == "fast" and self.table is not None and image_processor.resample == Image.Resampling.BICUBIC
 
     def __call__(self, source: Source) -> torch.Tensor:
@@ -177,13 +181,6 @@ def _is_known(image_processor: Any) -> bool:
     by_edge = {name for name, value in dict(its.size).items() if value} == {"shortest_edge"}
     edge, crop = its.size.shortest_edge, its.crop_size
     return isinstance(its.resample, int) and by_edge and max(crop.height, crop.width) <= edge
-
-
-def _level_table(image_processor: Any) -> np.ndarray:
-    """(3, 256): the image processor's value of each level; uint8 if it neither rescales nor normalises."""
-    levels = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
-    pixels = image_processor(levels, do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"]
-    return pixels.reshape(3, 256)
 
 
 def _decode_plain_jpeg(data: bytes, least_edge: float) -> np.ndarray | None:

@@ -4,6 +4,7 @@ import bisect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -29,15 +30,12 @@ class Mixture:
             self.counts[source] += 1  # the largest remainders get what rounding leaves
         if len(sizes) == 0 or (self.counts == 0).any():
             raise ValueError(f"a source has no place in an epoch: {list(sizes)} samples, weights {weights}")
-        self._epoch = -1
-        self._places = np.empty((0, 2), dtype=np.int64)
+        self._places_of = lru_cache(maxsize=1)(self._make_epoch)
 
     def place(self, position: int) -> tuple[int, int]:
         """(pass over its source, index into all sources, concatenated) of the sample at this position."""
         epoch, place = divmod(position, self.length)
-        if epoch != self._epoch:
-            self._epoch, self._places = epoch, self._make_epoch(epoch)
-        source_pass, index = self._places[place].tolist()
+        source_pass, index = self._places_of(epoch)[place].tolist()
         return source_pass, index
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
@@ -121,22 +119,20 @@ class PackedBatches:
 
     def __post_init__(self) -> None:
         self._starts = [0]  # of each epoch, the number of packs before it
-        self._planned: tuple[int, list[list[tuple[int, int]]]] = (-1, [])
+        self._plan = lru_cache(maxsize=1)(self._make_plan)
 
     def _plan_next(self) -> None:
         self._starts.append(self._starts[-1] + len(self._plan(len(self._starts) - 1)))
 
-    def _plan(self, epoch: int) -> list[list[tuple[int, int]]]:
-        if self._planned[0] != epoch:
-            first, plan = epoch * self.mixture.length, []
-            for start in range(0, self.mixture.length, self.window):
-                stop = min(start + self.window, self.mixture.length)
-                places = [self.mixture.place(first + position) for position in range(start, stop)]
-                packs = plan_packs([self.lengths[index] for _, index in places], self.budget)
-                order = np.random.default_rng((self.mixture.seed, epoch, start)).permutation(len(packs))
-                plan += [[places[sample] for sample in packs[pack]] for pack in order]
-            self._planned = (epoch, plan)
-        return self._planned[1]
+    def _make_plan(self, epoch: int) -> list[list[tuple[int, int]]]:
+        first, plan = epoch * self.mixture.length, []
+        for start in range(0, self.mixture.length, self.window):
+            stop = min(start + self.window, self.mixture.length)
+            places = [self.mixture.place(first + position) for position in range(start, stop)]
+            packs = plan_packs([self.lengths[index] for _, index in places], self.budget)
+            order = np.random.default_rng((self.mixture.seed, epoch, start)).permutation(len(packs))
+            plan += [[places[sample] for sample in packs[pack]] for pack in order]
+        return plan
 
 
 Batches = FixedBatches | PackedBatches

@@ -1,4 +1,4 @@
-"""What several commands share: the parser, the options for model and data, and types of numbers."""
+"""What several commands share: the parser and their table, the choice of a model, and types of numbers."""
 
 import argparse
 import difflib

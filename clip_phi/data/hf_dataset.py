@@ -61,9 +61,8 @@ def open_table(
         if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
             feature.decode = False
 
-    for column, feature in dataset.info.features.items():  # Dataset.cast would copy all images to a new file
-        # The assignment notes that there is nothing to decode.
-        dataset.info.features[column] = datasets.features.features._visit(feature, leave_encoded)
+    # New Features note that there is nothing to decode. Dataset.cast would copy all images to a new file.
+    dataset.info.features = datasets.Features(datasets.features.features._visit(dataset.features, leave_encoded))
     return dataset
 
 

@@ -66,12 +66,9 @@ class Transcripts:
         entry = {"audio": self.key(recording)} | entry
         self._entries[entry["audio"]] = entry  # the file is read before it is added to
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":  # a process was killed while it wrote the last line
-                    file.write(b"\n")
-            file.write(checked_line(entry).encode())
+        with open(self.path, "a", encoding="utf-8") as file:
+            # An empty line between, because a process may have been killed in the last one.
+            file.write("\n" * (file.tell() > 0) + checked_line(entry))
 
     def fill(self, samples: Iterable[Sample], report: Report) -> Iterator[Sample]:
         """The Samples, with transcripts where a turn has a recording and none.

@@ -1,4 +1,4 @@
-"""HTML pages and the model card as jinja2 templates. All pages share the style of page.html."""
+"""HTML pages, the model card and tables of text as jinja2 templates. All pages share the style of page.html."""
 
 import base64
 import io
@@ -29,7 +29,7 @@ ENVIRONMENT.filters["data_uri"] = data_uri
 
 
 def render(template: str, **values: Any) -> Iterator[str]:
-    """The filled template of this folder, piece by piece. Values are escaped in an .html file and not in an .md file.
+    """The filled template of this folder, piece by piece. Values are escaped in an .html file only.
 
     An iterator among the values is read while the text is produced, so a long page of images needs little memory."""
     return ENVIRONMENT.get_template(template).generate(**values)

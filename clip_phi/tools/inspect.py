@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from itertools import groupby, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -108,23 +107,11 @@ def find_processor(model: str | None) -> tuple[Any, str, int | None]:
     return processor, name, context_length(config)
 
 
-@dataclass(frozen=True)
-class Shown:
-    """One sample as the model gets it.
+def show(index: Index, processor: Any, first: int, number: int) -> Iterator[dict[str, Any]]:
+    """The samples from `first` on, `number` of them, as the model gets them, for the templates.
 
-    image_line: its image's name and size, or the error in it. image: a thumbnail, or None. conversations: as texts of
+    image_line: the image's name and size, or the error in it. image: a thumbnail, or None. conversations: as texts of
     neighbouring tokens that are all supervised, or all not, and whether they are."""
-
-    title: str
-    counts: str
-    image_line: str
-    image: Image.Image | None
-    origins: tuple[str, ...]
-    conversations: list[list[tuple[str, bool]]]
-
-
-def show(index: Index, processor: Any, first: int, number: int) -> Iterator[Shown]:
-    """The samples from `first` on, `number` of them."""
     for row in range(first, min(first + number, len(index))):
         source, encoded = index.image(row), index.encoded(row)
         image, line, prefix = None, "no image", index.prefix(row)
@@ -141,8 +128,8 @@ def show(index: Index, processor: Any, first: int, number: int) -> Iterator[Show
         tokens = len(prefix) + sum(len(ids) for ids, _ in encoded)
         supervised = sum(label != IGNORE_INDEX for _, labels in encoded for label in labels)
         counts = f"{tokens:,} tokens, {supervised:,} of them supervised ({supervised / tokens:.1%})"
-        title, origins = f"sample {row:,} of {len(index):,}", index.sample(row).origins
-        yield Shown(title, counts, line, image, origins, conversations)
+        about = {"title": f"sample {row:,} of {len(index):,}", "counts": counts, "image_line": line, "image": image}
+        yield about | {"origins": index.sample(row).origins, "conversations": conversations}
 
 
 def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[tuple[str, bool]]:
@@ -159,7 +146,7 @@ def _pieces(ids: list[int], labels: list[int], processor: Any) -> list[tuple[str
     return pieces
 
 
-def format_sample(sample: Shown, colored: bool) -> str:
+def format_sample(sample: dict[str, Any], colored: bool) -> str:
     """A sample for the terminal, with supervised tokens in bold green, or between brackets."""
     marks = ("\033[1;32m", "\033[0m") if colored else ("⟦", "⟧")
     return "".join(render("sample.txt", sample=sample, marks=marks, line=_line, zip=zip))
@@ -334,7 +321,7 @@ def table(summary: dict[str, Any]) -> list[list[str]]:
     return [row.split("\t", 1) for row in text.splitlines()]
 
 
-def draw(path: str, index: Index, samples: Sequence[Shown]) -> None:
+def draw(path: str, index: Index, samples: Sequence[dict[str, Any]]) -> None:
     """Histograms of tokens and of supervised tokens per sample, and below them images with their first answers."""
     from matplotlib.figure import Figure
 
@@ -345,7 +332,7 @@ def draw(path: str, index: Index, samples: Sequence[Shown]) -> None:
     for axes, column, label in zip(panels[0].subplots(1, 2), (2, 3), ("tokens", "supervised tokens"), strict=True):
         axes.hist(counts[:, column], bins=40, color="tab:blue")
         axes.set(xlabel=f"{label} per sample", ylabel="samples")
-    answers = [next((text for text, supervised in sample.conversations[0] if supervised), "") for sample in samples]
-    texts = [f"{sample.title}\n{' '.join(answer.split())}" for sample, answer in zip(samples, answers, strict=True)]
-    draw_images(panels[1], [sample.image for sample in samples], texts)
+    answers = [next((text for text, supervised in each["conversations"][0] if supervised), "") for each in samples]
+    texts = [f"{each['title']}\n{' '.join(answer.split())}" for each, answer in zip(samples, answers, strict=True)]
+    draw_images(panels[1], [each["image"] for each in samples], texts)
     save_png(figure, path, dpi=110)

@@ -24,10 +24,8 @@ TEXT_BACKBONE = "microsoft/phi-2"
 TRACKERS = ("tensorboard", "wandb", "trackio")
 NEWEST = "newest"  # --resume_from_checkpoint without a value
 # options.yaml, beside this module: the groups of --help, in its order, with all options and what is said of each.
-GROUPS: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(
-    Path(__file__).with_name("options.yaml").read_text(encoding="utf-8")
-)
-OPTIONS = {name: about for group in GROUPS.values() for name, about in group.items()}
+GROUPS = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
+OPTIONS: dict[str, dict[str, Any]] = {name: about for group in GROUPS.values() for name, about in group.items()}
 METRICS: dict[str, list[str]] = OPTIONS["metric_for_best_model"]["metrics"]
 BOUNDS: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda value: value >= 1,
@@ -134,10 +132,8 @@ class TrainingArguments:
         if self.eval_task == "none" and "eval_task_images" in self.given:
             found.append("--eval_task_images has no effect without --eval_task")
         if self.packs and "per_device_train_batch_size" in self.given:
-            found.append(
-                f"--per_device_train_batch_size has no effect with --max_tokens_per_batch {self.max_tokens_per_batch}: "
-                "leave it out, or add --max_tokens_per_batch 0"
-            )
+            what = f"has no effect with --max_tokens_per_batch {self.max_tokens_per_batch}: leave it out, or add"
+            found.append(f"--per_device_train_batch_size {what} --max_tokens_per_batch 0")
         if "tokens_per_optimizer_step" in self.given:
             if "gradient_accumulation_steps" in self.given:
                 found.append("--tokens_per_optimizer_step decides --gradient_accumulation_steps: give one of the two")

@@ -13,7 +13,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,15 +65,13 @@ class Checkpoints:
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": gather_object([random_state()]),
         }
-        problem = None
-        if keep:
-            try:
+        try:
+            if keep:
                 self._write(step, weights, state)
-            except WRITE_ERRORS as error:
-                problem = error
-        self.accelerator.wait_for_everyone()
-        if problem is not None:
-            raise OSError(f"cannot write a training checkpoint in {self.folder}: {problem}") from problem
+        except WRITE_ERRORS as error:
+            raise OSError(f"cannot write a training checkpoint in {self.folder}: {error}") from error
+        finally:
+            self.accelerator.wait_for_everyone()
 
     def _write(self, step: int, weights: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,20 +105,15 @@ class Checkpoints:
         if wanted not in (None, NEWEST) and Path(wanted).resolve().parent == self.before.resolve():
             raise ValueError(f"--resume_from_checkpoint {wanted}: move it out of {self.before}, which is replaced")
         step, kept = 0, 0
-        for place in _places(self.folder, wanted):
-            about, problem = _read_about(place)
-            if about is not None:
-                check_same_run(about["run"], self.run, self.accelerator.print)
-                self._restore(place)
-                for name, each in self.tracked.items():
-                    each.load_state_dict(about["tracked"][name])
-                step = about["step"]
-                kept = step if place.resolve().parent == self.folder.resolve() else 0
-                self.accelerator.print(f"resuming from {place}, after step {step:,} of {self.run['num_steps']:,}")
-                break
-            if wanted != NEWEST:
-                raise ValueError(f"--resume_from_checkpoint {place} is not a whole training checkpoint: {problem}")
-            self.accelerator.print(f"{place} is not whole and is passed over: {problem}")
+        for place, about in _whole(self.folder, wanted, self.accelerator.print):
+            check_same_run(about["run"], self.run, self.accelerator.print)
+            self._restore(place)
+            for name, each in self.tracked.items():
+                each.load_state_dict(about["tracked"][name])
+            step = about["step"]
+            kept = step if place.resolve().parent == self.folder.resolve() else 0
+            self.accelerator.print(f"resuming from {place}, after step {step:,} of {self.run['num_steps']:,}")
+            break
         if wanted != NEWEST:
             self._move_aside(kept)
         return step
@@ -169,27 +162,25 @@ class Checkpoints:
 
 def saved_run(output_dir: Path, wanted: str | None) -> dict[str, Any] | None:
     """What describe_run said of the run that is resumed, if it is: of the newest training checkpoint, or the named."""
-    for place in _places(output_dir / "checkpoints", wanted):
-        if (about := _read_about(place)[0]) is not None:
-            return dict(about["run"])
-    return None
+    return next((about["run"] for _, about in _whole(output_dir / "checkpoints", wanted, lambda text: None)), None)
 
 
-def _places(folder: Path, wanted: str | None) -> list[Path]:
-    """The training checkpoints that may be resumed, the newest first; see Checkpoints.resume."""
-    return sorted(folder.glob("step-*"), reverse=True) if wanted == NEWEST else [Path(wanted)] if wanted else []
-
-
-def _read_about(place: Path) -> tuple[dict[str, Any] | None, str]:
-    """about.json of a training checkpoint, or None and why it is not whole."""
-    try:
-        about = json.loads((place / "about.json").read_text(encoding="utf-8"))
-        for name, expected in about["files"].items():
-            if [(place / name).stat().st_size, _hash(place / name)] != expected:
-                return None, f"{name} is not what was written"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # also not an object
-        return None, str(error)
-    return about, ""
+def _whole(folder: Path, wanted: str | None, log: Callable[[str], Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The training checkpoints that may be resumed and their about.json, the newest first; see Checkpoints.resume."""
+    places = sorted(folder.glob("step-*"), reverse=True) if wanted == NEWEST else [Path(wanted)] if wanted else []
+    for place in places:
+        try:
+            about = json.loads((place / "about.json").read_text(encoding="utf-8"))
+            for name, expected in about["files"].items():
+                if [(place / name).stat().st_size, _hash(place / name)] != expected:
+                    raise ValueError(f"{name} is not what was written")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # no object, too
+            if wanted != NEWEST:
+                what = "is not a whole training checkpoint"
+                raise ValueError(f"--resume_from_checkpoint {place} {what}: {error}") from error
+            log(f"{place} is not whole and is passed over: {error}")
+        else:
+            yield place, about
 
 
 def random_state() -> dict[str, Any]:
@@ -222,17 +213,12 @@ def describe_run(arguments: TrainingArguments, data: TrainData, world_size: int)
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], log: Callable[[str], Any]) -> None:
     """Log what differs from the run of a training checkpoint. Raises ValueError if it must not differ."""
-    differences = {
-        name: f"{name}: {before.get(name)!r} then, {now.get(name)!r} now"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    }
+    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    differences = {name: f"{name}: {before.get(name)!r} then, {now.get(name)!r} now" for name in names}
     if fixed := [text for name, text in differences.items() if name in FIXED]:
-        raise ValueError(
-            "--resume_from_checkpoint would continue another run:\n  " + "\n  ".join(fixed) + "\n"
-            "Give the same values (gradient_accumulation_steps x processes must stay the same, data the same records), "
-            "or start a new run in another --output_dir."
-        )
+        problem = "\n  ".join(["--resume_from_checkpoint would continue another run:", *fixed])
+        rule = "gradient_accumulation_steps x processes must stay the same, data the same records"
+        raise ValueError(f"{problem}\nGive the same values ({rule}), or start a new run in another --output_dir.")
     for name, text in differences.items():
         same = name in ("world_size", "gradient_accumulation_steps")
         note = "equal up to float error to" if same else "different from"

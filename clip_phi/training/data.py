@@ -81,13 +81,10 @@ def read_data(arguments: TrainingArguments, processor: Any, read: ImageReader, a
 
     Images are not opened, but for the few that are evaluated on. Raises ValueError if too many records are bad or
     nothing is left, and the errors of the readers."""
-    rank, world_size = accelerator.process_index, accelerator.num_processes
+    rank, world_size, max_bad = accelerator.process_index, accelerator.num_processes, arguments.max_bad_fraction
     sources = [parse_source(text) for text in arguments.data]
-
-    def index_of(source: DataSource) -> Index:
-        return load_index(source, processor, arguments.max_length, arguments.dataloader_num_workers)
-
-    held_out = {source.name: index_of(source) for source in map(parse_source, arguments.eval_data)}
+    how = (processor, arguments.max_length, arguments.dataloader_num_workers)
+    held_out = {source.name: load_index(source, *how) for source in map(parse_source, arguments.eval_data)}
     report, sampler, steps_per_epoch, num_steps = Report(), None, None, arguments.max_steps
     if any(source.streaming for source in sources):
         samples = partial(_stream, sources[0], arguments.seed, rank, world_size)
@@ -95,13 +92,13 @@ def read_data(arguments: TrainingArguments, processor: Any, read: ImageReader, a
         fingerprint = "stream"
         accelerator.print(f"{sources[0].path} is streamed: damaged records are counted during training")
     else:
-        indexes = [index_of(source) for source in sources]
+        indexes = [load_index(source, *how) for source in sources]
         for source, index in zip(sources, indexes, strict=True):
             accelerator.print(describe(source.name, index))
             if hint := independent_turns_hint(index):
                 accelerator.print(hint)
             report.add(index.report)
-        report.refuse_bad(arguments.max_bad_fraction)
+        report.refuse_bad(max_bad)
         if not held_out:
             total = sum(map(len, indexes))
             indexes, held_out["held_out"] = hold_out(indexes, holdout_size(arguments, total))
@@ -124,9 +121,7 @@ def read_data(arguments: TrainingArguments, processor: Any, read: ImageReader, a
     for name, index in held_out.items():
         held_out[name] = _readable(index, read, arguments, name)
         accelerator.print(describe(name, held_out[name]))
-    return TrainData(
-        train, sampler, num_steps, steps_per_epoch, held_out, report, arguments.max_bad_fraction, fingerprint
-    )
+    return TrainData(train, sampler, num_steps, steps_per_epoch, held_out, report, max_bad, fingerprint)
 
 
 def describe(name: str, index: Index) -> str:
@@ -146,12 +141,10 @@ def hold_out(indexes: list[Index], num_images: int) -> tuple[list[Index], Index]
     """The last samples of each source, in proportion, num_images in all, and the sources without these images.
 
     An image in several sources is held out of all of them."""
-    total = sum(len(index) for index in indexes)
-    names = [index.image_names() for index in indexes]
     stops = np.cumsum([len(index) for index in indexes])
-    shares = np.diff(np.round(stops / max(total, 1) * min(num_images, total)).astype(int), prepend=0)
+    shares = np.diff(np.round(stops / max(stops[-1], 1) * min(num_images, stops[-1])).astype(int), prepend=0)
     firsts = [len(index) - share for index, share in zip(indexes, shares, strict=True)]
-    names_of = [[set((name or "").split(NAMES)) - {""} for name in each] for each in names]
+    names_of = [[set((name or "").split(NAMES)) - {""} for name in index.image_names()] for index in indexes]
     gone = set().union(*(name for each, first in zip(names_of, firsts, strict=True) for name in each[first:]))
     kept = [
         index.take(np.array([number for number in range(first) if not each[number] & gone], dtype=np.int64))

@@ -59,11 +59,11 @@ def asked_precision(command: list[str], folder: Path) -> tuple[str | None, str]:
 
 def choose_precision(arguments: TrainingArguments, folder: Path) -> tuple[str, str]:
     """What --mixed_precision means here: no, fp16 or bf16, and the line that says why. folder: of the script."""
-    value, source = str(arguments.mixed_precision), "--mixed_precision"
-    asked = asked_precision(launcher_command(), folder) if value == "auto" else None
-    if asked is not None and asked[0] is not None:
-        value, source = str(asked[0]), asked[1]
-    elif asked is not None:
+    value: str | None = arguments.mixed_precision
+    source = "--mixed_precision"
+    if value == "auto":
+        value, source = asked_precision(launcher_command(), folder)
+    if value is None:
         if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
             return "no", "mixed precision no: there is no GPU to train on"
         name = torch.cuda.get_device_name()

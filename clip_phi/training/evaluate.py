@@ -21,18 +21,8 @@ from ..evaluation.tasks import EvalSet, make_eval_set
 from .arguments import TrainingArguments
 from .fsdp import is_sharded
 
-
-@dataclass
-class Evaluation:
-    """The result of one evaluation.
-
-    losses: of each validation set, its summed loss in nats and its number of supervised tokens. texts: for
-    samples.jsonl; none but in the main process. scores: {metric: {score, blind, shuffled}} of --eval_task, its own
-    metric first; the same on all ranks."""
-
-    losses: dict[str, tuple[float, float]]
-    texts: list[dict[str, Any]]
-    scores: dict[str, dict[str, float]]
+# Losses, texts and scores; see Evaluator.evaluate.
+Evaluation = tuple[dict[str, tuple[float, float]], list[dict[str, Any]], dict[str, dict[str, float]]]
 
 
 @dataclass
@@ -55,7 +45,10 @@ class Evaluator:
     def evaluate(self, model: Any, plain_model: Any, to_device: Callable[[PackedBatch], PackedBatch]) -> Evaluation:
         """Evaluate a model in eval mode; all ranks call it.
 
-        model, plain_model: as prepared by Accelerate, and unwrapped. to_device: makes a batch ready for the model."""
+        model, plain_model: as prepared by Accelerate, and unwrapped. to_device: makes a batch ready for the model.
+        Returns, of each validation set, its summed loss in nats and its number of supervised tokens; texts for
+        samples.jsonl, none but in the main process; and {metric: {score, blind, shuffled}} of --eval_task, its own
+        metric first, the same on all ranks."""
         accelerator, batch_size = self.accelerator, self.arguments.per_device_eval_batch_size
         losses, texts = {}, []
         for name, index in self.held_out.items():
@@ -64,19 +57,17 @@ class Evaluator:
             loader = make_loader(SampleDataset([index], self.read), batches, self.processor, workers)
             loss = held_out_loss(model, map(to_device, loader), accelerator.device)
             losses[name] = accelerator.reduce(loss, "sum").tolist()
-        if accelerator.is_main_process or is_sharded(accelerator):
-            for held_out in self.held_out.values():
-                texts += sample_texts(plain_model, self.processor, held_out, self.arguments)
+            if accelerator.is_main_process or is_sharded(accelerator):
+                texts += sample_texts(plain_model, self.processor, index, self.arguments)
         if self.eval_set is None:
-            return Evaluation(losses, texts, {})
+            return losses, texts, {}
         processes = Processes()  # sharded weights: every rank generates everything, since forward passes are collective
-        if not is_sharded(self.accelerator):
-            processes = Processes(self.accelerator.process_index, self.accelerator.num_processes, gather_object)
-        batch_size = max(self.arguments.per_device_eval_batch_size, 32)
-        decoding = Decoding(max_new_tokens=self.arguments.max_new_tokens, batch_size=batch_size)
+        if not is_sharded(accelerator):
+            processes = Processes(accelerator.process_index, accelerator.num_processes, gather_object)
+        decoding = Decoding(max_new_tokens=self.arguments.max_new_tokens, batch_size=max(batch_size, 32))
         found = evaluate_answers(plain_model, self.processor, self.eval_set, decoding, processes=processes)
         scores, own = found.result["metrics"], self.eval_set.metric
-        return Evaluation(losses, texts, {own: scores[own], **scores})
+        return losses, texts, {own: scores[own], **scores}
 
 
 def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[list[tuple[int, int]]]:

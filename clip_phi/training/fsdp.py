@@ -55,15 +55,14 @@ def check_fsdp_config(accelerator: Accelerator, arguments: TrainingArguments) ->
         return
     plugin, version = accelerator.state.fsdp_plugin, accelerator.state.fsdp_plugin.fsdp_version
     quantized = isinstance(arguments, Stage2Arguments) and arguments.quantization != "none"
+    is_adamw = arguments.optim in ("auto", "adamw_torch_fused")
     needs = {
         f"fsdp_version: 2, not {version}: version 1 cannot mix frozen and trained weights": version == 2,
         "fsdp_cpu_ram_efficient_loading: false: it would lose the vision tower": not plugin.cpu_ram_efficient_loading,
         "fsdp_activation_checkpointing: false (--gradient_checkpointing instead)": not plugin.activation_checkpointing,
         "fsdp_offload_params: false: it is not supported": not isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "mixed_precision: bf16 or 'no': fp16 is not supported under FSDP": accelerator.mixed_precision != "fp16",
-        f"--optim adamw_torch_fused: {arguments.optim} (bitsandbytes) cannot step sharded weights": (
-            arguments.optim in ("auto", "adamw_torch_fused")
-        ),
+        f"--optim adamw_torch_fused: {arguments.optim} (bitsandbytes) cannot step sharded weights": is_adamw,
         "--quantization none: quantised weights are not sharded; a GPU would hold the whole model": not quantized,
     }
     if problems := [need for need, is_met in needs.items() if not is_met]:
@@ -100,11 +99,6 @@ def trained_weights(model: Any) -> dict[str, torch.Tensor]:
         if isinstance(module, FSDPModule):
             module.reshard()
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor that may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(tensor: Any, keep: bool) -> Any:

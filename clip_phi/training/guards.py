@@ -17,13 +17,14 @@ import torch
 from accelerate.utils import recursively_apply
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from ..batching.packing import PackedBatch
 from ..data.files import replace_file
 from ..data.report import plain, plain_json
 from ..environment import without_secrets
 from .arguments import TrainingArguments
-from .fsdp import gather, local, trained_weights
+from .fsdp import gather, trained_weights
 
 STALL_SECONDS = 60
 MAX_SAVED = 10  # bad steps whose batches are saved; each holds its images
@@ -102,17 +103,16 @@ class NonFiniteGuard:
 def frozen_hashes(model: torch.nn.Module) -> dict[str, int]:
     """A hash of each frozen weight, or of this process' slice of it, by name. One changed element changes it."""
     trained = trained_weights(model)  # after which the slices of a sharded model are its own again
-    frozen = {name: local(value.detach()) for name, value in model.named_parameters() if name not in trained}
-    return {name: torch.hash_tensor(value).item() for name, value in frozen.items()}
+    frozen = {name: value.detach() for name, value in model.named_parameters() if name not in trained}
+    own = {name: each.to_local() if isinstance(each, DTensor) else each for name, each in frozen.items()}
+    return {name: torch.hash_tensor(value).item() for name, value in own.items()}
 
 
 def check_frozen(before: dict[str, int], model: torch.nn.Module) -> None:
     """Raises ValueError if the hash of a frozen weight has changed."""
     if moved := [name for name, found in frozen_hashes(model).items() if found != before[name]]:
-        raise ValueError(
-            f"{len(moved)} frozen weights changed in training ({', '.join(moved[:3])}): the saved model gets them from "
-            "the original backbones, so it is not the model that was trained"
-        )
+        why = "the saved model gets them from the original backbones, so it is not the model that was trained"
+        raise ValueError(f"{len(moved)} frozen weights changed in training ({', '.join(moved[:3])}): {why}")
 
 
 @contextmanager
@@ -130,10 +130,9 @@ def stalled_data_warning(describe: Callable[[], str]) -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise OSError(
-            f"a process that reads data has died: {describe()}. If memory ran out, lower --dataloader_num_workers; "
-            f"--dataloader_num_workers 0 shows its error ({str(error).splitlines()[0]})"
-        ) from error
+        problem = f"a process that reads data has died: {describe()}"
+        way_out = "If memory ran out, lower --dataloader_num_workers; --dataloader_num_workers 0 shows its error"
+        raise OSError(f"{problem}. {way_out} ({str(error).splitlines()[0]})") from error
     finally:
         timer.cancel()
 
@@ -152,11 +151,10 @@ def oom_hint(step: int, packs: Sequence[PackedBatch], device: torch.device) -> I
             raise
         tokens = max(pack.inputs["input_ids"].numel() for pack in packs)
         fits = fitting_tokens(tokens, held, most, limit)
-        raise OSError(
-            f"step {step}: out of memory with {tokens:,} tokens in a forward pass. About {fits:,} would fit: "
-            f"--max_tokens_per_batch {fits}, with more --gradient_accumulation_steps. "
-            "'clip-phi plan' computes it beforehand; --gradient_checkpointing needs less"
-        ) from error
+        problem = f"step {step}: out of memory with {tokens:,} tokens in a forward pass. About {fits:,} would fit"
+        way_out = f"--max_tokens_per_batch {fits}, with more --gradient_accumulation_steps"
+        hint = "'clip-phi plan' computes it beforehand; --gradient_checkpointing needs less"
+        raise OSError(f"{problem}: {way_out}. {hint}") from error
 
 
 def fitting_tokens(tokens: int, held: int, most: int, limit: int | None) -> int:
@@ -195,10 +193,9 @@ def check_room(folder: Path, needed: int = 0) -> None:
         raise OSError(f"cannot write in {folder}: {error.strerror or error}; choose another --output_dir") from error
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(
-            f"{folder} has room for {free / 1e9:.2f} GB, and training checkpoints and model need {needed / 1e9:.2f}: "
-            "make room, lower --save_total_limit, or choose another --output_dir"
-        )
+        sizes = f"{free / 1e9:.2f} GB, and training checkpoints and model need {needed / 1e9:.2f}"
+        way_out = "make room, lower --save_total_limit, or choose another --output_dir"
+        raise OSError(f"{folder} has room for {sizes}: {way_out}")
 
 
 def room_needed(arguments: TrainingArguments, trained: int, total: int, bytes_per_weight: int) -> int:

@@ -162,10 +162,8 @@ class TrainingLogger:
         self._write("metrics.jsonl", {"step": step, **line})
         self.track(line, step=step)
         mfu = f", MFU {line['mfu']:.0%}" if self.peak else ""
-        text = (
-            f"loss {loss:.3f}, {rate.samples:.1f} samples/s, {rate.supervised:.0f} supervised tokens/s{mfu}, "
-            f"data wait {waiting:.0%}, {line['peak_memory_gb']:.1f} GB"
-        )
+        speed = f"{rate.samples:.1f} samples/s, {rate.supervised:.0f} supervised tokens/s{mfu}"
+        text = f"loss {loss:.3f}, {speed}, data wait {waiting:.0%}, {line['peak_memory_gb']:.1f} GB"
         self._bar.set_postfix_str(text)
         if self._bar.disable:
             self._print(f"step {step:,}/{self.num_steps:,}: {text}, ETA {timedelta(seconds=round(left))}")
@@ -181,7 +179,7 @@ class TrainingLogger:
 
     def log_evaluation(self, step: int, evaluation: Evaluation) -> dict[str, float]:
         """Log losses, metrics and generated texts, and draw the curve. Returns loss and metrics by name."""
-        losses, scores = evaluation.losses, evaluation.scores
+        losses, texts, scores = evaluation
         eval_loss = sum(loss for loss, _ in losses.values()) / sum(tokens for _, tokens in losses.values())
         self.eval_losses.append((step, eval_loss))
         line = {"eval_loss": eval_loss}
@@ -195,7 +193,7 @@ class TrainingLogger:
         for metric, values in list(scores.items())[:1]:
             text += f", {metric} {values['score']:.4f} (blind {values['blind']:.4f}, shuffled {values['shuffled']:.4f})"
         self._print(text)
-        for sample in evaluation.texts:
+        for sample in texts:
             self._write("samples.jsonl", {"step": step, **sample})
             self._print(f"  {sample['image']}: {sample['generated']!r} (reference: {sample['written']!r})")
         if self.active:

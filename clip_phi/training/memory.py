@@ -279,10 +279,9 @@ def tokens_that_fit(arguments: TrainingArguments, model: Any, accelerator: Any) 
         ways = ways[arguments.gradient_checkpointing :]
         if isinstance(arguments, Stage2Arguments) and arguments.quantization == "none":
             ways = ["--tune_decoder lora"] if arguments.tune_decoder == "full" else ["--quantization nf4", *ways]
-        raise ValueError(
-            f"not even one image with its texts ({size} tokens) fits on {name} ({free / GIB:.1f} of {total / GIB:.1f} "
-            f"GiB are free, with the model): try {', '.join(ways)}"
-        )
+        problem = f"not even one image with its texts ({size} tokens) fits on {name}"
+        left = f"{free / GIB:.1f} of {total / GIB:.1f} GiB are free, with the model"
+        raise ValueError(f"{problem} ({left}): try {', '.join(ways)}")
     return fitting * size
 
 

@@ -12,17 +12,11 @@ from transformers.pytorch_utils import Conv1D
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
-from ..batching.attention import (
-    PACKED_ATTENTION,
-    SDPA_PACKED_ATTENTION,
-    context_length,
-    has_varlen_kernel,
-    refuse_other_attention,
-)
+from ..batching import attention
 from ..batching.feature_cache import FeatureCache, fingerprint_of
 from ..environment import quantization_config
 from ..hub.retry import load_with_retries
-from .arguments import Stage1Arguments, Stage2Arguments, TrainingArguments
+from .arguments import Stage2Arguments, TrainingArguments
 from .fsdp import is_sharded
 from .memory import enable_checkpointing, wants_sdpa
 from .optim import choose_optimizer
@@ -47,30 +41,24 @@ def _origins(arguments: TrainingArguments) -> tuple[list[str], dict[str, str | N
     return names, _fields(arguments, "vision_revision", "text_revision")
 
 
-def load_model(
-    arguments: TrainingArguments, processor: ClipPhiProcessor, accelerator: Accelerator
-) -> ClipPhiForCausalLM:
+def load_model(arguments: TrainingArguments, accelerator: Accelerator) -> ClipPhiForCausalLM:
     """The model with the stage's weights trainable, in float32, and all others frozen, in bfloat16 if so configured.
 
     Frozen weights are held in the precision they are used in: under autocast, float32 ones are cast at each use."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    names, revisions = _origins(arguments)
-    if isinstance(arguments, Stage1Arguments):
-        own = {"image_token_id": processor.image_token_id, **_fields(arguments, "projector_type", *FEATURES)}
-        model = _load(ClipPhiForCausalLM.from_backbones, *names, **revisions, **own, dtype=dtype)
-    else:
-        assert isinstance(arguments, Stage2Arguments)
+    if isinstance(arguments, Stage2Arguments):
         model = _load_start(arguments, dtype, accelerator)
+    else:
+        (names, revisions), own = _origins(arguments), _fields(arguments, "projector_type", *FEATURES)
+        model = _load(ClipPhiForCausalLM.from_backbones, *names, **revisions, **own, dtype=dtype)
     if getattr(model, "hf_quantizer", None) is None and not is_sharded(accelerator):
         model = model.to(accelerator.device)
-    refuse_other_attention(model)
+    attention.refuse_other_attention(model)
     make_trainable(model, arguments, accelerator.device, dtype)
     return model
 
 
-def make_trainable(
-    model: ClipPhiForCausalLM, arguments: TrainingArguments, device: torch.device, dtype: torch.dtype
-) -> None:
+def make_trainable(model: Any, arguments: TrainingArguments, device: torch.device, dtype: torch.dtype) -> None:
     """Make the loaded model what the stage trains; the arguments are those of load_model.
 
     device, dtype: where it will be, and the precision of its frozen weights."""
@@ -96,12 +84,11 @@ def make_trainable(
 
 def choose_attention(arguments: TrainingArguments, device: torch.device, dtype: torch.dtype) -> str:
     """What --attention means on this device. Raises ValueError if there is no kernel for --attention varlen."""
-    if arguments.attention == "varlen" and not has_varlen_kernel(device, dtype):
-        raise ValueError(
-            f"--attention varlen needs bf16 or fp16 on an NVIDIA GPU of capability 8.0 or later, not "
-            f"{str(dtype).removeprefix('torch.')} on {device}; --attention sdpa works everywhere"
-        )
-    return SDPA_PACKED_ATTENTION if wants_sdpa(arguments) else PACKED_ATTENTION
+    if arguments.attention == "varlen" and not attention.has_varlen_kernel(device, dtype):
+        needed, found = "bf16 or fp16 on an NVIDIA GPU of capability 8.0 or later", str(dtype).removeprefix("torch.")
+        way_out = "--attention sdpa works everywhere"
+        raise ValueError(f"--attention varlen needs {needed}, not {found} on {device}; {way_out}")
+    return attention.SDPA_PACKED_ATTENTION if wants_sdpa(arguments) else attention.PACKED_ATTENTION
 
 
 def keep_dtype(model: ClipPhiForCausalLM, dtype: torch.dtype) -> None:
@@ -109,13 +96,9 @@ def keep_dtype(model: ClipPhiForCausalLM, dtype: torch.dtype) -> None:
 
     Under autocast a norm's output is float32, and so is all that follows from it in quantised layers, which answer in
     the dtype of their input. And PEFT would cast the input of a LoRA matrix to the float32 of its weights."""
-
-    def cast(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output.to(dtype)
-
     for module in model.model.language_model.modules():
         if type(module).__name__.endswith("Norm"):
-            module.register_forward_hook(cast)
+            module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
 
@@ -126,7 +109,7 @@ def resolve(arguments: TrainingArguments, accelerator: Accelerator, model: ClipP
     Decides optim, max_length, merged, per_device_eval_batch_size and, of a model with an adapter, lora_*."""
     config = model.config
     changes: dict[str, Any] = {"optim": choose_optimizer(arguments.optim, accelerator.device, is_sharded(accelerator))}
-    context = context_length(config)
+    context = attention.context_length(config)
     if context is not None and arguments.max_length > context:
         accelerator.print(f"--max_length is cut to the decoder's context, {context}")
         changes["max_length"] = context
@@ -147,16 +130,13 @@ def describe_batches(arguments: TrainingArguments, accelerator: Accelerator) -> 
     """The line about the optimizer and the size of a step."""
     tokens, images = arguments.max_tokens_per_batch, arguments.per_device_train_batch_size
     size = f"up to {tokens:,} tokens" if tokens else f"{images:,} images"
-    return (
-        f"optimizer {arguments.optim}; mixed precision {accelerator.mixed_precision}; in a forward pass {size} "
-        f"(evaluation: {arguments.per_device_eval_batch_size:,} images); forward passes in a step: "
-        f"{arguments.gradient_accumulation_steps * accelerator.num_processes:,}"
-    )
+    size += f" (evaluation: {arguments.per_device_eval_batch_size:,} images)"
+    passes = f"forward passes in a step: {arguments.gradient_accumulation_steps * accelerator.num_processes:,}"
+    precision = f"mixed precision {accelerator.mixed_precision}"
+    return f"optimizer {arguments.optim}; {precision}; in a forward pass {size}; {passes}"
 
 
-def open_cache(
-    arguments: TrainingArguments, model: ClipPhiForCausalLM, processor: ClipPhiProcessor
-) -> FeatureCache | None:
+def open_cache(arguments: TrainingArguments, model: Any, processor: ClipPhiProcessor) -> FeatureCache | None:
     """The cache of --cache_features for this tower and this image processing, or None without that option."""
     if arguments.cache_features is None:
         return None
@@ -169,10 +149,9 @@ def _load(load: Callable[..., Any], *names: str, **options: Any) -> Any:
     try:
         return load_with_retries(load, *names, **options)
     except (OSError, HFValidationError) as error:
-        raise OSError(
-            f"cannot load {' and '.join(names)}: {error}\nA Hub id (user/name) needs a network the first "
-            "time, and a folder must hold config.json. 'make demo' needs no download: it has its own backbones."
-        ) from error
+        hint = "A Hub id (user/name) needs a network the first time, and a folder must hold config.json."
+        demo = "'make demo' needs no download: it has its own backbones."
+        raise OSError(f"cannot load {' and '.join(names)}: {error}\n{hint} {demo}") from error
 
 
 def _load_start(arguments: Stage2Arguments, dtype: torch.dtype, accelerator: Accelerator) -> ClipPhiForCausalLM:
@@ -181,10 +160,8 @@ def _load_start(arguments: Stage2Arguments, dtype: torch.dtype, accelerator: Acc
         options = {"quantization_config": quantization_config(kind, dtype), "device_map": {"": accelerator.device}}
     model = _load(ClipPhiForCausalLM.from_pretrained, arguments.init_from, dtype=dtype, **options)
     if kind != "none" and not model.config.delta:
-        raise ValueError(
-            f"--quantization {kind}: {arguments.init_from} is a merged model, and only a delta can be saved beside a "
-            "quantised decoder; give the delta"
-        )
+        why = "only a delta can be saved beside a quantised decoder; give the delta"
+        raise ValueError(f"--quantization {kind}: {arguments.init_from} is a merged model, and {why}")
     if kind == "nf4":
         from bitsandbytes.nn import Linear4bit
 

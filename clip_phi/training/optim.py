@@ -13,17 +13,15 @@ def make_optimizer(model: torch.nn.Module, arguments: TrainingArguments, device:
 
     A group's "name" is projector, lora or decoder. Raises ImportError if --optim needs bitsandbytes and
     that is not installed."""
-    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+    rates = {"lora": arguments.lora_learning_rate} if isinstance(arguments, Stage2Arguments) else {}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = "lora" if "lora_" in name else "projector" if ".projector." in name else "decoder"
-            groups.setdefault((part, parameter.dim() > 1), []).append(parameter)
-    rates = {"lora": arguments.lora_learning_rate} if isinstance(arguments, Stage2Arguments) else {}
-    parameters = []
-    for (part, is_matrix), group in groups.items():
-        rate, decay = rates.get(part, arguments.learning_rate), arguments.weight_decay if is_matrix else 0.0
-        parameters.append({"name": part, "params": group, "lr": rate, "weight_decay": decay})
-    kind = choose_optimizer(arguments.optim, device)
+            rate, decay = rates.get(part, arguments.learning_rate), arguments.weight_decay * (parameter.dim() > 1)
+            group = {"name": part, "params": [], "lr": rate, "weight_decay": decay}
+            groups.setdefault((part, parameter.dim() > 1), group)["params"].append(parameter)
+    parameters, kind = list(groups.values()), choose_optimizer(arguments.optim, device)
     if kind == "adamw_torch_fused":
         return torch.optim.AdamW(parameters, fused=True)
     try:
