@@ -19,14 +19,31 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clip_phi.batching.images import load_image
 from clip_phi.data.sample import user_message
-from clip_phi.evaluation.explain import LEAVE_OUT, Target, crop_box
+from clip_phi.evaluation.explain import Target, crop_box
 from clip_phi.evaluation.pointing import MAPS, is_hit
 from clip_phi.evaluation.run import load
 
 ROOT = Path(__file__).parent.parent
+LEAVE_OUT = ("mean color, in the image", "mean feature, after the tower", "0, after the tower")
 WINDOWS = (1, 2)
+
+
+class OtherTarget(Target):
+    """Leaves patches out in one of the ways of LEAVE_OUT."""
+
+    way = LEAVE_OUT[0]
+
+    def leave_out(self, image: int, masks: torch.Tensor) -> torch.Tensor:
+        if self.way == LEAVE_OUT[0]:
+            return super().leave_out(image, masks)
+        features = self.features.repeat(len(masks), 1, 1, 1)
+        patches = features[:, image, self.extra :]
+        patches[masks.flatten(1)] = self.features[image, self.extra :].mean(0) * (self.way == LEAVE_OUT[1])
+        return features
 
 
 def evaluate(model: str, data: Path, num_images: int, folder: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -49,7 +66,8 @@ def ways_to_leave_out(model: str, data: Path, samples: list[dict[str, Any]]) -> 
         crop = crop_box(processor.image_processor, image.size)
         for way, size in product(LEAVE_OUT, WINDOWS):
             asked = [user_message(sample["question"], 1)], [image], sample["answer"]
-            target = Target(weights, processor, *asked, leave_out=way, window=size)
+            target = OtherTarget(weights, processor, *asked)
+            target.way, target.window = way, size
             heat = target.maps("occlusion").sum(0)[0]
             hits[f"{way}, {size} x {size}"].append(is_hit(heat, crop, sample["boxes"]))
     return {name: sum(found) / len(found) for name, found in hits.items()}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..data.files import read_json
+from ..data.files import read_json, replace_file
 from ..data.report import plain
 from .common import load_engine
 from .speech import transcribe
@@ -96,24 +96,25 @@ def run_ask(arguments: argparse.Namespace) -> None:
 
 
 def run_explain(arguments: argparse.Namespace) -> None:
-    output = arguments.output
+    output, is_page = arguments.output, arguments.output is not None and arguments.output.suffix == ".html"
     if output is not None and (output.suffix not in (".png", ".html") or not output.absolute().parent.is_dir()):
         raise ValueError(f"cannot write {output}: --output is a .png or .html file in a folder that exists")
-    if arguments.word is not None and (output is None or output.suffix == ".html"):
+    if arguments.word is not None and (output is None or is_page):
         raise ValueError("--word requires --output FILE.png: an .html file has the maps of all words")
     from ..batching.images import load_image
-    from ..data.files import replace_file
     from ..evaluation.explain import explain
+    from ..templates import render
 
     images = [load_image(name) for name in arguments.images]
     options = {name: getattr(arguments, name) for name in ("question", "answer", "method", "max_new_tokens")}
     with load_engine(arguments) as engine:
         found = explain(engine.model, engine.processor, images, **options)
-    if output is not None and output.suffix == ".png":
-        found.draw(images, arguments.word).save(output)
-    elif output is not None:
-        replace_file(output, plain(found.page(images, arguments.question)))
     record = {"images": arguments.images, "question": arguments.question, **vars(found), "maps": found.maps.tolist()}
+    if is_page:
+        page = render("explain.html", title="Where did it look?", pictures=images, **record)
+        replace_file(output, plain("".join(page)))
+    elif output is not None:
+        found.draw(images, arguments.word).save(output)
     print(json.dumps(record) if arguments.json else plain(found.answer))
 
 

@@ -1,9 +1,8 @@
 """Where a model looked: what each patch of an image adds to the log-likelihood of an answer, and of each of its words.
 
 METHODS: occlusion leaves patches out and measures the likelihood that is lost: the causal reference. gradient is
-gradient x input on the projected features. integrated is its mean on the way from the image's mean feature (integrated
-gradients, arXiv 1703.01365). attention is the mean attention from the answer to the patches, which need not be a cause.
-docs/explain.md has the measured comparison."""
+gradient x input on the projected features. integrated is its mean on the way from the image's mean feature (arXiv
+1703.01365). attention is the mean attention from the answer to the patches. docs/explain.md compares them."""
 
 import math
 from collections.abc import Sequence
@@ -19,21 +18,18 @@ from torch.nn.functional import interpolate, one_hot
 
 from ..batching.images import put_beside
 from ..data.sample import user_message
-from ..templates import render
 from .generate import generate_answers, refuse_too_long
 
 METHODS = ("occlusion", "gradient", "integrated", "attention")
 DEFAULT_METHOD = "occlusion"
-LEAVE_OUT = ("pixels", "mean", "zero")
 SHOWN_SIZE = 256  # pixels: smaller images are enlarged
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """maps: float32 (words, images, rows, columns), in nats (attention: in shares of 1); negative where a patch speaks
-    against the word. The answer's map is their sum over the words. boxes: where the map of each image lies, in its
-    pixels, since the image processor may crop it."""
+    """maps: float32 (words, images, rows, columns), in nats (attention: in shares of 1), negative where a patch speaks
+    against the word; their sum over the words is the answer's. boxes: where they lie in each image, in its pixels."""
 
     answer: str
     words: list[str]
@@ -41,80 +37,51 @@ class Explanation:
     maps: np.ndarray
     boxes: list[Box]
 
-    def heat(self, word: str | None = None) -> np.ndarray:
-        """Float32 (images, rows, columns), of the answer or of the first such word. Raises ValueError without one."""
-        if word is None:
-            return self.maps.sum(0)
-        words = [each.strip(punctuation).casefold() for each in self.words]
-        if (wanted := word.strip(punctuation).casefold()) not in words:
-            raise ValueError(f"the answer has no word {word!r}: {self.answer}")
-        return self.maps[words.index(wanted)]
-
     def draw(self, images: Sequence[Image.Image], word: str | None = None) -> Image.Image:
-        """overlay() of each image beside each other."""
-        return put_beside([overlay(*each) for each in zip(images, self.heat(word), self.boxes, strict=True)])
-
-    def page(self, images: Sequence[Image.Image], question: str) -> str:
-        """An HTML page in which the words can be chosen; it needs no other file."""
-        maps = np.concatenate([self.heat()[None], self.maps]).round(6).tolist()
-        values = {"title": "Where did it look?", "question": question, "found": self, "images": images, "maps": maps}
-        return "".join(render("explain.html", **values))
+        """overlay() of each image for the answer, or its first such word. Raises ValueError if it has none."""
+        words = [each.strip(punctuation).casefold() for each in self.words]
+        if word is not None and word.casefold() not in words:
+            raise ValueError(f"the answer has no word {word!r}: {self.answer}")
+        heats = self.maps.sum(0) if word is None else self.maps[words.index(word.casefold())]
+        return put_beside([overlay(*each) for each in zip(images, heats, self.boxes, strict=True)])
 
 
 def explain(
     model: Any, processor: Any, images: Image.Image | Sequence[Image.Image], question: str | Sequence[dict] | None,
-    answer: str | None = None, method: str = DEFAULT_METHOD, *, max_new_tokens: int = 64, **options: Any,
+    answer: str | None = None, method: str = DEFAULT_METHOD, max_new_tokens: int = 64,
 ) -> Explanation:  # fmt: skip
-    """The maps of an answer, by a model in eval mode, which stays as it is.
+    """The maps of an answer, by default the model's own. model: in eval mode; it stays as it is.
 
-    Args:
-        images: RGB, one or several, in the order of their places in the question.
-        question: text; None for a bare caption; or a conversation that ends with a user's turn, for the chat template.
-        answer: None for the greedy one.
-        method: of METHODS.
-        options: of Target.
-
-    Raises ValueError if the answer has no words or is too long, if the tower's features are no grid of patches, if the
-    image processor does more than resize and crop, or if the method cannot be used with this model."""
+    question: text; None for a bare caption; or a conversation that ends with a user's turn. images: RGB, in the order
+    of their places there. Raises ValueError if the answer has no word or is too long, the tower's features are no grid,
+    the image processor does more than resize and crop, or the method cannot be used with this model."""
     images = [images] if isinstance(images, Image.Image) else list(images)
     messages = [user_message(question, len(images))] if question is None or isinstance(question, str) else question
     boxes = [crop_box(processor.image_processor, image.size) for image in images]
     if answer is None:
         answer = generate_answers(model, processor, [(list(messages), images)], max_new_tokens)[0].text
-    target = Target(model, processor, messages, images, answer, **options)
+    target = Target(model, processor, messages, images, answer)
     return Explanation(answer, target.words, method, target.maps(method), boxes)
 
 
 class Target:
     """The log-likelihood of the words of one answer, as a function of the image features.
 
-    Args:
-        messages: a conversation that ends with a user's turn. images: of its places, RGB.
-        leave_out: what replaces a patch. "pixels": the image's mean color, before the tower mixes the patches; "mean",
-            "zero": the image's mean feature or 0, after the tower.
-        window: rows and columns of patches that occlusion leaves out at once; a patch gets the mean of its windows.
-        steps: of integrated gradients.
-        batch_size: of forward passes.
+    window: rows and columns of patches that occlusion leaves out at once; a patch gets the mean of its windows.
+    steps: of integrated gradients. grid: rows and columns of patches. features: float (images, features, text hidden),
+    the last of which are the patches in reading order: CLS and registers, if the model uses them, come first."""
 
-    Attributes: words; grid: rows and columns of patches; features: float (images, features, text hidden), the last of
-    which are the patches in reading order: CLS and registers, if the model uses them, come first."""
+    window, steps, batch_size = 2, 16, 32
 
-    def __init__(
-        self, model: Any, processor: Any, messages: Sequence[dict], images: Sequence[Image.Image], answer: str,
-        *, leave_out: str = "pixels", window: int = 2, steps: int = 16, batch_size: int = 32,
-    ):  # fmt: skip
-        if leave_out not in LEAVE_OUT or min(window, steps, batch_size) < 1:
-            raise ValueError(f"leave_out is {', '.join(LEAVE_OUT)}; window, steps and batch_size are at least 1")
+    def __init__(self, model: Any, processor: Any, messages: Sequence[dict], images: Sequence[Any], answer: str):
         if not images or not answer.split():
             raise ValueError(f"there is no {'word in the answer' if images else 'image'}, so there is nothing to show")
-        self.model, self.leave_out, self.window = model, leave_out, window
-        self.steps, self.batch_size = steps, batch_size
         said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         ids, labels = processor.encode([*messages, said])
         end = max(place for place, label in enumerate(labels) if label >= 0)  # the end token
         self.start = max(place for place in range(end) if labels[place] < 0) + 1
         refuse_too_long(model, end, 0)
-        self.ids = torch.tensor([ids[:end]], device=model.device)
+        self.model, self.ids = model, torch.tensor([ids[:end]], device=model.device)
         texts = [processor.tokenizer.decode(ids[self.start : place]) for place in range(self.start + 1, end + 1)]
         self.words = texts[-1].split()
         places = torch.tensor([len(text.split()) for text in texts]).clamp(1, len(self.words)) - 1  # of each token
@@ -130,7 +97,7 @@ class Target:
 
     def _run(self, features: torch.Tensor, **options: Any) -> Any:
         encoded = {"image": SimpleNamespace(pooler_output=features.flatten(0, 1))}
-        options |= {"logits_to_keep": torch.arange(self.start - 1, self.ids.shape[1] - 1, device=self.ids.device)}
+        options["logits_to_keep"] = torch.arange(self.start - 1, self.ids.shape[1] - 1, device=self.ids.device)
         return self.model(self.ids.expand(len(features), -1), mm_encoder_outputs=encoded, use_cache=False, **options)
 
     def score(self, features: torch.Tensor) -> torch.Tensor:
@@ -140,59 +107,54 @@ class Target:
 
     @torch.no_grad()
     def score_without(self, image: int, left_out: torch.Tensor) -> torch.Tensor:
-        """score() with patches of one image left out: bool (masks, rows, columns). Float32 (masks, words)."""
-        found = []
-        for masks in left_out.to(self.ids.device).split(self.batch_size):
-            features = self.features.repeat(len(masks), 1, 1, 1)
-            if self.leave_out == "pixels":
-                pixels = self.pixels[image]
-                covered = interpolate(masks[:, None].float(), size=pixels.shape[1:], mode="nearest") > 0
-                features[:, image] = self._encode(torch.where(covered, pixels.mean((1, 2), keepdim=True), pixels))
-            else:
-                patches = features[:, image, self.extra :]
-                patches[masks.flatten(1)] = self.features[image, self.extra :].mean(0) * (self.leave_out == "mean")
-            found.append(self.score(features))
-        return torch.cat(found)
+        """score(), float32 (masks, words), with patches of one image in its mean color: bool (masks, rows, columns).
+
+        They are replaced in the pixels: the tower's features hold parts of their neighbours."""
+        return torch.cat([self.score(self.leave_out(image, masks)) for masks in left_out.split(self.batch_size)])
+
+    def leave_out(self, image: int, masks: torch.Tensor) -> torch.Tensor:
+        pixels, features = self.pixels[image], self.features.repeat(len(masks), 1, 1, 1)
+        covered = interpolate(masks[:, None].to(pixels), size=pixels.shape[1:], mode="nearest") > 0
+        features[:, image] = self._encode(torch.where(covered, pixels.mean((1, 2), keepdim=True), pixels))
+        return features
 
     def maps(self, method: str) -> np.ndarray:
-        """Those of Explanation. Raises ValueError as explain()."""
+        """Those of Explanation."""
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}: it is one of {', '.join(METHODS)}")
-        if method == "occlusion":
-            maps = self._occlusion()
-        else:
-            maps = self._attention() if method == "attention" else self._gradient(method == "integrated")
-            maps = maps[..., self.extra :].unflatten(-1, self.grid)
+        maps = getattr(self, f"_{method}")()
         if not maps.isfinite().all():
             raise ValueError(f"the {method} maps are not finite: load the model in bfloat16 or float32")
-        return maps.cpu().numpy()
+        maps = maps if maps.dim() == 4 else maps[..., self.extra :].unflatten(-1, self.grid)
+        return np.asarray(maps.cpu())
 
+    @torch.no_grad()
     def _occlusion(self) -> torch.Tensor:
         (rows, columns), size = self.grid, self.window
         places = [(row, column) for row in range(1 - size, rows) for column in range(1 - size, columns)]
         masks = torch.zeros(len(places), rows, columns, dtype=torch.bool, device=self.ids.device)
         for mask, (row, column) in zip(masks, places, strict=True):
             mask[max(row, 0) : row + size, max(column, 0) : column + size] = True
-        with torch.no_grad():
-            whole = self.score(self.features[None])
+        whole = self.score(self.features[None])
         lost = torch.stack([whole - self.score_without(image, masks) for image in range(len(self.features))])
         return torch.einsum("imw,mrc->wirc", lost, masks.float()) / size**2
 
-    def _gradient(self, integrated: bool) -> torch.Tensor:
+    def _gradient(self, start: Any = 0, steps: int = 1) -> torch.Tensor:
         if any(buffer.dtype == torch.int8 for buffer in self.model.buffers()):
             raise ValueError("int8 layers have no gradient: use the method occlusion, or load without quantization")
-        start = self.features.mean(1, keepdim=True) if integrated else torch.zeros_like(self.features)
-        difference = self.features - start
-        shares = (torch.arange(self.steps) + 0.5) / self.steps if integrated else torch.ones(1)
-        pairs = torch.cartesian_prod(torch.arange(len(self.words)).float(), shares).to(self.ids.device)
-        maps = difference.new_zeros(len(self.words), *self.features.shape[:2], dtype=torch.float32)
-        for words, along in (pair.T for pair in pairs.split(self.batch_size)):
-            with torch.enable_grad():
-                inputs = (start + along.to(start).view(-1, 1, 1, 1) * difference).requires_grad_()
-                likely = self.score(inputs).gather(1, words.long()[:, None])
-                (gradient,) = torch.autograd.grad(likely.sum(), inputs)
-            maps.index_add_(0, words.long(), (gradient.float() * difference.float()).sum(-1) / len(shares))
-        return maps
+        difference, maps = self.features - start, list[torch.Tensor]()
+        for word in range(len(self.words)):
+            total = 0
+            for share in (torch.arange(1, steps + 1) - (steps > 1) / 2).div(steps).split(self.batch_size):
+                with torch.enable_grad():
+                    inputs = (start + share.to(difference).view(-1, 1, 1, 1) * difference).requires_grad_()
+                    (gradient,) = torch.autograd.grad(self.score(inputs)[:, word].sum(), inputs)
+                total = total + (gradient.float() * difference.float()).sum((0, -1)) / steps
+            maps.append(total)
+        return torch.stack(maps)
+
+    def _integrated(self) -> torch.Tensor:
+        return self._gradient(self.features.mean(1, keepdim=True), self.steps)
 
     @torch.no_grad()
     def _attention(self) -> torch.Tensor:
@@ -213,10 +175,9 @@ def patch_grid(vision: Any, count: int, height: int, width: int) -> tuple[int, i
     """Rows and columns of the `count` features that a tower's config gives for pixels of this size; patches may be
     merged (Swin) or a feature map. Raises ValueError if the features are no grid."""
     size = getattr(vision, "patch_size", None) or 1
-    patch = (size, size) if isinstance(size, int) else size
-    rows, columns = height // patch[0], width // patch[1]
+    rows, columns = (side // patch for side, patch in zip((height, width), np.broadcast_to(size, 2), strict=True))
     step = max(1, round(math.sqrt(rows * columns / count)))  # patches, or pixels, of one feature's side
-    rows, columns = -(-rows // step), -(-columns // step)
+    rows, columns = -(-int(rows) // step), -(-int(columns) // step)
     if not 1 < rows * columns <= count or (step > 1 and rows * columns < count):
         raise ValueError(f"the {count} features of this {vision.model_type!r} tower are no grid of patches: no map")
     return rows, columns
@@ -238,8 +199,7 @@ def crop_box(image_processor: Any, size: tuple[int, int]) -> Box:
         if slope <= 0 or np.abs(first + slope * (middle + 0.5) - levels[middle]).max() > 2:
             raise ValueError("the image processor does more than resize and crop: no map can be laid over the image")
         edges.append([float(level * (length - 1) / 255 + 0.5) for level in (first, first + slope * len(levels))])
-    (left, right), (top, bottom) = edges
-    return left, top, right, bottom
+    return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
 
 
 def overlay(image: Image.Image, heat: np.ndarray, box: Box) -> Image.Image:
@@ -247,7 +207,6 @@ def overlay(image: Image.Image, heat: np.ndarray, box: Box) -> Image.Image:
     scale = max(1, -(-SHOWN_SIZE // min(image.size)))
     image = image.convert("RGB").resize((image.width * scale, image.height * scale))
     left, top, right, bottom = (round(edge * scale) for edge in box)
-    levels = Image.fromarray((heat.clip(0) / max(heat.max(), 1e-12) * 255).astype(np.uint8))
-    mask = Image.new("L", image.size)
-    mask.paste(levels.resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top))
+    levels, mask = (heat.clip(0) / max(heat.max(), 1e-12) * 255).astype(np.uint8), Image.new("L", image.size)
+    mask.paste(Image.fromarray(levels).resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top))
     return Image.composite(image, image.convert("L").point(lambda level: level // 4).convert("RGB"), mask)
