@@ -1,6 +1,6 @@
 """Where a model looked: how often each kind of map points at the object that a question is about.
 
-    python benchmarks/explain.py [--model DIR] [--num_images N] [--json FILE] [--page docs/explain.md]
+    python benchmarks/explain.py [--model DIR] [--num_images N] [--json FILE] [--page docs/explain.md] [--picture FILE]
 
 The maps are those of `clip-phi evaluate --task pointing` on the demo's unseen scenes, for questions about one object
 that are answered right. The same questions are then explained by occlusion with each of the ways to leave patches out.
@@ -23,9 +23,11 @@ import torch
 
 from clip_phi.batching.images import load_image
 from clip_phi.data.sample import user_message
-from clip_phi.evaluation.explain import Target, crop_box
+from clip_phi.evaluation.explain import Target, crop_box, explain
 from clip_phi.evaluation.pointing import MAPS, is_hit
 from clip_phi.evaluation.run import load
+from clip_phi.evaluation.tasks import question_kind
+from clip_phi.templates.sheet import draw_images, save_png
 
 ROOT = Path(__file__).parent.parent
 LEAVE_OUT = ("mean color, in the image", "mean feature, after the tower", "0, after the tower")
@@ -73,6 +75,22 @@ def ways_to_leave_out(model: str, data: Path, samples: list[dict[str, Any]]) -> 
     return {name: sum(found) / len(found) for name, found in hits.items()}
 
 
+def draw(model: str, data: Path, samples: list[dict[str, Any]], path: str) -> None:
+    """One question of each of four kinds, with the map of its answer over the image."""
+    from matplotlib.figure import Figure
+
+    weights, processor, _ = load(model, "cpu")
+    kinds = {question_kind(sample["question"]): sample for sample in reversed(samples)}
+    images, texts = [], []
+    for sample in list(kinds.values())[:4]:
+        image = load_image(data / "val2017" / sample["image"])
+        images += [image, explain(weights, processor, image, sample["question"], sample["answer"]).draw([image])]
+        texts += [sample["question"], sample["answer"]]
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    draw_images(figure, images, texts)
+    save_png(figure, path, dpi=70)
+
+
 def confidence(model: str) -> dict[str, float | None]:
     path = Path(model, "evaluation/vqa.json")
     result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -106,6 +124,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("outputs/demo/data"), help="folder of drawn scenes")
     parser.add_argument("--num_images", type=int, default=60, help="scenes that are asked about")
     parser.add_argument("--json", metavar="FILE", help="file to write the figures to, as json")
+    parser.add_argument("--picture", metavar="FILE", help="file for four images with their maps, as PNG")
     parser.add_argument("--page", metavar="FILE", help="page whose tables are written")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -120,6 +139,8 @@ def main() -> None:
     print(json.dumps(found, indent=2))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if arguments.picture:
+        draw(arguments.model, arguments.data, samples, arguments.picture)
     if arguments.page:
         path = Path(arguments.page)
         marks = r"(<!-- measured -->\n).*?(<!-- end -->)"
