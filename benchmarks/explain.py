@@ -43,8 +43,8 @@ class OtherTarget(Target):
         if self.way == LEAVE_OUT[0]:
             return super().leave_out(image, masks)
         features = self.features.repeat(len(masks), 1, 1, 1)
-        patches = features[:, image, self.extra :]
-        patches[masks.flatten(1)] = self.features[image, self.extra :].mean(0) * (self.way == LEAVE_OUT[1])
+        patches = features[:, image]
+        patches[masks.flatten(1)] = self.features[image].mean(0) * (self.way == LEAVE_OUT[1])
         return features
 
 

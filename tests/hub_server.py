@@ -55,7 +55,7 @@ class File:
 
 @dataclass
 class Repo:
-    kind: str  # model, dataset
+    kind: str  # model, dataset, space
     id: str
     private: bool = False
     commits: dict[str, tuple[str, dict[str, File]]] = field(default_factory=dict)  # sha: (title, files)
@@ -483,7 +483,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {}
 
 
-API = r"/api/(models|datasets)/([^/]+/[^/]+)"
+API = r"/api/(models|datasets|spaces)/([^/]+/[^/]+)"
 LFS = r"/lfs/([0-9a-f]{64})"
 REV = r"([^/]+|refs/pr/\d+|refs(?:/|%2F)convert(?:/|%2F)\w+)"
 # name (for `fail`), methods, path, what answers it; the first that matches counts
@@ -502,12 +502,17 @@ ROUTES: list[tuple[str, str, str, Callable[..., Any]]] = [
     ("tag", "POST", rf"{API}/tag/{REV}", _Handler.tag),
     ("preupload", "POST", rf"{API}/preupload/{REV}", _Handler.preupload),
     ("commit", "POST", rf"{API}/commit/{REV}", _Handler.commit),
-    ("lfs-batch", "POST", r"/(datasets(?=/)|)/?([^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.lfs_batch),
+    (
+        "lfs-batch",
+        "POST",
+        r"/((?:datasets|spaces)(?=/)|)/?([^/]+/[^/]+)\.git/info/lfs/objects/batch",
+        _Handler.lfs_batch,
+    ),
     ("lfs-complete", "POST", rf"{LFS}/complete", _Handler.lfs_complete),
     ("lfs-verify", "POST", rf"{LFS}/verify", _Handler.lfs_verify),
     ("lfs-part", "PUT", rf"{LFS}/(\d+)", _Handler.lfs_put),
     ("lfs-put", "PUT", LFS, _Handler.lfs_put),
     ("cdn", "HEAD GET", r"/cdn/([0-9a-f]{64})", _Handler.cdn),
-    ("head", "HEAD", rf"/(datasets(?=/)|)/?([^/]+/[^/]+)/resolve/{REV}/(.+)", _Handler.resolve),
-    ("download", "GET", rf"/(datasets(?=/)|)/?([^/]+/[^/]+)/resolve/{REV}/(.+)", _Handler.resolve),
+    ("head", "HEAD", rf"/((?:datasets|spaces)(?=/)|)/?([^/]+/[^/]+)/resolve/{REV}/(.+)", _Handler.resolve),
+    ("download", "GET", rf"/((?:datasets|spaces)(?=/)|)/?([^/]+/[^/]+)/resolve/{REV}/(.+)", _Handler.resolve),
 ]

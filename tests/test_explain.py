@@ -11,7 +11,7 @@ import pytest
 import torch
 from backbones import CROP, EXACT, TOWERS
 from PIL import Image
-from transformers import AutoConfig, CLIPImageProcessorPil, ViTImageProcessorPil
+from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
 
 from clip_phi.batching.images import Preprocessor
 from clip_phi.cli import main
@@ -249,38 +249,33 @@ def test_the_overlay_is_bright_in_the_strongest_patch_and_dark_outside_the_crop(
 
 @pytest.mark.parametrize("family", [name for name, tower in TOWERS.items() if tower[4]])
 def test_the_grid_of_each_tower(family):
-    kind, fields, _, sizes, count = TOWERS[family]
+    *_, sizes, count = TOWERS[family]
     edge = sizes["size"].get("shortest_edge") or sizes["size"]["height"]
-    vision = AutoConfig.for_model(kind, **fields)
     if count == 1:
-        with pytest.raises(ValueError, match="the 1 features of this 'efficientnet' tower are no grid"):
-            patch_grid(vision, count, edge, edge)
+        with pytest.raises(ValueError, match="1 features of 32 x 32 pixels are no grid"):
+            patch_grid(count, edge, edge)
     else:
-        assert patch_grid(vision, count, edge, edge) == (count**0.5, count**0.5)
+        assert patch_grid(count, edge, edge) == (count**0.5, count**0.5)
 
 
 def test_grids_that_are_not_square_and_features_that_are_no_grid():
-    vision = AutoConfig.for_model("clip_vision_model", patch_size=8)
-    assert patch_grid(vision, 24, 32, 48) == (4, 6) and patch_grid(vision, 6, 32, 48) == (2, 3)  # merged by 2 x 2
-    assert patch_grid(vision, 26, 32, 48) == (4, 6)  # after CLS and a register
-    for count in (3, 5, 8, 23):
-        with pytest.raises(ValueError, match=f"the {count} features of this 'clip_vision_model' tower are no grid"):
-            patch_grid(vision, count, 32, 48)
+    assert patch_grid(24, 32, 48) == (4, 6) and patch_grid(6, 32, 48) == (2, 3)
+    assert patch_grid(35, 90, 120) == (5, 7)  # patches of 16 pixels: the last ones do not fit
+    for count in (1, 2, 5, 8, 23, 25, 26):
+        with pytest.raises(ValueError, match=f"{count} features of 48 x 32 pixels are no grid"):
+            patch_grid(count, 32, 48)
+    for extra in range(1, 6):  # CLS and registers
+        with pytest.raises(ValueError, match="are no grid"):
+            patch_grid(16 + extra, 32, 32)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_feature_before_the_patches_has_no_place_in_the_map(vision_backbone, text_backbone, processor, method):
+def test_features_with_cls_are_refused(vision_backbone, text_backbone, processor):
     options = {"vision_feature_select_strategy": "full"}
     full = ClipPhiForCausalLM.from_backbones(vision_backbone, text_backbone, **options)
     its = copy.deepcopy(processor)
     its.num_image_tokens = 5
-    one = target(full, its)
-    assert one.extra == 1 and one.maps(method).shape == (5, 1, 2, 2)
-    if method == "gradient":
-        features = one.features[None].clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(one.score(features).sum(), features)
-        expected = (gradient * features).sum(-1)[0, 0, 1:].detach().reshape(2, 2)
-        assert np.allclose(one.maps(method).sum(0)[0], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="5 features of 32 x 32 pixels are no grid of patches"):
+        explain(full, its, picture(), QUESTION, ANSWER)
 
 
 @pytest.mark.parametrize(
@@ -314,12 +309,10 @@ def run(checkpoint, tmp_path, capsys):
     return run
 
 
-def test_explain_writes_the_overlay_of_an_answer_and_of_a_word(run, tmp_path):
+def test_explain_writes_the_overlay_of_an_answer(run, tmp_path):
     status, out, _ = run(QUESTION, "--answer", ANSWER, "--output", str(tmp_path / "o.png"))
     assert status == 0 and out == f"{ANSWER}\n"
-    run(QUESTION, "--answer", ANSWER, "--output", str(tmp_path / "w.png"), "--word", "circle")
-    whole, word = (np.asarray(Image.open(tmp_path / name)) for name in ("o.png", "w.png"))
-    assert whole.shape == (280, 336, 3) and not np.array_equal(whole, word)
+    assert Image.open(tmp_path / "o.png").size == (336, 280)
     method = OPTIONS["explain"]["--method"]
     assert tuple(method["choices"]) == METHODS and method["default"] == DEFAULT_METHOD
 
@@ -347,8 +340,6 @@ def test_the_page_needs_no_other_file_and_escapes_what_it_shows(run, tmp_path):
     [
         (("--output", "o.jpg"), "--output is a .png or .html file"),
         (("--output", "/nowhere/o.png"), "in a folder that exists"),
-        (("--word", "red"), "--word requires --output FILE.png"),
-        (("--answer", ANSWER, "--word", "zebra", "--output", "/tmp/o.png"), "the answer has no word 'zebra'"),
         (("--quantization", "int8", "--method", "gradient"), "int8 layers have no gradient"),
     ],
 )

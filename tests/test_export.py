@@ -2,11 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import TEXT, VISION, save_tokenizer
-from helpers import run_clean
+from helpers import ROOT, run_clean
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,6 +20,8 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PhiConfig,
     PhiForCausalLM,
 )
@@ -67,6 +71,9 @@ def test_stock_llava_gives_equal_logits_and_tokens(projector_type, bias, tied, t
     assert json.loads(capsys.readouterr().out)["largest_difference"] < 1e-5
     assert not list((tmp_path / "llava").glob("*.py")), "no remote code"
     assert str(tmp_path) not in (tmp_path / "llava/config.json").read_text()
+    texts = [path.read_text(encoding="utf-8") for path in (tmp_path / "llava").rglob("*.json")]
+    assert texts and not any("auto_map" in text or "clip_phi" in text.lower() for text in texts)  # no remote code
+    assert not list((tmp_path / "llava").rglob("*.py"))
     llava = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava")
     assert type(llava).__name__ == "LlavaForConditionalGeneration"
     image = Image.effect_noise((40, 30), 60).convert("RGB")
@@ -461,3 +468,64 @@ def test_onnx_of_tower_and_projector_gives_equal_features(tmp_path, capsys):
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "onnx"), "--to", "onnx", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["largest_difference"] < 1e-5 and told["files"] == [str(tmp_path / "onnx/vision.onnx")]
+
+
+# ------------------------------------------------------------------ graphs of the whole model
+
+
+def decoder_with_bos(**config):
+    sizes = {"tie_word_embeddings": True, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**LLAMA | sizes, **config))
+
+
+@pytest.mark.export
+@pytest.mark.parametrize(("text", "dtype"), [(small_phi, "int8"), (decoder_with_bos, "float32")])
+def test_graphs_give_the_answer_of_generate_by_onnxruntime_alone(text, dtype, tmp_path, capsys):
+    model, processor = checkpoint(tmp_path, text(), "mlp")
+    words = ["export", str(tmp_path / "model"), str(tmp_path / "site"), "--to", "web", "--dtype", dtype]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["largest_difference"] < (1e-5 if dtype == "float32" else 0.05)
+    assert {path.name for path in (tmp_path / "site").glob("*.js")} == {"app.js", "pixels.js", "worker.js"}
+    image = Image.effect_noise((40, 30), 60).convert("RGB")
+    image.save(tmp_path / "image.png")
+    question = [{"type": "image", "image": image}, {"type": "text", "text": "a?"}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template([{"role": "user", "content": question}], **options)
+    ids = model.generate(**inputs, max_new_tokens=256, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    command = [sys.executable, ROOT / "examples/onnx_answer.py", tmp_path / "site", tmp_path / "image.png", "a?"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if dtype == "float32":
+        assert done.stdout.strip() == processor.decode(ids, skip_special_tokens=True).strip() != ""
+
+
+SLIDING = {"sliding_window": 8}
+
+
+@pytest.mark.export
+@pytest.mark.parametrize(
+    ("change", "words", "message"),
+    [
+        ({"text": lambda: MistralForCausalLM(MistralConfig(**LLAMA, **SLIDING))}, [], "sliding windows"),
+        ({"MAX_BYTES": 1000}, [], "a browser loads 2: see --dtype"),
+        ({"PROCESSORS": ()}, [], "not as CLIPImageProcessor"),
+        ({"TOLERANCE": 0.0}, [], "graphs give other logits than the model"),
+        ({}, ["--packages", "nowhere"], "no file nowhere/@huggingface/transformers/dist/transformers.min.js"),
+        ({}, ["--dtype", "float16"], "--to web takes no --dtype float16, but int8 or float32 or int4"),
+        ({}, ["--to", "llava", "--dtype", "int8"], "--to llava takes no --dtype int8"),
+        ({}, ["--to", "gguf", "--packages", "a"], "--packages requires --to web"),
+    ],
+    ids=["sliding", "large", "processor", "logits", "packages", "dtype", "llava", "gguf"],
+)
+def test_what_a_browser_cannot_run_is_refused_and_nothing_is_left(
+    change, words, message, tmp_path, monkeypatch, capsys
+):
+    from clip_phi.export import web
+
+    checkpoint(tmp_path, change.get("text", small_phi)())
+    for name in change.keys() - {"text"}:
+        monkeypatch.setattr(web, name, change[name])
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out/site"), "--to", "web", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert list(tmp_path.glob("out/*")) == list(tmp_path.glob("out/.*")) == []

@@ -92,7 +92,7 @@ def test_every_benchmark_is_run_by_a_test():
 
 def test_every_target_of_tests_is_run_before_a_change_lands():
     """All but those that need gigabytes or a network, or whose packages change from day to day."""
-    targets = set(re.findall(r"^(test[a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^(test[a-z-]*|notebooks):", (ROOT / "Makefile").read_text(), re.M))
     run_by_ci = set(re.findall(r"^make (\S+)", (ROOT / ".ci/run").read_text(), re.M))
     assert targets - run_by_ci == {"test-full-size", "test-main", "test-newest", "test-trl", "test-vllm"}
     markers = set(re.findall(r"pytest -m (\w+)", (ROOT / "Makefile").read_text()))

@@ -16,7 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "batching": {"data"},
     "speech": {"data"},
-    "export": {"hub"},
+    "export": {"hub", "templates"},
     "hub": {"data", "environment", "templates"},
     "evaluation": {"batching", "data", "environment", "hub", "templates"},
     "training": {"batching", "data", "environment", "evaluation", "hub"},

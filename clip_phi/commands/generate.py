@@ -96,11 +96,9 @@ def run_ask(arguments: argparse.Namespace) -> None:
 
 
 def run_explain(arguments: argparse.Namespace) -> None:
-    output, is_page = arguments.output, arguments.output is not None and arguments.output.suffix == ".html"
-    if output is not None and (output.suffix not in (".png", ".html") or not output.absolute().parent.is_dir()):
+    output = arguments.output
+    if output and (output.suffix not in (".png", ".html") or not output.absolute().parent.is_dir()):
         raise ValueError(f"cannot write {output}: --output is a .png or .html file in a folder that exists")
-    if arguments.word is not None and (output is None or is_page):
-        raise ValueError("--word requires --output FILE.png: an .html file has the maps of all words")
     from ..batching.images import load_image
     from ..evaluation.explain import explain
     from ..templates import render
@@ -110,11 +108,12 @@ def run_explain(arguments: argparse.Namespace) -> None:
     with load_engine(arguments) as engine:
         found = explain(engine.model, engine.processor, images, **options)
     record = {"images": arguments.images, "question": arguments.question, **vars(found), "maps": found.maps.tolist()}
-    if is_page:
-        page = render("explain.html", title="Where did it look?", pictures=images, **record)
-        replace_file(output, plain("".join(page)))
-    elif output is not None:
-        found.draw(images, arguments.word).save(output)
+    if output and output.suffix == ".html":
+        replace_file(
+            output, plain("".join(render("explain.html", title="Where did it look?", pictures=images, **record)))
+        )
+    elif output:
+        found.draw(images).save(output)
     print(json.dumps(record) if arguments.json else plain(found.answer))
 
 

@@ -22,7 +22,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     model = choose_model(arguments)
     from ..export import export
 
-    done = export(model, Path(arguments.folder), arguments.to, arguments.dtype)
+    done = export(model, Path(arguments.folder), arguments.to, arguments.dtype, arguments.packages)
     checked = f"{done['tensors']} tensors read back" if "tensors" in done else None
     checked = checked or f"largest difference from the model {done['largest_difference']:.2g}"
     print(json.dumps(done) if arguments.json else f"wrote {', '.join(done['files'])}; {checked}")

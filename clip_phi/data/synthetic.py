@@ -261,23 +261,21 @@ def ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     return f"Is the {first.name} {asked} the {second.name}?", "yes" if holds else "no"
 
 
-def ask_about_boxes(objects: Sequence[tuple[str, Sequence[float]]]) -> list[tuple[str, str, list[Sequence[float]]]]:
+def ask_about_boxes(objects: Sequence[tuple[str, Sequence[float]]]) -> list[tuple[str, str, list[Any]]]:
     """Questions about what is there once, each with its answer and the boxes of its one or two objects.
 
     objects: category and COCO bbox of each, empty for a crowd. About drawn scenes more can be asked than about others.
     """
     counts = Counter(name for name, _ in objects)
     asked = [(f"Is there {_article(name)}?", "yes", [box]) for name, box in objects if counts[name] == 1 and box]
-    if not all(name in CATEGORIES for name, _ in objects):
-        return asked
-    places = ((name.split(), int(x + w / 2), int(y + w / 2), int(w / 2)) for name, (x, y, w, _) in objects)
-    scene = [DrawnObject(color, shape, *place) for (color, shape), *place in places]
-    for by, wanted in (("shape", "color"), ("color", "shape")):
-        text = _WORDS[wanted][0]
-        asked += [(text.format(getattr(each, by)), getattr(each, wanted), [each.box]) for each in _unique(scene, by)]
-    if (found := _relatable(scene, random.Random(0))) is not None:
-        first, second, relation = found
-        asked.append((f"Is the {first.name} {relation} the {second.name}?", "yes", [first.box, second.box]))
+    if all(name in CATEGORIES for name, _ in objects):
+        parts = ((*name.split(), int(x + w / 2), int(y + w / 2), int(w / 2)) for name, (x, y, w, _) in objects)
+        drawn = [DrawnObject(*each) for each in parts]  # type: ignore[arg-type]
+        for ask in (ask_color, ask_shape, ask_relation):
+            if (turn := ask(Scene(tuple(drawn), (0, 0, 0), 0), random.Random(0))) is not None:
+                about: list[Any] = [each.box for each in drawn if each.name in turn[0]]
+                about = about or [each.box for each in drawn if each.shape in turn[0] or each.color in turn[0]]
+                asked.append((*turn, about))
     return asked
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..batching.images import load_image
 from ..data.files import checked_line, read_checked_lines
 from ..data.sample import Images, images_of, user_message
-from .generate import GeneratedAnswer, Prompt, generate_answers
+from .generate import GeneratedAnswer, Prompt, answer_logprobs, generate_answers
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,17 @@ def answer_all(
         if file is not None:
             file.add(new)
     return found
+
+
+def answer_likelihoods(
+    model: Any, processor: Any, pairs: list[tuple[Question, str]], decoding: Decoding, processes: Processes
+) -> np.ndarray:
+    """The probability of each answer, float64 (pairs,); see answer_logprobs. All processes call it, and get all."""
+    found, mine, size = list[Any](), range(processes.rank, len(pairs), processes.world_size), decoding.batch_size
+    for batch in processes.progress([mine[start : start + size] for start in range(0, len(mine), size)]):
+        prompts, texts = [prompt_for(pairs[number][0]) for number in batch], [pairs[number][1] for number in batch]
+        found += zip(batch, answer_logprobs(model, processor, prompts, texts), strict=True)
+    return np.exp([logprob for _, logprob in sorted(processes.gather(found))])
 
 
 def prompt_for(question: Question) -> Prompt:

@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..batching.attention import packed_attention
+from ..batching.attention import decoder_attention
 from ..batching.encode import Encoded, encode_samples, prefix_ids
 from ..batching.images import Preprocessor
 from ..batching.packing import build_shared_prefix, pack_samples
 from ..data.report import Report
 from ..data.sample import Sample, images_of, user_message
-from .answers import AnswerFile, Decoding, Processes, Question, answer_all
+from .answers import AnswerFile, Decoding, Processes, Question, answer_all, answer_likelihoods
 from .bootstrap import by_group, margin_interval
+from .confidence import assess
 from .generate import GeneratedAnswer, held_out_loss
 from .tasks import QUESTION, EvalItem, EvalSet, guess_by_question, make_scorer, official_results, question_kind, tables
 
@@ -45,13 +46,15 @@ def evaluate_answers(
     *,
     folder: Path | None = None,
     model_hash: str = "",
+    confidence: bool = False,
     processes: Processes | None = None,
 ) -> EvalResult:
     """Generate the answers of the model and of its controls, and score them. All processes call it, and get the result.
 
     model: a ClipPhiForCausalLM in eval mode. eval_set: of any task but loss. folder: where answers are saved as they
-    are generated; None to save none. model_hash: saved answers of another model are not used. Raises ValueError if the
-    prompt for questions lacks "{question}"."""
+    are generated; None to save none. model_hash: saved answers of another model are not used. confidence: how
+    sure the answers are as well, if their scores are 0 to 1. Raises ValueError if the prompt for questions lacks
+    "{question}"."""
     processes = processes or Processes()
     prompt = decoding.prompt  # in the end None for the caption of a bare image
     if eval_set.task == "captions":
@@ -75,6 +78,14 @@ def evaluate_answers(
     official = official_results(eval_set, [answer.text for answer in generated["score"] + unscored])
     if eval_set.items:
         result, samples = _score(eval_set, generated, shown, decoding)
+        if confidence:
+            texts = [answer.text for answer in generated["score"]]
+            pairs = [pair for name in ("score", "blind") for pair in zip(questions[name], texts, strict=True)]
+            likelihoods, blind = answer_likelihoods(model, processor, pairs, decoding, processes).reshape(2, -1)
+            for sample, likelihood, gain in zip(samples, likelihoods, likelihoods - blind, strict=True):
+                sample |= {"likelihood": round(float(likelihood), 6), "gain": round(float(gain), 6)}
+            right, digests = ([sample[key] for sample in samples] for key in ("score", "image_digest"))
+            result["confidence"] = assess(likelihoods, likelihoods - blind, np.array(right), digests)
     else:
         result, samples = {"task": eval_set.task, "data": _about_data(eval_set), "seed": decoding.seed}, []
         result |= {"answers": {"score": _count(unscored)}, "prompt": shown, "decoding": decoding.about()}
@@ -263,7 +274,7 @@ def evaluate_loss(
         return held_out_loss(model, [pack], model.device).tolist()
 
     found = []
-    with packed_attention(model):
+    with decoder_attention(model):
         for number in processes.progress(range(processes.rank, len(known), processes.world_size)):
             place, conversations = known[number]
             with_image, blind, shuffled = (loss(conversations, image) for image in (place, None, partners[place]))

@@ -4,10 +4,8 @@ METHODS: occlusion leaves patches out and measures the likelihood that is lost: 
 gradient x input on the projected features. integrated is its mean on the way from the image's mean feature (arXiv
 1703.01365). attention is the mean attention from the answer to the patches. docs/explain.md compares them."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from string import punctuation
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate, one_hot
 
+from ..batching.attention import decoder_attention
 from ..batching.images import put_beside
 from ..data.sample import user_message
 from .generate import generate_answers, refuse_too_long
@@ -23,13 +22,13 @@ from .generate import generate_answers, refuse_too_long
 METHODS = ("occlusion", "gradient", "integrated", "attention")
 DEFAULT_METHOD = "occlusion"
 SHOWN_SIZE = 256  # pixels: smaller images are enlarged
-Box = tuple[float, float, float, float]  # left, top, right, bottom
+Box = tuple[float, ...]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
 class Explanation:
     """maps: float32 (words, images, rows, columns), in nats (attention: in shares of 1), negative where a patch speaks
-    against the word; their sum over the words is the answer's. boxes: where they lie in each image, in its pixels."""
+    against the word; their sum over the words is the answer's. boxes: of the maps in each image, in its pixels."""
 
     answer: str
     words: list[str]
@@ -37,13 +36,9 @@ class Explanation:
     maps: np.ndarray
     boxes: list[Box]
 
-    def draw(self, images: Sequence[Image.Image], word: str | None = None) -> Image.Image:
-        """overlay() of each image for the answer, or its first such word. Raises ValueError if it has none."""
-        words = [each.strip(punctuation).casefold() for each in self.words]
-        if word is not None and word.casefold() not in words:
-            raise ValueError(f"the answer has no word {word!r}: {self.answer}")
-        heats = self.maps.sum(0) if word is None else self.maps[words.index(word.casefold())]
-        return put_beside([overlay(*each) for each in zip(images, heats, self.boxes, strict=True)])
+    def draw(self, images: Sequence[Image.Image]) -> Image.Image:
+        """overlay() of each image, beside each other, with the map of the answer."""
+        return put_beside([overlay(*each) for each in zip(images, self.maps.sum(0), self.boxes, strict=True)])
 
 
 def explain(
@@ -57,10 +52,10 @@ def explain(
     the image processor does more than resize and crop, or the method cannot be used with this model."""
     images = [images] if isinstance(images, Image.Image) else list(images)
     messages = [user_message(question, len(images))] if question is None or isinstance(question, str) else question
-    boxes = [crop_box(processor.image_processor, image.size) for image in images]
     if answer is None:
         answer = generate_answers(model, processor, [(list(messages), images)], max_new_tokens)[0].text
     target = Target(model, processor, messages, images, answer)
+    boxes = [crop_box(processor.image_processor, image.size) for image in images]
     return Explanation(answer, target.words, method, target.maps(method), boxes)
 
 
@@ -68,8 +63,8 @@ class Target:
     """The log-likelihood of the words of one answer, as a function of the image features.
 
     window: rows and columns of patches that occlusion leaves out at once; a patch gets the mean of its windows.
-    steps: of integrated gradients. grid: rows and columns of patches. features: float (images, features, text hidden),
-    the last of which are the patches in reading order: CLS and registers, if the model uses them, come first."""
+    steps: of integrated gradients. grid: rows and columns of patches. features: float (images, patches, text hidden).
+    """
 
     window, steps, batch_size = 2, 16, 32
 
@@ -87,11 +82,10 @@ class Target:
         places = torch.tensor([len(text.split()) for text in texts]).clamp(1, len(self.words)) - 1  # of each token
         self.word_of = one_hot(places, len(self.words)).to(model.device, torch.float32)
         self.pixels = processor.image_processor(list(images), return_tensors="pt")["pixel_values"].to(model.device)
-        with torch.no_grad():
-            self.features = self._encode(self.pixels)
-        self.grid = patch_grid(model.config.vision_config, self.features.shape[1], *self.pixels.shape[2:])
-        self.extra = self.features.shape[1] - math.prod(self.grid)
+        self.features = self._encode(self.pixels)
+        self.grid = patch_grid(self.features.shape[1], *self.pixels.shape[2:])
 
+    @torch.no_grad()
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         return torch.stack(self.model.get_image_features(pixels, return_dict=True).pooler_output)
 
@@ -101,18 +95,17 @@ class Target:
         return self.model(self.ids.expand(len(features), -1), mm_encoder_outputs=encoded, use_cache=False, **options)
 
     def score(self, features: torch.Tensor) -> torch.Tensor:
-        """Log-likelihood in nats, float32 (rows, words), of features (rows, images, features, text hidden)."""
+        """Log-likelihood in nats, float32 (rows, words), of features (rows, images, patches, text hidden)."""
         likely = self._run(features).logits.float().log_softmax(-1)
         return likely.gather(-1, self.ids[:, self.start :, None].expand(len(features), -1, -1))[..., 0] @ self.word_of
 
     @torch.no_grad()
     def score_without(self, image: int, left_out: torch.Tensor) -> torch.Tensor:
-        """score(), float32 (masks, words), with patches of one image in its mean color: bool (masks, rows, columns).
-
-        They are replaced in the pixels: the tower's features hold parts of their neighbours."""
+        """score(), float32 (masks, words), with patches of one image in its mean color: bool (masks, rows, columns)."""
         return torch.cat([self.score(self.leave_out(image, masks)) for masks in left_out.split(self.batch_size)])
 
     def leave_out(self, image: int, masks: torch.Tensor) -> torch.Tensor:
+        """The features without patches: of the pixels, since the tower mixes what is beside each other."""
         pixels, features = self.pixels[image], self.features.repeat(len(masks), 1, 1, 1)
         covered = interpolate(masks[:, None].to(pixels), size=pixels.shape[1:], mode="nearest") > 0
         features[:, image] = self._encode(torch.where(covered, pixels.mean((1, 2), keepdim=True), pixels))
@@ -122,64 +115,54 @@ class Target:
         """Those of Explanation."""
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}: it is one of {', '.join(METHODS)}")
-        maps = getattr(self, f"_{method}")()
+        maps = getattr(self, f"_{method}")().unflatten(-1, self.grid)
         if not maps.isfinite().all():
             raise ValueError(f"the {method} maps are not finite: load the model in bfloat16 or float32")
-        maps = maps if maps.dim() == 4 else maps[..., self.extra :].unflatten(-1, self.grid)
         return np.asarray(maps.cpu())
 
     @torch.no_grad()
     def _occlusion(self) -> torch.Tensor:
-        (rows, columns), size = self.grid, self.window
-        places = [(row, column) for row in range(1 - size, rows) for column in range(1 - size, columns)]
-        masks = torch.zeros(len(places), rows, columns, dtype=torch.bool, device=self.ids.device)
-        for mask, (row, column) in zip(masks, places, strict=True):
-            mask[max(row, 0) : row + size, max(column, 0) : column + size] = True
+        inside = [torch.arange(1 - self.window, side)[:, None] - torch.arange(side) for side in self.grid]
+        by_row, by_column = ((offset <= 0) & (offset > -self.window) for offset in inside)  # (windows, side)
+        masks = (by_row[:, None, :, None] & by_column[None, :, None]).flatten(0, 1).to(self.ids.device)
         whole = self.score(self.features[None])
         lost = torch.stack([whole - self.score_without(image, masks) for image in range(len(self.features))])
-        return torch.einsum("imw,mrc->wirc", lost, masks.float()) / size**2
+        return torch.einsum("imw,mp->wip", lost, masks.flatten(1).float()) / self.window**2
 
     def _gradient(self, start: Any = 0, steps: int = 1) -> torch.Tensor:
         if any(buffer.dtype == torch.int8 for buffer in self.model.buffers()):
             raise ValueError("int8 layers have no gradient: use the method occlusion, or load without quantization")
-        difference, maps = self.features - start, list[torch.Tensor]()
-        for word in range(len(self.words)):
-            total = 0
-            for share in (torch.arange(1, steps + 1) - (steps > 1) / 2).div(steps).split(self.batch_size):
-                with torch.enable_grad():
-                    inputs = (start + share.to(difference).view(-1, 1, 1, 1) * difference).requires_grad_()
-                    (gradient,) = torch.autograd.grad(self.score(inputs)[:, word].sum(), inputs)
-                total = total + (gradient.float() * difference.float()).sum((0, -1)) / steps
-            maps.append(total)
-        return torch.stack(maps)
+        difference = self.features - start
+        maps = torch.zeros(len(self.words), *difference.shape[:2], device=difference.device)
+        shares = (torch.arange(1, steps + 1) - (steps > 1) / 2).to(difference).view(-1, 1, 1, 1) / steps
+        for inputs in (start + shares * difference).split(self.batch_size):
+            with torch.enable_grad():
+                scores = self.score(inputs.requires_grad_()).sum(0)
+                for word, score in enumerate(scores):
+                    (gradient,) = torch.autograd.grad(score, inputs, retain_graph=True)
+                    maps[word] += (gradient.float() * difference.float()).sum((0, -1)) / steps
+        return maps
 
     def _integrated(self) -> torch.Tensor:
         return self._gradient(self.features.mean(1, keepdim=True), self.steps)
 
     @torch.no_grad()
     def _attention(self) -> torch.Tensor:
-        own = self.model.model.language_model.config._attn_implementation
-        try:
-            self.model.set_attn_implementation({"text_config": "eager"})
-            layers = self._run(self.features[None], output_attentions=True).attentions or [None]
-        finally:
-            self.model.set_attn_implementation({"text_config": own})
-        if any(layer is None for layer in layers):
+        with decoder_attention(self.model, "eager"):
+            layers = self._run(self.features[None], output_attentions=True).attentions
+        if not layers or any(layer is None for layer in layers):
             raise ValueError("this decoder does not return its attention: use another method")
         weights = sum(layer[0].float().mean(0) for layer in layers) / len(layers)  # (queries, keys)
         images = (self.word_of.T @ weights[self.start - 1 : -1])[:, self.ids[0] == self.model.config.image_token_id]
         return images.unflatten(1, self.features.shape[:2])
 
 
-def patch_grid(vision: Any, count: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of the `count` features that a tower's config gives for pixels of this size; patches may be
-    merged (Swin) or a feature map. Raises ValueError if the features are no grid."""
-    size = getattr(vision, "patch_size", None) or 1
-    rows, columns = (side // patch for side, patch in zip((height, width), np.broadcast_to(size, 2), strict=True))
-    step = max(1, round(math.sqrt(rows * columns / count)))  # patches, or pixels, of one feature's side
-    rows, columns = -(-int(rows) // step), -(-int(columns) // step)
-    if not 1 < rows * columns <= count or (step > 1 and rows * columns < count):
-        raise ValueError(f"the {count} features of this {vision.model_type!r} tower are no grid of patches: no map")
+def patch_grid(count: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of an image's features. Raises ValueError if they are no grid of its shape, as with CLS."""
+    rows = max(1, round((count * height / width) ** 0.5))
+    columns = count // rows
+    if count == 1 or rows * columns != count or abs(rows * width - columns * height) >= max(width, height):
+        raise ValueError(f"{count} features of {width} x {height} pixels are no grid of patches, so there is no map")
     return rows, columns
 
 

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from ..batching.attention import context_length
 from ..batching.packing import PackedBatch
@@ -71,10 +73,34 @@ def encode_prompts(processor: Any, prompts: Sequence[Prompt]) -> Any:
     encoded = processor.encode_batch([messages for messages, _ in prompts], add_generation_prompt=True)
     end = processor.tokenizer.eos_token_id
     inputs = processor.tokenizer.pad({"input_ids": [ids or [end] for ids, _ in encoded]}, return_tensors="pt")
-    given = ([image] if isinstance(image, Image.Image) else image or () for _, image in prompts)
-    if images := [image for each in given for image in each]:
-        inputs["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    inputs.update(_pixel_values(processor, prompts))
     return inputs
+
+
+def _pixel_values(processor: Any, prompts: Sequence[Prompt]) -> Any:
+    given = ([image] if isinstance(image, Image.Image) else image or () for _, image in prompts)
+    images = [image for each in given for image in each]
+    return processor.image_processor(images, return_tensors="pt") if images else {}
+
+
+@torch.no_grad()
+def answer_logprobs(model: Any, processor: Any, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+    """The log-probability in nats of each text, with its end token, as the answer to its prompt.
+
+    In one forward pass, padded on the right. Raises ValueError as encode_batch."""
+    pairs = zip(prompts, answers, strict=True)
+    encoded = processor.encode_batch([[*prompt, {"role": "assistant", "content": text}] for (prompt, _), text in pairs])
+    ids, labels = (
+        pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+        for rows, value in zip(zip(*encoded, strict=True), (processor.tokenizer.pad_token_id, -100), strict=True)
+    )
+    supervised = labels[:, 1:] >= 0
+    places = supervised.int().argsort(dim=1, descending=True, stable=True)[:, : int(supervised.sum(1).max())]
+    inputs = {"input_ids": ids, "logits_to_keep": places, **_pixel_values(processor, prompts)}
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    logits = model(**inputs, use_cache=False).logits.float()
+    targets = labels[:, 1:].gather(1, places).to(logits.device)
+    return (-cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(1)).tolist()
 
 
 def end_tokens(model: Any, processor: Any) -> set[int]:

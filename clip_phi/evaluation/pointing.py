@@ -37,6 +37,11 @@ def is_hit(heat: np.ndarray, crop: Box, boxes: Sequence[Box]) -> bool:
     return any((high >= box[:2]).all() and (low <= np.add(box[:2], box[2:])).all() for box in boxes)
 
 
+def chance(grid: tuple[int, int], crop: Box, boxes: Sequence[Box]) -> float:
+    """The expected hit rate of a random map."""
+    return float(np.mean([is_hit(each, crop, boxes) for each in np.eye(grid[0] * grid[1]).reshape(-1, *grid)]))
+
+
 def insertion_and_deletion(target: Target, heats: np.ndarray) -> np.ndarray:
     """Both areas for each map, in 0 to 1: float64 (maps, 2). heats: float (maps, rows, columns)."""
     ranks = (-heats.reshape(len(heats), -1)).argsort(1, kind="stable").argsort(1).reshape(heats.shape)
@@ -76,11 +81,12 @@ def evaluate_pointing(
         heats += [rng.random(target.grid), rng.random(target.grid) * 1e-3 - far]  # ties are broken at random
         heats += [shuffled.maps(DEFAULT_METHOD).sum(0)[0]]
         crop = crop_box(processor.image_processor, image.size)
-        hits = [is_hit(heat, crop, boxes) for heat in heats]
+        hits = [float(is_hit(heat, crop, boxes)) for heat in heats]
+        hits[MAPS.index("random")] = chance(target.grid, crop, boxes)
         areas = insertion_and_deletion(target, np.stack(heats))
         found.append((number, answer.text, np.column_stack([hits, areas]).tolist()))
     _, answers, rows = zip(*sorted(processes.gather(found)), strict=True)
-    scores, digests = np.array(rows), np.array([eval_set.digests[item.image] for item in eval_set.items])
+    scores, digests = np.array(rows), np.array([eval_set.digests[item.image] for item, *_ in asked])
     shown = scores[:, [MAPS.index(name) for name in SHOWN.values()]]  # (items, 3, metrics)
     means = [dict(zip(SHOWN, values, strict=True)) for values in shown.mean(0).T.tolist()]
     result = shared_result(eval_set, means[0], *by_group(shown[..., 0], digests), decoding.seed)
@@ -93,11 +99,10 @@ def evaluate_pointing(
     result |= {"metrics": dict(zip(METRICS, means, strict=True)), "methods": methods, "method": DEFAULT_METHOD}
     result |= {"answered_right": float(right.mean()), "one_object_answered_right": int(chosen.sum())}
     result |= {"tables": tables(eval_set, answers, shown[:, 0, 0]), "decoding": decoding.about()}
-    samples = [
-        eval_set.describe_image(item.image)
-        | {"question": item.question, "references": list(item.references), "answer": answer, "boxes": boxes}
-        | {"maps": dict(zip(MAPS, row, strict=True))}
-        | {key: row[MAPS.index(name)][0] for key, name in SHOWN.items()}
-        for item, (*_, boxes), answer, row in zip(eval_set.items, asked, answers, rows, strict=True)
-    ]
+    samples = []
+    for (item, text, reference, boxes), answer, row in zip(asked, answers, rows, strict=True):
+        maps = dict(zip(MAPS, row, strict=True))
+        sample = {"question": text, "references": [reference], "answer": answer, "boxes": boxes, "maps": maps}
+        sample |= {key: maps[name][0] for key, name in SHOWN.items()}
+        samples.append(eval_set.describe_image(item.image) | sample)
     return EvalResult(result | {"prompt": decoding.prompt or QUESTION}, samples)

@@ -19,6 +19,7 @@ from . import caption_metrics
 from .answers import Decoding, Processes
 from .chair import ChairScorer, add_chair
 from .clip_score import ClipScorer, local_clip
+from .confidence import save_scaling
 from .evaluate import EvalResult, evaluate_answers, evaluate_loss
 from .pointing import evaluate_pointing
 from .report import format_result, model_sha256, write
@@ -61,6 +62,9 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
         log(f"{report.num_skipped:,} of {report.records:,} records are skipped:\n{report.table()}")
     if options.objects and options.task not in ("captions", "pointing"):
         raise ValueError(f"--objects requires --task captions or pointing, not {options.task}")
+    is_answered = options.task not in ("captions", "loss", "pointing")
+    if options.calibrate and not (is_answered and Path(options.model).is_dir()):
+        raise ValueError("--calibrate requires --task vqa, pope or exact, and a model in a folder")
     paths = [path for source in sources if (path := Path(source.path)).name.startswith("captions_")]
     beside = [path.with_name(f"instances_{path.name.removeprefix('captions_')}") for path in paths]
     objects = options.objects or (beside[0] if len(sources) == len(beside) == 1 and beside[0].is_file() else None)
@@ -77,7 +81,8 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
         evaluation = evaluate_pointing(model, processor, eval_set, decoding, objects, processes)
     else:
         saved: dict[str, Any] = {"folder": output / f"{options.task}.answers", "model_hash": sha256}
-        evaluation = evaluate_answers(model, processor, eval_set, decoding, processes=processes, **saved)
+        saved |= {"processes": processes, "confidence": is_answered}
+        evaluation = evaluate_answers(model, processor, eval_set, decoding, **saved)
     if state.is_main_process:
         if options.task == "captions" and eval_set.items:
             add_caption_metrics(evaluation, eval_set, model, options.clip, options.meteor, chair_scorer, log)
@@ -90,6 +95,8 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
             # variables hold folders of this machine
             "environment": {name: value for name, value in describe_environment().items() if name != "variables"},
         }
+        if options.calibrate:
+            save_scaling(Path(options.model), model, result)
         written = write(evaluation, eval_set, output, Path(options.output) if options.output else None)
         print(json.dumps(result) if options.json else plain(format_result(result)))
         log(f"written: {', '.join(map(str, written))}")

@@ -19,10 +19,12 @@ from .rotation import WideTower
 
 # llama.cpp gives a message as a text, with a marker <__media...__> for each image, into which a server puts letters.
 CHAT_TEMPLATE = Path(__file__).with_name("llama_cpp.jinja").read_text(encoding="utf-8")
-# What llama.cpp and transformers call the sizes that both halves of the model have.
-SIZES = {
+# What llama.cpp and transformers call the fields of a decoder.
+FIELDS = {
     **{"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size"},
     **{"block_count": "num_hidden_layers", "head_count": "num_attention_heads"},
+    **{"context_length": "max_position_embeddings", "head_count_kv": "num_key_value_heads"},
+    **{"layer_norm_eps": "layer_norm_eps"},
 }
 # Names inside a block: those of transformers, and those of llama.cpp.
 BLOCK = {f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"} | {"mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
@@ -69,25 +71,22 @@ def refuse_unsupported(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -
         raise ValueError(f"GGUF cannot represent this model: {'; '.join(found)}")
 
 
-def _new_writer(path: Path, architecture: str, prefix: str, dtype: str, **sizes: int) -> Any:
+def _new_writer(path: Path, architecture: str, prefix: str, dtype: str, fields: dict[str, Any]) -> Any:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("Clip-Phi")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if dtype == "float16" else gguf.LlamaFileType.ALL_F32)
-    for name, size in sizes.items():
-        getattr(writer, f"add_{prefix}{name}")(size)
+    for name, value in fields.items():
+        getattr(writer, f"add_{prefix}{name}")(value)
     return writer
 
 
 def _write_text(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Path, dtype: str) -> int:
     config: Any = model.config.text_config
-    sizes = {theirs: getattr(config, ours) for theirs, ours in SIZES.items()}
-    writer = _new_writer(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI2], "", dtype, **sizes)
     head_width, rope = config.hidden_size // config.num_attention_heads, config.rope_parameters
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_eps(config.layer_norm_eps)
-    writer.add_rope_dimension_count(int(head_width * rope["partial_rotary_factor"]))
-    writer.add_rope_freq_base(rope["rope_theta"])
+    fields = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
+    fields["rope_dimension_count"] = int(head_width * rope["partial_rotary_factor"])
+    fields["rope_freq_base"] = rope["rope_theta"]
+    writer = _new_writer(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI2], "", dtype, fields)
     _add_tokenizer(writer, processor.tokenizer, config.vocab_size)
 
     decoder = model.model.language_model.state_dict()
@@ -142,18 +141,15 @@ def _write_mmproj(
     whole: Any = model.config
     config = whole.vision_config
     tensors = tower.convert() | _projector(model, tower)
-    sizes = {"embedding_length": tower.wide, "feed_forward_length": tower.hidden, "block_count": tower.layers}
-    writer = _new_writer(path, "clip", "vision_", dtype, head_count=tower.heads, **sizes)
+    fields = {"embedding_length": tower.wide, "feed_forward_length": tower.hidden, "block_count": tower.layers}
+    fields |= {"head_count": tower.heads, "attention_layernorm_eps": tower.epsilon}
+    fields |= {name: getattr(config, name) for name in ("image_size", "patch_size")}
+    fields |= {name: list(getattr(processor.image_processor, name)) for name in ("image_mean", "image_std")}
+    fields |= {"projection_dim": whole.text_config.hidden_size, "use_gelu": config.hidden_act != "quick_gelu"}
+    writer = _new_writer(path, "clip", "vision_", dtype, fields)
     writer.add_type(gguf.GGUFType.MMPROJ)
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type("mlp")
-    writer.add_vision_projection_dim(whole.text_config.hidden_size)
-    writer.add_vision_image_size(config.image_size)
-    writer.add_vision_patch_size(config.patch_size)
-    writer.add_vision_attention_layernorm_eps(tower.epsilon)
-    writer.add_vision_image_mean(list(processor.image_processor.image_mean))
-    writer.add_vision_image_std(list(processor.image_processor.image_std))
-    writer.add_vision_use_gelu(config.hidden_act != "quick_gelu")
     # llama.cpp's default is the second-to-last layer, whichever one the model uses
     writer.add_array("clip.vision.feature_layer", [tower.layers])
     return _write(writer, path, tensors, dtype)

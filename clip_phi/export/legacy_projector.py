@@ -77,10 +77,8 @@ def _read(path: str) -> dict[str, torch.Tensor]:
 
 def _without_backbones(path: str, state: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
     """The weights of a whole model's state that are not its backbones'. Raises ValueError if those were tuned."""
-    parts = (model.model.vision_tower, model.model.language_model, model.lm_head)
-    known: dict[str, torch.Tensor] = {}
-    for prefix, part in zip(("", "", "lm_head."), parts, strict=True):
-        known |= {f"{prefix}{name}": value for name, value in part.named_parameters()}
+    known = dict(model.model.vision_tower.named_parameters()) | dict(model.model.language_model.named_parameters())
+    known |= dict(model.lm_head.named_parameters(prefix="lm_head"))
     rest = {}
     for name, value in state.items():
         words = name.split(".")

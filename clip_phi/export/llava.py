@@ -38,14 +38,10 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     strategy = strategy if extra else "full"
     linear = config.projector_type == "linear"
     same = ("vision_config", "text_config", "vision_feature_layer", "tie_word_embeddings")
-    llava_config = LlavaConfig(
-        **{name: getattr(config, name) for name in same},
-        image_token_index=config.image_token_id,
-        projector_hidden_act="linear" if linear else "gelu",
-        vision_feature_select_strategy=strategy,
-    )
+    options = {name: getattr(config, name) for name in same} | {"image_token_index": config.image_token_id}
+    options |= {"projector_hidden_act": "linear" if linear else "gelu", "vision_feature_select_strategy": strategy}
     with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(llava_config)
+        llava = LlavaForConditionalGeneration(LlavaConfig(**options))
     kept = ("model.vision_tower.", "model.language_model.")
     state = {name: value for name, value in model.state_dict().items() if name.startswith(kept)}
     state["lm_head.weight"] = model.lm_head.weight.detach()
@@ -63,15 +59,12 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     for part in (llava.config, llava.config.vision_config, llava.config.text_config):
         part.name_or_path = ""  # a local folder
     llava.save_pretrained(folder)
-    LlavaProcessor(
-        image_processor=processor.image_processor,
-        tokenizer=processor.tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=extra,  # CLS
-        image_token=processor.image_token,
-        chat_template=processor.chat_template,
-    ).save_pretrained(folder)
+    for saved in (processor.image_processor.__dict__, processor.tokenizer.init_kwargs):
+        saved.pop("auto_map", None)  # the remote code that they were loaded with
+    same = ("image_processor", "tokenizer", "image_token", "chat_template")
+    options = {name: getattr(processor, name) for name in same} | {"vision_feature_select_strategy": strategy}
+    options |= {"patch_size": config.vision_config.patch_size, "num_additional_image_tokens": extra}  # CLS
+    LlavaProcessor(**options).save_pretrained(folder)
     read_back = LlavaForConditionalGeneration.from_pretrained(folder, dtype=model.dtype).eval()
     return _compare(model, read_back, processor, folder, "logits")
 
@@ -104,7 +97,7 @@ def _refuse_no_row(model: Any, where: str) -> None:
 def _compare(model: Any, read_back: Any, processor: ClipPhiProcessor, folder: Path, what: str) -> dict[str, Any]:
     """Compare an output of two models for a question about a random image."""
     ids = [processor.image_token_id] * processor.num_image_tokens + processor.tokenizer("What is it?")["input_ids"]
-    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": random_pixels(model).to(model.dtype)}
+    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": random_pixels(processor).to(model.dtype)}
     with torch.no_grad():
         difference = (read_back(**inputs)[what] - model(**inputs)[what]).abs().max().item()
     if not difference <= 1e-4:

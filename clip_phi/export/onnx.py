@@ -1,6 +1,8 @@
 """ONNX of the vision tower and the projector: from pixels to image features of the decoder's width."""
 
 import logging
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,43 +10,54 @@ import onnxruntime
 import onnxscript  # noqa: F401  # torch's exporter needs it
 import torch
 from torch import nn
-
-from modeling_clip_phi import ClipPhiForCausalLM
+from torch.export import Dim
 
 from . import random_pixels
 
 TOLERANCE = 1e-3  # of the largest feature
+FEATURES = (["pixel_values"], ["image_features"], [{0: Dim("images")}])
 
 
-class _Features(nn.Module):
-    def __init__(self, model: ClipPhiForCausalLM):
+class _Graph(nn.Module):
+    def __init__(self, function: Callable, module: nn.Module):
         super().__init__()
-        self.model = model.model
+        self.function, self.module = function, module
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model._project(self.model.get_vision_features(pixel_values))
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(self.module, *inputs)
 
 
-def export_onnx(model: ClipPhiForCausalLM, _: Any, folder: Path) -> dict[str, Any]:
-    """Write vision.onnx, from pixel_values to image_features, both float32. The decoder is not exported.
+def write_graph(
+    path: Path, function: Callable, module: nn.Module, inputs: tuple, names: list, outputs: list, shapes: list
+) -> None:
+    """Write function(module, *inputs) as ONNX, in float32. shapes: for each input, which dimensions vary."""
+    # it warns that torchvision is missing, which nothing here needs
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    large = sum(each.nbytes for each in module.state_dict().values()) > 1e9  # a protobuf holds 2 GB
+    options: dict[str, Any] = {"input_names": names, "output_names": outputs, "dynamic_shapes": (tuple(shapes),)}
+    options |= {"dynamo": True, "external_data": large, "opset_version": 21, "verbose": False}
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(_Graph(function, module).eval(), inputs, str(path), **options)
+
+
+def image_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    return model.model._project(model.model.get_vision_features(pixel_values))
+
+
+def export_onnx(model: Any, processor: Any, folder: Path) -> dict[str, Any]:
+    """Write vision.onnx, from pixel_values to image_features, both float32. The decoder is in the export "web".
 
     pixel_values are (images, 3, height, width), normalised; image_features are (images, patches, text hidden). Returns
     {"files", "largest_difference"}: of onnxruntime's features for two random images and for one, relative to the
     model's largest. Raises ValueError if the features differ."""
-    # it warns that torchvision is missing, which nothing here needs
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "vision.onnx"
-    module = _Features(model.float()).eval()
-    pixels = random_pixels(model, 2)
-    names: dict[str, Any] = {"input_names": ["pixel_values"], "output_names": ["image_features"]}
-    names["dynamic_shapes"] = {"pixel_values": {0: torch.export.Dim("images")}}
-    torch.onnx.export(module, (pixels,), str(path), **names, dynamo=True, external_data=False, verbose=False)
+    path, model, pixels = folder / "vision.onnx", model.float().eval(), random_pixels(processor, 2)
+    write_graph(path, image_features, model, (pixels,), *FEATURES)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     difference = 0.0
     with torch.no_grad():
         for images in (pixels, pixels[:1]):
-            wanted = module(images)
+            wanted = image_features(model, images)
             found = torch.from_numpy(session.run(None, {"pixel_values": images.numpy()})[0])
             difference = max(difference, ((found - wanted).abs().max() / wanted.abs().max()).item())
     if not difference < TOLERANCE:

@@ -50,9 +50,9 @@ class WideTower:
 
     def convert(self) -> dict[str, torch.Tensor]:
         layers = 1 + max(int(name.split(".")[2]) for name in self.tensors if name.startswith("v.blk."))
-        out = self._embeddings()
         own = (self._layer(number, number == layers - 1) for number in range(layers))
         blocks = [self._first(), *own, *self._copies()]
+        out = self._embeddings()
         for number, block in enumerate(blocks):
             out |= {f"v.blk.{number}.{name}": value for name, value in block.items()}
         self.layers = len(blocks)
@@ -82,14 +82,13 @@ class WideTower:
         wide[:, : self.width] = position @ self.center
         wide[:, self.width : self.width + self.code] = codes
         wide[:, self.width + self.code : self.mean] = self._codes().roll(1, 0) * CODE * deviations.double()
-        centered = torch.tensordot(self.center, patch, dims=1)
-        zeros = patch.new_zeros(self.wide - self.width, *patch.shape[1:])
-        cls = cls @ self.center
         norm = self._norm(torch.ones(self.width), torch.zeros(self.width))
         norm["weight"][self.width : self.mean] = 1.0
-        out = {f"v.pre_ln.{name}": value for name, value in norm.items()}
-        out["v.class_embd"] = torch.cat([cls, cls.new_zeros(self.wide - self.width)])
-        return out | {"v.patch_embd.weight": torch.cat([centered, zeros]), "v.position_embd.weight": wide}
+        out = {f"v.pre_ln.{name}": value for name, value in norm.items()} | {"v.position_embd.weight": wide}
+        for name, value in (("v.class_embd", cls), ("v.patch_embd.weight", patch)):
+            out[name] = value.new_zeros(self.wide, *value.shape[1:])
+            out[name][: self.width] = torch.tensordot(self.center, value, dims=1)
+        return out
 
     def _norm(self, weight: torch.Tensor, bias: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tower's norm on the first columns, and zeros on the others."""
@@ -98,8 +97,8 @@ class WideTower:
         return {"weight": torch.cat([weight, zeros]), "bias": torch.cat([bias.double(), zeros])}
 
     def _out(self, matrix: torch.Tensor) -> torch.Tensor:
-        """What is added to a row (width, n): without its mean, which goes to its own two columns."""
-        out = matrix.new_zeros(self.wide, matrix.shape[1])
+        """What is added to a row, (width, n) or (width,): without its mean, which goes to its own two columns."""
+        out = matrix.new_zeros(self.wide, *matrix.shape[1:])
         out[: self.width] = self.center @ matrix
         out[self.mean] = MEAN * matrix.mean(0)
         out[self.mean + 1] = -out[self.mean]
@@ -107,13 +106,11 @@ class WideTower:
 
     def _nothing(self) -> dict[str, torch.Tensor]:
         """A block that adds nothing."""
-        square, wide = torch.zeros(self.wide, self.wide, dtype=torch.double), torch.zeros(self.wide, dtype=torch.double)
-        up = torch.zeros(self.hidden, self.wide, dtype=torch.double)
-        block = {f"attn_{part}.weight": square.clone() for part in ("q", "k", "v", "out")}
-        block |= {f"attn_{part}.bias": wide.clone() for part in ("q", "k", "v", "out")}
-        block |= {"ffn_up.weight": up.clone(), "ffn_up.bias": torch.zeros(self.hidden, dtype=torch.double)}
-        block |= {"ffn_down.weight": up.T.clone(), "ffn_down.bias": wide.clone()}
-        return block | {f"{name}.{kind}": wide.clone() for name in ("ln1", "ln2") for kind in ("weight", "bias")}
+        sizes: dict[str, tuple[int, ...]] = {f"attn_{part}": (self.wide,) * 2 for part in ("q", "k", "v", "out")}
+        sizes |= {"ln1": (self.wide,), "ln2": (self.wide,)}
+        sizes |= {"ffn_up": (self.hidden, self.wide), "ffn_down": (self.wide, self.hidden)}
+        weights = {f"{name}.weight": torch.zeros(size, dtype=torch.double) for name, size in sizes.items()}
+        return weights | {f"{name}.bias": torch.zeros(size[0], dtype=torch.double) for name, size in sizes.items()}
 
     def _first(self) -> dict[str, torch.Tensor]:
         """The affine part of pre_ln, whose mean is not 0: x -> w x + b - x is added, as gelu(x) - gelu(-x) = x."""
@@ -128,8 +125,7 @@ class WideTower:
         linear[columns, columns] -= 1.0
         block["ffn_down.weight"][:, : self.width] = linear
         block["ffn_down.weight"][:, self.width : 2 * self.width] = -linear
-        block["ffn_down.bias"] = self._out(bias[:, None])[:, 0]
-        return block
+        return block | {"ffn_down.bias": self._out(bias)}
 
     def _layer(self, number: int, is_last: bool) -> dict[str, torch.Tensor]:
         block = self._nothing()
@@ -145,15 +141,13 @@ class WideTower:
             block[f"attn_{part}.weight"][places, : self.width] = old[f"attn_{part}.weight"] * scale
             block[f"attn_{part}.bias"][places] = old[f"attn_{part}.bias"] * scale
         block["attn_out.weight"][:, places] = self._out(old["attn_out.weight"])
-        block["attn_out.bias"] = self._out(old["attn_out.bias"][:, None])[:, 0]
+        block |= {f"{name}.bias": self._out(old[f"{name}.bias"]) for name in ("attn_out", "ffn_down")}
         inner = len(old["ffn_up.weight"])
         block["ffn_up.weight"][:inner, : self.width] = old["ffn_up.weight"]
         block["ffn_up.bias"][:inner] = old["ffn_up.bias"]
         block["ffn_down.weight"][:, :inner] = self._out(old["ffn_down.weight"])
-        block["ffn_down.bias"] = self._out(old["ffn_down.bias"][:, None])[:, 0]
         if is_last:
-            block["ffn_down.bias"][self.large] = self.constant
-            block["ffn_down.bias"][self.large + 1] = -self.constant
+            block["ffn_down.bias"][self.large : self.large + 2] = torch.tensor([self.constant, -self.constant])
         return block
 
     def _copies(self) -> Iterator[dict[str, torch.Tensor]]:

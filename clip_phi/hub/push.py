@@ -22,7 +22,7 @@ from .retry import load_with_retries, with_retries
 # The files of a model. Logs, training checkpoints and whatever else a run's folder holds are not pushed.
 SHIPPED = re.compile(
     r"(config|generation_config|processor_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|"
-    r"added_tokens|vocab|model\.safetensors\.index)\.json|merges\.txt|chat_template\.jinja|"
+    r"added_tokens|confidence|vocab|model\.safetensors\.index)\.json|merges\.txt|chat_template\.jinja|"
     r"(\w+_clip_phi|backbones)\.py|model(-\d+-of-\d+)?\.safetensors|adapter/adapter_(config\.json|model\.safetensors)"
 )
 CARD_IMAGES = re.compile(r"curve\.png|samples/\d+\.jpg")

@@ -75,9 +75,10 @@ def create_app(
     decoders = ThreadPoolExecutor(DECODERS, "clip-phi images")
     listener = ThreadPoolExecutor(1, "clip-phi speech")
 
-    def check_model(model: str) -> None:
+    def check_model(model: str) -> dict[str, Any]:
         if model != name:
             raise ApiError(404, f"there is no model {model!r} here, only {name!r}", code="model_not_found")
+        return about
 
     # Without its documentation page, which loads scripts from the web, and without redirects
     app = FastAPI(title="Clip-Phi", docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -95,8 +96,10 @@ def create_app(
             return {"type": "text", "text": part.text}
         in_thread = asyncio.get_running_loop().run_in_executor
         if isinstance(part, AudioPart):
-            text = await in_thread(listener, _transcript, part.input_audio.data, transcribe)
-            return {"type": "transcript", "text": text}
+            if transcribe is None:
+                raise ImportError("this server has no speech recognition: start it with --speech_model")
+            data = part.input_audio.data
+            return {"type": "transcript", "text": await in_thread(listener, lambda: transcribe(_from_base64(data)))}
         if len(images) == limits.max_images:
             raise ValueError(f"more than {limits.max_images} images")
         images.append(await in_thread(decoders, _image, part.image_url.url, engine, limits.max_pixels))
@@ -165,18 +168,20 @@ def create_app(
 
     @app.get("/v1/models/{model:path}", responses=errors)
     async def model(model: str) -> dict[str, Any]:
-        check_model(model)
-        return about
+        return check_model(model)
 
     @app.get("/health")
     async def health() -> Response:
-        state = {"status": "ok" if engine.alive else "closed", "model": name}
-        numbers = {"running": engine.num_running, "waiting": engine.num_waiting}
-        return JSONResponse(state | numbers, status_code=200 if engine.alive else 503)
+        state: dict[str, Any] = {"status": "ok" if engine.alive else "closed", "model": name}
+        state |= {"running": engine.num_running, "waiting": engine.num_waiting}
+        return JSONResponse(state, status_code=200 if engine.alive else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return PlainTextResponse(_metrics(engine, statuses), media_type="text/plain; version=0.0.4")
+        times = sorted(engine.first_token_seconds) or [0.0]
+        quantiles = [(q, times[min(len(times) - 1, int(q * len(times)))]) for q in (0.5, 0.9, 0.99)]
+        text = "".join(render("metrics.txt", engine=engine, statuses=sorted(statuses.items()), quantiles=quantiles))
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     @app.exception_handler(ApiError)
     @app.exception_handler(RequestValidationError)
@@ -231,12 +236,6 @@ def _image(url: str, engine: Engine, max_pixels: int) -> PreparedImage:
         return engine.read_image(_from_base64(url[found.end() :]), max_pixels)
     except RecordError as error:
         raise ValueError(str(error)) from error
-
-
-def _transcript(data: str, transcribe: Callable[[bytes], str] | None) -> str:
-    if transcribe is None:
-        raise ImportError("this server has no speech recognition: start it with --speech_model")
-    return transcribe(_from_base64(data))
 
 
 def _from_base64(text: str) -> bytes:
@@ -316,8 +315,8 @@ class _Answer:
     def _usage(self) -> dict[str, Any]:
         """OpenAI's usage, and timings, which OpenAI does not have."""
         first = self.completions[0]
-        usage = {"prompt_tokens": first.num_prompt_tokens}
-        usage["completion_tokens"] = sum(completion.num_tokens for completion in self.completions)
+        tokens = sum(completion.num_tokens for completion in self.completions)
+        usage = {"prompt_tokens": first.num_prompt_tokens, "completion_tokens": tokens}
         timings = {"first_token_seconds": first.first_token_seconds, "tokens_per_second": first.tokens_per_second}
         return {"usage": usage | {"total_tokens": sum(usage.values())}, "timings": timings}
 
@@ -346,10 +345,3 @@ async def _wait(completions: list[Completion], pieces: asyncio.Queue[tuple[int, 
 def _engine_error(error: BaseException) -> ApiError:
     message = " ".join(str(error).split()) or type(error).__name__
     return ApiError(503 if isinstance(error, EngineClosedError) else 500, message)
-
-
-def _metrics(engine: Engine, statuses: Counter[int]) -> str:
-    """Prometheus text format, version 0.0.4."""
-    times = sorted(engine.first_token_seconds) or [0.0]
-    quantiles = [(q, times[min(len(times) - 1, int(q * len(times)))]) for q in (0.5, 0.9, 0.99)]
-    return "".join(render("metrics.txt", engine=engine, statuses=sorted(statuses.items()), quantiles=quantiles))

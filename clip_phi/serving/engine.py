@@ -108,7 +108,7 @@ class Completion:
     first_token_seconds: time from submission to the first token.
     tokens_per_second: rate after the first token."""
 
-    def __init__(self, callback: Callback | None = None):
+    def __init__(self, num_prompt_tokens: int, callback: Callback | None):
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
         self._callback = callback or self._pieces.put
         self._cancelled = False
@@ -117,7 +117,7 @@ class Completion:
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.text = ""
-        self.num_prompt_tokens = self.num_tokens = 0
+        self.num_prompt_tokens, self.num_tokens = num_prompt_tokens, 0
         self.logprobs: list[TokenLogprob] = []
 
     @property
@@ -179,9 +179,8 @@ class Engine(AbstractContextManager["Engine"]):
     equally likely to six digits, in bfloat16 to two or three. Greedy completions are those of transformers' generate;
     sampled ones repeat with their seed. Raises ValueError for a decoder that training refuses too.
 
-    Args:
-        model: a ClipPhiForCausalLM, in eval mode from now on.
-        compiled: torch.compile the step that generates a token for every request; the first requests are slow."""
+    model: a ClipPhiForCausalLM, in eval mode from now on.
+    compiled: torch.compile the step that generates a token for every request; the first requests are slow."""
 
     def __init__(self, model: Any, processor: Any, compiled: bool = False, limits: Limits = Limits()):
         self.model, self.processor, self.limits = model.eval(), processor, limits
@@ -264,7 +263,6 @@ class Engine(AbstractContextManager["Engine"]):
         meaning; QueueFullError; EngineClosedError.
 
         Args:
-            messages: for the processor's chat template.
             images: RGB, or of read_image: one for each {"type": "image"}, in order.
             callbacks: as of submit, one for each completion.
             max_new_tokens: None for Limits.max_new_tokens, or what the context has room for.
@@ -296,13 +294,11 @@ class Engine(AbstractContextManager["Engine"]):
         prepared = [self._prepare(image) if isinstance(image, Image.Image) else image for image in images]
         group = []
         for number, callback in enumerate(callbacks):
-            completion = Completion(callback)
-            completion.num_prompt_tokens = len(ids)
             stream = TextStream(self.processor.tokenizer, stop)
-            sampling = temperature, top_p, random.Random(None if seed is None else seed + number)
+            sampling = temperature, top_p, random.Random(None if seed is None else seed + number), top_logprobs
             rules = grammar and grammar.copy(max_new_tokens)
-            request = _Request(completion, ids, prepared, stream, max_new_tokens, *sampling, top_logprobs, rules)
-            group.append(request)
+            completion = Completion(len(ids), callback)
+            group.append(_Request(completion, ids, prepared, stream, max_new_tokens, *sampling, rules))
         with self._changed:
             self.check_queue()
             queued = sum(_num_bytes(each[0].images) for each in self._waiting)
@@ -528,11 +524,9 @@ class Engine(AbstractContextManager["Engine"]):
     def _features(self, joining: list[_Request]) -> list[list[torch.Tensor]]:
         """Features (patches, text hidden) of each image of each request; new images go through the vision tower."""
         images = [image for request in joining for image in request.images]
-        found = {key: features for key, features, _ in images if features is not None}
-        new: dict[str, Any] = {key: pixels for key, _, pixels in images if key not in found}
-        known = {key: self.images.get(key) for key in new}  # of a request just before
-        found |= {key: features for key, features in known.items() if features is not None}
-        new = {key: pixels for key, pixels in new.items() if key not in found}
+        # An image may have come into the cache since it was read: by a request just before.
+        found: dict[str, Any] = {key: self.images.get(key) if known is None else known for key, known, _ in images}
+        new = {key: pixels for key, _, pixels in images if found[key] is None and pixels is not None}
         self.counts.update(images=len(images), images_encoded=len(new))
         if new:
             pixel_values = torch.stack(list(new.values())).to(self.model.device)
@@ -574,32 +568,38 @@ class Engine(AbstractContextManager["Engine"]):
         return outputs.logits[:, 0].float()
 
     def _take_tokens(self, requests: list[_Request], logits: torch.Tensor) -> None:
-        requests = list(requests)
         wanted = [number for number, request in enumerate(requests) if request.top_logprobs is not None]
         logprobs = dict(zip(wanted, logits[wanted].log_softmax(dim=-1), strict=True)) if wanted else {}
-        faults: dict[int, Exception] = {}
-        allowed: dict[int, np.ndarray] = {}
+        everything = b"\xff" * -(-logits.shape[1] // 8)  # a bit for each token
+        masks = [everything] * len(requests)
         for number, request in enumerate(requests):
             if request.grammar is not None:
-                with _noted(faults, number):
-                    allowed[number] = request.grammar.allowed()[: logits.shape[1]]
-        if allowed:
-            rows, masks = list(allowed), torch.from_numpy(np.stack(list(allowed.values()))).to(logits.device)
-            logits[rows] = logits[rows].masked_fill(~masks, -torch.inf)
+                with self._failing_alone(request):
+                    masks[number] = request.grammar.allowed()[: len(everything)]
+        if any(request.grammar is not None for request in requests):
+            bits = np.frombuffer(b"".join(masks), np.uint8).reshape(len(requests), -1)
+            allowed = np.unpackbits(bits, axis=1, count=logits.shape[1], bitorder="little").view(bool)
+            logits = logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
         tokens: list[int | None] = [None] * len(requests)
         try:
             tokens = _choose(logits, requests)
         except Exception:  # of one of them
             for number, request in enumerate(requests):
-                with _noted(faults, number):
+                with self._failing_alone(request):
                     tokens[number] = _choose(logits[number : number + 1], [request])[0]
         for number, (request, token) in enumerate(zip(requests, tokens, strict=True)):
-            if number not in faults:
-                with _noted(faults, number):  # also of its callback or its text
+            if request.length >= 0:
+                with self._failing_alone(request):  # its callback or its text may raise too
                     self._take_token(request, token, logprobs.get(number))
-            if number in faults:  # no other request is concerned
-                self._end(request, None, faults[number])
         self._remove_ended()
+
+    @contextmanager
+    def _failing_alone(self, request: _Request) -> Iterator[None]:
+        """An error ends this request, and no other one."""
+        try:
+            yield
+        except Exception as error:
+            self._end(request, None, error)
 
     def _take_token(self, request: _Request, token: int | None, logprobs: torch.Tensor | None) -> None:
         if token is None:
@@ -689,14 +689,6 @@ def _choose(logits: torch.Tensor, requests: Sequence[_Request]) -> list[int | No
         for number, token in zip(sampled, order.gather(1, drawn).flatten().tolist(), strict=True):
             tokens[number] = token
     return [token if good else None for token, good in zip(tokens, finite, strict=True)]
-
-
-@contextmanager
-def _noted(faults: dict[int, Exception], number: int) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        faults[number] = error
 
 
 def _num_characters(message: dict[str, Any]) -> int:

@@ -60,7 +60,8 @@ class Grammars:
         if matcher.is_error():
             reason = " ".join(re.split(r"\n +\d+ \| ", matcher.get_error())[0].split())  # without the grammar's lines
             raise ValueError(f"cannot be followed: {reason[:200]}")
-        return Grammar(matcher, {mark: self._converted.tokenize_str(mark)[0] for mark in '"}],~0123456789'})
+        marks = {mark: self._converted.tokenize_str(mark)[0] for mark in '"}],~0123456789'}
+        return Grammar(matcher, marks, self.ends[0])
 
 
 class Grammar:
@@ -69,14 +70,14 @@ class Grammar:
     An answer that becomes too long is led to its end, so that it follows the grammar within its limit of tokens: before
     the limit, `take` looks for a short way to the end, and goes this way before it becomes too long."""
 
-    def __init__(self, matcher: Any, marks: dict[str, int]):
-        self.matcher, self.marks = matcher, marks
+    def __init__(self, matcher: Any, marks: dict[str, int], end: int):
+        self.matcher, self.marks, self.end = matcher, marks, end
         self.ending: list[int] = []  # tokens from here to the end of an answer; empty: not known
         self.unchecked = 0  # tokens that may follow before the next look
 
     def copy(self, max_new_tokens: int) -> "Grammar":
         """The beginning of an answer of at most so many tokens."""
-        copy = Grammar(self.matcher.deep_copy(), self.marks)
+        copy = Grammar(self.matcher.deep_copy(), self.marks, self.end)
         copy.ending = copy._find_ending(max_new_tokens) or []
         # Without a short answer there is nothing to look for
         copy.unchecked = copy._steps_without_look(max_new_tokens) if copy.ending else max_new_tokens
@@ -92,10 +93,9 @@ class Grammar:
         """Whether the answer may end here."""
         return self.matcher.is_accepting()
 
-    def allowed(self) -> np.ndarray:
-        """bool (vocabulary,), or a little longer: the tokens that may follow."""
-        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
-        return np.unpackbits(bits, bitorder="little").view(bool)
+    def allowed(self) -> bytes:
+        """A bit for each token, the lowest first, 1 where it may follow; and some more bits."""
+        return self.matcher.compute_bitmask()
 
     def take(self, token: int, left: int) -> int:
         """Go on with this token, or another one if the answer could not end within `left` tokens, it included.
@@ -107,7 +107,7 @@ class Grammar:
         if before[:1] == [token]:
             self.ending = before[1:]
         elif self.unchecked < 0 and not self.is_stopped:
-            found = self._find_ending(left - 1)
+            found = self._rest_of(before, left - 1) or self._find_ending(left - 1)
             if found is None and before:
                 self.matcher.rollback(1)
                 token, *self.ending = before
@@ -124,6 +124,14 @@ class Grammar:
     def _consume(self, tokens: list[int]) -> None:
         if not self.matcher.consume_tokens(tokens):
             raise ValueError(f"the answer cannot follow its grammar: {self.matcher.get_error()}")
+
+    def _rest_of(self, ending: list[int], most: int) -> list[int] | None:
+        """A way to the end that was known before the last token, if it, or its rest, is one from here too."""
+        for start in range(min(3, len(ending))):  # the last token may be the first two of it in one
+            rest = ending[start:]
+            if len(rest) <= most and self.matcher.validate_tokens([*rest, self.end]) > len(rest):
+                return rest
+        return None
 
     def _find_ending(self, most: int) -> list[int] | None:
         """A short, not always the shortest way to the end; None if it has more tokens than `most`."""
@@ -147,5 +155,5 @@ class Grammar:
         for mark in '}]"' if is_quote else "}],0123456789":
             if may(mark):
                 return self.marks[mark]
-        allowed = self.allowed().nonzero()[0]
+        allowed = np.unpackbits(np.frombuffer(self.allowed(), np.uint8), bitorder="little").nonzero()[0]
         return int(allowed[number % len(allowed)])  # each in turn: one of them leads to the end

@@ -9,12 +9,6 @@ from ..templates import render
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRADIO = "6.31.0"  # version where gradio is not installed
-APP = """from clip_phi.serving.chat import launch
-from clip_phi.serving.engine import Engine
-from clip_phi.serving.modalities import load_modalities
-
-launch(Engine.from_pretrained({model!r}), load_modalities("base.en", "", None, None), "0.0.0.0", 7860, None)
-"""
 
 
 def write_space(repo_id: str, model: str, folder: Path) -> Path:
@@ -36,7 +30,8 @@ def write_space(repo_id: str, model: str, folder: Path) -> Path:
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     gradio = installed_version("gradio") or GRADIO
     about = {"title": repo_id.split("/")[1], "hub_id": None if local else model, "gradio": gradio}
-    (folder / "app.py").write_text(APP.format(model="model" if local else model), encoding="utf-8")
+    app = render("space.txt", model=repr("model" if local else model))
+    (folder / "app.py").write_text("".join(app), encoding="utf-8")
     (folder / "README.md").write_text("".join(render("space.md", **about)), encoding="utf-8")
     (folder / "requirements.txt").write_text("\n".join(sorted(requirements().values())) + "\n", encoding="utf-8")
     return folder

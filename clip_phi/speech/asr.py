@@ -1,6 +1,6 @@
 """Speech to text: one interface for all speech recognition engines."""
 
-from typing import Any, Protocol
+from typing import Any
 
 from ..data.files import is_missing_folder
 from ..data.transcripts import ENGINES, AsrSettings, Engine
@@ -11,21 +11,12 @@ from .whisperx import WhisperXTranscriber
 DEFAULT = AsrSettings()
 
 
-class Transcriber(Protocol):
-    engine: Engine
-
-    def transcribe(self, clip: AudioClip) -> Transcript:
-        """The speech in a clip; the text is empty where there is none."""
-
-    def close(self) -> None:
-        """Free memory and processes. May be called twice."""
-
-
 def make_transcriber(
     engine: Engine = DEFAULT.engine, model: str = DEFAULT.model, device: str = "cpu", language: str | None = None,
     compute_type: str | None = None, word_timestamps: bool = False,
-) -> Transcriber:  # fmt: skip
-    """Load a speech recognition model. There is no fallback to another engine.
+) -> "FasterWhisperTranscriber | WhisperXTranscriber":  # fmt: skip
+    """Load a speech recognition model, whose `transcribe` gives the Transcript of an AudioClip, and whose `close` frees
+    memory and processes. There is no fallback to another engine.
 
     Raises ValueError or OSError if the model cannot be loaded, ImportError if the engine is not installed.
 

@@ -72,7 +72,7 @@ def audio_from_array(samples: Any, sampling_rate: int, max_seconds: float = MAX_
     if not RATES[0] <= sampling_rate <= RATES[1]:
         raise ValueError(f"{sampling_rate} Hz is no sampling rate of audio")
     array = array[: math.ceil((limit + 1) * sampling_rate / SAMPLING_RATE)]
-    if array.dtype.kind == "u" and array.dtype.itemsize == 1:
+    if array.dtype == np.uint8:
         array = (array.astype(np.float32) - 128) / 128  # the zero of unsigned bytes is 128, as in wav files
     elif array.dtype.kind == "i":
         array = array.astype(np.float64) / -float(np.iinfo(array.dtype).min)
@@ -121,10 +121,9 @@ def _open(source: str | Path | bytes | File, name: str) -> Any:
     try:
         if isinstance(source, File):
             source = source.path if source.member is None else source.read()
-        file: Any = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
+        return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
     except Exception as error:  # zipfile, zlib and pyarrow each have errors of their own
         raise ValueError(f"missing recording: {name}: {_reason(error)}") from error
-    return file
 
 
 def _decode(file: Any, name: str) -> Iterator[np.ndarray]:

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -185,13 +186,8 @@ class WhisperXTranscriber:
 
     def _exchange(self, line: str, seconds: float, what: str) -> dict[str, Any]:
         """Send a line and receive one. Stops the worker and raises _WorkerExited if it exits, WorkerError if late."""
-        process, late = self._process, threading.Event()
-
-        def kill() -> None:  # ends the writing and reading below, which have no time limit of their own
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(seconds, kill)
+        process, end = self._process, time.monotonic() + seconds
+        timer = threading.Timer(seconds, process.kill)  # ends what follows, which has no time limit of its own
         timer.start()
         try:
             with contextlib.suppress(OSError, ValueError):  # no pipe, or no whole line: the worker has exited
@@ -207,12 +203,11 @@ class WhisperXTranscriber:
             timer.cancel()
         status = process.poll()
         self._stop()
-        if late.is_set():
+        if time.monotonic() >= end:
             raise WorkerError(f"WhisperX did not {what} within {seconds:g} seconds, and was stopped")
         self._errors.seek(0)
-        last_line = self._errors.read().strip().splitlines()[-1:]
-        how = f"killed by signal {-status}" if status is not None and status < 0 else f"exit status {status}"
-        raise _WorkerExited(": ".join([how, *last_line]))
+        how = f"killed by signal {-status}" if (status or 0) < 0 else f"exit status {status}"
+        raise _WorkerExited(": ".join([how, *self._errors.read().strip().splitlines()[-1:]]))
 
     def _stop(self) -> None:
         process, self._process = self._process, None

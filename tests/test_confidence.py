@@ -1,0 +1,116 @@
+"""How sure an answer is: likelihood, gain and confidence, by hand-worked examples and plain forward passes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clip_phi.cli import main
+from clip_phi.data.sample import user_message
+from clip_phi.data.synthetic import write_dataset
+from clip_phi.evaluation.confidence import (
+    assess,
+    calibration,
+    fit_scaling,
+    load_scaling,
+    logit,
+    risk_coverage,
+    save_scaling,
+    scale,
+)
+from clip_phi.evaluation.generate import answer_logprobs
+
+
+def test_calibration_error_and_brier_score_by_hand():
+    # Bins of 1/15: 0.95 and 0.97 share the last one, 0.65 and 0.6 the tenth and the ninth, whose upper end is 0.6.
+    confidence, right = np.array([0.95, 0.97, 0.65, 0.6, 1.0]), np.array([1.0, 0.0, 1.0, 0.5, 1.0])
+    found = calibration(confidence, right)
+    gaps = [0.95 + 0.97 + 1.0 - 2, 0.65 - 1, 0.6 - 0.5]
+    assert found["ece"] == pytest.approx(sum(map(abs, gaps)) / 5)
+    assert found["brier"] == pytest.approx((0.05**2 + 0.97**2 + 0.35**2 + 0.1**2 + 0) / 5)
+    assert calibration(np.array([0.0, 1.0]), np.array([0.0, 1.0])) == {"ece": 0.0, "brier": 0.0}
+
+
+def test_risk_and_coverage_by_hand():
+    # From the surest on: right, right, wrong, right, wrong. Risks 0, 0, 1/3, 1/4, 2/5.
+    found = risk_coverage(np.array([0.2, 0.9, 0.5, 0.8, 0.4]), np.array([0.0, 1, 0, 1, 1]))
+    assert found["risk_coverage_area"] == pytest.approx((1 / 3 + 1 / 4 + 2 / 5) / 5)
+    assert found["accuracy_at_coverage"] == pytest.approx({"1.0": 3 / 5, "0.9": 3 / 5, "0.8": 3 / 4, "0.5": 2 / 3})
+    # Equally sure answers share their scores: their order in the data means nothing.
+    for right in ([1.0, 0, 0, 0], [0, 0, 0, 1.0]):
+        assert risk_coverage(np.ones(4), np.array(right))["accuracy_at_coverage"] == dict.fromkeys(
+            ("1.0", "0.9", "0.8", "0.5"), 0.25
+        )
+
+
+def test_scaling_finds_the_true_slope_and_bias_and_stays_finite():
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 3, 20_000)
+    right = (rng.random(20_000) < scale(values, 0.5, -0.7)).astype(float)
+    found = fit_scaling(values, right)
+    assert found["slope"] == pytest.approx(0.5, abs=0.03) and found["bias"] == pytest.approx(-0.7, abs=0.05)
+    for all_right in (np.ones(50), np.zeros(50)):
+        sure = scale(logit(np.full(50, 1.0)), **fit_scaling(logit(np.full(50, 1.0)), all_right))
+        assert sure == pytest.approx((51 / 52 if all_right[0] else 1 / 52) * np.ones(50), abs=1e-3)
+
+
+def test_the_scaling_is_fitted_on_half_of_the_images_and_reported_on_the_others():
+    rng = np.random.default_rng(0)
+    digests = [f"{image % 16:x}{image:07x}" for image in rng.integers(0, 500, 4000)]
+    fit = np.array([int(digest[0], 16) % 2 == 0 for digest in digests])
+    likelihoods = rng.uniform(0.5, 1, 4000)
+    right = np.where(fit, rng.random(4000) < likelihoods**4, 0.0)
+    found = assess(likelihoods, likelihoods - 0.5, right.astype(float), digests)
+    assert found["answers"] == (~fit).sum() and found["fitted_on"] == fit.sum()
+    assert found["likelihood"]["accuracy_at_coverage"]["1.0"] == 0  # of the other half alone
+    assert found["likelihood"]["ece"] == pytest.approx(likelihoods[~fit].mean())
+    expected = scale(logit(likelihoods[fit]), *(found["likelihood"]["scaled"][name] for name in ("slope", "bias")))
+    assert calibration(expected, right[fit])["ece"] < 0.05  # though the likelihoods are overconfident
+    assert "ece" not in found["gain"] and found["gain"]["scaled"]["ece"] > 0
+    assert assess(likelihoods, likelihoods, right, ["0a"] * 4000) == {}
+
+
+@torch.no_grad()
+def test_the_likelihood_of_an_answer_is_that_of_a_plain_forward_pass(model, processor):
+    image = Image.new("RGB", (64, 64), "red")
+    prompts = [([user_message(question, n)], [image] * n) for question, n in (("What?", 1), ("How many are there?", 0))]
+    answers = ["red", "two red circles"]
+    for (messages, images), text, found in zip(
+        prompts, answers, answer_logprobs(model, processor, prompts, answers), strict=True
+    ):
+        ids, labels = processor.encode([*messages, {"role": "assistant", "content": text}])
+        pixels = processor.image_processor(images, return_tensors="pt") if images else {}
+        logprobs = model(torch.tensor([ids]), **pixels).logits[0].log_softmax(-1)
+        expected = sum(float(logprobs[place - 1, label]) for place, label in enumerate(labels) if label >= 0)
+        assert labels[-1] == processor.tokenizer.eos_token_id and found == pytest.approx(expected, abs=1e-4)
+
+
+def test_evaluate_reports_and_keeps_the_scaling_which_other_weights_refuse(fresh_model, processor, tmp_path, capsys):
+    model = fresh_model
+    folder, data = tmp_path / "checkpoint", tmp_path / "data"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_dataset(data, num_train=0, num_val=8)
+    source = f"llava:{data}/llava_instruct_val.json,images={data}/val2017"
+
+    def evaluate(task, *options):
+        return main(["evaluate", str(folder), "--task", task, "--data", source, "--max_new_tokens", "3", *options])
+
+    assert load_scaling(str(folder), model) is None
+    assert evaluate("loss", "--calibrate") == 2
+    assert "--calibrate requires --task vqa, pope or exact" in capsys.readouterr().err
+    assert evaluate("vqa", "--calibrate") == 0
+    assert "ECE by likelihood" in capsys.readouterr().out
+    result = json.loads((folder / "evaluation/vqa.json").read_text())["confidence"]
+    scaled = result["likelihood"]["scaled"]
+    assert load_scaling(str(folder), model) == {name: scaled[name] for name in ("slope", "bias")}
+    samples = [json.loads(line) for line in (folder / "evaluation/vqa.samples.jsonl").read_text().splitlines()]
+    assert result["answers"] + result["fitted_on"] == len(samples)
+    assert all(0 <= each["likelihood"] <= 1 and -1 <= each["gain"] <= each["likelihood"] for each in samples)
+    with pytest.raises(ValueError, match="needs answers about more images"):
+        save_scaling(folder, model, {"confidence": {}})
+    with torch.no_grad():
+        next(model.model.projector.parameters()).add_(1)
+    assert load_scaling(str(folder), model) is None
