@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from clip_phi.batching.images import load_image
 from clip_phi.data.sample import user_message
@@ -80,15 +81,19 @@ def draw(model: str, data: Path, samples: list[dict[str, Any]], path: str) -> No
     from matplotlib.figure import Figure
 
     weights, processor, _ = load(model, "cpu")
-    kinds = {question_kind(sample["question"]): sample for sample in reversed(samples)}
+    chosen: dict[str, dict[str, Any]] = {}
+    for sample in samples:
+        if sample["image"] not in {each["image"] for each in chosen.values()}:
+            chosen.setdefault(question_kind(sample["question"]), sample)
     images, texts = [], []
-    for sample in list(kinds.values())[:4]:
+    for sample in list(chosen.values())[:4]:
         image = load_image(data / "val2017" / sample["image"])
         images += [image, explain(weights, processor, image, sample["question"], sample["answer"]).draw([image])]
         texts += [sample["question"], sample["answer"]]
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     draw_images(figure, images, texts)
     save_png(figure, path, dpi=70)
+    Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=96).save(path, optimize=True)
 
 
 def confidence(model: str) -> dict[str, float | None]:

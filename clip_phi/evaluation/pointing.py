@@ -37,11 +37,6 @@ def is_hit(heat: np.ndarray, crop: Box, boxes: Sequence[Box]) -> bool:
     return any((high >= box[:2]).all() and (low <= np.add(box[:2], box[2:])).all() for box in boxes)
 
 
-def chance(grid: tuple[int, int], crop: Box, boxes: Sequence[Box]) -> float:
-    """The expected hit rate of a random map."""
-    return float(np.mean([is_hit(each, crop, boxes) for each in np.eye(grid[0] * grid[1]).reshape(-1, *grid)]))
-
-
 def insertion_and_deletion(target: Target, heats: np.ndarray) -> np.ndarray:
     """Both areas for each map, in 0 to 1: float64 (maps, 2). heats: float (maps, rows, columns)."""
     ranks = (-heats.reshape(len(heats), -1)).argsort(1, kind="stable").argsort(1).reshape(heats.shape)
@@ -82,7 +77,8 @@ def evaluate_pointing(
         heats += [shuffled.maps(DEFAULT_METHOD).sum(0)[0]]
         crop = crop_box(processor.image_processor, image.size)
         hits = [float(is_hit(heat, crop, boxes)) for heat in heats]
-        hits[MAPS.index("random")] = chance(target.grid, crop, boxes)
+        each = np.eye(far.size).reshape(-1, *target.grid)  # whose mean is the expected hit rate of a random map
+        hits[MAPS.index("random")] = float(np.mean([is_hit(heat, crop, boxes) for heat in each]))
         areas = insertion_and_deletion(target, np.stack(heats))
         found.append((number, answer.text, np.column_stack([hits, areas]).tolist()))
     _, answers, rows = zip(*sorted(processes.gather(found)), strict=True)
