@@ -2,6 +2,7 @@
 machine. `make test-browser`; with ARGS='--screenshots docs/chat' it also takes the screenshots of the documentation."""
 
 import io
+import json
 import math
 import mimetypes
 import os
@@ -255,6 +256,28 @@ def test_the_page_shows_where_it_looked(open_page, size, engine, files, shoot):
     assert box["width"] > 200 and page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     image.scroll_into_view_if_needed()
     shoot(page, f"{size}_overlay")
+
+
+def test_the_page_of_an_answer_shows_the_map_of_each_word(browser, files, tmp_path, capsys):
+    path = tmp_path / "map.html"
+    arguments = ["explain", files / "one.png", "Describe the image.", "--answer", "a <b> circle", "--model", DEMO]
+    assert main([*map(str, arguments), "--output", str(path), "--json"]) == 0
+    maps = np.array(json.loads(capsys.readouterr().out)["maps"])[:, 0]
+    context = browser.new_context(viewport={"width": 390, "height": 844}, offline=True)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    cells = page.locator(".map i")
+    assert cells.count() == 16 and page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    for word, heat in (("(all words)", maps.sum(0)), ("<b>", maps[1]), ("circle", maps[2])):
+        page.get_by_role("button", name=word, exact=True).click()
+        shown = [float(cell.get_attribute("title")) for cell in cells.all()]
+        assert np.allclose(shown, heat.flatten(), rtol=0.01, atol=1e-4), word
+        darkness = [
+            float(cell.evaluate("cell => cell.style.backgroundColor").split(",")[3][:-1]) for cell in cells.all()
+        ]
+        assert np.argmin(darkness) == heat.argmax() and min(darkness) == 0, word
+        assert page.locator("[aria-pressed=true]").inner_text() == word
+    context.close()
 
 
 def test_an_answer_streams_and_stops(open_page, engine, files):

@@ -21,7 +21,7 @@ from clip_phi.data.source import parse_files
 from clip_phi.data.synthetic import ask_about_boxes, write_dataset
 from clip_phi.evaluation import pointing
 from clip_phi.evaluation.answers import Decoding, Processes
-from clip_phi.evaluation.explain import DEFAULT_METHOD, METHODS, Target, crop_box, explain, overlay, patch_grid
+from clip_phi.evaluation.explain import DEFAULT_METHOD, METHODS, Explanation, Target, crop_box, explain, patch_grid
 from clip_phi.evaluation.generate import GeneratedAnswer
 from clip_phi.evaluation.pointing import MAPS, evaluate_pointing, insertion_and_deletion, is_hit
 from clip_phi.evaluation.tasks import make_eval_set, read_samples
@@ -238,9 +238,9 @@ def test_an_image_processor_that_mirrors_is_refused():
 
 
 def test_the_overlay_is_bright_in_the_strongest_patch_and_dark_outside_the_crop():
-    drawn = np.asarray(
-        overlay(Image.new("RGB", (512, 256), (200, 40, 40)), np.array([[0, 3.0], [-2, 1.5]]), (128, 0, 384, 256))
-    )
+    maps = np.array([[0, 1.0], [-3, 1]]), np.array([[0, 2.0], [1, 0.5]])  # of two words
+    made = Explanation("a b", ["a", "b"], "occlusion", np.stack(maps)[:, None], [(128, 0, 384, 256)])
+    drawn = np.asarray(made.draw([Image.new("RGB", (512, 256), (200, 40, 40))]))
     color, dark = [200, 40, 40], drawn[0, 0].tolist()
     assert drawn[64, 320].tolist() == color and dark == [dark[0]] * 3 and dark[0] < 30
     assert drawn[64, 192].tolist() == drawn[192, 192].tolist() == drawn[200, 10].tolist() == dark

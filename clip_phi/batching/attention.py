@@ -163,14 +163,9 @@ def attend_by_bucket(
 
 
 def attend_by_piece(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: PackLayout,
-    scaling: float | None,
-    kernel: Callable[..., Tensor],
+    query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scaling: float | None, kernel: Callable[..., Tensor],
     window: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The same with a kernel of torch.nn.attention.varlen_attn's signature, which computes nothing for padding."""
     keys, values = (each.transpose(0, 1)[layout.key_places] for each in (key, value))
     starts = (layout.query_starts, layout.key_starts, *layout.longest)

@@ -39,16 +39,9 @@ class EvalResult(NamedTuple):
 
 
 def evaluate_answers(
-    model: Any,
-    processor: Any,
-    eval_set: EvalSet,
-    decoding: Decoding,
-    *,
-    folder: Path | None = None,
-    model_hash: str = "",
-    confidence: bool = False,
-    processes: Processes | None = None,
-) -> EvalResult:
+    model: Any, processor: Any, eval_set: EvalSet, decoding: Decoding, *, folder: Path | None = None, model_hash: str =
+    "", confidence: bool = False, processes: Processes | None = None,
+) -> EvalResult:  # fmt: skip
     """Generate the answers of the model and of its controls, and score them. All processes call it, and get the result.
 
     model: a ClipPhiForCausalLM in eval mode. eval_set: of any task but loss. folder: where answers are saved as they
@@ -242,14 +235,9 @@ def repeats_itself(text: str) -> bool:
 
 
 def evaluate_loss(
-    model: Any,
-    processor: Any,
-    samples: Sequence[Sample],
-    eval_set: EvalSet,
-    decoding: Decoding,
-    max_length: int = 2048,
-    processes: Processes | None = None,
-) -> EvalResult:
+    model: Any, processor: Any, samples: Sequence[Sample], eval_set: EvalSet, decoding: Decoding, max_length: int =
+    2048, processes: Processes | None = None,
+) -> EvalResult:  # fmt: skip
     """The held-out loss in nats per supervised token, with the image, without it, and with another image.
 
     A bare caption without its image begins after the end token. The margin is the better control minus the loss, so a

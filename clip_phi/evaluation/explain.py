@@ -37,8 +37,20 @@ class Explanation:
     boxes: list[Box]
 
     def draw(self, images: Sequence[Image.Image]) -> Image.Image:
-        """overlay() of each image, beside each other, with the map of the answer."""
-        return put_beside([overlay(*each) for each in zip(images, self.maps.sum(0), self.boxes, strict=True)])
+        """The images beside each other: in color where the answer's map is high, and dark gray where it is 0, negative,
+        or where the image is cropped."""
+        shown = []
+        for image, heat, box in zip(images, self.maps.sum(0), self.boxes, strict=True):
+            scale = max(1, -(-SHOWN_SIZE // min(image.size)))
+            image = image.convert("RGB").resize((image.width * scale, image.height * scale))
+            left, top, right, bottom = (round(edge * scale) for edge in box)
+            levels, mask = (heat.clip(0) / max(heat.max(), 1e-12) * 255).astype(np.uint8), Image.new("L", image.size)
+            mask.paste(
+                Image.fromarray(levels).resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top)
+            )
+            gray = image.convert("L").point(lambda level: level // 4).convert("RGB")
+            shown.append(Image.composite(image, gray, mask))
+        return put_beside(shown)
 
 
 def explain(
@@ -183,13 +195,3 @@ def crop_box(image_processor: Any, size: tuple[int, int]) -> Box:
             raise ValueError("the image processor does more than resize and crop: no map can be laid over the image")
         edges.append([float(level * (length - 1) / 255 + 0.5) for level in (first, first + slope * len(levels))])
     return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
-
-
-def overlay(image: Image.Image, heat: np.ndarray, box: Box) -> Image.Image:
-    """The image, in color where a map (rows, columns) is high, and dark gray where it is 0, negative, or cropped."""
-    scale = max(1, -(-SHOWN_SIZE // min(image.size)))
-    image = image.convert("RGB").resize((image.width * scale, image.height * scale))
-    left, top, right, bottom = (round(edge * scale) for edge in box)
-    levels, mask = (heat.clip(0) / max(heat.max(), 1e-12) * 255).astype(np.uint8), Image.new("L", image.size)
-    mask.paste(Image.fromarray(levels).resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top))
-    return Image.composite(image, image.convert("L").point(lambda level: level // 4).convert("RGB"), mask)
