@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from backbones import CROP, EXACT, TOWERS
+from helpers import ROOT
 from PIL import Image
 from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
 
@@ -467,3 +468,12 @@ def test_images_without_objects_are_refused_in_a_line(scenes, checkpoint, tmp_pa
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
     assert main(options_of(scenes, checkpoint, tmp_path, "--objects", str(path))) == 2
     assert "lacks image 000000000002.jpg: --objects FILE is the instances file" in capsys.readouterr().err
+
+
+def test_the_default_method_is_the_best_of_the_page():
+    """Its table is written by benchmarks/explain.py; the goal is a hit rate of 0.8."""
+    text = (ROOT / "docs/explain.md").read_text(encoding="utf-8")
+    rates = {name: float(rate) for name, rate in re.findall(r"^\| (\w+) \| (\d\.\d+) \| \d", text, re.M)}
+    assert list(rates) == [*MAPS] and max(rates, key=rates.get) == DEFAULT_METHOD and rates[DEFAULT_METHOD] >= 0.8
+    assert max(rates["random"], rates["centre"], rates["shuffled"]) < 0.5
+    assert (ROOT / "docs/explain.png").stat().st_size < 100_000
