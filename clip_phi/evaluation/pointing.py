@@ -61,8 +61,9 @@ def evaluate_pointing(
     pairs = zip(eval_set.items, find_objects(eval_set, file), strict=True)
     asked = [(item, *each) for item, objects in pairs for each in ask_about_boxes(objects)]
     eval_set.items = [item._replace(question=text, references=(answer,)) for item, text, answer, _ in asked]
-    if not asked:
-        raise ValueError(f"{file}: no image has an object whose category is there once")
+    if not asked or (decoding.prompt and QUESTION not in decoding.prompt):
+        problem = f"{file}: no image has an object whose category is there once"
+        raise ValueError(f"--prompt {decoding.prompt!r} must contain {QUESTION}" if asked else problem)
     partners = derange(eval_set.digests, decoding.seed)
     for number in processes.progress(range(processes.rank, len(asked), processes.world_size)):
         (item, text, reference, boxes), rng = asked[number], np.random.default_rng([decoding.seed, number])

@@ -88,12 +88,8 @@ def launch(
         ]
         gr.Markdown("# Clip-Phi")
         gr.ChatInterface(
-            respond,
-            chatbot=chatbot,
-            textbox=textbox,
-            additional_inputs=options,
+            respond, chatbot=chatbot, textbox=textbox, additional_inputs=options, additional_outputs=[status],
             additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
-            additional_outputs=[status],
             examples=[[example] for example in _examples(examples)],
             multimodal=True, cache_examples=False, concurrency_limit=None, api_name="chat", fill_height=False,
         )  # fmt: skip
