@@ -107,7 +107,8 @@ def confidence(model: str) -> dict[str, float | None]:
 
 
 def page(found: dict[str, Any]) -> str:
-    rows = ["| map | hit rate | 95 % | insertion | deletion |", "| --- | --- | --- | --- | --- |"]
+    about = f"{found['questions']} questions about {found['images']} scenes, of which none was in training."
+    rows = [about, "", "| map | hit rate | 95 % | insertion | deletion |", "| --- | --- | --- | --- | --- |"]
     for name, its in found["methods"].items():
         interval = "{:.3f} to {:.3f}".format(*its["hit_rate_ci95"])
         rows.append(f"| {name} | {its['hit_rate']:.3f} | {interval} | {its['insertion']:.3f} | {its['deletion']:.3f} |")
