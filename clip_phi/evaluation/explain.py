@@ -60,8 +60,8 @@ def explain(
     """The maps of an answer, by default the model's own. model: in eval mode; it stays as it is.
 
     question: text; None for a bare caption; or a conversation that ends with a user's turn. images: RGB, in the order
-    of their places there. Raises ValueError if the answer has no word or is too long, the tower's features are no grid,
-    the image processor does more than resize and crop, or the method cannot be used with this model."""
+    of their places there. Raises ValueError if the answer has no word or is too long, or the tower's features are no
+    grid. So it does if the image processor does more than resize and crop, or the model does not have the method."""
     images = [images] if isinstance(images, Image.Image) else list(images)
     messages = [user_message(question, len(images))] if question is None or isinstance(question, str) else question
     if answer is None:
