@@ -101,7 +101,11 @@ def load_engine(arguments: argparse.Namespace, limits: Any = None) -> Any:
     from ..serving.engine import Engine, Limits
 
     compiles = getattr(arguments, "compile", False)
-    return Engine.from_pretrained(model, arguments.device, arguments.quantization, compiles, limits or Limits())
+    engine = Engine.from_pretrained(model, arguments.device, arguments.quantization, compiles, limits or Limits())
+    if getattr(arguments, "abstain_below", None) is not None and engine.scaling is None:
+        about = "--abstain_below is the plain likelihood: clip-phi evaluate --calibrate makes it a confidence"
+        print(f"clip-phi: note: {model} is not calibrated, so {about}", file=sys.stderr)
+    return engine
 
 
 def newest_model() -> str | None:
@@ -164,11 +168,19 @@ def positive_number(text: str) -> float:
     return value
 
 
+def probability(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
+    return value
+
+
 OPTIONS, COMMANDS = (
     json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8")) for name in ("options.json", "commands.json")
 )
 # What "$NAME" in options.json stands for.
-VALUES: dict[str, Any] = {each.__name__: each for each in (int, float, Path, positive, natural, positive_number)}
+VALUES: dict[str, Any] = {
+    each.__name__: each for each in (int, float, Path, positive, natural, positive_number, probability)
+}
 VALUES |= {"DATA": "[KIND:]PATH[,option=value...], as --data in train_accelerate.py", "CORES": cpu_cores()}
 VALUES |= {"MODELS": ", ".join(MODELS), "DEMO_MODEL": DEMO_MODEL, "DATASETS": DATASETS, "ENGINES": ENGINES}
 VALUES["DOWNLOADS"] = "; ".join(f"{name}: {dataset.about}" for name, dataset in DATASETS.items())
