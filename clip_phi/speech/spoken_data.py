@@ -13,8 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..data.files import read_json, replace_file
-from ..data.report import NUM_EXAMPLES, RecordError, Report
-from ..data.sample import SPOKEN_INSTRUCTION, File
+from ..data.sample import NUM_EXAMPLES, SPOKEN_INSTRUCTION, File, RecordError, Report
 from ..data.schema import IMAGE_TOKEN
 from ..data.source import DataSource
 from .asr import make_transcriber
