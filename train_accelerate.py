@@ -12,7 +12,7 @@ if sys.platform == "linux":  # read when torch is imported: less fragmentation o
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from clip_phi.data.sample import plain
+from clip_phi.data.report import plain
 from clip_phi.training.arguments import TrainingArguments, parse_arguments
 
 
@@ -56,27 +56,13 @@ from clip_phi.hub.push import check_push, push
 from clip_phi.training import guards
 from clip_phi.training.checkpoint import EXIT_STOPPED, Checkpoints, EarlyStopping, StopSignal, describe_run, saved_run
 from clip_phi.training.data import read_data
-from clip_phi.training.device import (
-    check_fsdp_config,
-    check_machine,
-    choose_precision,
-    full_state_dict,
-    gather,
-    prepare,
-    process_group_kwargs,
-    stop_with_launcher,
-)
-from clip_phi.training.logger import Evaluator, FlopsPerToken, StepCounts, TrainingLogger
+from clip_phi.training.device import check_machine, choose_precision, stop_with_launcher
+from clip_phi.training.evaluate import Evaluator
+from clip_phi.training.fsdp import check_fsdp_config, full_state_dict, gather, prepare, process_group_kwargs
+from clip_phi.training.logger import FlopsPerToken, StepCounts, TrainingLogger
 from clip_phi.training.memory import fit_batches, fit_longest
-from clip_phi.training.model import (
-    describe_batches,
-    load_model,
-    load_processor,
-    make_optimizer,
-    make_scheduler,
-    open_cache,
-    resolve,
-)
+from clip_phi.training.model import describe_batches, load_model, load_processor, open_cache, resolve
+from clip_phi.training.optim import make_optimizer, make_scheduler
 
 
 # Build.

@@ -129,9 +129,9 @@ def memory_mb(*names: str) -> float:
 
 
 def measure_read(folder: Path) -> dict[str, float]:
+    from clip_phi.data.coco import read_coco_captions  # noqa: F401  # imported here, so that it is not timed
     from clip_phi.data.files import MediaFolder, no_collector
-    from clip_phi.data.json_files import read_coco_captions  # noqa: F401  # imported here, so that it is not timed
-    from clip_phi.data.sample import Report
+    from clip_phi.data.report import Report
     from clip_phi.data.source import parse_source
 
     source, report = parse_source(_source(folder)), Report()
@@ -213,7 +213,7 @@ def _source(folder: Path) -> str:
 def _loader(folder: Path) -> tuple[Callable[[], Any], float]:
     """Prepare a call of load_index(). Returns it, and the resident memory before it in MB."""
     from clip_phi.batching.index import load_index
-    from clip_phi.data.json_files import read_coco_captions  # noqa: F401
+    from clip_phi.data.coco import read_coco_captions  # noqa: F401
     from clip_phi.data.source import parse_source
     from modeling_clip_phi import ClipPhiProcessor
 

@@ -51,7 +51,8 @@ from clip_phi.environment import peak_flops
 from clip_phi.tools.plan import CARDS, Formula
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments, TrainingArguments
 from clip_phi.training.logger import FlopsPerToken
-from clip_phi.training.model import make_optimizer, make_trainable
+from clip_phi.training.model import make_trainable
+from clip_phi.training.optim import make_optimizer
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
 TINY_SIZE = Size(128, 2, 2, 32, 2, 1)

@@ -47,8 +47,9 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from clip_phi.batching.attention import PACKED_ATTENTION
-from clip_phi.batching.dataset import plan_packs
-from clip_phi.batching.packing import Encoded, SharedPrefixSample, build_shared_prefix, pack_samples
+from clip_phi.batching.encode import Encoded
+from clip_phi.batching.packing import SharedPrefixSample, build_shared_prefix, pack_samples
+from clip_phi.batching.sampler import plan_packs
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
 from clip_phi.training.model import make_trainable
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM

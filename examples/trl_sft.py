@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from clip_phi.data.sample import Report, as_messages, images_of
+from clip_phi.data.report import Report
+from clip_phi.data.sample import as_messages, images_of
 from clip_phi.data.source import parse_source
 from clip_phi.evaluation.tasks import read_samples
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor

@@ -21,7 +21,8 @@ from conftest import VISION, save_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from clip_phi.batching.attention import PACKED_ATTENTION, refuse_other_attention
-from clip_phi.batching.packing import Encoded, build_shared_prefix, pack_samples
+from clip_phi.batching.encode import Encoded
+from clip_phi.batching.packing import build_shared_prefix, pack_samples
 from clip_phi.serving.engine import Engine
 from clip_phi.tools.plan import CARDS, make_plan
 from clip_phi.training.arguments import Stage1Arguments

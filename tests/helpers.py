@@ -131,7 +131,7 @@ def make_index(samples, processor, max_length, report=None):
     import pyarrow
 
     from clip_phi.batching import index
-    from clip_phi.data.sample import Report
+    from clip_phi.data.report import Report
 
     found = Report() if report is None else report
     table = pyarrow.Table.from_batches(index._tokenise(samples, processor, max_length, found), index.SCHEMA)

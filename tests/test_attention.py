@@ -15,7 +15,8 @@ from clip_phi.batching.attention import (
     has_varlen_kernel,
     make_pack_layout,
 )
-from clip_phi.batching.packing import Encoded, build_shared_prefix, pack_samples
+from clip_phi.batching.encode import Encoded
+from clip_phi.batching.packing import build_shared_prefix, pack_samples
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
 # Trees of all shapes: captions, one conversation, text alone (also in two branches), one token, an empty prefix's end.

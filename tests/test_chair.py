@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from clip_phi.cli import main
-from clip_phi.data.sample import Report
+from clip_phi.data.report import Report
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import COLORS, SHAPES, write_dataset
 from clip_phi.evaluation.bootstrap import margin_interval

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clip_phi.cli import main
 from clip_phi.commands.common import COMMANDS, OPTIONS, choose_model
-from clip_phi.data.sample import plain
+from clip_phi.data.report import plain
 from clip_phi.evaluation.generate import generate_texts
 
 

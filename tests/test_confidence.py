@@ -14,6 +14,7 @@ from clip_phi.data.sample import user_message
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.evaluation.confidence import (
     ABSTENTION,
+    FILE,
     assess,
     calibration,
     describe,
@@ -25,6 +26,7 @@ from clip_phi.evaluation.confidence import (
     scale,
 )
 from clip_phi.evaluation.generate import answer_logprobs
+from clip_phi.hub.push import SHIPPED
 from clip_phi.serving.api import create_app
 from clip_phi.serving.engine import Engine, Limits, as_prompt
 
@@ -112,6 +114,7 @@ def test_evaluate_reports_and_keeps_the_scaling_which_other_weights_refuse(fresh
     result = json.loads((folder / "evaluation/vqa.json").read_text())["confidence"]
     scaled = result["likelihood"]["scaled"]
     assert load_scaling(str(folder), model) == {name: scaled[name] for name in ("slope", "bias")}
+    assert SHIPPED.fullmatch(FILE)  # it is pushed with the weights
     samples = [json.loads(line) for line in (folder / "evaluation/vqa.samples.jsonl").read_text().splitlines()]
     assert result["answers"] + result["fitted_on"] == len(samples)
     assert all(0 <= each["likelihood"] <= 1 and -1 <= each["gain"] <= each["likelihood"] for each in samples)

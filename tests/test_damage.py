@@ -14,9 +14,10 @@ from helpers import make_index
 
 from clip_phi.batching.dataset import ImageReader, SampleDataset
 from clip_phi.batching.index import Index, load_index
+from clip_phi.data.coco import read_coco_captions, read_karpathy_split, read_vqa
 from clip_phi.data.files import MediaFolder
-from clip_phi.data.json_files import read_coco_captions, read_instruct, read_karpathy_split, read_vqa
-from clip_phi.data.sample import Report
+from clip_phi.data.json_files import read_instruct
+from clip_phi.data.report import Report
 from clip_phi.data.schema import read_records
 from clip_phi.data.source import parse_source
 from clip_phi.training.logger import TrainingLogger

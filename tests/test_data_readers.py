@@ -6,9 +6,10 @@ import zipfile
 import pytest
 from PIL import Image
 
-from clip_phi.batching.dataset import Mixture
+from clip_phi.batching.sampler import Mixture
 from clip_phi.data.files import MediaFolder
-from clip_phi.data.sample import File, Report, Sample, Skip, Turn, as_messages
+from clip_phi.data.report import Report, Skip
+from clip_phi.data.sample import File, Sample, Turn, as_messages
 from clip_phi.data.source import DataSource, parse_source
 from clip_phi.data.synthetic import write_dataset
 

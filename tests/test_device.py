@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from clip_phi import environment
 from clip_phi.batching import attention
-from clip_phi.batching.packing import Encoded, build_shared_prefix, pack_samples
+from clip_phi.batching.encode import Encoded
+from clip_phi.batching.packing import build_shared_prefix, pack_samples
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.serving.engine import Engine
 from clip_phi.serving.kv_cache import BatchCache, cache_shapes

@@ -25,8 +25,9 @@ from safetensors.torch import load_file
 from clip_phi.batching.packing import pack_samples
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
-from clip_phi.training.device import check_fsdp_config, choose_optimizer, process_group_kwargs
-from clip_phi.training.logger import eval_batches
+from clip_phi.training.evaluate import eval_batches
+from clip_phi.training.fsdp import check_fsdp_config, process_group_kwargs
+from clip_phi.training.optim import choose_optimizer
 from modeling_clip_phi import ClipPhiForCausalLM
 
 CONFIGS = sorted((ROOT / "examples/configs").glob("*.yaml"))

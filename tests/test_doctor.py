@@ -46,7 +46,7 @@ def test_a_problem_is_one_line_and_status_1(monkeypatch, capsys):
     def broken(*arguments):
         raise RuntimeError("no kernel image\nis available")
 
-    monkeypatch.setattr("clip_phi.training.model.make_optimizer", broken)
+    monkeypatch.setattr("clip_phi.training.optim.make_optimizer", broken)
     assert main(["doctor"]) == 1
     *lines, summary = capsys.readouterr().out.splitlines()
     assert f"ok       torch            {torch.__version__}" in lines
@@ -69,7 +69,7 @@ def test_a_step_that_moves_frozen_weights_or_not_the_projector_is_a_problem(part
             parameter.grad = torch.ones_like(parameter)
         return torch.optim.SGD(parameters, lr=1.0)
 
-    monkeypatch.setattr("clip_phi.training.model.make_optimizer", trains_something_else)
+    monkeypatch.setattr("clip_phi.training.optim.make_optimizer", trains_something_else)
     [check] = doctor.check_training_step()
     assert check.status == "problem" and "frozen weights changed, or trained ones did not" in check.found
     assert part in check.found and check.remedy == "install the versions of constraints.txt"

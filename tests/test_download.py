@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from clip_phi.cli import main
-from clip_phi.data.files import DATASETS, RemoteDataset, RemoteFile, checked_line, how_to_download, read_checked_lines
-from clip_phi.data.sample import Report
+from clip_phi.data.catalog import DATASETS, RemoteDataset, RemoteFile, how_to_download
+from clip_phi.data.files import checked_line, read_checked_lines
+from clip_phi.data.report import Report
 from clip_phi.data.source import missing_files, parse_source
 from clip_phi.hub import retry
 from clip_phi.tools import download as downloading

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from clip_phi.data.sample import File, Report
+from clip_phi.data.report import Report
+from clip_phi.data.sample import File
 from clip_phi.data.schema import read_records
 from modeling_clip_phi import ClipPhiProcessor
 from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX

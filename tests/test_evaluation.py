@@ -14,7 +14,8 @@ from helpers import make_index, metrics, run, stage1
 from PIL import Image
 
 from clip_phi.cli import main
-from clip_phi.data.sample import SPOKEN_INSTRUCTION, File, Report, Sample, Turn
+from clip_phi.data.report import Report
+from clip_phi.data.sample import SPOKEN_INSTRUCTION, File, Sample, Turn
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.evaluation import answers as answers_module

@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
 from clip_phi.batching.images import Preprocessor
 from clip_phi.cli import main
 from clip_phi.commands.common import OPTIONS
-from clip_phi.data.sample import Report
+from clip_phi.data.report import Report
 from clip_phi.data.source import parse_files
 from clip_phi.data.synthetic import ask_about_boxes, write_dataset
 from clip_phi.evaluation import pointing

@@ -22,7 +22,8 @@ from transformers import CLIPImageProcessorPil
 
 from clip_phi.batching import feature_cache as features
 from clip_phi.batching.feature_cache import RECORD, FeatureCache, fingerprint_of, image_key
-from clip_phi.data.sample import File, RecordError
+from clip_phi.data.report import RecordError
+from clip_phi.data.sample import File
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,8 @@ import torch
 from helpers import ROOT, metrics, run, stage1, stage2
 
 from clip_phi.batching.attention import PACKED_ATTENTION, SDPA_PACKED_ATTENTION, has_varlen_kernel
-from clip_phi.batching.packing import Encoded, build_shared_prefix, pack_samples
+from clip_phi.batching.encode import Encoded
+from clip_phi.batching.packing import build_shared_prefix, pack_samples
 from clip_phi.data.synthetic import write_dataset
 from modeling_clip_phi import ClipPhiForCausalLM
 

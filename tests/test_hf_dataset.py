@@ -13,7 +13,8 @@ from PIL import Image
 from clip_phi.batching.images import load_image
 from clip_phi.data.files import MediaFolder
 from clip_phi.data.hf_dataset import open_table, read_table, stream_table
-from clip_phi.data.sample import File, Report, Sample, Turn
+from clip_phi.data.report import Report
+from clip_phi.data.sample import File, Sample, Turn
 from clip_phi.data.schema import ANY_LAYOUT, Layout
 
 TEXT = datasets.Value("string")

@@ -597,7 +597,7 @@ import sys
 from itertools import islice
 from datasets import Dataset, Image
 from clip_phi.data.files import MediaFolder
-from clip_phi.data.sample import Report
+from clip_phi.data.report import Report
 from clip_phi.data.hf_dataset import open_table, read_table, stream_table
 rows = {"image": sys.argv[1:], "captions": [["a cat"], ["a dog", "dogs"]]}
 Dataset.from_dict(rows).cast_column("image", Image()).push_to_hub("alice/pictures")

@@ -19,7 +19,8 @@ from transformers import CLIPImageProcessorPil
 
 from clip_phi.batching import images
 from clip_phi.batching.images import Preprocessor, _decode_plain_jpeg, load_image, pixel_hash
-from clip_phi.data.sample import File, RecordError
+from clip_phi.data.report import RecordError
+from clip_phi.data.sample import File
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 HAS_AVIF = features.check("avif")

@@ -16,7 +16,8 @@ from PIL import Image
 from clip_phi.batching import index as index_module
 from clip_phi.batching.index import load_index
 from clip_phi.data.files import MediaFolder
-from clip_phi.data.sample import File, Report, Sample, Turn
+from clip_phi.data.report import Report
+from clip_phi.data.sample import File, Sample, Turn
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.training.arguments import parse_arguments

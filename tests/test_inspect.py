@@ -13,7 +13,7 @@ from PIL import Image
 from clip_phi.batching.dataset import ImageReader, SampleDataset
 from clip_phi.batching.index import load_index
 from clip_phi.cli import main
-from clip_phi.data.sample import Skip
+from clip_phi.data.report import Skip
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.tools import inspect as inspection

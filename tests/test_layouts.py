@@ -14,7 +14,8 @@ from PIL import Image
 from clip_phi.batching.index import load_index
 from clip_phi.cli import main
 from clip_phi.data.hf_dataset import stream_table
-from clip_phi.data.sample import Report, Turn
+from clip_phi.data.report import Report
+from clip_phi.data.sample import Turn
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.evaluation.report import format_comparison

@@ -6,7 +6,8 @@ from PIL import Image
 from clip_phi.batching.dataset import ImageReader, SampleDataset, collate
 from clip_phi.batching.images import load_image
 from clip_phi.batching.packing import pack_samples
-from clip_phi.data.sample import File, Report, Sample, Skip, Turn
+from clip_phi.data.report import Report, Skip
+from clip_phi.data.sample import File, Sample, Turn
 
 CAPTIONS = ("a red circle", "one blue square and a star", "yes")
 

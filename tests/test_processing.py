@@ -4,7 +4,7 @@ from PIL import Image
 from tokenizers import processors
 from transformers import PhiConfig, PreTrainedTokenizerFast
 
-from clip_phi.batching.packing import prefix_ids
+from clip_phi.batching.encode import prefix_ids
 from clip_phi.evaluation.generate import encode_prompts
 from clip_phi.serving.engine import Engine
 from modeling_clip_phi import ClipPhiProcessor

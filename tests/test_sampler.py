@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clip_phi.batching.dataset import EndlessSampler, FixedBatches, Mixture, PackedBatches, plan_packs
+from clip_phi.batching.sampler import EndlessSampler, FixedBatches, Mixture, PackedBatches, plan_packs
 
 
 def llava_lengths(count, seed=0):

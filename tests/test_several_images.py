@@ -9,7 +9,8 @@ from helpers import make_index, run, stage2
 from PIL import Image
 
 from clip_phi.batching.dataset import ImageReader, SampleDataset, collate
-from clip_phi.data.sample import File, Report, Sample, Turn, images_of
+from clip_phi.data.report import Report
+from clip_phi.data.sample import File, Sample, Turn, images_of
 from clip_phi.data.schema import read_records
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.evaluation.answers import Decoding, prompt_for

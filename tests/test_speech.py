@@ -14,7 +14,8 @@ from PIL import Image
 
 from clip_phi.batching.index import load_index
 from clip_phi.cli import main
-from clip_phi.data.sample import SPOKEN_INSTRUCTION, File, Report, Sample, Turn, as_messages
+from clip_phi.data.report import Report
+from clip_phi.data.sample import SPOKEN_INSTRUCTION, File, Sample, Turn, as_messages
 from clip_phi.data.source import parse_source
 from clip_phi.data.transcripts import AsrSettings, Transcripts
 from clip_phi.serving.engine import Engine

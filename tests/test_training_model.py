@@ -9,11 +9,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import CLIPVisionConfig, GPT2Config, LlamaConfig, PhiConfig
 
 from clip_phi.batching.attention import PACKED_ATTENTION
-from clip_phi.batching.packing import Encoded, build_shared_prefix, pack_samples
+from clip_phi.batching.encode import Encoded
+from clip_phi.batching.packing import build_shared_prefix, pack_samples
 from clip_phi.environment import peak_flops
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
 from clip_phi.training.logger import FlopsPerToken
-from clip_phi.training.model import SharedDropout, add_lora, make_optimizer, make_scheduler
+from clip_phi.training.model import SharedDropout, add_lora
+from clip_phi.training.optim import make_optimizer, make_scheduler
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
 SHAPE = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -1,183 +1,27 @@
-"""Samples to micro-batches: an endless, seeded order, planned ahead from token lengths; the data sets, the collator and
-the loader."""
+"""Samples to micro-batches: the data sets, the collator and the loader."""
 
-import bisect
-import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..data.sample import File, Images, RecordError, Report, Sample, Skip, images_of
+from ..data.report import RecordError, Report, Skip
+from ..data.sample import File, Images, Sample, images_of
+from .encode import encode_samples, prefix_ids
 from .feature_cache import FeatureCache, image_key
 from .images import PixelMode, Preprocessor
 from .index import Index
-from .packing import PackedBatch, SharedPrefixSample, build_shared_prefix, encode_samples, pack_samples, prefix_ids
+from .packing import PackedBatch, SharedPrefixSample, build_shared_prefix, pack_samples
 
-GRACE_SECONDS = 5  # that a worker has after SIGTERM
+GRACE_SECONDS = 5
 REFRESH_SECONDS = 30  # between looks at what other processes have written to the cache
-
-
-class Mixture:
-    """Maps a position in training to a sample: a pure function of (sizes, weights, seed, position).
-
-    sizes: samples of each source; their sum is the number of positions in an epoch.
-    weights: relative share of each source in an epoch. None: as large as they are, so an epoch is one pass over all.
-        Else a source continues in the next epoch where it ends in this one: no sample comes again before all are used.
-    Raises ValueError if a source is empty or its weight gives it no place in an epoch."""
-
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
-        self.sizes = np.asarray(sizes, dtype=np.int64)
-        self.seed = seed
-        self.length = int(self.sizes.sum())
-        self.offsets = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
-        shares = self.sizes if weights is None else np.asarray(weights, dtype=np.float64)
-        exact = shares / shares.sum() * self.length if self.length else shares * 0.0
-        self.counts = np.floor(exact + 1e-9).astype(np.int64)
-        for source in np.argsort(self.counts - exact, kind="stable")[: self.length - self.counts.sum()]:
-            self.counts[source] += 1  # the largest remainders get what rounding leaves
-        if len(sizes) == 0 or (self.counts == 0).any():
-            raise ValueError(f"a source has no place in an epoch: {list(sizes)} samples, weights {weights}")
-        self._places_of = lru_cache(maxsize=1)(self._make_epoch)
-
-    def place(self, position: int) -> tuple[int, int]:
-        """(pass over its source, index into all sources, concatenated) of the sample at this position."""
-        epoch, place = divmod(position, self.length)
-        source_pass, index = self._places_of(epoch)[place].tolist()
-        return source_pass, index
-
-    def _make_epoch(self, epoch: int) -> np.ndarray:
-        sources = np.repeat(np.arange(len(self.sizes)), self.counts)
-        sources = np.random.default_rng((self.seed, epoch)).permutation(sources)
-        places = np.empty((self.length, 2), dtype=np.int64)
-        for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
-            passes, turns = np.divmod(np.arange(epoch * count, (epoch + 1) * count), size)
-            rngs = (np.random.default_rng((self.seed, each, source, 1)) for each in np.unique(passes))
-            indices = np.stack([rng.permutation(size) for rng in rngs])[passes - passes[0], turns]
-            places[sources == source] = np.stack([passes, indices + self.offsets[source]], axis=1)
-        return places
-
-
-def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Numbers of samples in packs of at most budget tokens, by best fit decreasing. A longer sample is a pack alone.
-
-    Source: Johnson et al. 1974, "Worst-case performance bounds for simple one-dimensional packing algorithms"."""
-    packs: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (tokens left, pack), ascending
-    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
-        length = int(lengths[sample])
-        place = bisect.bisect_left(free, (length, -1))
-        if place < len(free):
-            left, pack = free.pop(place)
-        else:
-            left, pack = budget, len(packs)
-            packs.append([])
-        packs[pack].append(sample)
-        if left > length:
-            bisect.insort(free, (left - length, pack))
-    return packs
-
-
-@dataclass
-class FixedBatches:
-    """size samples each, in the order of a mixture. The last one of an epoch is filled from the next epoch."""
-
-    mixture: Mixture
-    size: int
-
-    def batch(self, number: int) -> list[tuple[int, int]]:
-        """(pass over its source, index) of each sample of a micro-batch; there are endlessly many."""
-        return [self.mixture.place(position) for position in range(number * self.size, (number + 1) * self.size)]
-
-    def count(self, num_train_epochs: float) -> int:
-        """Micro-batches of all ranks in so many epochs."""
-        return -int(-num_train_epochs * self.mixture.length // self.size)
-
-
-@dataclass
-class PackedBatches:
-    """As many samples as fit into budget tokens, planned from their lengths, epoch by epoch.
-
-    lengths: int (samples,), tokens of each. window: samples that are packed together, in the order of the mixture,
-        which so stays mixed. Then their packs are shuffled, because the first ones have the long samples."""
-
-    mixture: Mixture
-    lengths: np.ndarray
-    budget: int
-    window: int = 2000
-
-    def batch(self, number: int) -> list[tuple[int, int]]:
-        while self._starts[-1] <= number:
-            self._plan_next()
-        epoch = bisect.bisect_right(self._starts, number) - 1
-        return self._plan(epoch)[number - self._starts[epoch]]
-
-    def count(self, num_train_epochs: float) -> int:
-        whole = int(num_train_epochs)
-        while len(self._starts) < whole + 2:
-            self._plan_next()
-        start, stop = self._starts[whole : whole + 2]
-        return start + math.ceil((num_train_epochs - whole) * (stop - start))
-
-    @property
-    def fill(self) -> float:
-        """Share of the budget that is used in the first epoch."""
-        plan = self._plan(0)
-        return sum(int(self.lengths[index]) for pack in plan for _, index in pack) / (len(plan) * self.budget)
-
-    def __post_init__(self) -> None:
-        self._starts = [0]  # of each epoch, the number of packs before it
-        self._plan = lru_cache(maxsize=1)(self._make_plan)
-
-    def _plan_next(self) -> None:
-        self._starts.append(self._starts[-1] + len(self._plan(len(self._starts) - 1)))
-
-    def _make_plan(self, epoch: int) -> list[list[tuple[int, int]]]:
-        first, plan = epoch * self.mixture.length, []
-        for start in range(0, self.mixture.length, self.window):
-            stop = min(start + self.window, self.mixture.length)
-            places = [self.mixture.place(first + position) for position in range(start, stop)]
-            packs = plan_packs([self.lengths[index] for _, index in places], self.budget)
-            order = np.random.default_rng((self.mixture.seed, epoch, start)).permutation(len(packs))
-            plan += [[places[sample] for sample in packs[pack]] for pack in order]
-        return plan
-
-
-Batches = FixedBatches | PackedBatches
-
-
-@dataclass
-class EndlessSampler(Sampler):
-    """The micro-batches of one rank. A step takes the next gradient_accumulation_steps x world_size of the sequence.
-
-    So a position in training is one integer, the step, and two ranks do the work of two accumulation steps."""
-
-    batches: Batches
-    gradient_accumulation_steps: int
-    num_steps: int
-    rank: int = 0
-    world_size: int = 1
-    first_step: int = 0
-
-    def __len__(self) -> int:
-        return (self.num_steps - self.first_step) * self.gradient_accumulation_steps
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.first_step, self.num_steps):
-            yield from self.of_step(step)
-
-    def of_step(self, step: int) -> Iterator[list[tuple[int, int]]]:
-        """step: from 0."""
-        for micro_step in range(self.gradient_accumulation_steps):
-            number = (step * self.gradient_accumulation_steps + micro_step) * self.world_size + self.rank
-            yield self.batches.batch(number)
 
 
 class LoadedImage(NamedTuple):

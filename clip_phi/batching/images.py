@@ -22,7 +22,8 @@ from PIL.TiffImagePlugin import STRIPOFFSETS, TILELENGTH, TILEOFFSETS, TILEWIDTH
 from torch.nn.functional import interpolate
 from transformers import CLIPImageProcessorPil
 
-from ..data.sample import File, Images, RecordError, images_of
+from ..data.report import RecordError
+from ..data.sample import File, Images, images_of
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded
 MAX_ASPECT = 100  # an image processor makes the short side 224 first, so the long one becomes at most 22,400

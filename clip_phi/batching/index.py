@@ -23,9 +23,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.files import checked_line, file_stamp, no_collector, read_checked_lines
-from ..data.sample import File, Images, Report, Sample, Turn, images_of
+from ..data.report import Report
+from ..data.sample import File, Images, Sample, Turn, images_of
 from ..data.source import DataSource
-from .packing import Encoded, SharedPrefixSample, build_shared_prefix, encode_samples, prefix_ids
+from .encode import Encoded, encode_samples, prefix_ids
+from .packing import SharedPrefixSample, build_shared_prefix
 
 FORMAT = 7  # of the files; raised too when a reader or the encoding comes to give something else
 NAMES = " + "  # between the names of several images

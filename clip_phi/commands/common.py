@@ -9,8 +9,9 @@ from pathlib import Path
 from string import Template
 from typing import Any, NoReturn
 
-from ..data.files import DATASETS, is_missing_folder, read_object
-from ..data.sample import plain
+from ..data.catalog import DATASETS
+from ..data.files import is_missing_folder, read_object
+from ..data.report import plain
 from ..data.transcripts import ENGINES, AsrSettings
 from ..environment import cpu_cores
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..data.sample import plain
+from ..data.report import plain
 from .common import DEMO_MODEL, choose_model
 
 

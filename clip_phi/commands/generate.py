@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import read_json, replace_file
-from ..data.sample import plain
+from ..data.report import plain
 from .common import load_engine
 from .speech import transcribe
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..data.sample import plain
+from ..data.report import plain
 from ..data.transcripts import AsrSettings
 
 DEFAULT = AsrSettings()

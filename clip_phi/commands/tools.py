@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..data.files import DATASETS
+from ..data.catalog import DATASETS
 from .common import check_model, newest_model
 
 

@@ -18,7 +18,8 @@ import pyarrow as pa
 from pyarrow import types
 
 from .files import MediaFolder
-from .sample import File, RecordError, Report, Sample, plain
+from .report import RecordError, Report, plain
+from .sample import File, Sample
 from .schema import ANY_LAYOUT, IMAGE_FILE, IMAGE_KEYS, Layout, read_records
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".tar": "webdataset"}

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .files import clean_text
-from .sample import SPOKEN_INSTRUCTION, Conversation, File, Images, RecordError, Report, Sample, Skip, Turn
+from .report import RecordError, Report, Skip
+from .sample import SPOKEN_INSTRUCTION, Conversation, File, Images, Sample, Turn
 
 IMAGE_TOKEN = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

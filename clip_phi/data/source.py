@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import hf_dataset, json_files
-from .files import MediaFolder, file_stamp, how_to_download
-from .sample import Report, Sample
+from . import coco, hf_dataset, json_files
+from .catalog import how_to_download
+from .files import MediaFolder, file_stamp
+from .report import Report
+from .sample import Sample
 from .schema import COLUMNS, RATINGS, Layout
 from .transcripts import ENGINES, AsrSettings, Transcripts
 
@@ -89,11 +91,11 @@ class DataSource:
         """All Samples, in the order of the file. Raises ValueError or OSError if a file cannot be read at all."""
         path = Path(self.path)
         if self.kind == "coco":
-            return json_files.read_coco_captions(path, media, report)
+            return coco.read_coco_captions(path, media, report)
         if self.kind == "karpathy":
-            return json_files.read_karpathy_split(path, media, self.options.get("split", "train"), report)
+            return coco.read_karpathy_split(path, media, self.options.get("split", "train"), report)
         if self.kind == "vqa":
-            return json_files.read_vqa(path, self.options.get("annotations"), media, report)
+            return coco.read_vqa(path, self.options.get("annotations"), media, report)
         if self.kind == "llava":
             return json_files.read_instruct(path, media, report, self.layout)
         table = hf_dataset.open_table(self.path, **self.table_options())

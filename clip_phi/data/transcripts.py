@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from .files import checked_line, file_stamp, read_checked_lines
-from .sample import SPOKEN_INSTRUCTION, Conversation, File, RecordError, Report, Sample, Skip, Turn
+from .report import RecordError, Report, Skip
+from .sample import SPOKEN_INSTRUCTION, Conversation, File, Sample, Turn
 
 Engine = Literal["faster-whisper", "whisperx"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.json_files import read_instances
+from ..data.coco import read_instances
 from .bootstrap import by_group, margin_interval
 from .caption_metrics import tokenise
 from .evaluate import EvalResult

@@ -15,7 +15,7 @@ import torch
 from transformers.utils.hub import cached_file
 
 from ..data.files import read_json, replace_file
-from ..data.sample import plain_json
+from ..data.report import plain_json
 
 FILE = "confidence.json"  # beside a model's weights
 ABSTENTION = "I can't tell from the picture"

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from ..batching.attention import decoder_attention
+from ..batching.encode import Encoded, encode_samples, prefix_ids
 from ..batching.images import Preprocessor
-from ..batching.packing import Encoded, build_shared_prefix, encode_samples, pack_samples, prefix_ids
-from ..data.sample import Report, Sample, images_of, user_message
+from ..batching.packing import build_shared_prefix, pack_samples
+from ..data.report import Report
+from ..data.sample import Sample, images_of, user_message
 from .answers import AnswerFile, Decoding, Processes, Question, answer_all, answer_likelihoods
 from .bootstrap import by_group, margin_interval
 from .confidence import assess

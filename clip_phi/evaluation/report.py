@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..batching.images import load_beside
 from ..data.files import replace_file
-from ..data.sample import plain, plain_json
+from ..data.report import plain, plain_json
 from ..hub.card import portable
 from ..templates import render
 from ..templates.sheet import draw_images, save_png

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..batching.images import load_beside
-from ..data.sample import Report, plain
+from ..data.report import Report, plain
 from ..data.source import parse_files
 from ..environment import describe_environment
 from ..hub.card import portable

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..batching.images import load_image
-from ..data.sample import Images, RecordError, Report, Sample, Skip, images_of
+from ..data.report import RecordError, Report, Skip
+from ..data.sample import Images, Sample, images_of
 from ..data.source import DataSource
 from .answer_metrics import exact_match, normalise, pope, says_yes, vqa_accuracy
 from .caption_metrics import CaptionScorer

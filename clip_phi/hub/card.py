@@ -14,7 +14,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
 from ..data.files import read_object
-from ..data.sample import File, plain
+from ..data.report import plain
+from ..data.sample import File
 from ..environment import requirements, without_secrets
 from ..templates import render
 

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..data.sample import plain_json
+from ..data.report import plain_json
 from ..environment import SECRET
 from .card import Run, card_images, make_card, merge_cards
 from .retry import load_with_retries, with_retries

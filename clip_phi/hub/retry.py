@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
-from ..data.sample import plain
+from ..data.report import plain
 
 HUB = "the Hub"
 # Seconds between tries. huggingface_hub itself tries again for uploads and cut downloads, and not for creating a

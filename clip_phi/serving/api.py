@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from ..data.sample import RecordError
+from ..data.report import RecordError
 from ..templates import render
 from .chat_schema import AudioPart, ChatRequest, ImagePart, TextPart, parse_request
 from .detokenizer import token_bytes

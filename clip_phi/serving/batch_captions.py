@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..batching.images import image_suffixes, load_image
 from ..data.files import replace_file
-from ..data.sample import RecordError, plain
+from ..data.report import RecordError, plain
 from ..environment import cpu_cores
 from .engine import Completion, Engine, as_prompt
 

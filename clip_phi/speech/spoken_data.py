@@ -13,7 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ..data.files import read_json, replace_file
-from ..data.sample import NUM_EXAMPLES, SPOKEN_INSTRUCTION, File, RecordError, Report
+from ..data.report import NUM_EXAMPLES, RecordError, Report
+from ..data.sample import SPOKEN_INSTRUCTION, File
 from ..data.schema import IMAGE_TOKEN
 from ..data.source import DataSource
 from .asr import make_transcriber

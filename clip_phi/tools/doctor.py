@@ -168,9 +168,11 @@ def check_training_step() -> Iterator[Check]:
     import torch
 
     from ..batching.attention import has_varlen_kernel
-    from ..batching.packing import Encoded, build_shared_prefix, pack_samples
+    from ..batching.encode import Encoded
+    from ..batching.packing import build_shared_prefix, pack_samples
     from ..training.arguments import Stage1Arguments
-    from ..training.model import make_optimizer, make_trainable
+    from ..training.model import make_trainable
+    from ..training.optim import make_optimizer
 
     arguments, (device, dtype) = Stage1Arguments(stage=1), _device_and_dtype()
     with torch.random.fork_rng(devices=[]):

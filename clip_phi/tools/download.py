@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from ..data.files import DATASETS, RemoteFile, checked_line, read_checked_lines
+from ..data.catalog import DATASETS, RemoteFile
+from ..data.files import checked_line, read_checked_lines
 from ..hub.retry import http, with_retries
 
 PIECE = 16 * 2**20  # bytes that one request asks for; what a killed run may lose, for each connection

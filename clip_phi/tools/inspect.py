@@ -24,7 +24,8 @@ from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
 from ..batching.attention import context_length
 from ..batching.images import load_beside, pixel_hash
 from ..batching.index import Index, count_text, independent_turns_hint, load_index
-from ..data.sample import NUM_EXAMPLES, File, Images, RecordError, Report, Skip, images_of, plain
+from ..data.report import NUM_EXAMPLES, RecordError, Report, Skip, plain
+from ..data.sample import File, Images, images_of
 from ..data.source import parse_files, parse_source
 from ..templates import render
 from ..templates.sheet import draw_images, save_png

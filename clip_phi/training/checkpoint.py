@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from .arguments import NEWEST, OPTIONS, TrainingArguments
 from .data import TrainData
-from .device import gather, shard_like, trained_weights
+from .fsdp import gather, shard_like, trained_weights
 from .guards import WRITE_ERRORS
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a signal stopped the run, and --resume_from_checkpoint continues it

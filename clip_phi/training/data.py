@@ -10,19 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from ..batching.dataset import (
-    Batches,
-    EndlessSampler,
-    FixedBatches,
-    ImageReader,
-    Mixture,
-    PackedBatches,
-    SampleDataset,
-    SampleStream,
-    make_loader,
-)
+from ..batching.dataset import ImageReader, SampleDataset, SampleStream, make_loader
 from ..batching.index import NAMES, Index, count_text, independent_turns_hint, load_index
-from ..data.sample import Report, Sample, Skip
+from ..batching.sampler import Batches, EndlessSampler, FixedBatches, Mixture, PackedBatches
+from ..data.report import Report, Skip
+from ..data.sample import Sample
 from ..data.source import DataSource, parse_source
 from .arguments import TrainingArguments
 

@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor
 
 from ..batching.packing import PackedBatch
 from ..data.files import replace_file
-from ..data.sample import plain, plain_json
+from ..data.report import plain, plain_json
 from ..environment import without_secrets
 from .arguments import TrainingArguments
-from .device import gather, trained_weights
+from .fsdp import gather, trained_weights
 
 STALL_SECONDS = 60
 MAX_SAVED = 10  # bad steps whose batches are saved; each holds its images

@@ -18,10 +18,11 @@ from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 from modeling_clip_phi.backbones import measure_tower
 
 from ..batching.attention import SDPA_PACKED_ATTENTION, has_varlen_kernel, make_pack_layout
-from ..batching.packing import Encoded, build_shared_prefix, pack_samples
+from ..batching.encode import Encoded
+from ..batching.packing import build_shared_prefix, pack_samples
 from ..environment import GPUS, Gpu
 from .arguments import Stage2Arguments, TrainingArguments
-from .device import is_sharded
+from .fsdp import is_sharded
 
 Ids = Sequence[Sequence[int]]
 GIB = 2**30

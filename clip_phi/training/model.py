@@ -1,4 +1,4 @@
-"""The model, processor and optimizer that training starts from, and the options as they are resolved for them."""
+"""The model and processor that training starts from, and the options as they are resolved for them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub.errors import HFValidationError
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import get_scheduler
 from transformers.pytorch_utils import Conv1D
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
@@ -18,8 +17,9 @@ from ..batching.feature_cache import FeatureCache, fingerprint_of
 from ..environment import quantization_config
 from ..hub.retry import load_with_retries
 from .arguments import Stage2Arguments, TrainingArguments
-from .device import choose_optimizer, is_sharded
+from .fsdp import is_sharded
 from .memory import enable_checkpointing, wants_sdpa
+from .optim import choose_optimizer
 
 FEATURES = ("vision_feature_layer", "vision_feature_select_strategy")  # fields of ClipPhiConfig about the tower's
 
@@ -267,61 +267,3 @@ def adapter_options(model: ClipPhiForCausalLM) -> dict[str, Any]:
 def is_linear(module: torch.nn.Module) -> bool:
     """GPT-2's Conv1D is one, too."""
     return isinstance(module, (torch.nn.Linear, Conv1D))
-
-
-def make_optimizer(model: torch.nn.Module, arguments: TrainingArguments, device: torch.device) -> torch.optim.Optimizer:
-    """Adam over the trainable weights only, in up to four groups: projector and LoRA, with and without weight decay.
-
-    A group's "name" is projector, lora or decoder. Raises ImportError if --optim needs bitsandbytes and
-    that is not installed."""
-    rates = {"lora": arguments.lora_learning_rate} if isinstance(arguments, Stage2Arguments) else {}
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = "lora" if "lora_" in name else "projector" if ".projector." in name else "decoder"
-            rate, decay = rates.get(part, arguments.learning_rate), arguments.weight_decay * (parameter.dim() > 1)
-            group = {"name": part, "params": [], "lr": rate, "weight_decay": decay}
-            groups.setdefault((part, parameter.dim() > 1), group)["params"].append(parameter)
-    parameters, kind = list(groups.values()), choose_optimizer(arguments.optim, device)
-    if kind == "adamw_torch_fused":
-        return torch.optim.AdamW(parameters, fused=True)
-    try:
-        from bitsandbytes import optim
-    except ImportError as error:
-        raise ImportError(f"--optim {kind} needs bitsandbytes: pip install 'clip-phi[cuda]'") from error
-    return _in_one_stream({"adam8bit": optim.Adam8bit, "paged_adam8bit": optim.PagedAdam8bit}[kind])(parameters)
-
-
-def _in_one_stream(base: Any) -> Any:
-    """An optimizer of bitsandbytes without its synchronisation with the device after each parameter.
-
-    Its kernels run in the stream of those before and after them. Only paged states may move meanwhile: then the device
-    is synchronised once, at the end. And paged states that are loaded stay paged."""
-    from bitsandbytes.optim import optimizer
-
-    class InOneStream(base):
-        def step(self, closure: Any = None) -> Any:
-            synchronize, optimizer.sync_gpu = optimizer.sync_gpu, lambda tensor: None
-            try:
-                loss = super().step(closure)
-            finally:
-                optimizer.sync_gpu = synchronize
-            if self.is_paged:
-                synchronize(self.param_groups[0]["params"][0])
-            return loss
-
-        def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
-            super().load_state_dict(state_dict, move_to_device)
-            for parameter, state in self.state.items():
-                for name in ("state1", "state2") if self.is_paged else ():
-                    paged = self.get_state_buffer(parameter, dtype=state[name].dtype)
-                    state[name] = paged.copy_(state[name])
-
-    InOneStream.__name__ = base.__name__
-    return InOneStream
-
-
-def make_scheduler(optimizer: torch.optim.Optimizer, arguments: TrainingArguments, num_steps: int) -> Any:
-    """Warm-up over the first warmup_ratio of num_steps, then the chosen shape."""
-    num_warmup_steps = int(arguments.warmup_ratio * num_steps)
-    return get_scheduler(arguments.lr_scheduler_type, optimizer, num_warmup_steps, num_steps)
