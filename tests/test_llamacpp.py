@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from statistics import median
 
 import pytest
 import torch
@@ -40,7 +41,11 @@ def expected(tmp_path_factory):
     return requests, answers
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+# The fewest equal answers, and the largest difference of log-probabilities.
+BOUNDS = {"float16": (100, 0.02), "float32": (100, 0.02), "q8_0": (95, 0.5), "q4_0": (50, 5.0)}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
 def test_llamacpp_gives_the_same_100_answers(dtype, expected, tmp_path, capsys):
     requests, answers = expected
     assert main(["export", str(DEMO / "model"), str(tmp_path / "gguf"), "--to", "gguf", "--dtype", dtype]) == 0
@@ -58,7 +63,7 @@ def test_llamacpp_gives_the_same_100_answers(dtype, expected, tmp_path, capsys):
     ]
     with capsys.disabled():
         print(f"\nllama.cpp, {dtype}: {equal} of {len(found)} greedy answers equal, ", end="")
-        print(f"first tokens' log-probabilities within {max(differences):.4f}")
+        print(f"first tokens' log-probabilities within {max(differences):.4f}, median {median(differences):.4f}")
     assert len({text for text, _ in answers}) > 10 and len(differences) > 150
-    assert equal == len(found) == 100
-    assert max(differences) < 0.02
+    assert equal >= BOUNDS[dtype][0] and len(found) == 100
+    assert max(differences) < BOUNDS[dtype][1]

@@ -15,6 +15,7 @@ import torch
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
+from . import random_pixels
 from .rotation import WideTower
 
 # llama.cpp gives a message as a text, with a marker <__media...__> for each image, into which a server puts letters.
@@ -26,6 +27,10 @@ FIELDS = {
     **{"context_length": "max_position_embeddings", "head_count_kv": "num_key_value_heads"},
     **{"layer_norm_eps": "layer_norm_eps"},
 }
+# The names of a tensor's type and of a file's.
+TYPES = {"float16": ("F16", "MOSTLY_F16"), "float32": ("F32", "ALL_F32")}
+QUANTISED = {"q8_0": ("Q8_0", "MOSTLY_Q8_0"), "q4_0": ("Q4_0", "MOSTLY_Q4_0")}
+TYPES |= QUANTISED
 # Names inside a block: those of transformers, and those of llama.cpp.
 BLOCK = {f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"} | {"mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
 PHI2_BLOCK = BLOCK | {"input_layernorm": "attn_norm", "self_attn.dense": "attn_output"}
@@ -33,16 +38,47 @@ CLIP_BLOCK = BLOCK | {"layer_norm1": "ln1", "layer_norm2": "ln2", "self_attn.out
 
 
 def export_gguf(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path, dtype: str) -> dict[str, Any]:
-    """Write text.gguf and mmproj.gguf. dtype: of matrices, float16 or float32; vectors are float32.
+    """Write text.gguf and mmproj.gguf. dtype: of matrices, a key of TYPES; vectors are float32.
 
-    Returns {"files", "tensors"}: their number, each read back and compared. Raises ValueError if llama.cpp's graphs
-    cannot represent the model."""
+    Only the decoder's matrices are quantised: in 4 bits, embedding and head still have 8, and the tower has float16.
+    Returns {"files", "tensors"}: their number, each read back and compared; if quantised also "largest_difference", of
+    the logits, relative to their range. Raises ValueError if llama.cpp's graphs cannot represent the model."""
     refuse_unsupported(model, processor)
     tower = _wide_tower(model)
+    rounding = _quantise(model, processor, dtype) if dtype in QUANTISED else {}
     folder.mkdir(parents=True, exist_ok=True)
     text, mmproj = folder / "text.gguf", folder / "mmproj.gguf"
-    num_tensors = _write_text(model, processor, text, dtype) + _write_mmproj(model, processor, tower, mmproj, dtype)
-    return {"files": [str(text), str(mmproj)], "tensors": num_tensors}
+    num_tensors = _write_text(model, processor, text, dtype)
+    num_tensors += _write_mmproj(model, processor, tower, mmproj, "float16" if rounding else dtype)
+    return {"files": [str(text), str(mmproj)], "tensors": num_tensors} | rounding
+
+
+def _type_of(name: str, value: torch.Tensor, dtype: str) -> gguf.GGMLQuantizationType:
+    # vectors stay in float32, and so does what llama.cpp adds to activations
+    if value.dim() < 2 or name == "v.position_embd.weight":
+        dtype = "float32"
+    elif dtype == "q4_0" and name in ("token_embd.weight", "output.weight"):
+        dtype = "q8_0"
+    return gguf.GGMLQuantizationType[TYPES[dtype][0]]
+
+
+@torch.no_grad()
+def _quantise(model: Any, processor: Any, dtype: str) -> dict[str, float]:
+    """Round the decoder's matrices to what the file will hold: rounding them again gives the same numbers."""
+    ids = processor.prefix_ids(True) + processor.tokenizer("What is it?", add_special_tokens=False)["input_ids"]
+    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": random_pixels(processor)}
+    before = model(**inputs).logits
+    named = {"token_embd.weight": model.get_input_embeddings().weight, "output.weight": model.lm_head.weight}
+    others = {name: value for name, value in model.model.language_model.named_parameters() if "layers." in name}
+    for name, value in (named | others).items():
+        kind = _type_of(name, value, dtype)
+        if value.dim() > 1:
+            if value.shape[1] % 32:
+                raise ValueError(f"{dtype} has blocks of 32 columns, and {name} has {value.shape[1]} columns")
+            rounded = gguf.quants.dequantize(gguf.quants.quantize(value.numpy(), kind), kind)
+            value.copy_(torch.from_numpy(rounded))
+    difference = (model(**inputs).logits - before).abs().max() / (before.max() - before.min())
+    return {"largest_difference": difference.item()}
 
 
 def refuse_unsupported(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -> None:
@@ -74,7 +110,7 @@ def refuse_unsupported(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -
 def _new_writer(path: Path, architecture: str, prefix: str, dtype: str, fields: dict[str, Any]) -> Any:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("Clip-Phi")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if dtype == "float16" else gguf.LlamaFileType.ALL_F32)
+    writer.add_file_type(gguf.LlamaFileType[TYPES[dtype][1]])
     for name, value in fields.items():
         getattr(writer, f"add_{prefix}{name}")(value)
     return writer
@@ -185,11 +221,9 @@ def _write(writer: Any, path: Path, tensors: dict[str, torch.Tensor], dtype: str
     """Write the tensors and compare the file with them. Returns their number."""
     arrays = {}
     for name, value in tensors.items():
-        # vectors stay in float32, and so does what llama.cpp adds to activations
-        small = value.dim() < 2 or name == "v.position_embd.weight"
-        kind = np.float16 if dtype == "float16" and not small else np.float32
-        arrays[name] = np.ascontiguousarray(value.detach().float().cpu().numpy().astype(kind))
-        writer.add_tensor(name, arrays[name])
+        kind, array = _type_of(name, value, dtype), value.detach().float().cpu().numpy()
+        arrays[name] = gguf.quants.quantize(np.ascontiguousarray(array), kind)
+        writer.add_tensor(name, arrays[name], raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -202,6 +236,5 @@ def _write(writer: Any, path: Path, tensors: dict[str, torch.Tensor], dtype: str
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a GGUF file by name, in numpy's order of dimensions."""
-    tensors = gguf.GGUFReader(path).tensors
-    return {each.name: np.array(each.data).reshape([int(size) for size in reversed(each.shape)]) for each in tensors}
+    """The tensors of a GGUF file by name, in numpy's order of dimensions; quantised ones as their bytes."""
+    return {each.name: np.array(each.data) for each in gguf.GGUFReader(path).tensors}
