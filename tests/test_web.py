@@ -1,5 +1,6 @@
 """transformers.js in a headless Chromium gives the answers of the demo's model, offline: make test-web."""
 
+import copy
 import http.server
 import io
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, demo_questions
+from kinds_of_tokenizers import TOKENIZERS
 from PIL import Image
 from PIL.Image import Resampling
 from transformers import CLIPImageProcessorPil
@@ -132,6 +134,44 @@ def test_the_page_gives_the_answers_of_python(dtype, export, open_page, requests
         print(page.inner_text("#speed"))
     assert len(set(expected)) > 10
     assert equal == 100 or dtype != "float32"
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_prompts_are_those_of_python_for_any_kind_of_tokenizer(kind, export, open_page, model, processor, tmp_path):
+    """BOS once, image tokens, unusual characters, and the decoded text."""
+    from clip_phi.export.web import write_page
+
+    own = copy.deepcopy(processor)
+    if TOKENIZERS[kind]:
+        own = ClipPhiProcessor(processor.image_processor, TOKENIZERS[kind](), num_image_tokens=4)
+    folder = shutil.copytree(export("float32"), tmp_path / "site")
+    write_page(model, own, folder, "float32")
+    texts = ["a red circle?", "  b\n\nc ", "123 4567", "don't", "\u00e9\u4e2d \U0001f600", ""]
+    image, wanted = Image.new("RGB", (40, 30), "red"), []
+    for text in texts:
+        content = [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+        prompt = own.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        ids = own(images=[image], text=prompt, return_tensors="pt")["input_ids"][0].tolist()
+        wanted.append([ids, own.decode(ids, skip_special_tokens=True)])
+    script = """async (texts) => {
+        const { AutoProcessor, RawImage, env } = await import("./lib/transformers.min.js");
+        Object.assign(env, { allowLocalModels: true, allowRemoteModels: false, useBrowserCache: false });
+        const processor = await AutoProcessor.from_pretrained(".");
+        const image = new RawImage(new Uint8ClampedArray(40 * 30 * 4), 40, 30, 4);
+        const found = [];
+        for (const text of texts) {
+            const content = [{ type: "image" }, ...(text ? [{ type: "text", text }] : [])];
+            const prompt = processor.apply_chat_template([{ role: "user", content }], { add_generation_prompt: true });
+            const { add_special_tokens, clean_up_tokenization_spaces } = processor.config;
+            const { input_ids } = await processor(image, prompt, { add_special_tokens });
+            const ids = input_ids.tolist()[0];
+            const decoding = { skip_special_tokens: true, clean_up_tokenization_spaces };
+            found.push([ids.map(Number), processor.decode(ids, decoding)]);
+        }
+        return found;
+    }"""
+    found = open_page(folder).evaluate(script, texts)
+    assert found == wanted
 
 
 def test_images_are_resized_as_pillow_does_it(export, open_page):

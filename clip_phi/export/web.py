@@ -52,18 +52,23 @@ def export_web(model: Any, processor: Any, folder: Path, dtype: str, packages: s
             difference = _compare(model, processor, paths, past)
         if not difference < most:
             raise ValueError(f"the {dtype} graphs give other logits than the model, by {difference:.1%} of their range")
-        values = {"config": model.config, "processor": processor, "dtype": DTYPES[dtype]}
-        values |= {"generation": model.generation_config.to_diff_dict(), "area": random_pixels(processor)[0, 0].numel()}
-        for name in ENVIRONMENT.list_templates(filter_func=lambda name: name.startswith("web/")):
-            (site / Path(name).name).write_text("".join(render(name, **values)), encoding="utf-8")
-        # engines other than transformers' do not know the blocks that mark answers for training
-        processor.tokenizer.chat_template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", processor.chat_template)
-        processor.tokenizer.save_pretrained(site, save_jinja_files=False)
+        write_page(model, processor, site, dtype)
         for library in libraries:
             (site / "lib").mkdir(exist_ok=True)
             shutil.copy(library, site / "lib")
         site.replace(folder)
     return {"files": [str(folder)], "largest_difference": difference}
+
+
+def write_page(model: Any, processor: Any, site: Path, dtype: str) -> None:
+    """Write the page, and all that transformers.js reads but the graphs."""
+    values = {"config": model.config, "processor": processor, "dtype": DTYPES[dtype]}
+    values |= {"generation": model.generation_config.to_diff_dict(), "area": random_pixels(processor)[0, 0].numel()}
+    for name in ENVIRONMENT.list_templates(filter_func=lambda name: name.startswith("web/")):
+        (site / Path(name).name).write_text("".join(render(name, **values)), encoding="utf-8")
+    # engines other than transformers' do not know the blocks that mark answers for training
+    processor.tokenizer.chat_template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", processor.chat_template)
+    processor.tokenizer.save_pretrained(site, save_jinja_files=False)
 
 
 def _refuse_unsupported(model: Any, processor: Any, dtype: str, libraries: list[Path]) -> list[torch.Tensor]:
@@ -135,7 +140,8 @@ def _write_graphs(model: Any, processor: Any, folder: Path, past: list[torch.Ten
 def _compare(model: Any, processor: Any, paths: list[Path], past: list[torch.Tensor]) -> float:
     vision, embed, decoder = (onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in paths)
     question = processor.tokenizer("What is it?", add_special_tokens=False)["input_ids"]
-    ids, pixels = torch.tensor([processor.prefix_ids(True) + question * 2]), random_pixels(processor)
+    prefix = processor.bos_ids + [processor.image_token_id] * processor.num_image_tokens
+    ids, pixels = torch.tensor([prefix + question * 2]), random_pixels(processor)
     with torch.no_grad():
         wanted = model(input_ids=ids, pixel_values=pixels, logits_to_keep=3).logits[0].numpy()
     embeds = embed.run(None, {"input_ids": ids.numpy()})[0]
