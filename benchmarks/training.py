@@ -2,6 +2,7 @@
 
     python benchmarks/training.py [--quick] [--json FILE]
     python benchmarks/training.py --true-size     2.78 B parameters in float32: needs 16 GB and some minutes
+    python benchmarks/training.py --profile       where the CPU time of a step of each stage goes, and its FLOP floor
 
 The contenders share all weights (random; a CLIP tower, and a phi decoder with phi-2's vocabulary) and all work
 (random captions and conversations). A step is a forward and backward pass over all of the work. The losses and
@@ -49,7 +50,8 @@ from clip_phi.batching.attention import PACKED_ATTENTION
 from clip_phi.batching.encode import Encoded
 from clip_phi.batching.packing import SharedPrefixSample, build_shared_prefix, pack_samples
 from clip_phi.batching.sampler import plan_packs
-from clip_phi.training.arguments import Stage1Arguments
+from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
+from clip_phi.training.model import make_trainable
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 from modeling_clip_phi.configuration_clip_phi import IGNORE_INDEX
 
@@ -63,6 +65,7 @@ LEVERS = {
     "kept_logits": "the head at supervised positions only",
     "fused_gelu": "one kernel instead of gelu_new's eight",
 }
+LORA_R = 8
 LORA_TARGETS = "q_proj|k_proj|v_proj|dense|fc1|fc2"
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5  # relative, in float32
 
@@ -623,7 +626,7 @@ def run_stage_1(size: Size, images: int, repeats: int, differences: Differences)
 
 
 def run_stage_2(size: Size, images: int, log_mean: float, repeats: int, differences: Differences) -> dict[str, Any]:
-    models, work = make_models(size, lora_r=8), conversation_work(images, log_mean)
+    models, work = make_models(size, lora_r=LORA_R), conversation_work(images, log_mean)
     contenders = [make_padded(models, work), make_ours(models, work), *make_levers(models, work)[1:]]
     stage = race(contenders, models.trained, repeats, differences)
     levers = {"all on": stage["ours"]} | {name: stage[name] for name in stage if name.startswith(("no ", "all "))}
@@ -646,6 +649,59 @@ def run_true_size(size: Size, images: int) -> dict[str, Any]:
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "stage1": stage,
     }
+
+
+# Operators of the profiler by what they are for; the rest is "all others".
+OPERATORS = {
+    "attention": ("scaled_dot_product", "flash_attention"),
+    "softmax of the loss": ("log_softmax", "logsumexp", "aten::exp", "aten::_softmax", "nll_loss"),
+    "GELU": ("gelu",),
+    "masks of LoRA's dropout": ("bernoulli", "random_", "aten::lt", "aten::ge"),
+    "copies, sums and products of single numbers": ("aten::copy_", "aten::mul", "aten::add", "aten::sum", "index"),
+}
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn_linear")
+
+
+def run_profile(size: Size, images: int, log_mean: float) -> dict[str, Any]:
+    """Where a step's CPU time goes, by self time of operators, and how long its products would take alone.
+
+    The floor is the step's counted FLOPs at the speed of one product of 2048 x 2048 matrices, measured beside it."""
+    result: dict[str, Any] = {"size": size._asdict()}
+    matrix = torch.randn(2048, 2048)
+    for stage, work in ((1, caption_work(images)), (2, conversation_work(images, log_mean))):
+        models = make_models(size, lora_r=0)
+        arguments = Stage1Arguments(stage=1) if stage == 1 else Stage2Arguments(stage=2, lora_r=LORA_R)
+        make_trainable(models.ours, arguments, torch.device("cpu"), torch.float32)
+        trained = [parameter for parameter in models.ours.parameters() if parameter.requires_grad]
+        contender = make_ours(models, work)
+        step(contender, trained)  # the first one allocates
+        flops, _, _ = counted_step(contender, trained)
+        seconds = [cpu_seconds(partial(step, contender, trained)) for _ in range(2)]
+        speeds = [2 * 2048**3 / cpu_seconds(partial(torch.mm, matrix, matrix)) for _ in range(5)]
+        with torch.profiler.profile(record_shapes=True) as profile:
+            step(contender, trained)
+        shares = _shares(profile.key_averages(group_by_input_shape=True))
+        floor = flops / max(speeds)
+        result[f"stage{stage}"] = shares | {"gflop": flops / 1e9, "seconds": min(seconds), "floor_seconds": floor}
+        print(f"\nstage {stage}: {images} images, {work.num_samples} conversations")
+        for name, share in sorted(shares.items(), key=lambda item: -item[1]):
+            print(f"  {name:44} {share:6.1%}")
+        print(f"  {flops / 1e9:.0f} GFLOP: {floor:.2f} s as one large product; the step: {min(seconds):.2f} s")
+    return result
+
+
+def _shares(events: Any) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for event in events:
+        sizes = {number for shape in event.input_shapes for number in shape if isinstance(number, int)}
+        name = next(
+            (name for name, parts in OPERATORS.items() if any(part in event.key for part in parts)), "all others"
+        )
+        if event.key.startswith(PRODUCTS):
+            name = "products of matrices in tower and decoder"
+            name = "products of the head" if VOCABULARY in sizes else "products of LoRA" if LORA_R in sizes else name
+        sums[name] = sums.get(name, 0) + event.self_cpu_time_total
+    return {name: value / sum(sums.values()) for name, value in sums.items()}
 
 
 def run_all(size: Size, images: int, log_mean: float, repeats: int) -> dict[str, Any]:
@@ -673,6 +729,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="smaller sizes; under ten minutes on two cores")
     parser.add_argument("--true-size", action="store_true", help="only padded and ours, with 2.78 B parameters")
+    parser.add_argument("--profile", action="store_true", help="only the shares of operations in a step of each stage")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--hidden", type=int, help="width of the decoder (default: by size)")
     parser.add_argument("--layers", type=int, help="layers of the decoder (default: by size)")
@@ -693,6 +750,8 @@ def main() -> None:
     started = time.perf_counter()
     if options.true_size:
         result = run_true_size(size, options.images or 2)
+    elif options.profile:
+        result = run_profile(size if options.hidden else QUICK_SIZE, options.images or 16, 4.3)
     else:
         images, repeats = options.images or (8 if options.quick else 32), options.repeats or (2 if options.quick else 5)
         result = run_all(size, images, options.log_mean or (4.3 if options.quick else 5.3), repeats)

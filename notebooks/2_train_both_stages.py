@@ -123,7 +123,7 @@ def losses(folder):
 
 
 print("step, loss:", [(step, round(loss, 3)) for step, loss in losses(f"{OUTPUT}/stage1")])
-show([f"{OUTPUT}/stage1/curve.png"], ["stage 1"], columns=1)
+show([f"{OUTPUT}/stage1/curve.png"], columns=1, width=6)
 
 # %%
 run(f"clip-phi caption {' '.join(map(str, UNSEEN))} --model {OUTPUT}/stage1")

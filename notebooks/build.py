@@ -84,6 +84,8 @@ def execute(source: Path) -> Any:
     client = NotebookClient(
         notebook, timeout=CELL_SECONDS, kernel_name="python3", record_timing=False, coalesce_streams=True
     )
+    for folder in set(re.findall(r"outputs/course/\w+", source.read_text(encoding="utf-8"))):
+        shutil.rmtree(ROOT / folder, ignore_errors=True)  # of an earlier run
     client.execute(cwd=str(ROOT))
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     for cell in notebook.cells:
@@ -109,7 +111,6 @@ def main() -> None:
     import nbformat
 
     options.output.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(ROOT / "outputs/course", ignore_errors=True)  # what an earlier run of the notebooks has written
     for source in SOURCES:
         if not options.numbers or source.name[0] in options.numbers:
             started = time.perf_counter()

@@ -1,5 +1,6 @@
 """Helpers that the notebooks share: what this machine has, running a command, and showing images."""
 
+import io
 import os
 import shlex
 import subprocess
@@ -32,15 +33,16 @@ def demo_model() -> str:
     return MODEL
 
 
-def local_hub() -> None:
+def local_hub(folder: str) -> None:
     """Start a hub on this machine, and make it the one that this notebook and its commands use.
 
-    It is in memory, and gone with the notebook. Call it before huggingface_hub or transformers is imported."""
+    It is in memory, and gone with the notebook. Call it before huggingface_hub or transformers is imported.
+    folder: for the cache of what is downloaded from it."""
     sys.path.append("tests")
     from hub_server import HubServer
 
     hub = HubServer().__enter__()
-    os.environ.update(HF_ENDPOINT=hub.url, HF_TOKEN="hf_alice", HF_HOME=os.path.abspath("outputs/course/hub"))
+    os.environ.update(HF_ENDPOINT=hub.url, HF_TOKEN="hf_alice", HF_HOME=os.path.abspath(folder))
     os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_OFFLINE="0")
     print("A hub on this machine is used; you are logged in there as alice.")
 
@@ -53,11 +55,9 @@ def run(command: str, stop_at: str | None = None) -> None:
     print(f"$ {command}", flush=True)
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": programs, "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "30"}
-    process = subprocess.Popen(
-        shlex.split(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+    process = subprocess.Popen(shlex.split(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     stopped = False
-    for line in process.stdout or ():
+    for line in io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline=""):  # "\r" stays
         print(line, end="", flush=True)
         if stop_at is not None and line.startswith(stop_at) and not stopped:
             process.terminate()

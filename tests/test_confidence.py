@@ -1,18 +1,23 @@
 """How sure an answer is: likelihood, gain and confidence, by hand-worked examples and plain forward passes."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from clip_phi.cli import main
 from clip_phi.data.sample import user_message
 from clip_phi.data.synthetic import write_dataset
 from clip_phi.evaluation.confidence import (
+    ABSTENTION,
+    FILE,
     assess,
     calibration,
+    describe,
     fit_scaling,
     load_scaling,
     logit,
@@ -21,6 +26,9 @@ from clip_phi.evaluation.confidence import (
     scale,
 )
 from clip_phi.evaluation.generate import answer_logprobs
+from clip_phi.hub.push import SHIPPED
+from clip_phi.serving.api import create_app
+from clip_phi.serving.engine import Engine, Limits, as_prompt
 
 
 def test_calibration_error_and_brier_score_by_hand():
@@ -106,6 +114,7 @@ def test_evaluate_reports_and_keeps_the_scaling_which_other_weights_refuse(fresh
     result = json.loads((folder / "evaluation/vqa.json").read_text())["confidence"]
     scaled = result["likelihood"]["scaled"]
     assert load_scaling(str(folder), model) == {name: scaled[name] for name in ("slope", "bias")}
+    assert SHIPPED.fullmatch(FILE)  # it is pushed with the weights
     samples = [json.loads(line) for line in (folder / "evaluation/vqa.samples.jsonl").read_text().splitlines()]
     assert result["answers"] + result["fitted_on"] == len(samples)
     assert all(0 <= each["likelihood"] <= 1 and -1 <= each["gain"] <= each["likelihood"] for each in samples)
@@ -114,3 +123,91 @@ def test_evaluate_reports_and_keeps_the_scaling_which_other_weights_refuse(fresh
     with torch.no_grad():
         next(model.model.projector.parameters()).add_(1)
     assert load_scaling(str(folder), model) is None
+
+
+# Serving
+
+
+@pytest.fixture(scope="module")
+def engine(model, processor):
+    with Engine(model, processor, limits=Limits(gather_seconds=0)) as engine:
+        yield engine
+
+
+def ask(engine, number, **options):
+    messages, images = as_prompt("What?", Image.new("RGB", (64, 64), "red") if number else None)
+    completion = engine.submit(messages, images, max_new_tokens=4, top_logprobs=0, **options)
+    completion.result()
+    return completion, messages
+
+
+@torch.no_grad()
+def test_the_engines_likelihood_and_gain_are_those_of_plain_forward_passes(engine, model, processor):
+    grammar = engine.grammars.compile(regex="[a-z]{2}")
+    completion, messages = ask(engine, 1, grammar=grammar)
+    found = engine.confidence(completion, messages)
+    prompt, _ = processor.encode(messages, add_generation_prompt=True)
+    ids = [each.token for each in completion.logprobs]
+    pixels = processor.image_processor([Image.new("RGB", (64, 64), "red")], return_tensors="pt")
+    logprobs = model(torch.tensor([prompt + ids]), **pixels).logits[0].log_softmax(-1)
+    expected = sum(float(logprobs[len(prompt) + place - 1, token]) for place, token in enumerate(ids))
+    assert math.log(found["likelihood"]) == pytest.approx(expected, abs=1e-3)
+    blind = answer_logprobs(model, processor, [([user_message("What?")], None)], [completion.text])[0]
+    assert found["gain"] == pytest.approx(found["likelihood"] - math.exp(blind), abs=1e-9)
+    assert found["confidence"] is None and found["abstained"] is False
+    completion, messages = ask(engine, 0)
+    assert engine.confidence(completion, messages)["gain"] is None  # there is no image to leave out
+
+
+def test_a_completion_that_is_not_sure_abstains_by_its_confidence(engine, monkeypatch):
+    completion, messages = ask(engine, 1)
+    text, likelihood = completion.text, math.exp(completion.logprob)
+    assert not engine.confidence(completion, messages, likelihood)["abstained"] and completion.text == text
+    monkeypatch.setattr(engine, "scaling", {"slope": 0.0, "bias": 0.0})
+    assert engine.confidence(completion, messages, 0.49)["confidence"] == 0.5 and completion.text == text
+    assert engine.confidence(completion, messages, 0.51)["abstained"] and completion.text == ABSTENTION
+    assert "confidence 0.50" in describe({"likelihood": 0.1, "gain": None, "confidence": 0.5})
+    assert describe({"likelihood": 0.1, "gain": 0.25, "confidence": None}) == (
+        "likelihood 0.1, +0.25 by the image; not calibrated"
+    )
+
+
+def test_the_api_has_the_confidence_of_each_choice_and_sends_no_text_that_it_withholds(engine):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "What?"}], "max_tokens": 4}
+
+    def post(options, **more):
+        return TestClient(create_app(engine, "tiny", **options)).post("/v1/chat/completions", json=body | more)
+
+    def streamed(options, **more):
+        lines = post(options, stream=True, **more).text.splitlines()
+        return [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+
+    plain = post({}).json()["choices"][0]
+    assert "confidence" not in plain
+    for choice in (post({}, confidence=True, n=2).json()["choices"][1], streamed({}, confidence=True)[-1]):
+        found = choice["confidence"]
+        assert 0 < found["likelihood"] < 1 and not found["abstained"] and not choice["logprobs"]
+    withheld = post({"abstain_below": 1.0}).json()["choices"][0]
+    assert withheld["message"]["content"] == ABSTENTION and withheld["confidence"]["abstained"]
+    pieces = [each["delta"].get("content", "") for each in streamed({"abstain_below": 1.0})]
+    assert "".join(pieces) == ABSTENTION
+    formed = post({"abstain_below": 1.0}, guided_choice=["ab"]).json()["choices"][0]
+    assert formed["message"]["content"] == "ab" and "confidence" not in formed
+    assert post({}, confidence="yes").status_code == 400
+
+
+def test_ask_prints_how_sure_it_is_and_abstains(checkpoint, tmp_path, capsys):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "image.png")
+
+    def run(*options):
+        words = ["ask", tmp_path / "image.png", "What?", "--model", checkpoint, "--max_new_tokens", 3, *options]
+        code = main([str(word) for word in words])
+        return code, *capsys.readouterr()
+
+    code, out, _ = run("--confidence")
+    assert code == 0 and " by the image; not calibrated\n" in out and "likelihood " in out
+    code, out, error = run("--abstain_below", 1, "--json")
+    assert code == 0 and json.loads(out)["answer"] == ABSTENTION and json.loads(out)["confidence"]["abstained"]
+    assert "is not calibrated" in error
+    (tmp_path / "schema.json").write_text("{}")
+    assert run("--abstain_below", 1, "--schema", tmp_path / "schema.json")[0] == 2

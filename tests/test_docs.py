@@ -236,6 +236,7 @@ def test_functions_named_in_the_architecture_exist():
 OTHER_PROGRAMS = {"--config_file", "--model_args", "--tasks", "--no-deps", "--model-impl", "--trust-remote-code"}
 OTHER_PROGRAMS |= {"--chat-template-content-format", "--limit-mm-per-prompt"}  # of vLLM
 OTHER_PROGRAMS |= {"--data-parallel-size", "--tensor-parallel-size"}
+OTHER_PROGRAMS |= {"--prefix", "--ignore-scripts", "--directory"}  # of npm and Python's http.server
 
 
 def known_options():

@@ -18,6 +18,8 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -538,7 +540,7 @@ def test_graphs_give_the_answer_of_generate_by_onnxruntime_alone(text, dtype, tm
         assert done.stdout.strip() == processor.decode(ids, skip_special_tokens=True).strip() != ""
 
 
-SLIDING = {"sliding_window": 8}
+SLIDING, CONVOLUTION = {"sliding_window": 8}, {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}
 
 
 @pytest.mark.export
@@ -546,6 +548,7 @@ SLIDING = {"sliding_window": 8}
     ("change", "words", "message"),
     [
         ({"text": lambda: MistralForCausalLM(MistralConfig(**LLAMA, **SLIDING))}, [], "sliding windows"),
+        ({"text": lambda: Lfm2ForCausalLM(Lfm2Config(**LLAMA, **CONVOLUTION))}, [], "is not one of keys and values"),
         ({"MAX_BYTES": 1000}, [], "a browser loads 2: see --dtype"),
         ({"PROCESSORS": ()}, [], "not as CLIPImageProcessor"),
         ({"TOLERANCE": 0.0}, [], "graphs give other logits than the model"),
@@ -554,7 +557,7 @@ SLIDING = {"sliding_window": 8}
         ({}, ["--to", "llava", "--dtype", "int8"], "--to llava takes no --dtype int8"),
         ({}, ["--to", "gguf", "--packages", "a"], "--packages requires --to web"),
     ],
-    ids=["sliding", "large", "processor", "logits", "packages", "dtype", "llava", "gguf"],
+    ids=["sliding", "convolution", "large", "processor", "logits", "packages", "dtype", "llava", "gguf"],
 )
 def test_what_a_browser_cannot_run_is_refused_and_nothing_is_left(
     change, words, message, tmp_path, monkeypatch, capsys

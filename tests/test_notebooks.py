@@ -64,7 +64,7 @@ def check(path):
 
 
 def test_there_are_five_notebooks_and_each_has_a_source():
-    assert [path.name[0] for path in SOURCES] == list("12345")[: len(SOURCES)]
+    assert [path.name[0] for path in SOURCES] == list("12345")
     assert sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")) == [path.stem for path in SOURCES]
 
 

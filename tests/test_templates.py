@@ -59,6 +59,7 @@ def test_a_wheel_and_a_space_contain_the_templates(tmp_path):
     subprocess.run([str(word) for word in command], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    assert held >= {f"clip_phi/templates/{name}" for name in TEMPLATES} and len(TEMPLATES) >= 3
+    page = {f"web/{path.name}" for path in (ROOT / "clip_phi/templates/web").iterdir()}
+    assert held >= {f"clip_phi/templates/{name}" for name in TEMPLATES | page} and len(TEMPLATES) >= 3 <= len(page)
     space = write_space("alice/space", "alice/model", tmp_path / "space")
     assert {path.name for path in (space / "clip_phi/templates").iterdir()} >= TEMPLATES

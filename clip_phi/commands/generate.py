@@ -52,6 +52,8 @@ def run_ask(arguments: argparse.Namespace) -> None:
         raise ValueError("--draw requires --drawing_model: folder or Hub id of a text-to-image model of diffusers")
     if arguments.schema and arguments.choices:
         raise ValueError("--schema and --choices: give one of them")
+    if arguments.schema and arguments.abstain_below is not None:
+        raise ValueError("--abstain_below and --schema: give one of them, since the sentence is no json")
     choices = [each.strip() for each in arguments.choices.split(",")] if arguments.choices else []
     form: dict[str, Any] = {"choice": choices} if choices else {}
     if arguments.schema is not None:
@@ -69,7 +71,7 @@ def run_ask(arguments: argparse.Namespace) -> None:
 
         drawer = TextToImage(arguments.drawing_model, arguments.device)
     question, transcript, answer = arguments.question, None, list[str]()
-    record = {"image": arguments.image, "question": question}
+    record: dict[str, Any] = {"image": arguments.image, "question": question}
     if arguments.speech is not None:
         found = transcribe(arguments.speech, arguments)
         if question is None and not found.text:
@@ -78,16 +80,29 @@ def run_ask(arguments: argparse.Namespace) -> None:
         record |= {"transcript": found.text, "engine": found.engine}
         record |= {"seconds": found.seconds, "truncated": found.truncated}
     with load_engine(arguments) as engine:
+        from ..evaluation.confidence import describe
+        from ..serving.engine import as_prompt
+
         try:
             grammar = engine.grammars.compile(**form) if form else None
         except ValueError as error:
             raise ValueError(f"{arguments.schema or '--choices'} {error}") from error
-        pieces = engine.stream(question, image, arguments.max_new_tokens, transcript, grammar)
+        judged = arguments.confidence or arguments.abstain_below is not None
+        messages, images = as_prompt(question, image, transcript)
+        options: Any = {"grammar": grammar, "top_logprobs": 0 if judged else None}
+        completion = engine.submit(messages, images, max_new_tokens=arguments.max_new_tokens, **options)
+        pieces = iter(completion)
+        if judged:
+            completion.result()
+            record["confidence"] = engine.confidence(completion, messages, arguments.abstain_below)
+            pieces = iter([completion.text])
         printed = _printed(pieces, answer, quiet=arguments.json)
         if speaker is not None:
             write_wav(arguments.speak, join(speaker.stream(printed)))
             record["speak"] = arguments.speak
         "".join(printed)  # prints what the speaker has not read: all of it, if there is none
+        if arguments.confidence and not arguments.json:
+            print(describe(record["confidence"]), flush=True)
     if drawer is not None:
         drawer.generate("".join(answer), arguments.seed, arguments.size).save(arguments.draw, format="PNG")
         record["draw"] = arguments.draw

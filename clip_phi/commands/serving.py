@@ -49,6 +49,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     name = arguments.name or Path(model).resolve().name
     with load_engine(arguments, Limits(arguments.max_batch, arguments.max_waiting)) as engine:
         options = {"hosts": [*arguments.allow_host, arguments.host], "origins": arguments.allow_origin}
+        options["abstain_below"] = arguments.abstain_below
         app = create_app(engine, name, api_key=api_key, limits=limits, transcribe=transcribe, **options)
         print(f"model {name!r} at http://{arguments.host}:{arguments.port}/v1", file=sys.stderr, flush=True)
         serve(app, arguments.host, arguments.port, arguments.log_level, limits)

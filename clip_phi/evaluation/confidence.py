@@ -78,6 +78,13 @@ def assess(likelihoods: np.ndarray, gains: np.ndarray, right: np.ndarray, digest
     return found
 
 
+def describe(found: dict[str, Any]) -> str:
+    """Engine.confidence in one line, for people."""
+    gain = "" if found["gain"] is None else f", {found['gain']:+.2f} by the image"
+    confidence = "not calibrated" if found["confidence"] is None else f"confidence {found['confidence']:.2f}"
+    return f"likelihood {found['likelihood']:.2g}{gain}; {confidence}"
+
+
 def save_scaling(folder: Path, model: Any, result: dict[str, Any]) -> None:
     """Keep the scaling of a result's likelihoods beside the weights, where load_scaling finds it."""
     if not (found := result.get("confidence")):
@@ -88,7 +95,8 @@ def save_scaling(folder: Path, model: Any, result: dict[str, Any]) -> None:
 
 def load_scaling(model: str, weights: Any) -> dict[str, float] | None:
     """The slope and bias kept with a model, a folder or Hub id; None without them, or if they are of other weights."""
-    path = cached_file(model, FILE, _raise_exceptions_for_missing_entries=False)
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    path = cached_file(model, FILE, **quiet)
     found = {} if path is None else read_json(Path(path))
     return {name: found[name] for name in ("slope", "bias")} if found.get("weights") == _weights_hash(weights) else None
 

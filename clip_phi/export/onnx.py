@@ -30,10 +30,12 @@ class _Graph(nn.Module):
 def write_graph(
     path: Path, function: Callable, module: nn.Module, inputs: tuple, names: list, outputs: list, shapes: list
 ) -> None:
-    """Write function(module, *inputs) as ONNX, in float32. shapes: for each input, which dimensions vary."""
+    """Write function(module, *inputs) as ONNX, in float32. shapes: for each input, which dimensions vary.
+
+    The weights of a module of more than 2 GB, which a protobuf cannot hold, are in a second file beside it."""
     # it warns that torchvision is missing, which nothing here needs
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    large = sum(each.nbytes for each in module.state_dict().values()) > 1e9  # a protobuf holds 2 GB
+    large = sum(each.nbytes for each in (*module.parameters(), *module.buffers())) > 2e9
     options: dict[str, Any] = {"input_names": names, "output_names": outputs, "dynamic_shapes": (tuple(shapes),)}
     options |= {"dynamo": True, "external_data": large, "opset_version": 21, "verbose": False}
     with torch.no_grad(), warnings.catch_warnings(action="ignore"):

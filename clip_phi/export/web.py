@@ -7,6 +7,7 @@ cache, and then each token with the cache of those before it."""
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .onnx import FEATURES, TOLERANCE, image_features, write_graph
 
 DTYPES = {"float32": "fp32", "int8": "int8", "int4": "q4"}  # as transformers.js calls them
 BYTES = {"float32": 4.0, "int8": 1.2, "int4": 0.7}  # of a weight, with the scales of blocks of 32
-MAX_BYTES, MAX_ROUNDING = 2e9, 0.2  # of a file in a browser; of the logits, relative to their range
+MAX_BYTES, MAX_ROUNDING = 2e9, 0.2  # of a model in a browser; of the logits, relative to their range
 PACKAGES = ["@huggingface/transformers/dist/transformers.min.js"]
 PACKAGES += [f"onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.{end}" for end in ("mjs", "wasm")]
 PROCESSORS = ("CLIPImageProcessor", "SiglipImageProcessor", "ViTImageProcessor", "BitImageProcessor")  # as the page's
@@ -80,16 +81,15 @@ def _refuse_unsupported(model: Any, processor: Any, dtype: str, libraries: list[
         raise ValueError(f"the page prepares images as {', '.join(PROCESSORS)} do, not as {kind}")
     if getattr(config, "sliding_window", None):
         raise ValueError("the decoder has sliding windows, and the cache of the graph has none")
-    embedding = model.get_input_embeddings().weight
-    decoder = {*model.model.language_model.parameters(), *model.lm_head.parameters()} - {embedding}
-    count = max(sum(each.numel() for each in decoder | {model.lm_head.weight}), embedding.numel())
-    if (size := count * BYTES[dtype]) > MAX_BYTES:
-        raise ValueError(f"the weights would be a file of {size / 1e9:.1f} GB, and a browser loads 2: see --dtype")
+    if (size := model.num_parameters() * BYTES[dtype]) > MAX_BYTES:
+        raise ValueError(f"the model would take {size / 1e9:.1f} GB, and a browser loads 2: see --dtype")
     cache = DynamicCache()
-    with torch.no_grad():
+    with torch.no_grad(), suppress(Exception):  # decoders with other caches fail in their own ways
         model(input_ids=torch.zeros(2, 3, dtype=torch.long), past_key_values=cache, use_cache=True)
     past = [part for layer in cache.layers for part in (layer.keys, layer.values)]
-    if len(past) != 2 * config.num_hidden_layers or any(part.dim() != 4 or part.shape[2] != 3 for part in past):
+    if len(past) != 2 * config.num_hidden_layers or any(
+        getattr(part, "ndim", 0) != 4 or part.shape[2] != 3 for part in past
+    ):
         raise ValueError(f"the cache of a {config.model_type} decoder is not one of keys and values in each layer")
     return past
 

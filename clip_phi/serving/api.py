@@ -6,7 +6,6 @@ A request contains its images and recordings as data; nothing is fetched. GET /h
 
 import asyncio
 import binascii
-import functools
 import json
 import re
 import time
@@ -16,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 from urllib.parse import unquote
 
@@ -58,6 +58,7 @@ class ErrorBody(BaseModel):
 def create_app(
     engine: Engine, name: str, *, api_key: str | None = None, limits: ApiLimits = ApiLimits(),
     transcribe: Callable[[bytes], str] | None = None, hosts: Sequence[str] = (), origins: Sequence[str] = (),
+    abstain_below: float | None = None,
 ) -> FastAPI:  # fmt: skip
     """The application that uvicorn runs; the engine stays open when it ends.
 
@@ -66,6 +67,7 @@ def create_app(
         api_key: bearer token that every request under /v1 needs.
         transcribe: text of an audio file's bytes; raises ValueError for bytes that are none, ImportError if a package
             is missing. None: input_audio is refused.
+        abstain_below: confidence below which an answer becomes ABSTENTION, unless the request gives its form.
         hosts: names of this server that a Host header may have, see Gate.
         origins: of web pages that may send requests (CORS), for example http://localhost:5173, or "*"."""
     statuses: Counter[int] = Counter()
@@ -143,7 +145,9 @@ def create_app(
 
         try:
             body, messages, images = await read_request(request)
-            callbacks = [functools.partial(put, number) for number in range(body.n)]
+            below = None if body.grammars() else abstain_below
+            body.confidence = body.confidence or below is not None
+            callbacks = [partial(put, number) for number in range(body.n)]
             completions = await run_in_threadpool(_submit, engine, body, messages, images, callbacks, limits)
         except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full", Retry_After=str(error.retry_after)) from error
@@ -153,14 +157,15 @@ def create_app(
             raise ApiError(501, str(error), code="part_missing") from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        answer = _Answer(completions, body, name, engine.processor.tokenizer)
+        judged: Any = {"messages": engine.add_default_instructions(messages), "abstain_below": below}
+        answer = _Answer(completions, body, name, engine.processor.tokenizer, partial(engine.confidence, **judged))
         if body.stream:
             return StreamingResponse(answer.events(pieces), media_type="text/event-stream")
         await _wait(completions, pieces, request)
         for completion in completions:
             if completion.error is not None:
                 raise _engine_error(completion.error)
-        return JSONResponse(answer.whole())
+        return JSONResponse(await run_in_threadpool(answer.whole))
 
     @app.get("/v1/models", responses=errors)
     async def models() -> dict[str, Any]:
@@ -225,7 +230,7 @@ def _submit(
     max_tokens = None if asked is None else limits.max_tokens if asked < 0 else min(asked, limits.max_tokens)
     options: dict[str, Any] = {"seed": body.seed, "stop": body.stop, "grammar": grammar, "cut": True}
     options |= {"temperature": body.temperature or 0.0, "top_p": body.top_p or 1.0, "max_new_tokens": max_tokens}
-    options["top_logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
+    options["top_logprobs"] = (body.top_logprobs or 0) if body.logprobs or body.confidence else None
     return engine.submit_many(engine.add_default_instructions(messages), images, callbacks, **options)
 
 
@@ -259,16 +264,18 @@ def _from_base64(text: str) -> bytes:
 class _Answer:
     """The completions of one request in OpenAI's format, whole or as server-sent events."""
 
-    def __init__(self, completions: list[Completion], body: ChatRequest, name: str, tokenizer: Any):
-        self.completions, self.body, self.tokenizer = completions, body, tokenizer
+    def __init__(self, completions: list[Completion], body: ChatRequest, name: str, tokenizer: Any, judge: partial):
+        """judge: Engine.confidence; with abstain_below no text is sent before it is known."""
+        self.completions, self.body, self.tokenizer, self.judge = completions, body, tokenizer, judge
         self.common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         self.num_sent = [0] * len(completions)  # log-probabilities
 
     def whole(self) -> dict[str, Any]:
         choices = []
         for number, done in enumerate(self.completions):
+            more = self._confidence(done)
             message = {"role": "assistant", "content": done.text, "refusal": None}
-            choices.append(self._choice(number, done.finish_reason, message=message))
+            choices.append(self._choice(number, done.finish_reason, message=message, **more))
         return self.common | {"object": "chat.completion", "choices": choices} | self._usage()
 
     async def events(self, pieces: asyncio.Queue[tuple[int, str | None]]) -> AsyncIterator[str]:
@@ -276,18 +283,21 @@ class _Answer:
         try:
             for number in range(len(self.completions)):
                 yield self._event(self._choice(number, None, delta={"role": "assistant", "content": ""}))
-            running = len(self.completions)
+            running, withheld = len(self.completions), self.judge.keywords["abstain_below"] is not None
             while running:
                 number, piece = await pieces.get()
                 done = self.completions[number]
                 if piece is not None:
-                    yield self._event(self._choice(number, None, delta={"content": piece}))
+                    if not withheld:
+                        yield self._event(self._choice(number, None, delta={"content": piece}))
                 elif done.error is not None:
                     yield _event(_engine_error(done.error).body)
                     return
                 else:
                     running -= 1
-                    yield self._event(self._choice(number, done.finish_reason, delta={}))
+                    more = await run_in_threadpool(self._confidence, done)
+                    delta = {"content": done.text} if withheld else {}
+                    yield self._event(self._choice(number, done.finish_reason, delta=delta, **more))
             if self.body.stream_options.include_usage:
                 yield self._event(**self._usage())
             yield "data: [DONE]\n\n"
@@ -303,6 +313,9 @@ class _Answer:
             self.num_sent[number] += len(new)
             logprobs = {"content": [self._logprob(each) for each in new], "refusal": None}
         return {"index": number, "logprobs": logprobs, "finish_reason": finish_reason} | content
+
+    def _confidence(self, done: Completion) -> dict[str, Any]:
+        return {"confidence": self.judge(done)} if self.body.confidence else {}
 
     def _logprob(self, found: TokenLogprob) -> dict[str, Any]:
         top = [self._token(token) | {"logprob": logprob} for token, logprob in found.top]

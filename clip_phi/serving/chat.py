@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..data.sample import user_message
 from ..data.synthetic import draw_scene, sample_scene
+from ..evaluation.confidence import describe
 from ..speech.tts import join
 from ..templates import render
 from .batch_captions import find_images
@@ -145,7 +146,7 @@ def _respond(
     yield "", status
     messages, length = engine.add_default_instructions(messages), int(max_new_tokens)
     try:
-        completion = engine.submit(messages, images, max_new_tokens=length, temperature=temperature)
+        completion = engine.submit(messages, images, max_new_tokens=length, temperature=temperature, top_logprobs=0)
     except QueueFullError as error:
         raise ValueError(f"too many people use this model now: try again in {error.retry_after} s") from error
     for _ in completion:
@@ -154,6 +155,8 @@ def _respond(
     shown: list[Any] = [_escape(text) or "(no words)"]
     yield shown[0], status
     try:
+        status += f" · {describe(engine.confidence(completion, messages))}"
+        yield shown[0], status
         if speak and modalities.synthesize is not None and text:
             speech = join(modalities.synthesize(text))
             samples = (speech.samples.clip(-1, 1) * 32767).astype(np.int16)

@@ -103,6 +103,7 @@ class ChatRequest(_Part):
     n: Annotated[Integer, Field(ge=1, le=8)] = 1
     logprobs: bool = False
     top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    confidence: bool = Field(False, description="not OpenAI's: how sure the answer is, as 'confidence' of each choice")
     response_format: dict[str, Any] | None = Field(None, description="text, json_object, json_schema, regex or choice")
     structured_outputs: dict[str, Any] | None = Field(None, description="vLLM's: json, json_object, regex or choice")
     guided_json: Any = None

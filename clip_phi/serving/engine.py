@@ -31,7 +31,8 @@ from ..batching.attention import context_length, refuse_other_attention
 from ..batching.images import MAX_PIXELS, Preprocessor, load_image, pixel_hash, read_header
 from ..data.sample import SPOKEN_INSTRUCTION, user_message
 from ..environment import quantization_config
-from ..evaluation.generate import end_tokens, refuse_too_long
+from ..evaluation.confidence import ABSTENTION, load_scaling, logit, scale
+from ..evaluation.generate import answer_logprobs, end_tokens, refuse_too_long
 from ..hub.retry import load_with_retries
 from .detokenizer import TextStream
 from .grammar import Grammar, Grammars
@@ -104,7 +105,7 @@ class Completion:
     finish_reason: "stop" (end token or stop string), "length" or "cancelled"; None until then.
     num_prompt_tokens: tokens of the prompt, images included.
     num_tokens: generated tokens, the end token included.
-    logprobs: of each generated token but the end token, if they were asked for.
+    logprobs: of each generated token but the end token, if they were asked for. logprob: of all, the end token too.
     first_token_seconds: time from submission to the first token.
     tokens_per_second: rate after the first token."""
 
@@ -119,6 +120,7 @@ class Completion:
         self.text = ""
         self.num_prompt_tokens, self.num_tokens = num_prompt_tokens, 0
         self.logprobs: list[TokenLogprob] = []
+        self.logprob = 0.0
 
     @property
     def first_token_seconds(self) -> float | None:
@@ -184,6 +186,7 @@ class Engine(AbstractContextManager["Engine"]):
 
     def __init__(self, model: Any, processor: Any, compiled: bool = False, limits: Limits = Limits()):
         self.model, self.processor, self.limits = model.eval(), processor, limits
+        self.scaling: dict[str, float] | None = None  # of likelihoods to confidences
         refuse_other_attention(model)
         config = model.config.get_text_config()
         self.context: int = context_length(model.config) or 2048
@@ -240,7 +243,9 @@ class Engine(AbstractContextManager["Engine"]):
         model = load_with_retries(ClipPhiForCausalLM.from_pretrained, path, **options)
         if not has_bitsandbytes:
             (fold_lora if quantization is None else quantize_decoder)(model.to(place))
-        return cls(model, load_with_retries(ClipPhiProcessor.from_pretrained, path), compiled, limits)
+        engine = cls(model, load_with_retries(ClipPhiProcessor.from_pretrained, path), compiled, limits)
+        engine.scaling = load_scaling(path, model)
+        return engine
 
     def submit(
         self, messages: Messages, images: Sequence[Image.Image | PreparedImage] = (), *,
@@ -355,6 +360,26 @@ class Engine(AbstractContextManager["Engine"]):
     def caption(self, image: Image.Image, max_new_tokens: int = 64) -> Iterator[str]:
         """The caption, with the instruction that the model was trained on."""
         return self.stream(self.model.config.caption_instruction, image, max_new_tokens)
+
+    def confidence(
+        self, completion: Completion, messages: Messages, abstain_below: float | None = None
+    ) -> dict[str, Any]:
+        """How sure a whole completion is that was submitted with top_logprobs; for json, see evaluation/confidence.py.
+
+        gain is None without an image, confidence where the model has no scaling. If the confidence, or else the
+        likelihood, is below `abstain_below`, the completion has abstained: its text becomes ABSTENTION."""
+        likelihood, gain = math.exp(completion.logprob), None
+        contents: list[Any] = [message["content"] for message in messages]
+        texts = [each if isinstance(each, str) else [i for i in each if i["type"] != "image"] for each in contents]
+        if texts != contents:
+            blind = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
+            with self._encoding:
+                (logprob,) = answer_logprobs(self.model, self.processor, [(blind, None)], [completion.text])
+            gain = likelihood - math.exp(logprob)
+        confidence = None if self.scaling is None else float(scale(logit(likelihood), **self.scaling))
+        abstained = (likelihood if confidence is None else confidence) < (abstain_below or 0)
+        completion.text = ABSTENTION if abstained else completion.text
+        return {"likelihood": likelihood, "gain": gain, "confidence": confidence, "abstained": abstained}
 
     def add_default_instructions(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages; a user's turn without text gets the instruction that the model was trained on.
@@ -610,6 +635,7 @@ class Engine(AbstractContextManager["Engine"]):
         request.last = token
         completion.num_tokens += 1
         self.counts["tokens"] += 1
+        completion.logprob += 0.0 if logprobs is None else float(logprobs[token])
         completion._last = time.perf_counter()
         if completion.num_tokens == 1:
             completion._first = completion._last
