@@ -14,7 +14,7 @@ from clip_phi.commands.preferences import _compare
 from clip_phi.data.report import Report
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import COLORS, SHAPES, write_dataset
-from clip_phi.evaluation.chair import find_chair
+from clip_phi.evaluation.chair import ChairScorer, objects_file
 from clip_phi.evaluation.tasks import make_eval_set, read_samples
 
 
@@ -60,7 +60,9 @@ def compare(data, task, number, *words):
         [item._replace(references=("yes",)) for item in eval_set.items] if task == "vqa" else eval_set.items
     )
     engine = engine_that_says(*words)
-    row, counts = _compare(number, engine, eval_set, find_chair(eval_set, None, [parsed]), options(*words))
+    objects = objects_file(None, [parsed])
+    chair = ChairScorer(eval_set, objects) if objects else None
+    row, counts = _compare(number, engine, eval_set, chair, options(*words))
     ((messages, images, _, sampling),) = engine.asked
     assert sampling["seed"] == 5 + number * len(words)
     if row is not None:

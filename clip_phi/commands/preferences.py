@@ -14,7 +14,7 @@ from ..data.report import Report, plain
 from ..data.sample import images_of, user_message
 from ..data.source import parse_files
 from ..evaluation.answer_metrics import vqa_accuracy
-from ..evaluation.chair import ChairScorer, find_chair
+from ..evaluation.chair import ChairScorer, objects_file
 from ..evaluation.tasks import EvalSet, make_eval_set, read_samples
 from .common import load_engine
 
@@ -27,9 +27,10 @@ def run_preferences(arguments: argparse.Namespace) -> None:
     sources, report = parse_files(arguments.data), Report()
     samples = read_samples(sources, report)
     eval_set = make_eval_set(arguments.task, samples, report, arguments.num_images, arguments.max_bad_fraction)
-    chair = find_chair(eval_set, arguments.objects, sources)
-    if (chair is None) != (arguments.task == "vqa"):
+    objects = objects_file(arguments.objects, sources)
+    if (objects is None) != (arguments.task == "vqa"):
         raise ValueError("--objects FILE, the objects that are in the images, is for --task captions, and needed there")
+    chair = ChairScorer(eval_set, objects) if objects else None
     account = Counter({"no pair: no reference": len(eval_set.unscored)})
     account.update({f"left out: {kind}": count for kind, count in eval_set.left_out.items()})
     account.update({f"skipped: {kind}": count for kind, count in report.skipped.items()})

@@ -80,12 +80,11 @@ class ChairScorer:
         return np.array(rows, dtype=np.float64), hallucinated
 
 
-def find_chair(eval_set: EvalSet, file: Path | None, sources: Sequence[DataSource]) -> ChairScorer | None:
-    """By the given file, or by instances_*.json beside the captions_*.json that is the only source; else None."""
+def objects_file(file: Path | None, sources: Sequence[DataSource]) -> Path | None:
+    """The given file, or instances_*.json beside the captions_*.json that is the only source, if there is one."""
     paths = [path for source in sources if (path := Path(source.path)).name.startswith("captions_")]
     beside = [path.with_name(f"instances_{path.name.removeprefix('captions_')}") for path in paths]
-    file = file or (beside[0] if len(sources) == len(beside) == 1 and beside[0].is_file() else None)
-    return ChairScorer(eval_set, file) if file else None
+    return file or (beside[0] if len(sources) == len(beside) == 1 and beside[0].is_file() else None)
 
 
 def add_chair(evaluation: EvalResult, eval_set: EvalSet, scorer: ChairScorer, texts: dict[str, list[str]]) -> None:
