@@ -116,10 +116,8 @@ class Run:
 
         peak = arguments.peak_tflops * 1e12 or peak_flops(device)
         sizes = (data.num_steps, is_main, device, data.steps_per_epoch, peak and peak * world_size)
-        faster = (
-            "try --image_processing fast" if arguments.image_processing == "exact" else "try --cache_features FOLDER"
-        )
-        advice = "" if arguments.cache_features else f"{faster}, or more --dataloader_num_workers"
+        faster = "--image_processing fast" if arguments.image_processing == "exact" else "--cache_features FOLDER"
+        advice = "" if arguments.cache_features else f"try {faster}, or more --dataloader_num_workers"
         self.logger = TrainingLogger(output_dir, *sizes, accelerator.log, advice)
         self.early_stopping = EarlyStopping(arguments.metric_for_best_model, arguments.early_stopping_patience)
         self.guard = guards.NonFiniteGuard(output_dir, arguments.nan_policy, accelerator.print)

@@ -1,6 +1,7 @@
 """Versions, machine and devices of a run; memory and peak FLOP/s of a device."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -8,7 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,15 @@ GB = 10**9
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WANDB_MODE")
 # What access tokens of the Hub look like; see without_secrets.
 SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}\b")
+# What the number of an option must be, on either command line.
+BOUNDS: dict[str, Callable[[float], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "at least 0": lambda value: 0 <= value < math.inf,
+    "more than 0": lambda value: 0 < value < math.inf,
+    "more than 0 and at most 1": lambda value: 0 < value <= 1,
+    "between 0 and 1": lambda value: 0 <= value <= 1,
+    "at least 0 and less than 1": lambda value: 0 <= value < 1,
+}
 
 
 class Gpu(NamedTuple):

@@ -168,13 +168,14 @@ if USER:
     name = f"{USER}/traffic-light"
     model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-    pictures = [Image.open(f"{OUTPUT}/test/{index:03}.png") for index in range(4)]
+    one_of_each = {answer: picture for picture, question, answer in TEST if answer in LAMPS}
+    pictures = [Image.open(f"{OUTPUT}/test/{picture}") for picture in one_of_each.values()]
     content = [{"type": "image"}, {"type": "text", "text": "May I cross?"}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=pictures, text=[prompt] * 4, return_tensors="pt")
+    inputs = processor(images=pictures, text=[prompt] * len(pictures), return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     answers = [processor.decode(each, skip_special_tokens=True).strip() for each in output]
-    print("May I cross?", answers)
+    print("May I cross?", dict(zip(one_of_each, answers, strict=True)))
     show(pictures, answers, width=2)
     card = Path(HfApi().hf_hub_download(name, "README.md")).read_text()
     print("\nThe model card begins:\n", card[:900])

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from ..data.files import checked_line, read_checked_lines
 from ..data.sample import File, _open_zip
 from .images import PixelMode, image_errors
 
@@ -147,16 +148,12 @@ class FeatureCache:
         about = {"format": FORMAT, "fingerprint": self.fingerprint, "shape": list(self.shape)}
         path = self.folder / "about.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            found = json.loads(path.read_bytes())
-            checked = found.pop("checksum") == _checksum_of(found)
-        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
-            found, checked = None, False
-        if not checked:  # absent or damaged; the folder has the fingerprint's name
+        found = read_checked_lines(path) if path.exists() else []
+        if not found:  # absent or damaged; the folder has the fingerprint's name
             whole = self.folder / f"about-{secrets.token_hex(6)}"
-            whole.write_text(json.dumps(about | {"checksum": _checksum_of(about)}), encoding="utf-8")
+            whole.write_text(checked_line(about), encoding="utf-8")
             whole.replace(path)
-        elif found != about:
+        elif found != [about]:
             raise ValueError(f"--cache_features: {path} has {found}, not {about}: remove {self.folder}")
 
     def _read_index(self, shard: str) -> None:
@@ -209,7 +206,3 @@ def _write(file: int, data: memoryview) -> None:
 def _checksum(key: bytes, row: int, checksum: int) -> int:
     """32 bits; not 0 for zeros only, which a power cut may leave."""
     return zlib.crc32(struct.pack("<II", row, checksum), zlib.crc32(key))
-
-
-def _checksum_of(about: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(about, sort_keys=True).encode())

@@ -151,9 +151,6 @@ class EndlessSampler(Sampler):
     world_size: int = 1
     first_step: int = 0
 
-    def __len__(self) -> int:
-        return (self.num_steps - self.first_step) * self.gradient_accumulation_steps
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.first_step, self.num_steps):
             yield from self.of_step(step)

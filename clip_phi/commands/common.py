@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any, NoReturn
@@ -13,7 +13,7 @@ from ..data.catalog import DATASETS
 from ..data.files import is_missing_folder, read_object
 from ..data.report import plain
 from ..data.transcripts import ENGINES, AsrSettings
-from ..environment import cpu_cores
+from ..environment import BOUNDS, cpu_cores
 
 DEMO_MODEL = "outputs/demo/model"
 MODELS = ("outputs/stage2", "outputs/stage1", DEMO_MODEL)  # where training and 'make demo' write by default
@@ -150,37 +150,24 @@ def print_error(error: BaseException) -> None:
     print(plain(f"clip-phi: error: {' '.join(str(error).split())}"), file=sys.stderr)
 
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def bounded(kind: Callable[[str], float], bound: str) -> Callable[[str], float]:
+    """The type of an option whose value is a number of this kind within one of BOUNDS."""
 
+    def number(text: str) -> float:
+        if not BOUNDS[bound](value := kind(text)):
+            raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
+        return value
 
-def natural(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, not {value}")
-    return value
-
-
-def positive_number(text: str) -> float:
-    if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
-    return value
-
-
-def probability(text: str) -> float:
-    if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
-    return value
+    return number
 
 
 OPTIONS, COMMANDS = (
     json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8")) for name in ("options.json", "commands.json")
 )
 # What "$NAME" in options.json stands for.
-VALUES: dict[str, Any] = {
-    each.__name__: each for each in (int, float, Path, positive, natural, positive_number, probability)
-}
+VALUES: dict[str, Any] = {each.__name__: each for each in (int, float, Path)}
+VALUES |= {"positive": bounded(int, "at least 1"), "natural": bounded(int, "at least 0")}
+VALUES |= {"positive_number": bounded(float, "more than 0"), "probability": bounded(float, "more than 0 and at most 1")}
 VALUES |= {"DATA": "[KIND:]PATH[,option=value...], as --data in train_accelerate.py", "CORES": cpu_cores()}
 VALUES |= {"MODELS": ", ".join(MODELS), "DEMO_MODEL": DEMO_MODEL, "DATASETS": DATASETS, "ENGINES": ENGINES}
 VALUES["DOWNLOADS"] = "; ".join(f"{name}: {dataset.about}" for name, dataset in DATASETS.items())

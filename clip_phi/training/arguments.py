@@ -3,10 +3,9 @@
 import argparse
 import dataclasses
 import difflib
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +16,7 @@ import yaml
 
 from ..data.files import is_missing_folder
 from ..data.source import DataSource, missing_files, parse_source
-from ..environment import cpu_cores
+from ..environment import BOUNDS, cpu_cores
 
 VISION_BACKBONE = "wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
 TEXT_BACKBONE = "microsoft/phi-2"
@@ -27,13 +26,6 @@ NEWEST = "newest"  # --resume_from_checkpoint without a value
 GROUPS = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
 OPTIONS: dict[str, dict[str, Any]] = {name: about for group in GROUPS.values() for name, about in group.items()}
 METRICS: dict[str, list[str]] = OPTIONS["metric_for_best_model"]["metrics"]
-BOUNDS: dict[str, Callable[[float], bool]] = {
-    "at least 1": lambda value: value >= 1,
-    "at least 0": lambda value: 0 <= value < math.inf,
-    "more than 0": lambda value: 0 < value < math.inf,
-    "between 0 and 1": lambda value: 0 <= value <= 1,
-    "at least 0 and less than 1": lambda value: 0 <= value < 1,
-}
 
 
 def _list(*texts: str) -> Any:

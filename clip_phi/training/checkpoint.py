@@ -114,14 +114,10 @@ class Checkpoints:
             kept = step if place.resolve().parent == self.folder.resolve() else 0
             self.accelerator.print(f"resuming from {place}, after step {step:,} of {self.run['num_steps']:,}")
             break
-        if wanted != NEWEST:
-            self._move_aside(kept)
-        return step
-
-    def _move_aside(self, step: int) -> None:
-        """Move the training checkpoints after this step to checkpoints.before, in place of what is there."""
+        if wanted == NEWEST:
+            return step
         self.accelerator.wait_for_everyone()  # until all have read theirs
-        later = [place for place in self.folder.glob("step-*") if int(place.name.removeprefix("step-")) > step]
+        later = [place for place in self.folder.glob("step-*") if int(place.name.removeprefix("step-")) > kept]
         if self.accelerator.is_main_process and later:
             shutil.rmtree(self.before, ignore_errors=True)
             self.before.mkdir()
@@ -129,6 +125,7 @@ class Checkpoints:
                 os.replace(place, self.before / place.name)
             self.accelerator.print(f"the training checkpoints of an earlier run are moved to {self.before}")
         self.accelerator.wait_for_everyone()
+        return step
 
     def _restore(self, place: Path) -> None:
         """Raises ValueError if the trained weights are others."""

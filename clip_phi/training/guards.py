@@ -119,10 +119,8 @@ def check_frozen(before: dict[str, int], model: torch.nn.Module) -> None:
 def stalled_data_warning(describe: Callable[[], str]) -> Iterator[None]:
     """Print which data a step needs if they take too long. Raises OSError that names them if a worker has died."""
 
-    def warn() -> None:
-        print(plain(f"no data for {STALL_SECONDS} s: {describe()}"), file=sys.stderr, flush=True)
-
-    timer = threading.Timer(STALL_SECONDS, warn)
+    what = f"no data for {STALL_SECONDS} s"
+    timer = threading.Timer(STALL_SECONDS, lambda: print(plain(f"{what}: {describe()}"), file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
     try:
