@@ -1,6 +1,7 @@
 """The engine compared with transformers' generate one by one, and the HTTP API under load.
 
     python benchmarks/serving.py [--model DIR] [--clients N] [--seconds N] [--hostile] [--json FILE]
+                                 [--beside llamacpp|URL]
 
 Part 1 runs in this process. 16 threads request short captions of drawn scenes, each of a new image; transformers'
 generate writes the same captions one by one, with the same weights. The texts are compared. The figures are the least
@@ -12,11 +13,19 @@ images that are small files and large in memory, sampling options at the edge of
 nothing. Errors are a status of 5xx, an accepted request without a complete answer, and a place in the batch that is
 not freed. 429 is counted separately. Another process asks for /health all the time: worst_health_ms is its longest
 wait.
+
+With --beside, part 3 sends the same requests to `clip-phi serve` and to another server in turn, a kind at a time:
+captions, questions with an answer of one word, and the same questions without an image. Each image is new. The texts,
+without spaces around them, and the numbers of tokens are compared. A ratio is our requests per CPU second of the
+server's processes, divided by the other's: above 1, ours is faster. It is the median of the pairs. `llamacpp` exports
+the model as GGUF with the same float32 weights, and starts llama.cpp's server on one thread with a slot for each
+client. A URL is that of a server on this machine with OpenAI's API, for example of vLLM; start it on one thread.
 """
 
 import argparse
 import asyncio
 import base64
+import importlib.util
 import io
 import json
 import os
@@ -30,16 +39,19 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import psutil
 import torch
 from PIL import Image
 
 from clip_phi.batching.images import FORMATS
-from clip_phi.data.synthetic import draw_scene, sample_scene
+from clip_phi.data.synthetic import ask_count, ask_presence, draw_scene, sample_scene
 from clip_phi.evaluation.generate import generate_texts
 from clip_phi.serving.engine import Engine, as_prompt
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
@@ -75,6 +87,19 @@ while time.monotonic() < end:
 print(json.dumps(sorted(times)))
 """
 
+LLAMACPP = """
+import signal, sys, xllamacpp
+options = xllamacpp.CommonParams()
+options.model.path, options.mmproj.path = sys.argv[1] + "/text.gguf", sys.argv[1] + "/mmproj.gguf"
+options.port, options.n_parallel = int(sys.argv[2]), int(sys.argv[3])
+options.n_ctx = options.n_parallel * int(sys.argv[4])
+options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
+options.cache_ram_mib = 0  # it would copy the state of each finished request
+options.use_jinja, options.warmup, options.verbosity = True, False, 0
+server = xllamacpp.Server(options)
+signal.pause()
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -92,15 +117,29 @@ def main() -> None:
     parser.add_argument(
         "--hostile", action="store_true", help="also clients that disconnect, malformed requests and attacks"
     )
+    parser.add_argument(
+        "--beside", metavar="llamacpp|URL", help="also the same requests to our server and to this one, in turn"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
+    if options.beside == "llamacpp" and not importlib.util.find_spec("xllamacpp"):
+        parser.error("--beside llamacpp needs the package xllamacpp: make test-llamacpp installs it")
+    if options.beside not in (None, "llamacpp"):
+        try:
+            _listener(options.beside)
+        except ValueError as error:
+            parser.error(str(error))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or (str(DEMO) if DEMO.is_dir() else _untrained(folder))
         result = race(model, options.requests, options.concurrent, options.new_tokens, options.repeats)
         result |= load(model, options.clients, options.seconds, options.hostile)
+        if options.beside:
+            work = (options.concurrent, options.requests, options.new_tokens, options.repeats)
+            result |= beside(model, options.beside, *work)
+    width = max(map(len, result))
     for name, value in result.items():
-        print(f"{name:24} {value:.4g}" if isinstance(value, int | float) else f"{name:24} {value}")
+        print(f"{name:{width}} {value:.4g}" if isinstance(value, int | float) else f"{name:{width}} {value}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
@@ -233,19 +272,136 @@ def follows(schema: dict[str, Any], value: Any) -> bool:
 
 def load(model: str, clients: int, seconds: float, hostile: bool) -> dict[str, Any]:
     """Start a server and send it requests. Returns the counts of the clients and the server's state afterwards."""
+    with _started(_serve(model)) as (address, server):
+        return asyncio.run(_load(address, server, clients, seconds, hostile))
+
+
+def _serve(model: str) -> list[str]:
+    command = [sys.executable, "-m", "clip_phi.cli", "serve", model, "--name", "served"]
+    return [*command, "--device", "cpu", "--log_level", "error", "--port", "PORT"]
+
+
+@contextmanager
+def _started(command: list[str]) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Start a server on one thread, with a free port in place of PORT. Yields its address and process, and ends it."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "clip_phi.cli", "serve", model, "--name", "served", "--port", str(port)]
-    command += ["--device", "cpu", "--log_level", "error"]
+        port = str(listener.getsockname()[1])
+    command = [port if word == "PORT" else word for word in command]
     server = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
-        return asyncio.run(_load(f"http://127.0.0.1:{port}", server, clients, seconds, hostile))
+        yield f"http://127.0.0.1:{port}", server
     finally:
         server.terminate()
         status = server.wait(timeout=60)
         if status not in (0, -15):
             raise SystemExit(f"the server ended with status {status}")
+
+
+def beside(model: str, other: str, clients: int, requests: int, new_tokens: int, repeats: int) -> dict[str, Any]:
+    """Send the same requests to our server and to another one, in turn."""
+    with ExitStack() as stack:
+        address, server = stack.enter_context(_started(_serve(model)))
+        servers = {"ours": (address, psutil.Process(server.pid))}
+        if other == "llamacpp":
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            export = [sys.executable, "-m", "clip_phi.cli", "export", model, folder, "--to", "gguf"]
+            subprocess.run([*export, "--dtype", "float32"], check=True)
+            command = [sys.executable, "-c", LLAMACPP, folder, "PORT", str(clients), str(256 + new_tokens)]
+            address, server = stack.enter_context(_started(command))
+            servers["theirs"] = (address, psutil.Process(server.pid))
+        else:
+            servers["theirs"] = (other.rstrip("/").removesuffix("/v1"), _listener(other))
+        return {"beside": other} | asyncio.run(_beside(servers, clients, requests, new_tokens, repeats))
+
+
+def _listener(address: str) -> psutil.Process:
+    """The process of this machine that listens at an address. Raises ValueError if there is none."""
+    try:
+        url = httpx.URL(address)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme != "http" or url.host not in ("127.0.0.1", "localhost", "::1"):
+        raise ValueError(f"--beside is llamacpp or an address like http://127.0.0.1:8000, not {address}")
+    for each in psutil.net_connections("tcp"):
+        if each.status == psutil.CONN_LISTEN and each.laddr.port == (url.port or 80) and each.pid:
+            return psutil.Process(each.pid)
+    raise ValueError(f"no process that you may see listens at {address}: its CPU time cannot be measured")
+
+
+def _runs(server: psutil.Process) -> bool:
+    return server.is_running() and server.status() != psutil.STATUS_ZOMBIE
+
+
+def _cpu_seconds(server: psutil.Process) -> float:
+    times = [process.cpu_times() for process in (server, *server.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
+
+
+async def _beside(
+    servers: dict[str, tuple[str, psutil.Process]], clients: int, requests: int, new_tokens: int, repeats: int
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=120) as client:
+        names = {}
+        for name, (address, server) in servers.items():
+            await _until(partial(_runs, server), client, address)
+            names[name] = (await client.get(address + "/v1/models")).json()["data"][0]["id"]
+
+        async def answer(name: str, bodies: list[dict[str, Any]]) -> list[tuple[str, int]]:
+            """Texts and numbers of tokens, in order."""
+            answers: list[tuple[str, int]] = [("", 0)] * len(bodies)
+
+            async def one(number: int) -> None:
+                for place in range(number, len(bodies), clients):
+                    body = bodies[place] | {"model": names[name]}
+                    response = await client.post(servers[name][0] + "/v1/chat/completions", json=body)
+                    if response.status_code != 200:
+                        raise SystemExit(f"{servers[name][0]} answered {response.status_code}: {response.text[:300]}")
+                    answered = response.json()
+                    content = answered["choices"][0]["message"]["content"]
+                    answers[place] = content.strip(), answered["usage"]["completion_tokens"]
+
+            await asyncio.gather(*map(one, range(clients)))
+            return answers
+
+        for kind in ("captions", "questions", "questions_without_image"):
+            for name in servers:
+                await answer(name, _bodies(kind, 2 * clients, new_tokens, seed=99))
+            speeds: dict[str, list[float]] = {name: [] for name in servers}
+            tokens: Counter[str] = Counter()
+            same = 0
+            for repeat in range(repeats):
+                bodies, answers = _bodies(kind, requests, new_tokens, seed=repeat), {}
+                for name, (_, server) in servers.items():
+                    before = _cpu_seconds(server)
+                    answers[name] = await answer(name, bodies)
+                    speeds[name].append(requests / max(_cpu_seconds(server) - before, 0.01))  # a tick
+                    tokens[name] += sum(count for _, count in answers[name])
+                same += sum(a == b for (a, _), (b, _) in zip(answers["ours"], answers["theirs"], strict=True))
+            ratios = [ours / theirs for ours, theirs in zip(speeds["ours"], speeds["theirs"], strict=True)]
+            found |= {f"{kind}_compared": requests * repeats, f"{kind}_identical": same}
+            for name in servers:
+                found[f"{kind}_tokens_{name}"] = tokens[name]
+                found[f"{kind}_per_cpu_second_{name}"] = statistics.median(speeds[name])
+            found |= {f"{kind}_ratio": statistics.median(ratios), f"{kind}_ratios": ratios}
+    return found
+
+
+def _bodies(kind: str, count: int, new_tokens: int, seed: int) -> list[dict[str, Any]]:
+    """Requests about new drawn scenes, which are square: llama.cpp pads other images."""
+    choose, bodies = random.Random(seed), []
+    for number in range(count):
+        scene = sample_scene(choose, "val")
+        text = INSTRUCTION if kind == "captions" else (ask_presence, ask_count)[number % 2](scene, choose)[0]
+        file = io.BytesIO()
+        draw_scene(scene).save(file, "PNG")  # JPEG decoders differ
+        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}}]
+        content = [*(content if kind != "questions_without_image" else []), {"type": "text", "text": text}]
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": content}]}
+        bodies.append(body | {"max_tokens": new_tokens, "temperature": 0})
+    return bodies
 
 
 async def _load(address: str, server: Any, clients: int, seconds: float, hostile: bool) -> dict[str, Any]:
@@ -298,10 +454,10 @@ async def _load(address: str, server: Any, clients: int, seconds: float, hostile
     }
 
 
-async def _until(running: Callable[[], bool], client: Any) -> None:
+async def _until(running: Callable[[], bool], client: Any, address: str = "") -> None:
     while True:
         try:
-            if (await client.get("/health")).status_code == 200:
+            if (await client.get(address + "/health")).status_code == 200:
                 return
         except httpx.TransportError:
             if not running():

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,42 @@ def test_serving_gives_the_texts_of_generate_and_answers_every_client(tmp_path):
     parts = ("refused_malformed", "gone_away", "answered", "busy", "attacks")
     assert sum(found[name] for name in parts) == found["requests"]
     assert 0 < found["health_99_ms"] <= found["worst_health_ms"] and found["peak_mb"] >= found["memory_mb"]
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://127.0.0.1:1", "no process that you may see listens at http://127.0.0.1:1"),
+        ("http://example.com:80", "not http://example.com:80"),
+        ("https://127.0.0.1:80", "not https://127.0.0.1:80"),
+        ("http://127.0.0.1:port", "not http://127.0.0.1:port"),
+        ("vllm", "--beside is llamacpp or an address like http://127.0.0.1:8000, not vllm"),
+    ],
+)
+def test_serving_beside_what_cannot_be_measured_is_refused_in_a_line(address, message):
+    command = [sys.executable, str(ROOT / "benchmarks/serving.py"), "--beside", address]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+
+
+def test_serving_beside_another_server_of_ours_finds_it_by_its_address(tmp_path):
+    """With the demo's model, which make test-demo makes first."""
+    model = str(ROOT / "outputs/demo/model")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    command = [sys.executable, "-m", "clip_phi.cli", "serve", model, "--device", "cpu", "--port", port]
+    server = subprocess.Popen(command, cwd=ROOT)
+    try:
+        while server.poll() is None and socket.socket().connect_ex(("127.0.0.1", int(port))):
+            time.sleep(0.2)
+        work = ("--requests", "8", "--concurrent", "4", "--repeats", "1", "--seconds", "1", "--model", model)
+        found = run("serving.py", *work, "--beside", f"http://127.0.0.1:{port}/v1", tmp_path=tmp_path)
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+    assert found["captions_identical"] == found["questions_identical"] == 8
+    assert found["questions_tokens_ours"] == found["questions_tokens_theirs"] > 0 and found["questions_ratio"] > 0
 
 
 def test_metrics_give_the_reference_figures_and_their_seconds(tmp_path):

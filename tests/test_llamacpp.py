@@ -1,6 +1,7 @@
 """llama.cpp's own server, on a CPU, gives the answers of the demo's model: make test-llamacpp."""
 
 import json
+import os
 import subprocess
 import sys
 from statistics import median
@@ -101,6 +102,20 @@ def test_llamacpp_gives_the_same_100_answers(dtype, expected, tmp_path, capsys):
     assert len({text for text, *_ in answers}) > 10 and len(differences) > 150
     assert equal >= BOUNDS[dtype][0] and len(answers) == 100
     assert max(differences) < BOUNDS[dtype][1]
+
+
+def test_the_benchmark_sends_the_same_requests_to_both_servers_and_gets_the_same_answers(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/serving.py", "--model", DEMO / "model", "--beside", "llamacpp"]
+    command += ["--requests", 12, "--concurrent", 4, "--repeats", 2, "--seconds", 1, "--json", tmp_path / "out.json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    for kind in ("captions", "questions", "questions_without_image"):
+        assert found[f"{kind}_compared"] == found[f"{kind}_identical"] == 24, found
+        assert found[f"{kind}_tokens_ours"] == found[f"{kind}_tokens_theirs"], found
+        assert min(found[f"{kind}_ratios"]) <= found[f"{kind}_ratio"] <= max(found[f"{kind}_ratios"])
+    assert found["captions_tokens_ours"] > 3 * found["questions_tokens_ours"] == 3 * 48  # a word and the end
 
 
 def save_tokenizer(name, has_bos, folder):
