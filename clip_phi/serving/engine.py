@@ -373,8 +373,11 @@ class Engine(AbstractContextManager["Engine"]):
         texts = [each if isinstance(each, str) else [i for i in each if i["type"] != "image"] for each in contents]
         if texts != contents:
             blind = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
+            ended = completion.num_tokens > len(
+                completion.logprobs
+            )  # a form or the limit may come before the end token
             with self._encoding:
-                (logprob,) = answer_logprobs(self.model, self.processor, [(blind, None)], [completion.text])
+                (logprob,) = answer_logprobs(self.model, self.processor, [(blind, None)], [completion.text], ended)
             gain = likelihood - math.exp(logprob)
         confidence = None if self.scaling is None else float(scale(logit(likelihood), **self.scaling))
         abstained = (likelihood if confidence is None else confidence) < (abstain_below or 0)
