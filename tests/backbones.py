@@ -28,7 +28,7 @@ from clip_phi.tools.plan import CARDS, make_plan
 from clip_phi.training.arguments import Stage1Arguments
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiProcessor
 from modeling_clip_phi.backbones import measure_tower
-from modeling_clip_phi.configuration_clip_phi import PHI_2, TINY_CLIP
+from modeling_clip_phi.configuration_clip_phi import PHI_2, TINYCLIP
 
 # Fields of decoders' configs for a tiny one; a config gets those that it has.
 TINY: dict[str, Any] = {"vocab_size": 320, "hidden_size": 32, "word_embed_proj_dim": 32, "intermediate_size": 64}
@@ -195,7 +195,7 @@ EXAMPLES: dict[str, Any] = {
         "bigcode/starcoder2-3b",
         shape(3072, 30, 24, 2, 12288, 49152) | {"sliding_window": 4096},
     ),
-    "CLIP": ("wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M", TINY_CLIP, 224),
+    "CLIP": ("wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M", TINYCLIP, 224),
     "SigLIP and SigLIP 2, fixed size": ("google/siglip-base-patch16-224", {}, 224),
     "AIMv2": ("apple/aimv2-large-patch14-224", {}, 224),
     "ViT": ("google/vit-base-patch16-224", {}, 224),

@@ -2,7 +2,8 @@
 
     python llamacpp_driver.py FOLDER REQUESTS.json ANSWERS.json
 
-REQUESTS is a list of {"text": str or None, "images": paths}; ANSWERS a list of {"text", "logprobs": {token: float}}.
+REQUESTS is a list of {"text": str or None, "images": paths}; ANSWERS a list of {"text", "ids": those of its tokens,
+"logprobs": {id: float} of the first one}.
 """
 
 import base64
@@ -38,8 +39,9 @@ def ask(server: xllamacpp.Server, request: dict) -> dict:
     if "choices" not in answer:
         raise SystemExit(f"the server answered {answer}")
     choice = answer["choices"][0]
-    first = choice["logprobs"]["content"][0]["top_logprobs"]
-    return {"text": choice["message"]["content"], "logprobs": {each["token"]: each["logprob"] for each in first}}
+    tokens = choice["logprobs"]["content"]
+    first = {each["id"]: each["logprob"] for each in tokens[0]["top_logprobs"]}
+    return {"text": choice["message"]["content"], "ids": [each["id"] for each in tokens], "logprobs": first}
 
 
 if __name__ == "__main__":

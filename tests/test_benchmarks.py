@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,20 @@ def test_the_data_index_refuses_a_number_of_images_that_coco_cannot_have():
 def test_the_first_step_is_done_in_one_and_a_half_times_what_the_imports_take(tmp_path):
     found = run("first_step.py", tmp_path=tmp_path)
     assert found["first_step_ratio"] <= 1.5, found
+
+
+def test_explain_writes_the_figures_of_every_map_into_the_page(tmp_path):
+    """With the demo's model, which make test-demo makes first."""
+    page, written = tmp_path / "explain.md", (ROOT / "docs/explain.md").read_text()
+    page.write_text(written)
+    picture = tmp_path / "explain.png"
+    files = ("--page", str(page), "--picture", str(picture))
+    found = run("explain.py", "--num_images", "3", *files, tmp_path=tmp_path)
+    methods = ["occlusion", "gradient", "integrated", "attention", "random", "centre", "shuffled"]
+    assert list(found["hit_rate"]) == list(found["methods"]) == methods and found["default"] == "occlusion"
+    assert found["hit_rate"]["occlusion"] >= 0.8 and 0.1 < found["random"] < 0.3
+    assert {"ece", "accuracy_at_80", "centre", "leave_out"} <= found.keys() and picture.read_bytes()[1:4] == b"PNG"
+    texts = page.read_text(), written
+    labels = [re.findall(r"^\| ([^|]+) \|", text.partition("<!-- measured -->")[2], re.M) for text in texts]
+    assert labels[0] == labels[1], "the page has the same rows"
+    assert f"| occlusion | {found['hit_rate']['occlusion']:.3f} |" in texts[0]

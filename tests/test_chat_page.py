@@ -2,6 +2,7 @@
 machine. `make test-browser`; with ARGS='--screenshots docs/chat' it also takes the screenshots of the documentation."""
 
 import io
+import json
 import math
 import mimetypes
 import os
@@ -24,6 +25,7 @@ from scene_scores import mentioned_objects
 
 from clip_phi.cli import main
 from clip_phi.data.synthetic import NUMBERS, draw_scene, sample_scene
+from clip_phi.evaluation.explain import explain
 from clip_phi.serving.engine import Engine, Limits, as_prompt
 from clip_phi.serving.modalities import Modalities, load_modalities
 from clip_phi.speech.tts import Speech
@@ -234,6 +236,48 @@ def test_an_image_is_asked_about_over_several_turns(open_page, size, engine, fil
     assert third == expected(engine, *turns, ("What can you see?", files / "two.png"))
     status = page.locator("#status").inner_text()
     assert re.fullmatch(r"\d+ tokens · \d+ tokens/s · first token after \d+\.\d\d s", status), status
+
+
+def test_the_page_shows_where_it_looked(open_page, size, engine, files, shoot):
+    page = open_page(size)
+    page.get_by_role("button", name="Where did it look?").click()
+    page.locator("#status").get_by_text("there is no answer yet").wait_for()
+    ask(page, "How many shapes are there?", files / "one.png")
+    answer = wait_for_answers(page, 1)[0]
+    page.get_by_role("button", name="Where did it look?").click()
+    image = page.locator("#overlay img")
+    image.wait_for()
+    assert page.locator("#overlay").get_by_text(f"Where it looked: “{answer}”").count() == 1
+    shown = np.asarray(Image.open(io.BytesIO(httpx.get(image.get_attribute("src")).content)).convert("RGB"), float)
+    picture = Image.open(files / "one.png").convert("RGB")
+    drawn = explain(engine.model, engine.processor, picture, "How many shapes are there?", answer).draw([picture])
+    assert np.abs(shown - np.asarray(drawn, float)).mean() < 8, "the picture is compressed, and no other one"
+    box = image.bounding_box()
+    assert box["width"] > 200 and page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    image.scroll_into_view_if_needed()
+    shoot(page, f"{size}_overlay")
+
+
+def test_the_page_of_an_answer_shows_the_map_of_each_word(browser, files, tmp_path, capsys):
+    path = tmp_path / "map.html"
+    arguments = ["explain", files / "one.png", "Describe the image.", "--answer", "a <b> circle", "--model", DEMO]
+    assert main([*map(str, arguments), "--output", str(path), "--json"]) == 0
+    maps = np.array(json.loads(capsys.readouterr().out)["maps"])[:, 0]
+    context = browser.new_context(viewport={"width": 390, "height": 844}, offline=True)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    cells = page.locator(".map i")
+    assert cells.count() == 16 and page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    for word, heat in (("(all words)", maps.sum(0)), ("<b>", maps[1]), ("circle", maps[2])):
+        page.get_by_role("button", name=word, exact=True).click()
+        shown = [float(cell.get_attribute("title")) for cell in cells.all()]
+        assert np.allclose(shown, heat.flatten(), rtol=0.01, atol=1e-4), word
+        darkness = [
+            float(cell.evaluate("cell => cell.style.backgroundColor").split(",")[3][:-1]) for cell in cells.all()
+        ]
+        assert np.argmin(darkness) == heat.argmax() and min(darkness) == 0, word
+        assert page.locator("[aria-pressed=true]").inner_text() == word
+    context.close()
 
 
 def test_an_answer_streams_and_stops(open_page, engine, files):

@@ -188,7 +188,7 @@ def test_command_of_readme_and_docs_runs(command, demo, clone):
     assert run(shrink(command), clone).strip()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/model.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/model.md", "docs/explain.md"])
 def test_python_of_readme_and_docs_runs(page, demo, clone):
     assert blocks(page, "python")
     for code in blocks(page, "python"):

@@ -32,6 +32,7 @@ from clip_phi.cli import main
 from clip_phi.export.rotation import WideTower
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
+SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 LLAMA = {name: value for name, value in TEXT.items() if name != "resid_pdrop"}
 
 
@@ -457,10 +458,48 @@ def test_gguf_metadata_and_tokens_are_those_of_the_decoder(tmp_path):
 
 
 @pytest.mark.export
-def test_what_gguf_cannot_represent_is_refused(tmp_path, capsys):
-    checkpoint(tmp_path, LlamaForCausalLM(LlamaConfig(**LLAMA)))
-    assert main(["export", str(tmp_path / "model"), str(tmp_path / "gguf"), "--to", "gguf"]) == 2
-    assert "the decoder is a 'llama'; this writes phi" in capsys.readouterr().err
+@pytest.mark.parametrize(("dtype", "kind", "head"), [("q8_0", "Q8_0", "Q8_0"), ("q4_0", "Q4_0", "Q8_0")])
+def test_gguf_quantises_the_decoder_and_keeps_the_tower(dtype, kind, head, tmp_path, capsys):
+    import gguf
+
+    model, _ = checkpoint(tmp_path, LlamaForCausalLM(LlamaConfig(**LLAMA)))
+    words = ["export", str(tmp_path / "model"), str(tmp_path / "gguf"), "--to", "gguf", "--dtype", dtype]
+    assert main(words) == 0
+    assert re.search(r"tensors read back, largest difference from the model 0\.\d+", capsys.readouterr().out)
+    text, tower = (gguf.GGUFReader(tmp_path / "gguf" / name).tensors for name in ("text.gguf", "mmproj.gguf"))
+    kinds = {each.name: each.tensor_type.name for each in text}
+    assert kinds.pop("token_embd.weight") == kinds.pop("output.weight") == head
+    assert {found for name, found in kinds.items() if "norm" not in name} == {kind}
+    assert {found for name, found in kinds.items() if "norm" in name} == {"F32"}
+    assert {each.tensor_type.name for each in tower} == {"F16", "F32"}
+    (found,) = (each for each in text if each.name == "blk.1.ffn_up.weight")
+    ours = model.model.language_model.layers[1].mlp.up_proj.weight.detach()
+    theirs = torch.from_numpy(gguf.quants.dequantize(found.data, found.tensor_type))
+    steps = ours.view(-1, 32).abs().amax(1, keepdim=True) / (127 if dtype == "q8_0" else 8)
+    assert ((ours - theirs).view(-1, 32).abs() <= steps * 1.01).all()
+
+
+@pytest.mark.export
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        (
+            lambda: MistralForCausalLM(MistralConfig(**LLAMA)),
+            [],
+            "is a 'mistral'; this writes phi, llama, qwen2, qwen3",
+        ),
+        (lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, hidden_act="gelu")), [], "have silu and a head without bias"),
+        (lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, attention_bias=True)), [], "has more biases"),
+        (lambda: PhiForCausalLM(PhiConfig(**TEXT, rope_parameters=SCALED)), [], "rotary embedding is of type 'linear'"),
+        (lambda: LlamaForCausalLM(LlamaConfig(**LLAMA | {"hidden_size": 48})), ["--dtype", "q8_0"], "has 48 columns"),
+    ],
+    ids=["kind", "activation", "biases", "positions", "blocks"],
+)
+def test_what_gguf_cannot_represent_is_refused(text, words, message, tmp_path, capsys):
+    checkpoint(tmp_path, text())
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "gguf"), "--to", "gguf", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
     assert not (tmp_path / "gguf").exists()
 
 

@@ -163,14 +163,9 @@ def attend_by_bucket(
 
 
 def attend_by_piece(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: PackLayout,
-    scaling: float | None,
-    kernel: Callable[..., Tensor],
+    query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scaling: float | None, kernel: Callable[..., Tensor],
     window: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The same with a kernel of torch.nn.attention.varlen_attn's signature, which computes nothing for padding."""
     keys, values = (each.transpose(0, 1)[layout.key_places] for each in (key, value))
     starts = (layout.query_starts, layout.key_starts, *layout.longest)
@@ -180,11 +175,11 @@ def attend_by_piece(
 
 
 @contextmanager
-def packed_attention(model: Any) -> Iterator[None]:
-    """Inside, the decoder of a ClipPhiForCausalLM takes packs; then it has its own attention again."""
+def decoder_attention(model: Any, name: str = PACKED_ATTENTION) -> Iterator[None]:
+    """Inside, the decoder of a ClipPhiForCausalLM has this attention; then it has its own again."""
     own = model.config.get_text_config()._attn_implementation
     try:
-        model.set_attn_implementation({"text_config": PACKED_ATTENTION})
+        model.set_attn_implementation({"text_config": name})
         yield
     finally:
         model.set_attn_implementation({"text_config": own})
@@ -215,7 +210,7 @@ def refuse_other_attention(model: Any) -> None:
         with _sliding_windows_of(4, decoder):
             conversations = torch.cat([prefix, first]), torch.cat([prefix, second]), other
             alone = [decoder(each[None], use_cache=False).last_hidden_state[0] for each in conversations]
-            with packed_attention(model):
+            with decoder_attention(model):
                 packed = decoder(ids[None], use_cache=False, **pack).last_hidden_state[0]
     except Exception as error:  # of the decoder's own code, which may be anything
         reason = " ".join(str(error).split())[:150]

@@ -9,7 +9,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path
@@ -56,7 +56,10 @@ logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it logs t
 
 def load_beside(image: Images) -> Image.Image:
     """An image for people: several of a sample are put beside each other. Raises RecordError as load_image."""
-    parts = [load_image(each) for each in images_of(image)]
+    return put_beside([load_image(each) for each in images_of(image)])
+
+
+def put_beside(parts: Sequence[Image.Image]) -> Image.Image:
     if len(parts) == 1:
         return parts[0]
     joined = Image.new("RGB", (sum(part.width for part in parts), max(part.height for part in parts)), "white")

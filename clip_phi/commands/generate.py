@@ -1,4 +1,4 @@
-"""clip-phi caption and ask: captions and answers as text, as speech or as an image."""
+"""clip-phi caption, ask and explain: captions and answers as text, as speech or as an image, and maps of an image."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..data.files import read_json
+from ..data.files import read_json, replace_file
 from ..data.report import plain
 from .common import load_engine
 from .speech import transcribe
@@ -108,6 +108,28 @@ def run_ask(arguments: argparse.Namespace) -> None:
         record["draw"] = arguments.draw
     if arguments.json:
         print(json.dumps(record | {"answer": "".join(answer).strip()}), flush=True)
+
+
+def run_explain(arguments: argparse.Namespace) -> None:
+    output = arguments.output
+    if output and (output.suffix not in (".png", ".html") or not output.absolute().parent.is_dir()):
+        raise ValueError(f"cannot write {output}: --output is a .png or .html file in a folder that exists")
+    from ..batching.images import load_image
+    from ..evaluation.explain import explain
+    from ..templates import render
+
+    images = [load_image(name) for name in arguments.images]
+    options = {name: getattr(arguments, name) for name in ("question", "answer", "method", "max_new_tokens")}
+    with load_engine(arguments) as engine:
+        found = explain(engine.model, engine.processor, images, **options)
+    record = {"images": arguments.images, "question": arguments.question, **vars(found), "maps": found.maps.tolist()}
+    if output and output.suffix == ".html":
+        replace_file(
+            output, plain("".join(render("explain.html", title="Where did it look?", pictures=images, **record)))
+        )
+    elif output:
+        found.draw(images).save(output)
+    print(json.dumps(record) if arguments.json else plain(found.answer))
 
 
 def _printed(pieces: Iterator[str], collected: list[str], quiet: bool) -> Iterator[str]:

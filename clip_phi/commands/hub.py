@@ -23,9 +23,10 @@ def run_export(arguments: argparse.Namespace) -> None:
     from ..export import export
 
     done = export(model, Path(arguments.folder), arguments.to, arguments.dtype, arguments.packages)
-    checked = f"{done['tensors']} tensors read back" if "tensors" in done else None
-    checked = checked or f"largest difference from the model {done['largest_difference']:.2g}"
-    print(json.dumps(done) if arguments.json else f"wrote {', '.join(done['files'])}; {checked}")
+    checked = [f"{done['tensors']} tensors read back"] if "tensors" in done else []
+    if "largest_difference" in done:
+        checked.append(f"largest difference from the model {done['largest_difference']:.2g}")
+    print(json.dumps(done) if arguments.json else f"wrote {', '.join(done['files'])}; {', '.join(checked)}")
 
 
 def run_import_projector(arguments: argparse.Namespace) -> None:

@@ -96,14 +96,16 @@ def read_karpathy_split(annotations: Path, media: MediaFolder, split: str, repor
 def read_instances(annotations: Path) -> tuple[list[str], dict[int | str, list[tuple[str, list[float]]]]]:
     """The categories; and for each image, by its id and by its file's name, the category and bbox of each object.
 
-    annotations: the official json, {"images": [{"id", "file_name"}], "categories": [{"id", "name"}], "annotations":
-    [{"image_id", "category_id", "bbox"}]}. Raises ValueError for another form, or if a category or image is missing."""
+    A crowd's bbox is empty. annotations: the official json, {"images": [{"id", "file_name"}], "categories": [{"id",
+    "name"}], "annotations": [{"image_id", "category_id", "bbox", "iscrowd"}]}. Raises ValueError for another form, or
+    if a category or image is missing."""
     content = read_json(annotations, "COCO instances file", ("images", "annotations", "categories"))
     try:
         categories = {each["id"]: str(each["name"]) for each in content["categories"]}
         found: dict[int | str, list[tuple[str, list[float]]]] = {each["id"]: [] for each in content["images"]}
         for each in content["annotations"]:
-            found[each["image_id"]].append((categories[each["category_id"]], each["bbox"]))
+            box = [] if each.get("iscrowd") else each["bbox"]
+            found[each["image_id"]].append((categories[each["category_id"]], box))
         names = {os.path.basename(each["file_name"]): found[each["id"]] for each in content["images"]}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{annotations} is not a COCO instances file: an entry lacks or misses {error}") from error

@@ -156,15 +156,9 @@ def read_table(dataset: Any, media: MediaFolder, report: Report, layout: Layout 
 
 
 def stream_table(
-    path: str,
-    media: MediaFolder,
-    report: Report,
-    layout: Layout = ANY_LAYOUT,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    **options: Any,
-) -> Iterator[Sample]:
+    path: str, media: MediaFolder, report: Report, layout: Layout = ANY_LAYOUT, rank: int = 0, world_size: int = 1,
+    seed: int = 0, **options: Any,
+) -> Iterator[Sample]:  # fmt: skip
     """One shuffled pass after another, without end. The records of the first pass are counted in the report.
 
     A rank gets its share of the files if they divide evenly, otherwise every world_size-th record. A worker of torch's

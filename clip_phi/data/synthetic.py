@@ -28,6 +28,7 @@ SPLITS = ("train", "val")
 _WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))  # questions by kind, too
 COLORS: dict[str, tuple[int, ...]] = {name: tuple(rgb) for name, rgb in _WORDS["colors"].items()}
 SHAPES: dict[str, str] = _WORDS["shapes"]  # with their plurals
+CATEGORIES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 NUMBERS, RELATIONS = tuple(_WORDS["numbers"]), tuple(_WORDS["relations"])
 
 _SMALL_RADIUS, _LARGE_RADIUS = 7, 11
@@ -260,6 +261,24 @@ def ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     return f"Is the {first.name} {asked} the {second.name}?", "yes" if holds else "no"
 
 
+def ask_about_boxes(objects: Sequence[tuple[str, Sequence[float]]]) -> list[tuple[str, str, list[Any]]]:
+    """Questions about what is there once, each with its answer and the boxes of its one or two objects.
+
+    objects: category and COCO bbox of each, empty for a crowd. About drawn scenes more can be asked than about others.
+    """
+    counts = Counter(name for name, _ in objects)
+    asked = [(f"Is there {_article(name)}?", "yes", [box]) for name, box in objects if counts[name] == 1 and box]
+    if all(name in CATEGORIES for name, _ in objects):
+        parts = ((*name.split(), int(x + w / 2), int(y + w / 2), int(w / 2)) for name, (x, y, w, _) in objects)
+        drawn = [DrawnObject(*each) for each in parts]  # type: ignore[arg-type]
+        for ask in (ask_color, ask_shape, ask_relation):
+            if (turn := ask(Scene(tuple(drawn), (0, 0, 0), 0), random.Random(0))) is not None:
+                about: list[Any] = [each.box for each in drawn if each.name in turn[0]]
+                about = about or [each.box for each in drawn if each.shape in turn[0] or each.color in turn[0]]
+                asked.append((*turn, about))
+    return asked
+
+
 def write_dataset(folder: str | os.PathLike[str], num_train: int, num_val: int, seed: int = 0) -> None:
     """Write num_train + num_val scenes under folder in the layouts of COCO 2017 and LLaVA-Instruct-150K.
 
@@ -273,8 +292,7 @@ def write_dataset(folder: str | os.PathLike[str], num_train: int, num_val: int, 
 def _write_split(folder: Path, split: str, scenes: dict[int, Scene], rng: random.Random) -> None:
     image_folder = folder / f"{split}2017"
     image_folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
-    categories = [{"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(names, start=1)]
+    categories = [{"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(CATEGORIES, start=1)]
     images, all_captions, instances, conversations = (list[dict[str, Any]]() for _ in range(4))
     for image_id, scene in scenes.items():
         file_name = f"{image_id:012d}.jpg"
@@ -283,7 +301,7 @@ def _write_split(folder: Path, split: str, scenes: dict[int, Scene], rng: random
         for number, caption in enumerate(captions(scene, rng), start=len(all_captions) + 1):
             all_captions.append({"id": number, "image_id": image_id, "caption": caption})
         for item in scene.objects:
-            ids = {"id": len(instances) + 1, "image_id": image_id, "category_id": 1 + names.index(item.name)}
+            ids = {"id": len(instances) + 1, "image_id": image_id, "category_id": 1 + CATEGORIES.index(item.name)}
             instances.append(ids | {"bbox": list(item.box), "area": 4 * item.radius**2, "iscrowd": 0})
         for turns in (dialogue(scene, rng), [description(scene, rng)]):
             texts = [text for turn in turns for text in turn]

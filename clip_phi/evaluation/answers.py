@@ -82,13 +82,9 @@ class AnswerFile:
 
 
 def answer_all(
-    model: Any,
-    processor: Any,
-    questions: list[Question],
-    decoding: Decoding,
-    processes: Processes,
-    file: AnswerFile | None,
-) -> dict[str, GeneratedAnswer]:
+    model: Any, processor: Any, questions: list[Question], decoding: Decoding, processes: Processes, file: AnswerFile |
+    None,
+) -> dict[str, GeneratedAnswer]:  # fmt: skip
     """This process' share of the answers, and those that the file has already, by key."""
     found = dict(file.answers) if file is not None else {}
     # Prompts of similar length, with or without an image, share a batch: less padding.

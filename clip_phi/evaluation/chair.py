@@ -44,19 +44,26 @@ def _plural(word: str) -> str:
     return re.sub(r"(?<=[^aeiou])y$", "ie", re.sub(r"([sxz]|[cs]h)$", r"\1e", word)) + "s"
 
 
+def find_objects(eval_set: EvalSet, file: Path | None) -> list[list[tuple[str, list[float]]]]:
+    """Of each item, category and bbox of the objects in its image, by COCO's instances. Raises ValueError if the file
+    lacks an image."""
+    objects, found = {} if file is None else read_instances(file)[1], []
+    for item in eval_set.items:
+        keys = (item.id[1], eval_set.describe_image(item.image)["image"])
+        if not (known := [key for key in keys if key in objects]):
+            raise ValueError(f"{file} lacks image {keys[1]}: --objects FILE is the instances file of all images")
+        found.append(objects[known[0]])
+    return found
+
+
 class ChairScorer:
     """file: COCO's instances file of the items' images. Raises ValueError if it lacks one.
 
     there: the categories of each item's instances. allowed: these, and what the reference captions name."""
 
     def __init__(self, eval_set: EvalSet, file: Path):
-        categories, objects = read_instances(file)
-        self.words, self.there = ObjectWords(categories), list[set[str]]()
-        for item in eval_set.items:
-            keys = (item.id[1], eval_set.describe_image(item.image)["image"])
-            if not (known := [key for key in keys if key in objects]):
-                raise ValueError(f"{file} lacks image {keys[1]}: --objects FILE is the instances file of all images")
-            self.there.append({name for name, _ in objects[known[0]]})
+        self.words = ObjectWords(read_instances(file)[0])
+        self.there = [{name for name, _ in objects} for objects in find_objects(eval_set, file)]
         both = zip(self.there, eval_set.items, strict=True)
         self.allowed = [there.union(*map(self.words.mentions, item.references)) for there, item in both]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..batching.attention import packed_attention
+from ..batching.attention import decoder_attention
 from ..batching.encode import Encoded, encode_samples, prefix_ids
 from ..batching.images import Preprocessor
 from ..batching.packing import build_shared_prefix, pack_samples
@@ -39,16 +39,9 @@ class EvalResult(NamedTuple):
 
 
 def evaluate_answers(
-    model: Any,
-    processor: Any,
-    eval_set: EvalSet,
-    decoding: Decoding,
-    *,
-    folder: Path | None = None,
-    model_hash: str = "",
-    confidence: bool = False,
-    processes: Processes | None = None,
-) -> EvalResult:
+    model: Any, processor: Any, eval_set: EvalSet, decoding: Decoding, *, folder: Path | None = None, model_hash: str =
+    "", confidence: bool = False, processes: Processes | None = None,
+) -> EvalResult:  # fmt: skip
     """Generate the answers of the model and of its controls, and score them. All processes call it, and get the result.
 
     model: a ClipPhiForCausalLM in eval mode. eval_set: of any task but loss. folder: where answers are saved as they
@@ -167,7 +160,7 @@ def _score(
     means = {name: float(values.mean()) for name, values in each.items()}
     digests = [eval_set.digests[item.image] for item in eval_set.items]
     sums, counts = by_group(np.stack([*each.values()], axis=1), digests)
-    result = _result(eval_set, means, sums, counts, decoding.seed) | {"metrics": metrics}
+    result = shared_result(eval_set, means, sums, counts, decoding.seed) | {"metrics": metrics}
     if one_replaced:
         several = np.array(["+" in digest for digest in digests])
         scores = one_replaced | {"score": each["score"]}
@@ -196,7 +189,7 @@ def _score(
     return result, samples
 
 
-def _result(
+def shared_result(
     eval_set: EvalSet, means: dict[str, float], sums: np.ndarray, counts: np.ndarray, seed: int, upside: int = 1
 ) -> dict[str, Any]:
     """The part that all tasks share. means: score, blind and shuffled. sums, counts: float (groups, 3) and (groups,),
@@ -242,14 +235,9 @@ def repeats_itself(text: str) -> bool:
 
 
 def evaluate_loss(
-    model: Any,
-    processor: Any,
-    samples: Sequence[Sample],
-    eval_set: EvalSet,
-    decoding: Decoding,
-    max_length: int = 2048,
-    processes: Processes | None = None,
-) -> EvalResult:
+    model: Any, processor: Any, samples: Sequence[Sample], eval_set: EvalSet, decoding: Decoding, max_length: int =
+    2048, processes: Processes | None = None,
+) -> EvalResult:  # fmt: skip
     """The held-out loss in nats per supervised token, with the image, without it, and with another image.
 
     A bare caption without its image begins after the end token. The margin is the better control minus the loss, so a
@@ -274,7 +262,7 @@ def evaluate_loss(
         return held_out_loss(model, [pack], model.device).tolist()
 
     found = []
-    with packed_attention(model):
+    with decoder_attention(model):
         for number in processes.progress(range(processes.rank, len(known), processes.world_size)):
             place, conversations = known[number]
             with_image, blind, shuffled = (loss(conversations, image) for image in (place, None, partners[place]))
@@ -283,7 +271,7 @@ def evaluate_loss(
     images, losses, tokens = table[:, 1].astype(int), table[:, 2:5], table[:, 5]
     sums, counts = by_group(losses, [eval_set.digests[image] for image in images], tokens)
     means = dict(zip(("score", *CONTROLS), (sums.sum(0) / counts.sum()).tolist(), strict=True))
-    result = _result(eval_set, means, sums, counts, decoding.seed, upside=-1)
+    result = shared_result(eval_set, means, sums, counts, decoding.seed, upside=-1)
     skipped = dict(eval_set.report.skipped + report.skipped)
     result["data"] |= {"samples": len(table), "supervised_tokens": int(tokens.sum()), "skipped": skipped}
     result["metrics"] = {"loss": means, "perplexity": {name: math.exp(mean) for name, mean in means.items()}}

@@ -21,6 +21,7 @@ from .chair import ChairScorer, add_chair
 from .clip_score import ClipScorer, local_clip
 from .confidence import save_scaling
 from .evaluate import EvalResult, evaluate_answers, evaluate_loss
+from .pointing import evaluate_pointing
 from .report import format_result, model_sha256, write
 from .tasks import OFFICIAL, EvalSet, make_eval_set, read_samples
 
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     Raises ValueError or OSError if the model or the data cannot be used."""
     if not options.data and Path(options.model) != Path(demo_model):
         raise ValueError("--data is required: [KIND:]PATH, as in training")
-    texts = options.data or [DEMO_SOURCES.get(options.task, DEMO_SOURCES["vqa"])]
+    texts = options.data or [DEMO_SOURCES["captions" if options.task in ("captions", "pointing") else "vqa"]]
     sources = parse_files(texts)
     from accelerate import PartialState
     from accelerate.utils import gather_object, parse_flag_from_env
@@ -59,9 +60,9 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     eval_set = make_eval_set(options.task, samples, report, options.num_images, options.max_bad_fraction)
     if report.num_skipped:
         log(f"{report.num_skipped:,} of {report.records:,} records are skipped:\n{report.table()}")
-    if options.objects and options.task != "captions":
-        raise ValueError(f"--objects requires --task captions, not {options.task}")
-    is_answered = options.task not in ("captions", "loss")
+    if options.objects and options.task not in ("captions", "pointing"):
+        raise ValueError(f"--objects requires --task captions or pointing, not {options.task}")
+    is_answered = options.task not in ("captions", "loss", "pointing")
     if options.calibrate and not (is_answered and Path(options.model).is_dir()):
         raise ValueError("--calibrate requires --task vqa, pope or exact, and a model in a folder")
     paths = [path for source in sources if (path := Path(source.path)).name.startswith("captions_")]
@@ -76,6 +77,8 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     decoding = Decoding(**{each.name: getattr(options, each.name) for each in fields(Decoding)})
     if options.task == "loss":
         evaluation = evaluate_loss(model, processor, samples, eval_set, decoding, processes=processes)
+    elif options.task == "pointing":
+        evaluation = evaluate_pointing(model, processor, eval_set, decoding, objects, processes)
     else:
         saved: dict[str, Any] = {"folder": output / f"{options.task}.answers", "model_hash": sha256}
         saved |= {"processes": processes, "confidence": is_answered}

@@ -20,6 +20,7 @@ from .caption_metrics import CaptionScorer
 
 # The main metric of each task. In loss, nothing is generated.
 METRICS = {"captions": "CIDEr-D", "vqa": "vqa_accuracy", "pope": "accuracy", "exact": "exact_match", "loss": "loss"}
+METRICS["pointing"] = "hit_rate"
 OFFICIAL = {"captions": "json", "vqa": "json", "pope": "jsonl"}  # tasks with a results file, and how it ends
 QUESTION = "{question}"  # the prompt of a question, unless --prompt is given
 MAX_ANSWER_WORDS = 3  # of a short answer in a conversation
@@ -127,7 +128,7 @@ def _items(task: str, sample: Sample, left_out: Counter[str]) -> Iterator[EvalIt
     first_turns = [conversation[0] for conversation in sample.conversations if conversation]
     captions = tuple(turn.text for turn in first_turns if turn.role == "assistant")
     ids = sample.ids or ((0, None),) * len(sample.origins)
-    if task == "captions":
+    if task in ("captions", "pointing"):
         left_out["conversation, not a caption"] += len(first_turns) - len(captions)
         if captions or not first_turns:
             yield EvalItem(-1, None, captions, sample.origins[0], id=ids[0])

@@ -9,7 +9,10 @@ import torch
 
 from ..hub.retry import load_with_retries
 
-DTYPES = {"gguf": ["float16", "float32"], "web": ["int8", "float32", "int4"]}  # of weights; the first is the default
+DTYPES = {
+    "gguf": ["float16", "float32", "q8_0", "q4_0"],
+    "web": ["int8", "float32", "int4"],
+}  # of weights; the first is the default
 
 
 def export(name: str, folder: Path, to: str, dtype: str | None = None, packages: str | None = None) -> dict[str, Any]:
@@ -18,8 +21,9 @@ def export(name: str, folder: Path, to: str, dtype: str | None = None, packages:
     name: folder or Hub id of the model, delta or merged. folder: new or empty. to: "gguf", "llava", "onnx", "vllm" or
     "web". dtype: of weights, see DTYPES. packages: for "web", a node_modules folder.
 
-    Returns {"files", "largest_difference"}, of gguf {"files", "tensors"}. Raises ValueError if the format cannot
-    represent the model, or the written one gives other outputs; ImportError without the extra gguf or onnx."""
+    Returns {"files", "largest_difference"}; of gguf {"files", "tensors"}, and the difference if quantised. Raises
+    ValueError if the format cannot represent the model, or the written one gives other outputs; ImportError without the
+    extra gguf or onnx."""
     from transformers.utils import logging
 
     from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor

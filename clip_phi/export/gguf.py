@@ -1,6 +1,6 @@
-"""GGUF for llama.cpp: the decoder as a text model of architecture PHI2, tower and projector as an mmproj file.
+"""GGUF for llama.cpp: the decoder as a text model (phi2, llama, qwen2, qwen3), tower and projector as an mmproj file.
 
-Names and metadata are those of llama.cpp's loader (src/models/phi2.cpp, tools/mtmd/clip.cpp and models/llava.cpp). Its
+Names and metadata are those of llama.cpp's loader (src/models/*.cpp, tools/mtmd/clip.cpp and models/llava.cpp). Its
 projector graph is mm.0 -> GELU -> mm.2. One linear layer (W, b) survives it: gelu(x) - gelu(-x) = x for the exact GELU
 and for its tanh form alike, so mm.0 = [W; -W], [b; -b] and mm.2 = [I, -I]. The tower is that of rotation.py.
 """
@@ -15,6 +15,7 @@ import torch
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
+from . import random_pixels
 from .rotation import WideTower
 
 # llama.cpp gives a message as a text, with a marker <__media...__> for each image, into which a server puts letters.
@@ -24,35 +25,93 @@ FIELDS = {
     **{"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size"},
     **{"block_count": "num_hidden_layers", "head_count": "num_attention_heads"},
     **{"context_length": "max_position_embeddings", "head_count_kv": "num_key_value_heads"},
-    **{"layer_norm_eps": "layer_norm_eps"},
 }
+# The names of a tensor's type and of a file's.
+TYPES = {"float16": ("F16", "MOSTLY_F16"), "float32": ("F32", "ALL_F32")}
+QUANTISED = {"q8_0": ("Q8_0", "MOSTLY_Q8_0"), "q4_0": ("Q4_0", "MOSTLY_Q4_0")}
+TYPES |= QUANTISED
 # Names inside a block: those of transformers, and those of llama.cpp.
 BLOCK = {f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"} | {"mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
 PHI2_BLOCK = BLOCK | {"input_layernorm": "attn_norm", "self_attn.dense": "attn_output"}
+GATED_BLOCK = BLOCK | {f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")}
+GATED_BLOCK |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+GATED_BLOCK |= {"self_attn.o_proj": "attn_output"}
+QWEN3_BLOCK = GATED_BLOCK | {f"self_attn.{part}_norm": f"attn_{part}_norm" for part in "qk"}
+# A decoder's model type: its architecture in llama.cpp, the names inside a block, and the types of rotary embedding.
+DECODERS = {
+    "phi": ("phi2", PHI2_BLOCK, ["default"]),
+    "llama": ("llama", GATED_BLOCK, ["default", "linear", "llama3"]),
+    "qwen2": ("qwen2", GATED_BLOCK, ["default"]),
+    "qwen3": ("qwen3", QWEN3_BLOCK, ["default"]),
+}
+# llama.cpp's name of a pre-tokenizer: its parts in tokenizer.json, and whether whole words skip the merges. llama.cpp
+# itself has no NFC, which Qwen has, and which changes few texts.
+PRE_TOKENIZERS = json.loads(Path(__file__).with_name("pre_tokenizers.json").read_text(encoding="utf-8"))
 CLIP_BLOCK = BLOCK | {"layer_norm1": "ln1", "layer_norm2": "ln2", "self_attn.out_proj": "attn_out"}
 
 
 def export_gguf(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path, dtype: str) -> dict[str, Any]:
-    """Write text.gguf and mmproj.gguf. dtype: of matrices, float16 or float32; vectors are float32.
+    """Write text.gguf and mmproj.gguf. dtype: of matrices, a key of TYPES; vectors are float32.
 
-    Returns {"files", "tensors"}: their number, each read back and compared. Raises ValueError if llama.cpp's graphs
-    cannot represent the model."""
+    Only the decoder's matrices are quantised: in 4 bits, embedding and head still have 8, and the tower has float16.
+    Returns {"files", "tensors"}: their number, each read back and compared; if quantised also "largest_difference", of
+    the logits, relative to their range. Raises ValueError if llama.cpp's graphs cannot represent the model."""
     refuse_unsupported(model, processor)
     tower = _wide_tower(model)
+    rounding = _quantise(model, processor, dtype) if dtype in QUANTISED else {}
     folder.mkdir(parents=True, exist_ok=True)
     text, mmproj = folder / "text.gguf", folder / "mmproj.gguf"
-    num_tensors = _write_text(model, processor, text, dtype) + _write_mmproj(model, processor, tower, mmproj, dtype)
-    return {"files": [str(text), str(mmproj)], "tensors": num_tensors}
+    num_tensors = _write_text(model, processor, text, dtype)
+    num_tensors += _write_mmproj(model, processor, tower, mmproj, "float16" if rounding else dtype)
+    return {"files": [str(text), str(mmproj)], "tensors": num_tensors} | rounding
+
+
+def _type_of(name: str, value: torch.Tensor, dtype: str) -> gguf.GGMLQuantizationType:
+    # vectors stay in float32, and so does what llama.cpp adds to activations
+    if value.dim() < 2 or name == "v.position_embd.weight":
+        dtype = "float32"
+    elif dtype == "q4_0" and name in ("token_embd.weight", "output.weight"):
+        dtype = "q8_0"
+    return gguf.GGMLQuantizationType[TYPES[dtype][0]]
+
+
+@torch.no_grad()
+def _quantise(model: Any, processor: Any, dtype: str) -> dict[str, float]:
+    """Round the decoder's matrices to what the file will hold: rounding them again gives the same numbers."""
+    ids = processor.bos_ids + [processor.image_token_id] * processor.num_image_tokens
+    ids += processor.tokenizer("What is it?", add_special_tokens=False)["input_ids"]
+    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": random_pixels(processor)}
+    before = model(**inputs).logits
+    named = {"token_embd.weight": model.get_input_embeddings().weight, "output.weight": model.lm_head.weight}
+    others = {name: value for name, value in model.model.language_model.named_parameters() if "layers." in name}
+    for name, value in (named | others).items():
+        kind = _type_of(name, value, dtype)
+        if value.dim() > 1:
+            if value.shape[1] % 32:
+                raise ValueError(f"{dtype} has blocks of 32 columns, and {name} has {value.shape[1]} columns")
+            rounded = gguf.quants.dequantize(gguf.quants.quantize(value.numpy(), kind), kind)
+            value.copy_(torch.from_numpy(rounded))
+    difference = (model(**inputs).logits - before).abs().max() / (before.max() - before.min())
+    return {"largest_difference": difference.item()}
 
 
 def refuse_unsupported(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -> None:
     config: Any = model.config
     text, vision = config.text_config, config.vision_config
     found = []
-    if text.model_type != "phi":
-        found.append(f"the decoder is a {text.model_type!r}; this writes phi. llama.cpp has its own converters")
-    elif text.hidden_act not in ("gelu_new", "gelu_pytorch_tanh") or text.qk_layernorm:
+    is_phi = text.model_type == "phi"
+    if text.model_type not in DECODERS:
+        found.append(f"the decoder is a {text.model_type!r}; this writes {', '.join(DECODERS)}")
+    elif is_phi and (text.hidden_act not in ("gelu_new", "gelu_pytorch_tanh") or text.qk_layernorm):
         found.append("PHI2 has the tanh form of GELU and no norms of queries and keys")
+    elif (kind := text.rope_parameters["rope_type"]) not in DECODERS[text.model_type][2]:
+        found.append(f"the decoder's rotary embedding is of type {kind!r}")
+    elif not is_phi and (text.hidden_act != "silu" or model.lm_head.bias is not None):
+        found.append("llama.cpp's graphs of llama and qwen have silu and a head without bias")
+    elif getattr(text, "mlp_bias", False) or (text.model_type != "qwen2" and getattr(text, "attention_bias", False)):
+        found.append("the decoder has more biases than its kind has in llama.cpp")
+    elif "sliding_attention" in (getattr(text, "layer_types", None) or []):
+        found.append("the decoder has sliding windows")
     if vision.model_type != "clip_vision_model":
         found.append(f"the tower is a {vision.model_type!r}; llama.cpp's llava graph is a CLIP tower")
     elif vision.hidden_act not in ("quick_gelu", "gelu", "gelu_pytorch_tanh"):
@@ -63,18 +122,27 @@ def refuse_unsupported(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -
         found.append("llama.cpp's llava projector has no norm")
     if config.vision_feature_select_strategy != "default":
         found.append("the projector uses the CLS feature too, which llama.cpp's llava graph drops")
-    backend = json.loads(processor.tokenizer.backend_tokenizer.to_str())
-    plain = backend["model"]["type"] == "BPE" and (backend["pre_tokenizer"] or {}).get("type") == "ByteLevel"
-    if not plain or backend["pre_tokenizer"].get("add_prefix_space") or backend["normalizer"]:
-        found.append("the tokenizer is not GPT-2's byte-level BPE")
+    if _pre_tokenizer(processor.tokenizer) is None:
+        found.append(f"the tokenizer is not a byte-level BPE like that of {', '.join(PRE_TOKENIZERS)}")
+    if processor.bos_ids not in ([], [processor.tokenizer.bos_token_id]):
+        found.append("the tokenizer puts other tokens than BOS before a text")
     if found:
         raise ValueError(f"GGUF cannot represent this model: {'; '.join(found)}")
+
+
+def _pre_tokenizer(tokenizer: Any) -> str | None:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = backend["pre_tokenizer"] or {}
+    parts = [part | {"trim_offsets": None} for part in parts.get("pretokenizers", [parts])]
+    found = {"parts": parts, "ignore_merges": backend["model"].get("ignore_merges", False)}
+    found |= {"model": backend["model"]["type"], "normalizer": backend["normalizer"]}
+    return next((name for name, each in PRE_TOKENIZERS.items() if each == found), None)
 
 
 def _new_writer(path: Path, architecture: str, prefix: str, dtype: str, fields: dict[str, Any]) -> Any:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("Clip-Phi")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if dtype == "float16" else gguf.LlamaFileType.ALL_F32)
+    writer.add_file_type(gguf.LlamaFileType[TYPES[dtype][1]])
     for name, value in fields.items():
         getattr(writer, f"add_{prefix}{name}")(value)
     return writer
@@ -82,25 +150,38 @@ def _new_writer(path: Path, architecture: str, prefix: str, dtype: str, fields: 
 
 def _write_text(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Path, dtype: str) -> int:
     config: Any = model.config.text_config
-    head_width, rope = config.hidden_size // config.num_attention_heads, config.rope_parameters
+    architecture, block, _ = DECODERS[config.model_type]
+    heads, rope, is_phi = config.num_attention_heads, config.rope_parameters, config.model_type == "phi"
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
     fields = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
-    fields["rope_dimension_count"] = int(head_width * rope["partial_rotary_factor"])
-    fields["rope_freq_base"] = rope["rope_theta"]
-    writer = _new_writer(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI2], "", dtype, fields)
-    _add_tokenizer(writer, processor.tokenizer, config.vocab_size)
+    fields |= {"rope_freq_base": rope["rope_theta"], "key_length": width, "value_length": width}
+    fields["rope_dimension_count"] = int(width * rope.get("partial_rotary_factor", 1.0))
+    fields |= {"layer_norm_eps": config.layer_norm_eps} if is_phi else {"layer_norm_rms_eps": config.rms_norm_eps}
+    writer = _new_writer(path, architecture, "", dtype, fields)
+    _add_tokenizer(writer, processor, config.vocab_size)
 
     decoder = model.model.language_model.state_dict()
-    names = {"embed_tokens": "token_embd", "final_layernorm": "output_norm"}
+    names = {"embed_tokens": "token_embd", "final_layernorm" if is_phi else "norm": "output_norm"}
     for layer in range(config.num_hidden_layers):
-        names |= {f"layers.{layer}.{name}": f"blk.{layer}.{theirs}" for name, theirs in PHI2_BLOCK.items()}
+        names |= {f"layers.{layer}.{name}": f"blk.{layer}.{theirs}" for name, theirs in block.items()}
     tensors = _renamed(decoder, names, ignore=("rotary_emb",))
-    tensors |= {f"output.{part}": value for part, value in model.lm_head.state_dict().items()}
-    tensors.setdefault("output.bias", torch.zeros(config.vocab_size))
+    if is_phi or not model.config.tie_word_embeddings:
+        tensors |= {f"output.{part}": value for part, value in model.lm_head.state_dict().items()}
+    if is_phi:
+        tensors.setdefault("output.bias", torch.zeros(config.vocab_size))
+    if architecture == "llama":
+        for name, value in tensors.items():
+            if name.endswith(("attn_q.weight", "attn_k.weight")):  # it rotates neighbours, transformers the two halves
+                tensors[name] = value.view(-1, 2, width // 2, value.shape[1]).transpose(1, 2).reshape(value.shape)
+    if rope["rope_type"] != "default":
+        plain = rope["rope_theta"] ** -(torch.arange(0, width, 2) / width)
+        tensors["rope_freqs.weight"] = plain / model.model.language_model.rotary_emb.inv_freq
     return _write(writer, path, tensors, dtype)
 
 
-def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
+def _add_tokenizer(writer: Any, processor: Any, vocab_size: int) -> None:
     """A token for every row of the embedding; those that the tokenizer lacks are marked as unused."""
+    tokenizer = processor.tokenizer
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
     kinds = [gguf.TokenType.NORMAL if number in by_id else gguf.TokenType.UNUSED for number in range(vocab_size)]
     for number, token in tokenizer.added_tokens_decoder.items():
@@ -108,7 +189,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
             kinds[number] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(_pre_tokenizer(tokenizer))
     writer.add_token_list([by_id.get(number, f"[PAD{number}]") for number in range(vocab_size)])
     writer.add_token_types(kinds)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
@@ -116,7 +197,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     writer.add_bos_token_id(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
     if tokenizer.pad_token_id < vocab_size:
         writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(bool(processor.bos_ids))
     writer.add_chat_template(CHAT_TEMPLATE)
 
 
@@ -185,11 +266,9 @@ def _write(writer: Any, path: Path, tensors: dict[str, torch.Tensor], dtype: str
     """Write the tensors and compare the file with them. Returns their number."""
     arrays = {}
     for name, value in tensors.items():
-        # vectors stay in float32, and so does what llama.cpp adds to activations
-        small = value.dim() < 2 or name == "v.position_embd.weight"
-        kind = np.float16 if dtype == "float16" and not small else np.float32
-        arrays[name] = np.ascontiguousarray(value.detach().float().cpu().numpy().astype(kind))
-        writer.add_tensor(name, arrays[name])
+        kind, array = _type_of(name, value, dtype), value.detach().float().cpu().numpy()
+        arrays[name] = gguf.quants.quantize(np.ascontiguousarray(array), kind)
+        writer.add_tensor(name, arrays[name], raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -202,6 +281,5 @@ def _write(writer: Any, path: Path, tensors: dict[str, torch.Tensor], dtype: str
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a GGUF file by name, in numpy's order of dimensions."""
-    tensors = gguf.GGUFReader(path).tensors
-    return {each.name: np.array(each.data).reshape([int(size) for size in reversed(each.shape)]) for each in tensors}
+    """The tensors of a GGUF file by name, in numpy's order of dimensions; quantised ones as their bytes."""
+    return {each.name: np.array(each.data) for each in gguf.GGUFReader(path).tensors}

@@ -47,17 +47,9 @@ class Pushed:
 
 
 def push(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    branch: str | None = None,
-    tag: str | None = None,
-    create_pr: bool = False,
-    merged: bool = False,
-    message: str | None = None,
-    images: bool = True,
-) -> Pushed:
+    folder: str | Path, repo_id: str, *, private: bool | None = None, branch: str | None = None, tag: str | None = None,
+    create_pr: bool = False, merged: bool = False, message: str | None = None, images: bool = True,
+) -> Pushed:  # fmt: skip
     """Push the model in a folder, with a model card made from the files of its run.
 
     All files come in one commit. The card is merged into the one in the repository. Files of an earlier push that this

@@ -10,20 +10,22 @@ import random
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ..batching.images import load_image
 from ..data.sample import user_message
 from ..data.synthetic import draw_scene, sample_scene
 from ..evaluation.confidence import describe
+from ..evaluation.explain import explain
 from ..speech.tts import join
 from ..templates import render
 from .batch_captions import find_images
-from .engine import Completion, Engine, PreparedImage, QueueFullError
+from .engine import Completion, Engine, QueueFullError
 from .modalities import Modalities
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -87,16 +89,16 @@ def launch(
         ]
         gr.Markdown("# Clip-Phi")
         gr.ChatInterface(
-            respond,
-            chatbot=chatbot,
-            textbox=textbox,
-            additional_inputs=options,
+            respond, chatbot=chatbot, textbox=textbox, additional_inputs=options, additional_outputs=[status],
             additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
-            additional_outputs=[status],
             examples=[[example] for example in _examples(examples)],
             multimodal=True, cache_examples=False, concurrency_limit=None, api_name="chat", fill_height=False,
         )  # fmt: skip
         status.render()
+        look = gr.Button("Where did it look?", size="sm", elem_id="look")
+        overlay = gr.Image(visible=False, elem_id="overlay", buttons=[])
+        explains = functools.partial(_explain, engine, transcribe)
+        look.click(explains, chatbot, [overlay, status], api_visibility="private", concurrency_limit=1)
         with gr.Accordion("Webcam", open=False):
             camera = gr.Image(sources=["webcam"], type="filepath", show_label=False, height=280)
             camera.input(_attach, [camera, textbox], textbox, api_visibility="private", show_progress="hidden")
@@ -141,7 +143,8 @@ def _respond(
     temperature: float, max_new_tokens: float, speak: bool, draw: bool,
 ) -> Iterator[tuple[Any, str]]:  # fmt: skip
     """The answer so far, and the status line."""
-    messages, images, transcript = _conversation(engine, message, history, transcribe)
+    read = functools.partial(engine.read_image, max_pixels=ServerLimits.max_pixels)
+    messages, images, transcript = _conversation(read, message, history, transcribe)
     status = f"speech: “{transcript}”" if transcript else ""
     yield "", status
     messages, length = engine.add_default_instructions(messages), int(max_new_tokens)
@@ -169,6 +172,20 @@ def _respond(
         yield shown, f"{status} · {_error(error)}"
 
 
+def _explain(engine: Engine, transcribe: Any, history: list[dict[str, Any]]) -> tuple[Any, str]:
+    """The images with the map of the last answer, labelled by it; and the status line."""
+    try:
+        read = functools.partial(load_image, max_pixels=ServerLimits.max_pixels)
+        messages, images, _ = _conversation(read, None, history, transcribe)
+        if not messages:
+            raise ValueError("there is no answer yet: attach an image, and ask about it")
+        *asked, answer = engine.add_default_instructions(messages)
+        found = explain(engine.model, engine.processor, images, asked, answer["content"])
+        return gr.Image(found.draw(images), label=f"Where it looked: “{found.answer}”", visible=True), ""
+    except ERRORS as error:
+        return gr.Image(None, visible=False), _error(error)
+
+
 def _error(error: BaseException) -> str:
     """One line, without the folders of this machine."""
     return ERROR + _escape(re.sub(r"(?<![\w:/])/(?:[^/\s]+/)+", "", " ".join(str(error).split())))
@@ -187,11 +204,12 @@ def _status(start: str, completion: Completion) -> str:
 
 
 def _conversation(
-    engine: Engine, message: dict[str, Any], history: Sequence[dict[str, Any]], transcribe: Any
-) -> tuple[list[dict[str, Any]], list[PreparedImage], str]:
-    """Messages and images for the engine, and the transcript of the newest message.
+    read: Callable[[str], Any], message: dict[str, Any] | None, history: Sequence[dict[str, Any]], transcribe: Any
+) -> tuple[list[dict[str, Any]], list[Any], str]:
+    """Messages for the chat template, images as `read` gives them, and the transcript of the newest message.
 
-    Turns without an answer (stopped before the first word, or failed) are left out."""
+    Without a message they end with the last answer. Turns without one (stopped before the first word, or failed) are
+    left out."""
     turns: list[tuple[list[str], str, str]] = []  # files, text, answer
     question: tuple[list[str], str] | None = None
     for entry in history:
@@ -206,10 +224,11 @@ def _conversation(
             if not text.startswith(ERROR):
                 turns.append((*question, html.unescape(text)))
             question = None
-    newest = [each if isinstance(each, str) else each["path"] for each in message.get("files") or []]
-    turns.append((newest, (message.get("text") or "").strip(), ""))
+    if message is not None:
+        newest = [each if isinstance(each, str) else each["path"] for each in message.get("files") or []]
+        turns.append((newest, (message.get("text") or "").strip(), ""))
     messages: list[dict[str, Any]] = []
-    images: list[PreparedImage] = []
+    images, transcripts = list[Any](), list[str]()
     for files, text, answer in turns:
         transcripts, before = [], len(images)
         for path in files:
@@ -218,7 +237,7 @@ def _conversation(
                     raise ValueError("this page has no speech input")
                 transcripts.append(transcribe(path))
             else:
-                images.append(engine.read_image(path, ServerLimits.max_pixels))
+                images.append(read(path))
         if not (files or text):
             raise ValueError("there is no question: write one, or attach an image")
         messages.append(user_message(text, len(images) - before, *transcripts))
