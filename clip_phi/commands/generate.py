@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,10 @@ def run_ask(arguments: argparse.Namespace) -> None:
         messages, images = as_prompt(question, image, transcript)
         options: Any = {"grammar": grammar, "top_logprobs": 0 if judged else None}
         completion = engine.submit(messages, images, max_new_tokens=arguments.max_new_tokens, **options)
-        pieces = iter(completion)
         if judged:
             completion.result()
             record["confidence"] = engine.confidence(completion, messages, arguments.abstain_below)
-            pieces = iter([completion.text])
-        printed = _printed(pieces, answer, quiet=arguments.json)
+        printed = _printed([completion.text] if judged else completion, answer, quiet=arguments.json)
         if speaker is not None:
             write_wav(arguments.speak, join(speaker.stream(printed)))
             record["speak"] = arguments.speak
@@ -132,7 +130,7 @@ def run_explain(arguments: argparse.Namespace) -> None:
     print(json.dumps(record) if arguments.json else plain(found.answer))
 
 
-def _printed(pieces: Iterator[str], collected: list[str], quiet: bool) -> Iterator[str]:
+def _printed(pieces: Iterable[str], collected: list[str], quiet: bool) -> Iterator[str]:
     """The pieces, each of which is appended to `collected` and, unless quiet, printed."""
     for piece in pieces:
         collected.append(piece)
