@@ -25,7 +25,7 @@ from clip_phi.evaluation.confidence import (
     save_scaling,
     scale,
 )
-from clip_phi.evaluation.generate import answer_logprobs
+from clip_phi.evaluation.generate import answer_logprobs, answer_span
 from clip_phi.hub.push import SHIPPED
 from clip_phi.serving.api import create_app
 from clip_phi.serving.engine import Engine, Limits, as_prompt
@@ -106,6 +106,8 @@ def test_the_likelihood_of_a_later_answer_leaves_out_the_earlier_ones(model, pro
     logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     expected = sum(float(logprobs[place - 1, ids[place]]) for place in range(start, len(ids)))
     assert answer_logprobs(model, processor, [(earlier, None)], ["two"]) == pytest.approx([expected], abs=1e-4)
+    # Some templates write a line break after the end token.
+    assert answer_span([-100, 5, 6, -100, 7, 8, -100]) == (4, 5) and answer_span([7, 8]) == (0, 1)
 
 
 def test_evaluate_reports_and_keeps_the_scaling_which_other_weights_refuse(fresh_model, processor, tmp_path, capsys):

@@ -122,9 +122,8 @@ def run_explain(arguments: argparse.Namespace) -> None:
         found = explain(engine.model, engine.processor, images, **options)
     record = {"images": arguments.images, "question": arguments.question, **vars(found), "maps": found.maps.tolist()}
     if output and output.suffix == ".html":
-        replace_file(
-            output, plain("".join(render("explain.html", title="Where did it look?", pictures=images, **record)))
-        )
+        page = render("explain.html", title="Where did it look?", pictures=images, **record)
+        replace_file(output, plain("".join(page)))
     elif output:
         found.draw(images).save(output)
     print(json.dumps(record) if arguments.json else plain(found.answer))

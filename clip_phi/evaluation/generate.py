@@ -92,9 +92,9 @@ def answer_logprobs(
     pairs = zip(prompts, answers, strict=True)
     encoded = processor.encode_batch([[*prompt, {"role": "assistant", "content": text}] for (prompt, _), text in pairs])
     for _, row in encoded:  # earlier answers of the conversation are a part of the prompt
-        start = max((place for place, label in enumerate(row) if label < 0), default=-1) + 1
+        start, end = answer_span(row)
         row[:start] = [-100] * start
-        row[-1] = row[-1] if ended else -100
+        row[end] = row[end] if ended else -100
     ids, labels = (
         pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
         for rows, value in zip(zip(*encoded, strict=True), (processor.tokenizer.pad_token_id, -100), strict=True)
@@ -106,6 +106,12 @@ def answer_logprobs(
     logits = model(**inputs, use_cache=False).logits.float()
     targets = labels[:, 1:].gather(1, places).to(logits.device)
     return (-cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(1)).tolist()
+
+
+def answer_span(labels: Sequence[int]) -> tuple[int, int]:
+    """The places of the last answer's first token, and of its end token, which text of the template may follow."""
+    end = max(place for place, label in enumerate(labels) if label >= 0)
+    return max((place for place in range(end) if labels[place] < 0), default=-1) + 1, end
 
 
 def end_tokens(model: Any, processor: Any) -> set[int]:
