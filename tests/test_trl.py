@@ -115,18 +115,61 @@ def test_sft_learns_the_tokens_that_this_projects_training_learns(model, process
     assert len(batch["pixel_values"]) == 3
 
 
-def test_the_example_trains_and_evaluate_takes_its_result(tmp_path, monkeypatch, capsys):
-    write_dataset(tmp_path / "data", num_train=4, num_val=4)
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A folder with drawn data, and a model of stage 2 that has learnt nothing."""
+    folder = tmp_path_factory.mktemp("start")
+    write_dataset(folder / "data", num_train=4, num_val=4)
     demo = ROOT / "examples/demo_backbones"
     model = ClipPhiForCausalLM.from_backbones(str(demo / "vision"), str(demo / "text"))
-    model.save_pretrained(tmp_path / "start")
-    ClipPhiProcessor.from_backbones(str(demo / "vision"), str(demo / "text")).save_pretrained(tmp_path / "start")
-    data = "llava:{0}/llava_instruct_{1}.json,images={0}/{1}2017"
-    options = ["--model", tmp_path / "start", "--data", data.format(tmp_path / "data", "train"), "--max_steps", 1]
-    options += ["--output_dir", tmp_path / "trained", "--lora_r", 2]
-    monkeypatch.setattr(sys, "argv", ["trl_sft.py", *map(str, options)])
-    runpy.run_path(str(ROOT / "examples/trl_sft.py"), run_name="__main__")
-    capsys.readouterr()
-    evaluate = ["evaluate", tmp_path / "trained", "--task", "vqa", "--data", data.format(tmp_path / "data", "val")]
+    model.config.caption_instruction = "Describe the image."
+    model.save_pretrained(folder / "model")
+    ClipPhiProcessor.from_backbones(str(demo / "vision"), str(demo / "text")).save_pretrained(folder / "model")
+    return folder
+
+
+def source(folder, part: str) -> str:
+    return f"llava:{folder}/data/llava_instruct_{part}.json,images={folder}/data/{part}2017"
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+def test_the_example_trains_and_evaluate_takes_its_result(method, start, tmp_path, monkeypatch, capsys):
+    data = source(start, "train")
+    if method == "dpo":
+        command = [start / "model", tmp_path / "pairs.parquet", "--task", "vqa", "--data", data]
+        script = runpy.run_path(str(ROOT / "examples/preferences.py"))
+        script["write_pairs"](script["parse_arguments"]([*map(str, command), "--samples", "4", "--temperature", "3"]))
+        data = tmp_path / "pairs.parquet"
+    options = ["--method", method, "--model", start / "model", "--data", data, "--max_steps", 1]
+    options += ["--output_dir", tmp_path / "trained", "--lora_r", 2, "--learning_rate", 0.01]
+    monkeypatch.setattr(sys, "argv", ["trl_train.py", *map(str, options)])
+    runpy.run_path(str(ROOT / "examples/trl_train.py"), run_name="__main__")
+    assert ("conversations are not used: no short answer" in capsys.readouterr().out) == (method == "grpo")
+    before = ClipPhiForCausalLM.from_pretrained(start / "model").state_dict()
+    after = ClipPhiForCausalLM.from_pretrained(tmp_path / "trained").state_dict()
+    if method != "grpo":  # whose rewards are all zero where no sample is right
+        assert not torch.equal(before["model.projector.weight"], after["model.projector.weight"])
+    assert any("lora_" in name for name in after)
+    evaluate = ["evaluate", tmp_path / "trained", "--task", "vqa", "--data", source(start, "val")]
     assert main([*map(str, evaluate), "--num_images", "4", "--max_new_tokens", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["data"]["images"] == 4
+
+
+def test_rows_of_preferences_are_learnt_as_they_are(start, tmp_path, capsys):
+    """RLAIF-V's and VLFeedback's layouts, and what has no worse answer is counted."""
+    images = start / "data/train2017"
+    first, second, *_ = sorted(path.name for path in images.iterdir())
+    ratings = [{"response": "two", "annotations": {"Help": {"Rating": "5"}}}]
+    ratings.append({"response": "nine", "annotations": {"Help": {"Rating": "1"}}})
+    rows = [
+        {"image": first, "question": "How many?", "chosen": "one", "rejected": "six"},
+        {"image": second, "prompt": "How many?", "completions": ratings},
+        {"image": second, "question": "A star?", "answer": "no"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records = runpy.run_path(str(ROOT / "examples/trl_train.py"))["records"]
+    found = list(records("dpo", f"dataset:{tmp_path / 'rows.jsonl'},images={images}"))
+    texts = [[row[name][0]["content"] for name in ("prompt", "chosen", "rejected")] for row in found]
+    assert capsys.readouterr().out == "1 rows are not used: no image, prompt, or two different answers\n"
+    assert texts == [["How many?", "one", "six"], ["How many?", "two", "nine"]]
+    assert [row["images"][0]["bytes"] for row in found] == [(images / name).read_bytes() for name in (first, second)]
