@@ -7,6 +7,7 @@ cache, and then each token with the cache of those before it."""
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import nn
 from torch.export import Dim
 from transformers import DynamicCache
 
-from ..serving.kv_cache import cache_shapes
 from ..templates import ENVIRONMENT, render
 from . import random_pixels
 from .onnx import FEATURES, TOLERANCE, image_features, write_graph
@@ -83,7 +83,14 @@ def _refuse_unsupported(model: Any, processor: Any, dtype: str, libraries: list[
         raise ValueError("the decoder has sliding windows, and the cache of the graph has none")
     if (size := model.num_parameters() * BYTES[dtype]) > MAX_BYTES:
         raise ValueError(f"the model would take {size / 1e9:.1f} GB, and a browser loads 2: see --dtype")
-    return [torch.zeros(2, heads, 3, width) for heads, *widths in cache_shapes(model) for width in widths]
+    cache = DynamicCache()
+    with torch.no_grad(), suppress(Exception):  # decoders with other caches fail in their own ways
+        model(input_ids=torch.zeros(2, 3, dtype=torch.long), past_key_values=cache, use_cache=True)
+    past = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+    lengths = [tuple(getattr(part, "shape", ()))[2:-1] for part in past]  # (sequences, heads, positions, width)
+    if lengths != [(3,)] * 2 * config.num_hidden_layers:
+        raise ValueError(f"the cache of a {config.model_type} decoder is not one of keys and values in each layer")
+    return past
 
 
 def _embed(rows: Any, input_ids: torch.Tensor) -> torch.Tensor:

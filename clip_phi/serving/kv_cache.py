@@ -18,10 +18,10 @@ def cache_shapes(model: Any) -> list[Shape]:
 
     Raises ValueError if a layer keeps anything but keys and values."""
     outputs = model.model.language_model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
-    layers: Any = next((value.layers for value in outputs.values() if isinstance(value, Cache)), [])
-    if not layers or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
+    layers = next(value.layers for value in outputs.values() if isinstance(value, Cache))
+    if not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
         kind = model.config.get_text_config().model_type
-        raise ValueError(f"the cache of a {kind} decoder is not one of keys and values in each layer")
+        raise ValueError(f"{kind!r} decoders are not supported: some layers do not cache keys and values")
     return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
 
 
