@@ -107,6 +107,18 @@ def test_the_words_of_cocos_objects(text, names):
     assert ObjectWords(CATEGORIES).mentions(text) == names
 
 
+def test_categories_of_other_data_are_read_as_the_captions_are():
+    find = ObjectWords(["T-shirt", "cell_phone", "Hot Dog!"])
+    assert find.mentions("a t-shirt, two cell phones and a hot dog") == ["T-shirt", "cell_phone", "Hot Dog!"]
+
+
+def test_an_id_that_means_another_image_is_refused(photos):
+    eval_set = eval_set_of(photos)
+    eval_set.items[0] = eval_set.items[0]._replace(id=eval_set.items[1].id)
+    with pytest.raises(ValueError, match=r"the image with id \d+ is not 0\d+\.jpg"):
+        ChairScorer(eval_set, photos / "annotations/instances_val2017.json")
+
+
 def test_every_category_is_found_by_its_own_name_and_no_word_means_two():
     find = ObjectWords(CATEGORIES)
     assert len(CATEGORIES) == 80 and all(find.mentions(f"a {name}") == [name] for name in CATEGORIES)

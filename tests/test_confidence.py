@@ -135,6 +135,9 @@ def test_evaluate_reports_and_keeps_the_scaling_which_other_weights_refuse(fresh
     assert all(0 <= each["likelihood"] <= 1 and -1 <= each["gain"] <= each["likelihood"] for each in samples)
     with pytest.raises(ValueError, match="needs answers about more images"):
         save_scaling(folder, model, {"confidence": {}})
+    inverted = {"likelihood": {"scaled": {"slope": -0.3, "bias": 0.0}}, "fitted_on": 5}
+    with pytest.raises(ValueError, match="in 5 answers the likelier ones are no better"):
+        save_scaling(folder, model, {"confidence": inverted})
     with torch.no_grad():
         next(model.model.projector.parameters()).add_(1)
     assert load_scaling(str(folder), model) is None
@@ -173,6 +176,9 @@ def test_the_engines_likelihood_and_gain_are_those_of_plain_forward_passes(engin
     assert found["confidence"] is None and found["abstained"] is False
     completion, messages = ask(engine, 0)
     assert engine.confidence(completion, messages)["gain"] is None  # there is no image to leave out
+    completion, messages = ask(engine, 1, grammar=engine.grammars.compile(regex="[a-z]{9}"))
+    cut = engine.confidence(completion, messages)  # has no end token, which the blind likelihood would have
+    assert completion.finish_reason == "length" and cut["likelihood"] > 0 and cut["gain"] is None
 
 
 def test_a_completion_that_is_not_sure_abstains_by_its_confidence(engine, monkeypatch):
@@ -220,7 +226,7 @@ def test_ask_prints_how_sure_it_is_and_abstains(checkpoint, tmp_path, capsys):
         code = main([str(word) for word in words])
         return code, *capsys.readouterr()
 
-    code, out, _ = run("--confidence")
+    code, out, _ = run("--confidence", "--choices", "a,b")  # which ends: a cut answer has no gain
     assert code == 0 and " by the image; not calibrated\n" in out and "likelihood " in out
     code, out, error = run("--abstain_below", 1, "--json")
     assert code == 0 and json.loads(out)["answer"] == ABSTENTION and json.loads(out)["confidence"]["abstained"]

@@ -245,6 +245,16 @@ def test_images_are_found_in_the_right_file_of_many_and_in_slices(tmp_path):
     assert len({sample.image.path for sample in read(saved)[0]}) == 3
 
 
+def test_columns_of_bytes_may_have_slashes_in_their_names(tmp_path):
+    rows = [{"image": cell(n), "mask/png": png(99), "all/masks": [cell(n)], "caption": f"{n}"} for n in (1, 2)]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "train.parquet")
+    for column, number in (("image", 2), ("mask/png", 99), ("all/masks", 2)):
+        layout = Layout({"image": column, "caption": "caption"})
+        samples, _ = read(tmp_path / "train.parquet", layout=layout)
+        assert image_of(samples[1]) == png(number) and len(samples) == 2
+
+
 def test_an_arrow_file_is_a_table(tmp_path):
     captions([1, 2]).save_to_disk(tmp_path / "saved")
     (file,) = (tmp_path / "saved").glob("*.arrow")

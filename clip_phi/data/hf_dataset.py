@@ -127,18 +127,17 @@ def read_table(dataset: Any, media: MediaFolder, report: Report, layout: Layout 
     files = {column: _files(table, column) for column in with_bytes}
     others = dataset.remove_columns(with_bytes).with_format(None)
 
-    def cell(value: Any, row: int, column: str) -> Any:
+    def cell(value: Any, row: int, column: str, place: str = "") -> Any:
         """A pyarrow.Scalar as a value of Python, in which a File stands for bytes that are on disk."""
         if not value.is_valid:
             return None
         if isinstance(value, pa.ListScalar):
-            return [cell(each, row, f"{column}/{place}") for place, each in enumerate(value.values)]
+            return [cell(each, row, column, f"/{number}") for number, each in enumerate(value.values)]
         is_struct = isinstance(value, pa.StructScalar)
         data, path = (value["bytes"], value.get("path", pa.NULL)) if is_struct else (value, pa.NULL)
-        parts = files[column.partition("/")[0]]
-        first, file, skipped = parts[bisect_right(parts, row, key=lambda part: part[0]) - 1]
+        first, file, skipped = files[column][bisect_right(files[column], row, key=lambda part: part[0]) - 1]
         is_empty = not data.is_valid or data.as_buffer().size == 0
-        content = data.as_py() if file is None or is_empty else File(file, f"{row - first + skipped}/{column}")
+        content = data.as_py() if file is None or is_empty else File(file, f"{row - first + skipped}/{column}{place}")
         return _none_if_null({"bytes": content, "path": path.as_py()})
 
     def records() -> Iterator[tuple[str, dict[str, Any]]]:

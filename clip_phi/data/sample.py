@@ -33,9 +33,12 @@ class File(NamedTuple):
                     raise RecordError("file too large", f"{size:,} bytes")
                 return file.read()
         if self.path.endswith(".arrow"):
-            row, column, *place = self.member.split("/")
-            value = _open_arrow(self.path, os.getpid())[int(row)][column].to_pylist()[0]
-            value = value[int(place[0])] if place else value
+            row, _, column = self.member.partition("/")
+            record, place = _open_arrow(self.path, os.getpid())[int(row)], ""
+            if column not in record.column_names:  # which may have slashes, too
+                column, _, place = column.rpartition("/")
+            value = record[column].to_pylist()[0]
+            value = value[int(place)] if place else value
             return value["bytes"] if isinstance(value, dict) else value
         archive = _open_zip(self.path, os.getpid())
         about = archive.getinfo(self.member)

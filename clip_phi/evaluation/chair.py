@@ -26,17 +26,21 @@ class ObjectWords:
     """Finds the objects that a text names. categories: one that chair.json does not have is found by its own name."""
 
     def __init__(self, categories: Iterable[str]):
-        words = {name: WORDS.get(name, [name.lower()]) for name in ("", *categories)}
+        words = {name: WORDS.get(name, [_read(name)]) for name in ("", *categories)}
         self.names = {form: name for name in words for word in words[name] for form in (word, _plural(word))}
         longest_first = sorted(map(re.escape, self.names), key=len, reverse=True)
         self.pattern = re.compile(rf"(?<!\S)(?:{'|'.join(longest_first)})(?!\S)")
 
     def mentions(self, text: str) -> list[str]:
         """The category of each mention, in order. Of overlapping words, the longest are read: no bear in teddy bear."""
-        words = " ".join(tokenise(text.replace("-", " ")))
+        words = _read(text)
         if "toilet" in words:  # its seat is no chair, by the authors' rules too
             words = re.sub(r"\bseats?\b", "", words)
         return [name for found in self.pattern.findall(words) if (name := self.names[found])]
+
+
+def _read(text: str) -> str:
+    return " ".join(tokenise(re.sub("[-_]", " ", text)))
 
 
 def _plural(word: str) -> str:
@@ -46,12 +50,14 @@ def _plural(word: str) -> str:
 
 def find_objects(eval_set: EvalSet, file: Path | None) -> list[list[tuple[str, list[float]]]]:
     """Of each item, category and bbox of the objects in its image, by COCO's instances. Raises ValueError if the file
-    lacks an image."""
+    lacks an image, or if the id of a caption means another one than its image's name."""
     objects, found = {} if file is None else read_instances(file)[1], []
     for item in eval_set.items:
         keys = (item.id[1], eval_set.describe_image(item.image)["image"])
         if not (known := [key for key in keys if key in objects]):
             raise ValueError(f"{file} lacks image {keys[1]}: --objects FILE is the instances file of all images")
+        if objects[known[0]] is not objects[known[-1]]:
+            raise ValueError(f"in {file} the image with id {keys[0]} is not {keys[1]}: the ids are of other data")
         found.append(objects[known[0]])
     return found
 

@@ -89,6 +89,9 @@ def save_scaling(folder: Path, model: Any, result: dict[str, Any]) -> None:
     """Keep the scaling of a result's likelihoods beside the weights, where load_scaling finds it."""
     if not (found := result.get("confidence")):
         raise ValueError("--calibrate needs answers about more images: half of them fit the scaling")
+    if (slope := found["likelihood"]["scaled"]["slope"]) <= 0:  # it would call the unlikely answers sure
+        why = f"in {found['fitted_on']:,} answers the likelier ones are no better (slope {slope:.2g}): give more data"
+        raise ValueError(f"--calibrate: nothing is kept, since {why}")
     about = {"weights": _weights_hash(model), "task": result["task"], "data": result["data"], **found}
     replace_file(folder / FILE, plain_json(found["likelihood"]["scaled"] | about, indent=2) + "\n")
 

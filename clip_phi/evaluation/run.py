@@ -95,8 +95,6 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
             # variables hold folders of this machine
             "environment": {name: value for name, value in describe_environment().items() if name != "variables"},
         }
-        if options.calibrate:
-            save_scaling(Path(options.model), model, result)
         written = write(evaluation, eval_set, output, Path(options.output) if options.output else None)
         print(json.dumps(result) if options.json else plain(format_result(result)))
         log(f"written: {', '.join(map(str, written))}")
@@ -104,6 +102,8 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
             log(f"{missing:,} records were skipped, and have no line in the results file")
         if options.task in OFFICIAL and not evaluation.official:
             log("no results file for an evaluation server: the data lack ids, or have one twice")
+        if options.calibrate:
+            save_scaling(Path(options.model), model, result)
     state.wait_for_everyone()
 
 

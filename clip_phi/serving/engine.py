@@ -366,12 +366,13 @@ class Engine(AbstractContextManager["Engine"]):
     ) -> dict[str, Any]:
         """How sure a whole completion is that was submitted with top_logprobs; for json, see evaluation/confidence.py.
 
-        gain is None without an image, confidence where the model has no scaling. If the confidence, or else the
-        likelihood, is below `abstain_below`, the completion has abstained: its text becomes ABSTENTION."""
+        gain is None without an image and for an answer that is cut, confidence where the model has no scaling. If the
+        confidence, or else the likelihood, is below `abstain_below`, the completion has abstained: its text becomes
+        ABSTENTION."""
         likelihood, gain = math.exp(completion.logprob), None
         contents: list[Any] = [message["content"] for message in messages]
         texts = [each if isinstance(each, str) else [i for i in each if i["type"] != "image"] for each in contents]
-        if texts != contents:
+        if texts != contents and completion.finish_reason != "length":  # the blind likelihood has an end token
             blind = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
             ended = completion.num_tokens > len(
                 completion.logprobs
