@@ -54,10 +54,9 @@ def run_ask(arguments: argparse.Namespace) -> None:
         raise ValueError("--schema and --choices: give one of them")
     if arguments.schema and arguments.abstain_below is not None:
         raise ValueError("--abstain_below and --schema: give one of them, since the sentence is no json")
-    choices = [each.strip() for each in arguments.choices.split(",")] if arguments.choices else []
-    form: dict[str, Any] = {"choice": choices} if choices else {}
-    if arguments.schema is not None:
-        form = {"schema": read_json(arguments.schema)}
+    form: dict[str, Any] = {} if arguments.schema is None else {"schema": read_json(arguments.schema)}
+    if arguments.choices:
+        form = {"choice": [each.strip() for each in arguments.choices.split(",")]}
     for path in filter(None, (arguments.speak, arguments.draw)):  # before minutes of work
         if not Path(path).absolute().parent.is_dir():
             raise ValueError(f"cannot write {path}: there is no such folder")

@@ -74,8 +74,7 @@ class Target:
     """The log-likelihood of the words of one answer, as a function of the image features.
 
     window: rows and columns of patches that occlusion leaves out at once; a patch gets the mean of its windows.
-    steps: of integrated gradients. grid: rows and columns of patches. features: float (images, patches, text hidden).
-    """
+    steps: of integrated gradients. grid: rows, columns of patches. features: float (images, patches, text hidden)."""
 
     window, steps, batch_size = 2, 16, 32
 

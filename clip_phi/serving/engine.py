@@ -374,9 +374,7 @@ class Engine(AbstractContextManager["Engine"]):
         texts = [each if isinstance(each, str) else [i for i in each if i["type"] != "image"] for each in contents]
         if texts != contents and completion.finish_reason != "length":  # the blind likelihood has an end token
             blind = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
-            ended = completion.num_tokens > len(
-                completion.logprobs
-            )  # a form or the limit may come before the end token
+            ended = completion.num_tokens > len(completion.logprobs)  # not where a form ends the answer
             with self._encoding:
                 (logprob,) = answer_logprobs(self.model, self.processor, [(blind, None)], [completion.text], ended)
             gain = likelihood - math.exp(logprob)
