@@ -376,8 +376,9 @@ class Engine(AbstractContextManager["Engine"]):
         # The blind likelihood is that of the whole text with its end token.
         if texts != contents and completion.finish_reason != "length" and said == completion.text:
             blind = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
+            ended = completion.num_tokens > len(completion.logprobs)  # not where a form ends the answer
             with self._encoding:
-                (logprob,) = answer_logprobs(self.model, self.processor, [(blind, None)], [completion.text])
+                (logprob,) = answer_logprobs(self.model, self.processor, [(blind, None)], [completion.text], ended)
             gain = likelihood - math.exp(logprob)
         confidence = None if self.scaling is None else float(scale(logit(likelihood), **self.scaling))
         abstained = (likelihood if confidence is None else confidence) < (abstain_below or 0)
