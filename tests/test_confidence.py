@@ -179,6 +179,9 @@ def test_the_engines_likelihood_and_gain_are_those_of_plain_forward_passes(engin
     completion, messages = ask(engine, 1, grammar=engine.grammars.compile(regex="[a-z]{9}"))
     cut = engine.confidence(completion, messages)  # has no end token, which the blind likelihood would have
     assert completion.finish_reason == "length" and cut["likelihood"] > 0 and cut["gain"] is None
+    completion, messages = ask(engine, 1, grammar=engine.grammars.compile(regex="ab"), stop=["b"])
+    assert completion.text == "a" and completion.finish_reason == "stop"
+    assert engine.confidence(completion, messages)["gain"] is None  # two tokens were generated, and one is left
 
 
 def test_a_completion_that_is_not_sure_abstains_by_its_confidence(engine, monkeypatch):
