@@ -4,8 +4,8 @@
 
 The maps are those of `clip-phi evaluate --task pointing` on the demo's unseen scenes, for questions about one object
 that are answered right. The same questions are then explained by occlusion with each of the ways to leave patches out.
-ece and accuracy_at_80 are those of `clip-phi evaluate --task vqa` of the same model, if its result has them. --page
-writes the tables between the marks of a page.
+ece and accuracy_at_80 are those of MODEL/evaluation/vqa.json, and null without it: run first
+`clip-phi evaluate MODEL --task vqa --data DATA`. --page writes the tables between the marks of a page.
 """
 
 import argparse

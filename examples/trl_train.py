@@ -1,11 +1,11 @@
 """Train a Clip-Phi model with TRL's SFTTrainer, DPOTrainer or GRPOTrainer, and save the result as a delta again.
 
     pip install 'clip-phi[trl]'
-    python examples/preferences.py outputs/stage2 outputs/pairs.parquet --task vqa --data llava:...
+    clip-phi preferences outputs/stage2 outputs/pairs.parquet --task captions --data coco:...
     python examples/trl_train.py --method dpo --model outputs/stage2 --data outputs/pairs.parquet
     clip-phi evaluate outputs/trl --task captions --data coco:...
 
-sft learns the answers of conversations; dpo learns pairs of a better and a worse answer, of preferences.py or of
+sft learns the answers of conversations; dpo learns pairs of a better and a worse answer, of clip-phi preferences or of
 rows with chosen and rejected; grpo samples answers to questions and learns from their VQA accuracy. The projector is
 trained, and the decoder's LoRA: that of the model, or with --lora_r a new one. Tower and decoder are frozen. TRL pads
 each batch: for sft, train_accelerate.py is several times faster on the same data.

@@ -215,6 +215,33 @@ for name, each in zip(tests, log_probabilities(images), strict=True):
 show(images, list(tests))
 
 # %% [markdown]
+# The project has this as a function. It explains each word of a whole text, and it also knows faster methods, such as
+# gradients. The map of a word says how many nats its log-probability loses without each patch. Its windows also reach
+# over the edge of the image, so patches at the edge get smaller numbers than above.
+
+# %%
+from dataclasses import replace
+
+from clip_phi.evaluation.explain import explain
+
+found = explain(model, processor, image, "Describe the image.")
+print(found.answer)
+for word, heat in zip(found.words, found.maps, strict=True):
+    print(f"{word:10} at most {heat.max():.2f} nats")
+chosen = np.argsort(-found.maps.max((1, 2, 3)))[:4]
+maps = [replace(found, maps=found.maps[[number]]).draw([image]) for number in chosen]
+show([image, *maps], ["image", *(found.words[number] for number in chosen)])
+
+# %% [markdown]
+# The words on which a choice depends have large maps. A word that the text before it already decides has an empty map:
+# the image is not needed for it again. So an empty map of a word does not mean that the model guessed it.
+#
+# The same as a command. The page shows the map of each word that you choose.
+
+# %%
+run(f"clip-phi explain {IMAGE} '{QUESTION}' --model {MODEL} --output {OUTPUT}/explained.html")
+
+# %% [markdown]
 # ## Exercises
 #
 # 1. **Fewer images.** Evaluate with `--num_images 10`. *Expect:* a wide interval of the margin, and still above zero.

@@ -25,7 +25,7 @@ from clip_phi.evaluation.confidence import (
     save_scaling,
     scale,
 )
-from clip_phi.evaluation.generate import answer_logprobs
+from clip_phi.evaluation.generate import answer_logprobs, answer_span
 from clip_phi.hub.push import SHIPPED
 from clip_phi.serving.api import create_app
 from clip_phi.serving.engine import Engine, Limits, as_prompt
@@ -93,6 +93,21 @@ def test_the_likelihood_of_an_answer_is_that_of_a_plain_forward_pass(model, proc
         logprobs = model(torch.tensor([ids]), **pixels).logits[0].log_softmax(-1)
         expected = sum(float(logprobs[place - 1, label]) for place, label in enumerate(labels) if label >= 0)
         assert labels[-1] == processor.tokenizer.eos_token_id and found == pytest.approx(expected, abs=1e-4)
+        last = float(logprobs[-2, labels[-1]])
+        unended = answer_logprobs(model, processor, [(messages, images)], [text], ended=False)
+        assert unended == pytest.approx([expected - last], abs=1e-4)
+
+
+@torch.no_grad()
+def test_the_likelihood_of_a_later_answer_leaves_out_the_earlier_ones(model, processor):
+    earlier = [user_message("What?"), {"role": "assistant", "content": "red"}, user_message("How many?")]
+    ids, labels = processor.encode([*earlier, {"role": "assistant", "content": "two"}])
+    start = max(place for place, label in enumerate(labels) if label < 0) + 1
+    logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = sum(float(logprobs[place - 1, ids[place]]) for place in range(start, len(ids)))
+    assert answer_logprobs(model, processor, [(earlier, None)], ["two"]) == pytest.approx([expected], abs=1e-4)
+    # Some templates write a line break after the end token.
+    assert answer_span([-100, 5, 6, -100, 7, 8, -100]) == (4, 5) and answer_span([7, 8]) == (0, 1)
 
 
 def test_evaluate_reports_and_keeps_the_scaling_which_other_weights_refuse(fresh_model, processor, tmp_path, capsys):
@@ -155,7 +170,8 @@ def test_the_engines_likelihood_and_gain_are_those_of_plain_forward_passes(engin
     logprobs = model(torch.tensor([prompt + ids]), **pixels).logits[0].log_softmax(-1)
     expected = sum(float(logprobs[len(prompt) + place - 1, token]) for place, token in enumerate(ids))
     assert math.log(found["likelihood"]) == pytest.approx(expected, abs=1e-3)
-    blind = answer_logprobs(model, processor, [([user_message("What?")], None)], [completion.text])[0]
+    # The form ends the answer: neither of the two has an end token.
+    blind = answer_logprobs(model, processor, [([user_message("What?")], None)], [completion.text], ended=False)[0]
     assert found["gain"] == pytest.approx(found["likelihood"] - math.exp(blind), abs=1e-9)
     assert found["confidence"] is None and found["abstained"] is False
     completion, messages = ask(engine, 0)
@@ -163,6 +179,9 @@ def test_the_engines_likelihood_and_gain_are_those_of_plain_forward_passes(engin
     completion, messages = ask(engine, 1, grammar=engine.grammars.compile(regex="[a-z]{9}"))
     cut = engine.confidence(completion, messages)  # has no end token, which the blind likelihood would have
     assert completion.finish_reason == "length" and cut["likelihood"] > 0 and cut["gain"] is None
+    completion, messages = ask(engine, 1, grammar=engine.grammars.compile(regex="ab"), stop=["b"])
+    assert completion.text == "a" and completion.finish_reason == "stop"
+    assert engine.confidence(completion, messages)["gain"] is None  # two tokens were generated, and one is left
 
 
 def test_a_completion_that_is_not_sure_abstains_by_its_confidence(engine, monkeypatch):

@@ -1,25 +1,21 @@
-"""examples/preferences.py: which samples make a pair, on examples that are worked by hand, and its file."""
+"""clip-phi preferences: which samples make a pair, on examples that are worked by hand, and its file."""
 
 import argparse
 import json
-import re
-import runpy
 from collections import Counter
 from types import SimpleNamespace
 
 import datasets
 import pytest
-from helpers import ROOT
 
 from clip_phi.batching.images import load_image
+from clip_phi.cli import main
+from clip_phi.commands.preferences import _compare
 from clip_phi.data.report import Report
 from clip_phi.data.source import parse_source
 from clip_phi.data.synthetic import COLORS, SHAPES, write_dataset
-from clip_phi.evaluation.chair import ChairScorer
+from clip_phi.evaluation.chair import ChairScorer, objects_file
 from clip_phi.evaluation.tasks import make_eval_set, read_samples
-
-SCRIPT = runpy.run_path(str(ROOT / "examples/preferences.py"))
-_compare, write_pairs, parse_arguments = (SCRIPT[name] for name in ("_compare", "write_pairs", "parse_arguments"))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +60,7 @@ def compare(data, task, number, *words):
         [item._replace(references=("yes",)) for item in eval_set.items] if task == "vqa" else eval_set.items
     )
     engine = engine_that_says(*words)
-    objects = data / "annotations/instances_val2017.json" if task == "captions" else None
+    objects = objects_file(None, [parsed])
     chair = ChairScorer(eval_set, objects) if objects else None
     row, counts = _compare(number, engine, eval_set, chair, options(*words))
     ((messages, images, _, sampling),) = engine.asked
@@ -120,8 +116,8 @@ def test_a_caption_with_absent_objects_is_paired_with_one_that_says_as_much(data
 def test_the_file_is_read_by_datasets_and_equal_seeds_give_equal_pairs(checkpoint, data, tmp_path, capsys):
     def rows(name, *more):
         file = tmp_path / name
-        command = [checkpoint, file, "--task", "vqa", "--data", source(data, "vqa"), *more]
-        write_pairs(parse_arguments([*map(str, command), "--samples", "32", "--max_new_tokens", "40"]))
+        command = ["preferences", checkpoint, file, "--task", "vqa", "--data", source(data, "vqa"), *more]
+        assert main([*map(str, command), "--samples", "32", "--max_new_tokens", "40"]) == 0
         return datasets.load_dataset("parquet", data_files=str(file), cache_dir=str(tmp_path / "cache"))["train"], file
 
     first, file = rows("a.parquet")
@@ -142,19 +138,22 @@ def test_the_file_is_read_by_datasets_and_equal_seeds_give_equal_pairs(checkpoin
     assert [(row["prompt"], row["chosen"], row["rejected"]) for row in other] != texts
 
 
-def test_what_can_give_no_pair_is_refused_in_one_line(checkpoint, data, tmp_path):
+def test_what_can_give_no_pair_is_refused_in_one_line(checkpoint, data, tmp_path, capsys):
     (tmp_path / "there.parquet").touch()
     objects = data / "annotations/instances_val2017.json"
+    alone = tmp_path / "alone_captions.json"
+    alone.write_text((data / "annotations/captions_val2017.json").read_text())
     for name, task, text, more, message in (
         ("there.parquet", "vqa", source(data, "vqa"), [], "must end in .parquet, and not exist yet"),
         ("out.json", "vqa", source(data, "vqa"), [], "must end in .parquet"),
         ("o.parquet", "vqa", source(data, "vqa"), ["--objects", objects], "is for --task captions"),
-        ("o.parquet", "captions", source(data, "captions"), [], "--objects FILE"),
-        ("o.parquet", "captions", source(data, "captions"), ["--objects", objects], "take a model of stage 2"),
+        ("o.parquet", "captions", f"coco:{alone},images={data}/val2017", [], "--objects FILE"),
+        ("o.parquet", "captions", source(data, "captions"), [], "take a model of stage 2"),
         ("o.parquet", "vqa", source(data, "vqa"), ["--max_new_tokens", 1, "--samples", 1], "no pair"),
         ("o.parquet", "vqa", source(data, "vqa"), ["--samples", 33], "room for 32"),
     ):
-        command = [checkpoint, tmp_path / name, "--task", task, "--data", text, *more]
-        with pytest.raises(ValueError, match=re.escape(message)):
-            write_pairs(parse_arguments([*map(str, command)]))
+        command = ["preferences", checkpoint, tmp_path / name, "--task", task, "--data", text, *more]
+        assert main([*map(str, command)]) == 2, message
+        error = capsys.readouterr().err.splitlines()
+        assert message in error[-1] and error[-1].startswith("clip-phi: error:"), error
     assert not (tmp_path / "o.parquet").exists()

@@ -136,9 +136,8 @@ def source(folder, part: str) -> str:
 def test_the_example_trains_and_evaluate_takes_its_result(method, start, tmp_path, monkeypatch, capsys):
     data = source(start, "train")
     if method == "dpo":
-        command = [start / "model", tmp_path / "pairs.parquet", "--task", "vqa", "--data", data]
-        script = runpy.run_path(str(ROOT / "examples/preferences.py"))
-        script["write_pairs"](script["parse_arguments"]([*map(str, command), "--samples", "4", "--temperature", "3"]))
+        command = ["preferences", start / "model", tmp_path / "pairs.parquet", "--task", "vqa", "--data", data]
+        assert main([*map(str, command), "--samples", "4", "--temperature", "3"]) == 0
         data = tmp_path / "pairs.parquet"
     options = ["--method", method, "--model", start / "model", "--data", data, "--max_steps", 1]
     options += ["--output_dir", tmp_path / "trained", "--lora_r", 2, "--learning_rate", 0.01]

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,9 @@ def run_ask(arguments: argparse.Namespace) -> None:
         raise ValueError("--schema and --choices: give one of them")
     if arguments.schema and arguments.abstain_below is not None:
         raise ValueError("--abstain_below and --schema: give one of them, since the sentence is no json")
-    choices = [each.strip() for each in arguments.choices.split(",")] if arguments.choices else []
-    form: dict[str, Any] = {"choice": choices} if choices else {}
-    if arguments.schema is not None:
-        form = {"schema": read_json(arguments.schema)}
+    form: dict[str, Any] = {} if arguments.schema is None else {"schema": read_json(arguments.schema)}
+    if arguments.choices:
+        form = {"choice": [each.strip() for each in arguments.choices.split(",")]}
     for path in filter(None, (arguments.speak, arguments.draw)):  # before minutes of work
         if not Path(path).absolute().parent.is_dir():
             raise ValueError(f"cannot write {path}: there is no such folder")
@@ -91,12 +90,10 @@ def run_ask(arguments: argparse.Namespace) -> None:
         messages, images = as_prompt(question, image, transcript)
         options: Any = {"grammar": grammar, "top_logprobs": 0 if judged else None}
         completion = engine.submit(messages, images, max_new_tokens=arguments.max_new_tokens, **options)
-        pieces = iter(completion)
         if judged:
             completion.result()
             record["confidence"] = engine.confidence(completion, messages, arguments.abstain_below)
-            pieces = iter([completion.text])
-        printed = _printed(pieces, answer, quiet=arguments.json)
+        printed = _printed([completion.text] if judged else completion, answer, quiet=arguments.json)
         if speaker is not None:
             write_wav(arguments.speak, join(speaker.stream(printed)))
             record["speak"] = arguments.speak
@@ -124,15 +121,14 @@ def run_explain(arguments: argparse.Namespace) -> None:
         found = explain(engine.model, engine.processor, images, **options)
     record = {"images": arguments.images, "question": arguments.question, **vars(found), "maps": found.maps.tolist()}
     if output and output.suffix == ".html":
-        replace_file(
-            output, plain("".join(render("explain.html", title="Where did it look?", pictures=images, **record)))
-        )
+        page = render("explain.html", title="Where did it look?", pictures=images, **record)
+        replace_file(output, plain("".join(page)))
     elif output:
         found.draw(images).save(output)
     print(json.dumps(record) if arguments.json else plain(found.answer))
 
 
-def _printed(pieces: Iterator[str], collected: list[str], quiet: bool) -> Iterator[str]:
+def _printed(pieces: Iterable[str], collected: list[str], quiet: bool) -> Iterator[str]:
     """The pieces, each of which is appended to `collected` and, unless quiet, printed."""
     for piece in pieces:
         collected.append(piece)

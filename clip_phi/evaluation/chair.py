@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.coco import read_instances
+from ..data.source import DataSource
 from .bootstrap import by_group, margin_interval
 from .caption_metrics import tokenise
 from .evaluate import EvalResult
@@ -83,6 +84,13 @@ class ChairScorer:
             hallucinated.append(wrong := [name for name in names if name not in allowed])
             rows.append([len(wrong), len(names), bool(wrong), 1, len(there.intersection(names)), len(there)])
         return np.array(rows, dtype=np.float64), hallucinated
+
+
+def objects_file(file: Path | None, sources: Sequence[DataSource]) -> Path | None:
+    """The given file, or instances_*.json beside the captions_*.json that is the only source, if there is one."""
+    paths = [path for source in sources if (path := Path(source.path)).name.startswith("captions_")]
+    beside = [path.with_name(f"instances_{path.name.removeprefix('captions_')}") for path in paths]
+    return file or (beside[0] if len(sources) == len(beside) == 1 and beside[0].is_file() else None)
 
 
 def add_chair(evaluation: EvalResult, eval_set: EvalSet, scorer: ChairScorer, texts: dict[str, list[str]]) -> None:

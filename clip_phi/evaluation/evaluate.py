@@ -45,9 +45,8 @@ def evaluate_answers(
     """Generate the answers of the model and of its controls, and score them. All processes call it, and get the result.
 
     model: a ClipPhiForCausalLM in eval mode. eval_set: of any task but loss. folder: where answers are saved as they
-    are generated; None to save none. model_hash: saved answers of another model are not used. confidence: how
-    sure the answers are as well, if their scores are 0 to 1. Raises ValueError if the prompt for questions lacks
-    "{question}"."""
+    are generated; None to save none. model_hash: saved answers of another model are not used. confidence: how sure the
+    answers are as well, if scored by 0 to 1. Raises ValueError if the prompt for questions lacks "{question}"."""
     processes = processes or Processes()
     prompt = decoding.prompt  # in the end None for the caption of a bare image
     if eval_set.task == "captions":

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate, one_hot
 from ..batching.attention import decoder_attention
 from ..batching.images import put_beside
 from ..data.sample import user_message
-from .generate import generate_answers, refuse_too_long
+from .generate import answer_span, generate_answers, refuse_too_long
 
 METHODS = ("occlusion", "gradient", "integrated", "attention")
 DEFAULT_METHOD = "occlusion"
@@ -44,10 +44,9 @@ class Explanation:
             scale = max(1, -(-SHOWN_SIZE // min(image.size)))
             image = image.convert("RGB").resize((image.width * scale, image.height * scale))
             left, top, right, bottom = (round(edge * scale) for edge in box)
-            levels, mask = (heat.clip(0) / max(heat.max(), 1e-12) * 255).astype(np.uint8), Image.new("L", image.size)
-            mask.paste(
-                Image.fromarray(levels).resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top)
-            )
+            levels = Image.fromarray((heat.clip(0) / max(heat.max(), 1e-12) * 255).astype(np.uint8))
+            mask = Image.new("L", image.size)
+            mask.paste(levels.resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top))
             gray = image.convert("L").point(lambda level: level // 4).convert("RGB")
             shown.append(Image.composite(image, gray, mask))
         return put_beside(shown)
@@ -75,8 +74,7 @@ class Target:
     """The log-likelihood of the words of one answer, as a function of the image features.
 
     window: rows and columns of patches that occlusion leaves out at once; a patch gets the mean of its windows.
-    steps: of integrated gradients. grid: rows and columns of patches. features: float (images, patches, text hidden).
-    """
+    steps: of integrated gradients. grid: rows, columns of patches. features: float (images, patches, text hidden)."""
 
     window, steps, batch_size = 2, 16, 32
 
@@ -85,8 +83,7 @@ class Target:
             raise ValueError(f"there is no {'word in the answer' if images else 'image'}, so there is nothing to show")
         said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         ids, labels = processor.encode([*messages, said])
-        end = max(place for place, label in enumerate(labels) if label >= 0)  # the end token
-        self.start = max(place for place in range(end) if labels[place] < 0) + 1
+        self.start, end = answer_span(labels)
         refuse_too_long(model, end, 0)
         self.model, self.ids = model, torch.tensor([ids[:end]], device=model.device)
         texts = [processor.tokenizer.decode(ids[self.start : place]) for place in range(self.start + 1, end + 1)]

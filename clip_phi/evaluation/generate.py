@@ -78,18 +78,23 @@ def encode_prompts(processor: Any, prompts: Sequence[Prompt]) -> Any:
 
 
 def _pixel_values(processor: Any, prompts: Sequence[Prompt]) -> Any:
-    given = ([image] if isinstance(image, Image.Image) else image or () for _, image in prompts)
-    images = [image for each in given for image in each]
+    images = [each for _, image in prompts for each in ([image] if isinstance(image, Image.Image) else image or ())]
     return processor.image_processor(images, return_tensors="pt") if images else {}
 
 
 @torch.no_grad()
-def answer_logprobs(model: Any, processor: Any, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-    """The log-probability in nats of each text, with its end token, as the answer to its prompt.
+def answer_logprobs(
+    model: Any, processor: Any, prompts: Sequence[Prompt], answers: Sequence[str], ended: bool = True
+) -> list[float]:
+    """The log-probability in nats of each text as the answer to its prompt; ended: with its end token.
 
     In one forward pass, padded on the right. Raises ValueError as encode_batch."""
     pairs = zip(prompts, answers, strict=True)
     encoded = processor.encode_batch([[*prompt, {"role": "assistant", "content": text}] for (prompt, _), text in pairs])
+    for _, row in encoded:  # earlier answers of the conversation are a part of the prompt
+        start, end = answer_span(row)
+        row[:start] = [-100] * start
+        row[end] = row[end] if ended else -100
     ids, labels = (
         pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
         for rows, value in zip(zip(*encoded, strict=True), (processor.tokenizer.pad_token_id, -100), strict=True)
@@ -101,6 +106,12 @@ def answer_logprobs(model: Any, processor: Any, prompts: Sequence[Prompt], answe
     logits = model(**inputs, use_cache=False).logits.float()
     targets = labels[:, 1:].gather(1, places).to(logits.device)
     return (-cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(1)).tolist()
+
+
+def answer_span(labels: Sequence[int]) -> tuple[int, int]:
+    """The places of the last answer's first token, and of its end token, which text of the template may follow."""
+    end = max(place for place, label in enumerate(labels) if label >= 0)
+    return max((place for place in range(end) if labels[place] < 0), default=-1) + 1, end
 
 
 def end_tokens(model: Any, processor: Any) -> set[int]:

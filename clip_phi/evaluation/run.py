@@ -17,7 +17,7 @@ from ..hub.card import portable
 from ..hub.retry import load_with_retries
 from . import caption_metrics
 from .answers import Decoding, Processes
-from .chair import ChairScorer, add_chair
+from .chair import ChairScorer, add_chair, objects_file
 from .clip_score import ClipScorer, local_clip
 from .confidence import save_scaling
 from .evaluate import EvalResult, evaluate_answers, evaluate_loss
@@ -65,9 +65,7 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     is_answered = options.task not in ("captions", "loss", "pointing")
     if options.calibrate and not (is_answered and Path(options.model).is_dir()):
         raise ValueError("--calibrate requires --task vqa, pope or exact, and a model in a folder")
-    paths = [path for source in sources if (path := Path(source.path)).name.startswith("captions_")]
-    beside = [path.with_name(f"instances_{path.name.removeprefix('captions_')}") for path in paths]
-    objects = options.objects or (beside[0] if len(sources) == len(beside) == 1 and beside[0].is_file() else None)
+    objects = objects_file(options.objects, sources)
     chair_scorer = ChairScorer(eval_set, objects) if objects and options.task == "captions" else None
     model, processor, files = load(options.model, options.device or state.device)
     sha256 = model_sha256(files)

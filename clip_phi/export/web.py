@@ -87,9 +87,8 @@ def _refuse_unsupported(model: Any, processor: Any, dtype: str, libraries: list[
     with torch.no_grad(), suppress(Exception):  # decoders with other caches fail in their own ways
         model(input_ids=torch.zeros(2, 3, dtype=torch.long), past_key_values=cache, use_cache=True)
     past = [part for layer in cache.layers for part in (layer.keys, layer.values)]
-    if len(past) != 2 * config.num_hidden_layers or any(
-        getattr(part, "ndim", 0) != 4 or part.shape[2] != 3 for part in past
-    ):
+    lengths = [tuple(getattr(part, "shape", ()))[2:-1] for part in past]  # (sequences, heads, positions, width)
+    if lengths != [(3,)] * 2 * config.num_hidden_layers:
         raise ValueError(f"the cache of a {config.model_type} decoder is not one of keys and values in each layer")
     return past
 

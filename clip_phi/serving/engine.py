@@ -366,16 +366,19 @@ class Engine(AbstractContextManager["Engine"]):
     ) -> dict[str, Any]:
         """How sure a whole completion is that was submitted with top_logprobs; for json, see evaluation/confidence.py.
 
-        gain is None without an image and for an answer that is cut, confidence where the model has no scaling. If the
-        confidence, or else the likelihood, is below `abstain_below`, the completion has abstained: its text becomes
-        ABSTENTION."""
+        gain is None without an image and for an answer that is cut (also by a stop string), confidence where the model
+        has no scaling. If the confidence, or else the likelihood, is below `abstain_below`, the completion has
+        abstained: its text becomes ABSTENTION."""
         likelihood, gain = math.exp(completion.logprob), None
         contents: list[Any] = [message["content"] for message in messages]
         texts = [each if isinstance(each, str) else [i for i in each if i["type"] != "image"] for each in contents]
-        if texts != contents and completion.finish_reason != "length":  # the blind likelihood has an end token
+        said = self.processor.decode([each.token for each in completion.logprobs], skip_special_tokens=True).strip()
+        # The blind likelihood is that of the whole text with its end token.
+        if texts != contents and completion.finish_reason != "length" and said == completion.text:
             blind = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
+            ended = completion.num_tokens > len(completion.logprobs)  # not where a form ends the answer
             with self._encoding:
-                (logprob,) = answer_logprobs(self.model, self.processor, [(blind, None)], [completion.text])
+                (logprob,) = answer_logprobs(self.model, self.processor, [(blind, None)], [completion.text], ended)
             gain = likelihood - math.exp(logprob)
         confidence = None if self.scaling is None else float(scale(logit(likelihood), **self.scaling))
         abstained = (likelihood if confidence is None else confidence) < (abstain_below or 0)

@@ -30,10 +30,9 @@ class BatchCache(Cache):
 
     `at` sets where the next forward pass writes, and how many tokens it reads; the mask hides what lies behind the end
     of a sequence. A sequence joins by being written and leaves by another being moved over it: no padding, no other
-    copies. Storage shrinks to what is needed now before it exceeds max_bytes."""
+    copies. Storage shrinks to what is needed now before it exceeds max_bytes. shapes: of each layer."""
 
     def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device, max_bytes: int):
-        """shapes: of each layer."""
         self.max_bytes = max_bytes
         self.token_bytes = sum(heads * (key + value) for heads, key, value in shapes) * dtype.itemsize
         self.options: dict[str, Any] = {"dtype": dtype, "device": device}
@@ -132,10 +131,9 @@ class TensorCache:
 
     def get(self, key: Hashable) -> torch.Tensor | None:
         with self._lock:
-            found = self._tensors.get(key)
-            if found is not None:
+            if key in self._tensors:
                 self._tensors.move_to_end(key)
-            return found
+            return self._tensors.get(key)
 
     def put(self, key: Hashable, tensor: torch.Tensor) -> None:
         with self._lock:
