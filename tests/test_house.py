@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 BOUNDS = {
-    "product_lines": 16_420,
+    "product_lines": 16_400,
     "modeling_lines": 450,
     "remote_code_lines": 900,
     "longest_function_in_loop": 80,
@@ -91,10 +91,12 @@ def test_every_benchmark_is_run_by_a_test():
 
 
 def test_every_target_of_tests_is_run_before_a_change_lands():
-    """All but those that need gigabytes or a network, or whose packages change from day to day."""
+    """All but those that need gigabytes or a network, whose packages change from day to day, or that take long and
+    whose code seldom changes: the metrics beside Java's, and real speech."""
     targets = set(re.findall(r"^(test[a-z-]*|notebooks):", (ROOT / "Makefile").read_text(), re.M))
     run_by_ci = set(re.findall(r"^make (\S+)", (ROOT / ".ci/run").read_text(), re.M))
-    assert targets - run_by_ci == {"test-full-size", "test-main", "test-newest", "test-trl", "test-vllm"}
+    left_out = {"test-full-size", "test-main", "test-newest", "test-oracle", "test-speech", "test-trl", "test-vllm"}
+    assert targets - run_by_ci == left_out
     markers = set(re.findall(r"pytest -m (\w+)", (ROOT / "Makefile").read_text()))
     assert markers == set(re.findall(r"not (\w+)", (ROOT / "setup.cfg").read_text()))
 
