@@ -18,7 +18,7 @@ from clip_phi.data.report import Report
 from clip_phi.data.sample import SPOKEN_INSTRUCTION, File, Sample, Turn, as_messages
 from clip_phi.data.source import parse_source
 from clip_phi.data.transcripts import AsrSettings, Transcripts
-from clip_phi.serving.engine import Engine
+from clip_phi.serving.engine import Engine, as_prompt
 from clip_phi.serving.text_to_image import TextToImage
 from clip_phi.speech import spoken_data as speech_data
 from clip_phi.speech import whisperx
@@ -405,9 +405,10 @@ def test_ask_puts_the_transcript_before_the_instruction(image_file, checkpoint, 
     ask = ["ask", image_file, "--speech", "q.wav", "--model", checkpoint, "--max_new_tokens", "6", "--json"]
     asked = []
     monkeypatch.setattr(
-        "clip_phi.serving.engine.Engine.stream",
-        lambda self, text, image, new, transcript, grammar: asked.append((text, transcript)) or iter(["a ", "b"]),
+        "clip_phi.serving.engine.as_prompt",
+        lambda text, image, transcript: asked.append((text, transcript)) or as_prompt(text, image, transcript),
     )
+    monkeypatch.setattr("clip_phi.serving.engine.Engine.submit", lambda *args, **options: iter(["a ", "b"]))
     assert main(ask) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["transcript"] == "what color" and record["truncated"] and record["engine"] == "faster-whisper"
