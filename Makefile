@@ -103,7 +103,7 @@ test-trl: .venv-trl/installed
 
 .venv-trl/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv-trl
-	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl]' pytest
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,trl]'
 	@touch $@
 
 # The course runs, with the demo's model. 'python notebooks/build.py' also stores its outputs in notebooks/.
