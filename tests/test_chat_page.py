@@ -235,7 +235,7 @@ def test_an_image_is_asked_about_over_several_turns(open_page, size, engine, fil
     third = wait_for_answers(page, 3)[2]
     assert third == expected(engine, *turns, ("What can you see?", files / "two.png"))
     status = page.locator("#status").inner_text()
-    assert re.fullmatch(r"\d+ tokens · \d+ tokens/s · first token after \d+\.\d\d s", status), status
+    assert re.fullmatch(r"\d+ tokens · \d+ tokens/s · first token after \d+\.\d\d s · likelihood .*", status), status
 
 
 def test_the_page_shows_where_it_looked(open_page, size, engine, files, shoot):
