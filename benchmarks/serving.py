@@ -410,12 +410,12 @@ async def _load(address: str, server: Any, clients: int, seconds: float, hostile
         await _until(lambda: server.poll() is None, client)
         seen: Counter[str] = Counter()
         uris = [_as_uri(image, size) for image in draw_images(40, seed=5) for size in (64, 640)]
+        attacks = make_attacks() if hostile else []  # which takes seconds itself
         end = time.perf_counter() + seconds
         resident: list[float] = []
         port = address.rpartition(":")[2]
         command = (sys.executable, "-c", PROBE, port, str(seconds))
         probe = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-        attacks = make_attacks() if hostile else []
 
         async def watch() -> None:
             while time.perf_counter() < end:

@@ -119,7 +119,7 @@ def test_the_benchmark_sends_the_same_requests_to_both_servers_and_gets_the_same
 
 
 def save_tokenizer(name, has_bos, folder):
-    """A tokenizer with this pre-tokenizer, trained on the documentation, and with BOS as Llama 3's adds it."""
+    """A tokenizer with this pre-tokenizer, trained on a text that stays as it is, and with BOS as Llama 3's adds it."""
     kind = PRE_TOKENIZERS[name]
     tokenizer = Tokenizer(models.BPE(ignore_merges=kind["ignore_merges"]))
     parts = []
@@ -134,7 +134,7 @@ def save_tokenizer(name, has_bos, folder):
     tokenizer.normalizer = normalizers.NFC() if kind["normalizer"] else None
     tokenizer.decoder = decoders.ByteLevel()
     special = {"special_tokens": ["<|end|>", "<|begin|>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
+    texts = [(ROOT / "LICENSE").read_text(encoding="utf-8")]
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=900, show_progress=False, **special))
     if has_bos:
         options = {"single": "<|begin|> $A", "special_tokens": [("<|begin|>", 1)]}
@@ -167,7 +167,7 @@ def test_llamacpp_gives_the_answers_of_other_decoders(name, requests, tmp_path, 
     """Random weights, so that each answer has its own tokens, up to where two of them are nearly as likely."""
     config, decoder, pre_tokenizer, rows, fields = OTHER_DECODERS[name]
     count = save_tokenizer(pre_tokenizer, name == "Llama 3", tmp_path / "text")
-    torch.manual_seed(1)
+    torch.manual_seed(5)
     text = decoder(config(vocab_size=count + rows, **SIZES, **fields))
     vision = str(ROOT / "examples/demo_backbones/vision")
     with torch.no_grad():  # norms and biases that are not at their beginnings

