@@ -113,7 +113,7 @@ def page(found: dict[str, Any]) -> str:
         interval = "{:.3f} to {:.3f}".format(*its["hit_rate_ci95"])
         rows.append(f"| {name} | {its['hit_rate']:.3f} | {interval} | {its['insertion']:.3f} | {its['deletion']:.3f} |")
     rows += ["", "| question | questions | hit rate of the default |", "| --- | --- | --- |"]
-    kinds = found["by_question_type"].items()
+    kinds = sorted(found["by_question_type"].items())
     rows += [f"| {kind} ... | {its['samples']} | {its['score']:.3f} |" for kind, its in kinds]
     rows += ["", "| occlusion: a patch becomes | " + " | ".join(f"{size} x {size} patches at once" for size in WINDOWS)]
     rows[-1] += " |"
