@@ -1,7 +1,7 @@
 """The engine compared with transformers' generate one by one, and the HTTP API under load.
 
     python benchmarks/serving.py [--model DIR] [--clients N] [--seconds N] [--hostile] [--json FILE]
-                                 [--beside llamacpp|URL]
+                                 [--schema] [--beside llamacpp|URL]
 
 Part 1 runs in this process. 16 threads request short captions of drawn scenes, each of a new image; transformers'
 generate writes the same captions one by one, with the same weights. The texts are compared. The figures are the least
@@ -13,6 +13,9 @@ images that are small files and large in memory, sampling options at the edge of
 nothing. Errors are a status of 5xx, an accepted request without a complete answer, and a place in the batch that is
 not freed. 429 is counted separately. Another process asks for /health all the time: worst_health_ms is its longest
 wait.
+
+With --schema, the engine also writes the captions with a regular expression that every text follows, and in a JSON
+schema, in turn with free ones. The ratios are CPU seconds of such answers (in the schema: of a token) to free ones'.
 
 With --beside, part 3 sends the same requests to `clip-phi serve` and to another server in turn, a kind at a time:
 captions, questions with an answer of one word, and the same questions without an image. Each image is new. The texts,
@@ -59,6 +62,12 @@ from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 DEMO = Path("outputs/demo/model")
 BACKBONES = Path(__file__).parent.parent / "examples" / "demo_backbones"
 INSTRUCTION = "Describe the image."
+SCHEMA = {
+    "type": "object",
+    "properties": {"caption": {"type": "string", "maxLength": 60}, "objects": {"type": "integer", "minimum": 0}},
+    "required": ["caption", "objects"],
+    "additionalProperties": False,
+}
 MALFORMED = (
     b"",
     b"{",
@@ -120,6 +129,7 @@ def main() -> None:
     parser.add_argument(
         "--beside", metavar="llamacpp|URL", help="also the same requests to our server and to this one, in turn"
     )
+    parser.add_argument("--schema", action="store_true", help="also what answers in a schema cost")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     if options.beside == "llamacpp" and not importlib.util.find_spec("xllamacpp"):
@@ -134,6 +144,9 @@ def main() -> None:
         model = options.model or (str(DEMO) if DEMO.is_dir() else _untrained(folder))
         result = race(model, options.requests, options.concurrent, options.new_tokens, options.repeats)
         result |= load(model, options.clients, options.seconds, options.hostile)
+        if options.schema:
+            work = (options.requests, options.concurrent, options.new_tokens, options.repeats)
+            result |= schema_cost(model, *work)
         if options.beside:
             work = (options.concurrent, options.requests, options.new_tokens, options.repeats)
             result |= beside(model, options.beside, *work)
@@ -170,19 +183,8 @@ def race(model: str, requests: int, concurrent: int, new_tokens: int, repeats: i
             return [generate_texts(engine.model, engine.processor, [prompt], new_tokens)[0] for prompt in prompts]
 
         def at_once(images: list[Image.Image]) -> list[str]:
-            texts = [""] * len(images)
-
-            def client(number: int) -> None:
-                for place in range(number, len(images), concurrent):
-                    answer = engine.submit(*as_prompt(instruction, images[place]), max_new_tokens=new_tokens)
-                    texts[place] = answer.result()
-                    first_token.append(answer.first_token_seconds or 0.0)
-
-            threads = [threading.Thread(target=client, args=(number,)) for number in range(concurrent)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            texts, waits = _at_once(engine, instruction, images, concurrent, new_tokens)
+            first_token.extend(waits)
             return texts
 
         at_once(draw_images(concurrent, seed=99))
@@ -214,6 +216,61 @@ def race(model: str, requests: int, concurrent: int, new_tokens: int, repeats: i
         "tokens_per_caption": tokens / requests,
         "first_token_ms": 1000 * statistics.median(first_token),
         "first_token_alone_ms": 1000 * statistics.median(alone),
+    }
+
+
+def _at_once(
+    engine: Engine, instruction: str | None, images: list[Image.Image], concurrent: int, new_tokens: int, **form: Any
+) -> tuple[list[str], list[float]]:
+    """Texts, and seconds to the first tokens, of requests from several threads. form: of Grammars.compile, if any."""
+    texts, waits = [""] * len(images), [0.0] * len(images)
+
+    def client(number: int) -> None:
+        for place in range(number, len(images), concurrent):
+            grammar = engine.grammars.compile(**form) if form else None  # of each request, as in the API
+            prompt = as_prompt(instruction, images[place])
+            answer = engine.submit(*prompt, max_new_tokens=new_tokens, grammar=grammar)
+            texts[place] = answer.result()
+            waits[place] = answer.first_token_seconds or 0.0
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(concurrent)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return texts, waits
+
+
+def schema_cost(model: str, requests: int, concurrent: int, new_tokens: int, repeats: int) -> dict[str, Any]:
+    """Compare answers that follow a grammar with free ones, in turn, on equal images.
+
+    A regular expression that every text follows gives the same answers, so its seconds can be compared. A JSON schema
+    gives others: its seconds are those of a token, beside free answers of about the same number of tokens."""
+    forms: dict[str, dict[str, Any]] = {"free": {}, "any_text": {"regex": r"[^\x00]*"}, "schema": {"schema": SCHEMA}}
+    cpu: dict[str, list[float]] = {name: [] for name in forms}
+    per_token: dict[str, list[float]] = {name: [] for name in forms}
+    same = valid = 0
+    with Engine.from_pretrained(model, "cpu") as engine:
+        for form in forms.values():
+            _at_once(engine, INSTRUCTION, draw_images(concurrent, seed=99), concurrent, new_tokens, **form)
+        for repeat in range(repeats):
+            images, texts = draw_images(requests, seed=repeat), {}
+            for name, form in forms.items():
+                tokens, started = engine.counts["tokens"], time.process_time()
+                texts[name], _ = _at_once(engine, INSTRUCTION, images, concurrent, new_tokens, **form)
+                cpu[name].append(time.process_time() - started)
+                per_token[name].append(cpu[name][-1] / (engine.counts["tokens"] - tokens))
+            same += sum(a == b for a, b in zip(texts["free"], texts["any_text"], strict=True))
+            valid += sum(follows(SCHEMA, json.loads(text)) for text in texts["schema"])
+    any_text = [form / free for form, free in zip(cpu["any_text"], cpu["free"], strict=True)]
+    schema = [form / free for form, free in zip(per_token["schema"], per_token["free"], strict=True)]
+    return {
+        "grammar_texts_identical": same / (requests * repeats),
+        "schema_texts_valid": valid / (requests * repeats),
+        "grammar_time_ratio": statistics.median(any_text),
+        "grammar_time_ratios": any_text,
+        "schema_token_time_ratio": statistics.median(schema),
+        "schema_token_time_ratios": schema,
     }
 
 

@@ -240,6 +240,24 @@ def test_the_usual_hold_out_is_at_most_a_tenth_of_the_images():
     assert [holdout_size(given, total) for total in (5, 40)] == [5, 8]
 
 
+def test_lengths_are_those_of_the_longest_conversations(processor):
+    chance, samples = np.random.default_rng(0), []
+    for number in range(40):
+        answers = [Turn("assistant", "a " * int(length)) for length in chance.integers(1, 20, 1 + number % 5)]
+        talks = tuple((Turn("user", "q"), answer) for answer in answers)
+        samples.append(Sample(b"pixels" if number % 3 else None, talks, ("a",) * len(talks)))
+    index = make_index(samples, processor, 200).take(np.array([7, 30, 3, 0, 39, 12]))
+    for taken in (None, 1, 2, 9):
+        expected = []
+        for number in range(len(index)):
+            lengths = sorted((len(each.ids) for each in index.encoded(number)), reverse=True)[:taken]
+            expected.append(len(index.prefix(number)) + sum(lengths) - len(lengths))
+        assert index.packed_lengths(taken).tolist() == expected
+        assert taken is not None or expected == [
+            len(index.shared_prefix_sample(number).input_ids) for number in range(len(index))
+        ]
+
+
 def test_a_view_counts_its_images_and_conversations(processor):
     captions = tuple((Turn("assistant", text),) for text in ("a red circle", "one circle"))
     talk = (Turn("user", "a star?"), Turn("assistant", "no"))

@@ -29,14 +29,16 @@ from ..data.source import DataSource
 from .encode import Encoded, encode_samples, prefix_ids
 from .packing import SharedPrefixSample, build_shared_prefix
 
-FORMAT = 7  # of the files; raised too when a reader or the encoding comes to give something else
+FORMAT = 8  # of the files; raised too when a reader or the encoding comes to give something else
 NAMES = " + "  # between the names of several images
 CHUNK = 1000  # samples that are tokenised together
 HINT_SAMPLES, SHORT_ANSWER = 500, 3  # samples that independent_turns_hint() reads; words
 IMAGE = {"path": pa.string(), "member": pa.string(), "bytes": pa.large_binary()}
-# conversations: json. ids, labels: of all of them, concatenated, without BOS and image. lengths: tokens of each.
+# conversations: json. captions: how many of them begin with an answer. ids, labels: of all of them, concatenated,
+# without BOS and image. lengths: tokens of each. A start reads what is counted here, never the texts.
 FIELDS = {"images": pa.list_(pa.struct(IMAGE)), "origins": pa.list_(pa.string()), "conversations": pa.string()}
-SCHEMA = pa.schema(FIELDS | dict.fromkeys(("ids", "labels", "lengths"), pa.list_(pa.int32())))
+FIELDS |= {"captions": pa.int32()} | dict.fromkeys(("ids", "labels", "lengths"), pa.list_(pa.int32()))
+SCHEMA = pa.schema(FIELDS)
 
 
 @dataclass(eq=False)
@@ -126,11 +128,16 @@ class Index:
             digest.update(np.ascontiguousarray(self.selected).tobytes())
         return digest.hexdigest()
 
+    def image_files(self) -> tuple[np.ndarray, pa.ChunkedArray]:
+        """Of each image of the table, selected or not, the number of its sample, and its file; null if it is bytes."""
+        images, counts = self.table["images"], pc.list_value_length(self.table["images"]).to_numpy()
+        path, member = (pc.struct_field(pc.list_flatten(images), name) for name in ("path", "member"))
+        files = pc.coalesce(pc.binary_join_element_wise(path, member, "!"), path)  # as str(File)
+        return np.repeat(np.arange(len(counts)), counts), files
+
     def image_names(self) -> list[str | None]:
         """The image file of each sample, several joined by NAMES; None for text-only samples and images in bytes."""
-        images = pc.list_flatten(self.table["images"])
-        paths, members = (pc.struct_field(images, name).to_pylist() for name in ("path", "member"))
-        files = iter([path and str(File(path, member)) for path, member in zip(paths, members, strict=True)])
+        files = iter(self.image_files()[1].to_pylist())
         counts = pc.list_value_length(self.table["images"]).to_pylist()
         names = [NAMES.join(filter(None, islice(files, count))) or None for count in counts]
         return np.array(names, object)[self._rows].tolist()
@@ -141,8 +148,14 @@ class Index:
 
     def packed_lengths(self, num_conversations: int | None = None) -> np.ndarray:
         """int64 (samples,): tokens of each sample that go into the model; the most that so many conversations have."""
-        taken = (sorted(lengths, reverse=True)[:num_conversations] for lengths in self.table["lengths"].to_pylist())
-        return self._with_prefix(np.array([sum(each) - len(each) for each in taken], dtype=np.int64)[self._rows])
+        if num_conversations is None:
+            return self.num_tokens() - self._lengths("lengths")  # the end tokens are no input
+        counts, tokens = (read(self.table["lengths"]).to_numpy() for read in (pc.list_value_length, pc.list_flatten))
+        owners, places = np.repeat(np.arange(len(counts)), counts), np.arange(len(tokens))
+        taken = places - np.repeat(np.cumsum(counts) - counts, counts) < num_conversations
+        longest_first = tokens[np.lexsort((-tokens, owners))]
+        sums = np.bincount(owners[taken], longest_first[taken] - 1, len(counts))
+        return self._with_prefix(sums.astype(np.int64)[self._rows])
 
     def count(self) -> tuple[int, int, int]:
         """Samples with an image; captions and (other) conversations of all samples."""
@@ -152,8 +165,7 @@ class Index:
 
     def num_captions(self) -> np.ndarray:
         """int64 (samples,): conversations that begin with an answer."""
-        counts = pc.count_substring(self.table["conversations"], '[["assistant"').to_numpy()
-        return counts.astype(np.int64)[self._rows]
+        return self.table["captions"].to_numpy()[self._rows].astype(np.int64)
 
     @property
     def _rows(self) -> Any:
@@ -284,7 +296,8 @@ def _tokenise_chunk(processor: Any, max_length: int, chunk: list[Sample]) -> tup
         conversations = json.dumps(sample.conversations, default=bytes.hex)  # of speech that is bytes
         ids, labels = ([token for each in encoded for token in each[part]] for part in (0, 1))
         lengths = [len(each.ids) for each in encoded]
-        row = (images, sample.origins, conversations, ids, labels, lengths)
+        captions = sum(turns[0].role == "assistant" for turns in sample.conversations)
+        row = (images, sample.origins, conversations, captions, ids, labels, lengths)
         rows.append(dict(zip(SCHEMA.names, row, strict=True)))
     return pa.RecordBatch.from_pylist(rows, SCHEMA), report
 

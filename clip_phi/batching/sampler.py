@@ -1,13 +1,19 @@
 """Which samples make up which micro-batch: an endless, seeded order, planned ahead from token lengths."""
 
 import bisect
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from ..data.files import checked_line, read_checked_lines, replace_file
 
 
 class Mixture:
@@ -35,8 +41,11 @@ class Mixture:
     def place(self, position: int) -> tuple[int, int]:
         """(pass over its source, index into all sources, concatenated) of the sample at this position."""
         epoch, place = divmod(position, self.length)
-        source_pass, index = self._places_of(epoch)[place].tolist()
-        return source_pass, index
+        return self.places(epoch, place, place + 1)[0]
+
+    def places(self, epoch: int, start: int, stop: int) -> list[tuple[int, int]]:
+        """place() of the positions from start to stop of an epoch."""
+        return [(source_pass, index) for source_pass, index in self._places_of(epoch)[start:stop].tolist()]
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
         sources = np.repeat(np.arange(len(self.sizes)), self.counts)
@@ -91,48 +100,60 @@ class PackedBatches:
     """As many samples as fit into budget tokens, planned from their lengths, epoch by epoch.
 
     lengths: int (samples,), tokens of each. window: samples that are packed together, in the order of the mixture,
-        which so stays mixed. Then their packs are shuffled, because the first ones have the long samples."""
+        which so stays mixed. Then their packs are shuffled, because the first ones have the long samples.
+    index: the file beside which the numbers of packs are kept for the next run, or None."""
 
     mixture: Mixture
     lengths: np.ndarray
     budget: int
+    index: Path | None = None
     window: int = 2000
 
     def batch(self, number: int) -> list[tuple[int, int]]:
         while self._starts[-1] <= number:
             self._plan_next()
-        epoch = bisect.bisect_right(self._starts, number) - 1
-        return self._plan(epoch)[number - self._starts[epoch]]
+        window = bisect.bisect_right(self._starts, number) - 1
+        return self._plan(window)[number - self._starts[window]]
 
     def count(self, num_train_epochs: float) -> int:
-        whole = int(num_train_epochs)
-        while len(self._starts) < whole + 2:
-            self._plan_next()
-        start, stop = self._starts[whole : whole + 2]
-        return start + math.ceil((num_train_epochs - whole) * (stop - start))
+        part, whole = math.modf(num_train_epochs)
+        start = self._start(int(whole))
+        return start + math.ceil(part * (self._start(int(whole) + 1) - start)) if part else start
 
     @property
     def fill(self) -> float:
         """Share of the budget that is used in the first epoch."""
-        plan = self._plan(0)
-        return sum(int(self.lengths[index]) for pack in plan for _, index in pack) / (len(plan) * self.budget)
+        return float(self.lengths[self.mixture._places_of(0)[:, 1]].sum() / (self.count(1) * self.budget))
 
     def __post_init__(self) -> None:
-        self._starts = [0]  # of each epoch, the number of packs before it
+        self._starts = [0]  # of each window of each epoch, the number of packs before it
+        self._windows = -(-self.mixture.length // self.window)
         self._plan = lru_cache(maxsize=1)(self._make_plan)
+        mixture, digest = self.mixture, hashlib.blake2b(self.lengths.tobytes(), digest_size=12)
+        sizes = (mixture.sizes.tolist(), mixture.counts.tolist(), self.budget, self.window)
+        digest.update(json.dumps([np.__version__, mixture.seed, *sizes]).encode())
+        self._file = self.index and self.index.with_name(f"packs-{digest.hexdigest()}.json")
+        with suppress(OSError):
+            self._starts = next(iter(read_checked_lines(self._file) if self._file else []), self._starts)
+
+    def _start(self, epoch: int) -> int:
+        if len(self._starts) <= epoch * self._windows:
+            while len(self._starts) <= epoch * self._windows:
+                self._plan_next()
+            with suppress(OSError):
+                if self._file:
+                    replace_file(self._file, checked_line(self._starts))
+        return self._starts[epoch * self._windows]
 
     def _plan_next(self) -> None:
         self._starts.append(self._starts[-1] + len(self._plan(len(self._starts) - 1)))
 
-    def _make_plan(self, epoch: int) -> list[list[tuple[int, int]]]:
-        first, plan = epoch * self.mixture.length, []
-        for start in range(0, self.mixture.length, self.window):
-            stop = min(start + self.window, self.mixture.length)
-            places = [self.mixture.place(first + position) for position in range(start, stop)]
-            packs = plan_packs([self.lengths[index] for _, index in places], self.budget)
-            order = np.random.default_rng((self.mixture.seed, epoch, start)).permutation(len(packs))
-            plan += [[places[sample] for sample in packs[pack]] for pack in order]
-        return plan
+    def _make_plan(self, number: int) -> list[list[tuple[int, int]]]:
+        epoch, start = number // self._windows, number % self._windows * self.window
+        places = self.mixture.places(epoch, start, start + self.window)
+        packs = plan_packs([int(self.lengths[index]) for _, index in places], self.budget)
+        order = np.random.default_rng((self.mixture.seed, epoch, start)).permutation(len(packs))
+        return [[places[sample] for sample in packs[pack]] for pack in order]
 
 
 Batches = FixedBatches | PackedBatches

@@ -1,17 +1,18 @@
 """Training and held-out data: sources, their mixture, the order of the samples, and the report of damaged records."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from ..batching.dataset import ImageReader, SampleDataset, SampleStream, make_loader
-from ..batching.index import NAMES, Index, count_text, independent_turns_hint, load_index
+from ..batching.index import Index, count_text, independent_turns_hint, load_index
 from ..batching.sampler import Batches, EndlessSampler, FixedBatches, Mixture, PackedBatches
 from ..data.report import Report, Skip
 from ..data.sample import Sample
@@ -112,7 +113,7 @@ def read_data(arguments: TrainingArguments, processor: Any, read: ImageReader, a
         mixture = Mixture([len(index) for index in indexes], weights or None, arguments.seed)
         batches: Batches = FixedBatches(mixture, arguments.per_device_train_batch_size)
         if budget := int(arguments.max_tokens_per_batch):  # a number by now: see fit_batches
-            batches = packed = PackedBatches(mixture, train.lengths(), budget)
+            batches = packed = PackedBatches(mixture, train.lengths(), budget, indexes[0].path)
             accelerator.print(f"{packed.count(1):,} packs of {budget:,} tokens an epoch, {packed.fill:.1%} full")
         batches_per_step = arguments.gradient_accumulation_steps * world_size
         steps_per_epoch = batches.count(1) / batches_per_step
@@ -144,14 +145,14 @@ def hold_out(indexes: list[Index], num_images: int) -> tuple[list[Index], Index]
     stops = np.cumsum([len(index) for index in indexes])
     shares = np.diff(np.round(stops / max(stops[-1], 1) * min(num_images, stops[-1])).astype(int), prepend=0)
     firsts = [len(index) - share for index, share in zip(indexes, shares, strict=True)]
-    names_of = [[set((name or "").split(NAMES)) - {""} for name in index.image_names()] for index in indexes]
-    gone = set().union(*(name for each, first in zip(names_of, firsts, strict=True) for name in each[first:]))
-    kept = [
-        index.take(np.array([number for number in range(first) if not each[number] & gone], dtype=np.int64))
-        for index, each, first in zip(indexes, names_of, firsts, strict=True)
-    ]
-    parts = [index.take(np.arange(first, len(index))) for index, first in zip(indexes, firsts, strict=True)]
-    return kept, Index.concatenate(parts)
+    parts = list(zip(indexes, firsts, strict=True))
+    held_out = Index.concatenate([replace(index, table=index.table.slice(first)) for index, first in parts])
+    gone, kept = held_out.image_files()[1], []
+    for index, first in parts:
+        owners, files = index.image_files()
+        shared = owners[pc.is_in(files, value_set=gone, skip_nulls=True).to_numpy()]
+        kept.append(index.take(np.setdiff1d(np.arange(first), shared)))
+    return kept, held_out
 
 
 def _readable(index: Index, read: ImageReader, arguments: TrainingArguments, name: str) -> Index:
