@@ -12,6 +12,10 @@ Each figure is measured in a process of its own, on one thread:
     read_peak_mb        peak resident memory of the process of seconds, with imports
     imports_mb          resident memory of both before the reader is called
     warm_seconds        load_index() in another process, from the cache; without imports
+    checksum_seconds    of these, for the checksum of the whole file
+    batches_seconds     with a mapped index, until a run has its first pack of 8,192 tokens: the counts that are
+                        printed, fingerprint, 500 images held out, lengths, order, and numbers of packs from the cache
+    first_plan_seconds  the same where the numbers of packs are not cached
     samples_per_second  Index.shared_prefix_sample() at random places of the mapped index
     worker_mb           private memory (Private_Clean + Private_Dirty) that a forked worker adds while it builds
                         5,000 random samples; pages of the mapped index do not count
@@ -162,10 +166,17 @@ def measure_index(folder: Path) -> dict[str, float]:
 
 
 def measure_warm(folder: Path) -> dict[str, float]:
+    from clip_phi.batching.index import _checksum
+    from clip_phi.training import data  # noqa: F401  # imported here, so that it is not timed
+
     load, _ = _loader(folder)
     started = time.perf_counter()
     index = load()
     warm_seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    _checksum(index.path)
+    checksum_seconds = time.perf_counter() - started
+    first_plan_seconds, batches_seconds = first_pack_seconds(index), first_pack_seconds(index)
     places = np.random.default_rng(1).integers(0, len(index), 20_000).tolist()
     started = time.perf_counter()
     for place in places:
@@ -173,9 +184,27 @@ def measure_warm(folder: Path) -> dict[str, float]:
     samples_per_second = len(places) / (time.perf_counter() - started)
     return {
         "warm_seconds": warm_seconds,
+        "checksum_seconds": checksum_seconds,
+        "batches_seconds": batches_seconds,
+        "first_plan_seconds": first_plan_seconds,
         "samples_per_second": samples_per_second,
         "worker_mb": memory_added_by_a_worker(index),
     }
+
+
+def first_pack_seconds(index: Any) -> float:
+    """The same calls as read_data()'s, without reading images."""
+    from clip_phi.batching.index import independent_turns_hint
+    from clip_phi.batching.sampler import Mixture, PackedBatches
+    from clip_phi.training.data import hold_out
+
+    started = time.perf_counter()
+    index.count(), independent_turns_hint(index)
+    (train,), _ = hold_out([index], min(500, len(index) // 10))
+    train.fingerprint()
+    batches = PackedBatches(Mixture([len(train)], None, 0), train.packed_lengths(), 8192, index.path)
+    assert batches.count(1) > 0 and batches.fill > 0 and batches.batch(0)
+    return time.perf_counter() - started
 
 
 def memory_added_by_a_worker(index: Any) -> float:

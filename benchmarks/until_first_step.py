@@ -67,7 +67,7 @@ def main() -> None:
         print("COUNTED", json.dumps(found if COUNT else {"read_seconds": found["read_seconds"]}), flush=True)
         os._exit(0)
 
-    data.read_data = timed_read_data
+    data.read_data = timed_read_data  # type: ignore[assignment]
     AcceleratedOptimizer.step = leave
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)

@@ -8,6 +8,7 @@ import hmac
 import ipaddress
 import os
 import socket
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -212,4 +213,5 @@ def serve(app: Any, host: str, port: int, log_level: str = "info", limits: Serve
         listener.bind((host, port))
     except OSError as error:
         raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}; try another --port") from error
+    sys.setswitchinterval(0.001)  # else the event loop waits 5 ms for each thread that computes
     uvicorn.Server(make_config(app, limits, log_level)).run(sockets=[listener])
