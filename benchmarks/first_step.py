@@ -6,7 +6,7 @@ Stage 1 runs on drawn scenes with the demo's backbones, each time in a process o
 user time of several runs, since other programs on the machine can only add to it. The kernel's time is left out for
 the same reason.
 
-    python benchmarks/first_step.py --count [--images 1000 118287] [--json FILE]
+    python benchmarks/first_step.py --count [--images 2000 10000] [--json FILE]
 
 counts the work until then instead, for data sets of several sizes whose index is in the cache: see
 until_first_step.py. Each image has five captions. Data of so many images are hard links to few drawn ones.
@@ -104,7 +104,13 @@ def count(folder: Path, num_images: int) -> dict[str, float]:
     data, backbones = folder / str(num_images), ROOT / "examples/demo_backbones"
     write_many(data, num_images)
     options = ["--stage", 1, "--vision_backbone", backbones / "vision", "--text_backbone", backbones / "text"]
-    options += ["--data", f"coco:{data}/annotations/captions_train2017.json,images={data}/train2017", "--eval_data"]
+    options += [
+        "--data",
+        f"coco:{data}/annotations/captions_train2017.json,images={data}/train2017",
+        "--eval_data",
+        "--holdout_images",
+        100,
+    ]
     options += ["--max_tokens_per_batch", 2048, "--dataloader_num_workers", 0, "--output_dir", folder / "run"]
     command = [sys.executable, ROOT / "benchmarks/until_first_step.py", ROOT / "train_accelerate.py", *options]
     found: dict[str, float] = {"images": num_images}
@@ -124,7 +130,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="processes of each kind (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--count", action="store_true", help="count the work instead, for data of several sizes")
-    parser.add_argument("--images", type=int, nargs="+", default=[1000, 10_000], help="sizes (default: %(default)s)")
+    parser.add_argument("--images", type=int, nargs="+", default=[2000, 10_000], help="sizes (default: %(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.count:
