@@ -26,9 +26,9 @@ def test_a_sample_longer_than_the_budget_is_a_pack_alone():
     assert plan_packs([3, 12, 7, 3], 10) == [[1], [2, 0], [3]]
 
 
-def packed(weights=None, window=50, seed=4, **options):
+def packed(weights=None, window=50):
     sizes = (300, 100)
-    return PackedBatches(Mixture(sizes, weights, seed), llava_lengths(400), budget=2100, window=window, **options)
+    return PackedBatches(Mixture(sizes, weights, seed=4), llava_lengths(400), budget=2100, window=window)
 
 
 @pytest.mark.parametrize("weights", [None, (1, 2)])
@@ -45,31 +45,16 @@ def test_packed_epochs_follow_the_mixture_and_any_position_can_be_asked_for(weig
     assert batches.fill > 0.9 and batches.count(0.5) == -(-first // 2)
 
 
-@pytest.mark.parametrize("weights", [None, (1, 2)])
-def test_a_second_run_plans_no_pack_but_those_that_it_trains_on(weights, tmp_path, monkeypatch):
+def test_each_epoch_is_planned_once_and_then_the_windows_that_are_trained_on(monkeypatch):
     planned = []
     monkeypatch.setattr(sampler, "plan_packs", lambda *work: planned.append(1) or plan_packs(*work))
-    plain, first = packed(weights), packed(weights, index=tmp_path / "index.arrow")
-    sizes = [plain.count(epochs) for epochs in (1, 2.5, 3)]
-    assert [first.count(epochs) for epochs in (1, 2.5, 3)] == sizes and len(planned) == 2 * 3 * 8
-    planned.clear()
-    second = packed(weights, index=tmp_path / "index.arrow")
-    assert [second.count(epochs) for epochs in (1, 2.5, 3)] == sizes and second.fill == plain.fill and not planned
-    last = sizes[-1] - 1
-    assert [second.batch(number) for number in (0, 1, last)] == [plain.batch(number) for number in (0, 1, last)]
-    assert len(planned) == 2 * 2, "a window of each of two epochs, in each of the two"
-    # Another plan has another file, and a damaged one is made anew.
-    assert packed(weights, index=tmp_path / "index.arrow", seed=5).count(1) and packed(
-        weights, index=tmp_path / "index.arrow", window=40
-    ).count(1)
-    assert len(list(tmp_path.iterdir())) == 3
-    for file in tmp_path.iterdir():
-        file.write_bytes(file.read_bytes().replace(b"1", b"2"))
-    assert packed(weights, index=tmp_path / "index.arrow").count(3) == sizes[-1]
-
-
-def test_a_folder_that_cannot_be_written_costs_the_plan_alone(tmp_path):
-    assert packed(index=tmp_path / "absent/index.arrow").count(2) == packed().count(2)
+    batches = packed()
+    size = batches.count(1)
+    assert batches.fill > 0.9 and batches.count(1) == size and len(planned) == 400 // 50
+    packs = [batches.batch(number) for number in range(size)]
+    assert len(planned) == 2 * 400 // 50 and sorted(place for pack in packs for place in pack) == [
+        (0, index) for index in range(400)
+    ]
 
 
 def places(batches, **options):

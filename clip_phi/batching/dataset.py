@@ -113,8 +113,7 @@ class SampleStream(IterableDataset):
         for sample in self.samples(report):
             for part, encoded in encode_samples([sample], self.processor, self.max_length, report):
                 prefix = prefix_ids(self.processor, len(images_of(part.image)))
-                shared = build_shared_prefix(encoded, prefix, part.origins[0])
-                yield self.read.load(shared, part.image, len(encoded))
+                yield self.read.load(build_shared_prefix(encoded, prefix, part.origins[0]), part.image, len(encoded))
             yield from skips
             skips.clear()
 

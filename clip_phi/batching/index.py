@@ -34,11 +34,9 @@ NAMES = " + "  # between the names of several images
 CHUNK = 1000  # samples that are tokenised together
 HINT_SAMPLES, SHORT_ANSWER = 500, 3  # samples that independent_turns_hint() reads; words
 IMAGE = {"path": pa.string(), "member": pa.string(), "bytes": pa.large_binary()}
-# conversations: json. captions: how many of them begin with an answer. ids, labels: of all of them, concatenated,
-# without BOS and image. lengths: tokens of each. A start reads what is counted here, never the texts.
-FIELDS = {"images": pa.list_(pa.struct(IMAGE)), "origins": pa.list_(pa.string()), "conversations": pa.string()}
-FIELDS |= {"captions": pa.int32()} | dict.fromkeys(("ids", "labels", "lengths"), pa.list_(pa.int32()))
-SCHEMA = pa.schema(FIELDS)
+# conversations: json. captions: those that begin with an answer. ids, labels: without BOS and image. lengths: tokens.
+PARTS = {"images": pa.list_(pa.struct(IMAGE)), "origins": pa.list_(pa.string()), "conversations": pa.string()}
+SCHEMA = pa.schema(PARTS | {"captions": pa.int32()} | dict.fromkeys(("ids", "labels", "lengths"), pa.list_(pa.int32())))
 
 
 @dataclass(eq=False)
@@ -149,12 +147,8 @@ class Index:
         """int64 (samples,): tokens of each sample that go into the model; the most that so many conversations have."""
         if num_conversations is None:
             return self.num_tokens() - self._lengths("lengths")  # the end tokens are no input
-        counts, tokens = (read(self.table["lengths"]).to_numpy() for read in (pc.list_value_length, pc.list_flatten))
-        owners, places = np.repeat(np.arange(len(counts)), counts), np.arange(len(tokens))
-        taken = places - np.repeat(np.cumsum(counts) - counts, counts) < num_conversations
-        longest_first = tokens[np.lexsort((-tokens, owners))]
-        sums = np.bincount(owners[taken], longest_first[taken] - 1, len(counts))
-        return self._with_prefix(sums.astype(np.int64)[self._rows])
+        taken = (sorted(lengths, reverse=True)[:num_conversations] for lengths in self.table["lengths"].to_pylist())
+        return self._with_prefix(np.array([sum(each) - len(each) for each in taken], dtype=np.int64)[self._rows])
 
     def count(self) -> tuple[int, int, int]:
         """Samples with an image; captions and (other) conversations of all samples."""

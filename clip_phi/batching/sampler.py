@@ -1,19 +1,13 @@
 """Which samples make up which micro-batch: an endless, seeded order, planned ahead from token lengths."""
 
 import bisect
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Sampler
-
-from ..data.files import checked_line, read_checked_lines, replace_file
 
 
 class Mixture:
@@ -100,25 +94,23 @@ class PackedBatches:
     """As many samples as fit into budget tokens, planned from their lengths, epoch by epoch.
 
     lengths: int (samples,), tokens of each. window: samples that are packed together, in the order of the mixture,
-        which so stays mixed. Then their packs are shuffled, because the first ones have the long samples.
-    index: the file beside which the numbers of packs are kept for the next run, or None."""
+        which so stays mixed. Then their packs are shuffled, because the first ones have the long samples."""
 
     mixture: Mixture
     lengths: np.ndarray
     budget: int
-    index: Path | None = None
     window: int = 2000
 
     def batch(self, number: int) -> list[tuple[int, int]]:
         while self._starts[-1] <= number:
-            self._plan_next()
+            self._start(len(self._starts))
         window = bisect.bisect_right(self._starts, number) - 1
         return self._plan(window)[number - self._starts[window]]
 
     def count(self, num_train_epochs: float) -> int:
         part, whole = math.modf(num_train_epochs)
-        start = self._start(int(whole))
-        return start + math.ceil(part * (self._start(int(whole) + 1) - start)) if part else start
+        start = self._start(int(whole) * self._windows)
+        return start + math.ceil(part * (self._start(int(whole + 1) * self._windows) - start)) if part else start
 
     @property
     def fill(self) -> float:
@@ -129,24 +121,11 @@ class PackedBatches:
         self._starts = [0]  # of each window of each epoch, the number of packs before it
         self._windows = -(-self.mixture.length // self.window)
         self._plan = lru_cache(maxsize=1)(self._make_plan)
-        mixture, digest = self.mixture, hashlib.blake2b(self.lengths.tobytes(), digest_size=12)
-        sizes = (mixture.sizes.tolist(), mixture.counts.tolist(), self.budget, self.window)
-        digest.update(json.dumps([np.__version__, mixture.seed, *sizes]).encode())
-        self._file = self.index and self.index.with_name(f"packs-{digest.hexdigest()}.json")
-        with suppress(OSError):
-            self._starts = next(iter(read_checked_lines(self._file) if self._file else []), self._starts)
 
-    def _start(self, epoch: int) -> int:
-        if len(self._starts) <= epoch * self._windows:
-            while len(self._starts) <= epoch * self._windows:
-                self._plan_next()
-            with suppress(OSError):
-                if self._file:
-                    replace_file(self._file, checked_line(self._starts))
-        return self._starts[epoch * self._windows]
-
-    def _plan_next(self) -> None:
-        self._starts.append(self._starts[-1] + len(self._plan(len(self._starts) - 1)))
+    def _start(self, window: int) -> int:
+        while len(self._starts) <= window:
+            self._starts.append(self._starts[-1] + len(self._plan(len(self._starts) - 1)))
+        return self._starts[window]
 
     def _make_plan(self, number: int) -> list[list[tuple[int, int]]]:
         epoch, start = number // self._windows, number % self._windows * self.window

@@ -53,8 +53,7 @@ class Parser(argparse.ArgumentParser):
             command.add_argument("--debug", action="store_true", help="the traceback of an error instead of one line")
             for option, settings in (pair for group in about["options"] for pair in OPTIONS[group].items()):
                 command.add_argument(option, **{key: _filled(value) for key, value in settings.items()})
-            run = f"{about['module']}.run_{name.replace('-', '_')}"
-            command.set_defaults(run=run, **about.get("defaults", {}))
+            command.set_defaults(run=f"{about['module']}.run_{name.replace('-', '_')}", **about.get("defaults", {}))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")

@@ -121,8 +121,7 @@ def draw_scene(scene: Scene) -> Image.Image:
     for item in scene.objects:
         fill = (np.asarray(COLORS[item.color]) + rng.normal(0, 6, 3)).clip(0, 255).astype(int).tolist()
         image.paste(tuple(fill), mask=_mask(item))
-    noisy = np.asarray(image) + rng.normal(0, 4, (*size, 3))
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+    return Image.fromarray((np.asarray(image) + rng.normal(0, 4, (*size, 3))).clip(0, 255).astype(np.uint8))
 
 
 def _mask(item: DrawnObject) -> Image.Image:

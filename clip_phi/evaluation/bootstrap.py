@@ -30,8 +30,7 @@ def margin_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tupl
     number = len(counts)
     found = []
     for _ in range(RESAMPLES // CHUNK):
-        drawn = rng.integers(0, number, (CHUNK, number))
-        weights = np.stack([np.bincount(row, minlength=number) for row in drawn])
+        weights = np.stack([np.bincount(row, minlength=number) for row in rng.integers(0, number, (CHUNK, number))])
         means = (weights @ sums) / np.maximum(weights @ counts.reshape(number, -1), 1)
         found.append(means[:, 0] - means[:, 1:].max(axis=1))
     low, high = np.percentile(np.concatenate(found), [2.5, 97.5])

@@ -48,8 +48,7 @@ def fit_scaling(values: np.ndarray, right: np.ndarray) -> dict[str, float]:
 
 def calibration(confidence: np.ndarray, right: np.ndarray) -> dict[str, float]:
     """The expected calibration error with BINS bins (arXiv 1706.04599, equation 3), and the Brier score."""
-    bins = np.maximum(np.ceil(confidence * BINS).astype(int) - 1, 0)
-    gaps = np.bincount(bins, weights=confidence - right)
+    gaps = np.bincount(np.maximum(np.ceil(confidence * BINS).astype(int) - 1, 0), weights=confidence - right)
     return {"ece": float(np.abs(gaps).sum() / len(right)), "brier": float(np.mean((confidence - right) ** 2))}
 
 

@@ -146,8 +146,7 @@ class Target:
         shares = (torch.arange(1, steps + 1) - (steps > 1) / 2).to(difference).view(-1, 1, 1, 1) / steps
         for inputs in (start + shares * difference).split(self.batch_size):
             with torch.enable_grad():
-                scores = self.score(inputs.requires_grad_()).sum(0)
-                for word, score in enumerate(scores):
+                for word, score in enumerate(self.score(inputs.requires_grad_()).sum(0)):
                     (gradient,) = torch.autograd.grad(score, inputs, retain_graph=True)
                     maps[word] += (gradient.float() * difference.float()).sum((0, -1)) / steps
         return maps

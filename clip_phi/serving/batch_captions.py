@@ -56,8 +56,7 @@ def caption_files(engine: Engine, names: Sequence[str], output: Path | None, max
     counts["done before"] = len(names) - len(left)
     start, tokens, shown = time.perf_counter(), engine.counts["tokens"], 0
     with open(output, "a", encoding="utf-8") if output is not None else nullcontext(sys.stdout) as file:
-        captions = _captions(engine, left, max_new_tokens)
-        for name, result in tqdm(captions, total=len(left), unit="image", disable=None):
+        for name, result in tqdm(_captions(engine, left, max_new_tokens), total=len(left), unit="image", disable=None):
             if isinstance(result, str):
                 counts["captioned"] += 1
                 record = {"image": name, "caption": result}

@@ -76,8 +76,7 @@ def transcribe_source(
             new += 1
             truncated += clip.truncated
     silent, examples = sum(not text for text in texts.values()), list(errors.values())[:NUM_EXAMPLES]
-    stats = TranscriptionStats(len(texts) + len(errors), new, silent, truncated, len(errors), examples)
-    return stats, report
+    return TranscriptionStats(len(texts) + len(errors), new, silent, truncated, len(errors), examples), report
 
 
 @dataclass

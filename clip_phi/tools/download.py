@@ -126,8 +126,7 @@ def _fetch(client: Any, served: Served, file: RemoteFile, path: Path, connection
         lock, stop = threading.Lock(), threading.Event()
 
         def fetch_piece(start: int) -> None:
-            end = min(start + step, served.size)
-            _fetch_range(client, served, opened.fileno(), start, end, bar, stop)
+            _fetch_range(client, served, opened.fileno(), start, min(start + step, served.size), bar, stop)
             os.fsync(opened.fileno())
             with lock, open(notes, "a", encoding="utf-8") as written:
                 written.write(checked_line([*whole, start]))

@@ -114,7 +114,7 @@ def read_data(arguments: TrainingArguments, processor: Any, read: ImageReader, a
         mixture = Mixture([len(index) for index in indexes], weights or None, arguments.seed)
         batches: Batches = FixedBatches(mixture, arguments.per_device_train_batch_size)
         if budget := int(arguments.max_tokens_per_batch):  # a number by now: see fit_batches
-            batches = packed = PackedBatches(mixture, train.lengths(), budget, indexes[0].path)
+            batches = packed = PackedBatches(mixture, train.lengths(), budget)
             accelerator.print(f"{packed.count(1):,} packs of {budget:,} tokens an epoch, {packed.fill:.1%} full")
         batches_per_step = arguments.gradient_accumulation_steps * world_size
         steps_per_epoch = batches.count(1) / batches_per_step

@@ -53,8 +53,7 @@ def _in_one_stream(base: Any) -> Any:
             super().load_state_dict(state_dict, move_to_device)
             for parameter, state in self.state.items():
                 for name in ("state1", "state2") if self.is_paged else ():
-                    paged = self.get_state_buffer(parameter, dtype=state[name].dtype)
-                    state[name] = paged.copy_(state[name])
+                    state[name] = self.get_state_buffer(parameter, dtype=state[name].dtype).copy_(state[name])
 
     InOneStream.__name__ = base.__name__
     return InOneStream
@@ -71,5 +70,4 @@ def choose_optimizer(optim: str, device: torch.device, sharded: bool = False) ->
 
 def make_scheduler(optimizer: torch.optim.Optimizer, arguments: TrainingArguments, num_steps: int) -> Any:
     """Warm-up over the first warmup_ratio of num_steps, then the chosen shape."""
-    num_warmup_steps = int(arguments.warmup_ratio * num_steps)
-    return get_scheduler(arguments.lr_scheduler_type, optimizer, num_warmup_steps, num_steps)
+    return get_scheduler(arguments.lr_scheduler_type, optimizer, int(arguments.warmup_ratio * num_steps), num_steps)
