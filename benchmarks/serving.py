@@ -1,7 +1,7 @@
 """The engine compared with transformers' generate one by one, and the HTTP API under load.
 
     python benchmarks/serving.py [--model DIR | --shape 135m] [--clients N] [--seconds N] [--hostile] [--json FILE]
-                                 [--beside llamacpp|vllm|URL]
+                                 [--beside llamacpp|vllm|URL [--only_beside]]
 
 Part 1 runs in this process. 16 threads request short captions of drawn scenes, each of a new image; transformers'
 generate writes the same captions one by one, with the same weights. The texts are compared. The figures are the least
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument(
         "--beside", metavar="llamacpp|vllm|URL", help="also the same requests to our server and to this one, in turn"
     )
+    parser.add_argument("--only_beside", action="store_true", help="part 3 alone")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     if options.beside == "llamacpp" and not importlib.util.find_spec("xllamacpp"):
@@ -169,8 +170,10 @@ def main() -> None:
         model = options.model or (str(DEMO) if DEMO.is_dir() else None)
         if options.shape or not model:
             model = _untrained(folder, SHAPES.get(options.shape))
-        result = race(model, options.requests, options.concurrent, options.new_tokens, options.repeats)
-        result |= load(model, options.clients, options.seconds, options.hostile)
+        result: dict[str, Any] = {}
+        if not options.only_beside:
+            result = race(model, options.requests, options.concurrent, options.new_tokens, options.repeats)
+            result |= load(model, options.clients, options.seconds, options.hostile)
         if options.beside:
             work = (options.concurrent, options.requests, options.new_tokens, options.repeats)
             result |= beside(model, options.beside, *work)
