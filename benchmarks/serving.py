@@ -369,16 +369,9 @@ def beside(model: str, other: str, clients: int, requests: int, new_tokens: int,
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             export = [sys.executable, "-m", "clip_phi.cli", "export", model, folder, "--to", "vllm"]
             subprocess.run(export, check=True)
-            command = [str(VLLM), "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", "PORT"]
-            command += [
-                "--model-impl",
-                "transformers",
-                "--trust-remote-code",
-                "--limit-mm-per-prompt",
-                '{"image": 4}',
-                "--dtype",
-                "float32",
-            ]
+            words = "--port PORT --model-impl transformers --trust-remote-code --dtype float32"
+            command = [str(VLLM), "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *words.split()]
+            command += ["--limit-mm-per-prompt", '{"image": 4}', "--disable-uvicorn-access-log"]
             address, server = stack.enter_context(_started(command, **VLLM_ENVIRONMENT))
             servers["theirs"] = (address, psutil.Process(server.pid))
         else:
