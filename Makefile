@@ -43,14 +43,14 @@ COMPATIBILITY := tests/test_remote_code.py tests/test_artifacts.py tests/test_hu
 LIBRARIES := transformers|huggingface_hub|accelerate|peft
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest $(or $(ARGS),$(COMPATIBILITY))
+	.venv-oldest/bin/python -m pytest $(or $(ARGS),-n 2 --dist loadfile $(COMPATIBILITY))
 
 .venv-oldest/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv-oldest
 	grep -vE '^($(LIBRARIES))==' constraints.txt > .venv-oldest/constraints.txt
 	sed -nE 's/^ +($(LIBRARIES)) >= ([0-9.]+).*/\1==\2/p' setup.cfg >> .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt \
-		-e . bitsandbytes pytest
+		-e . bitsandbytes pytest pytest-xdist
 	@touch $@
 
 # The newest releases, also those that setup.cfg does not admit yet. What cannot work there is in tests/newest.py, and
@@ -95,7 +95,7 @@ test-browser: install outputs/demo/model/config.json
 
 # The benchmarks on little work, with their bounds on time: also a run that is killed 20 times and resumed.
 test-benchmarks: install
-	$(BIN)/python -m pytest -m benchmarks $(ARGS)
+	$(BIN)/python -m pytest -m benchmarks $(or $(ARGS),-n 2)
 
 # TRL in an environment of its own, which shares the versions of constraints.txt.
 test-trl: .venv-trl/installed
@@ -139,7 +139,7 @@ test-vllm: install outputs/demo/model/config.json .venv-vllm/installed
 
 # The rarer families of decoders and towers; make test has the others.
 test-backbones: install
-	$(BIN)/python -m pytest -m backbones $(ARGS)
+	$(BIN)/python -m pytest -m backbones $(or $(ARGS),-n 2)
 
 test-load: install
 	$(BIN)/python -m pytest -m load $(ARGS)
