@@ -145,10 +145,11 @@ class Index:
 
     def packed_lengths(self, num_conversations: int | None = None) -> np.ndarray:
         """int64 (samples,): tokens of each sample that go into the model; the most that so many conversations have."""
-        if num_conversations is None:
-            return self.num_tokens() - self._lengths("lengths")  # the end tokens are no input
-        taken = (sorted(lengths, reverse=True)[:num_conversations] for lengths in self.table["lengths"].to_pylist())
-        return self._with_prefix(np.array([sum(each) - len(each) for each in taken], dtype=np.int64)[self._rows])
+        counts, tokens = (read(self.table["lengths"]).to_numpy() for read in (pc.list_value_length, pc.list_flatten))
+        owners, starts = (np.repeat(each, counts) for each in (np.arange(len(counts)), np.cumsum(counts) - counts))
+        taken = np.arange(len(tokens)) - starts < (num_conversations or len(tokens))  # the longest come first
+        sums = np.bincount(owners[taken], tokens[np.lexsort((-tokens, owners))][taken] - 1, len(counts))
+        return self._with_prefix(sums.astype(np.int64)[self._rows])
 
     def count(self) -> tuple[int, int, int]:
         """Samples with an image; captions and (other) conversations of all samples."""

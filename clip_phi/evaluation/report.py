@@ -84,8 +84,7 @@ def choose(evaluation: EvalResult) -> dict[str, list[dict[str, Any]]]:
 
 def summary(result: dict[str, Any]) -> list[list[str]]:
     """Rows of the table of a result, the first its header."""
-    text = "".join(render("result.txt", result=result, names=NAMES))
-    return [row.split("\t") for row in text.splitlines()]
+    return [row.split("\t") for row in "".join(render("result.txt", result=result, names=NAMES)).splitlines()]
 
 
 def format_result(result: dict[str, Any]) -> str:
