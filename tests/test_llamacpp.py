@@ -19,7 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    SiglipImageProcessor,
+    SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -173,11 +173,11 @@ def save_random(backbone, folder):
     backbone.save_pretrained(folder)
 
 
-def save_decoder(name, folder):
+def save_decoder(name, folder, **others):
     config, decoder, pre_tokenizer, rows, fields = OTHER_DECODERS[name]
     count = save_tokenizer(pre_tokenizer, name == "Llama 3", folder)
     torch.manual_seed(5)
-    save_random(decoder(config(vocab_size=count + rows, **SIZES, **fields)), folder)
+    save_random(decoder(config(vocab_size=count + rows, **SIZES | fields | others)), folder)
 
 
 def save_model(vision, text, folder, **fields):
@@ -215,22 +215,23 @@ SIGLIP_TOWERS = {
 
 
 @pytest.mark.parametrize("name", SIGLIP_TOWERS)
-def test_llamacpp_gives_the_answers_of_siglip_towers(name, requests, tmp_path, capsys):
-    """One question about each image, so that answers differ by the images alone."""
+def test_llamacpp_gives_the_answers_of_siglip_towers(name, tmp_path, capsys):
+    """One question about images of random colors, so that answers differ by the images alone."""
     sizes, fields = SIGLIP_TOWERS[name]
-    save_decoder("Llama 3", tmp_path / "text")
+    save_decoder("Llama 3", tmp_path / "text", initializer_range=0.12)  # rarer near ties
     shape = {"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 3, "num_attention_heads": 4}
-    tower = SiglipVisionModel(SiglipVisionConfig(image_size=64, **shape, **sizes))
-    save_random(tower, tmp_path / "vision")
-    SiglipImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "vision")
+    save_random(SiglipVisionModel(SiglipVisionConfig(image_size=64, **shape, **sizes)), tmp_path / "vision")
+    SiglipImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "vision")
     model, processor = save_model(str(tmp_path / "vision"), str(tmp_path / "text"), tmp_path / "model", **fields)
-    asked = [each | {"text": "What is it?"} for each in requests[:17] + requests[-3:]]
-    for number in range(2):  # larger than the tower's: both programs resize them as Pillow does
-        noise = torch.randint(256, (150, 150, 3), dtype=torch.uint8).numpy()
-        Image.fromarray(noise).save(tmp_path / f"{number}.png")
-        asked[number] |= {"images": [str(tmp_path / f"{number}.png")]}
+    asked = []
+    for number in range(20):
+        colors = Image.fromarray(torch.randint(256, (4, 4, 3), dtype=torch.uint8).numpy())
+        side = 64 if number else 150  # the first is larger than the tower's: both programs resize it as Pillow does
+        colors.resize((side, side), Image.Resampling.NEAREST).save(tmp_path / f"{number}.png")
+        asked.append({"text": "What is it?", "images": [str(tmp_path / f"{number}.png")]})
+    asked[-1]["images"] = [asked[1]["images"][0], asked[2]["images"][0]]
     answers = generate(model, processor, asked)
     _, differences, tokens = compare(tmp_path / "model", "float32", asked, answers, tmp_path, name, capsys)
     assert len({text for text, *_ in answers}) > 10 and len(differences) > 20
-    assert len(asked) == 20 and tokens > 100
+    assert tokens > 100
     assert max(differences) < 0.02
