@@ -231,7 +231,7 @@ def test_llamacpp_gives_the_answers_of_siglip_towers(name, tmp_path, capsys):
         asked.append({"text": "What is it?", "images": [str(tmp_path / f"{number}.png")]})
     asked[-1]["images"] = [asked[1]["images"][0], asked[2]["images"][0]]
     answers = generate(model, processor, asked)
-    _, differences, tokens = compare(tmp_path / "model", "float32", asked, answers, tmp_path, name, capsys)
+    equal, differences, tokens = compare(tmp_path / "model", "float32", asked, answers, tmp_path, name, capsys)
     assert len({text for text, *_ in answers}) > 10 and len(differences) > 20
-    assert tokens > 100
+    assert equal >= 12 and tokens > 20
     assert max(differences) < 0.02
