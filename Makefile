@@ -6,7 +6,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-demo test-full-size test-export test-oldest test-newest test-main test-oracle test-speech \
+.PHONY: install demo test test-demo test-two-images test-full-size test-export test-oldest test-newest test-main test-oracle test-speech \
 	test-browser test-backbones test-benchmarks test-load test-gpu test-trl test-vllm test-llamacpp test-web notebooks lint format bench clean
 
 install: .venv/installed
@@ -31,6 +31,10 @@ test: install
 test-demo: demo
 	$(BIN)/python -m pytest -m demo $(ARGS)
 
+# Training of a question that needs two images, from the demo's model: three minutes.
+test-two-images: install outputs/demo/model/config.json
+	$(BIN)/python -m pytest -m two_images $(ARGS)
+
 test-full-size: install
 	$(BIN)/python -m pytest -m full_size $(ARGS)
 
@@ -43,14 +47,14 @@ COMPATIBILITY := tests/test_remote_code.py tests/test_artifacts.py tests/test_hu
 LIBRARIES := transformers|huggingface_hub|accelerate|peft
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest $(or $(ARGS),$(COMPATIBILITY))
+	.venv-oldest/bin/python -m pytest $(or $(ARGS),-n 2 --dist loadfile $(COMPATIBILITY))
 
 .venv-oldest/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv-oldest
 	grep -vE '^($(LIBRARIES))==' constraints.txt > .venv-oldest/constraints.txt
 	sed -nE 's/^ +($(LIBRARIES)) >= ([0-9.]+).*/\1==\2/p' setup.cfg >> .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt \
-		-e . bitsandbytes pytest
+		-e . bitsandbytes pytest pytest-xdist
 	@touch $@
 
 # The newest releases, also those that setup.cfg does not admit yet. What cannot work there is in tests/newest.py, and
@@ -95,7 +99,7 @@ test-browser: install outputs/demo/model/config.json
 
 # The benchmarks on little work, with their bounds on time: also a run that is killed 20 times and resumed.
 test-benchmarks: install
-	$(BIN)/python -m pytest -m benchmarks $(ARGS)
+	$(BIN)/python -m pytest -m benchmarks $(or $(ARGS),-n 2)
 
 # TRL in an environment of its own, which shares the versions of constraints.txt.
 test-trl: .venv-trl/installed
@@ -139,7 +143,7 @@ test-vllm: install outputs/demo/model/config.json .venv-vllm/installed
 
 # The rarer families of decoders and towers; make test has the others.
 test-backbones: install
-	$(BIN)/python -m pytest -m backbones $(ARGS)
+	$(BIN)/python -m pytest -m backbones $(or $(ARGS),-n 2)
 
 test-load: install
 	$(BIN)/python -m pytest -m load $(ARGS)

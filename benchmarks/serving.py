@@ -1,7 +1,7 @@
 """The engine compared with transformers' generate one by one, and the HTTP API under load.
 
-    python benchmarks/serving.py [--model DIR] [--clients N] [--seconds N] [--hostile] [--json FILE]
-                                 [--beside llamacpp|URL]
+    python benchmarks/serving.py [--model DIR | --shape 135m] [--clients N] [--seconds N] [--hostile] [--json FILE]
+                                 [--beside llamacpp|vllm|URL [--only_beside]]
 
 Part 1 runs in this process. 16 threads request short captions of drawn scenes, each of a new image; transformers'
 generate writes the same captions one by one, with the same weights. The texts are compared. The figures are the least
@@ -17,9 +17,14 @@ wait.
 With --beside, part 3 sends the same requests to `clip-phi serve` and to another server in turn, a kind at a time:
 captions, questions with an answer of one word, and the same questions without an image. Each image is new. The texts,
 without spaces around them, and the numbers of tokens are compared. A ratio is our requests per CPU second of the
-server's processes, divided by the other's: above 1, ours is faster. It is the median of the pairs. `llamacpp` exports
-the model as GGUF with the same float32 weights, and starts llama.cpp's server on one thread with a slot for each
-client. A URL is that of a server on this machine with OpenAI's API, for example of vLLM; start it on one thread.
+server's processes, divided by the other's: above 1, ours is faster. It is the median of the pairs. _wall_ratios are
+those of the seconds of the clock, which the client and everything else on the machine share.
+
+`llamacpp` exports the model as GGUF with the same float32 weights, and starts llama.cpp's server on one thread with a
+slot for each client. `vllm` exports the model for vLLM and starts vLLM's server of .venv-vllm on one thread, in
+float32. A URL is that of a server on this machine with OpenAI's API; start it on one thread.
+
+With --shape, the decoder has the shape of SmolLM2-135M and random weights, and the tower is the demo's.
 """
 
 import argparse
@@ -31,6 +36,7 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
 import statistics
 import subprocess
@@ -49,6 +55,7 @@ import httpx2 as httpx
 import psutil
 import torch
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from clip_phi.batching.images import FORMATS
 from clip_phi.data.synthetic import ask_count, ask_presence, draw_scene, sample_scene
@@ -56,9 +63,26 @@ from clip_phi.evaluation.generate import generate_texts
 from clip_phi.serving.engine import Engine, as_prompt
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
+# Tied as SmolLM2's, with weights large enough that a token does not repeat for ever.
+SHAPES: dict[str, dict[str, Any]] = {
+    "135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,
+    }
+}
+ROOT = Path(__file__).parent.parent
 DEMO = Path("outputs/demo/model")
-BACKBONES = Path(__file__).parent.parent / "examples" / "demo_backbones"
+BACKBONES = ROOT / "examples" / "demo_backbones"
+VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 INSTRUCTION = "Describe the image."
+ONE_WORD = 4  # tokens: random weights do not end an answer
 MALFORMED = (
     b"",
     b"{",
@@ -100,12 +124,21 @@ server = xllamacpp.Server(options)
 signal.pause()
 """
 
+VLLM_ENVIRONMENT = {  # GiB of keys and values; no log lines, no statistics to others, no pinning of threads to cores
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--model", help=f"folder or repository (default: {DEMO}; if absent, untrained weights of its size)"
     )
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of a model")
     parser.add_argument("--requests", type=int, default=192, help="requests per timed run (default: %(default)s)")
     parser.add_argument("--concurrent", type=int, default=16, help="threads that send requests (default: %(default)s)")
     parser.add_argument("--new_tokens", type=int, default=24, help="longest caption in tokens (default: %(default)s)")
@@ -118,22 +151,29 @@ def main() -> None:
         "--hostile", action="store_true", help="also clients that disconnect, malformed requests and attacks"
     )
     parser.add_argument(
-        "--beside", metavar="llamacpp|URL", help="also the same requests to our server and to this one, in turn"
+        "--beside", metavar="llamacpp|vllm|URL", help="also the same requests to our server and to this one, in turn"
     )
+    parser.add_argument("--only_beside", action="store_true", help="part 3 alone")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     if options.beside == "llamacpp" and not importlib.util.find_spec("xllamacpp"):
         parser.error("--beside llamacpp needs the package xllamacpp: make test-llamacpp installs it")
-    if options.beside not in (None, "llamacpp"):
+    if options.beside == "vllm" and not VLLM.exists():
+        parser.error("--beside vllm needs .venv-vllm: make .venv-vllm/installed")
+    if options.beside not in (None, "llamacpp", "vllm"):
         try:
             _listener(options.beside)
         except ValueError as error:
             parser.error(str(error))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        model = options.model or (str(DEMO) if DEMO.is_dir() else _untrained(folder))
-        result = race(model, options.requests, options.concurrent, options.new_tokens, options.repeats)
-        result |= load(model, options.clients, options.seconds, options.hostile)
+        model = options.model or (str(DEMO) if DEMO.is_dir() else None)
+        if options.shape or not model:
+            model = _untrained(folder, SHAPES.get(options.shape))
+        result: dict[str, Any] = {}
+        if not options.only_beside:
+            result = race(model, options.requests, options.concurrent, options.new_tokens, options.repeats)
+            result |= load(model, options.clients, options.seconds, options.hostile)
         if options.beside:
             work = (options.concurrent, options.requests, options.new_tokens, options.repeats)
             result |= beside(model, options.beside, *work)
@@ -144,11 +184,26 @@ def main() -> None:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def _untrained(folder: str) -> str:
+def _untrained(folder: str, shape: dict[str, Any] | None = None) -> str:
     backbones = (str(BACKBONES / "vision"), str(BACKBONES / "text"))
     torch.manual_seed(0)
+    if shape:
+        backbones = backbones[0], _random_decoder(f"{folder}/text", shape)
     ClipPhiForCausalLM.from_backbones(*backbones).save_pretrained(folder)
     ClipPhiProcessor.from_backbones(*backbones).save_pretrained(folder)
+    return folder
+
+
+def _random_decoder(folder: str, shape: dict[str, Any]) -> str:
+    """A Llama with the demo's tokenizer, whose vocabulary is filled with words that no prompt has."""
+    config = LlamaConfig(**shape, bos_token_id=0, eos_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    shutil.copy(BACKBONES / "text" / "tokenizer_config.json", folder)
+    tokenizer = json.loads((BACKBONES / "text" / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    spare = 1  # for <image>
+    vocabulary |= {f"Ġ{number}": number for number in range(len(vocabulary), config.vocab_size - spare)}
+    Path(folder, "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     return folder
 
 
@@ -282,13 +337,13 @@ def _serve(model: str) -> list[str]:
 
 
 @contextmanager
-def _started(command: list[str]) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def _started(command: list[str], **environment: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Start a server on one thread, with a free port in place of PORT. Yields its address and process, and ends it."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     command = [port if word == "PORT" else word for word in command]
-    server = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    server = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
     try:
         yield f"http://127.0.0.1:{port}", server
     finally:
@@ -310,6 +365,15 @@ def beside(model: str, other: str, clients: int, requests: int, new_tokens: int,
             command = [sys.executable, "-c", LLAMACPP, folder, "PORT", str(clients), str(256 + new_tokens)]
             address, server = stack.enter_context(_started(command))
             servers["theirs"] = (address, psutil.Process(server.pid))
+        elif other == "vllm":
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            export = [sys.executable, "-m", "clip_phi.cli", "export", model, folder, "--to", "vllm"]
+            subprocess.run(export, check=True)
+            words = "--port PORT --model-impl transformers --trust-remote-code --dtype float32"
+            command = [str(VLLM), "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *words.split()]
+            command += ["--limit-mm-per-prompt", '{"image": 4}', "--disable-uvicorn-access-log"]
+            address, server = stack.enter_context(_started(command, **VLLM_ENVIRONMENT))
+            servers["theirs"] = (address, psutil.Process(server.pid))
         else:
             servers["theirs"] = (other.rstrip("/").removesuffix("/v1"), _listener(other))
         return {"beside": other} | asyncio.run(_beside(servers, clients, requests, new_tokens, repeats))
@@ -322,7 +386,7 @@ def _listener(address: str) -> psutil.Process:
     except httpx.InvalidURL:
         url = httpx.URL()
     if url.scheme != "http" or url.host not in ("127.0.0.1", "localhost", "::1"):
-        raise ValueError(f"--beside is llamacpp or an address like http://127.0.0.1:8000, not {address}")
+        raise ValueError(f"--beside is llamacpp, vllm or an address like http://127.0.0.1:8000, not {address}")
     for each in psutil.net_connections("tcp"):
         if each.status == psutil.CONN_LISTEN and each.laddr.port == (url.port or 80) and each.pid:
             return psutil.Process(each.pid)
@@ -369,14 +433,16 @@ async def _beside(
             for name in servers:
                 await answer(name, _bodies(kind, 2 * clients, new_tokens, seed=99))
             speeds: dict[str, list[float]] = {name: [] for name in servers}
+            seconds: dict[str, list[float]] = {name: [] for name in servers}
             tokens: Counter[str] = Counter()
             same = 0
             for repeat in range(repeats):
                 bodies, answers = _bodies(kind, requests, new_tokens, seed=repeat), {}
                 for name, (_, server) in servers.items():
-                    before = _cpu_seconds(server)
+                    started, before = time.perf_counter(), _cpu_seconds(server)
                     answers[name] = await answer(name, bodies)
                     speeds[name].append(requests / max(_cpu_seconds(server) - before, 0.01))  # a tick
+                    seconds[name].append(time.perf_counter() - started)
                     tokens[name] += sum(count for _, count in answers[name])
                 same += sum(a == b for (a, _), (b, _) in zip(answers["ours"], answers["theirs"], strict=True))
             ratios = [ours / theirs for ours, theirs in zip(speeds["ours"], speeds["theirs"], strict=True)]
@@ -384,6 +450,8 @@ async def _beside(
             for name in servers:
                 found[f"{kind}_tokens_{name}"] = tokens[name]
                 found[f"{kind}_per_cpu_second_{name}"] = statistics.median(speeds[name])
+            wall = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True)]
+            found |= {f"{kind}_wall_ratio": statistics.median(wall), f"{kind}_wall_ratios": wall}
             found |= {f"{kind}_ratio": statistics.median(ratios), f"{kind}_ratios": ratios}
     return found
 
@@ -400,7 +468,8 @@ def _bodies(kind: str, count: int, new_tokens: int, seed: int) -> list[dict[str,
         content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}}]
         content = [*(content if kind != "questions_without_image" else []), {"type": "text", "text": text}]
         body: dict[str, Any] = {"messages": [{"role": "user", "content": content}]}
-        bodies.append(body | {"max_tokens": new_tokens, "temperature": 0})
+        most = new_tokens if kind == "captions" else ONE_WORD
+        bodies.append(body | {"max_tokens": most, "temperature": 0})
     return bodies
 
 

@@ -9,6 +9,7 @@ outputs/demo/example.png is the image at the top of README.md (docs/demo.png).
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -72,6 +73,7 @@ def main() -> None:
     draw_example(scenes, OUTPUT / "example.png")
     draw_curves(OUTPUT / "curve.png")
     result["total_seconds"] = round(time.perf_counter() - started, 1)
+    result["cpu_seconds"] = round(sum(os.times()[:4]), 1)  # of this process and of those that it started
     (OUTPUT / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print_scenes(scenes)
     print_table(result)
@@ -330,7 +332,7 @@ def print_table(result: dict[str, Any]) -> None:
     print(f"Answers to a second question, after the first one and its answer: {show('second_turn_accuracy')}")
     print(f"Accuracy of the most frequent answer to each question: {show('answer_accuracy_question_only')}")
     seconds = ", ".join(f"stage {stage} {result[f'train_seconds_stage{stage}']:.0f} s" for stage in (1, 2))
-    print(f"Time: {seconds}, total {result['total_seconds']:.0f} s")
+    print(f"Time: {seconds}, total {result['total_seconds']:.0f} s ({result['cpu_seconds']:.0f} CPU seconds)")
     print(f"Images and figures: {OUTPUT}/sheet.png, example.png, curve.png, result.json")
     print(f"Evaluation pages:   {OUTPUT}/model/evaluation/captions.html, vqa.html")
     print("Ask the model:")

@@ -93,7 +93,7 @@ def test_serving_gives_the_texts_of_generate_and_answers_every_client(tmp_path):
         ("http://example.com:80", "not http://example.com:80"),
         ("https://127.0.0.1:80", "not https://127.0.0.1:80"),
         ("http://127.0.0.1:port", "not http://127.0.0.1:port"),
-        ("vllm", "--beside is llamacpp or an address like http://127.0.0.1:8000, not vllm"),
+        ("tgi", "--beside is llamacpp, vllm or an address like http://127.0.0.1:8000, not tgi"),
     ],
 )
 def test_serving_beside_what_cannot_be_measured_is_refused_in_a_line(address, message):

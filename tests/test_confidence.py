@@ -12,6 +12,7 @@ from PIL import Image
 from clip_phi.cli import main
 from clip_phi.data.sample import user_message
 from clip_phi.data.synthetic import write_dataset
+from clip_phi.evaluation.answers import Decoding, Processes, Question, answer_likelihoods
 from clip_phi.evaluation.confidence import (
     ABSTENTION,
     FILE,
@@ -96,6 +97,13 @@ def test_the_likelihood_of_an_answer_is_that_of_a_plain_forward_pass(model, proc
         last = float(logprobs[-2, labels[-1]])
         unended = answer_logprobs(model, processor, [(messages, images)], [text], ended=False)
         assert unended == pytest.approx([expected - last], abs=1e-4)
+
+
+def test_an_answer_that_spells_a_special_token_has_a_likelihood(model, processor):
+    answers = ["red", "<image>", f"a {processor.tokenizer.eos_token} b", f"{processor.tokenizer.pad_token}<image>"]
+    pairs = [(Question("key", None, "What?"), text) for text in answers]
+    found = answer_likelihoods(model, processor, pairs, Decoding(max_new_tokens=4, batch_size=2), Processes())
+    assert found.shape == (4,) and (found > 0).all() and (found < 1).all()
 
 
 @torch.no_grad()

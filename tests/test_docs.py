@@ -122,8 +122,11 @@ def test_demo_writes_its_files(demo, clone):
     result = json.loads((output / "result.json").read_text())
     promised = {"caption_f1_stage1", "caption_f1", "caption_f1_blind", "caption_f1_shuffled", "answer_accuracy"}
     promised |= {"answer_accuracy_blind", "answer_accuracy_shuffled", "answer_accuracy_question_only"}
-    promised |= {"train_seconds_stage1", "train_seconds_stage2", "total_seconds", "scenes", "questions"}
-    assert set(result) == promised | {"second_turn_accuracy", "accuracy_by_kind"} and result["scenes"] == 8
+    promised |= {"train_seconds_stage1", "train_seconds_stage2", "total_seconds", "cpu_seconds"}
+    assert (
+        set(result) == promised | {"second_turn_accuracy", "accuracy_by_kind", "scenes", "questions"}
+        and result["scenes"] == 8
+    )
     assert all(0 <= result[name] <= 1 for name in promised if name.startswith(("caption", "answer")))
     samples = [json.loads(line) for line in (output / "model/evaluation/vqa.samples.jsonl").read_text().splitlines()]
     kinds = [question_kind(sample["question"]) for sample in samples]
@@ -327,7 +330,7 @@ def test_demo_reaches_its_bounds_on_unseen_scenes():
     assert result["answer_accuracy_question_only"] <= 0.55
     assert result["answer_accuracy_blind"] <= 0.40
     assert result["answer_accuracy_shuffled"] <= result["answer_accuracy_blind"] + 0.05
-    assert result["total_seconds"] < 600
+    assert result["cpu_seconds"] < 450, "the demo takes minutes, also where other programs slow it down"
     for task, least in (("captions", 1.0), ("vqa", 0.5)):
         evaluated = json.loads((ROOT / f"outputs/demo/model/evaluation/{task}.json").read_text())
         assert evaluated["margin_ci95"][0] > least

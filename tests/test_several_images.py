@@ -2,10 +2,14 @@
 
 import io
 import json
+import re
+import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import make_index, run, stage2
+from helpers import ROOT, make_index, run, stage2
 from PIL import Image
 
 from clip_phi.batching.dataset import ImageReader, SampleDataset, collate
@@ -200,3 +204,32 @@ def test_training_packs_and_evaluates_samples_of_several_images(checkpoint, tmp_
     texts = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     names = [[part.rpartition("/")[2] for part in text["image"].split(" + ")] for text in texts]
     assert names == [record["image"] for record in records[:2]]
+
+
+def test_one_image_of_the_example_says_nothing_about_the_answer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "examples/two_pictures.py"))["write_pairs"]("val", 40)
+    records = json.loads((tmp_path / "outputs/two_pictures/data/val/pairs.json").read_text())
+    for place, circles in ((0, "1"), (0, "2"), (1, "1"), (1, "2")):
+        shown = [record for record in records if record["image"][place].startswith(circles)]
+        assert len(shown) == 20 and sum(record["conversations"][1]["value"] == "no" for record in shown) == 10
+    assert len({tuple(record["image"]) for record in records}) == 40
+
+
+@pytest.mark.two_images
+def test_a_question_that_needs_both_images_is_learnt_and_no_image_can_be_replaced():
+    """Each control is at chance, 0.5: of 400 pairs, 0.1 is four standard errors."""
+    done = subprocess.run([sys.executable, "examples/two_pictures.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    evaluated = json.loads((ROOT / "outputs/two_pictures/model/evaluation/exact.json").read_text())
+    found = evaluated["one_image_shuffled"]
+    print(json.dumps(found | {name: evaluated[name] for name in ("blind", "shuffled", "question_only")}))
+    assert evaluated["data"]["samples"] == 400 and evaluated["question_only"]["score"] == 0.5
+    assert found["score"] >= 0.9
+    assert abs(found["image 1"] - 0.5) <= 0.1 and abs(found["image 2"] - 0.5) <= 0.1
+    assert evaluated["blind"] <= 0.5 and evaluated["shuffled"] <= 0.5
+    row = re.search(r"^\| examples/two_pictures.py \|(.*)\|$", (ROOT / "docs/evaluation.md").read_text(), re.M)
+    shown = [found["score"], found["image 1"], found["image 2"], evaluated["shuffled"]]
+    shown.append(evaluated["question_only"]["score"])
+    for cell, value in zip(row.group(1).split("|"), shown, strict=True):
+        assert abs(float(cell) - value) <= 0.05  # what another processor's rounding changes in training

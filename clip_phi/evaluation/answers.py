@@ -27,7 +27,6 @@ class Decoding:
     shuffles: int = 1  # the shuffled control is the mean of so many
 
     def about(self) -> dict[str, Any]:
-        """For a result."""
         return {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens, "sampled": False}
 
 
@@ -110,6 +109,8 @@ def answer_likelihoods(
     found, mine, size = list[Any](), range(processes.rank, len(pairs), processes.world_size), decoding.batch_size
     for batch in processes.progress([mine[start : start + size] for start in range(0, len(mine), size)]):
         prompts, texts = [prompt_for(pairs[number][0]) for number in batch], [pairs[number][1] for number in batch]
+        for token in (processor.image_token, processor.tokenizer.pad_token, processor.tokenizer.eos_token):
+            texts = [text.replace(token, f"{token[0]} {token[1:]}") for text in texts]  # spelled out: no text holds it
         found += zip(batch, answer_logprobs(model, processor, prompts, texts), strict=True)
     return np.exp([logprob for _, logprob in sorted(processes.gather(found))])
 

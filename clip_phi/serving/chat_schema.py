@@ -66,13 +66,12 @@ PARTS = ("text", "image_url", "input_audio")
 Parts = list[Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]]
 
 
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+AsParts = BeforeValidator(lambda x: [{"type": "text", "text": x}] if isinstance(x, str) else x, str | Parts)
 
 
 class Message(_Part):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Parts, BeforeValidator(_as_parts, json_schema_input_type=str | Parts)] = []
+    content: Annotated[Parts, AsParts] = []
     name: str | None = Field(None, description="has no effect")
 
 
