@@ -233,7 +233,7 @@ def _mmproj_tensors(model: ClipPhiForCausalLM) -> dict[str, torch.Tensor]:
 def _write_mmproj(model: Any, processor: Any, tensors: dict[str, torch.Tensor], path: Path, dtype: str) -> int:
     config, width = model.config.vision_config, len(tensors["v.patch_embd.weight"])
     layers = sum(name.endswith("ln1.weight") for name in tensors)
-    fields = {"embedding_length": width, "feed_forward_length": len(tensors["v.blk.0.ffn_up.weight"])}
+    fields: dict[str, Any] = {"embedding_length": width, "feed_forward_length": len(tensors["v.blk.0.ffn_up.weight"])}
     fields |= {"block_count": layers, "head_count": config.num_attention_heads}
     fields["attention_layernorm_eps"] = config.layer_norm_eps * config.hidden_size / width
     fields |= {name: getattr(config, name) for name in ("image_size", "patch_size")}
