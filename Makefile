@@ -6,7 +6,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-demo test-full-size test-export test-oldest test-newest test-main test-oracle test-speech \
+.PHONY: install demo test test-demo test-two-images test-full-size test-export test-oldest test-newest test-main test-oracle test-speech \
 	test-browser test-backbones test-benchmarks test-load test-gpu test-trl test-vllm test-llamacpp test-web notebooks lint format bench clean
 
 install: .venv/installed
@@ -30,6 +30,10 @@ test: install
 
 test-demo: demo
 	$(BIN)/python -m pytest -m demo $(ARGS)
+
+# Training of a question that needs two images, from the demo's model: three minutes.
+test-two-images: install outputs/demo/model/config.json
+	$(BIN)/python -m pytest -m two_images $(ARGS)
 
 test-full-size: install
 	$(BIN)/python -m pytest -m full_size $(ARGS)

@@ -26,6 +26,10 @@ from transformers import (
     MistralForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
 )
 
 from clip_phi.cli import main
@@ -36,10 +40,10 @@ SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_
 LLAMA = {name: value for name, value in TEXT.items() if name != "resid_pdrop"}
 
 
-def backbones(folder, text, **vision):
+def backbones(folder, text, tower=None, **vision):
     """A tower and this decoder, with biases and norms that are not at their beginnings."""
     torch.manual_seed(3)
-    tower = CLIPVisionModel(CLIPVisionConfig(**VISION | vision))
+    tower = tower or CLIPVisionModel(CLIPVisionConfig(**VISION | vision))
     for part in (tower, text):
         with torch.no_grad():
             for parameter in part.parameters():
@@ -337,28 +341,24 @@ def tower_tensors(tower, layers):
     return tensors
 
 
-def llama_cpp_rows(tensors, wide, pixels, activation):
+def llama_cpp_rows(tensors, heads, epsilon, pixels, activation):
     """Rows 1 to N of llama.cpp's llava graph: CLS behind the patches, positions in the order of rows."""
     patch = tensors["v.patch_embd.weight"]
     rows = nn.functional.conv2d(pixels, patch, stride=patch.shape[-1]).flatten(2).transpose(1, 2)[0]
     rows = torch.cat([rows, tensors["v.class_embd"][None]]) + tensors["v.position_embd.weight"]
 
     def norm(x, name):
-        return nn.functional.layer_norm(
-            x, (wide.wide,), tensors[f"{name}.weight"], tensors[f"{name}.bias"], wide.epsilon
-        )
+        return nn.functional.layer_norm(x, x.shape[1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], epsilon)
 
     def linear(x, name):
         return nn.functional.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
 
     rows = norm(rows, "v.pre_ln")
-    for number in range(wide.layers):
+    for number in range(sum(name.endswith("ln1.weight") for name in tensors)):
         block = f"v.blk.{number}"
         inside = norm(rows, f"{block}.ln1")
-        heads = [
-            linear(inside, f"{block}.attn_{part}").view(len(rows), wide.heads, -1).transpose(0, 1) for part in "qkv"
-        ]
-        mixed = nn.functional.scaled_dot_product_attention(*heads).transpose(0, 1).flatten(1)
+        parts = [linear(inside, f"{block}.attn_{part}").view(len(rows), heads, -1).transpose(0, 1) for part in "qkv"]
+        mixed = nn.functional.scaled_dot_product_attention(*parts).transpose(0, 1).flatten(1)
         rows = rows + linear(mixed, f"{block}.attn_out")
         rows = rows + linear(activation(linear(norm(rows, f"{block}.ln2"), f"{block}.ffn_up")), f"{block}.ffn_down")
     return rows[1:]
@@ -383,9 +383,10 @@ def test_a_wide_tower_gives_the_features_in_llama_cpps_order_of_rows(sizes, laye
         pixels = torch.randn(1, 3, config.image_size, config.image_size)
         pixels[..., : config.image_size // 2] *= 0.01  # patches of other sizes: their codes are of other sizes, too
         expected = tower(pixels, output_hidden_states=True).hidden_states[layer][0, 1:]
-        wide = WideTower(tower_tensors(tower, layer % 4), config.num_attention_heads, config.layer_norm_eps)
+        wide = WideTower(tower_tensors(tower, layer % 4), config.num_attention_heads)
         activation = nn.functional.gelu if sizes.get("hidden_act") == "gelu" else lambda x: x * torch.sigmoid(1.702 * x)
-        rows = llama_cpp_rows(wide.convert(), wide, pixels, activation)
+        epsilon = config.layer_norm_eps * config.hidden_size / wide.wide
+        rows = llama_cpp_rows(wide.convert(), config.num_attention_heads, epsilon, pixels, activation)
         weight = torch.randn(32, config.hidden_size)
         found, wanted = rows @ wide.projector(weight).T, expected @ weight.T
     assert (found - wanted).abs().max() < 2e-3 * wanted.abs().max()
@@ -397,7 +398,7 @@ def test_a_tower_whose_rows_cannot_be_told_apart_is_refused(sizes):
     with pytest.raises(
         ValueError, match="llama.cpp needs a tower with two attention heads, and heads at least as wide"
     ):
-        WideTower(tower_tensors(CLIPVisionModel(config), 1), config.num_attention_heads, config.layer_norm_eps)
+        WideTower(tower_tensors(CLIPVisionModel(config), 1), config.num_attention_heads)
 
 
 # ------------------------------------------------------------------ make test-export
@@ -428,6 +429,36 @@ def test_gguf_has_every_weight(dtype, projector_type, bias, activation, tmp_path
         ours = model.model.projector.weight.detach().numpy().astype(dtype)
         columns = mmproj["mm.0.weight"][:, :width]  # those of the features; the others' are of their mean and codes
         assert (columns[:hidden] == ours).all() and (columns[hidden:] == -ours).all()
+
+
+@pytest.mark.export
+def test_gguf_has_the_weights_of_a_siglip_tower_as_they_are(tmp_path):
+    from clip_phi.export import export
+    from clip_phi.export.gguf import read_tensors
+
+    tower = SiglipVisionModel(SiglipVisionConfig(**VISION))
+    checkpoint(tmp_path, small_phi(), tower=tower)
+    export(str(tmp_path / "model"), tmp_path / "gguf", "gguf", "float32")
+    found = read_tensors(tmp_path / "gguf/mmproj.gguf")
+    state = {name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
+    expected = {f"v.{part}_embd.weight": f"embeddings.{part}_embedding.weight" for part in ("patch", "position")}
+    expected["v.patch_embd.bias"] = "embeddings.patch_embedding.bias"
+    for kind in ("weight", "bias"):
+        for number in range(2):  # of three layers, without the norm and the pooling behind them
+            expected |= {
+                f"v.blk.{number}.{theirs}.{kind}": f"encoder.layers.{number}.{ours}.{kind}"
+                for ours, theirs in BLOCK.items()
+            }
+    assert expected.keys() == {name for name in found if name.startswith("v.")}
+    for theirs, ours in expected.items():
+        assert (found[theirs] == state[ours].numpy()).all(), theirs
+
+
+@pytest.mark.export
+def test_gguf_refuses_other_towers(tmp_path, capsys):
+    checkpoint(tmp_path, small_phi(), tower=ViTModel(ViTConfig(**VISION)))
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "gguf"), "--to", "gguf"]) == 2
+    assert "the tower is a 'vit'; llama.cpp's llava graph is a CLIP or SigLIP tower" in capsys.readouterr().err
 
 
 @pytest.mark.export

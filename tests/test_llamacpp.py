@@ -19,6 +19,9 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from clip_phi.cli import main
@@ -162,28 +165,73 @@ ODD = ["It's 12345 o'clock,\n\n  and  I'll   go: 3.14159!", "na\u00efve \uff0b \
 ODD.append("\ttabs\r\n\r\nnew lines   \n end")
 
 
-@pytest.mark.parametrize("name", OTHER_DECODERS)
-def test_llamacpp_gives_the_answers_of_other_decoders(name, requests, tmp_path, capsys):
-    """Random weights, so that each answer has its own tokens, up to where two of them are nearly as likely."""
-    config, decoder, pre_tokenizer, rows, fields = OTHER_DECODERS[name]
-    count = save_tokenizer(pre_tokenizer, name == "Llama 3", tmp_path / "text")
-    torch.manual_seed(5)
-    text = decoder(config(vocab_size=count + rows, **SIZES, **fields))
-    vision = str(ROOT / "examples/demo_backbones/vision")
-    with torch.no_grad():  # norms and biases that are not at their beginnings
-        for parameter in text.parameters():
+def save_random(backbone, folder):
+    """With norms and biases that are not at their beginnings."""
+    with torch.no_grad():
+        for parameter in backbone.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2 * (parameter.dim() == 1))
-    text.save_pretrained(tmp_path / "text")
-    model = ClipPhiForCausalLM.from_backbones(vision, str(tmp_path / "text"), projector_type="mlp").float().eval()
+    backbone.save_pretrained(folder)
+
+
+def save_decoder(name, folder, **others):
+    config, decoder, pre_tokenizer, rows, fields = OTHER_DECODERS[name]
+    count = save_tokenizer(pre_tokenizer, name == "Llama 3", folder)
+    torch.manual_seed(5)
+    save_random(decoder(config(vocab_size=count + rows, **SIZES | fields | others)), folder)
+
+
+def save_model(vision, text, folder, **fields):
+    model = ClipPhiForCausalLM.from_backbones(vision, text, **fields).float().eval()
     with torch.no_grad():
         for parameter in model.model.projector.parameters():
             parameter.normal_(std=0.1)
-    processor = ClipPhiProcessor.from_backbones(vision, str(tmp_path / "text"))
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+    processor = ClipPhiProcessor.from_backbones(vision, text)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+@pytest.mark.parametrize("name", OTHER_DECODERS)
+def test_llamacpp_gives_the_answers_of_other_decoders(name, requests, tmp_path, capsys):
+    """Random weights, so that each answer has its own tokens, up to where two of them are nearly as likely."""
+    save_decoder(name, tmp_path / "text")
+    vision = str(ROOT / "examples/demo_backbones/vision")
+    model, processor = save_model(vision, str(tmp_path / "text"), tmp_path / "model", projector_type="mlp")
     asked = [each | {"text": odd} for each, odd in zip(requests, ODD, strict=False)] + requests[3:17] + requests[-3:]
     answers = generate(model, processor, asked)
     _, differences, tokens = compare(tmp_path / "model", "float32", asked, answers, tmp_path, name, capsys)
     assert len({text for text, *_ in answers}) > 10 and len(differences) > 20
     assert len(asked) == 20 and tokens > 100
+    assert max(differences) < 0.02
+
+
+# Fields of the tower and of the model. 64 pixels are 7 patches of 9 and a rest, as 384 are 27 of 14 (SO400M).
+SIGLIP_TOWERS = {
+    "SigLIP, last layer but one": ({"patch_size": 16}, {"vision_feature_layer": -2}),
+    "SigLIP, last layer": ({"patch_size": 16, "vision_use_head": False}, {"vision_feature_layer": -1}),
+    "SigLIP, all of 49 patches": ({"patch_size": 9}, {"vision_feature_select_strategy": "full"}),
+    "SigLIP, mlp": ({"patch_size": 9}, {"vision_feature_layer": 2, "projector_type": "mlp"}),
+}
+
+
+@pytest.mark.parametrize("name", SIGLIP_TOWERS)
+def test_llamacpp_gives_the_answers_of_siglip_towers(name, tmp_path, capsys):
+    """One question about images of random colors, so that answers differ by the images alone."""
+    sizes, fields = SIGLIP_TOWERS[name]
+    save_decoder("Llama 3", tmp_path / "text", initializer_range=0.12)  # rarer near ties
+    shape = {"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 3, "num_attention_heads": 4}
+    save_random(SiglipVisionModel(SiglipVisionConfig(image_size=64, **shape, **sizes)), tmp_path / "vision")
+    SiglipImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "vision")
+    model, processor = save_model(str(tmp_path / "vision"), str(tmp_path / "text"), tmp_path / "model", **fields)
+    asked = []
+    for number in range(20):
+        colors = Image.fromarray(torch.randint(256, (4, 4, 3), dtype=torch.uint8).numpy())
+        side = 64 if number else 150  # the first is larger than the tower's: both programs resize it as Pillow does
+        colors.resize((side, side), Image.Resampling.NEAREST).save(tmp_path / f"{number}.png")
+        asked.append({"text": "What is it?", "images": [str(tmp_path / f"{number}.png")]})
+    asked[-1]["images"] = [asked[1]["images"][0], asked[2]["images"][0]]
+    answers = generate(model, processor, asked)
+    equal, differences, tokens = compare(tmp_path / "model", "float32", asked, answers, tmp_path, name, capsys)
+    assert len({text for text, *_ in answers}) > 10 and len(differences) > 20
+    assert equal >= 12 and tokens > 20
     assert max(differences) < 0.02

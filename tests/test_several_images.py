@@ -216,7 +216,7 @@ def test_one_image_of_the_example_says_nothing_about_the_answer(tmp_path, monkey
     assert len({tuple(record["image"]) for record in records}) == 40
 
 
-@pytest.mark.demo
+@pytest.mark.two_images
 def test_a_question_that_needs_both_images_is_learnt_and_no_image_can_be_replaced():
     """Each control is at chance, 0.5: of 400 pairs, 0.1 is four standard errors."""
     done = subprocess.run([sys.executable, "examples/two_pictures.py"], cwd=ROOT, capture_output=True, text=True)

@@ -2,7 +2,8 @@
 
 Names and metadata are those of llama.cpp's loader (src/models/*.cpp, tools/mtmd/clip.cpp and models/llava.cpp). Its
 projector graph is mm.0 -> GELU -> mm.2. One linear layer (W, b) survives it: gelu(x) - gelu(-x) = x for the exact GELU
-and for its tanh form alike, so mm.0 = [W; -W], [b; -b] and mm.2 = [I, -I]. The tower is that of rotation.py.
+and for its tanh form alike, so mm.0 = [W; -W], [b; -b] and mm.2 = [I, -I]. A CLIP tower is that of rotation.py; one
+without CLS (SigLIP) is written as it is, for there the graph takes all rows, in their order.
 """
 
 import json
@@ -57,12 +58,12 @@ def export_gguf(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: 
     Returns {"files", "tensors"}: their number, each read back and compared; if quantised also "largest_difference", of
     the logits, relative to their range. Raises ValueError if llama.cpp's graphs cannot represent the model."""
     refuse_unsupported(model, processor)
-    tower = _wide_tower(model)
+    mmproj_tensors = _mmproj_tensors(model)
     rounding = _quantise(model, processor, dtype) if dtype in QUANTISED else {}
     folder.mkdir(parents=True, exist_ok=True)
     text, mmproj = folder / "text.gguf", folder / "mmproj.gguf"
     num_tensors = _write_text(model, processor, text, dtype)
-    num_tensors += _write_mmproj(model, processor, tower, mmproj, "float16" if rounding else dtype)
+    num_tensors += _write_mmproj(model, processor, mmproj_tensors, mmproj, "float16" if rounding else dtype)
     return {"files": [str(text), str(mmproj)], "tensors": num_tensors} | rounding
 
 
@@ -112,15 +113,15 @@ def refuse_unsupported(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -
         found.append("the decoder has more biases than its kind has in llama.cpp")
     elif "sliding_attention" in (getattr(text, "layer_types", None) or []):
         found.append("the decoder has sliding windows")
-    if vision.model_type != "clip_vision_model":
-        found.append(f"the tower is a {vision.model_type!r}; llama.cpp's llava graph is a CLIP tower")
+    if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        found.append(f"the tower is a {vision.model_type!r}; llama.cpp's llava graph is a CLIP or SigLIP tower")
     elif vision.hidden_act not in ("quick_gelu", "gelu", "gelu_pytorch_tanh"):
         found.append(f"the tower's activation is {vision.hidden_act!r}; llama.cpp's are quick_gelu and gelu")
     elif config.vision_feature_layer in (0, -vision.num_hidden_layers - 1):
         found.append("the projector reads the tower's embedding, and llama.cpp's llava graph a layer's output")
     if config.projector_type == "norm_mlp":
         found.append("llama.cpp's llava projector has no norm")
-    if config.vision_feature_select_strategy != "default":
+    if config.vision_feature_select_strategy != "default" and vision.model_type == "clip_vision_model":
         found.append("the projector uses the CLS feature too, which llama.cpp's llava graph drops")
     if _pre_tokenizer(processor.tokenizer) is None:
         found.append(f"the tokenizer is not a byte-level BPE like that of {', '.join(PRE_TOKENIZERS)}")
@@ -201,7 +202,8 @@ def _add_tokenizer(writer: Any, processor: Any, vocab_size: int) -> None:
     writer.add_chat_template(CHAT_TEMPLATE)
 
 
-def _wide_tower(model: ClipPhiForCausalLM) -> WideTower:
+def _mmproj_tensors(model: ClipPhiForCausalLM) -> dict[str, torch.Tensor]:
+    """Tower and projector under llama.cpp's names. Raises ValueError for a CLIP tower that WideTower refuses."""
     whole: Any = model.config
     config, layer = whole.vision_config, whole.vision_feature_layer
     layers = config.num_hidden_layers
@@ -212,40 +214,38 @@ def _wide_tower(model: ClipPhiForCausalLM) -> WideTower:
         ours = f"encoder.layers.{number}"
         names |= {f"{ours}.{name}": f"v.blk.{number}.{theirs}" for name, theirs in CLIP_BLOCK.items()}
     state = {name.removeprefix("vision_model."): value for name, value in model.model.vision_tower.state_dict().items()}
-    unused = ("post_layernorm", "position_ids", *(f"encoder.layers.{number}." for number in range(used, layers)))
-    return WideTower(_renamed(state, names, ignore=unused), config.num_attention_heads, config.layer_norm_eps)
+    unused = ("post_layernorm", "position_ids", "head.", *(f"encoder.layers.{index}." for index in range(used, layers)))
+    tensors = _renamed(state, names, ignore=unused)
 
-
-def _write_mmproj(
-    model: ClipPhiForCausalLM, processor: ClipPhiProcessor, tower: WideTower, path: Path, dtype: str
-) -> int:
-    whole: Any = model.config
-    config = whole.vision_config
-    tensors = tower.convert() | _projector(model, tower)
-    fields = {"embedding_length": tower.wide, "feed_forward_length": tower.hidden, "block_count": tower.layers}
-    fields |= {"head_count": tower.heads, "attention_layernorm_eps": tower.epsilon}
-    fields |= {name: getattr(config, name) for name in ("image_size", "patch_size")}
-    fields |= {name: list(getattr(processor.image_processor, name)) for name in ("image_mean", "image_std")}
-    fields |= {"projection_dim": whole.text_config.hidden_size, "use_gelu": config.hidden_act != "quick_gelu"}
-    writer = _new_writer(path, "clip", "vision_", dtype, fields)
-    writer.add_type(gguf.GGUFType.MMPROJ)
-    writer.add_clip_has_vision_encoder(True)
-    writer.add_clip_projector_type("mlp")
-    # llama.cpp's default is the second-to-last layer, whichever one the model uses
-    writer.add_array("clip.vision.feature_layer", [tower.layers])
-    return _write(writer, path, tensors, dtype)
-
-
-def _projector(model: ClipPhiForCausalLM, tower: WideTower) -> dict[str, torch.Tensor]:
     state = {name: value.float() for name, value in model.model.projector.state_dict().items()}
     first = "weight" if "weight" in state else "0.weight"
-    state[first] = tower.projector(state[first])
+    if "v.class_embd" in tensors:
+        tower = WideTower(tensors, config.num_attention_heads)
+        tensors, state[first] = tower.convert(), tower.projector(state[first])
     if "weight" in state:  # a single linear layer
         one = torch.eye(len(state["weight"]))
         state = {f"0.{name}": torch.cat([value, -value]) for name, value in state.items()}
         state["2.weight"] = torch.cat([one, -one], dim=1)
     biases = {f"{number}.bias": torch.zeros(len(state[f"{number}.weight"])) for number in (0, 2)}
-    return {f"mm.{name}": value for name, value in (biases | state).items()}
+    return tensors | {f"mm.{name}": value for name, value in (biases | state).items()}
+
+
+def _write_mmproj(model: Any, processor: Any, tensors: dict[str, torch.Tensor], path: Path, dtype: str) -> int:
+    config, width = model.config.vision_config, len(tensors["v.patch_embd.weight"])
+    layers = sum(name.endswith("ln1.weight") for name in tensors)
+    fields: dict[str, Any] = {"embedding_length": width, "feed_forward_length": len(tensors["v.blk.0.ffn_up.weight"])}
+    fields |= {"block_count": layers, "head_count": config.num_attention_heads}
+    fields["attention_layernorm_eps"] = config.layer_norm_eps * config.hidden_size / width
+    fields |= {name: getattr(config, name) for name in ("image_size", "patch_size")}
+    fields |= {name: list(getattr(processor.image_processor, name)) for name in ("image_mean", "image_std")}
+    fields |= {"projection_dim": model.config.text_config.hidden_size, "use_gelu": config.hidden_act != "quick_gelu"}
+    writer = _new_writer(path, "clip", "vision_", dtype, fields)
+    writer.add_type(gguf.GGUFType.MMPROJ)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("mlp")
+    # llama.cpp's default is the second-to-last layer, whichever one the model uses
+    writer.add_array("clip.vision.feature_layer", [layers])
+    return _write(writer, path, tensors, dtype)
 
 
 def _renamed(state: dict[str, torch.Tensor], names: dict[str, str], ignore: tuple[str, ...]) -> dict[str, torch.Tensor]:

@@ -25,11 +25,11 @@ class WideTower:
     """Tensors under llama.cpp's names, from those of a CLIP tower under the same names.
 
     tensors: v.class_embd, v.patch_embd.weight, v.position_embd.weight, v.pre_ln.*, and the layers v.blk.* in use.
-    heads, epsilon: of the tower, and of its norms.
+    heads: of the tower.
     Raises ValueError for a tower with one head, which cannot copy a row and remove the old one at once, and for one
     with more rows than a head has columns: only orthogonal codes tell rows of any size apart."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], heads: int, epsilon: float):
+    def __init__(self, tensors: dict[str, torch.Tensor], heads: int):
         self.tensors = {name: value.detach().double() for name, value in tensors.items()}
         self.heads = heads
         self.rows, self.width = self.tensors["v.position_embd.weight"].shape
@@ -43,7 +43,6 @@ class WideTower:
         self.wide = math.ceil((self.width + extra) / heads) * heads
         self.wide_head = self.wide // heads
         self.mean, self.large = self.width + 2 * self.code, self.width + 2 * self.code + 2  # first of two columns each
-        self.epsilon = epsilon * self.width / self.wide
         self.center = torch.eye(self.width, dtype=torch.double) - 1 / self.width
         self.constant = LARGE * math.sqrt(self.width)
         self.hidden = max(2 * self.width, self.tensors["v.blk.0.ffn_up.weight"].shape[0])
@@ -55,7 +54,6 @@ class WideTower:
         out = self._embeddings()
         for number, block in enumerate(blocks):
             out |= {f"v.blk.{number}.{name}": value for name, value in block.items()}
-        self.layers = len(blocks)
         return {name: value.float() for name, value in out.items()}
 
     def projector(self, weight: torch.Tensor) -> torch.Tensor:
