@@ -60,6 +60,7 @@ def test_an_answer_ends_within_its_limit_of_tokens(engine):
 @needs_llguidance
 def test_log_probabilities_are_the_models_own_and_a_grammar_without_a_next_token_fails_alone(engine, monkeypatch):
     grammar = engine.grammars.compile(choice=["yes", "no way"])
+    assert engine.grammars.compile(choice=["yes", "no way"]) is grammar  # compiled once
     answer = ask(engine, grammar=grammar, top_logprobs=1)
     assert answer.result() in ("yes", "no way") and answer.finish_reason == "stop"
     first = answer.logprobs[0]

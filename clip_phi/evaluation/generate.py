@@ -125,6 +125,5 @@ def refuse_too_long(model: Any, num_tokens: int, max_new_tokens: int) -> None:
     """Raises ValueError if so many tokens of prompt and answer do not fit the decoder's context."""
     context = context_length(model.config)
     if context is not None and num_tokens + max_new_tokens > context:
-        both = f"a prompt of {num_tokens} tokens (image included) and an answer of up to {max_new_tokens}"
-        way_out = "shorten the prompt or lower --max_new_tokens"
-        raise ValueError(f"{both} do not fit the context of {context} tokens: {way_out}")
+        both = f"a prompt of {num_tokens} tokens (image included) and an answer of up to {max_new_tokens} do not fit"
+        raise ValueError(f"{both} the context of {context} tokens: shorten the prompt or lower --max_new_tokens")

@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ class Grammars:
         self.tokenizer, self.num_tokens, self.ends = tokenizer, num_tokens, sorted(ends)
         self._converted: Any = None
         self._lock = threading.Lock()
+        self._compile_text = lru_cache(maxsize=16)(self._compile_new_text)  # clients send one schema many times
 
     def compile(self, schema: Any = None, regex: str | None = None, choice: list[str] | None = None) -> "Grammar":
         """The grammar of one of the three. Raises ValueError for what llguidance cannot follow; ImportError.
@@ -25,7 +27,6 @@ class Grammars:
         schema: a JSON schema, as an object or as its json."""
         try:
             from llguidance import LLMatcher
-            from llguidance.hf import from_tokenizer
         except ImportError as error:
             raise ImportError("answers in a schema need llguidance: pip install 'clip-phi[schema]'") from error
         if choice is not None:
@@ -47,6 +48,12 @@ class Grammars:
             text = LLMatcher.grammar_from_lark(f'start: " "? answer\nanswer: %json {answer}')
         if len(text) > MAX_CHARACTERS:
             raise ValueError(f"{len(text):,} characters of grammar: at most {MAX_CHARACTERS:,} here")
+        return self._compile_text(text)
+
+    def _compile_new_text(self, text: str) -> "Grammar":
+        from llguidance import LLMatcher
+        from llguidance.hf import from_tokenizer
+
         with self._lock:  # takes a second for 50,000 tokens
             if self._converted is None:
                 self._converted = from_tokenizer(self.tokenizer, n_vocab=self.num_tokens, eos_token=self.ends)

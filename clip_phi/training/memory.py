@@ -310,8 +310,7 @@ def trial_step(arguments: TrainingArguments, model: Any, accelerator: Any, numbe
     try:
         held = torch.empty(spare, dtype=torch.uint8, device=device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            pixels = torch.zeros(number, 3, *image_size(vision))
-            pack = pack_samples([sample] * number, pixels, 0).to(device)
+            pack = pack_samples([sample] * number, torch.zeros(number, 3, *image_size(vision)), 0).to(device)
             model.train()
             for _ in range(2):  # the second one beside the gradients of the first
                 with accelerator.autocast():
