@@ -146,6 +146,7 @@ class Run:
         accelerator.init_trackers("clip-phi", {name: str(value) for name, value in self.record["options"].items()})
 
     def to_device(self, pack: PackedBatch) -> PackedBatch:
+        """A batch ready for the model."""
         return add_image_features(pack.to(self.accelerator.device), self.plain_model, self.cache)
 
 

@@ -70,10 +70,12 @@ class Check(NamedTuple):
 
 
 def check(name: str, found: str, is_ok: bool, remedy: str, status: str = "note") -> Check:
+    """A Check that is ok, or else of this status with this remedy."""
     return Check("ok", name, found) if is_ok else Check(status, name, found, remedy)
 
 
 def check_device() -> Iterator[Check]:
+    """The CUDA devices, or why there is none."""
     import torch
 
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):

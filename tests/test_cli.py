@@ -98,6 +98,8 @@ def test_bad_input_is_one_line_with_status_2(argv, message, image, checkpoint, t
     [
         ("[" * 100_000, "config.json is not json"),
         ("[]", "config.json is not a json object"),
+        ('{"text_config": {"num_hidden_layers": 1000000000}}', "num_hidden_layers 1000000000: at most 1000"),
+        ('{"vision_config": {"num_hidden_layers": -1}}', "num_hidden_layers -1: at most 1000"),
     ],
 )
 def test_a_hostile_config_is_one_line_before_anything_is_made_of_it(config, message, image, tmp_path, capsys):

@@ -376,7 +376,7 @@ def test_a_token_of_phi_2_keeps_no_more_than_promised():
         "full": Stage2Arguments(stage=2, tune_decoder="full"),
     }.items():
         planned = make_plan(arguments, CARDS["a100-80"], 0.4, ClipPhiConfig())
-        assert planned["activation_bytes_per_token"] == pytest.approx(1e6 * kept[name], rel=0.01), name
+        assert planned["mb_per_token"] == pytest.approx(kept[name], rel=0.01), name
 
 
 @pytest.mark.parametrize(

@@ -178,12 +178,16 @@ def test_a_folder_that_cannot_be_written_is_one_line(data, backbones, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_random_numbers_of_a_gpu_are_restored_where_there_is_one(monkeypatch):
+def test_random_numbers_of_more_gpus_than_there_are_now_are_restored(monkeypatch):
+    """Earlier versions saved those of all devices; today each process saves its own."""
     restored = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: restored.append(state.tolist()))
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7]))
     state = random_state()
     restore_random_state(state)
+    restore_random_state(state | {"cuda": [torch.tensor([1]), torch.tensor([2]), torch.tensor([3])]})
+    restore_random_state(state | {"cuda": [torch.tensor([4])]})
     restore_random_state(state | {"cuda": []})
-    assert restored == [[7]]
+    assert restored == [[7], [2], [4]]

@@ -113,7 +113,7 @@ def test_each_object_is_drawn_in_its_color():
 def test_answers_are_true(questions):
     for scene, question, answer in questions:
         named = set(mentioned_objects(question))
-        if question in drawn._WORDS["count"]:
+        if question in drawn._COUNT_QUESTIONS:
             assert drawn.NUMBERS.index(answer) == len(scene.objects)
         elif answer in drawn.COLORS:
             (shape,) = [shape for shape in drawn.SHAPES if f" {shape} " in question.replace("?", " ")]
@@ -160,7 +160,7 @@ def test_yes_and_no_and_counts_are_balanced(questions):
     for relational in (False, True):
         answers = Counter(a for _, q, a in questions if a in ("yes", "no") and q.startswith("Is the ") == relational)
         assert abs(answers["yes"] / answers.total() - 0.5) < 0.03
-    counts = Counter(answer for _, question, answer in questions if question in drawn._WORDS["count"])
+    counts = Counter(answer for _, question, answer in questions if question in drawn._COUNT_QUESTIONS)
     assert max(counts.values()) / counts.total() < 0.38
     negatives = [(scene, *mentioned_objects(q)) for scene, q, a in questions if a == "no" and "Is the" not in q]
     hard = [any(color == o.color or shape == o.shape for o in scene.objects) for scene, (color, shape) in negatives]

@@ -107,6 +107,7 @@ class Index:
         return without + with_image[len(without) :] * len(self._cell("images", number))
 
     def shared_prefix_sample(self, number: int, conversations: Sequence[int] | None = None) -> SharedPrefixSample:
+        """A sample with all its conversations, or with these."""
         encoded = self.encoded(number)
         chosen = encoded if conversations is None else [encoded[conversation] for conversation in conversations]
         return build_shared_prefix(chosen, self.prefix(number), self.origins(number)[0])

@@ -17,6 +17,7 @@ from ..environment import BOUNDS, cpu_cores
 
 DEMO_MODEL = "outputs/demo/model"
 MODELS = ("outputs/stage2", "outputs/stage1", DEMO_MODEL)  # where training and 'make demo' write by default
+MAX_LAYERS = 1000
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -126,9 +127,16 @@ def choose_model(arguments: argparse.Namespace) -> str:
         print(f"clip-phi: model: {model} (--model chooses another)", file=sys.stderr)
     check_model(model)
     arguments.model, arguments.model_argument = model, None
-    if (path := Path(model, "config.json")).is_file():
-        read_object(path)  # raises ValueError in one line
+    _check_config(Path(model, "config.json"))
     return model
+
+
+def _check_config(path: Path) -> None:
+    """Raises ValueError for a config that is no json object or has too many layers, before anything is made of it."""
+    for name, part in (read_object(path) if path.is_file() else {}).items():
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if layers is not None and not (isinstance(layers, int) and 0 <= layers <= MAX_LAYERS):
+            raise ValueError(f"{path}: {name} has num_hidden_layers {layers}: at most {MAX_LAYERS}")
 
 
 def check_model(model: str) -> None:

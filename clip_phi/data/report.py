@@ -87,6 +87,7 @@ class Report:
                 self.skip(skip)
 
     def add(self, other: "Report") -> None:
+        """Add the report of another source."""
         for name in ("records", "skipped", "repaired", "filtered"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for kind, examples in other.examples.items():

@@ -321,6 +321,7 @@ class _RecordReader:
         return content, images
 
     def _take_image(self, item: Mapping[str, Any]) -> None:
+        """The image that a content item names, if it names one."""
         key = next((key for key in ("image", "path", "url", "image_url") if not _is_blank(item.get(key))), None)
         if key is None:
             return
@@ -332,6 +333,7 @@ class _RecordReader:
             raise RecordError("several images", f"{before[0][:80]} and {str(value)[:80]}")
 
     def _question(self, asked: list[str], answer: str | None) -> Conversation:
+        """A question, with what precedes it, and its answer if there is one."""
         values = self.values
         self._refuse_unread([*asked, *([answer] if answer else [])], BESIDE_ANSWER if answer else BESIDE_QUESTION)
         history = values.get("history") or []

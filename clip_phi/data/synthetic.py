@@ -37,6 +37,7 @@ _CLEAR_OFFSET = 12  # pixels between two centres, for one to be left of, or abov
 _SUPERSAMPLING = 4
 _VAL_SHARE = 5  # one composition in five is a val composition
 _PLACEMENT_TRIES = 200
+_COUNT_QUESTIONS = _WORDS["count"]
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ def ask_presence(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def ask_count(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    return rng.choice(_WORDS["count"]), NUMBERS[len(scene.objects)]
+    return rng.choice(_COUNT_QUESTIONS), NUMBERS[len(scene.objects)]
 
 
 def ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:

@@ -1,6 +1,7 @@
 """Short answers against references: VQA accuracy, exact match, and POPE's yes or no.
 
-Imports nothing of the project: the file is part of the metric on the Hub."""
+Imports nothing of the project: the file is part of the metric on the Hub.
+"""
 
 import re
 from collections.abc import Sequence

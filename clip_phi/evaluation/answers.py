@@ -27,6 +27,7 @@ class Decoding:
     shuffles: int = 1  # the shuffled control is the mean of so many
 
     def about(self) -> dict[str, Any]:
+        """For a result."""
         return {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens, "sampled": False}
 
 

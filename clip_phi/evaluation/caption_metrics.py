@@ -5,7 +5,8 @@ included: brackets stay as words such as -lrb-, while quotes and full stops are 
 every paper, is CIDEr-D, with clipped counts and a length penalty; so both names are given for the one number. The form
 without these two (arXiv 1411.5726, equations 1 to 3; its authors' code) is CIDEr-unclipped.
 
-Imports nothing of the project: the file is part of the metric on the Hub."""
+Imports nothing of the project: the file is part of the metric on the Hub.
+"""
 
 import math
 import re

@@ -2,7 +2,8 @@
 
 A score alone shows little, since many questions can be guessed. So each evaluation has controls. Blind: the same
 prompts without the image. Shuffled: each prompt with another image of the data. Question-only: the most frequent answer
-to a question. The margin is the score minus the better of blind and shuffled: what the model gains from the image."""
+to a question. The margin is the score minus the better of blind and shuffled: what the model gains from the image.
+"""
 
 import hashlib
 import math
@@ -30,6 +31,8 @@ CONTROLS = ("blind", "shuffled")
 
 
 class EvalResult(NamedTuple):
+    """For json."""
+
     result: dict[str, Any]  # scores, margin and settings, without model and environment
     samples: list[dict[str, Any]]  # one for each item
     official: list[dict[str, Any]] = []  # noqa: RUF012  # of official_results

@@ -1,7 +1,8 @@
 """Clip-Phi as a model of lmms-eval, for its tasks: lmms-eval --model clip_phi.
 
 lmms-eval finds it by the entry point in setup.cfg; --model_args pretrained=FOLDER,batch_size=8,device=cpu. Greedy or
-beam search. Tasks that need more (sampling, likelihoods, several images, several rounds) are refused by name."""
+beam search. Tasks that need more (sampling, likelihoods, several images, several rounds) are refused by name.
+"""
 
 from typing import Any
 

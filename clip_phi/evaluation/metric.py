@@ -2,7 +2,8 @@
 
     evaluate.load("clip_phi/evaluation/metric.py", "captions")   # or "vqa", "pope"
 
-This file, caption_metrics.py and answer_metrics.py are all that a Space with the metric needs."""
+This file, caption_metrics.py and answer_metrics.py are all that a Space with the metric needs.
+"""
 
 import datasets
 import evaluate

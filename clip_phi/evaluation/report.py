@@ -88,6 +88,7 @@ def summary(result: dict[str, Any]) -> list[list[str]]:
 
 
 def format_result(result: dict[str, Any]) -> str:
+    """For the terminal."""
     data = result["data"]
     head = f"{result['task']} on {data['images']:,} images"
     if "score" not in result:
@@ -197,6 +198,7 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
 
 
 def format_comparison(found: dict[str, Any]) -> str:
+    """For the terminal."""
     sign = -1 if found["difference"] < 0 else 1
     low, high = sorted(sign * bound for bound in found["difference_ci95"])
     values = {"difference": sign * found["difference"], "low": low, "high": high, "better": "B" if sign < 0 else "A"}

@@ -251,6 +251,7 @@ def _tag(api: HfApi, repo_id: str, tag: str, commit: str, explicit: bool) -> Non
 
 
 def _license(api: HfApi, backbone: str) -> str | None:
+    """What the backbone's own card states."""
     try:
         info = with_retries(f"the license of {backbone}", lambda: api.model_info(backbone))
     except (OSError, ValueError):

@@ -1,7 +1,8 @@
 """The engine over HTTP, with OpenAI's chat completions API: POST /v1/chat/completions and GET /v1/models.
 
 A request contains its images and recordings as data; nothing is fetched. GET /health is the engine's state, GET
-/metrics are counters for Prometheus."""
+/metrics are counters for Prometheus.
+"""
 
 import asyncio
 import binascii
@@ -22,7 +23,7 @@ from ..data.report import RecordError
 from ..templates import render
 from .chat_schema import AudioPart, ChatRequest, ImagePart, TextPart, parse_request
 from .detokenizer import token_bytes
-from .engine import Completion, Engine, EngineClosedError, PreparedImage, QueueFullError
+from .engine import Completion, Engine, EngineClosedError, PreparedImage, QueueFullError, TokenLogprob
 from .server import ApiError, Bodies, Gate, ServerLimits
 
 try:
@@ -107,6 +108,7 @@ def create_app(
         return {"type": "image"}
 
     async def read_request(request: Request) -> tuple[ChatRequest, list[dict[str, Any]], list[PreparedImage]]:
+        """The request, with its messages and images for the engine."""
         if "json" not in request.headers.get("content-type", ""):
             raise ApiError(415, "the Content-Type of a request must be application/json", Connection="close")
         async with bodies.read(request.receive) as content:
@@ -289,7 +291,7 @@ class _Answer:
                     if not withheld:
                         yield self._event(self._choice(number, None, delta={"content": piece}))
                 elif done.error is not None:
-                    yield f"data: {json.dumps(_engine_error(done.error).body)}\n\n"
+                    yield _event(_engine_error(done.error).body)
                     return
                 else:
                     running -= 1
@@ -309,16 +311,19 @@ class _Answer:
         if self.body.logprobs:
             new = self.completions[number].logprobs[self.num_sent[number] :]
             self.num_sent[number] += len(new)
-            logprobs = {"content": [self._logprob(*each) for each in new], "refusal": None}
+            logprobs = {"content": [self._logprob(each) for each in new], "refusal": None}
         return {"index": number, "logprobs": logprobs, "finish_reason": finish_reason} | content
 
     def _confidence(self, done: Completion) -> dict[str, Any]:
         return {"confidence": self.judge(done)} if self.body.confidence else {}
 
-    def _logprob(self, token: int, logprob: float, top: list | None = None) -> dict[str, Any]:
+    def _logprob(self, found: TokenLogprob) -> dict[str, Any]:
+        top = [self._token(token) | {"logprob": logprob} for token, logprob in found.top]
+        return self._token(found.token) | {"logprob": found.logprob, "top_logprobs": top}
+
+    def _token(self, token: int) -> dict[str, Any]:
         data = token_bytes(self.tokenizer, token)
-        found = {"token": data.decode("utf-8", "replace"), "bytes": list(data), "logprob": logprob}
-        return found if top is None else found | {"top_logprobs": [self._logprob(*each) for each in top]}
+        return {"token": data.decode("utf-8", "replace"), "bytes": list(data)}
 
     def _usage(self) -> dict[str, Any]:
         """OpenAI's usage, and timings, which OpenAI does not have."""
@@ -329,8 +334,11 @@ class _Answer:
         return {"usage": usage | {"total_tokens": sum(usage.values())}, "timings": timings}
 
     def _event(self, *choices: dict[str, Any], **more: Any) -> str:
-        chunk = self.common | {"object": "chat.completion.chunk", "choices": choices} | more
-        return f"data: {json.dumps(chunk)}\n\n"
+        return _event(self.common | {"object": "chat.completion.chunk", "choices": choices} | more)
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"
 
 
 async def _wait(completions: list[Completion], pieces: asyncio.Queue[tuple[int, str | None]], request: Request) -> None:

@@ -1,6 +1,7 @@
 """The chat page, made with gradio: images, speech and text in; text, speech and images out.
 
-The page needs no network: fonts and scripts are in the gradio package, and analytics are off."""
+The page needs no network: fonts and scripts are in the gradio package, and analytics are off.
+"""
 
 import functools
 import html

@@ -66,12 +66,13 @@ PARTS = ("text", "image_url", "input_audio")
 Parts = list[Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]]
 
 
-AsParts = BeforeValidator(lambda x: [{"type": "text", "text": x}] if isinstance(x, str) else x, str | Parts)
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 class Message(_Part):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Parts, AsParts] = []
+    content: Annotated[Parts, BeforeValidator(_as_parts, json_schema_input_type=str | Parts)] = []
     name: str | None = Field(None, description="has no effect")
 
 

@@ -1,7 +1,8 @@
 """Continuous batching: requests join and leave the running batch between two steps.
 
 transformers' own continuous batching takes token ids alone (5.23), no images. This is the iteration-level scheduling of
-Orca (OSDI 2022) over a cache in which every sequence has its own length."""
+Orca (OSDI 2022) over a cache in which every sequence has its own length.
+"""
 
 import atexit
 import ctypes
@@ -317,7 +318,9 @@ class Engine(AbstractContextManager["Engine"]):
 
         Blocks while other threads decode as much as Limits.decoding_bytes allow. Raises RecordError as load_image, and
         ValueError for more than max_pixels, or for a format that is slow to decode and has more than MAX_LOCKED_PIXELS.
-        source: a file, or the content of one."""
+
+        Args:
+            source: a file, or the content of one."""
         format, num_pixels = read_header(source)
         limit = min(max_pixels, MAX_LOCKED_PIXELS.get(format, max_pixels))
         if num_pixels > limit:
@@ -570,6 +573,7 @@ class Engine(AbstractContextManager["Engine"]):
         return request.images[0].key, tuple(request.ids[:end])
 
     def _step(self) -> None:
+        """One more token for every running request."""
         positions = torch.tensor([[request.length] for request in self._running])
         ids = torch.tensor([[request.last] for request in self._running], device=self.model.device)
         logits = self._forward(0, positions, int(positions.max()) + 1, 1, input_ids=ids)
@@ -686,8 +690,9 @@ class Engine(AbstractContextManager["Engine"]):
 def as_prompt(text: str | None, image: Image.Image | None, transcript: str | None = None) -> tuple[list, list]:
     """Messages and images of one user's turn.
 
-    text: the instruction; None to ask for a bare caption. transcript: recognized speech before the instruction; for a
-    spoken question, text is SPOKEN_INSTRUCTION."""
+    Args:
+        text: the instruction; None to ask for a bare caption.
+        transcript: recognized speech before the instruction; for a spoken question, text is SPOKEN_INSTRUCTION."""
     images = [] if image is None else [image]
     return [user_message(text, len(images), transcript)], images
 

@@ -12,7 +12,11 @@ MAX_CHARACTERS = 65_536  # of a grammar
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer. num_tokens: the number of logits. ends: the tokens that end an answer."""
+    """Compiles grammars for one tokenizer.
+
+    Args:
+        num_tokens: the number of logits.
+        ends: the tokens that end an answer."""
 
     def __init__(self, tokenizer: Any, num_tokens: int, ends: set[int]):
         self.tokenizer, self.num_tokens, self.ends = tokenizer, num_tokens, sorted(ends)
@@ -24,7 +28,9 @@ class Grammars:
         """The grammar of one of the three. Raises ValueError for what llguidance cannot follow; ImportError.
 
         An answer may begin with a space, as those that the model is trained on, which is not part of the text.
-        schema: a JSON schema, as an object or as its json."""
+
+        Args:
+            schema: a JSON schema, as an object or as its json."""
         try:
             from llguidance import LLMatcher
         except ImportError as error:

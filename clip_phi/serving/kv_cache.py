@@ -67,8 +67,10 @@ class BatchCache(Cache):
     def at(self, first: int, positions: torch.Tensor, length: int) -> torch.Tensor:
         """Set what the next forward pass writes and reads. Returns its mask, bool (sequences, 1, tokens, length).
 
-        first: number of its first sequence. positions: int (sequences, tokens), where it writes. length: tokens of each
-        sequence that it reads."""
+        Args:
+            first: number of its first sequence.
+            positions: int (sequences, tokens), where it writes.
+            length: tokens of each sequence that it reads."""
         self.first, self.positions, self.length = first, positions, length
         self.sequences = torch.arange(first, first + len(positions), device=positions.device).unsqueeze(1)
         return (torch.arange(length, device=positions.device) <= positions.unsqueeze(-1)).unsqueeze(1)

@@ -38,6 +38,7 @@ def write_space(repo_id: str, model: str, folder: Path) -> Path:
 
 
 def push_space(repo_id: str, folder: Path, private: bool) -> str:
+    """Upload the folder. Returns the Space's URL."""
     from huggingface_hub import HfApi
 
     api = HfApi()

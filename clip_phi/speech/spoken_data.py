@@ -24,6 +24,8 @@ from .tts import TextToSpeech, shorten, write_wav
 
 @dataclass
 class TranscriptionStats:
+    """Counts of recordings, and the first errors."""
+
     recordings: int  # distinct ones without a transcript in the data
     new: int  # transcribed now
     silent: int  # without speech
@@ -81,6 +83,8 @@ def transcribe_source(
 
 @dataclass
 class SpeechStats:
+    """Counts of questions and recordings, and the first errors."""
+
     questions: int = 0
     spoken: int = 0  # questions with a recording
     recordings: int = 0  # distinct ones

@@ -22,6 +22,8 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Transcript:
+    """The recognized speech of a clip."""
+
     text: str  # on one line; empty without speech
     segments: tuple[Segment, ...]
     language: str | None  # its code, for example "en"

@@ -8,7 +8,8 @@ It exits at the end of stdin.
 
     python whisperx_worker.py --check VAD
 
-imports everything for speech recognition and prints WhisperX's version."""
+imports everything for speech recognition and prints WhisperX's version.
+"""
 
 import base64
 import importlib

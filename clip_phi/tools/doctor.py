@@ -11,8 +11,6 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
-from packaging.requirements import Requirement
-
 from ..environment import GB, Check, check, check_bitsandbytes, check_device, describe_environment, installed_version
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -60,6 +58,9 @@ def check_python() -> Iterator[Check]:
 
 
 def check_packages() -> Iterator[Check]:
+    """The requirements of the package and of its extras."""
+    from packaging.requirements import Requirement  # comes with transformers
+
     try:
         needed = map(Requirement, requires("clip-phi") or [])
     except PackageNotFoundError:
@@ -217,6 +218,7 @@ def check_speech() -> Iterator[Check]:
 
 
 def check_whisperx() -> Iterator[Check]:
+    """The optional Python environment of WhisperX."""
     from ..speech.whisperx import ABOUT, REQUIREMENT, default_folder, find_installation
     from ..speech.whisperx import check as check_version
 

@@ -36,6 +36,7 @@ def make_plan(arguments: TrainingArguments, card: Gpu, mfu: float, config: ClipP
         "flops_per_sample": tower + rest,
         "tower_flops_per_sample": tower,
         "activation_bytes_per_token": (more["activations"] - less["activations"]) / 1000 / len(ids),
+        "mb_per_token": (more["activations"] - less["activations"]) / 1000 / len(ids) / 1e6,
         "memory_bytes": int(card.memory * GIB),
         "bill_bytes": formula.bill([ids], supervised, max(low, 1)),
         "pageable_bytes": pageable,
@@ -51,4 +52,5 @@ def make_plan(arguments: TrainingArguments, card: Gpu, mfu: float, config: ClipP
 
 
 def format_plan(plan: dict[str, Any]) -> str:
+    """The plan as a table."""
     return "".join(render("plan.txt", GIB=GIB, **plan)).rstrip("\n")

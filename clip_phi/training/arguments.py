@@ -29,6 +29,7 @@ METRICS: dict[str, list[str]] = OPTIONS["metric_for_best_model"]["metrics"]
 
 
 def _list(*texts: str) -> Any:
+    """A field with this list as its default."""
     return field(default_factory=lambda: list(texts))
 
 
@@ -284,9 +285,9 @@ def _make_parser(stage: int) -> argparse.ArgumentParser:
     kinds: dict[Any, dict[str, Any]] = {
         int: {"type": int, "metavar": "N"},
         float: {"type": float, "metavar": "X"},
-        bool: {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"},
+        bool: {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"},
         list[str]: {"nargs": "*", "metavar": "TEXT"},
-        hints["max_tokens_per_batch"]: {"type": number_or_auto, "metavar": "N"},
+        hints["max_tokens_per_batch"]: {"type": _tokens, "metavar": "N"},
     }
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
@@ -327,12 +328,18 @@ def _as_argv(kind: type[TrainingArguments], content: dict[str, Any], path: str) 
             yield f"--{name}={value}"
 
 
-def number_or_auto(text: str) -> int | str:  # argparse names it in errors
-    return text if text == "auto" else int(text)
+def _tokens(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
-def boolean(text: str) -> bool:
-    return ("false", "no", "0", "true", "yes", "1").index(text.lower()) > 2
+def _boolean(text: str) -> bool:
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return known[text.lower()]
 
 
 def _read_config(path: str) -> dict[str, Any]:

@@ -196,7 +196,9 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        states = state["cuda"]  # earlier versions saved those of all devices
+        number = min(torch.cuda.current_device(), len(states) - 1)
+        torch.cuda.set_rng_state(states if torch.is_tensor(states) else states[number])
 
 
 def describe_run(arguments: TrainingArguments, data: TrainData, world_size: int) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from ..batching.dataset import ImageReader, SampleDataset, SampleStream, make_loader
 from ..batching.index import Index, count_text, independent_turns_hint, load_index
 from ..batching.sampler import Batches, EndlessSampler, FixedBatches, Mixture, PackedBatches
-from ..data.hf_dataset import stream_table
 from ..data.report import Report, Skip
 from ..data.sample import Sample
 from ..data.source import DataSource, parse_source
@@ -175,6 +174,8 @@ def _readable(index: Index, read: ImageReader, arguments: TrainingArguments, nam
 
 
 def _stream(source: DataSource, seed: int, rank: int, world_size: int, report: Report) -> Iterator[Sample]:
+    from ..data.hf_dataset import stream_table
+
     options = source.table_options()
     samples = stream_table(source.path, source.media(), report, source.layout, rank, world_size, seed, **options)
     return source.transcripts().fill(samples, report)

@@ -340,5 +340,6 @@ def fit_longest(model: Any, arguments: TrainingArguments, longest: int, fits: in
 
 
 def enable_checkpointing(model: Any) -> None:
+    """Recompute the decoder's activations in the backward pass."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.disable_input_require_grads()  # with an adapter, it keeps the tower's activations, too

@@ -127,6 +127,7 @@ def resolve(arguments: TrainingArguments, accelerator: Accelerator, model: ClipP
 
 
 def describe_batches(arguments: TrainingArguments, accelerator: Accelerator) -> str:
+    """The line about the optimizer and the size of a step."""
     tokens, images = arguments.max_tokens_per_batch, arguments.per_device_train_batch_size
     size = f"up to {tokens:,} tokens" if tokens else f"{images:,} images"
     size += f" (evaluation: {arguments.per_device_eval_batch_size:,} images)"
@@ -190,6 +191,7 @@ def add_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
 
 
 def share_dropout(model: ClipPhiForCausalLM) -> None:
+    """Replace the dropout of all LoRA layers by SharedDropout."""
     dropped = WeakTensorKeyDictionary()
     for layer in model.model.language_model.modules():
         for name, drop in getattr(layer, "lora_dropout", {}).items():
