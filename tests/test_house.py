@@ -93,7 +93,7 @@ def test_every_benchmark_is_run_by_a_test():
 
 def test_every_target_of_tests_is_run_before_a_change_lands():
     """All but those that need gigabytes or a network, whose packages change from day to day, or that take long and
-    whose code seldom changes: the metrics beside Java's, and real speech."""
+    whose code seldom changes: the metrics beside Java's, real speech, and transformers.js."""
     targets = set(re.findall(r"^(test[a-z-]*|notebooks):", (ROOT / "Makefile").read_text(), re.M))
     run_by_ci = set(re.findall(r"^make (\S+)", (ROOT / ".ci/run").read_text(), re.M))
     left_out = {
@@ -105,7 +105,7 @@ def test_every_target_of_tests_is_run_before_a_change_lands():
         "test-trl",
         "test-two-images",
     }
-    left_out |= {"test-vllm"}
+    left_out |= {"test-vllm", "test-web"}
     assert targets - run_by_ci == left_out
     markers = set(re.findall(r"pytest -m (\w+)", (ROOT / "Makefile").read_text()))
     assert markers == set(re.findall(r"not (\w+)", (ROOT / "setup.cfg").read_text()))
