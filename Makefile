@@ -6,8 +6,9 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-demo test-two-images test-full-size test-export test-oldest test-newest test-main test-oracle test-speech \
-	test-browser test-backbones test-benchmarks test-load test-gpu test-trl test-vllm test-llamacpp test-web notebooks lint format bench clean
+.PHONY: install demo test test-demo test-two-images test-full-size test-export test-oldest test-newest test-main \
+	test-oracle test-speech test-browser test-backbones test-benchmarks test-load test-gpu test-trl test-vllm \
+	test-llamacpp test-web notebooks lint format bench clean
 
 install: .venv/installed
 

@@ -1,4 +1,4 @@
-"""With a cached index, the work until the first step of the real script does not grow with the data."""
+"""With a cached index, nothing until the first step of the real script grows with the data but the plan of packs."""
 
 import json
 
@@ -43,7 +43,7 @@ def until_first_step(options, count):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_work_until_the_first_step_is_of_the_datas_size(case, options):
+def test_no_work_but_the_plan_of_packs_is_of_the_datas_size(case, options):
     stage, own = CASES[case]
     found = []
     for size in SIZES:

@@ -141,7 +141,7 @@ def holdout_size(arguments: TrainingArguments, total: int) -> int:
 def hold_out(indexes: list[Index], num_images: int) -> tuple[list[Index], Index]:
     """The last samples of each source, in proportion, num_images in all, and the sources without these images.
 
-    An image in several sources is held out of all of them."""
+    indexes: whole ones, not views. An image in several sources is held out of all of them."""
     stops = np.cumsum([len(index) for index in indexes])
     shares = np.diff(np.round(stops / max(stops[-1], 1) * min(num_images, stops[-1])).astype(int), prepend=0)
     firsts = [len(index) - share for index, share in zip(indexes, shares, strict=True)]
