@@ -78,6 +78,7 @@ VARIANTS = (
     Variant("stage 2, dropout 0", 2, {"lora_dropout": 0.0}),
     Variant("stage 2, fp16", 2, {}, torch.float16),
     Variant("stage 2, nf4", 2, {"quantization": "nf4"}),
+    Variant("stage 2, nf4, fp16", 2, {"quantization": "nf4"}, torch.float16),
     Variant("stage 2, int8", 2, {"quantization": "int8"}),
     Variant("stage 2, checkpointed", 2, {"gradient_checkpointing": True}),
     Variant("stage 2, nf4, checkpointed", 2, {"quantization": "nf4", "gradient_checkpointing": True}),

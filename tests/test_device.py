@@ -217,6 +217,24 @@ def test_a_trial_step_leaves_no_gradient_and_the_same_random_numbers(stage, fres
     assert not trial_step(arguments, fresh_model, accelerator("cpu"), 2, spare=100)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_plan_of_packs_leaves_the_model_as_it_was(stage, fresh_model, gpu, monkeypatch):
+    gpu()
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    arguments = STAGES[stage](stage=stage, optim="adam8bit", **({"lora_r": 2} if stage == 2 else {}))
+    make_trainable(fresh_model, arguments, torch.device("cpu"), torch.float32)
+    attention, tried = fresh_model.config.get_text_config()._attn_implementation, []
+
+    def trial_on_the_cpu(arguments, model, accelerator_on_cuda, number, spare):
+        tried.append(trial_step(arguments, model, accelerator("cpu"), min(number, 2), spare=100))
+        return tried[-1]
+
+    monkeypatch.setattr(memory, "trial_step", trial_on_the_cpu)
+    assert memory.tokens_that_fit(arguments, fresh_model, accelerator()) > 0 and tried == [True]
+    assert fresh_model.config.get_text_config()._attn_implementation == attention
+    assert fresh_model.model.language_model.config._attn_implementation == attention
+
+
 def test_where_not_one_sample_fits_the_line_names_what_to_change(fresh_model, gpu, monkeypatch):
     gpu()
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)

@@ -4,6 +4,7 @@ A formula over the shapes of the model. benchmarks/plan_counting.py counts the s
 tests/test_plan.py compares the two. What cannot be counted is assumed, and marked as such."""
 
 import bisect
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -55,6 +56,7 @@ class Formula:
     Raises ValueError if the decoder's layers are neither like Phi's nor like Llama's."""
 
     def __init__(self, config: Any, arguments: TrainingArguments, card: Gpu):
+        config = copy.deepcopy(config)  # a new model, or config, resets the attention of its parts
         with torch.device("meta"):
             self.model = model = ClipPhiForCausalLM(config)
         has_varlen = card.has_varlen and not wants_sdpa(arguments)
