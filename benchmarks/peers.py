@@ -22,6 +22,7 @@ every position, so this script switches that on. Stage 2 is run in random order,
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import statistics
@@ -258,15 +259,16 @@ def _message(role: str, text: str | None, has_image: bool = False) -> dict[str, 
 
 
 class Counted:
-    """A collator that counts the tokens of its batches."""
+    """A collator that counts the tokens of its batches, in whatever process makes them."""
 
     def __init__(self, collator: Callable[[Any], Any]):
-        self.collator, self.tokens, self.padding = collator, 0, 0
+        self.collator, self.tokens, self.padding = collator, multiprocessing.Value("q"), multiprocessing.Value("q")
 
     def __call__(self, rows: Any) -> Any:
         batch = self.collator(rows)
-        self.tokens += batch["attention_mask"].numel()
-        self.padding += int((batch["attention_mask"] == 0).sum())
+        for count, found in ((self.tokens, batch["attention_mask"] >= 0), (self.padding, batch["attention_mask"] == 0)):
+            with count.get_lock():
+                count.value += int(found.sum())
         return batch
 
 
@@ -342,7 +344,7 @@ def train_with_trl(folder: Path, stage: int, device: str, grouped: bool, images_
             write(steps=state.max_steps, samples=len(trainer.train_dataset))
 
         def on_step_end(self, arguments: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            write(step=state.global_step, tokens=counted.tokens, padding=counted.padding)
+            write(step=state.global_step, tokens=counted.tokens.value, padding=counted.padding.value)
 
     trainer.add_callback(Marks())
     trainer.train()
@@ -363,7 +365,7 @@ def measure(command: list[str], folder: Path, device: str, marks: list[Callable[
     import psutil
 
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "HF_HOME": tempfile.mkdtemp(prefix="hf_home-", dir=folder),  # so that each run makes its index
         "OMP_NUM_THREADS": "1" if device == "cpu" else "8",
         "TOKENIZERS_PARALLELISM": "false",
