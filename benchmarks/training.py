@@ -49,7 +49,7 @@ from transformers.activations import ACT2FN
 from clip_phi.batching.attention import PACKED_ATTENTION
 from clip_phi.batching.encode import Encoded
 from clip_phi.batching.packing import SharedPrefixSample, build_shared_prefix, pack_samples
-from clip_phi.batching.sampler import plan_packs
+from clip_phi.batching.sampler import assign_packs, samples_of_packs
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
 from clip_phi.training.model import make_trainable
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
@@ -370,7 +370,8 @@ def our_batches(work: Work, sharing: bool, packing: bool) -> list[Inputs]:
     images = [image for image, _ in groups]
     samples = [build_shared_prefix(conversations, [IMAGE] * PATCHES, "") for _, conversations in groups]
     if packing:
-        plan = plan_packs([len(sample.input_ids) for sample in samples], work.budget)
+        lengths = np.array([len(sample.input_ids) for sample in samples])
+        plan = samples_of_packs(lengths, assign_packs(lengths[None], work.budget)[0])
     else:
         plan = [list(range(start, len(samples)))[: work.rows] for start in range(0, len(samples), work.rows)]
     batches = []
@@ -572,7 +573,7 @@ def activation_megabytes() -> float:
 def pack_fill(budget: int = 4096, count: int = 20_000) -> float:
     """Measure how full packs are, with lengths like LLaVA-Instruct's."""
     lengths = PATCHES + _long_tailed(np.random.default_rng(0), 5.3, count)
-    return int(lengths.sum()) / (len(plan_packs(lengths.tolist(), budget)) * budget)
+    return int(lengths.sum()) / ((assign_packs(lengths[None], budget).max() + 1) * budget)
 
 
 # ------------------------------------------------------------------ the benchmark

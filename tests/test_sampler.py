@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from clip_phi.batching import sampler
-from clip_phi.batching.sampler import EndlessSampler, FixedBatches, Mixture, PackedBatches, plan_packs
+from clip_phi.batching.sampler import (
+    EndlessSampler,
+    FixedBatches,
+    Mixture,
+    PackedBatches,
+    assign_packs,
+    samples_of_packs,
+)
 
 
 def llava_lengths(count, seed=0):
@@ -12,18 +19,46 @@ def llava_lengths(count, seed=0):
     return (49 + np.random.default_rng(seed).lognormal(5.3, 0.7, count).clip(8, 1999)).astype(int)
 
 
+def plan(lengths, budget):
+    return [pack.tolist() for pack in samples_of_packs(lengths, assign_packs(lengths[None], budget)[0])]
+
+
+def best_fit_decreasing(lengths, budget):
+    """Sample by sample: into the pack where the least is left, the first of several."""
+    packs, left = [], []
+    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
+        fitting = [pack for pack in range(len(packs)) if left[pack] >= lengths[sample]]
+        pack = min(fitting, key=lambda pack: left[pack], default=len(packs))
+        if pack == len(packs):
+            packs.append([])
+            left.append(budget)
+        packs[pack].append(sample)
+        left[pack] -= lengths[sample]
+    return packs
+
+
 @pytest.mark.parametrize("budget", [2048, 4096, 8192])
 def test_packs_hold_every_sample_once_keep_the_budget_and_are_full(budget):
-    lengths = llava_lengths(20_000)
-    packs = plan_packs(lengths, budget)
-    assert sorted(sample for pack in packs for sample in pack) == list(range(20_000))
+    lengths = llava_lengths(5_000)
+    packs = plan(lengths, budget)
+    assert sorted(sample for pack in packs for sample in pack) == list(range(5_000))
     assert max(lengths[pack].sum() for pack in packs) <= budget
     assert lengths.sum() / (len(packs) * budget) >= 0.95
-    assert plan_packs(lengths, budget) == packs
+
+
+@pytest.mark.parametrize("budget", [90, 700, 4096])
+def test_rows_are_packed_as_each_alone_by_best_fit_decreasing(budget):
+    rows = llava_lengths(900).reshape(3, 300)
+    rows[2, 123:] = 0  # no samples
+    for row, packs in zip(rows, assign_packs(rows, budget), strict=True):
+        size = int((row > 0).sum())
+        found = [pack.tolist() for pack in samples_of_packs(row[:size], packs[:size])]
+        assert found == best_fit_decreasing(row[:size].tolist(), budget)
+        assert packs.max() == len(found) - 1
 
 
 def test_a_sample_longer_than_the_budget_is_a_pack_alone():
-    assert plan_packs([3, 12, 7, 3], 10) == [[1], [2, 0], [3]]
+    assert plan(np.array([3, 12, 7, 3]), 10) == [[1], [2, 0], [3]]
 
 
 def packed(weights=None, window=50):
@@ -31,9 +66,10 @@ def packed(weights=None, window=50):
     return PackedBatches(Mixture(sizes, weights, seed=4), llava_lengths(400), budget=2100, window=window)
 
 
+@pytest.mark.parametrize("window", [50, 399, 1000], ids="{} samples together".format)
 @pytest.mark.parametrize("weights", [None, (1, 2)])
-def test_packed_epochs_follow_the_mixture_and_any_position_can_be_asked_for(weights):
-    batches, fresh = packed(weights), packed(weights)
+def test_packed_epochs_follow_the_mixture_and_any_position_can_be_asked_for(weights, window):
+    batches, fresh = packed(weights, window), packed(weights, window)
     first, both = batches.count(1), batches.count(2)
     stream = [batches.batch(number) for number in range(both)]
     for epoch, part in ((0, stream[:first]), (1, stream[first:])):
@@ -45,16 +81,15 @@ def test_packed_epochs_follow_the_mixture_and_any_position_can_be_asked_for(weig
     assert batches.fill > 0.9 and batches.count(0.5) == -(-first // 2)
 
 
-def test_each_epoch_is_planned_once_and_then_the_windows_that_are_trained_on(monkeypatch):
+def test_each_epoch_is_planned_once(monkeypatch):
     planned = []
-    monkeypatch.setattr(sampler, "plan_packs", lambda *work: planned.append(1) or plan_packs(*work))
+    monkeypatch.setattr(sampler, "assign_packs", lambda *work: planned.append(1) or assign_packs(*work))
     batches = packed()
     size = batches.count(1)
-    assert batches.fill > 0.9 and batches.count(1) == size and len(planned) == 400 // 50
+    assert batches.fill > 0.9 and batches.count(1) == size and len(planned) == 1
     packs = [batches.batch(number) for number in range(size)]
-    assert len(planned) == 2 * 400 // 50 and sorted(place for pack in packs for place in pack) == [
-        (0, index) for index in range(400)
-    ]
+    assert sorted(place for pack in packs for place in pack) == [(0, index) for index in range(400)]
+    assert len(planned) == 1 and batches.count(2) > size and len(planned) == 2
 
 
 def places(batches, **options):

@@ -53,24 +53,26 @@ class Mixture:
         return places
 
 
-def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Numbers of samples in packs of at most budget tokens, by best fit decreasing. A longer sample is a pack alone.
+def assign_packs(lengths: np.ndarray, budget: int) -> np.ndarray:
+    """The pack of each sample, by best fit decreasing, in all rows at once. A sample longer than budget is alone.
 
+    lengths: int (rows, samples), tokens; 0 is no sample. Returns int (rows, samples), the packs of a row from 0 on.
     Source: Johnson et al. 1974, "Worst-case performance bounds for simple one-dimensional packing algorithms"."""
-    packs: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (tokens left, pack), ascending
-    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
-        length = int(lengths[sample])
-        place = bisect.bisect_left(free, (length, -1))
-        if place < len(free):
-            left, pack = free.pop(place)
-        else:
-            left, pack = budget, len(packs)
-            packs.append([])
-        packs[pack].append(sample)
-        if left > length:
-            bisect.insort(free, (left - length, pack))
+    rows, most, packs = np.arange(len(lengths)), 0, np.zeros_like(lengths)
+    left = np.full_like(lengths, budget)
+    for samples in np.argsort(-lengths, axis=1, kind="stable").T:
+        needed = lengths[rows, samples].clip(max=budget)
+        room = left[:, : most + 1]  # of the packs of a row, and of an empty one
+        packs[rows, samples] = chosen = np.where(room < needed[:, None], budget + 1, room).argmin(axis=1)
+        left[rows, chosen] -= needed
+        most = max(most, int(chosen.max()) + 1)
     return packs
+
+
+def samples_of_packs(lengths: np.ndarray, packs: np.ndarray) -> list[np.ndarray]:
+    """The numbers of the samples of each pack of a row, the longest first."""
+    order = np.lexsort((-lengths, packs))
+    return np.split(order, np.cumsum(np.bincount(packs))[:-1])
 
 
 @dataclass
@@ -120,19 +122,30 @@ class PackedBatches:
     def __post_init__(self) -> None:
         self._starts = [0]  # of each window of each epoch, the number of packs before it
         self._windows = -(-self.mixture.length // self.window)
+        self._packs_of = lru_cache(maxsize=2)(self._assign)
         self._plan = lru_cache(maxsize=1)(self._make_plan)
 
     def _start(self, window: int) -> int:
         while len(self._starts) <= window:
-            self._starts.append(self._starts[-1] + len(self._plan(len(self._starts) - 1)))
+            counts = self._packs_of((len(self._starts) - 1) // self._windows)[1].max(axis=1) + 1
+            self._starts += (self._starts[-1] + np.cumsum(counts)).tolist()
         return self._starts[window]
 
+    def _assign(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths and packs (windows, window) of an epoch's samples; the last window may have fewer."""
+        lengths = np.zeros(self._windows * self.window, dtype=np.int64)
+        lengths[: self.mixture.length] = self.lengths[self.mixture._places_of(epoch)[:, 1]]
+        lengths = lengths.reshape(self._windows, self.window)
+        return lengths, assign_packs(lengths, self.budget)
+
     def _make_plan(self, number: int) -> list[list[tuple[int, int]]]:
-        epoch, start = number // self._windows, number % self._windows * self.window
+        epoch, window = divmod(number, self._windows)
+        start = window * self.window
         places = self.mixture.places(epoch, start, start + self.window)
-        packs = plan_packs([int(self.lengths[index]) for _, index in places], self.budget)
-        order = np.random.default_rng((self.mixture.seed, epoch, start)).permutation(len(packs))
-        return [[places[sample] for sample in packs[pack]] for pack in order]
+        lengths, packs = (each[window, : len(places)] for each in self._packs_of(epoch))
+        samples = samples_of_packs(lengths, packs)
+        order = np.random.default_rng((self.mixture.seed, epoch, start)).permutation(len(samples))
+        return [[places[sample] for sample in samples[pack]] for pack in order]
 
 
 Batches = FixedBatches | PackedBatches

@@ -47,7 +47,6 @@ Callback = Callable[[str | None], None]  # gets each piece of a text, and None a
 GREEDY = 1e-5  # a temperature below this is greedy: what it would divide by is no number in float32
 MAX_CHARACTERS = 16  # of a conversation, for each token of the context: longer texts cannot fit, and are not tokenised
 DECODING_BYTES = 16  # for each pixel of an image: what PIL needs at most, for 16-bit gray and for transparency
-LARGE = 64 * 2**20  # bytes
 LIBC: Any = ctypes.CDLL(None) if os.name == "posix" else None
 # These decoders hold Python's lock until they end, and so hold up every other request: 0.1 s for so many pixels.
 MAX_LOCKED_PIXELS = {"AVIF": 1_500_000, "WEBP": 16_000_000}
@@ -209,6 +208,9 @@ class Engine(AbstractContextManager["Engine"]):
         self._running: list[_Request] = []
         self._waiting: deque[list[_Request]] = deque()  # the completions of one prompt together
         self._free_bytes = limits.decoding_bytes
+        # glibc keeps the memory of every thread's images, and to have it trimmed would hold up all threads.
+        for option in (-3, -1) if hasattr(LIBC, "mallopt") else ():  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            LIBC.mallopt(option, 8 * 2**20)
         self._freed = threading.Condition()
         self._changed = threading.Condition()
         self._encoding = threading.Lock()
@@ -327,10 +329,7 @@ class Engine(AbstractContextManager["Engine"]):
             kind = "an image" if limit == max_pixels else f"an image in the format {format}"
             raise ValueError(f"{kind} of {num_pixels:,} pixels: at most {limit:,} here")
         with self._reserved(num_pixels * DECODING_BYTES):
-            prepared = self._prepare(load_image(source))
-            if num_pixels * DECODING_BYTES > LARGE and hasattr(LIBC, "malloc_trim"):
-                LIBC.malloc_trim(0)  # glibc keeps the memory of every thread's images
-            return prepared
+            return self._prepare(load_image(source))
 
     @contextmanager
     def _reserved(self, num_bytes: int) -> Iterator[None]:

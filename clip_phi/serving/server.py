@@ -4,6 +4,7 @@ For uvicorn, whose own limits begin when a request has been received."""
 
 import asyncio
 import functools
+import gc
 import hmac
 import ipaddress
 import os
@@ -214,4 +215,6 @@ def serve(app: Any, host: str, port: int, log_level: str = "info", limits: Serve
     except OSError as error:
         raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}; try another --port") from error
     sys.setswitchinterval(0.001)  # else the event loop waits 5 ms for each thread that computes
+    gc.collect()
+    gc.freeze()  # else each full collection goes through the libraries' objects, and holds everything up for 0.3 s
     uvicorn.Server(make_config(app, limits, log_level)).run(sockets=[listener])
