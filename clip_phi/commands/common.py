@@ -116,7 +116,8 @@ def newest_model() -> str | None:
 def choose_model(arguments: argparse.Namespace) -> str:
     """The model given by --model or as an argument, or else the newest, which is then named on stderr.
 
-    Stored in arguments.model. Raises ValueError if it is given twice, its folder does not exist, or there is none."""
+    Stored in arguments.model. Raises ValueError if it is given twice, its folder does not exist, or there is none; and
+    for a config that is no json object or has too many layers, before anything is made of it."""
     argument: str | None = getattr(arguments, "model_argument", None)
     if arguments.model is not None and argument is not None:
         raise ValueError(f"two models: {argument} and --model {arguments.model}. Give one of them")
@@ -127,16 +128,12 @@ def choose_model(arguments: argparse.Namespace) -> str:
         print(f"clip-phi: model: {model} (--model chooses another)", file=sys.stderr)
     check_model(model)
     arguments.model, arguments.model_argument = model, None
-    _check_config(Path(model, "config.json"))
-    return model
-
-
-def _check_config(path: Path) -> None:
-    """Raises ValueError for a config that is no json object or has too many layers, before anything is made of it."""
+    path = Path(model, "config.json")
     for name, part in (read_object(path) if path.is_file() else {}).items():
         layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
         if layers is not None and not (isinstance(layers, int) and 0 <= layers <= MAX_LAYERS):
             raise ValueError(f"{path}: {name} has num_hidden_layers {layers}: at most {MAX_LAYERS}")
+    return model
 
 
 def check_model(model: str) -> None:

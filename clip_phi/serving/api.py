@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from ..data.report import RecordError
 from ..templates import render
 from .chat_schema import AudioPart, ChatRequest, ImagePart, TextPart, parse_request
 from .detokenizer import token_bytes
@@ -29,7 +28,6 @@ from .server import ApiError, Bodies, Gate, ServerLimits
 try:
     from fastapi import FastAPI, Request
     from fastapi.concurrency import run_in_threadpool
-    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
     from pydantic import BaseModel
     from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -189,7 +187,6 @@ def create_app(
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     @app.exception_handler(ApiError)
-    @app.exception_handler(RequestValidationError)
     @app.exception_handler(StarletteHTTPException)
     async def on_error(request: Request, error: Any) -> Response:
         if isinstance(error, StarletteHTTPException):
@@ -237,10 +234,7 @@ def _submit(
 def _image(url: str, engine: Engine, max_pixels: int) -> PreparedImage:
     if (found := DATA_URI.match(url[:256])) is None:
         raise ValueError("must be a data: URI, 'data:image/jpeg;base64,...': nothing is fetched from elsewhere")
-    try:
-        return engine.read_image(_from_base64(url[found.end() :]), max_pixels)
-    except RecordError as error:
-        raise ValueError(str(error)) from error
+    return engine.read_image(_from_base64(url[found.end() :]), max_pixels)
 
 
 def _from_base64(text: str) -> bytes:
@@ -291,7 +285,7 @@ class _Answer:
                     if not withheld:
                         yield self._event(self._choice(number, None, delta={"content": piece}))
                 elif done.error is not None:
-                    yield _event(_engine_error(done.error).body)
+                    yield f"data: {json.dumps(_engine_error(done.error).body)}\n\n"
                     return
                 else:
                     running -= 1
@@ -334,11 +328,8 @@ class _Answer:
         return {"usage": usage | {"total_tokens": sum(usage.values())}, "timings": timings}
 
     def _event(self, *choices: dict[str, Any], **more: Any) -> str:
-        return _event(self.common | {"object": "chat.completion.chunk", "choices": choices} | more)
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data)}\n\n"
+        chunk = self.common | {"object": "chat.completion.chunk", "choices": choices} | more
+        return f"data: {json.dumps(chunk)}\n\n"
 
 
 async def _wait(completions: list[Completion], pieces: asyncio.Queue[tuple[int, str | None]], request: Request) -> None:

@@ -79,7 +79,6 @@ class Message(_Part):
 Integer = Annotated[int, BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)]
 
 AsList = BeforeValidator(lambda x: [x] if isinstance(x, str) else x, json_schema_input_type=str | list[str])
-Texts = Annotated[list[str], AsList]
 
 
 class StreamOptions(_Part):
@@ -97,7 +96,7 @@ class ChatRequest(_Part):
     temperature: float | None = Field(None, ge=0, le=2, description="default 0: greedy")
     top_p: float | None = Field(None, gt=0, le=1)
     seed: Annotated[Integer, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Texts = Field([], description="at most 4")
+    stop: Annotated[list[str], AsList] = Field([], description="at most 4")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     n: Annotated[Integer, Field(ge=1, le=8)] = 1
@@ -114,11 +113,9 @@ class ChatRequest(_Part):
         """What the answer is to follow: paths in the request, each with the argument of Grammars.compile."""
         form = self.response_format or {}
         kind = form.get("type", "text")
-        guided = (("json", self.guided_json), ("regex", self.guided_regex), ("choice", self.guided_choice))
-        asked = [(f"guided_{name}", name, value) for name, value in guided]
-        asked += [
-            (f"structured_outputs.{name}", name, value) for name, value in (self.structured_outputs or {}).items()
-        ]
+        asked = [(f"guided_{name}", name, getattr(self, f"guided_{name}")) for name in ("json", "regex", "choice")]
+        outputs = self.structured_outputs or {}
+        asked += [(f"structured_outputs.{name}", name, value) for name, value in outputs.items()]
         asked = [each for each in asked if not _asks_for_nothing(*each[1:])]
         asked += [(f"response_format.{kind}", kind, form.get(kind, True))] if kind != "text" else []
         found = {}

@@ -328,18 +328,12 @@ class Engine(AbstractContextManager["Engine"]):
         if num_pixels > limit:
             kind = "an image" if limit == max_pixels else f"an image in the format {format}"
             raise ValueError(f"{kind} of {num_pixels:,} pixels: at most {limit:,} here")
-        with self._reserved(num_pixels * DECODING_BYTES):
-            return self._prepare(load_image(source))
-
-    @contextmanager
-    def _reserved(self, num_bytes: int) -> Iterator[None]:
-        """Block until other threads leave so many bytes of Limits.decoding_bytes."""
-        num_bytes = min(num_bytes, self.limits.decoding_bytes)
+        num_bytes = min(num_pixels * DECODING_BYTES, self.limits.decoding_bytes)
         with self._freed:
             self._freed.wait_for(lambda: self._free_bytes >= num_bytes)
             self._free_bytes -= num_bytes
         try:
-            yield
+            return self._prepare(load_image(source))
         finally:
             with self._freed:
                 self._free_bytes += num_bytes
@@ -458,17 +452,14 @@ class Engine(AbstractContextManager["Engine"]):
                 logger.exception("a step failed, and its %s requests with it", len(self._running))
                 self._fail(self._running, error)
                 self._cache.release()
-        with self._changed:
-            waiting = [request for group in self._waiting for request in group]
-            self._waiting.clear()
-        for requests in (self._running, waiting):
+        for requests in (self._running, *self._waiting):  # none is added once the engine is closed
             self._fail(requests, EngineClosedError("the engine is closed"))
+        self._waiting.clear()
 
     def _next_to_join(self) -> list[list[_Request]]:
         """Queued requests for the next step, oldest first; blocks until there is one if nothing runs."""
         with self._changed:
-            while not self._waiting and not self._running and not self._closed:
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
             joining: list[list[_Request]] = []
             if self._running and len(self._waiting) < len(self._running) / 4:
                 queued = time.perf_counter() - self._waiting[0][0].completion._submitted if self._waiting else 0.0
@@ -524,12 +515,11 @@ class Engine(AbstractContextManager["Engine"]):
         prefixes = [None if key is None else self.images.get(key) for key in keys]
         for request, prefix in zip(joining, prefixes, strict=True):  # at least one token is left: it gives the logits
             request.start = 0 if prefix is None else min(len(prefix), len(request.ids) - 1)
-        width = max(len(request.ids) - request.start for request in joining)
+        rests = [torch.tensor(request.ids[request.start :]) for request in joining]
+        ids = torch.nn.utils.rnn.pad_sequence(rests, batch_first=True)
         lengths = [request.max_length for request in (*self._running, *sharing)]
-        self._cache.reserve(len(lengths), max([*lengths, *(request.start + width for request in joining)]))
-        ids = torch.zeros(len(joining), width, dtype=torch.long)
-        for number, (request, prefix) in enumerate(zip(joining, prefixes, strict=True)):
-            ids[number, : len(request.ids) - request.start] = torch.tensor(request.ids[request.start :])
+        self._cache.reserve(len(lengths), max([*lengths, *(request.start + ids.shape[1] for request in joining)]))
+        for number, prefix in enumerate(prefixes):
             if prefix is not None:
                 self._cache.write(first + number, prefix)
         embeds = self.model.get_input_embeddings()(ids.masked_fill(ids == image_token, 0).to(self.model.device))
@@ -537,8 +527,8 @@ class Engine(AbstractContextManager["Engine"]):
             places = (ids[number] == image_token).nonzero().flatten().to(self.model.device)
             if len(places):  # the last features: the first may be in the prefix
                 embeds[number, places] = torch.cat(of_request)[-len(places) :].to(embeds.dtype)
-        positions = torch.tensor([[request.start] for request in joining]) + torch.arange(width)
-        lasts = torch.tensor([[len(request.ids) - request.start - 1] for request in joining])
+        positions = torch.tensor([[request.start] for request in joining]) + torch.arange(ids.shape[1])
+        lasts = torch.tensor([[len(rest) - 1] for rest in rests])
         length = max(len(request.ids) for request in joining)
         logits = self._forward(first, positions, length, lasts.to(self.model.device), inputs_embeds=embeds)
         for number, (request, key) in enumerate(zip(joining, keys, strict=True)):
@@ -598,15 +588,13 @@ class Engine(AbstractContextManager["Engine"]):
     def _take_tokens(self, requests: list[_Request], logits: torch.Tensor) -> None:
         wanted = [number for number, request in enumerate(requests) if request.top_logprobs is not None]
         logprobs = dict(zip(wanted, logits[wanted].log_softmax(dim=-1), strict=True)) if wanted else {}
-        everything = b"\xff" * -(-logits.shape[1] // 8)  # a bit for each token
-        masks = [everything] * len(requests)
-        for number, request in enumerate(requests):
-            if request.grammar is not None:
-                with self._failing_alone(request):
-                    masks[number] = request.grammar.allowed()[: len(everything)]
         if any(request.grammar is not None for request in requests):
-            bits = np.frombuffer(b"".join(masks), np.uint8).reshape(len(requests), -1)
-            allowed = np.unpackbits(bits, axis=1, count=logits.shape[1], bitorder="little").view(bool)
+            allowed = np.ones(logits.shape, bool)
+            for number, request in enumerate(requests):
+                if request.grammar is not None:
+                    with self._failing_alone(request):
+                        bits = np.frombuffer(request.grammar.allowed(), np.uint8)
+                        allowed[number] = np.unpackbits(bits, count=logits.shape[1], bitorder="little")
             logits = logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
         tokens: list[int | None] = [None] * len(requests)
         try:
