@@ -35,11 +35,9 @@ def run_serve(arguments: argparse.Namespace) -> None:
     from ..serving.modalities import load_modalities
     from ..serving.server import serve
 
-    transcribe = None
-    if arguments.speech_model is not None:
-        modalities = load_modalities(arguments.speech_model, None, None, None, arguments.max_audio_seconds)
-        if (transcribe := modalities.transcribe) is None:
-            raise ImportError(modalities.missing[0])
+    modalities = load_modalities(arguments.speech_model, None, None, None, arguments.max_audio_seconds)
+    if arguments.speech_model is not None and modalities.transcribe is None:
+        raise ImportError(modalities.missing[0])
     names = ("max_images", "max_tokens", "max_connections", "header_seconds", "body_seconds")
     numbers = {name: getattr(arguments, name) for name in names}
     body, pixels = arguments.max_body_mb * 2**20, arguments.max_megapixels * 10**6
@@ -49,8 +47,8 @@ def run_serve(arguments: argparse.Namespace) -> None:
     name = arguments.name or Path(model).resolve().name
     with load_engine(arguments, Limits(arguments.max_batch, arguments.max_waiting)) as engine:
         options = {"hosts": [*arguments.allow_host, arguments.host], "origins": arguments.allow_origin}
-        options["abstain_below"] = arguments.abstain_below
-        app = create_app(engine, name, api_key=api_key, limits=limits, transcribe=transcribe, **options)
+        options |= {"abstain_below": arguments.abstain_below, "transcribe": modalities.transcribe}
+        app = create_app(engine, name, api_key=api_key, limits=limits, **options)
         print(f"model {name!r} at http://{arguments.host}:{arguments.port}/v1", file=sys.stderr, flush=True)
         serve(app, arguments.host, arguments.port, arguments.log_level, limits)
 

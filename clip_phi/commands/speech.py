@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,6 @@ ASR_OPTIONS = ("engine", "speech_model", "language", "max_speech_seconds")
 
 def transcribe(file: str, arguments: argparse.Namespace) -> Any:
     """The Transcript of a recording. Notes on stderr name the engine, a cut recording and a silent one."""
-    from contextlib import closing
-
     from ..speech.asr import make_transcriber
     from ..speech.audio import load_audio
 

@@ -138,7 +138,7 @@ def create_app(
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, str | None]]()
 
         def put(number: int, piece: str | None) -> None:  # in the engine's thread
-            if body.stream or piece is None:
+            if piece is None or (body.stream and below is None):  # where it may abstain, its text waits for the end
                 loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
 
         try:
@@ -282,8 +282,7 @@ class _Answer:
                 number, piece = await pieces.get()
                 done = self.completions[number]
                 if piece is not None:
-                    if not withheld:
-                        yield self._event(self._choice(number, None, delta={"content": piece}))
+                    yield self._event(self._choice(number, None, delta={"content": piece}))
                 elif done.error is not None:
                     yield f"data: {json.dumps(_engine_error(done.error).body)}\n\n"
                     return
