@@ -371,7 +371,7 @@ def our_batches(work: Work, sharing: bool, packing: bool) -> list[Inputs]:
     samples = [build_shared_prefix(conversations, [IMAGE] * PATCHES, "") for _, conversations in groups]
     if packing:
         lengths = np.array([len(sample.input_ids) for sample in samples])
-        plan = samples_of_packs(lengths, assign_packs(lengths[None], work.budget)[0])
+        plan = [pack.tolist() for pack in samples_of_packs(lengths, assign_packs(lengths[None], work.budget)[0])]
     else:
         plan = [list(range(start, len(samples)))[: work.rows] for start in range(0, len(samples), work.rows)]
     batches = []
