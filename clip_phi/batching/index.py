@@ -216,8 +216,8 @@ def load_index(source: DataSource, processor: Any, max_length: int, num_workers:
         stamps = media.file_stamps() | transcripts.file_stamps()
         table = _map(path)
         made = Index(table, _prefixes(processor), report, folder / "index.arrow", digest=_digest(table))
-        about = {"state": state, "report": report.as_dict(), "file_stamps": stamps, "digest": made.digest}
-        about |= {"checksum": _checksum(path), "written": file_stamp(str(path))}
+        about: dict[str, Any] = {"state": state, "report": report.as_dict(), "file_stamps": stamps}
+        about |= {"digest": made.digest, "checksum": _checksum(path), "written": file_stamp(str(path))}
         path.with_name("about.json").write_text(checked_line(about), encoding="utf-8")
         if _open(folder, state, processor) is None:  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)

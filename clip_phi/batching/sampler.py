@@ -133,9 +133,8 @@ class PackedBatches:
 
     def _assign(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Lengths and packs (windows, window) of an epoch's samples; the last window may have fewer."""
-        lengths = np.zeros(self._windows * self.window, dtype=np.int64)
-        lengths[: self.mixture.length] = self.lengths[self.mixture._places_of(epoch)[:, 1]]
-        lengths = lengths.reshape(self._windows, self.window)
+        lengths = np.zeros((self._windows, self.window), dtype=np.int64)
+        lengths.flat[: self.mixture.length] = self.lengths[self.mixture._places_of(epoch)[:, 1]]
         return lengths, assign_packs(lengths, self.budget)
 
     def _make_plan(self, number: int) -> list[list[tuple[int, int]]]:
