@@ -22,6 +22,7 @@ from .memory import enable_checkpointing, wants_sdpa
 from .optim import choose_optimizer
 
 FIELDS = ("projector_type", "vision_feature_layer", "vision_feature_select_strategy")  # of ClipPhiConfig, in stage 1
+LINEAR = (torch.nn.Linear, Conv1D)  # GPT-2's Conv1D is one, too
 
 
 def load_processor(arguments: TrainingArguments) -> ClipPhiProcessor:
@@ -170,7 +171,7 @@ def add_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
     """Source: LoRA, arXiv 2106.09685; on all linear layers and 4-bit weights: QLoRA, arXiv 2305.14314."""
     from peft import LoraConfig
 
-    layers = [name for name, module in model.model.language_model.named_modules() if is_linear(module)]
+    layers = [name for name, module in model.model.language_model.named_modules() if isinstance(module, LINEAR)]
     targets = sorted({name.rpartition(".")[2] for name in layers})
     if arguments.lora_targets != "auto":
         wanted = [name.strip() for name in arguments.lora_targets.split(",")]
@@ -256,8 +257,3 @@ def adapter_options(model: ClipPhiForCausalLM) -> dict[str, Any]:
     layers = {name.rpartition(".")[2] for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     sizes = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     return sizes | {"lora_targets": ",".join(sorted(layers))}
-
-
-def is_linear(module: torch.nn.Module) -> bool:
-    """GPT-2's Conv1D is one, too."""
-    return isinstance(module, (torch.nn.Linear, Conv1D))
