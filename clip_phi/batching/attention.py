@@ -140,10 +140,9 @@ def context_length(config: Any) -> int | None:
 
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_size: int = 64) -> bool:
     """FlashAttention's: for half precision, on NVIDIA's GPUs from Ampere (capability 8.0) on."""
-    is_half = dtype in (torch.bfloat16, torch.float16)
-    if device.type != "cuda" or torch.version.hip is not None or not is_half or head_size % 8 or head_size > 256:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    is_fit = dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= 256
+    return is_nvidia and is_fit and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_by_bucket(

@@ -73,8 +73,7 @@ class TrainData:
         return {**self.report.as_dict(), "seen": sorted(self.report.seen)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.report = Report.from_dict(state)
-        self.report.seen = set(state["seen"])
+        self.report = replace(Report.from_dict(state), seen=set(state["seen"]))
 
 
 def read_data(arguments: TrainingArguments, processor: Any, read: ImageReader, accelerator: Accelerator) -> TrainData:
@@ -168,9 +167,7 @@ def _readable(index: Index, read: ImageReader, arguments: TrainingArguments, nam
     report.refuse_bad(arguments.max_bad_fraction)
     if not good:
         raise ValueError(f"nothing to evaluate on: no sample of {name} can be used\n{report.table()}")
-    checked = index.take(np.array(good))
-    checked.report = report
-    return checked
+    return replace(index.take(np.array(good)), report=report)
 
 
 def _stream(source: DataSource, seed: int, rank: int, world_size: int, report: Report) -> Iterator[Sample]:

@@ -18,12 +18,12 @@ from .optim import choose_optimizer
 YAML = "accelerate_config.yaml"  # beside the script
 
 
-def launcher_command(pid: int | None = None) -> list[str]:
+def launcher_command() -> list[str]:
     """The command line of `accelerate launch`, if this process is its child; else nothing."""
     import psutil  # type: ignore[import-untyped]  # accelerate needs it
 
     try:
-        command: list[str] = psutil.Process(pid or os.getppid()).cmdline()
+        command: list[str] = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return []
     is_launcher = any("accelerate" in Path(word).name for word in command[:4]) and "launch" in " ".join(command)

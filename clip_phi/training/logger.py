@@ -18,7 +18,7 @@ from ..data.report import Report, plain, plain_json
 from ..environment import peak_memory_bytes
 from .evaluate import Evaluation
 from .guards import tolerate_write_errors
-from .model import is_linear
+from .model import LINEAR
 
 
 class StepCounts(NamedTuple):
@@ -60,7 +60,7 @@ class FlopsPerToken(NamedTuple):
 def _flops(part: torch.nn.Module, frozen: int, trained: int) -> int:
     """Of a token: so many for each weight of the part's layers. A quantised matrix counts with its original size."""
     total = 0
-    for layer in filter(lambda each: is_linear(each) or isinstance(each, torch.nn.Conv2d), part.modules()):
+    for layer in filter(lambda each: isinstance(each, (*LINEAR, torch.nn.Conv2d)), part.modules()):
         is_plain = isinstance(layer, torch.nn.Linear)
         size = layer.in_features * layer.out_features if is_plain else layer.weight.numel()
         total += size * (trained if layer.weight.requires_grad else frozen)
@@ -91,8 +91,7 @@ class TrainingLogger:
     advice: str = ""
 
     def __post_init__(self) -> None:
-        self.losses: list[tuple[int, float]] = []
-        self.eval_losses: list[tuple[int, float]] = []
+        self.losses, self.eval_losses = list[tuple[int, float]](), list[tuple[int, float]]()
         self.seen = self._last = StepCounts()  # since the beginning of the run, and until the last line
         self._loss_sum, self._tokens = 0.0, 0  # since the last line
         self._step = 0  # of the last line, or the one that the run is resumed after

@@ -324,8 +324,7 @@ def trial_step(arguments: TrainingArguments, model: Any, accelerator: Any, numbe
     finally:
         del pack
         model.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     return True
 
 

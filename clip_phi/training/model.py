@@ -21,24 +21,20 @@ from .fsdp import is_sharded
 from .memory import enable_checkpointing, wants_sdpa
 from .optim import choose_optimizer
 
-FEATURES = ("vision_feature_layer", "vision_feature_select_strategy")  # fields of ClipPhiConfig about the tower's
+FIELDS = ("projector_type", "vision_feature_layer", "vision_feature_select_strategy")  # of ClipPhiConfig, in stage 1
+LINEAR = (torch.nn.Linear, Conv1D)  # GPT-2's Conv1D is one, too
 
 
 def load_processor(arguments: TrainingArguments) -> ClipPhiProcessor:
-    names, revisions = _origins(arguments)
-    load = ClipPhiProcessor.from_backbones if revisions else ClipPhiProcessor.from_pretrained
-    return _load(load, *names, **revisions, **_fields(arguments, *FEATURES))
+    if isinstance(arguments, Stage2Arguments):
+        return _load(ClipPhiProcessor.from_pretrained, arguments.init_from)
+    return _load_backbones(ClipPhiProcessor, arguments)
 
 
-def _fields(arguments: TrainingArguments, *names: str) -> dict[str, Any]:
-    """Those options of these that the stage has, by name."""
-    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-
-
-def _origins(arguments: TrainingArguments) -> tuple[list[str], dict[str, str | None]]:
-    """The weights that the stage starts from: two backbones and their revisions, or one model."""
-    names = [*_fields(arguments, "init_from", "vision_backbone", "text_backbone").values()]
-    return names, _fields(arguments, "vision_revision", "text_revision")
+def _load_backbones(kind: Any, arguments: Any, **options: Any) -> Any:
+    """The processor or the model of stage 1's two backbones."""
+    options |= {name: getattr(arguments, name) for name in ("vision_revision", "text_revision", *FIELDS)}
+    return _load(kind.from_backbones, arguments.vision_backbone, arguments.text_backbone, **options)
 
 
 def load_model(arguments: TrainingArguments, accelerator: Accelerator) -> ClipPhiForCausalLM:
@@ -49,8 +45,7 @@ def load_model(arguments: TrainingArguments, accelerator: Accelerator) -> ClipPh
     if isinstance(arguments, Stage2Arguments):
         model = _load_start(arguments, dtype, accelerator)
     else:
-        (names, revisions), own = _origins(arguments), _fields(arguments, "projector_type", *FEATURES)
-        model = _load(ClipPhiForCausalLM.from_backbones, *names, **revisions, **own, dtype=dtype)
+        model = _load_backbones(ClipPhiForCausalLM, arguments, dtype=dtype)
     if getattr(model, "hf_quantizer", None) is None and not is_sharded(accelerator):
         model = model.to(accelerator.device)
     attention.refuse_other_attention(model)
@@ -176,7 +171,7 @@ def add_lora(model: ClipPhiForCausalLM, arguments: Stage2Arguments) -> None:
     """Source: LoRA, arXiv 2106.09685; on all linear layers and 4-bit weights: QLoRA, arXiv 2305.14314."""
     from peft import LoraConfig
 
-    layers = [name for name, module in model.model.language_model.named_modules() if is_linear(module)]
+    layers = [name for name, module in model.model.language_model.named_modules() if isinstance(module, LINEAR)]
     targets = sorted({name.rpartition(".")[2] for name in layers})
     if arguments.lora_targets != "auto":
         wanted = [name.strip() for name in arguments.lora_targets.split(",")]
@@ -262,8 +257,3 @@ def adapter_options(model: ClipPhiForCausalLM) -> dict[str, Any]:
     layers = {name.rpartition(".")[2] for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     sizes = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     return sizes | {"lora_targets": ",".join(sorted(layers))}
-
-
-def is_linear(module: torch.nn.Module) -> bool:
-    """GPT-2's Conv1D is one, too."""
-    return isinstance(module, (torch.nn.Linear, Conv1D))
