@@ -146,7 +146,9 @@ class TrainingArguments:
         return found + self._data_problems()
 
     def _data_problems(self) -> list[str]:
-        found, sources, held_out = list[str](), list[DataSource](), list[DataSource]()
+        found = []
+        sources: list[DataSource] = []
+        held_out: list[DataSource] = []
         for option, texts, parsed in (("data", self.data, sources), ("eval_data", self.eval_data, held_out)):
             for text in texts:
                 try:

@@ -91,7 +91,8 @@ class TrainingLogger:
     advice: str = ""
 
     def __post_init__(self) -> None:
-        self.losses, self.eval_losses = list[tuple[int, float]](), list[tuple[int, float]]()
+        self.losses: list[tuple[int, float]] = []
+        self.eval_losses: list[tuple[int, float]] = []
         self.seen = self._last = StepCounts()  # since the beginning of the run, and until the last line
         self._loss_sum, self._tokens = 0.0, 0  # since the last line
         self._step = 0  # of the last line, or the one that the run is resumed after
