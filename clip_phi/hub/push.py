@@ -176,9 +176,8 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
         logging.disable_progress_bar()
         load_with_retries(ClipPhiForCausalLM.from_pretrained, folder).save_pretrained(place, merged=True)
     for name in _relative(folder):
-        if SHIPPED.fullmatch(name) and not (place / name).exists():
-            if merge and name.startswith(("model.", "model-", "adapter/")):  # the delta's
-                continue
+        is_merged = merge and name.startswith(("model.", "model-", "adapter/"))  # the delta's
+        if SHIPPED.fullmatch(name) and not is_merged and not (place / name).exists():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             if name.endswith(".safetensors"):
                 (place / name).symlink_to((folder / name).resolve())
