@@ -248,7 +248,7 @@ class _RecordReader:
                 raise RecordError("unknown speaker", repr(speaker))
             role = ROLES[speaker.lower()]
             text, images = self._text(message.get("value", message.get("content")), role)
-            if role == "system" and not text:
+            if role == "system" and not str(text or "").strip():
                 continue
             previous = turns[-1].role if turns else None
             if role == "system" and previous is not None:
@@ -316,8 +316,6 @@ class _RecordReader:
             images += content.count(IMAGE_TOKEN)
             self.images_lead &= LEADING_IMAGES.fullmatch(content) is not None
             content = content.replace(IMAGE_TOKEN, "")
-        if role == "system" and isinstance(content, str):
-            content = content.strip()
         return content, images
 
     def _take_image(self, item: Mapping[str, Any]) -> None:

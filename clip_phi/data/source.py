@@ -111,14 +111,19 @@ class DataSource:
         return {key: self.options[key] for key in ("split", "config", "revision") if key in self.options}
 
 
-def parse_source(text: str) -> DataSource:
-    """KIND:PATH[,option=value...]. Without KIND the file decides. Raises ValueError with what is wrong."""
-    name = f"data source {text!r}"
+def split_source(text: str) -> tuple[str, str, dict[str, str]]:
+    """The kind ("" without one), the path and the options of a source's text, as they are."""
     kind, separator, rest = text.partition(":")
     if not (separator and kind in KINDS):
         kind, rest = "", text
     path, *pieces = re.split(r"[,:](?=[a-z_]+=)", rest)
-    options = dict(piece.split("=", 1) for piece in pieces)
+    return kind, path, dict(piece.split("=", 1) for piece in pieces)
+
+
+def parse_source(text: str) -> DataSource:
+    """KIND:PATH[,option=value...]. Without KIND the file decides. Raises ValueError with what is wrong."""
+    name = f"data source {text!r}"
+    kind, path, options = split_source(text)
     if not path:
         raise ValueError(f"{name} has no path: {HOW_TO}")
     kind, path = (kind, path) if kind else _guess(path, options)

@@ -66,7 +66,7 @@ class Scene:
     """One to three objects that do not touch. background: RGB. texture_seed: of the texture and the noise."""
 
     objects: tuple[DrawnObject, ...]
-    background: tuple[int, int, int]
+    background: tuple[int, ...]
     texture_seed: int
 
     @property
@@ -91,10 +91,8 @@ def sample_scene(rng: random.Random, split: str) -> Scene:
         while len(pairs) < num_objects:
             repeat = pairs and rng.random() < 0.2
             pairs.append(rng.choice(pairs) if repeat else (rng.choice(list(COLORS)), rng.choice(list(SHAPES))))
-        objects = _place(pairs, rng) if split_of(pairs) == split else None
-        if objects is not None:
-            red, green, blue = (rng.randint(205, 250) for _ in range(3))
-            return Scene(objects, (red, green, blue), rng.getrandbits(32))
+        if split_of(pairs) == split and (objects := _place(pairs, rng)) is not None:
+            return Scene(objects, tuple(rng.randint(205, 250) for _ in range(3)), rng.getrandbits(32))
 
 
 def _place(pairs: Sequence[tuple[str, str]], rng: random.Random) -> tuple[DrawnObject, ...] | None:

@@ -16,6 +16,7 @@ from PIL import Image
 from ..data.files import read_object
 from ..data.report import plain
 from ..data.sample import File
+from ..data.source import split_source
 from ..environment import requirements, without_secrets
 from ..templates import render
 
@@ -66,7 +67,8 @@ class Run:
     def sources(self) -> list[tuple[int, str, str]]:
         """(stage, kind, path) of all training data."""
         pairs = [(stage["options"]["stage"], text) for stage in self.stages for text in stage["options"]["data"]]
-        return [(stage, *_kind_and_path(text)) for stage, text in pairs]
+        parts = [(stage, *split_source(text)) for stage, text in pairs]
+        return [(stage, kind or "dataset", path) for stage, kind, path, _ in parts]
 
 
 def scrub(text: str) -> str:
@@ -81,9 +83,8 @@ def portable(word: str) -> str:
 
     def value(text: str) -> str:
         path = os.path.expanduser(re.sub("^file:(//)?", "", text))
-        if re.match(r"[a-z][a-z0-9+.-]*://", path) or not (
-            re.match(r"[/\\~]|[A-Za-z]:[/\\]", path) or ".." in re.split(r"[/\\]", path)
-        ):
+        may_leave = re.match(r"[/\\~]|[A-Za-z]:[/\\]", path) or ".." in re.split(r"[/\\]", path)
+        if not may_leave or re.match(r"[a-z][a-z0-9+.-]*://", path):
             return scrub(text)
         relative = os.path.relpath(path)
         is_here = not (relative.startswith("..") or path[1:2] == ":")
@@ -152,7 +153,10 @@ def merge_cards(old: str | None, new: str) -> str:
     both = dict(theirs)
     for name, value in mine.items():
         if name == "model-index":
-            both[name] = _merge_results(theirs.get(name), value)
+            before = [result for model in theirs.get(name) or [] for result in model.get("results", [])]
+            measured = [result["dataset"] for result in value[0]["results"]]
+            kept = [result for result in before if result.get("dataset") not in measured]  # on other data sets
+            both[name] = [{**value[0], "results": value[0]["results"] + kept}]
         elif name in ("library_name", "pipeline_tag", "base_model"):
             both[name] = value
         elif isinstance(value, list):
@@ -170,14 +174,6 @@ def _split(card: str) -> tuple[str, str]:
     """(front matter, body)"""
     found = re.match(r"\s*---\r?\n(.*?)\r?\n?---[ \t]*\r?\n", card, re.S)
     return (found[1], card[found.end() :]) if found else ("", "\n" + card)
-
-
-def _merge_results(old: list[dict] | None, new: list[dict]) -> list[dict]:
-    """Results on other data sets stay."""
-    results = new[0]["results"]
-    mine = [result["dataset"] for result in results]
-    kept = [result for model in old or [] for result in model.get("results", []) if result.get("dataset") not in mine]
-    return [{**new[0], "results": results + kept}]
 
 
 def _metadata(run: Run, repo_id: str, licenses: dict[str, str | None]) -> ModelCardData:
@@ -216,13 +212,6 @@ def _metadata(run: Run, repo_id: str, licenses: dict[str, str | None]) -> ModelC
 def _hub_dataset(kind: str, path: str) -> str | None:
     is_hub_id = kind == "dataset" and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
     return path if is_hub_id else TABLES["hub_datasets"].get(Path(path).name)
-
-
-def _kind_and_path(text: str) -> tuple[str, str]:
-    kind, separator, rest = text.partition(":")
-    if not separator or kind not in TABLES["data_licenses"]:
-        kind, rest = "dataset", text
-    return kind, re.split(r"[,:](?=[a-z]+=)", rest)[0]
 
 
 def _duration(stage: dict[str, Any]) -> str:

@@ -84,10 +84,8 @@ def push(
         if branch is not None and not create_pr:
             with_retries(f"creating branch {branch}", lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
         shown = {name: data for name, data in card_images(run).items() if images or not name.startswith("samples/")}
-        for name, data in shown.items():
-            (stage / name).parent.mkdir(exist_ok=True)
-            (stage / name).write_bytes(data)
-        additions = {name: CommitOperationAdd(name, str(stage / name)) for name in sorted(_relative(stage))}
+        files: dict[str, Any] = {name: str(stage / name) for name in _relative(stage)} | shown
+        additions = {name: CommitOperationAdd(name, files[name]) for name in sorted(files)}
         hashes = [each.upload_info.sha256.hex() for name, each in additions.items() if name.endswith(".safetensors")]
         # the card names it before the commit exists
         tag_name = tag or f"weights-{hashlib.sha256(''.join(sorted(hashes)).encode()).hexdigest()[:12]}"
@@ -176,9 +174,8 @@ def stage_files(folder: Path, place: Path, run: Run, merged: bool) -> None:
         logging.disable_progress_bar()
         load_with_retries(ClipPhiForCausalLM.from_pretrained, folder).save_pretrained(place, merged=True)
     for name in _relative(folder):
-        if SHIPPED.fullmatch(name) and not (place / name).exists():
-            if merge and name.startswith(("model.", "model-", "adapter/")):  # the delta's
-                continue
+        is_merged = merge and name.startswith(("model.", "model-", "adapter/"))  # the delta's
+        if SHIPPED.fullmatch(name) and not is_merged and not (place / name).exists():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             if name.endswith(".safetensors"):
                 (place / name).symlink_to((folder / name).resolve())

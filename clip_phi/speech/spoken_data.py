@@ -153,10 +153,9 @@ def _questions(records: list[Any]) -> Iterator[dict[str, Any]]:
     for record in records:
         turns = record.get("conversations") if isinstance(record, dict) else None
         for turn in turns if isinstance(turns, list) else ():
-            if not isinstance(turn, dict) or turn.get("from") not in ("human", "user"):
-                continue
-            spoken = turn.get("speech") is not None or turn.get("transcript") is not None
-            if not spoken and isinstance(turn.get("value"), str) and _question(turn):
+            asks = isinstance(turn, dict) and turn.get("from") in ("human", "user")
+            is_text = asks and turn.get("speech") is None and turn.get("transcript") is None
+            if is_text and isinstance(turn.get("value"), str) and _question(turn):
                 yield turn
 
 

@@ -1,6 +1,5 @@
 """The result of speech recognition."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,7 +31,6 @@ class Transcript:
     truncated: bool
 
 
-def make_transcript(segments: Iterable[Segment], language: str | None, engine: str, clip: AudioClip) -> Transcript:
-    segments = tuple(segments)
+def make_transcript(segments: list[Segment], language: str | None, engine: str, clip: AudioClip) -> Transcript:
     text = " ".join(" ".join(segment.text for segment in segments).split())
-    return Transcript(text, segments, language, engine, clip.seconds, clip.truncated)
+    return Transcript(text, tuple(segments), language, engine, clip.seconds, clip.truncated)

@@ -121,10 +121,9 @@ def split_sentences(pieces: Iterable[str]) -> Iterator[str]:
         text, start = text + piece, 0
         for end in _SENTENCE_END.finditer(text):
             sentence = text[start : end.end()]
-            if end.group() != "\n" and _NOT_AN_END.search(sentence):
-                continue
-            start = end.end()
-            yield from filter(None, [sentence.strip()])
+            if end.group() == "\n" or not _NOT_AN_END.search(sentence):
+                start = end.end()
+                yield from filter(None, [sentence.strip()])
         text = text[start:]
     yield from filter(None, [text.strip()])
 

@@ -23,10 +23,7 @@ from typing import Any
 
 SAMPLING_RATE = 16_000
 CHUNK_SECONDS = 30
-PYANNOTE = (
-    *("pyannote", "pyannote.core", "pyannote.audio", "pyannote.audio.core", "pyannote.audio.core.io"),
-    *("pyannote.audio.pipelines", "pyannote.audio.pipelines.utils"),
-)
+PYANNOTE = ("", ".core", ".audio", ".audio.core", ".audio.core.io", ".audio.pipelines", ".audio.pipelines.utils")
 
 
 def main(model: str, device: str, compute_type: str, language: str, word_timestamps: str, vad: str) -> None:
@@ -110,7 +107,7 @@ def stub_pyannote() -> None:
             return type(name, (), {})
 
     for name in PYANNOTE:
-        sys.modules[name] = Missing(name)
+        sys.modules[f"pyannote{name}"] = Missing(f"pyannote{name}")
 
 
 def make_silero() -> Any:
