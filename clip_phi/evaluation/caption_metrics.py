@@ -42,15 +42,11 @@ _TOKEN = re.compile(
 _CONTRACTION = re.compile(r"(.*[^\W_])?(n['’]t|['’](?:s|m|d|re|ve|ll))", re.IGNORECASE)
 _WHOLE = re.compile(r"(?:[cdlo]['’][^\W\d_]{2,}|ma['’]am)", re.IGNORECASE)  # c'mon, d'you, l'eau, o'clock
 _PIECES = re.compile(r"['’]n['’]|['’]n\b|[^'’]+|['’]")
-_SPLIT = {
-    **{"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "gimme": "gim me"},
-    **{"lemme": "lem me", "'tis": "'t is", "'twas": "'t was"},
-}
-_RENAMED = {
-    **{"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "€": "$", "£": "#"},
-    **{"½": "1/2", "¼": "1/4", "¾": "3/4", ":)": ":-rrb-", ":(": ":-lrb-", ";)": ";-rrb-", ";(": ";-lrb-"},
-    **{":-)": ":--rrb-", ":-(": ":--lrb-", ";-)": ";--rrb-", ";-(": ";--lrb-"},
-}
+_SPLIT = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "gimme": "gim me"}
+_SPLIT |= {"lemme": "lem me", "'tis": "'t is", "'twas": "'t was"}
+_RENAMED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "€": "$", "£": "#"}
+_RENAMED |= {"½": "1/2", "¼": "1/4", "¾": "3/4", ":)": ":-rrb-", ":(": ":-lrb-", ";)": ";-rrb-", ";(": ";-lrb-"}
+_RENAMED |= {":-)": ":--rrb-", ":-(": ":--lrb-", ";-)": ";--rrb-", ";-(": ";--lrb-"}
 # The punctuation that coco-caption removes, and other characters that its tokenizer turns into it.
 _DROPPED = {*"'`\".?!,:;-“”‘’–—…", "..."}
 
@@ -210,10 +206,8 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> floa
         raise ImportError("METEOR needs pycocoevalcap: pip install 'clip-phi[metrics]'") from error
     if shutil.which("java") is None:
         raise OSError("METEOR needs Java, for example: apt-get install default-jre-headless")
-    texts, truth = (
-        {key: [" ".join(tokenise(caption)) for caption in each] for key, each in enumerate(lists)}
-        for lists in ([[caption] for caption in captions], references)
-    )
+    texts = {key: [" ".join(tokenise(caption))] for key, caption in enumerate(captions)}
+    truth = {key: [" ".join(tokenise(caption)) for caption in each] for key, each in enumerate(references)}
     program = Meteor()
     try:
         return float(program.compute_score(truth, texts)[0])
