@@ -48,10 +48,9 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     zeros = model.lm_head.weight.new_zeros(config.text_config.hidden_size)
     if linear:
         projector = {f"0.{name}": value for name, value in projector.items()} | {"2.weight": torch.diag(zeros + 1)}
-    for number, place in ((1, 0), (2, 2)):
-        for name in ("weight", "bias"):  # two zeros, not one
-            value = projector.get(f"{place}.{name}", zeros).clone()
-            state[f"model.multi_modal_projector.linear_{number}.{name}"] = value
+    for number, own in ((1, 0), (2, 2)):
+        for name in ("weight", "bias"):  # clones: two zeros, not one
+            state[f"model.multi_modal_projector.linear_{number}.{name}"] = projector.get(f"{own}.{name}", zeros).clone()
     llava.load_state_dict(state, assign=True)
     llava.tie_weights()
     llava.generation_config = model.generation_config
