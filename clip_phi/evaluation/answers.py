@@ -88,12 +88,10 @@ def answer_all(
     """This process' share of the answers, and those that the file has already, by key."""
     found = dict(file.answers) if file is not None else {}
     # Prompts of similar length, with or without an image, share a batch: less padding.
-    missing = sorted(
-        (question for question in questions if question.key not in found),
-        key=lambda question: (question.image is None, len(question.text or ""), question.key),
-    )[processes.rank :: processes.world_size]
-    size = decoding.batch_size
-    for batch in processes.progress([missing[start : start + size] for start in range(0, len(missing), size)]):
+    missing = [question for question in questions if question.key not in found]
+    missing.sort(key=lambda question: (question.image is None, len(question.text or ""), question.key))
+    mine, size = missing[processes.rank :: processes.world_size], decoding.batch_size
+    for batch in processes.progress([mine[start : start + size] for start in range(0, len(mine), size)]):
         prompts = [prompt_for(each) for each in batch]
         answers = generate_answers(model, processor, prompts, decoding.max_new_tokens, decoding.num_beams)
         new = dict(zip((question.key for question in batch), answers, strict=True))

@@ -10,8 +10,10 @@ Imports nothing of the project: the file is part of the metric on the Hub.
 
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -40,15 +42,11 @@ _TOKEN = re.compile(
 _CONTRACTION = re.compile(r"(.*[^\W_])?(n['’]t|['’](?:s|m|d|re|ve|ll))", re.IGNORECASE)
 _WHOLE = re.compile(r"(?:[cdlo]['’][^\W\d_]{2,}|ma['’]am)", re.IGNORECASE)  # c'mon, d'you, l'eau, o'clock
 _PIECES = re.compile(r"['’]n['’]|['’]n\b|[^'’]+|['’]")
-_SPLIT = {
-    **{"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "gimme": "gim me"},
-    **{"lemme": "lem me", "'tis": "'t is", "'twas": "'t was"},
-}
-_RENAMED = {
-    **{"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "€": "$", "£": "#"},
-    **{"½": "1/2", "¼": "1/4", "¾": "3/4", ":)": ":-rrb-", ":(": ":-lrb-", ";)": ";-rrb-", ";(": ";-lrb-"},
-    **{":-)": ":--rrb-", ":-(": ":--lrb-", ";-)": ";--rrb-", ";-(": ";--lrb-"},
-}
+_SPLIT = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "gimme": "gim me"}
+_SPLIT |= {"lemme": "lem me", "'tis": "'t is", "'twas": "'t was"}
+_RENAMED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "€": "$", "£": "#"}
+_RENAMED |= {"½": "1/2", "¼": "1/4", "¾": "3/4", ":)": ":-rrb-", ":(": ":-lrb-", ";)": ";-rrb-", ";(": ";-lrb-"}
+_RENAMED |= {":-)": ":--rrb-", ":-(": ":--lrb-", ";-)": ";--rrb-", ";-(": ";--lrb-"}
 # The punctuation that coco-caption removes, and other characters that its tokenizer turns into it.
 _DROPPED = {*"'`\".?!,:;-“”‘’–—…", "..."}
 
@@ -99,9 +97,8 @@ class CaptionScorer:
         if not references or not all(references):
             raise ValueError("each image needs at least one reference caption")
         self.references = [[_Words.of(caption) for caption in captions] for captions in references]
-        frequency: Counter[tuple[str, ...]] = Counter()
-        for captions in self.references:
-            frequency.update(set().union(*(words.counts for words in captions)))
+        seen = (set().union(*(words.counts for words in captions)) for captions in self.references)
+        frequency = Counter(chain.from_iterable(seen))
         self._unseen = math.log(len(references))  # the weight of an n-gram that no reference has
         self._weight = {ngram: self._unseen - math.log(count) for ngram, count in frequency.items()}
         self._vectors = [[self._vector(words) for words in captions] for captions in self.references]
@@ -154,10 +151,9 @@ class _Words(NamedTuple):
     @classmethod
     def of(cls, caption: str) -> "_Words":
         words = tokenise(caption)
-        counts: Counter[tuple[str, ...]] = Counter()
-        for order in range(1, MAX_ORDER + 1):
-            counts.update(zip(*(words[start:] for start in range(order)), strict=False))
-        return cls(words, counts)
+        tails = [words[start:] for start in range(MAX_ORDER)]
+        ngrams = (zip(*tails[:order], strict=False) for order in range(1, MAX_ORDER + 1))
+        return cls(words, Counter(chain.from_iterable(ngrams)))
 
 
 def bleu(candidates: Sequence[_Words], references: Sequence[Sequence[_Words]]) -> list[float]:
@@ -204,18 +200,14 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> floa
     """METEOR of all captions together, by the reference's own Java program in the package pycocoevalcap.
 
     Raises ImportError if the package is not installed, OSError if there is no Java."""
-    import shutil
-
     try:
         from pycocoevalcap.meteor.meteor import Meteor
     except ImportError as error:
         raise ImportError("METEOR needs pycocoevalcap: pip install 'clip-phi[metrics]'") from error
     if shutil.which("java") is None:
         raise OSError("METEOR needs Java, for example: apt-get install default-jre-headless")
-    texts, truth = (
-        {key: [" ".join(tokenise(caption)) for caption in each] for key, each in enumerate(lists)}
-        for lists in ([[caption] for caption in captions], references)
-    )
+    texts = {key: [" ".join(tokenise(caption))] for key, caption in enumerate(captions)}
+    truth = {key: [" ".join(tokenise(caption)) for caption in each] for key, each in enumerate(references)}
     program = Meteor()
     try:
         return float(program.compute_score(truth, texts)[0])

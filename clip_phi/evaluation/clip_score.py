@@ -57,9 +57,8 @@ def local_clip(config: Any, device: Any, log: Callable[[str], Any]) -> ClipScore
     if (source := config.vision_backbone) is None:
         return None
     try:
-        if getattr(AutoConfig.from_pretrained(source, local_files_only=True), "text_config", None) is None:
-            return None
-        return ClipScorer(source, device, local_files_only=True)
+        has_text = getattr(AutoConfig.from_pretrained(source, local_files_only=True), "text_config", None) is not None
+        return ClipScorer(source, device, local_files_only=True) if has_text else None
     except (OSError, ValueError, ImportError) as error:
         log(f"no CLIPScore: {source} cannot be loaded with its text half ({' '.join(str(error).split())[:200]})")
         return None

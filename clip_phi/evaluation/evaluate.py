@@ -49,11 +49,9 @@ def evaluate_answers(
     answers are as well, if scored by 0 to 1. Raises ValueError if the prompt for questions lacks "{question}"."""
     processes = processes or Processes()
     prompt = decoding.prompt  # in the end None for the caption of a bare image
-    if eval_set.task == "captions":
-        prompt = model.config.caption_instruction if prompt is None else prompt
-    elif prompt is None:
-        prompt = QUESTION
-    elif QUESTION not in prompt:
+    if prompt is None:
+        prompt = model.config.caption_instruction if eval_set.task == "captions" else QUESTION
+    elif eval_set.task != "captions" and QUESTION not in prompt:
         raise ValueError(f"--prompt {prompt!r} must contain {QUESTION}, which is replaced by the question")
     shown = processor.apply_chat_template([user_message(prompt, 1)], add_generation_prompt=True)
     questions = _questions(eval_set, prompt, decoding)

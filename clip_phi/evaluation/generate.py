@@ -95,10 +95,9 @@ def answer_logprobs(
         start, end = answer_span(row)
         row[:start] = [-100] * start
         row[end] = row[end] if ended else -100
-    ids, labels = (
-        pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
-        for rows, value in zip(zip(*encoded, strict=True), (processor.tokenizer.pad_token_id, -100), strict=True)
-    )
+    pad = processor.tokenizer.pad_token_id
+    ids = pad_sequence([torch.tensor(row) for row, _ in encoded], batch_first=True, padding_value=pad)
+    labels = pad_sequence([torch.tensor(row) for _, row in encoded], batch_first=True, padding_value=-100)
     supervised = labels[:, 1:] >= 0
     places = supervised.int().argsort(dim=1, descending=True, stable=True)[:, : int(supervised.sum(1).max())]
     inputs = {"input_ids": ids, "logits_to_keep": places, **_pixel_values(processor, prompts)}

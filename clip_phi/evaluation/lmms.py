@@ -65,7 +65,6 @@ class ClipPhi(lmms):
 
 
 def _until(text: str, ends: Any) -> str:
-    for end in [ends] if isinstance(ends, str) else ends or []:
-        if end:
-            text = text.split(end)[0]
+    for end in filter(None, [ends] if isinstance(ends, str) else ends or []):
+        text = text.split(end)[0]
     return text.strip()

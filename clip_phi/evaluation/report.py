@@ -23,10 +23,8 @@ SHOWN = 8  # samples of each kind: best, worst, random
 THUMBNAIL = 224  # pixels
 NAMES = {"score": "model", "blind": "blind (no image)", "shuffled": "shuffled images"}
 # The files that a model's answers depend on.
-WEIGHTS = (
-    *("*.safetensors", "config.json", "generation_config.json", "tokenizer*.json", "*processor*.json", "*.jinja"),
-    *("adapter/*.safetensors", "adapter/*.json"),
-)
+WEIGHTS = ["*.safetensors", "config.json", "generation_config.json", "tokenizer*.json", "*processor*.json", "*.jinja"]
+WEIGHTS += ["adapter/*.safetensors", "adapter/*.json"]
 
 
 def model_sha256(folder: Path) -> str:
@@ -51,7 +49,7 @@ def write(evaluation: EvalResult, eval_set: EvalSet, folder: Path, extra: Path |
         path.unlink(missing_ok=True)  # that of other data
         if official:
             texts[path] = "[" + ",\n".join(lines) + "]\n" if path.suffix == ".json" else "\n".join([*lines, ""])
-    sheets = []
+    sheets = [folder / f"{task}.png"] if samples else []
     if samples:
         chosen = choose(evaluation)
         shown = {sample["image_digest"] for group in chosen.values() for sample in group}
@@ -63,7 +61,6 @@ def write(evaluation: EvalResult, eval_set: EvalSet, folder: Path, extra: Path |
         texts[folder / f"{task}.json"] = record
         texts[folder / f"{task}.samples.jsonl"] = "".join(plain_json(sample) + "\n" for sample in samples)
         texts[folder / f"{task}.html"] = plain(page(result, chosen, images))
-        sheets.append(folder / f"{task}.png")
         folder.mkdir(parents=True, exist_ok=True)
         draw_sheet(sheets[0], result, chosen, images)
     for path, text in texts.items():

@@ -134,10 +134,9 @@ def add_caption_metrics(
     metrics = evaluation.result["metrics"]
     scorer = ClipScorer(clip, model.device) if clip else local_clip(model.config, model.device, log)
     if scorer is not None and not any("+" in digest for digest in eval_set.digests):  # one image, one caption
-        metrics["CLIPScore"] = {
-            name: float(scorer(answers, (load_beside(eval_set.images[item.image]) for item in eval_set.items)).mean())
-            for name, answers in texts.items()
-        }
+        sources = [eval_set.images[item.image] for item in eval_set.items]
+        scores = {name: scorer(answers, map(load_beside, sources)) for name, answers in texts.items()}
+        metrics["CLIPScore"] = {name: float(each.mean()) for name, each in scores.items()}
         evaluation.result["clip"] = portable(scorer.name)
     if chair_scorer is not None:
         add_chair(evaluation, eval_set, chair_scorer, texts)

@@ -9,10 +9,8 @@ import torch
 
 from ..hub.retry import load_with_retries
 
-DTYPES = {
-    "gguf": ["float16", "float32", "q8_0", "q4_0"],
-    "web": ["int8", "float32", "int4"],
-}  # of weights; the first is the default
+# Of weights; the first is the default.
+DTYPES = {"gguf": ["float16", "float32", "q8_0", "q4_0"], "web": ["int8", "float32", "int4"]}
 
 
 def export(name: str, folder: Path, to: str, dtype: str | None = None, packages: str | None = None) -> dict[str, Any]:

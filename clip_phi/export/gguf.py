@@ -22,15 +22,12 @@ from .rotation import WideTower
 # llama.cpp gives a message as a text, with a marker <__media...__> for each image, into which a server puts letters.
 CHAT_TEMPLATE = Path(__file__).with_name("llama_cpp.jinja").read_text(encoding="utf-8")
 # What llama.cpp and transformers call the fields of a decoder.
-FIELDS = {
-    **{"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size"},
-    **{"block_count": "num_hidden_layers", "head_count": "num_attention_heads"},
-    **{"context_length": "max_position_embeddings", "head_count_kv": "num_key_value_heads"},
-}
+FIELDS = {"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size"}
+FIELDS |= {"block_count": "num_hidden_layers", "head_count": "num_attention_heads"}
+FIELDS |= {"context_length": "max_position_embeddings", "head_count_kv": "num_key_value_heads"}
 # The names of a tensor's type and of a file's.
-TYPES = {"float16": ("F16", "MOSTLY_F16"), "float32": ("F32", "ALL_F32")}
 QUANTISED = {"q8_0": ("Q8_0", "MOSTLY_Q8_0"), "q4_0": ("Q4_0", "MOSTLY_Q4_0")}
-TYPES |= QUANTISED
+TYPES = {"float16": ("F16", "MOSTLY_F16"), "float32": ("F32", "ALL_F32")} | QUANTISED
 # Names inside a block: those of transformers, and those of llama.cpp.
 BLOCK = {f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"} | {"mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
 PHI2_BLOCK = BLOCK | {"input_layernorm": "attn_norm", "self_attn.dense": "attn_output"}
@@ -211,8 +208,7 @@ def _mmproj_tensors(model: ClipPhiForCausalLM) -> dict[str, torch.Tensor]:
     names = {f"embeddings.{part}_embedding": f"v.{part}_embd" for part in ("class", "patch", "position")}
     names["pre_layrnorm"] = "v.pre_ln"
     for number in range(used):
-        ours = f"encoder.layers.{number}"
-        names |= {f"{ours}.{name}": f"v.blk.{number}.{theirs}" for name, theirs in CLIP_BLOCK.items()}
+        names |= {f"encoder.layers.{number}.{name}": f"v.blk.{number}.{theirs}" for name, theirs in CLIP_BLOCK.items()}
     state = {name.removeprefix("vision_model."): value for name, value in model.model.vision_tower.state_dict().items()}
     unused = ("post_layernorm", "position_ids", "head.", *(f"encoder.layers.{index}." for index in range(used, layers)))
     tensors = _renamed(state, names, ignore=unused)

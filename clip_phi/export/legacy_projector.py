@@ -100,15 +100,13 @@ def _find_projector(path: str, state: dict[str, torch.Tensor]) -> tuple[str, dic
     found = {f"{match[1]}.{match[2]}": state[name] for name, match in block.items()}
     rest = {name: value for name, value in state.items() if name not in block}
     prefixes = {name.rpartition(".")[0] for name in rest}
-    short = {prefix.rpartition(".")[2]: prefix for prefix in prefixes}
     if len(prefixes) == 1:
-        (prefix,) = prefixes
         layer = {name.rpartition(".")[2]: value for name, value in rest.items()}
         if layer.keys() <= {"weight", "bias"} and "weight" in layer and layer["weight"].dim() == 2:
             if not block:
                 return "linear", layer
             return "norm_mlp", _as_norm_mlp(found) | {f"0.{name}": value for name, value in layer.items()}
-    elif set(short) == {"0", "2"} and len(prefixes) == 2 and not block:
+    elif len(prefixes) == 2 and {prefix.rpartition(".")[2] for prefix in prefixes} == {"0", "2"} and not block:
         return "mlp", {".".join(name.split(".")[-2:]): value for name, value in rest.items()}
     names = ", ".join(list(state)[:4]) or "nothing"
     kinds = "one linear layer, LLaVA's mlp2x_gelu, or one linear layer and its residual block"

@@ -32,10 +32,9 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     default, full, size = copy.copy(config), copy.copy(config), config.vision_config.image_size
     default.vision_feature_select_strategy, full.vision_feature_select_strategy = "default", "full"
     extra = measure_tower(full, size, size)[0] - measure_tower(default, size, size)[0]
-    strategy = config.vision_feature_select_strategy
+    strategy = config.vision_feature_select_strategy if extra else "full"
     if extra > 1 and strategy == "default":
         raise ValueError(f"Llava drops one feature before the patches, and this tower has {extra} there")
-    strategy = strategy if extra else "full"
     linear = config.projector_type == "linear"
     same = ("vision_config", "text_config", "vision_feature_layer", "tie_word_embeddings")
     options = {name: getattr(config, name) for name in same} | {"image_token_index": config.image_token_id}
@@ -49,10 +48,9 @@ def export_llava(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder:
     zeros = model.lm_head.weight.new_zeros(config.text_config.hidden_size)
     if linear:
         projector = {f"0.{name}": value for name, value in projector.items()} | {"2.weight": torch.diag(zeros + 1)}
-    for number, place in ((1, 0), (2, 2)):
-        for name in ("weight", "bias"):  # two zeros, not one
-            value = projector.get(f"{place}.{name}", zeros).clone()
-            state[f"model.multi_modal_projector.linear_{number}.{name}"] = value
+    for number, own in ((1, 0), (2, 2)):
+        for name in ("weight", "bias"):  # clones: two zeros, not one
+            state[f"model.multi_modal_projector.linear_{number}.{name}"] = projector.get(f"{own}.{name}", zeros).clone()
     llava.load_state_dict(state, assign=True)
     llava.tie_weights()
     llava.generation_config = model.generation_config

@@ -36,11 +36,9 @@ class WideTower:
         self.head_width, self.code = self.width // heads, self.rows
         if heads < 2 or self.rows > self.head_width:
             limit = "two attention heads, and heads at least as wide as the patches and CLS are many"
-            raise ValueError(
-                f"llama.cpp needs a tower with {limit}: {self.rows} rows, {heads} heads of {self.head_width}"
-            )
-        extra = 2 * self.code + 5
-        self.wide = math.ceil((self.width + extra) / heads) * heads
+            found = f"{self.rows} rows, {heads} heads of {self.head_width}"
+            raise ValueError(f"llama.cpp needs a tower with {limit}: {found}")
+        self.wide = math.ceil((self.width + 2 * self.code + 5) / heads) * heads
         self.wide_head = self.wide // heads
         self.mean, self.large = self.width + 2 * self.code, self.width + 2 * self.code + 2  # first of two columns each
         self.center = torch.eye(self.width, dtype=torch.double) - 1 / self.width
@@ -50,9 +48,8 @@ class WideTower:
     def convert(self) -> dict[str, torch.Tensor]:
         layers = 1 + max(int(name.split(".")[2]) for name in self.tensors if name.startswith("v.blk."))
         own = (self._layer(number, number == layers - 1) for number in range(layers))
-        blocks = [self._first(), *own, *self._copies()]
         out = self._embeddings()
-        for number, block in enumerate(blocks):
+        for number, block in enumerate([self._first(), *own, *self._copies()]):
             out |= {f"v.blk.{number}.{name}": value for name, value in block.items()}
         return {name: value.float() for name, value in out.items()}
 
@@ -63,11 +60,6 @@ class WideTower:
         wide[:, self.mean] = weight.sum(1) / MEAN
         return wide
 
-    def _codes(self) -> torch.Tensor:
-        """(rows, rows): orthogonal but for their mean, which is taken out."""
-        codes = torch.eye(self.rows, dtype=torch.double) - 1 / self.rows
-        return codes / codes.norm(dim=1, keepdim=True)
-
     def _embeddings(self) -> dict[str, torch.Tensor]:
         position = self.tensors["v.position_embd.weight"].roll(-1, 0)
         patch, cls = self.tensors["v.patch_embd.weight"], self.tensors["v.class_embd"]
@@ -75,24 +67,25 @@ class WideTower:
         noise = torch.randn(64, patch[0].numel(), generator=torch.Generator().manual_seed(0)).double()
         deviations = torch.full((self.rows, 1), (noise @ patch.flatten(1).T + position[0]).std(1).mean().item())
         deviations[-1] = (cls + position[-1]).std().item()
-        codes = self._codes() * CODE * deviations.double()
+        # Of each row, (rows, rows): orthogonal but for their mean, which is taken out.
+        codes = torch.eye(self.rows, dtype=torch.double) - 1 / self.rows
+        codes /= codes.norm(dim=1, keepdim=True)
         wide = position.new_zeros(self.rows, self.wide)
         wide[:, : self.width] = position @ self.center
-        wide[:, self.width : self.width + self.code] = codes
-        wide[:, self.width + self.code : self.mean] = self._codes().roll(1, 0) * CODE * deviations.double()
-        norm = self._norm(torch.ones(self.width), torch.zeros(self.width))
-        norm["weight"][self.width : self.mean] = 1.0
-        out = {f"v.pre_ln.{name}": value for name, value in norm.items()} | {"v.position_embd.weight": wide}
+        both = torch.cat([codes, codes.roll(1, 0)], dim=1)  # and of the row before
+        wide[:, self.width : self.mean] = both * CODE * deviations.double()
+        out = self._norm("v.pre_ln", torch.ones(self.width), torch.zeros(self.width)) | {"v.position_embd.weight": wide}
+        out["v.pre_ln.weight"][self.width : self.mean] = 1.0
         for name, value in (("v.class_embd", cls), ("v.patch_embd.weight", patch)):
             out[name] = value.new_zeros(self.wide, *value.shape[1:])
             out[name][: self.width] = torch.tensordot(self.center, value, dims=1)
         return out
 
-    def _norm(self, weight: torch.Tensor, bias: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _norm(self, name: str, weight: torch.Tensor, bias: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tower's norm on the first columns, and zeros on the others."""
         zeros = torch.zeros(self.wide - self.width, dtype=torch.double)
         weight = weight.double() * math.sqrt(self.width / self.wide)
-        return {"weight": torch.cat([weight, zeros]), "bias": torch.cat([bias.double(), zeros])}
+        return {f"{name}.weight": torch.cat([weight, zeros]), f"{name}.bias": torch.cat([bias.double(), zeros])}
 
     def _out(self, matrix: torch.Tensor) -> torch.Tensor:
         """What is added to a row, (width, n) or (width,): without its mean, which goes to its own two columns."""
@@ -112,26 +105,21 @@ class WideTower:
 
     def _first(self) -> dict[str, torch.Tensor]:
         """The affine part of pre_ln, whose mean is not 0: x -> w x + b - x is added, as gelu(x) - gelu(-x) = x."""
-        block = self._nothing()
-        weight, bias = self.tensors["v.pre_ln.weight"], self.tensors["v.pre_ln.bias"]
-        norm = self._norm(torch.ones(self.width), torch.zeros(self.width))
-        block |= {f"ln2.{name}": value for name, value in norm.items()}
+        block = self._nothing() | self._norm("ln2", torch.ones(self.width), torch.zeros(self.width))
         columns = torch.arange(self.width)
         block["ffn_up.weight"][columns, columns] = 1.0
         block["ffn_up.weight"][self.width + columns, columns] = -1.0
-        linear = self._out(torch.diag(weight))
+        linear = self._out(torch.diag(self.tensors["v.pre_ln.weight"]))
         linear[columns, columns] -= 1.0
-        block["ffn_down.weight"][:, : self.width] = linear
-        block["ffn_down.weight"][:, self.width : 2 * self.width] = -linear
-        return block | {"ffn_down.bias": self._out(bias)}
+        block["ffn_down.weight"][:, : 2 * self.width] = torch.cat([linear, -linear], dim=1)
+        return block | {"ffn_down.bias": self._out(self.tensors["v.pre_ln.bias"])}
 
     def _layer(self, number: int, is_last: bool) -> dict[str, torch.Tensor]:
         block = self._nothing()
         prefix = f"v.blk.{number}."
         old = {name.removeprefix(prefix): each for name, each in self.tensors.items() if name.startswith(prefix)}
         for name in ("ln1", "ln2"):
-            norm = self._norm(old[f"{name}.weight"], old[f"{name}.bias"])
-            block |= {f"{name}.{kind}": value for kind, value in norm.items()}
+            block |= self._norm(name, old[f"{name}.weight"], old[f"{name}.bias"])
         # A head's columns stand at the front of a wider head's.
         places = torch.cat([torch.arange(self.head_width) + head * self.wide_head for head in range(self.heads)])
         for part in "qkv":
