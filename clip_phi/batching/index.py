@@ -12,7 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..data.source import DataSource
 from .encode import Encoded, encode_samples, prefix_ids
 from .packing import SharedPrefixSample, build_shared_prefix
 
-FORMAT = 9  # of the files; raised too when a reader or the encoding comes to give something else
+FORMAT = 8  # of the files; raised too when a reader or the encoding comes to give something else
 NAMES = " + "  # between the names of several images
 CHUNK = 1000  # samples that are tokenised together
 HINT_SAMPLES, SHORT_ANSWER = 500, 3  # samples that independent_turns_hint() reads; words
@@ -44,15 +44,13 @@ class Index:
     """Samples and their token ids, by number. It pickles as the name of its file.
 
     prefixes: the token ids before the conversations of a sample without and with an image. report: what was skipped and
-    repaired when it was made. selected: which entries of the table it has, in this order; None for all. digest: of the
-    token ids of the table."""
+    repaired when it was made. selected: which entries of the table it has, in this order; None for all."""
 
     table: pa.Table
     prefixes: tuple[list[int], list[int]]
     report: Report
     path: Path | None = None
     selected: np.ndarray | None = None
-    digest: str = ""
 
     @classmethod
     def concatenate(cls, parts: Sequence["Index"]) -> "Index":
@@ -117,12 +115,16 @@ class Index:
     def take(self, numbers: np.ndarray) -> "Index":
         """A view of these samples."""
         selected = numbers if self.selected is None else self.selected[numbers]
-        return replace(self, selected=selected)
+        return Index(self.table, self.prefixes, self.report, self.path, selected)
 
     def fingerprint(self) -> str:
         """Hex digest of the token ids and the order of the samples."""
-        order = b"" if self.selected is None else np.ascontiguousarray(self.selected).tobytes()
-        return hashlib.blake2b(self.digest.encode() + order, digest_size=16).hexdigest()
+        digest = hashlib.blake2b(digest_size=16)
+        for chunk in self.table["ids"].chunks + self.table["lengths"].chunks:
+            digest.update(chunk.flatten().to_numpy().tobytes())
+        if self.selected is not None:
+            digest.update(np.ascontiguousarray(self.selected).tobytes())
+        return digest.hexdigest()
 
     def image_files(self) -> tuple[np.ndarray, pa.ChunkedArray]:
         """Of each image of the table, selected or not, the number of its sample, and its file; null if it is bytes."""
@@ -214,11 +216,9 @@ def load_index(source: DataSource, processor: Any, max_length: int, num_workers:
             for batch in _tokenise(samples, processor, max_length, report, num_workers):
                 writer.write_batch(batch)
         stamps = media.file_stamps() | transcripts.file_stamps()
-        table = _map(path)
-        made = Index(table, _prefixes(processor), report, folder / "index.arrow", digest=_digest(table))
-        about: dict[str, Any] = {"state": state, "report": report.as_dict(), "file_stamps": stamps}
-        about |= {"digest": made.digest, "checksum": _checksum(path), "written": file_stamp(str(path))}
+        about = {"state": state, "report": report.as_dict(), "file_stamps": stamps, "checksum": _checksum(path)}
         path.with_name("about.json").write_text(checked_line(about), encoding="utf-8")
+        made = Index(_map(path), _prefixes(processor), report, folder / "index.arrow")
         if _open(folder, state, processor) is None:  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -235,14 +235,12 @@ def _open(folder: Path, state: list[Any], processor: Any) -> Index | None:
         about, *_ = read_checked_lines(folder / "about.json") or [None]
         if about is not None and about["state"] != state:
             return None
-        # Before Arrow parses anything, unless it is as it was written: wrong offsets would end the process.
-        is_as_written = about is not None and about["written"] == file_stamp(str(path))
-        if about is None or not (is_as_written or about["checksum"] == _checksum(path)):
+        # Before Arrow parses anything: wrong offsets would end the process.
+        if about is None or about["checksum"] != _checksum(path):
             raise ValueError("its checksum is wrong")
         if any(file_stamp(name) != then for name, then in about["file_stamps"].items()):
             return None
-        report = Report.from_dict(about["report"])
-        return Index(_map(path), _prefixes(processor), report, path, digest=about["digest"])
+        return Index(_map(path), _prefixes(processor), Report.from_dict(about["report"]), path)
     except (OSError, ValueError) as error:
         print(f"{folder} is damaged ({' '.join(str(error).split())}), and is made anew", file=sys.stderr)
         return None
@@ -252,13 +250,6 @@ def _checksum(path: Path) -> int:
     """Two gigabytes a second."""
     with pa.memory_map(str(path)) as file:
         return zlib.crc32(file.read_buffer())
-
-
-def _digest(table: pa.Table) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for chunk in table["ids"].chunks + table["lengths"].chunks:
-        digest.update(chunk.flatten().to_numpy())
-    return digest.hexdigest()
 
 
 def _map(path: Path) -> pa.Table:

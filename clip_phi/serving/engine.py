@@ -5,10 +5,8 @@ Orca (OSDI 2022) over a cache in which every sequence has its own length.
 """
 
 import atexit
-import ctypes
 import logging
 import math
-import os
 import random
 import threading
 import time
@@ -47,7 +45,6 @@ Callback = Callable[[str | None], None]  # gets each piece of a text, and None a
 GREEDY = 1e-5  # a temperature below this is greedy: what it would divide by is no number in float32
 MAX_CHARACTERS = 16  # of a conversation, for each token of the context: longer texts cannot fit, and are not tokenised
 DECODING_BYTES = 16  # for each pixel of an image: what PIL needs at most, for 16-bit gray and for transparency
-LIBC: Any = ctypes.CDLL(None) if os.name == "posix" else None
 # These decoders hold Python's lock until they end, and so hold up every other request: 0.1 s for so many pixels.
 MAX_LOCKED_PIXELS = {"AVIF": 1_500_000, "WEBP": 16_000_000}
 
@@ -208,9 +205,7 @@ class Engine(AbstractContextManager["Engine"]):
         self._running: list[_Request] = []
         self._waiting: deque[list[_Request]] = deque()  # the completions of one prompt together
         self._free_bytes = limits.decoding_bytes
-        # glibc keeps the memory of every thread's images, and to have it trimmed would hold up all threads.
-        for option in (-3, -1) if hasattr(LIBC, "mallopt") else ():  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            LIBC.mallopt(option, 8 * 2**20)
+        Image.core.set_block_size(2**28)  # a large image in one piece, which the C library gives back when it is freed
         self._freed = threading.Condition()
         self._changed = threading.Condition()
         self._encoding = threading.Lock()
