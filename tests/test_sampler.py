@@ -39,11 +39,12 @@ def best_fit_decreasing(lengths, budget):
 
 @pytest.mark.parametrize("budget", [2048, 4096, 8192])
 def test_packs_hold_every_sample_once_keep_the_budget_and_are_full(budget):
-    lengths = llava_lengths(5_000)
+    lengths = llava_lengths(20_000)
     packs = plan(lengths, budget)
-    assert sorted(sample for pack in packs for sample in pack) == list(range(5_000))
+    assert sorted(sample for pack in packs for sample in pack) == list(range(20_000))
     assert max(lengths[pack].sum() for pack in packs) <= budget
     assert lengths.sum() / (len(packs) * budget) >= 0.95
+    assert plan(lengths, budget) == packs
 
 
 @pytest.mark.parametrize("budget", [90, 700, 4096])
