@@ -23,6 +23,7 @@ from ..templates import render
 from .chat_schema import AudioPart, ChatRequest, ImagePart, TextPart, parse_request
 from .detokenizer import token_bytes
 from .engine import Completion, Engine, EngineClosedError, PreparedImage, QueueFullError, TokenLogprob
+from .grammar import GrammarError
 from .server import ApiError, Bodies, Gate, ServerLimits
 
 try:
@@ -149,12 +150,10 @@ def create_app(
             completions = await run_in_threadpool(_submit, engine, body, messages, images, callbacks, limits)
         except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full", Retry_After=str(error.retry_after)) from error
-        except EngineClosedError as error:
-            raise ApiError(503, str(error)) from error
         except ImportError as error:
             raise ApiError(501, str(error), code="part_missing") from error
-        except ValueError as error:
-            raise ApiError(400, str(error)) from error
+        except (EngineClosedError, ValueError) as error:
+            raise ApiError(503 if isinstance(error, EngineClosedError) else 400, str(error)) from error
         judged: Any = {"messages": engine.add_default_instructions(messages), "abstain_below": below}
         answer = _Answer(completions, body, name, engine.processor.tokenizer, partial(engine.confidence, **judged))
         if body.stream:
@@ -347,4 +346,4 @@ async def _wait(completions: list[Completion], pieces: asyncio.Queue[tuple[int, 
 
 def _engine_error(error: BaseException) -> ApiError:
     message = " ".join(str(error).split()) or type(error).__name__
-    return ApiError(503 if isinstance(error, EngineClosedError) else 500, message)
+    return ApiError({EngineClosedError: 503, GrammarError: 400}.get(type(error), 500), message)

@@ -112,7 +112,7 @@ class ChatRequest(_Part):
     def grammars(self) -> dict[str, dict[str, Any]]:
         """What the answer is to follow: paths in the request, each with the argument of Grammars.compile."""
         form = self.response_format or {}
-        kind = form.get("type", "text")
+        kind = str(form.get("type", "text"))
         asked = [(f"guided_{name}", name, getattr(self, f"guided_{name}")) for name in ("json", "regex", "choice")]
         outputs = self.structured_outputs or {}
         asked += [(f"structured_outputs.{name}", name, value) for name, value in outputs.items()]

@@ -632,10 +632,10 @@ class Engine(AbstractContextManager["Engine"]):
                 pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
                 completion.logprobs.append(TokenLogprob(token, float(logprobs[token]), pairs))
             completion._add(stream.add(token))
-        stopped = token in self.ends or stream.stopped or (grammar is not None and grammar.is_stopped)
+        stopped = token in self.ends or stream.stopped or (grammar is not None and grammar.is_stopped())
         if stopped or completion.num_tokens == request.max_new_tokens:
             completion._add(stream.end())
-            stopped = stopped or stream.stopped or (grammar is not None and grammar.is_complete)
+            stopped = stopped or stream.stopped or (grammar is not None and grammar.is_complete())
             self._end(request, "stop" if stopped else "length")
 
     def _remove_ended(self) -> None:

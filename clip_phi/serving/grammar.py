@@ -11,6 +11,14 @@ import numpy as np
 MAX_CHARACTERS = 65_536  # of a grammar
 
 
+class GrammarError(ValueError):
+    """What llguidance reports, in one line: without the lines of the grammar and its state."""
+
+    def __init__(self, problem: str, matcher: Any):
+        reason = re.split(r"\n(?: +\d+ \| |<state>)", matcher.get_error())[0]
+        super().__init__(f"{problem}: {' '.join(reason.split())[:200]}")
+
+
 class Grammars:
     """Compiles grammars for one tokenizer.
 
@@ -65,8 +73,7 @@ class Grammars:
                 self._converted = from_tokenizer(self.tokenizer, n_vocab=self.num_tokens, eos_token=self.ends)
         matcher = LLMatcher(self._converted, text, log_level=0)
         if matcher.is_error():
-            reason = " ".join(re.split(r"\n +\d+ \| ", matcher.get_error())[0].split())  # without the grammar's lines
-            raise ValueError(f"cannot be followed: {reason[:200]}")
+            raise GrammarError("cannot be followed", matcher)
         marks = {mark: self._converted.tokenize_str(mark)[0] for mark in '"}],~0123456789'}
         return Grammar(matcher, marks, self.ends[0])
 
@@ -79,6 +86,9 @@ class Grammar:
 
     def __init__(self, matcher: Any, marks: dict[str, int], end: int):
         self.matcher, self.marks, self.end = matcher, marks, end
+        self.is_stopped = matcher.is_stopped  # whether nothing can follow
+        self.is_complete = matcher.is_accepting  # whether the answer may end here
+        self.allowed = matcher.compute_bitmask  # bytes: a bit for each token, the lowest first, 1 where it may follow
         self.ending: list[int] = []  # tokens from here to the end of an answer; empty: not known
         self.unchecked = 0  # tokens that may follow before the next look
 
@@ -90,20 +100,6 @@ class Grammar:
         copy.unchecked = copy._steps_without_look(max_new_tokens) if copy.ending else max_new_tokens
         return copy
 
-    @property
-    def is_stopped(self) -> bool:
-        """Whether nothing can follow."""
-        return self.matcher.is_stopped()
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the answer may end here."""
-        return self.matcher.is_accepting()
-
-    def allowed(self) -> bytes:
-        """A bit for each token, the lowest first, 1 where it may follow; and some more bits."""
-        return self.matcher.compute_bitmask()
-
     def take(self, token: int, left: int) -> int:
         """Go on with this token, or another one if the answer could not end within `left` tokens, it included.
 
@@ -113,7 +109,7 @@ class Grammar:
         self.unchecked -= 1
         if before[:1] == [token]:
             self.ending = before[1:]
-        elif self.unchecked < 0 and not self.is_stopped:
+        elif self.unchecked < 0 and not self.is_stopped():
             found = self._rest_of(before, left - 1) or self._find_ending(left - 1)
             if found is None and before:
                 self.matcher.rollback(1)
@@ -130,7 +126,7 @@ class Grammar:
 
     def _consume(self, tokens: list[int]) -> None:
         if not self.matcher.consume_tokens(tokens):
-            raise ValueError(f"the answer cannot follow its grammar: {self.matcher.get_error()}")
+            raise GrammarError("the answer cannot follow its grammar", self.matcher)
 
     def _rest_of(self, ending: list[int], most: int) -> list[int] | None:
         """A way to the end that was known before the last token, if it, or its rest, is one from here too."""
@@ -144,7 +140,7 @@ class Grammar:
         """A short, not always the shortest way to the end; None if it has more tokens than `most`."""
         tokens: list[int] = []
         try:
-            while not self.is_complete and len(tokens) <= most:
+            while not self.is_complete() and len(tokens) <= most:
                 following = self.matcher.compute_ff_tokens() or [self._shortest_step(len(tokens))]
                 self._consume(following)
                 tokens += following
