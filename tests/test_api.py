@@ -494,6 +494,18 @@ def test_key_and_size_are_checked_before_the_body_is_read(engine):
         assert talk(address, waiting.replace(b"Expect", b"Connection: close\r\nExpect")).startswith(b"HTTP/1.1 100")
 
 
+def test_head_gives_the_headers_of_get(address):
+    for path, status in (
+        ("health", b"200"),
+        ("metrics", b"200"),
+        ("v1/models", b"200"),
+        ("v1/chat/completions", b"405"),
+    ):
+        found = talk(address, f"HEAD /{path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        head, _, body = found.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 " + status) and b"\r\ncontent-length: " in head and not body
+
+
 def test_slow_clients_and_too_many_connections_are_ended(engine):
     limits = ApiLimits(header_seconds=0.3, body_seconds=0.3, max_connections=3)
     with serving(engine, limits=limits) as address:
