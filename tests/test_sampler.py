@@ -62,9 +62,9 @@ def test_a_sample_longer_than_the_budget_is_a_pack_alone():
     assert plan(np.array([3, 12, 7, 3]), 10) == [[1], [2, 0], [3]]
 
 
-def packed(weights=None, window=50):
+def packed(weights=None, window=50, block=64):
     sizes = (300, 100)
-    return PackedBatches(Mixture(sizes, weights, seed=4), llava_lengths(400), budget=2100, window=window)
+    return PackedBatches(Mixture(sizes, weights, seed=4), llava_lengths(400), 2100, window, block)
 
 
 @pytest.mark.parametrize("window", [50, 399, 1000], ids="{} samples together".format)
@@ -91,6 +91,19 @@ def test_each_epoch_is_planned_once(monkeypatch):
     packs = [batches.batch(number) for number in range(size)]
     assert sorted(place for pack in packs for place in pack) == [(0, index) for index in range(400)]
     assert len(planned) == 1 and batches.count(2) > size and len(planned) == 2
+
+
+def test_the_blocks_in_which_packs_are_planned_change_nothing_and_no_epoch_is_planned_at_once(monkeypatch):
+    whole, rows = packed(weights=(1, 2), window=30), []
+    counts, fill = [whole.count(epochs) for epochs in (0.3, 1, 2.5, 3)], whole.fill
+    expected = [whole.batch(number) for number in range(counts[-1])]
+    monkeypatch.setattr(sampler, "assign_packs", lambda *work: rows.append(len(work[0])) or assign_packs(*work))
+    batches = packed(weights=(1, 2), window=30, block=4)
+    assert [batches.count(epochs) for epochs in (0.3, 1, 2.5, 3)] == counts and batches.fill == fill
+    assert rows == 3 * [4, 4, 4, 2]  # of 14 windows an epoch
+    assert [batches.batch(number) for number in range(counts[-1])] == expected
+    assert [batches.batch(number) for number in (counts[-1] - 1, 3, 0)] == [expected[number] for number in (-1, 3, 0)]
+    assert set(rows) == {4, 2}
 
 
 def places(batches, **options):

@@ -93,7 +93,7 @@ class FixedBatches:
 
 @dataclass
 class PackedBatches:
-    """As many samples as fit into budget tokens, planned from their lengths, epoch by epoch.
+    """As many samples as fit into budget tokens, planned from their lengths, block by block.
 
     lengths: int (samples,), tokens of each. window: samples that are packed together, in the order of the mixture,
         which so stays mixed. Then their packs are shuffled, because the first ones have the long samples."""
@@ -102,6 +102,7 @@ class PackedBatches:
     lengths: np.ndarray
     budget: int
     window: int = 2000
+    block: int = 64  # windows that are planned at once: a step waits for 0.2 s
 
     def batch(self, number: int) -> list[tuple[int, int]]:
         while self._starts[-1] <= number:
@@ -127,21 +128,22 @@ class PackedBatches:
 
     def _start(self, window: int) -> int:
         while len(self._starts) <= window:
-            counts = self._packs_of((len(self._starts) - 1) // self._windows)[1].max(axis=1) + 1
+            counts = self._packs_of(*divmod(len(self._starts) - 1, self._windows))[1].max(axis=1) + 1
             self._starts += (self._starts[-1] + np.cumsum(counts)).tolist()
         return self._starts[window]
 
-    def _assign(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Lengths and packs (windows, window) of an epoch's samples; the last window may have fewer."""
-        lengths = np.zeros((self._windows, self.window), dtype=np.int64)
-        lengths.flat[: self.mixture.length] = self.lengths[self.mixture._places_of(epoch)[:, 1]]
+    def _assign(self, epoch: int, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths and packs (windows, window) of the block of an epoch from this window on; its last one may be cut."""
+        indices = self.mixture._places_of(epoch)[first * self.window : (first + self.block) * self.window, 1]
+        lengths = np.pad(self.lengths[indices], (0, -len(indices) % self.window)).reshape(-1, self.window)
         return lengths, assign_packs(lengths, self.budget)
 
     def _make_plan(self, number: int) -> list[list[tuple[int, int]]]:
         epoch, window = divmod(number, self._windows)
         start = window * self.window
         places = self.mixture.places(epoch, start, start + self.window)
-        lengths, packs = (each[window, : len(places)] for each in self._packs_of(epoch))
+        row = window % self.block
+        lengths, packs = (each[row, : len(places)] for each in self._packs_of(epoch, window - row))
         samples = samples_of_packs(lengths, packs)
         order = np.random.default_rng((self.mixture.seed, epoch, start)).permutation(len(samples))
         return [[places[sample] for sample in samples[pack]] for pack in order]
