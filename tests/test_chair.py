@@ -143,6 +143,7 @@ def test_instances_without_the_images_or_of_another_form_are_refused(photos):
         (content | {"images": content["images"][1:], "annotations": []}, "lacks image 0"),
         (content | {"categories": content["categories"][5:]}, "lacks or misses"),
         ({"images": []}, "not a COCO instances file"),
+        (content | {"annotations": ["x"]}, "not a COCO instances file"),
     ):
         path.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=message):
@@ -167,15 +168,20 @@ def test_evaluate_reports_chair_beside_the_other_metrics(data, photos, model, pr
         assert f"margin of {metric}" in shown
     samples = [json.loads(line) for line in (folder / "evaluation/captions.samples.jsonl").read_text().splitlines()]
     assert all(isinstance(sample["hallucinated"], list) for sample in samples)
-    # Instances of other images are refused, given or beside the captions.
+    # Beside the captions, instances that do not fit leave CHAIR out. Given by name, they are refused.
     other = photos / "annotations/instances_val2017.json"
     content = json.loads(other.read_text())
-    other.write_text(json.dumps(content | {"images": [], "annotations": []}))
-    for where, options in ((photos, ()), (data, ("--objects", other))):
-        assert evaluate(where, "captions", *options) == 2
-        assert f"{other} lacks image" in capsys.readouterr().err
+    of_others, message = json.dumps(content | {"images": [], "annotations": []}), f"{other} lacks image"
+    for text, problem in ((of_others, message), ("[]", "it needs a list"), ('{"images"', "is not json")):
+        other.write_text(text)
+        assert evaluate(photos, "captions") == 0
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if "CHAIR" in line)
+        assert line.startswith("CHAIR is left out: ") and problem in line
+        result = json.loads((folder / "evaluation/captions.json").read_text())
+        assert "CIDEr-D" in result["metrics"] and "chair" not in result and "CHAIRi" not in result["metrics"]
+        assert evaluate(photos, "captions", "--objects", other) == 2 and problem in capsys.readouterr().err
+    assert evaluate(photos, "pointing") == 2 and "is not json" in capsys.readouterr().err
     assert evaluate(data, "loss", "--objects", other) == 2
     assert "requires --task captions" in capsys.readouterr().err
     other.unlink()
-    assert evaluate(photos, "captions") == 0
-    assert "chair" not in json.loads((folder / "evaluation/captions.json").read_text())
+    assert evaluate(photos, "captions") == 0 and "CHAIR" not in capsys.readouterr().err

@@ -107,7 +107,7 @@ def read_instances(annotations: Path) -> tuple[list[str], dict[int | str, list[t
             box = [] if each.get("iscrowd") else each["bbox"]
             found[each["image_id"]].append((categories[each["category_id"]], box))
         names = {os.path.basename(each["file_name"]): found[each["id"]] for each in content["images"]}
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{annotations} is not a COCO instances file: an entry lacks or misses {error}") from error
     return list(categories.values()), found | names
 

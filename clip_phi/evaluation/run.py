@@ -65,12 +65,16 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     is_answered = options.task not in ("captions", "loss", "pointing")
     if options.calibrate and not (is_answered and Path(options.model).is_dir()):
         raise ValueError("--calibrate requires --task vqa, pope or exact, and a model in a folder")
-    objects = objects_file(options.objects, sources)
-    chair_scorer = ChairScorer(eval_set, objects) if objects and options.task == "captions" else None
+    objects, chair_scorer = objects_file(options.objects, sources), None
+    try:
+        chair_scorer = ChairScorer(eval_set, objects) if objects and options.task == "captions" else None
+    except (OSError, ValueError) as error:
+        if options.objects:
+            raise
+        log(f"CHAIR is left out: {error}")
     model, processor, files = load(options.model, options.device or state.device)
     sha256 = model_sha256(files)
-    # beside the weights, if they are in a folder
-    own = Path(options.model, "evaluation") if Path(options.model).is_dir() else None
+    own = Path(options.model, "evaluation") if Path(options.model).is_dir() else None  # beside the weights
     output = Path(options.output_dir or own or f"outputs/evaluation/{options.model.replace('/', '--')}")
     decoding = Decoding(**{each.name: getattr(options, each.name) for each in fields(Decoding)})
     if options.task == "loss":
