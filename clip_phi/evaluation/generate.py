@@ -83,18 +83,15 @@ def _pixel_values(processor: Any, prompts: Sequence[Prompt]) -> Any:
 
 
 @torch.no_grad()
-def answer_logprobs(
-    model: Any, processor: Any, prompts: Sequence[Prompt], answers: Sequence[str], ended: bool = True
-) -> list[float]:
-    """The log-probability in nats of each text as the answer to its prompt; ended: with its end token.
+def answer_logprobs(model: Any, processor: Any, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+    """The log-probability in nats of each text as the answer to its prompt, with its end token.
 
     In one forward pass, padded on the right. Raises ValueError as encode_batch."""
     pairs = zip(prompts, answers, strict=True)
     encoded = processor.encode_batch([[*prompt, {"role": "assistant", "content": text}] for (prompt, _), text in pairs])
     for _, row in encoded:  # earlier answers of the conversation are a part of the prompt
-        start, end = answer_span(row)
+        start, _ = answer_span(row)
         row[:start] = [-100] * start
-        row[end] = row[end] if ended else -100
     pad = processor.tokenizer.pad_token_id
     ids = pad_sequence([torch.tensor(row) for row, _ in encoded], batch_first=True, padding_value=pad)
     labels = pad_sequence([torch.tensor(row) for _, row in encoded], batch_first=True, padding_value=-100)

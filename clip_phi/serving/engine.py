@@ -273,7 +273,7 @@ class Engine(AbstractContextManager["Engine"]):
             seed: of the first completion; the next one has the next seed.
             stop: strings that end the completion and are left out of it.
             top_logprobs: number of the likeliest tokens in each of Completion.logprobs; None for no logprobs.
-            grammar: what the completion follows, of self.grammars.compile.
+            grammar: what the completion follows, of self.grammars.compile. With logprobs the end token comes after it.
             cut: lower max_new_tokens to what the context has room for, instead of an error."""
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be a number of at least 0, not {temperature}")
@@ -361,12 +361,11 @@ class Engine(AbstractContextManager["Engine"]):
         contents: list[Any] = [message["content"] for message in messages]
         texts = [each if isinstance(each, str) else [i for i in each if i["type"] != "image"] for each in contents]
         said = self.processor.decode([each.token for each in completion.logprobs], skip_special_tokens=True).strip()
-        # The blind likelihood is that of the whole text with its end token.
-        if texts != contents and completion.finish_reason != "length" and said == completion.text:
+        # The blind likelihood is that of the whole text with its end token, which logprobs leave out.
+        if texts != contents and completion.num_tokens > len(completion.logprobs) and said == completion.text:
             blind = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
-            ended = completion.num_tokens > len(completion.logprobs)  # not where a form ends the answer
             with self._encoding:
-                (logprob,) = answer_logprobs(self.model, self.processor, [(blind, None)], [completion.text], ended)
+                (logprob,) = answer_logprobs(self.model, self.processor, [(blind, None)], [completion.text])
             gain = likelihood - math.exp(logprob)
         confidence = None if self.scaling is None else float(scale(logit(likelihood), **self.scaling))
         abstained = (likelihood if confidence is None else confidence) < (abstain_below or 0)
@@ -632,7 +631,7 @@ class Engine(AbstractContextManager["Engine"]):
                 pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
                 completion.logprobs.append(TokenLogprob(token, float(logprobs[token]), pairs))
             completion._add(stream.add(token))
-        stopped = token in self.ends or stream.stopped or (grammar is not None and grammar.is_stopped())
+        stopped = token in self.ends or stream.stopped or (logprobs is None and grammar and grammar.is_stopped())
         if stopped or completion.num_tokens == request.max_new_tokens:
             completion._add(stream.end())
             stopped = stopped or stream.stopped or (grammar is not None and grammar.is_complete())
