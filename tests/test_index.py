@@ -231,6 +231,8 @@ def test_held_out_images_leave_every_source(processor, tmp_path):
     assert held_out.image_names() == [str(paths[8]), str(paths[9]), None]
     assert kept_captions.image_names() == [str(path) for path in paths[:8]]
     assert kept_conversations.image_names() == [None, str(paths[3])]
+    with pytest.raises(AssertionError, match="view"):  # else it takes other samples
+        hold_out([kept_captions], num_images=3)
 
 
 def test_the_usual_hold_out_is_at_most_a_tenth_of_the_images():

@@ -141,10 +141,10 @@ def hold_out(indexes: list[Index], num_images: int) -> tuple[list[Index], Index]
     """The last samples of each source, in proportion, num_images in all, and the sources without these images.
 
     indexes: whole ones, not views. An image in several sources is held out of all of them."""
+    assert all(index.selected is None for index in indexes), "a view's table has other samples too"
     stops = np.cumsum([len(index) for index in indexes])
     shares = np.diff(np.round(stops / max(stops[-1], 1) * min(num_images, stops[-1])).astype(int), prepend=0)
-    firsts = [len(index) - share for index, share in zip(indexes, shares, strict=True)]
-    parts = list(zip(indexes, firsts, strict=True))
+    parts = [(index, len(index) - share) for index, share in zip(indexes, shares, strict=True)]
     held_out = Index.concatenate([replace(index, table=index.table.slice(first)) for index, first in parts])
     gone, kept = held_out.image_files()[1], []
     for index, first in parts:
