@@ -26,15 +26,14 @@ def make_plan(arguments: TrainingArguments, card: Gpu, mfu: float, config: ClipP
     pageable = formula.fixed_bytes()["optimizer"] if arguments.optim.startswith("paged") else 0
     low = largest_pack(formula)
     (less, *flops), (more, *_) = (formula.step([ids], supervised, copies) for copies in (1000, 2000))
-    tower, rest = (each / 1000 / number for each in flops)
-    samples_per_second = mfu * card.tflops * 1e12 / (tower + rest)
+    flops_per_sample = sum(flops) / 1000 / number
+    samples_per_second = mfu * card.tflops * 1e12 / flops_per_sample
     return {
         "gpu": card.title,
         "stage": arguments.stage,
         "parameters": formula.parameters,
         "trainable_parameters": sum(formula.trained),
-        "flops_per_sample": tower + rest,
-        "tower_flops_per_sample": tower,
+        "flops_per_sample": flops_per_sample,
         "activation_bytes_per_token": (more["activations"] - less["activations"]) / 1000 / len(ids),
         "mb_per_token": (more["activations"] - less["activations"]) / 1000 / len(ids) / 1e6,
         "memory_bytes": int(card.memory * GIB),
