@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..batching.attention import decoder_attention
+from ..batching.attention import context_length, decoder_attention
 from ..batching.encode import Encoded, encode_samples, prefix_ids
 from ..batching.images import Preprocessor
 from ..batching.packing import build_shared_prefix, pack_samples
@@ -28,6 +28,7 @@ from .generate import GeneratedAnswer, held_out_loss
 from .tasks import QUESTION, EvalItem, EvalSet, guess_by_question, make_scorer, official_results, question_kind, tables
 
 CONTROLS = ("blind", "shuffled")
+MAX_LENGTH = 2048  # in tokens, of a conversation for the loss: the default of training
 
 
 class EvalResult(NamedTuple):
@@ -226,8 +227,8 @@ def repeats_itself(text: str) -> bool:
 
 
 def evaluate_loss(
-    model: Any, processor: Any, samples: Sequence[Sample], eval_set: EvalSet, decoding: Decoding, max_length: int =
-    2048, processes: Processes = ALONE,
+    model: Any, processor: Any, samples: Sequence[Sample], eval_set: EvalSet, decoding: Decoding,
+    processes: Processes = ALONE,
 ) -> EvalResult:  # fmt: skip
     """The held-out loss in nats per supervised token, with the image, without it, and with another image.
 
@@ -235,10 +236,11 @@ def evaluate_loss(
     positive one is good, as for all tasks. One sample is one forward pass. All processes call it, and get the result.
 
     model: a ClipPhiForCausalLM in eval mode. eval_set: of the same samples, for the task loss: one item an image.
-    decoding: its seed. max_length: longest conversation in tokens."""
+    decoding: its seed. As in training, a longer conversation than MAX_LENGTH or the decoder's context is cut."""
     preprocess, report = Preprocessor(processor.image_processor), Report()
     partners = derange(eval_set.digests, decoding.seed)
     pad, end = processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id
+    max_length = min(MAX_LENGTH, context_length(model.config) or MAX_LENGTH)
     encoded = list(encode_samples(samples, processor, max_length, report))
     places = {image: number for number, image in enumerate(eval_set.images)}
     known = [(places[sample.image], conversations) for sample, conversations in encoded if sample.image in places]
