@@ -25,9 +25,7 @@ CHAT_TEMPLATE = Path(__file__).with_name("llama_cpp.jinja").read_text(encoding="
 FIELDS = {"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size"}
 FIELDS |= {"block_count": "num_hidden_layers", "head_count": "num_attention_heads"}
 FIELDS |= {"context_length": "max_position_embeddings", "head_count_kv": "num_key_value_heads"}
-# The names of a tensor's type and of a file's.
-QUANTISED = {"q8_0": ("Q8_0", "MOSTLY_Q8_0"), "q4_0": ("Q4_0", "MOSTLY_Q4_0")}
-TYPES = {"float16": ("F16", "MOSTLY_F16"), "float32": ("F32", "ALL_F32")} | QUANTISED
+TYPES = {"float16": "F16", "float32": "F32", "q8_0": "Q8_0", "q4_0": "Q4_0"}  # as gguf calls them
 # A decoder's model type: its architecture in llama.cpp, and the types of rotary embedding.
 DECODERS = {
     "phi": ("phi2", ["default"]),
@@ -48,7 +46,7 @@ def export_gguf(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: 
     the logits, relative to their range. Raises ValueError if llama.cpp's graphs cannot represent the model."""
     refuse_unsupported(model, processor)
     mmproj_tensors = _mmproj_tensors(model)
-    rounding = _quantise(model, processor, dtype) if dtype in QUANTISED else {}
+    rounding = _quantise(model, processor, dtype) if dtype.startswith("q") else {}
     folder.mkdir(parents=True, exist_ok=True)
     text, mmproj = folder / "text.gguf", folder / "mmproj.gguf"
     num_tensors = _write_text(model, processor, text, dtype)
@@ -62,7 +60,7 @@ def _type_of(name: str, value: torch.Tensor, dtype: str) -> gguf.GGMLQuantizatio
         dtype = "float32"
     elif dtype == "q4_0" and name in ("token_embd.weight", "output.weight"):
         dtype = "q8_0"
-    return gguf.GGMLQuantizationType[TYPES[dtype][0]]
+    return gguf.GGMLQuantizationType[TYPES[dtype]]
 
 
 @torch.no_grad()
@@ -132,7 +130,7 @@ def _pre_tokenizer(tokenizer: Any) -> str | None:
 def _new_writer(path: Path, architecture: str, prefix: str, dtype: str, fields: dict[str, Any]) -> Any:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("Clip-Phi")
-    writer.add_file_type(gguf.LlamaFileType[TYPES[dtype][1]])
+    writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'float32' else 'MOSTLY'}_{TYPES[dtype]}"])
     for name, value in fields.items():
         getattr(writer, f"add_{prefix}{name}")(value)
     return writer
