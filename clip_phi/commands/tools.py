@@ -54,7 +54,8 @@ def run_plan(arguments: argparse.Namespace) -> None:
     from modeling_clip_phi import ClipPhiConfig
 
     from ..hub.retry import load_with_retries
-    from ..tools.plan import CARDS, format_plan, make_plan
+    from ..tools.plan import format_plan, make_plan
+    from ..training.memory import CARDS
 
     if arguments.gpu not in CARDS:
         raise ValueError(f"unknown --gpu {arguments.gpu}: it is one of {', '.join(CARDS)}")

@@ -248,9 +248,11 @@ def _device_and_dtype() -> tuple[Any, Any]:
     """Where training would run, and the precision of its frozen weights there."""
     import torch
 
+    from ..training.device import has_bf16
+
     if not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
-    return torch.device("cuda"), torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    return torch.device("cuda"), torch.bfloat16 if has_bf16() else torch.float16
 
 
 def _tiny_model() -> Any:
