@@ -115,7 +115,7 @@ def answer_likelihoods(
     for batch in processes.progress([mine[start : start + size] for start in range(0, len(mine), size)]):
         prompts, texts = [prompt_for(pairs[number][0]) for number in batch], [pairs[number][1] for number in batch]
         for token in (processor.image_token, processor.tokenizer.pad_token, processor.tokenizer.eos_token):
-            texts = [text.replace(token, f"{token[0]} {token[1:]}") for text in texts]  # spelled out: no text holds it
+            texts = [text.replace(token, f"{token[0]} {token[1:]}") for text in texts]  # spelled out: no text has it
         found += zip(batch, answer_logprobs(model, processor, prompts, texts), strict=True)
     return np.exp([logprob for _, logprob in sorted(processes.gather(found))])
 

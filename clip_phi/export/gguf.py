@@ -1,8 +1,8 @@
 """GGUF for llama.cpp: the decoder as a text model (phi2, llama, qwen2, qwen3), tower and projector as an mmproj file.
 
 Names and metadata are those of llama.cpp's loader (src/models/*.cpp, tools/mtmd/clip.cpp and models/llava.cpp). Its
-projector graph is mm.0 -> GELU -> mm.2. One linear layer (W, b) survives it: gelu(x) - gelu(-x) = x for the exact GELU
-and for its tanh form alike, so mm.0 = [W; -W], [b; -b] and mm.2 = [I, -I]. A CLIP tower is that of rotation.py; one
+projector graph is mm.0 -> GELU -> mm.2. One linear layer (W, b) passes unchanged, since gelu(x) - gelu(-x) = x for the
+exact GELU and for its tanh form: mm.0 = [W; -W], [b; -b] and mm.2 = [I, -I]. A CLIP tower is that of rotation.py; one
 without CLS (SigLIP) is written as it is, for there the graph takes all rows, in their order.
 """
 

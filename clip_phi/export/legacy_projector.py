@@ -97,7 +97,7 @@ def _without_backbones(path: str, state: dict[str, torch.Tensor], model: Any) ->
 def _find_projector(path: str, state: dict[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor]]:
     """The projector's type, and its weights under the names of make_projector's module."""
     block = {name: match for name in state if (match := BLOCK.search(name))}
-    # A linear layer may be called "proj" itself: then no norm stands beside it.
+    # A linear layer may be called "proj" itself: then there is no norm beside it.
     block = block if any("pre_norm" in name for name in block) else {}
     found = {f"{match[1]}.{match[2]}": state[name] for name, match in block.items()}
     rest = {name: value for name, value in state.items() if name not in block}

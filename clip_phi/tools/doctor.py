@@ -19,7 +19,7 @@ MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def doctor(as_json: bool, debug: bool) -> int:
-    """Print every check, a line each as it comes, or one json object. Returns 1 if there is a problem, else 0.
+    """Print every check, a line each when it is made, or one json object. Returns 1 if there is a problem, else 0.
 
     debug: raise the error of a check that fails, instead of reporting it. Never prints a token or other secret."""
     checks = []
