@@ -39,9 +39,9 @@ from transformers import (
 
 from clip_phi.batching.packing import SharedPrefixSample
 from clip_phi.data.synthetic import write_dataset
-from clip_phi.tools.plan import CARDS, Formula
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments, TrainingArguments, parse_arguments
 from clip_phi.training.guards import NonFiniteGuard
+from clip_phi.training.memory import CARDS, Formula
 
 ROOT = Path(__file__).resolve().parent.parent
 END_TOKEN, END, ENTRIES = "<|endoftext|>", 50256, 50295

@@ -48,9 +48,9 @@ from training import (
 from clip_phi.batching.attention import SDPA_PACKED_ATTENTION, has_varlen_kernel
 from clip_phi.batching.packing import PackedBatch, SharedPrefixSample, build_shared_prefix, pack_samples
 from clip_phi.environment import peak_flops
-from clip_phi.tools.plan import CARDS, Formula
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments, TrainingArguments
 from clip_phi.training.logger import FlopsPerToken
+from clip_phi.training.memory import CARDS, Formula
 from clip_phi.training.model import make_trainable
 from clip_phi.training.optim import make_optimizer
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM

@@ -24,8 +24,9 @@ from clip_phi.batching.attention import PACKED_ATTENTION, refuse_other_attention
 from clip_phi.batching.encode import Encoded
 from clip_phi.batching.packing import build_shared_prefix, pack_samples
 from clip_phi.serving.engine import Engine
-from clip_phi.tools.plan import CARDS, make_plan
+from clip_phi.tools.plan import make_plan
 from clip_phi.training.arguments import Stage1Arguments
+from clip_phi.training.memory import CARDS
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM, ClipPhiProcessor
 from modeling_clip_phi.backbones import measure_tower
 from modeling_clip_phi.configuration_clip_phi import PHI_2, TINYCLIP

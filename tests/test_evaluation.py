@@ -323,6 +323,10 @@ def test_bad_options_are_one_line(checkpoint, sources, capsys):
     assert "pope: these data have no item for this task" in capsys.readouterr().err
     evaluate(checkpoint, "captions", "coco:/nowhere.json", expect=2)
     assert "not found" in capsys.readouterr().err
+    for task, option in (("vqa", ["--meteor"]), ("pope", ["--clip", "folder"]), ("loss", ["--prompt", "{question}"])):
+        evaluate(checkpoint, task, "coco:/nowhere.json", *option, expect=2)  # before the data are read
+        said = capsys.readouterr().err
+        assert f"{option[0]} requires --task captions" in said and f", not {task}" in said
     assert main(["evaluate", str(checkpoint), "--task", "vqa"]) == 2
     assert "--data is required" in capsys.readouterr().err
 

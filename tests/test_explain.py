@@ -21,7 +21,7 @@ from clip_phi.data.report import Report
 from clip_phi.data.source import parse_files
 from clip_phi.data.synthetic import ask_about_boxes, write_dataset
 from clip_phi.evaluation import pointing
-from clip_phi.evaluation.answers import Decoding, Processes
+from clip_phi.evaluation.answers import ALONE, Decoding, Processes
 from clip_phi.evaluation.explain import DEFAULT_METHOD, METHODS, Explanation, Target, crop_box, explain, patch_grid
 from clip_phi.evaluation.generate import GeneratedAnswer
 from clip_phi.evaluation.pointing import MAPS, evaluate_pointing, insertion_and_deletion, is_hit
@@ -445,7 +445,7 @@ def test_pointing_is_evaluated_with_its_controls(scenes, checkpoint, tmp_path, c
 
 
 def test_maps_of_right_answers_about_one_object_have_their_own_figures(scenes, model, processor, monkeypatch):
-    def evaluate(processes=None):
+    def evaluate(processes=ALONE):
         source = parse_files([f"coco:{scenes}/annotations/captions_val2017.json,images={scenes}/val2017"])
         eval_set = make_eval_set("pointing", read_samples(source, Report()), Report(), num_images=3)
         file = scenes / "annotations/instances_val2017.json"

@@ -544,6 +544,30 @@ def test_lasting_failures_of_loading_are_reported_and_damage_no_cache(route, wha
     assert same(ClipPhiForCausalLM.from_pretrained("alice/saved", **cache), saved)
 
 
+def test_every_command_that_loads_from_the_hub_tries_again(
+    saved, hub, vision_backbone, text_backbone, tmp_path, capsys
+):
+    """Each from repositories that are in no cache yet."""
+    for part in saved:
+        part.save_pretrained(tmp_path / "saved")
+    for name in ("planned", "inspected"):
+        hub.put(f"alice/{name}", tmp_path / "saved")
+    hub.put("acme/first", Path(vision_backbone))
+    hub.put("acme/second", Path(text_backbone))
+    torch.save(saved[0].model.projector.state_dict(), tmp_path / "projector.pt")
+    write_dataset(tmp_path / "data", num_train=2, num_val=1)
+    data = f"coco:{tmp_path}/data/annotations/captions_train2017.json,images={tmp_path}/data/train2017"
+    imported = ["import-projector", tmp_path / "projector.pt", tmp_path / "model", "--vision_backbone", "acme/first"]
+    for name, command in {
+        "alice/planned": ["plan", "--gpu", "l4-24", "--model", "alice/planned"],
+        "alice/inspected": ["inspect", data, "--model", "alice/inspected"],
+        "acme/first and acme/second": [*imported, "--text_backbone", "acme/second"],
+    }.items():
+        hub.fail("download", 500, after=2 if "acme" in name else 0)  # the first two are files that may be absent
+        assert main([*map(str, command)]) == 0, name
+        assert f"loading {name}: the Hub answered 500" in capsys.readouterr().err
+
+
 def test_another_tokenizer_and_other_shapes_are_refused_by_name(saved, hub, text_backbone, tmp_path):
     shutil.copytree(text_backbone, tmp_path / "other")
     vocabulary = json.loads((tmp_path / "other/tokenizer.json").read_text())

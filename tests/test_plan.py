@@ -13,8 +13,9 @@ from transformers import GPT2Config, LlamaConfig, PhiConfig, PhiForCausalLM
 
 from clip_phi.cli import main
 from clip_phi.environment import Gpu, find_gpu
-from clip_phi.tools.plan import CARDS, Formula, format_plan, make_plan
+from clip_phi.tools.plan import format_plan, make_plan
 from clip_phi.training.arguments import Stage1Arguments, Stage2Arguments
+from clip_phi.training.memory import CARDS, Formula
 from modeling_clip_phi import ClipPhiConfig, ClipPhiForCausalLM
 
 

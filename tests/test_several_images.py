@@ -177,6 +177,13 @@ def test_each_image_is_shuffled_alone(processor, model, tmp_path):
         _questions(make_eval_set("vqa", [*samples, sample(9, 10, 11)], Report()), "{question}", Decoding())
 
 
+def test_a_conversation_longer_than_the_context_is_not_in_the_loss_as_it_is_not_in_training(processor, model):
+    samples = [sample(1, 2), sample(3, 4), sample(5, 6, answer="circle " * 300)]
+    found = evaluate_loss(model, processor, samples, make_eval_set("loss", samples, Report()), Decoding())
+    data = found.result["data"]
+    assert data["samples"] == 2 and data["supervised_tokens"] < 256 and sum(data["skipped"].values()) == 1
+
+
 def test_evaluating_the_loss_leaves_the_models_attention_as_it_was(processor, fresh_model, monkeypatch):
     samples = [sample(1, 2), sample(3, 4, answer="the second")]
     eval_set = make_eval_set("loss", samples, Report())

@@ -160,7 +160,7 @@ def bounded(kind: Callable[[str], float], bound: str) -> Callable[[str], float]:
 OPTIONS, COMMANDS = (
     json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8")) for name in ("options.json", "commands.json")
 )
-# What "$NAME" in options.json stands for.
+# The values of "$NAME" in options.json.
 VALUES: dict[str, Any] = {each.__name__: each for each in (int, float, Path)}
 VALUES |= {"positive": bounded(int, "at least 1"), "natural": bounded(int, "at least 0")}
 VALUES |= {"positive_number": bounded(float, "more than 0"), "probability": bounded(float, "more than 0 and at most 1")}

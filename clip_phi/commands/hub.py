@@ -1,4 +1,4 @@
-"""clip-phi push, export and import-projector: give a trained model to others, and take one in."""
+"""clip-phi push, export and import-projector: models to the Hub and to other programs, and from them."""
 
 import argparse
 import json

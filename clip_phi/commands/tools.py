@@ -53,12 +53,15 @@ def run_plan(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--quantization {arguments.quantization}: quantized weights cannot be trained")
     from modeling_clip_phi import ClipPhiConfig
 
-    from ..tools.plan import CARDS, format_plan, make_plan
+    from ..hub.retry import load_with_retries
+    from ..tools.plan import format_plan, make_plan
+    from ..training.memory import CARDS
 
     if arguments.gpu not in CARDS:
         raise ValueError(f"unknown --gpu {arguments.gpu}: it is one of {', '.join(CARDS)}")
     check_model(arguments.model or ".")
-    config = ClipPhiConfig() if arguments.model is None else ClipPhiConfig.from_pretrained(arguments.model)
+    model = arguments.model
+    config = ClipPhiConfig() if model is None else load_with_retries(ClipPhiConfig.from_pretrained, model)
     training = STAGES[arguments.stage](stage=arguments.stage, **options)
     plan = make_plan(training, CARDS[arguments.gpu], arguments.mfu, config)
     print(json.dumps(plan) if arguments.json else format_plan(plan))

@@ -31,7 +31,7 @@ class Decoding:
         return {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens, "sampled": False}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Processes:
     """The processes that share the work; by default this one alone."""
 
@@ -43,6 +43,9 @@ class Processes:
     progress: Callable[[Any], Any] = lambda batches: batches  # wraps batches or samples, for a progress bar
 
 
+ALONE = Processes()
+
+
 class Question(NamedTuple):
     """One prompt. key: a hash of the others. text: the instruction; None for the caption of a bare image."""
 
@@ -52,41 +55,19 @@ class Question(NamedTuple):
     transcript: str | None = None
 
 
-class AnswerFile:
-    """One file of checked_line() for each process in a folder. The first line of each is the binding of its answers:
-    for json, all that they depend on. The main process deletes files with another binding."""
-
-    def __init__(self, folder: Path, binding: dict[str, Any], processes: Processes):
-        folder.mkdir(parents=True, exist_ok=True)
-        if processes.rank == 0:
-            stale = [path for path in folder.glob("rank-*.jsonl") if read_checked_lines(path)[:1] != [binding]]
-            for path in stale:
-                path.unlink()
-            if stale:
-                about = "are of another model, data, prompt or decoding, and are not used"
-                processes.log(f"saved answers in {folder} {about}")
-        processes.wait()  # before the others read, and before any process writes
-        lines = [line for path in sorted(folder.glob("rank-*.jsonl")) for line in read_checked_lines(path)[1:]]
-        self.answers = {key: GeneratedAnswer(*answer) for key, *answer in lines}
-        processes.wait()
-        self.path = folder / f"rank-{processes.rank}.jsonl"
-        if self.path.exists():
-            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
-        else:
-            self.path.write_text(checked_line(binding), encoding="utf-8")
-
-    def add(self, answers: dict[str, GeneratedAnswer]) -> None:
-        self.answers |= answers
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(checked_line([key, *answer]) for key, answer in answers.items())
-
-
 def answer_all(
-    model: Any, processor: Any, questions: list[Question], decoding: Decoding, processes: Processes, file: AnswerFile |
-    None,
+    model: Any, processor: Any, questions: list[Question], decoding: Decoding, processes: Processes, folder: Path |
+    None, binding: dict[str, Any],
 ) -> dict[str, GeneratedAnswer]:  # fmt: skip
-    """This process' share of the answers, and those that the file has already, by key."""
-    found = dict(file.answers) if file is not None else {}
+    """The answers by key. All processes call it, and get all.
+
+    folder: of the answers that are saved; None to save none. binding: for json, all that the answers depend on."""
+    found, path = dict[str, GeneratedAnswer](), None
+    if folder is not None:
+        path = folder / f"rank-{processes.rank}.jsonl"
+        found = _saved_answers(folder, path, binding, processes)
+        if saved := sum(question.key in found for question in questions):
+            processes.log(f"{saved:,} of {len(questions):,} answers are there already")
     # Prompts of similar length, with or without an image, share a batch: less padding.
     missing = [question for question in questions if question.key not in found]
     missing.sort(key=lambda question: (question.image is None, len(question.text or ""), question.key))
@@ -96,9 +77,34 @@ def answer_all(
         answers = generate_answers(model, processor, prompts, decoding.max_new_tokens, decoding.num_beams)
         new = dict(zip((question.key for question in batch), answers, strict=True))
         found |= new
-        if file is not None:
-            file.add(new)
-    return found
+        if path is not None:
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(checked_line([key, *answer]) for key, answer in new.items())
+    return dict(processes.gather([*found.items()]))
+
+
+def _saved_answers(
+    folder: Path, path: Path, binding: dict[str, Any], processes: Processes
+) -> dict[str, GeneratedAnswer]:
+    """Those in the folder, which has a file of checked_line() for each process; path: of this one, ready to append to.
+
+    The first line of a file is its binding. The main process deletes files with another one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if processes.rank == 0:
+        stale = [each for each in folder.glob("rank-*.jsonl") if read_checked_lines(each)[:1] != [binding]]
+        for each in stale:
+            each.unlink()
+        if stale:
+            about = "are of another model, data, prompt or decoding, and are not used"
+            processes.log(f"saved answers in {folder} {about}")
+    processes.wait()  # before the others read, and before any process writes
+    lines = [line for each in sorted(folder.glob("rank-*.jsonl")) for line in read_checked_lines(each)[1:]]
+    processes.wait()
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    else:
+        path.write_text(checked_line(binding), encoding="utf-8")
+    return {key: GeneratedAnswer(*answer) for key, *answer in lines}
 
 
 def answer_likelihoods(
@@ -109,7 +115,7 @@ def answer_likelihoods(
     for batch in processes.progress([mine[start : start + size] for start in range(0, len(mine), size)]):
         prompts, texts = [prompt_for(pairs[number][0]) for number in batch], [pairs[number][1] for number in batch]
         for token in (processor.image_token, processor.tokenizer.pad_token, processor.tokenizer.eos_token):
-            texts = [text.replace(token, f"{token[0]} {token[1:]}") for text in texts]  # spelled out: no text holds it
+            texts = [text.replace(token, f"{token[0]} {token[1:]}") for text in texts]  # spelled out: no text has it
         found += zip(batch, answer_logprobs(model, processor, prompts, texts), strict=True)
     return np.exp([logprob for _, logprob in sorted(processes.gather(found))])
 

@@ -15,19 +15,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..batching.attention import decoder_attention
+from ..batching.attention import context_length, decoder_attention
 from ..batching.encode import Encoded, encode_samples, prefix_ids
 from ..batching.images import Preprocessor
 from ..batching.packing import build_shared_prefix, pack_samples
 from ..data.report import Report
 from ..data.sample import Sample, images_of, user_message
-from .answers import AnswerFile, Decoding, Processes, Question, answer_all, answer_likelihoods
+from .answers import ALONE, Decoding, Processes, Question, answer_all, answer_likelihoods
 from .bootstrap import by_group, margin_interval
 from .confidence import assess
 from .generate import GeneratedAnswer, held_out_loss
 from .tasks import QUESTION, EvalItem, EvalSet, guess_by_question, make_scorer, official_results, question_kind, tables
 
 CONTROLS = ("blind", "shuffled")
+MAX_LENGTH = 2048  # in tokens, of a conversation for the loss: the default of training
 
 
 class EvalResult(NamedTuple):
@@ -40,14 +41,13 @@ class EvalResult(NamedTuple):
 
 def evaluate_answers(
     model: Any, processor: Any, eval_set: EvalSet, decoding: Decoding, *, folder: Path | None = None, model_hash: str =
-    "", confidence: bool = False, processes: Processes | None = None,
+    "", confidence: bool = False, processes: Processes = ALONE,
 ) -> EvalResult:  # fmt: skip
     """Generate the answers of the model and of its controls, and score them. All processes call it, and get the result.
 
     model: a ClipPhiForCausalLM in eval mode. eval_set: of any task but loss. folder: where answers are saved as they
     are generated; None to save none. model_hash: saved answers of another model are not used. confidence: how sure the
     answers are as well, if scored by 0 to 1. Raises ValueError if the prompt for questions lacks "{question}"."""
-    processes = processes or Processes()
     prompt = decoding.prompt  # in the end None for the caption of a bare image
     if prompt is None:
         prompt = model.config.caption_instruction if eval_set.task == "captions" else QUESTION
@@ -56,13 +56,8 @@ def evaluate_answers(
     shown = processor.apply_chat_template([user_message(prompt, 1)], add_generation_prompt=True)
     questions = _questions(eval_set, prompt, decoding)
     unique = list({question.key: question for asked in questions.values() for question in asked}.values())
-    file = None
-    if folder is not None:
-        binding = {"checkpoint": model_hash, "dtype": str(model.dtype), "data": eval_set.fingerprint(), "prompt": shown}
-        file = AnswerFile(folder, binding | decoding.about(), processes)
-        if saved := sum(question.key in file.answers for question in unique):
-            processes.log(f"{saved:,} of {len(unique):,} answers are there already")
-    answers = dict(processes.gather([*answer_all(model, processor, unique, decoding, processes, file).items()]))
+    binding = {"checkpoint": model_hash, "dtype": str(model.dtype), "data": eval_set.fingerprint(), "prompt": shown}
+    answers = answer_all(model, processor, unique, decoding, processes, folder, binding | decoding.about())
     generated = {name: [answers[question.key] for question in asked] for name, asked in questions.items()}
     unscored = generated.pop("unscored")
     official = official_results(eval_set, [answer.text for answer in generated["score"] + unscored])
@@ -232,8 +227,8 @@ def repeats_itself(text: str) -> bool:
 
 
 def evaluate_loss(
-    model: Any, processor: Any, samples: Sequence[Sample], eval_set: EvalSet, decoding: Decoding, max_length: int =
-    2048, processes: Processes | None = None,
+    model: Any, processor: Any, samples: Sequence[Sample], eval_set: EvalSet, decoding: Decoding,
+    processes: Processes = ALONE,
 ) -> EvalResult:  # fmt: skip
     """The held-out loss in nats per supervised token, with the image, without it, and with another image.
 
@@ -241,11 +236,11 @@ def evaluate_loss(
     positive one is good, as for all tasks. One sample is one forward pass. All processes call it, and get the result.
 
     model: a ClipPhiForCausalLM in eval mode. eval_set: of the same samples, for the task loss: one item an image.
-    decoding: its seed. max_length: longest conversation in tokens."""
-    processes = processes or Processes()
+    decoding: its seed. As in training, a longer conversation than MAX_LENGTH or the decoder's context is cut."""
     preprocess, report = Preprocessor(processor.image_processor), Report()
     partners = derange(eval_set.digests, decoding.seed)
     pad, end = processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id
+    max_length = min(MAX_LENGTH, context_length(model.config) or MAX_LENGTH)
     encoded = list(encode_samples(samples, processor, max_length, report))
     places = {image: number for number, image in enumerate(eval_set.images)}
     known = [(places[sample.image], conversations) for sample, conversations in encoded if sample.image in places]

@@ -27,8 +27,8 @@ Box = tuple[float, ...]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class Explanation:
-    """maps: float32 (words, images, rows, columns), in nats (attention: in shares of 1), negative where a patch speaks
-    against the word; their sum over the words is the answer's. boxes: of the maps in each image, in its pixels."""
+    """maps: float32 (words, images, rows, columns), in nats (attention: in shares of 1), negative where a patch makes
+    the word less likely; their sum over the words is the answer's. boxes: of the maps in each image, in its pixels."""
 
     answer: str
     words: list[str]

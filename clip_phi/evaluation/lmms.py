@@ -17,7 +17,7 @@ MANIFEST = ModelManifest("clip_phi", simple_class_path="clip_phi.evaluation.lmms
 
 
 class ClipPhi(lmms):
-    """pretrained: folder or Hub id. The image stands before the text, so <image> is removed from a task's context."""
+    """pretrained: folder or Hub id. The image is before the text, so <image> is removed from a task's context."""
 
     def __init__(self, pretrained: str, batch_size: int | str = 8, device: str | None = None):
         super().__init__()

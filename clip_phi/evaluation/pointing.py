@@ -15,7 +15,7 @@ from ..batching.images import load_image
 from ..data.sample import images_of, user_message
 from ..data.synthetic import ask_about_boxes
 from .answer_metrics import exact_match
-from .answers import Decoding, Processes
+from .answers import ALONE, Decoding, Processes
 from .bootstrap import by_group, margin_interval
 from .chair import find_objects
 from .evaluate import EvalResult, derange, shared_result
@@ -48,7 +48,7 @@ def insertion_and_deletion(target: Target, heats: np.ndarray) -> np.ndarray:
 
 def evaluate_pointing(
     model: Any, processor: Any, eval_set: EvalSet, decoding: Decoding, file: Path | None,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
 ) -> EvalResult:  # fmt: skip
     """Score the maps of the model's own answers (of the reference, if an answer is empty). All processes call it.
 
@@ -57,14 +57,13 @@ def evaluate_pointing(
 
     model: a ClipPhiForCausalLM in eval mode. eval_set: an item for each image, which questions replace. file: COCO's
     instances of the images. Raises ValueError if it lacks an image, or no object can be asked about."""
-    processes, found = processes or Processes(), list[Any]()
     pairs = zip(eval_set.items, find_objects(eval_set, file), strict=True)
     asked = [(item, *each) for item, objects in pairs for each in ask_about_boxes(objects)]
     eval_set.items = [item._replace(question=text, references=(answer,)) for item, text, answer, _ in asked]
     if not asked or (decoding.prompt and QUESTION not in decoding.prompt):
         problem = f"{file}: no image has an object whose category is there once"
         raise ValueError(f"--prompt {decoding.prompt!r} must contain {QUESTION}" if asked else problem)
-    partners = derange(eval_set.digests, decoding.seed)
+    partners, found = derange(eval_set.digests, decoding.seed), list[Any]()
     for number in processes.progress(range(processes.rank, len(asked), processes.world_size)):
         (item, text, reference, boxes), rng = asked[number], np.random.default_rng([decoding.seed, number])
         image, other = (load_image(images_of(eval_set.images[each])[0]) for each in (item.image, partners[item.image]))

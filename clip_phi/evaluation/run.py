@@ -31,6 +31,9 @@ DEMO_SOURCES = {
     "captions": f"coco:{DEMO_DATA}/annotations/captions_val2017.json,images={DEMO_DATA}/val2017",
     "vqa": f"llava:{DEMO_DATA}/llava_instruct_val.json,images={DEMO_DATA}/val2017",
 }
+# The tasks of options that not every task has.
+TASKS = {"objects": ("captions", "pointing"), "clip": ("captions",), "meteor": ("captions",)}
+TASKS["prompt"] = ("captions", "vqa", "pope", "exact", "pointing")
 
 
 def run(options: argparse.Namespace, demo_model: str) -> None:
@@ -39,6 +42,12 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     Raises ValueError or OSError if the model or the data cannot be used."""
     if not options.data and Path(options.model) != Path(demo_model):
         raise ValueError("--data is required: [KIND:]PATH, as in training")
+    for name, tasks in TASKS.items():
+        if getattr(options, name) and options.task not in tasks:
+            raise ValueError(f"--{name} requires --task {' or '.join(tasks)}, not {options.task}")
+    is_answered = options.task not in ("captions", "loss", "pointing")
+    if options.calibrate and not (is_answered and Path(options.model).is_dir()):
+        raise ValueError("--calibrate requires --task vqa, pope or exact, and a model in a folder")
     texts = options.data or [DEMO_SOURCES["captions" if options.task in ("captions", "pointing") else "vqa"]]
     sources = parse_files(texts)
     from accelerate import PartialState
@@ -60,11 +69,6 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     eval_set = make_eval_set(options.task, samples, report, options.num_images, options.max_bad_fraction)
     if report.num_skipped:
         log(f"{report.num_skipped:,} of {report.records:,} records are skipped:\n{report.table()}")
-    if options.objects and options.task not in ("captions", "pointing"):
-        raise ValueError(f"--objects requires --task captions or pointing, not {options.task}")
-    is_answered = options.task not in ("captions", "loss", "pointing")
-    if options.calibrate and not (is_answered and Path(options.model).is_dir()):
-        raise ValueError("--calibrate requires --task vqa, pope or exact, and a model in a folder")
     objects, chair_scorer = objects_file(options.objects, sources), None
     try:
         chair_scorer = ChairScorer(eval_set, objects) if objects and options.task == "captions" else None

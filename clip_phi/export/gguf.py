@@ -1,8 +1,8 @@
 """GGUF for llama.cpp: the decoder as a text model (phi2, llama, qwen2, qwen3), tower and projector as an mmproj file.
 
 Names and metadata are those of llama.cpp's loader (src/models/*.cpp, tools/mtmd/clip.cpp and models/llava.cpp). Its
-projector graph is mm.0 -> GELU -> mm.2. One linear layer (W, b) survives it: gelu(x) - gelu(-x) = x for the exact GELU
-and for its tanh form alike, so mm.0 = [W; -W], [b; -b] and mm.2 = [I, -I]. A CLIP tower is that of rotation.py; one
+projector graph is mm.0 -> GELU -> mm.2. One linear layer (W, b) passes unchanged, since gelu(x) - gelu(-x) = x for the
+exact GELU and for its tanh form: mm.0 = [W; -W], [b; -b] and mm.2 = [I, -I]. A CLIP tower is that of rotation.py; one
 without CLS (SigLIP) is written as it is, for there the graph takes all rows, in their order.
 """
 
@@ -25,27 +25,17 @@ CHAT_TEMPLATE = Path(__file__).with_name("llama_cpp.jinja").read_text(encoding="
 FIELDS = {"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size"}
 FIELDS |= {"block_count": "num_hidden_layers", "head_count": "num_attention_heads"}
 FIELDS |= {"context_length": "max_position_embeddings", "head_count_kv": "num_key_value_heads"}
-# The names of a tensor's type and of a file's.
-QUANTISED = {"q8_0": ("Q8_0", "MOSTLY_Q8_0"), "q4_0": ("Q4_0", "MOSTLY_Q4_0")}
-TYPES = {"float16": ("F16", "MOSTLY_F16"), "float32": ("F32", "ALL_F32")} | QUANTISED
-# Names inside a block: those of transformers, and those of llama.cpp.
-BLOCK = {f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"} | {"mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
-PHI2_BLOCK = BLOCK | {"input_layernorm": "attn_norm", "self_attn.dense": "attn_output"}
-GATED_BLOCK = BLOCK | {f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")}
-GATED_BLOCK |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-GATED_BLOCK |= {"self_attn.o_proj": "attn_output"}
-QWEN3_BLOCK = GATED_BLOCK | {f"self_attn.{part}_norm": f"attn_{part}_norm" for part in "qk"}
-# A decoder's model type: its architecture in llama.cpp, the names inside a block, and the types of rotary embedding.
+TYPES = {"float16": "F16", "float32": "F32", "q8_0": "Q8_0", "q4_0": "Q4_0"}  # as gguf calls them
+# A decoder's model type: its architecture in llama.cpp, and the types of rotary embedding.
 DECODERS = {
-    "phi": ("phi2", PHI2_BLOCK, ["default"]),
-    "llama": ("llama", GATED_BLOCK, ["default", "linear", "llama3"]),
-    "qwen2": ("qwen2", GATED_BLOCK, ["default"]),
-    "qwen3": ("qwen3", QWEN3_BLOCK, ["default"]),
+    "phi": ("phi2", ["default"]),
+    "llama": ("llama", ["default", "linear", "llama3"]),
+    "qwen2": ("qwen2", ["default"]),
+    "qwen3": ("qwen3", ["default"]),
 }
 # llama.cpp's name of a pre-tokenizer: its parts in tokenizer.json, and whether whole words skip the merges. llama.cpp
 # itself has no NFC, which Qwen has, and which changes few texts.
 PRE_TOKENIZERS = json.loads(Path(__file__).with_name("pre_tokenizers.json").read_text(encoding="utf-8"))
-CLIP_BLOCK = BLOCK | {"layer_norm1": "ln1", "layer_norm2": "ln2", "self_attn.out_proj": "attn_out"}
 
 
 def export_gguf(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: Path, dtype: str) -> dict[str, Any]:
@@ -56,7 +46,7 @@ def export_gguf(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, folder: 
     the logits, relative to their range. Raises ValueError if llama.cpp's graphs cannot represent the model."""
     refuse_unsupported(model, processor)
     mmproj_tensors = _mmproj_tensors(model)
-    rounding = _quantise(model, processor, dtype) if dtype in QUANTISED else {}
+    rounding = _quantise(model, processor, dtype) if dtype.startswith("q") else {}
     folder.mkdir(parents=True, exist_ok=True)
     text, mmproj = folder / "text.gguf", folder / "mmproj.gguf"
     num_tensors = _write_text(model, processor, text, dtype)
@@ -70,7 +60,7 @@ def _type_of(name: str, value: torch.Tensor, dtype: str) -> gguf.GGMLQuantizatio
         dtype = "float32"
     elif dtype == "q4_0" and name in ("token_embd.weight", "output.weight"):
         dtype = "q8_0"
-    return gguf.GGMLQuantizationType[TYPES[dtype][0]]
+    return gguf.GGMLQuantizationType[TYPES[dtype]]
 
 
 @torch.no_grad()
@@ -102,7 +92,7 @@ def refuse_unsupported(model: ClipPhiForCausalLM, processor: ClipPhiProcessor) -
         found.append(f"the decoder is a {text.model_type!r}; this writes {', '.join(DECODERS)}")
     elif is_phi and (text.hidden_act not in ("gelu_new", "gelu_pytorch_tanh") or text.qk_layernorm):
         found.append("PHI2 has the tanh form of GELU and no norms of queries and keys")
-    elif (kind := text.rope_parameters["rope_type"]) not in DECODERS[text.model_type][2]:
+    elif (kind := text.rope_parameters["rope_type"]) not in DECODERS[text.model_type][1]:
         found.append(f"the decoder's rotary embedding is of type {kind!r}")
     elif not is_phi and (text.hidden_act != "silu" or model.lm_head.bias is not None):
         found.append("llama.cpp's graphs of llama and qwen have silu and a head without bias")
@@ -140,7 +130,7 @@ def _pre_tokenizer(tokenizer: Any) -> str | None:
 def _new_writer(path: Path, architecture: str, prefix: str, dtype: str, fields: dict[str, Any]) -> Any:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("Clip-Phi")
-    writer.add_file_type(gguf.LlamaFileType[TYPES[dtype][1]])
+    writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'float32' else 'MOSTLY'}_{TYPES[dtype]}"])
     for name, value in fields.items():
         getattr(writer, f"add_{prefix}{name}")(value)
     return writer
@@ -148,7 +138,7 @@ def _new_writer(path: Path, architecture: str, prefix: str, dtype: str, fields: 
 
 def _write_text(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Path, dtype: str) -> int:
     config: Any = model.config.text_config
-    architecture, block, _ = DECODERS[config.model_type]
+    architecture, _ = DECODERS[config.model_type]
     heads, rope, is_phi = config.num_attention_heads, config.rope_parameters, config.model_type == "phi"
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     fields = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
@@ -159,10 +149,7 @@ def _write_text(model: ClipPhiForCausalLM, processor: ClipPhiProcessor, path: Pa
     _add_tokenizer(writer, processor, config.vocab_size)
 
     decoder = model.model.language_model.state_dict()
-    names = {"embed_tokens": "token_embd", "final_layernorm" if is_phi else "norm": "output_norm"}
-    for layer in range(config.num_hidden_layers):
-        names |= {f"layers.{layer}.{name}": f"blk.{layer}.{theirs}" for name, theirs in block.items()}
-    tensors = _renamed(decoder, names, ignore=("rotary_emb",))
+    tensors = _renamed(decoder, architecture, config.num_hidden_layers, "model.", ignore=("rotary_emb",))
     if is_phi or not model.config.tie_word_embeddings:
         tensors |= {f"output.{part}": value for part, value in model.lm_head.state_dict().items()}
     if is_phi:
@@ -205,13 +192,9 @@ def _mmproj_tensors(model: ClipPhiForCausalLM) -> dict[str, torch.Tensor]:
     config, layer = whole.vision_config, whole.vision_feature_layer
     layers = config.num_hidden_layers
     used = layer if layer >= 0 else layers + 1 + layer
-    names = {f"embeddings.{part}_embedding": f"v.{part}_embd" for part in ("class", "patch", "position")}
-    names["pre_layrnorm"] = "v.pre_ln"
-    for number in range(used):
-        names |= {f"encoder.layers.{number}.{name}": f"v.blk.{number}.{theirs}" for name, theirs in CLIP_BLOCK.items()}
     state = {name.removeprefix("vision_model."): value for name, value in model.model.vision_tower.state_dict().items()}
     unused = ("post_layernorm", "position_ids", "head.", *(f"encoder.layers.{index}." for index in range(used, layers)))
-    tensors = _renamed(state, names, ignore=unused)
+    tensors = _renamed(state, "mmproj", used, "vision_tower.vision_model.", ignore=unused)
 
     state = {name: value.float() for name, value in model.model.projector.state_dict().items()}
     first = "weight" if "weight" in state else "0.weight"
@@ -244,17 +227,19 @@ def _write_mmproj(model: Any, processor: Any, tensors: dict[str, torch.Tensor], 
     return _write(writer, path, tensors, dtype)
 
 
-def _renamed(state: dict[str, torch.Tensor], names: dict[str, str], ignore: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Raises ValueError for a weight that the format lacks: none is left out silently."""
+def _renamed(
+    state: dict[str, torch.Tensor], architecture: str, layers: int, prefix: str, ignore: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
+    """The tensors under llama.cpp's names. Raises ValueError for a weight that the format lacks: none is left out
+    silently. prefix: of the names in the models that gguf knows."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], layers)
     renamed = {}
     for name, value in state.items():
-        part, _, kind = name.rpartition(".")
-        if name in names:
-            renamed[names[name]] = value
-        elif part in names:
-            renamed[f"{names[part]}.{kind}"] = value
-        elif not any(word in name for word in ignore):
+        if any(word in name for word in ignore):
+            continue
+        if (theirs := names.get_name(prefix + name, (".weight", ".bias"))) is None:
             raise ValueError(f"GGUF cannot represent this model: its format lacks {name}")
+        renamed[theirs] = value
     return renamed
 
 

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 
+from ..hub.retry import load_with_retries
+
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "projector")  # of Lightning, and of training loops
 BLOCK = re.compile(r"(?:^|\.)(pre_norm|proj\.[02])\.(weight|bias)$")  # of LLaVA's SimpleResBlock
 LLAVA = "mm_projector."
@@ -36,14 +38,14 @@ def import_projector(
     state = _read(path)
     if block is not None:
         state |= {f"block.{name}": value for name, value in _read(block).items()}
-    processor = ClipPhiProcessor.from_backbones(vision, text)
+    processor = load_with_retries(ClipPhiProcessor.from_backbones, vision, text)
     options: dict[str, Any] = {"image_token_id": processor.image_token_id}
     options["vision_feature_layer"] = layer or (-2 if any(LLAVA in name for name in state) else -1)
-    frozen = ClipPhiForCausalLM.from_backbones(vision, text, **options)
+    frozen = load_with_retries(ClipPhiForCausalLM.from_backbones, vision, text, **options)
     kind, weights = _find_projector(path, _without_backbones(path, state, frozen))
     options |= {"projector_type": kind, "projector_bias": any(name in weights for name in ("bias", "0.bias"))}
     model: Any = frozen if kind == "linear" and options["projector_bias"] else None
-    model = model or ClipPhiForCausalLM.from_backbones(vision, text, **options)
+    model = model or load_with_retries(ClipPhiForCausalLM.from_backbones, vision, text, **options)
     own = model.model.projector.state_dict()
     for name, value in weights.items():
         if name not in own or value.shape != own[name].shape:
@@ -95,7 +97,7 @@ def _without_backbones(path: str, state: dict[str, torch.Tensor], model: Any) ->
 def _find_projector(path: str, state: dict[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor]]:
     """The projector's type, and its weights under the names of make_projector's module."""
     block = {name: match for name in state if (match := BLOCK.search(name))}
-    # A linear layer may be called "proj" itself: then no norm stands beside it.
+    # A linear layer may be called "proj" itself: then there is no norm beside it.
     block = block if any("pre_norm" in name for name in block) else {}
     found = {f"{match[1]}.{match[2]}": state[name] for name, match in block.items()}
     rest = {name: value for name, value in state.items() if name not in block}

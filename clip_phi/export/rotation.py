@@ -5,9 +5,9 @@ That graph (tools/mtmd/models/llava.cpp, since May 2025) reads the rows [patch 0
 positions in the graph's order make the tower itself right. Layers behind it then copy each row into the next one, by
 attention with one-hot weights, and rows 1 to N hold the patches in order.
 
-A row is wider than the tower's, by what these layers need: a code of the row and one of the row before, the mean (the
-other columns have mean 0, so that norms over the wider row are those of the tower), and a large constant, which makes
-the norms of the last layers a division by that constant. Features differ by less than 0.2 %.
+A row is wider than the tower's, by what these layers need: a code of the row, one of the row before, the mean, and a
+large constant. With the mean apart, the other columns have mean 0, so norms over the wider row are those of the tower.
+The constant makes the norms of the last layers a division by it. Features differ by less than 0.2 %.
 """
 
 import math
@@ -26,8 +26,8 @@ class WideTower:
 
     tensors: v.class_embd, v.patch_embd.weight, v.position_embd.weight, v.pre_ln.*, and the layers v.blk.* in use.
     heads: of the tower.
-    Raises ValueError for a tower with one head, which cannot copy a row and remove the old one at once, and for one
-    with more rows than a head has columns: only orthogonal codes tell rows of any size apart."""
+    Raises ValueError for a tower with one head, which cannot copy a row and remove the old one at once. So it does for
+    one with more rows than a head has columns: only orthogonal codes distinguish rows of any size."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], heads: int):
         self.tensors = {name: value.detach().double() for name, value in tensors.items()}
@@ -120,7 +120,7 @@ class WideTower:
         old = {name.removeprefix(prefix): each for name, each in self.tensors.items() if name.startswith(prefix)}
         for name in ("ln1", "ln2"):
             block |= self._norm(name, old[f"{name}.weight"], old[f"{name}.bias"])
-        # A head's columns stand at the front of a wider head's.
+        # A head's columns are the first of a wider head's.
         places = torch.cat([torch.arange(self.head_width) + head * self.wide_head for head in range(self.heads)])
         for part in "qkv":
             scale = math.sqrt(self.wide_head / self.head_width) if part == "q" else 1.0

@@ -78,8 +78,8 @@ def scrub(text: str) -> str:
 
 
 def portable(word: str) -> str:
-    """A word of a command line, or data as --data names it, with paths relative to the working folder, and only the
-    last parts of paths elsewhere, whatever characters they have; without access tokens."""
+    """A word of a command line, or data as --data names it, without access tokens. Paths are relative to the working
+    folder. Of paths elsewhere only the last part is left, whatever characters they have."""
 
     def value(text: str) -> str:
         path = os.path.expanduser(re.sub("^file:(//)?", "", text))

@@ -41,7 +41,7 @@ def load_with_retries(load: Callable[..., Result], *names: Any, **options: Any) 
     """load(*names, **options), again after waits of up to 7 s in all while the Hub fails. Files stay in the cache.
 
     load: a from_pretrained or from_backbones. names: folders and Hub ids. Raises OSError if the Hub fails at each try.
-    Every other error is that of load: without a network it comes at once."""
+    Every other error is that of load: without a network it is raised at once."""
 
     def find(error: BaseException) -> BaseException | None:
         cause = _find(error, HTTPError)

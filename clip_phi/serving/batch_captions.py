@@ -5,8 +5,9 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -78,17 +79,15 @@ def _captions(engine: Engine, names: Sequence[str], max_new_tokens: int) -> Iter
     def submit(name: str) -> Completion:
         return engine.submit(messages, [load_image(name)], max_new_tokens=max_new_tokens)
 
-    submitted: deque[tuple[str, Future[Completion]]] = deque()
     with ThreadPoolExecutor(min(8, cpu_cores())) as pool:
-        for place in range(len(names) + ahead):
-            if place < len(names):
-                submitted.append((names[place], pool.submit(submit, names[place])))
-            if submitted and (len(submitted) >= ahead or place >= len(names)):
-                name, future = submitted.popleft()
-                try:
-                    yield name, future.result().result()
-                except Exception as error:  # of this image alone
-                    yield name, error
+        left = (pool.submit(submit, name) for name in names)
+        submitted = deque(islice(left, ahead))
+        for name in names:
+            try:
+                yield name, submitted.popleft().result().result()
+            except Exception as error:  # of this image alone
+                yield name, error
+            submitted.extend(islice(left, 1))
 
 
 def _keep_captions(output: Path) -> set[str]:

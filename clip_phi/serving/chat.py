@@ -40,7 +40,7 @@ except ImportError as error:
 ERRORS = (ValueError, OSError, ImportError, RuntimeError)
 ERROR = "⚠️ "  # prefix of an error in place of an answer
 QUESTIONS = ("Describe the image.", "How many shapes are there?", "What can you see?")
-# Names of recordings, which need no /etc/mime.types, and so not "audio", as gradio has it
+# Endings of recordings. Gradio's own kind "audio" would depend on /etc/mime.types.
 AUDIO = "aac aif aiff amr 3gp flac m4a mka mkv mov mp3 mp4 mpeg oga ogg opus wav weba webm wma"
 AUDIO_SUFFIXES = tuple(f".{name}" for name in AUDIO.split())
 LOCAL = ("127.0.0.1", "localhost", "::1")

@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import time
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +64,6 @@ def audio_from_array(samples: Any, sampling_rate: int, max_seconds: float = MAX_
     """The first max_seconds of (samples,) or (samples, channels), floats in [-1, 1] or full-scale integers.
 
     Raises ValueError if they are empty, not finite, or of another shape or scale; ImportError without PyAV."""
-    limit = _num_samples(max_seconds)
     array = np.asarray(samples)
     if array.ndim not in (1, 2) or (array.ndim == 2 and not 1 <= array.shape[1] <= MAX_CHANNELS):
         raise ValueError(f"audio of shape {array.shape} is neither (samples,) nor (samples, channels)")
@@ -71,7 +71,7 @@ def audio_from_array(samples: Any, sampling_rate: int, max_seconds: float = MAX_
         raise ValueError("no audio: the array is empty")
     if not RATES[0] <= sampling_rate <= RATES[1]:
         raise ValueError(f"{sampling_rate} Hz is no sampling rate of audio")
-    array = array[: math.ceil((limit + 1) * sampling_rate / SAMPLING_RATE)]
+    array = array[: (_num_samples(max_seconds) // SAMPLING_RATE + 2) * int(sampling_rate)]  # a second more than needed
     if array.dtype == np.uint8:
         array = (array.astype(np.float32) - 128) / 128  # the zero of unsigned bytes is 128, as in wav files
     elif array.dtype.kind == "i":
@@ -82,14 +82,11 @@ def audio_from_array(samples: Any, sampling_rate: int, max_seconds: float = MAX_
         raise ValueError("audio contains values that are not finite")
     if (peak := float(np.abs(array).max())) > 2:  # values a little over 1 are clipped, as by a sound card
         raise ValueError(f"float audio must be within [-1, 1], but goes up to {peak:g}: divide it by its full scale")
-    mono = array if array.ndim == 1 else _mix(array.mean(axis=1), array.T)
-    whole = (mono.clip(-1, 1) * 32767).round().astype(np.int16)
-    frame = import_av().AudioFrame.from_ndarray(whole[None], format="s16", layout="mono")
-    frame.sample_rate = int(sampling_rate)
-    resampled = np.concatenate([*_resample([frame])])
-    if not len(resampled):
-        raise ValueError(f"no audio: {len(array)} samples at {sampling_rate} Hz are too few")
-    return AudioClip(resampled[:limit].astype(np.float32) / 32768, truncated=len(resampled) > limit)
+    file = io.BytesIO()
+    with wave.open(file, "wb") as wav:
+        wav.setparams((1 if array.ndim == 1 else array.shape[1], 2, int(sampling_rate), 0, "NONE", ""))
+        wav.writeframes((array.clip(-1, 1) * 32767).round().astype("<i2").tobytes())
+    return load_audio(file.getvalue(), max_seconds)
 
 
 class _Reader:

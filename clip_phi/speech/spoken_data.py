@@ -18,7 +18,7 @@ from ..data.sample import SPOKEN_INSTRUCTION, File
 from ..data.schema import IMAGE_TOKEN
 from ..data.source import DataSource
 from .asr import make_transcriber
-from .audio import load_audio
+from .audio import MAX_SECONDS, load_audio
 from .tts import TextToSpeech, shorten, write_wav
 
 
@@ -90,7 +90,7 @@ class SpeechStats:
     recordings: int = 0  # distinct ones
     new: int = 0  # recorded now
     unspeakable: int = 0  # questions without sound in this voice, which stay text
-    long: int = 0  # recordings longer than max_seconds
+    long: int = 0  # recordings longer than MAX_SECONDS
     examples: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ class SpeechStats:
 
 
 def synthesize_questions(
-    annotations: Path, output: Path, tts: TextToSpeech, share: float = 1.0, seed: int = 0, max_seconds: float = 10.0
+    annotations: Path, output: Path, tts: TextToSpeech, share: float = 1.0, seed: int = 0
 ) -> SpeechStats:
     """Write a LLaVA json with spoken questions: "speech" names a recording, and SPOKEN_INSTRUCTION replaces the text.
 
@@ -108,8 +108,7 @@ def synthesize_questions(
         annotations: a LLaVA json. Raises ValueError if it is not a list of records.
         output: the new json. Its recordings go to the folder of that name without ".json", one for each distinct
             question; existing ones are reused.
-        share: of the questions that become spoken, chosen by the seed.
-        max_seconds: longer recordings are counted."""
+        share: of the questions that become spoken, chosen by the seed."""
     if not 0 <= share <= 1:
         raise ValueError(f"the share of spoken questions must be between 0 and 1, not {share}")
     if output.suffix != ".json" or output.resolve() == annotations.resolve():
@@ -136,7 +135,7 @@ def synthesize_questions(
             (folder / f"{name}.part").replace(folder / name)
             stats.new += 1
         seconds = ((folder / name).stat().st_size - 44) / 2 / tts.sampling_rate
-        stats.long += seconds > max_seconds
+        stats.long += seconds > MAX_SECONDS
         names[text] = name
     stats.recordings = len(names)
     for turn in chosen:

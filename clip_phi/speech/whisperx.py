@@ -11,7 +11,6 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +38,6 @@ class WorkerError(OSError):
 class Installation(NamedTuple):
     folder: Path
     form: str  # full, cpu or light
-    version: str  # of WhisperX
 
     @property
     def python(self) -> Path:
@@ -63,7 +61,7 @@ def find_installation(folder: Path | None = None) -> Installation:
     folder = folder or default_folder()
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        found = Installation(folder, about["form"], about["version"])
+        found = Installation(folder, about["form"])
     except FileNotFoundError:
         raise WorkerError(f"WhisperX is not installed in {folder}: {INSTALL_HINT}") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -73,15 +71,14 @@ def find_installation(folder: Path | None = None) -> Installation:
     return found
 
 
-def install(form: str = "full", folder: Path | None = None, log: Callable[[str], Any] = print) -> Installation:
+def install(form: str = "full", folder: Path | None = None) -> Installation:
     """Create WhisperX's environment; an existing one is replaced. Raises WorkerError with the last lines of pip.
 
     Args:
         form: "full", with pyannote's voice activity detection, word timestamps and the torch that WhisperX pins (7.7 GB
             on Linux with CUDA); "cpu", the same without CUDA; "light", WhisperX alone (40 MB; Silero's voice activity
             detection, no word timestamps), with torch and faster-whisper of this environment.
-        folder: None for default_folder().
-        log: called with a line for each step."""
+        folder: None for default_folder()."""
     if form not in FORMS:
         raise ValueError(f"no form {form!r} of WhisperX: choose {', '.join(FORMS)}")
     folder = (folder or default_folder()).absolute()
@@ -90,18 +87,17 @@ def install(form: str = "full", folder: Path | None = None, log: Callable[[str],
     if form == "light" and find_spec("faster_whisper") is None:
         raise ImportError("the light form uses faster-whisper: pip install 'clip-phi[speech]'")
     shutil.rmtree(folder, ignore_errors=True)
-    log(f"creating a Python environment in {folder}")
+    print(f"creating a Python environment in {folder}")
     _run([sys.executable, "-m", "venv", str(folder)], "venv")
-    found = Installation(folder, form, "")
+    found = Installation(folder, form)
     if form == "light":  # it imports the packages of this environment, after its own
         site = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
         mine = [path for path in sys.path if path and Path(path).name in ("site-packages", "dist-packages")]
         Path(site, "borrowed.pth").write_text("\n".join(mine) + "\n", encoding="utf-8")
-    log(f"installing {REQUIREMENT}, {form} form")
+    print(f"installing {REQUIREMENT}, {form} form")
     pip = [str(found.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     _run([*pip, *FORMS[form], REQUIREMENT], "pip")
-    found = found._replace(version=check(found))
-    (folder / ABOUT).write_text(json.dumps({"form": form, "version": found.version}), encoding="utf-8")
+    (folder / ABOUT).write_text(json.dumps({"form": form, "version": check(found)}), encoding="utf-8")
     return found
 
 

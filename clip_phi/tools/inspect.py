@@ -27,6 +27,7 @@ from ..batching.index import Index, count_text, independent_turns_hint, load_ind
 from ..data.report import NUM_EXAMPLES, RecordError, Report, Skip, plain
 from ..data.sample import File, Images, images_of
 from ..data.source import parse_files, parse_source
+from ..hub.retry import load_with_retries
 from ..templates import render
 from ..templates.sheet import draw_images, save_png
 
@@ -97,14 +98,14 @@ def find_processor(model: str | None) -> tuple[Any, str, int | None]:
         processor = ClipPhiProcessor.from_backbones(str(DEMO_BACKBONES / "vision"), name)
     else:
         try:
-            processor = ClipPhiProcessor.from_pretrained(name)
+            processor = load_with_retries(ClipPhiProcessor.from_pretrained, name)
         except (ValueError, OSError) as error:
             raise OSError(f"--model {name} is no Clip-Phi processor: {error}") from error
     print(f"tokenizer: {name} (--model chooses another)", file=sys.stderr)
     if Path(name).is_dir() and not Path(name, "config.json").exists():  # a processor without a model
         return processor, name, None
-    config: Any = (AutoConfig if model is None else ClipPhiConfig).from_pretrained(name)
-    return processor, name, context_length(config)
+    kind: Any = AutoConfig if model is None else ClipPhiConfig
+    return processor, name, context_length(load_with_retries(kind.from_pretrained, name))
 
 
 def show(index: Index, processor: Any, first: int, number: int) -> Iterator[dict[str, Any]]:

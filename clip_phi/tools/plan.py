@@ -9,9 +9,8 @@ from modeling_clip_phi import ClipPhiConfig
 from ..environment import Gpu
 from ..templates import render
 from ..training.arguments import Stage2Arguments, TrainingArguments
-from ..training.memory import CARDS, GIB, Formula, largest_pack, typical_sample
+from ..training.memory import GIB, Formula, largest_pack, typical_sample
 
-__all__ = ["CARDS", "GIB", "Formula", "format_plan", "make_plan"]
 IMAGES, CONVERSATIONS = 118_287, 157_712  # of COCO train2017; of LLaVA-Instruct-150K
 
 
