@@ -276,6 +276,14 @@ def test_a_frozen_head_gives_the_loss_and_gradient_of_plain_cross_entropy(chunk,
     assert error < 1e-6 if dtype == torch.float32 else error < 1.1 * usual_error
 
 
+def test_a_label_that_is_no_token_is_an_error_with_a_frozen_head_too(frozen_head):
+    """-1, which other programs use for what is not learnt, is not the first token."""
+    model, hidden_states, labels = frozen_head
+    labels[0, 0] = -1
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        loss_of(model, hidden_states, labels)
+
+
 def test_a_frozen_head_computes_each_logit_once_and_keeps_none(frozen_head):
     model, hidden_states, labels = frozen_head
     model.max_logits = 5 * TEXT["vocab_size"]
