@@ -8,6 +8,7 @@ import importlib
 import json
 import logging
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -54,7 +55,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("use_safetensors", True)  # a pickle can run any code while it is opened
         if path is None or kwargs.get("state_dict") is not None:
             return super().from_pretrained(path, *model_args, config=config, **kwargs)
-        known = config
+        known = copy.deepcopy(config)  # which loading changes
         if not isinstance(config, PreTrainedConfig):
             fields, _ = PreTrainedConfig.get_config_dict(config or path, **kwargs)
             if (kind := fields.get("model_type")) != ClipPhiConfig.model_type:
@@ -149,7 +150,7 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             names = [name for name in kept if (by_trainer if "lora_" in name else name.startswith("model.projector."))]
             state = {name: state[kept[name]] for name in names}
             fields = {"delta": True, "adapter": "adapter" if adapted else None}
-            own["hf_quantizer"] = None
+            own["hf_quantizer"], kwargs["max_shard_size"] = None, "1TB"  # from_pretrained reads one file
         with patch.multiple(self.config, create=True, **fields), patch.multiple(self, create=True, **own):
             return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
 
@@ -183,8 +184,12 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
             return self
         accelerate, device_map = importlib.import_module("accelerate"), placement["device_map"]
         if isinstance(device_map, str):  # each device is filled before the next one
-            device_map = accelerate.infer_auto_device_map(self, placement.get("max_memory"), self._no_split_modules)
-        options = {"offload_dir": placement.get("offload_folder"), "skip_keys": self._skip_keys_device_placement}
+            options = {"no_split_module_classes": self._no_split_modules, "clean_result": False}  # never "" alone
+            device_map = accelerate.infer_auto_device_map(self, placement.get("max_memory"), **options)
+        if folder := placement.get("offload_folder"):
+            Path(folder).mkdir(parents=True, exist_ok=True)  # accelerate would use what another model left in it:
+            self.offloaded = tempfile.TemporaryDirectory(dir=folder)  # so one of its own
+        options = {"offload_dir": folder and self.offloaded.name, "skip_keys": self._skip_keys_device_placement}
         return accelerate.dispatch_model(self, device_map, **options)
 
 
@@ -296,7 +301,7 @@ def load_tokenizer(path: Any, revision: str | None, hub: dict) -> tuple[Any, str
 
 def sort_options(options: dict[str, Any]) -> list[dict[str, Any]]:
     """`options` as HUB_OPTIONS, PLACEMENT, PASSIVE and fields of ClipPhiConfig. Raises TypeError for others."""
-    options["dtype"] = options.pop("torch_dtype", None) or options.get("dtype")
+    options["dtype"] = options.pop("dtype", None) or options.pop("torch_dtype", None)
     kinds = (HUB_OPTIONS, PLACEMENT, PASSIVE, ClipPhiConfig.__dataclass_fields__)
     found = [{name: options.pop(name) for name in names if name in options} for names in kinds]
     if options:

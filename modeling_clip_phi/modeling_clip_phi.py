@@ -142,9 +142,8 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         if head not in parts or len(parts) > 2 or any(each not in (None, 1) for each in after):
             raise ValueError(f"{text.model_type!r} decoders are not supported: more than a head makes their logits")
         self.lm_head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
-        decoder = self.model.language_model
-        embeddings = next(name for name, part in decoder.named_modules() if part is decoder.get_input_embeddings())
-        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{embeddings}.weight"}
+        embeddings = next(name for name, part in self.named_modules() if part is self.get_input_embeddings())
+        self._tied_weights_keys = {"lm_head.weight": f"{embeddings}.weight"}
         self.post_init()
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> Any:
@@ -227,12 +226,12 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
         """The summed cross-entropy, computed with its gradient: no logits are kept, and none are computed twice."""
         weight, loss, gradients = self.lm_head.weight, labels.new_zeros((), dtype=torch.float32), []
         for states, targets in zip(hidden_states.detach().split(size), labels[:, None].split(size), strict=True):
-            valid, targets, logits = targets != IGNORE_INDEX, targets.clamp(0), self.lm_head(states).float()
-            highest, right = logits.amax(1, keepdim=True), logits.gather(1, targets)
+            valid, logits = targets != IGNORE_INDEX, self.lm_head(states).float()
+            highest, right = logits.amax(1, keepdim=True), logits.gather(1, targets * valid)
             sums = logits.sub_(highest).exp_().sum(1, keepdim=True)
             loss += ((highest + sums.log() - right) * valid).sum()
             means = torch.matmul(logits.to(weight.dtype), weight) / sums
-            gradients.append((means - weight[targets.squeeze(1)]) * valid)
+            gradients.append((means - weight[(targets * valid).squeeze(1)]) * valid)
             del logits  # before the next are made
         carrier = (hidden_states * torch.cat(gradients)).sum()  # has this gradient
         return loss + (carrier - carrier.detach())

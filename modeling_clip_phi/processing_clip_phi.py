@@ -92,8 +92,9 @@ class ClipPhiProcessor(ProcessorMixin):
             raise ValueError(f"the chat template refuses a conversation: {error}") from error
         end = self.tokenizer.eos_token
         prompts: list[list[str]] = []  # before each answer, from the previous end token on
-        for messages, text, answers in zip(conversations, texts, spans, strict=True):
-            self._check_special_tokens(messages, text)
+        for text, answers in zip(texts, spans, strict=True):
+            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError("a text contains half a character, a surrogate without its other half")
             if not all(text[:stop].endswith(end) for _, stop in answers):
                 raise ValueError(f"the chat template must end each generation block with {end}")
             starts = [0, *(stop - len(end) for _, stop in answers)]
@@ -102,34 +103,30 @@ class ClipPhiProcessor(ProcessorMixin):
         unique = list(dict.fromkeys([*texts, *(prompt for each in prompts for prompt in each)]))
         ids_of = dict(zip(unique, self.tokenizer(unique, add_special_tokens=False)["input_ids"], strict=True))
         encoded = []
-        for text, before in zip(texts, prompts, strict=True):
-            bos = [] if self.bos and text.startswith(self.bos) else self.bos_ids
-            ids, labels, start = ids_of[text], [IGNORE_INDEX] * len(ids_of[text]), 0
+        for messages, text, before in zip(conversations, texts, prompts, strict=True):
+            ids = [*([] if self.bos and text.startswith(self.bos) else self.bos_ids), *ids_of[text]]
+            # By ids: a normalizer may turn other characters, such as full-width ones, into a special token.
+            items = (item for message in messages for item in message["content"] if isinstance(item, dict))
+            wanted = Counter({self.tokenizer.pad_token_id: 0, **Counter(self.bos_ids)})
+            wanted[self.image_token_id] = sum(item["type"] == "image" for item in items)
+            wanted[self.tokenizer.eos_token_id] += sum(message["role"] == "assistant" for message in messages)
+            for each, count in wanted.items():
+                if (found := ids.count(each)) != count:
+                    token = self.tokenizer.convert_ids_to_tokens(each)
+                    raise ValueError(f"a text contains {token}: {found} {token} in the rendered text, not {count}")
+            labels, start = [IGNORE_INDEX] * len(ids), len(ids) - len(ids_of[text])
             for prompt in before:
                 first = start + len(ids_of[prompt])
                 if ids[start:first] != ids_of[prompt]:
                     raise ValueError(f"the tokenizer joins the end of a prompt with its answer: {prompt[-20:]!r}")
                 start = ids.index(self.tokenizer.eos_token_id, first)
                 labels[first : start + 1] = ids[first : start + 1]
-            ids, labels = bos + ids, [IGNORE_INDEX] * len(bos) + labels
             if expand_images:
                 counts = [self.num_image_tokens if token == self.image_token_id else 1 for token in ids]
                 places = [place for place, count in enumerate(counts) for _ in range(count)]
                 ids, labels = [ids[place] for place in places], [labels[place] for place in places]
             encoded.append((ids, labels))
         return encoded
-
-    def _check_special_tokens(self, messages: Messages, text: str) -> None:
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError("a text contains half a character, a surrogate without its other half")
-        contents = (each["content"] for each in messages if isinstance(each["content"], list))
-        images = sum(item["type"] == "image" for content in contents for item in content)
-        wanted = Counter({self.tokenizer.pad_token: 0, self.image_token: images})
-        wanted[self.tokenizer.eos_token] += sum(message["role"] == "assistant" for message in messages)
-        wanted[self.bos] += bool(self.bos) and text.startswith(self.bos)
-        for token, count in wanted.items():
-            if token and (found := text.count(token)) != count:
-                raise ValueError(f"a text contains {token}: {found} {token} in the rendered text, not {count}")
 
 
 ClipPhiProcessor.register_for_auto_class()

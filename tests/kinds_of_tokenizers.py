@@ -60,6 +60,20 @@ def sentencepiece(metaspace=None):
     )
 
 
+def unigram():
+    """SentencePiece's other kind, with its usual NFKC: characters that look like those of </s> become its id."""
+    pieces = [(token, 0.0) for token in ("<unk>", "<s>", "</s>", "<pad>")] + [(SPACE, -3.0), (f"{SPACE}yes", -4.0)]
+    letters = sorted({letter for words in WORDS for letter in words} - {" "})
+    tokenizer = Tokenizer(models.Unigram(pieces + [(letter, -6.0) for letter in letters], unk_id=0))
+    tokenizer.normalizer, tokenizer.decoder = normalizers.NFKC(), decoders.Metaspace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(["<image>"])
+    add_bos(tokenizer, "<s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
 TOKENIZERS = {
     "phi-2": None,  # the processor's own: byte-level BPE, its BOS is not added
     "llama-3": llama_3,
@@ -67,4 +81,5 @@ TOKENIZERS = {
     "llama-2": sentencepiece,
     "metaspace always": lambda: sentencepiece("always"),
     "metaspace first": lambda: sentencepiece("first"),
+    "unigram": unigram,
 }

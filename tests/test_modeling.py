@@ -1,3 +1,4 @@
+import gc
 import json
 import logging
 import re
@@ -273,6 +274,14 @@ def test_a_frozen_head_gives_the_loss_and_gradient_of_plain_cross_entropy(chunk,
     torch.testing.assert_close(loss, usual, rtol=1e-6, atol=0)
     error, usual_error = ((each - exact_gradient).norm() / exact_gradient.norm() for each in (gradient, usual_gradient))
     assert error < 1e-6 if dtype == torch.float32 else error < 1.1 * usual_error
+
+
+def test_a_label_that_is_no_token_is_an_error_with_a_frozen_head_too(frozen_head):
+    """-1, which other programs use for what is not learnt, is not the first token."""
+    model, hidden_states, labels = frozen_head
+    labels[0, 0] = -1
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        loss_of(model, hidden_states, labels)
 
 
 def test_a_frozen_head_computes_each_logit_once_and_keeps_none(frozen_head):
@@ -570,6 +579,24 @@ def test_delta_holds_the_projector_and_reloads_with_equal_logits(model, delta, i
     }
     headless = ClipPhiModel.from_pretrained(delta)
     assert torch.equal(headless(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+
+
+def test_delta_is_one_file_however_small_the_shards_are(model, inputs, tmp_path):
+    """from_pretrained reads one."""
+    model.save_pretrained(tmp_path, max_shard_size="1KB")
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+    assert torch.equal(logits(ClipPhiForCausalLM.from_pretrained(tmp_path), inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize("kind", ["delta", "merged"])
+def test_a_given_config_is_not_changed_by_loading(kind, request):
+    folder = request.getfixturevalue(kind)
+    config = ClipPhiConfig.from_pretrained(folder)
+    before = config.to_json_string()
+    first = ClipPhiForCausalLM.from_pretrained(folder, config=config, dtype="bfloat16", attn_implementation="eager")
+    second = ClipPhiForCausalLM.from_pretrained(folder, config=config)
+    assert config.to_json_string() == before and second.config is not first.config
+    assert (first.dtype, second.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_delta_saved_again_is_the_same_delta(delta, tmp_path):
@@ -972,6 +999,37 @@ def test_delta_offloaded_to_disk_gives_equal_logits(adapted, inputs, tmp_path):
         placed.save_pretrained(tmp_path / "again")
 
 
+@pytest.mark.parametrize("kilobytes", [0, 60, 150, 200], ids=str)
+def test_delta_that_the_memory_holds_a_part_of_gives_equal_logits(kilobytes, adapted, inputs, tmp_path):
+    """The rest is on the disk, or all of it."""
+    adapted.save_pretrained(tmp_path / "delta")
+    placed = ClipPhiForCausalLM.from_pretrained(
+        tmp_path / "delta",
+        device_map="auto",
+        max_memory={"cpu": kilobytes * 1000},
+        offload_folder=tmp_path / "offloaded",
+    )
+    assert any(weight.is_meta for weight in placed.parameters())
+    assert torch.equal(logits(placed, inputs), logits(adapted, inputs))
+
+
+def test_two_models_in_one_offload_folder_keep_their_own_weights(fresh_model, inputs, tmp_path):
+    """accelerate reads what is in the folder already."""
+    expected, placed, folder = [], [], tmp_path / "offloaded"
+    for number in range(2):
+        with torch.no_grad():
+            fresh_model.model.projector.weight += number
+        expected.append(logits(fresh_model, inputs))
+        fresh_model.save_pretrained(tmp_path / str(number))
+        options = {"device_map": OFFLOADED, "offload_folder": folder}
+        placed.append(ClipPhiForCausalLM.from_pretrained(tmp_path / str(number), **options))
+    assert all(torch.equal(logits(each, inputs), right) for each, right in zip(placed, expected, strict=True))
+    assert len(list(folder.iterdir())) == 2
+    del placed
+    gc.collect()
+    assert not list(folder.iterdir()), "the files of models that are gone were left"
+
+
 def test_offloaded_delta_without_adapter_is_saved_again(model, delta, tmp_path):
     placed = ClipPhiForCausalLM.from_pretrained(delta, device_map=OFFLOADED, offload_folder=tmp_path / "offloaded")
     placed.save_pretrained(tmp_path / "again")
@@ -1084,6 +1142,8 @@ def test_decoder_that_changes_its_logits_after_the_head_is_refused():
 
 def test_delta_takes_config_fields_as_keywords_and_refuses_unknown_ones(model, tmp_path):
     model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="takes no torch_dtype"):  # beside dtype
+        ClipPhiForCausalLM.from_pretrained(tmp_path, dtype="float32", torch_dtype="bfloat16")
     assert (
         ClipPhiForCausalLM.from_pretrained(tmp_path, caption_instruction="what?").config.caption_instruction == "what?"
     )

@@ -1,5 +1,5 @@
 import pytest
-from kinds_of_tokenizers import TOKENIZERS, add_bos, bpe, llama_3
+from kinds_of_tokenizers import TOKENIZERS, add_bos, bpe, llama_3, unigram
 from PIL import Image
 from tokenizers import processors
 from transformers import PhiConfig, PreTrainedTokenizerFast
@@ -87,6 +87,8 @@ TALKS = {
     "no image": [user(text("hello")), answer("hi"), user(text("b")), answer("(c)")],
     "turns": [user(IMAGE, text("a")), answer("yes"), user(text("c 3\n")), answer("4, d"), user(text("e")), answer("f")],
     "system": [{"role": "system", "content": [text("Be brief.")]}, user(text("a")), answer("b")],
+    "empty system": [{"role": "system", "content": ""}, user(text("a")), answer("b")],
+    "blank system": [{"role": "system", "content": [text(" ")]}, user(text("a")), answer("b")],
     "caption": [user(IMAGE), answer("a red circle.")],
     "caption in turns": [user(IMAGE), answer("3 circles"), user(text("  a  b?")), answer("- c")],
 }
@@ -101,7 +103,7 @@ def test_training_evaluation_engine_and_pipeline_have_the_same_tokens_before_eac
     with Engine(model, any_processor) as engine:
         for start, turn in zip(answers, turns, strict=True):
             before, trained = messages[:turn], ids[:start]
-            has_image = IMAGE in before[0]["content"]
+            has_image = IMAGE in [*before[0]["content"]]
             evaluated = encode_prompts(any_processor, [(before, image if has_image else None)])
             rendered = any_processor.apply_chat_template(before, add_generation_prompt=True)
             shown = [{**before[0], "content": [{**IMAGE, "image": image}, *before[0]["content"][1:]]}, *before[1:]]
@@ -210,6 +212,29 @@ def test_prompt_is_the_beginning_of_the_trained_conversation(processor):
 def test_wrong_conversations_are_refused(messages, message, processor):
     with pytest.raises(Exception, match=message):
         processor.encode(messages)
+
+
+@pytest.mark.parametrize(("wide", "token"), [("＜/s＞", "</s>"), ("＜s＞", "<s>"), ("＜pad＞", "<pad>")])
+@pytest.mark.parametrize("place", ["question", "answer"])
+def test_text_that_a_normalizer_turns_into_a_special_token_is_refused(wide, token, place, processor):
+    """Or the label would end in the middle of the answer."""
+    tokenizer = unigram()
+    assert tokenizer(wide, add_special_tokens=False)["input_ids"][-1] == tokenizer.convert_tokens_to_ids(token)
+    normalizing = ClipPhiProcessor(processor.image_processor, tokenizer, num_image_tokens=4)
+    said = {"question": "a", "answer": "b"} | {place: f"{wide} c"}
+    with pytest.raises(ValueError, match=f"a text contains {token}: . {token} in the rendered text, not ."):
+        normalizing.encode([user(text(said["question"])), answer(said["answer"])])
+
+
+def test_system_turn_without_text_and_empty_question_are_nothing(processor):
+    """As they are in a pipeline, which makes an empty list of an empty text."""
+    plain = [user(text("a")), answer("b")]
+    for content in ("", " ", [], [text("")]):
+        assert processor.encode([{"role": "system", "content": content}, *plain]) == processor.encode(plain)
+    empty = [*plain, {"role": "user", "content": ""}, answer("c")]
+    ids, _ = processor.encode(empty)
+    assert processor.tokenizer.decode(ids) == "Instruct: a\nOutput: b<|endoftext|> c<|endoftext|>"
+    assert processor.apply_chat_template(empty, tokenize=True, return_dict=True)["input_ids"] == [ids]
 
 
 def test_prompt_with_more_places_than_images_is_refused(processor):

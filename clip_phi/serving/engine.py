@@ -425,8 +425,7 @@ class Engine(AbstractContextManager["Engine"]):
             raise ValueError(f"{size:,} characters of text: at most {most:,} here ({self.context} tokens of context)")
         with self._encoding:  # a tokenizer is not made for several threads at once
             ids, _ = self.processor.encode(messages, add_generation_prompt=True)
-        if (places := ids.count(self.processor.image_token_id)) != num_images * self.processor.num_image_tokens:
-            places //= self.processor.num_image_tokens
+        if (places := ids.count(self.processor.image_token_id) // self.processor.num_image_tokens) != num_images:
             raise ValueError(f"{num_images} images, but {places} places for them in the conversation")
         return ids
 
