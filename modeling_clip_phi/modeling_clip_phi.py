@@ -103,13 +103,15 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         encoded = kwargs.pop("mm_encoder_outputs", None)
         if pixel_values is not None:
             encoded = {"image": self.get_image_features(pixel_values, return_dict=True)}
-        if encoded or vision_features is not None:
+        if has_images := bool(encoded) or vision_features is not None:
             patches = encoded["image"].pooler_output if encoded else self._project(vision_features)
             image_features = torch.cat(list(patches)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             rows = (mask.flatten().cumsum(0) - 1).clamp(0)  # masked_scatter's backward makes the host wait for the GPU
             inputs_embeds = torch.where(mask, image_features[rows].view_as(inputs_embeds), inputs_embeds)
-        elif self.training and torch.is_grad_enabled():  # DDP needs a gradient of every trained weight
+        elif "pack_layout" not in kwargs and getattr(input_ids, "shape", (1, 1))[1] > 1:  # no step of decoding
+            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds[0, :0])
+        if not has_images and self.training and torch.is_grad_enabled():  # DDP needs a gradient of every trained weight
             nothing = self._project(inputs_embeds.new_zeros(1, next(self.projector.parameters()).shape[1])).sum() * 0
             inputs_embeds = inputs_embeds + nothing.to(inputs_embeds.device, inputs_embeds.dtype)
         attention = self.language_model.config._attn_implementation

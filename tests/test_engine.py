@@ -189,7 +189,8 @@ def test_sampling_options_at_the_edge_of_float32_are_greedy_and_change_no_other_
         others = [engine.submit(*conversation(number), max_new_tokens=9) for number in (2, 3)]
     assert [answer.result() for answer in others] == [expected(2, 9), expected(3, 9)]
     assert [answer.result() for answer in edges] == [expected(1, 9)] * 3
-    for options in ({"temperature": float("nan")}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": float("nan")}):
+    wrong = [("temperature", float("nan")), ("temperature", -1.0), ("top_p", 0.0), ("top_p", float("nan"))]
+    for options in ({name: value} for name, value in [*wrong, ("max_new_tokens", 0)]):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
             engine.submit(*conversation(1), **options)
 

@@ -4,6 +4,7 @@ import logging
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,9 @@ def test_prompt_and_images_that_do_not_match_are_refused(model, inputs):
         model(input_ids=ids[:, 1:], pixel_values=pixels)
     with pytest.raises(ValueError, match="4 <image> tokens but 8 image features"):
         model(input_ids=ids, pixel_values=pixels.repeat(2, 1, 1, 1))
+    for call in (model, partial(model.generate, max_new_tokens=2)):  # the embedding may have a row for <image>
+        with pytest.raises(ValueError, match="4 <image> tokens but 0 image features"):
+            call(input_ids=ids)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(pixel_values=pixels)
     with pytest.raises(ValueError, match="Input image size"):
@@ -148,7 +152,7 @@ def test_four_dimensional_mask_needs_a_dense_attention(fresh_model, inputs):
     length = inputs["input_ids"].shape[1]
     fresh_model.model.language_model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="'flex_attention' takes no mask of four dimensions: use 'sdpa' or 'eager'"):
-        fresh_model(input_ids=inputs["input_ids"], attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool))
+        fresh_model(**dict(inputs) | {"attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool)})
 
 
 # ------------------------------------------------------------------------------------------------------------- loss

@@ -279,6 +279,8 @@ class Engine(AbstractContextManager["Engine"]):
             raise ValueError(f"temperature must be a number of at least 0, not {temperature}")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         self.check_queue()
         ids = self._encode(messages, len(images))
         if not ids:
