@@ -163,6 +163,7 @@ OPTIONS, COMMANDS = (
 # What "$NAME" in options.json stands for.
 VALUES: dict[str, Any] = {each.__name__: each for each in (int, float, Path)}
 VALUES |= {"positive": bounded(int, "at least 1"), "natural": bounded(int, "at least 0")}
+VALUES["fraction"] = bounded(float, "at least 0 and less than 1")
 VALUES |= {"positive_number": bounded(float, "more than 0"), "probability": bounded(float, "more than 0 and at most 1")}
 VALUES |= {"DATA": "[KIND:]PATH[,option=value...], as --data in train_accelerate.py", "CORES": cpu_cores()}
 VALUES |= {"MODELS": ", ".join(MODELS), "DEMO_MODEL": DEMO_MODEL, "DATASETS": DATASETS, "ENGINES": ENGINES}

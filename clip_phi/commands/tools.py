@@ -41,8 +41,6 @@ def run_draw_data(arguments: argparse.Namespace) -> None:
 def run_plan(arguments: argparse.Namespace) -> None:
     from ..training.arguments import STAGES
 
-    if not 0 < arguments.mfu <= 1:
-        raise ValueError(f"--mfu must be more than 0 and at most 1, not {arguments.mfu}")
     options = {"optim": arguments.optim, "gradient_checkpointing": arguments.gradient_checkpointing}
     for name, stage in {"captions_per_image": 1, "lora_r": 2, "tune_decoder": 2, "quantization": 2}.items():
         if (value := getattr(arguments, name)) is not None:

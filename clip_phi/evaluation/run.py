@@ -31,6 +31,9 @@ DEMO_SOURCES = {
     "captions": f"coco:{DEMO_DATA}/annotations/captions_val2017.json,images={DEMO_DATA}/val2017",
     "vqa": f"llava:{DEMO_DATA}/llava_instruct_val.json,images={DEMO_DATA}/val2017",
 }
+ANSWERED = ("captions", "vqa", "pope", "exact")  # and USED_BY: the tasks that use an option, if not all do
+USED_BY = {"objects": ("captions", "pointing"), "clip": ("captions",), "meteor": ("captions",), "shuffles": ANSWERED}
+USED_BY |= dict.fromkeys(("prompt", "num_beams"), (*ANSWERED, "pointing")) | {"calibrate": ANSWERED[1:]}
 
 
 def run(options: argparse.Namespace, demo_model: str) -> None:
@@ -39,6 +42,9 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     Raises ValueError or OSError if the model or the data cannot be used."""
     if not options.data and Path(options.model) != Path(demo_model):
         raise ValueError("--data is required: [KIND:]PATH, as in training")
+    for name, tasks in USED_BY.items():
+        if options.task not in tasks and getattr(options, name) not in (None, False, getattr(Decoding, name, None)):
+            raise ValueError(f"--{name} requires --task {' or '.join(tasks)}, not {options.task}")
     texts = options.data or [DEMO_SOURCES["captions" if options.task in ("captions", "pointing") else "vqa"]]
     sources = parse_files(texts)
     from accelerate import PartialState
@@ -60,11 +66,8 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     eval_set = make_eval_set(options.task, samples, report, options.num_images, options.max_bad_fraction)
     if report.num_skipped:
         log(f"{report.num_skipped:,} of {report.records:,} records are skipped:\n{report.table()}")
-    if options.objects and options.task not in ("captions", "pointing"):
-        raise ValueError(f"--objects requires --task captions or pointing, not {options.task}")
-    is_answered = options.task not in ("captions", "loss", "pointing")
-    if options.calibrate and not (is_answered and Path(options.model).is_dir()):
-        raise ValueError("--calibrate requires --task vqa, pope or exact, and a model in a folder")
+    if options.calibrate and not Path(options.model).is_dir():
+        raise ValueError("--calibrate requires a model in a folder")
     objects = objects_file(options.objects, sources)
     chair_scorer = ChairScorer(eval_set, objects) if objects and options.task == "captions" else None
     model, processor, files = load(options.model, options.device or state.device)
@@ -79,7 +82,7 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
         evaluation = evaluate_pointing(model, processor, eval_set, decoding, objects, processes)
     else:
         saved: dict[str, Any] = {"folder": output / f"{options.task}.answers", "model_hash": sha256}
-        saved |= {"processes": processes, "confidence": is_answered}
+        saved |= {"processes": processes, "confidence": options.task != "captions"}
         evaluation = evaluate_answers(model, processor, eval_set, decoding, **saved)
     if state.is_main_process:
         if options.task == "captions" and eval_set.items:
