@@ -200,6 +200,16 @@ def git_commit() -> str | None:
         return None
 
 
+def find_device(name: Any) -> Any:
+    """The torch device of this name. Raises ValueError if it is not on this machine."""
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
 def peak_memory_bytes(device: Any) -> int:
     """Peak memory of this process: allocated on a CUDA device, or resident on the CPU."""
     import torch

@@ -73,13 +73,19 @@ QUICK += ("--per_device_eval_batch_size", 4)
 FIXED_BATCHES = ("--per_device_train_batch_size", 4)
 
 
+def _data(kind, file, folder, options) -> list:
+    """--data and --eval_data, each unless the options have it."""
+    names = {"--data": "train", "--eval_data": "val"}
+    texts = {option: f"{kind}:{file.format(name)},images={folder}/{name}2017" for option, name in names.items()}
+    return [word for pair in texts.items() if pair[0] not in options for word in pair]
+
+
 def stage1(data, backbones, output, *options) -> list:
     """Options of a short stage 1 run on a folder of `write_dataset`; `backbones` is (vision, text)."""
     vision, text = backbones
     return [
         *("--stage", 1, "--vision_backbone", vision, "--text_backbone", text, "--output_dir", output),
-        *("--data", f"coco:{data}/annotations/captions_train2017.json,images={data}/train2017"),
-        *("--eval_data", f"coco:{data}/annotations/captions_val2017.json,images={data}/val2017"),
+        *_data("coco", f"{data}/annotations/captions_{{}}2017.json", data, options),
         *QUICK,
         *FIXED_BATCHES,
         *options,
@@ -92,8 +98,7 @@ def stage2(data, start, output, *options) -> list:
         *("--stage", 2, "--init_from", start, "--output_dir", output),
         *(() if "full" in options else ("--lora_r", 4, "--lora_dropout", 0)),  # not with --tune_decoder full
         *("--gradient_accumulation_steps", 2),
-        *("--data", f"llava:{data}/llava_instruct_train.json,images={data}/train2017"),
-        *("--eval_data", f"llava:{data}/llava_instruct_val.json,images={data}/val2017"),
+        *_data("llava", f"{data}/llava_instruct_{{}}.json", data, options),
         *QUICK,
         *(() if "--max_tokens_per_batch" in options else (*FIXED_BATCHES, "--max_tokens_per_batch", 0)),
         *options,

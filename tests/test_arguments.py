@@ -40,7 +40,11 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
         ),
         (["--stage", "2", "--max_steps", "many"], "--max_steps"),
         (["--stage", "2", "--optim", "sgd"], "invalid choice: 'sgd'"),
-        (["--config", "none.yaml"], "no such file: --config none.yaml"),
+        (["--config", "none.yaml"], "--config none.yaml cannot be read as yaml: [Errno 2] No such file"),
+        (["--config", "."], "--config . cannot be read as yaml: [Errno 21] Is a directory"),
+        (["--stage", "1", "--config", ""], "--config  cannot be read as yaml"),
+        (["--stage", "1", "--config"], "argument --config: expected one argument"),
+        (["--stage", "1", "--given", "3"], "unknown option in stage 1: --given 3"),
     ],
 )
 def test_a_bad_option_is_one_line_and_status_2(argv, message, capsys):
@@ -57,9 +61,17 @@ def test_a_bad_option_is_one_line_and_status_2(argv, message, capsys):
             "stage: 1\nlearning_rat: 3\n",
             "{}: unknown option in stage 1: --learning_rat=3; did you mean --learning_rate?",
         ),
-        ("stage: 1\nmax_steps: [3]\n", "{}: argument --max_steps: invalid int value: '[3]'"),
+        ("stage: 1\nmax_steps: [3]\n", "{}: argument --max_steps: invalid int value: \"['3']\""),
         ("- 1\n", "must be a mapping"),
-        ("a: b: c\n", "is not yaml"),
+        ("a: b: c\n", "cannot be read as yaml"),
+        ("stage: 1\nseed: 1\nseed: 2\n", "--config {}: seed is given twice"),
+        ("stage: 1\nconfig: other.yaml\n", "--config {}: config is given twice"),
+        ("stage: 1\nseed: 2026-99-99\n", "{}: argument --seed: invalid int value: '2026-99-99'"),
+        ("stage: 1\nseed: !!timestamp now\n", "{}: argument --seed: invalid int value: 'now'"),
+        ("stage: 1\n--seed: 3\n", "{}: unknown option in stage 1: ----seed=3; did you mean --seed?"),
+        ("[" * 5000, "cannot be read as yaml"),
+        ("stage: 1\nresume_from_checkpoint: ''\n", "{}: resume_from_checkpoint has no value: leave the line out"),
+        ("stage: 1\noutput_dir: null\n", "{}: output_dir has no value: leave the line out"),
     ],
 )
 def test_a_bad_recipe_is_one_line_and_status_2(text, message, tmp_path, capsys):
@@ -84,6 +96,14 @@ def test_all_problems_are_reported_at_once_with_a_way_out():
         "'make demo' needs no data",
     ):
         assert part in str(caught.value)
+
+
+def test_numbers_without_meaning_and_empty_texts_are_refused():
+    for name in ("weight_decay", "seed", "lora_alpha"):
+        assert f"--{name} must be at least" in problems("--stage", "2", f"--{name}", "-1")
+    assert "--weight_decay must be at least 0, not nan" in problems("--stage", "1", "--weight_decay", "nan")
+    for name in ("resume_from_checkpoint", "output_dir", "cache_features", "push_to_hub", "vision_revision"):
+        assert f"--{name} has no value" in problems("--stage", "1", f"--{name}", "")
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -117,13 +137,47 @@ def test_an_option_that_would_have_no_effect_is_refused():
     assert "nothing.json" in own and "coco" not in own and "has no effect" not in own
     assert "has no effect" not in problems("--stage", "1", "--holdout_images", "8", "--eval_data")
     assert "--eval_task_images has no effect" in problems("--stage", "1", "--eval_task_images", "8")
-    assert "--hub_private_repo requires --push_to_hub" in problems("--stage", "1", "--hub_private_repo")
+    assert "--hub_private_repo has no effect without --push_to_hub" in problems("--stage", "1", "--hub_private_repo")
+    for defaults in (("--hub_private_repo", "false"), ("--early_stopping_patience", "0")):
+        assert "has no effect" not in problems("--stage", "1", *defaults)
+    for images in (("--max_tokens_per_batch", "0"), ("--per_device_train_batch_size", "4")):
+        found = problems("--stage", "1", "--tokens_per_optimizer_step", "900", *images)
+        assert "--tokens_per_optimizer_step has no effect on batches of images" in found
+    steps = ("--tokens_per_optimizer_step", "900", "--gradient_accumulation_steps", "2")
+    assert "--gradient_accumulation_steps has no effect with --tokens_per_optimizer_step" in problems(
+        "--stage", "2", *steps
+    )
+
+
+def test_the_revision_of_a_folder_is_refused(tmp_path):
+    for part in ("vision", "text"):
+        revision = (f"--{part}_revision", "main")
+        refused = f"--{part}_revision has no effect with a folder"
+        assert refused in problems("--stage", "1", *revision, f"--{part}_backbone", str(tmp_path))
+        assert refused not in problems("--stage", "1", *revision)
 
 
 def test_an_option_of_the_file_counts_as_given(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("stage: 2\nper_device_train_batch_size: 4\n")
     assert "--per_device_train_batch_size has no effect" in problems("--config", str(recipe))
+
+
+def test_a_value_of_the_file_is_the_text_that_is_written_there(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "stage: 1\nmixed_precision: no\ntf32: off\nseed: 010\ndata: ['--seed=5', b.json]\neval_data: []\n"
+    )
+    arguments = parse_arguments(["--config", str(recipe)])
+    assert (arguments.mixed_precision, arguments.tf32, arguments.seed) == ("no", False, 10)
+    assert (arguments.data, arguments.eval_data) == (["--seed=5", "b.json"], [])
+
+
+def test_a_list_that_is_given_twice_is_joined_as_in_other_commands():
+    arguments = parse_arguments(
+        ["--stage", "1", "--data", "a", "b", "--data", "c", "--eval_data", "d", "--eval_data", "e"]
+    )
+    assert (arguments.data, arguments.eval_data) == (["a", "b", "c"], ["d", "e"])
 
 
 def test_bare_options_and_options_with_a_value():

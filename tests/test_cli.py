@@ -13,6 +13,7 @@ from clip_phi.cli import main
 from clip_phi.commands.common import COMMANDS, OPTIONS, choose_model
 from clip_phi.data.report import plain
 from clip_phi.evaluation.generate import generate_texts
+from clip_phi.evaluation.run import load
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,17 @@ def test_draw_data_writes_the_same_files_for_the_same_seed(tmp_path, capsys):
             "do not fit the context",
         ),
         (["ask", "{image}", "an <image>?", "--model", "{checkpoint}"], "<image>"),
+        (
+            ["evaluate", "{checkpoint}", "--task", "loss", "--data", "x", "--meteor"],
+            "--meteor requires --task captions",
+        ),
+        (
+            ["evaluate", "{checkpoint}", "--task", "vqa", "--data", "x", "--clip", "x/y"],
+            "--clip requires --task captions",
+        ),
+        (["evaluate", "{checkpoint}", "--task", "loss", "--data", "x", "--num_beams", "2"], "not loss"),
+        (["evaluate", "{checkpoint}", "--task", "loss", "--data", "x", "--prompt", ""], "--prompt requires --task"),
+        (["evaluate", "{checkpoint}", "--task", "pointing", "--data", "x", "--shuffles", "2"], "not pointing"),
     ],
 )
 def test_bad_input_is_one_line_with_status_2(argv, message, image, checkpoint, text_backbone, capsys):
@@ -159,6 +171,35 @@ def test_an_unknown_name_is_one_line_with_the_nearest_known_one(argv, message, c
         main(argv)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["plan", "--gpu", "t4", "--mfu", "2"], "--mfu: must be more than 0 and at most 1, not 2"),
+        (["plan", "--gpu", "t4", "--mfu", "nan"], "--mfu: must be more than 0 and at most 1, not nan"),
+        (["evaluate", "--task", "loss", "--max_bad_fraction", "nan"], "must be at least 0 and less than 1, not nan"),
+        (["evaluate", "--task", "loss", "--max_bad_fraction", "-1"], "must be at least 0 and less than 1, not -1"),
+        (["evaluate", "--task", "loss", "--seed", "-1"], "--seed: must be at least 0, not -1"),
+        (["compare", "a", "b", "--seed", "-1"], "--seed: must be at least 0, not -1"),
+        (["evaluate", "--task", "loss", "--output", "."], "--output: '.' is not the name of a file"),
+        (["caption", "--output=", "a.png"], "--output: '' is not the name of a file"),
+    ],
+)
+def test_a_value_without_meaning_is_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_device_that_is_not_there_is_one_line(image, checkpoint, capsys):
+    for device in ("nope", "cuda:77"):  # which no machine has
+        assert main(["caption", image, "--model", checkpoint, "--device", device]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"clip-phi: error: --device {device}: ") and error.count("\n") == 1
+        with pytest.raises(ValueError, match=f"--device {device}: "):
+            load(checkpoint, device)
 
 
 def test_arguments_and_options_come_in_any_order(image, checkpoint, model, processor, capsys):

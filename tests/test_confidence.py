@@ -128,7 +128,7 @@ def test_evaluate_reports_and_keeps_the_scaling_which_other_weights_refuse(fresh
 
     assert load_scaling(str(folder), model) is None
     assert evaluate("loss", "--calibrate") == 2
-    assert "--calibrate requires --task vqa, pope or exact" in capsys.readouterr().err
+    assert "--calibrate requires --task vqa or pope or exact" in capsys.readouterr().err
     assert evaluate("vqa", "--calibrate") == 0
     assert "ECE by likelihood" in capsys.readouterr().out
     result = json.loads((folder / "evaluation/vqa.json").read_text())["confidence"]

@@ -188,6 +188,14 @@ def test_a_resumed_run_keeps_its_packs_on_another_number_of_gpus(monkeypatch):
     before = {"max_tokens_per_batch": 2000, "batches_per_step": 8}
     assert fitted(monkeypatch, None, before=before) == (2000, 8)
     assert fitted(monkeypatch, None, processes=4, before=before) == (2000, 2)
+    # What is given is not replaced: check_same_run refuses it.
+    assert fitted(monkeypatch, None, before=before, gradient_accumulation_steps=3) == (2000, 3)
+
+
+def test_tokens_of_a_step_without_packs_are_refused(monkeypatch):
+    for options in ({"device": "cpu"}, {"max_tokens_per_batch": 0}, {"per_device_train_batch_size": 4}):
+        with pytest.raises(ValueError, match="--tokens_per_optimizer_step has no effect on batches of images"):
+            fitted(monkeypatch, None, stage=1, tokens_per_optimizer_step=900, **options)
 
 
 def test_a_pack_that_does_not_fit_is_made_smaller():

@@ -70,6 +70,7 @@ def test_more_processes_with_the_same_accumulation_are_another_run(whole, data, 
         (("--seed", 1), "seed: 0 then, 1 now"),
         (("--per_device_train_batch_size", 2), "per_device_train_batch_size: 4 then, 2 now"),
         (("--captions_per_image", 2), "captions_per_image: 5 then, 2 now"),
+        (("--gradient_accumulation_steps", 3), "batches_per_step: 1 then, 3 now"),
         (("--holdout_images", 3, "--eval_data"), "data: "),
     ],
 )

@@ -325,6 +325,12 @@ def test_bad_input_is_one_line_with_status_2_and_no_traceback(options, message):
     assert done.stderr.splitlines()[-1].startswith("train_accelerate.py: error: ")
 
 
+def test_answers_that_the_context_has_no_room_for_are_refused_before_training(data, backbones, tmp_path):
+    done = run(*stage1(data, backbones, tmp_path / "run", "--max_new_tokens", 10**5, "--debug", False), expect=2)
+    assert "--max_new_tokens 100000: the decoder's context has " in done.stderr
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
 def test_missing_weights_say_where_they_were_looked_for_and_name_the_demo(data, tmp_path):
     options = stage1(data, ("nobody/nothing", "microsoft/phi-2"), tmp_path / "run", "--debug", False)
     done = run(*options, expect=2)

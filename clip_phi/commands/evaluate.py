@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from ..data.report import plain
 from .common import DEMO_MODEL, choose_model
@@ -24,5 +23,5 @@ def run_compare(arguments: argparse.Namespace) -> None:
     first, second = (find_result(place, arguments.task) for place in places)
     found = compare(first, second, arguments.seed)
     if arguments.output:
-        Path(arguments.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        arguments.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found) if arguments.json else plain(format_comparison(found)))

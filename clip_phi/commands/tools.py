@@ -41,16 +41,14 @@ def run_draw_data(arguments: argparse.Namespace) -> None:
 def run_plan(arguments: argparse.Namespace) -> None:
     from ..training.arguments import STAGES
 
-    if not 0 < arguments.mfu <= 1:
-        raise ValueError(f"--mfu must be more than 0 and at most 1, not {arguments.mfu}")
     options = {"optim": arguments.optim, "gradient_checkpointing": arguments.gradient_checkpointing}
     for name, stage in {"captions_per_image": 1, "lora_r": 2, "tune_decoder": 2, "quantization": 2}.items():
         if (value := getattr(arguments, name)) is not None:
             options[name] = value
             if stage != arguments.stage:
                 raise ValueError(f"--{name} requires --stage {stage}, not --stage {arguments.stage}")
-    if arguments.tune_decoder == "full" and arguments.quantization in ("nf4", "int8"):
-        raise ValueError(f"--quantization {arguments.quantization}: quantized weights cannot be trained")
+    if arguments.tune_decoder == "full" and (arguments.lora_r or arguments.quantization in ("nf4", "int8")):
+        raise ValueError("--tune_decoder full has no --lora_r, and quantized weights cannot be trained")
     from modeling_clip_phi import ClipPhiConfig
 
     from ..hub.retry import load_with_retries

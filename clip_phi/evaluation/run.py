@@ -12,7 +12,7 @@ from typing import Any
 from ..batching.images import load_beside
 from ..data.report import Report, plain
 from ..data.source import parse_files
-from ..environment import describe_environment
+from ..environment import describe_environment, find_device
 from ..hub.card import portable
 from ..hub.retry import load_with_retries
 from . import caption_metrics
@@ -31,9 +31,9 @@ DEMO_SOURCES = {
     "captions": f"coco:{DEMO_DATA}/annotations/captions_val2017.json,images={DEMO_DATA}/val2017",
     "vqa": f"llava:{DEMO_DATA}/llava_instruct_val.json,images={DEMO_DATA}/val2017",
 }
-# The tasks of options that not every task has.
-TASKS = {"objects": ("captions", "pointing"), "clip": ("captions",), "meteor": ("captions",)}
-TASKS["prompt"] = ("captions", "vqa", "pope", "exact", "pointing")
+ANSWERED = ("captions", "vqa", "pope", "exact")  # and USED_BY: the tasks that use an option, if not all do
+USED_BY = {"objects": ("captions", "pointing"), "clip": ("captions",), "meteor": ("captions",), "shuffles": ANSWERED}
+USED_BY |= dict.fromkeys(("prompt", "num_beams"), (*ANSWERED, "pointing")) | {"calibrate": ANSWERED[1:]}
 
 
 def run(options: argparse.Namespace, demo_model: str) -> None:
@@ -42,12 +42,11 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     Raises ValueError or OSError if the model or the data cannot be used."""
     if not options.data and Path(options.model) != Path(demo_model):
         raise ValueError("--data is required: [KIND:]PATH, as in training")
-    for name, tasks in TASKS.items():
-        if getattr(options, name) and options.task not in tasks:
+    for name, tasks in USED_BY.items():
+        if options.task not in tasks and getattr(options, name) not in (None, False, getattr(Decoding, name, None)):
             raise ValueError(f"--{name} requires --task {' or '.join(tasks)}, not {options.task}")
-    is_answered = options.task not in ("captions", "loss", "pointing")
-    if options.calibrate and not (is_answered and Path(options.model).is_dir()):
-        raise ValueError("--calibrate requires --task vqa, pope or exact, and a model in a folder")
+    if options.calibrate and not Path(options.model).is_dir():
+        raise ValueError("--calibrate requires a model in a folder")
     texts = options.data or [DEMO_SOURCES["captions" if options.task in ("captions", "pointing") else "vqa"]]
     sources = parse_files(texts)
     from accelerate import PartialState
@@ -87,7 +86,7 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
         evaluation = evaluate_pointing(model, processor, eval_set, decoding, objects, processes)
     else:
         saved: dict[str, Any] = {"folder": output / f"{options.task}.answers", "model_hash": sha256}
-        saved |= {"processes": processes, "confidence": is_answered}
+        saved |= {"processes": processes, "confidence": options.task != "captions"}
         evaluation = evaluate_answers(model, processor, eval_set, decoding, **saved)
     if state.is_main_process:
         if options.task == "captions" and eval_set.items:
@@ -101,7 +100,7 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
             # variables hold folders of this machine
             "environment": {name: value for name, value in describe_environment().items() if name != "variables"},
         }
-        written = write(evaluation, eval_set, output, Path(options.output) if options.output else None)
+        written = write(evaluation, eval_set, output, options.output)
         print(json.dumps(result) if options.json else plain(format_result(result)))
         log(f"written: {', '.join(map(str, written))}")
         if (missing := report.num_skipped) and evaluation.official:
@@ -124,7 +123,7 @@ def load(name: str, device: Any) -> tuple[Any, Any, Path]:
 
     from ..batching.attention import refuse_other_attention
 
-    device = torch.device(device)
+    device = find_device(device)
     dtype = torch.float32 if device.type == "cpu" else "auto"
     model = load_with_retries(ClipPhiForCausalLM.from_pretrained, name, dtype=dtype).to(device).eval()
     refuse_other_attention(model)

@@ -28,7 +28,7 @@ from modeling_clip_phi import ClipPhiForCausalLM, ClipPhiProcessor
 from ..batching.attention import context_length, refuse_other_attention
 from ..batching.images import MAX_PIXELS, Preprocessor, load_image, pixel_hash, read_header
 from ..data.sample import SPOKEN_INSTRUCTION, user_message
-from ..environment import quantization_config
+from ..environment import find_device, quantization_config
 from ..evaluation.confidence import ABSTENTION, load_scaling, logit, scale
 from ..evaluation.generate import answer_logprobs, end_tokens, refuse_too_long
 from ..hub.retry import load_with_retries
@@ -231,7 +231,7 @@ class Engine(AbstractContextManager["Engine"]):
         if quantization not in (None, *QUANTIZATIONS):
             raise ValueError(f"unknown quantization {quantization!r}: it is one of {', '.join(QUANTIZATIONS)}")
         transformers_logging.disable_progress_bar()
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         is_cpu = place.type == "cpu"
         options: dict[str, Any] = {"dtype": torch.float32 if is_cpu else "auto"}
         if has_bitsandbytes := quantization == "nf4" or (quantization == "int8" and not is_cpu):

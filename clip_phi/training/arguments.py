@@ -114,41 +114,40 @@ class TrainingArguments:
             bound, value = each.metadata.get("bound"), getattr(self, each.name)
             if bound is not None and value != "auto" and not BOUNDS[bound](value):
                 found.append(f"--{each.name} must be {bound}, not {value}")
+            if value == "":
+                found.append(f"--{each.name} has no value: leave it out")
         for name in ("vision_backbone", "text_backbone", "init_from"):
             value = getattr(self, name, ".")
             if is_missing_folder(value, id_needs_user=name == "init_from"):
                 hint = "'make demo' needs no download: it has its own backbones"
                 found.append(f"--{name} {value}: there is no such folder, and a Hub id is user/name. {hint}")
-        if self.eval_data and "holdout_images" in self.given:
-            found.append("--holdout_images has no effect with --eval_data: add --eval_data without a value")
-        if self.eval_task == "none" and "eval_task_images" in self.given:
-            found.append("--eval_task_images has no effect without --eval_task")
-        if self.packs and "per_device_train_batch_size" in self.given:
-            what = f"has no effect with --max_tokens_per_batch {self.max_tokens_per_batch}: leave it out, or add"
-            found.append(f"--per_device_train_batch_size {what} --max_tokens_per_batch 0")
-        if "tokens_per_optimizer_step" in self.given:
-            if "gradient_accumulation_steps" in self.given:
-                found.append("--tokens_per_optimizer_step decides --gradient_accumulation_steps: give one of the two")
-            if self.max_tokens_per_batch == 0 or (not self.packs and "per_device_train_batch_size" in self.given):
-                found.append("--tokens_per_optimizer_step needs --max_tokens_per_batch, auto or a number")
+        packs, tokens = f"with --max_tokens_per_batch {self.max_tokens_per_batch}", "tokens_per_optimizer_step"
+        by_images = self.max_tokens_per_batch == 0 or (not self.packs and "per_device_train_batch_size" in self.given)
+        patience, metric = self.early_stopping_patience, self.metric_for_best_model
+        unused = {
+            "holdout_images": self.eval_data and "with --eval_data: add --eval_data without a value",
+            "eval_task_images": self.eval_task == "none" and "without --eval_task",
+            "per_device_train_batch_size": self.packs and f"{packs}: leave it out, or add --max_tokens_per_batch 0",
+            "early_stopping_patience": patience and metric == "none" and "without --metric_for_best_model",
+            "hub_private_repo": self.hub_private_repo and not self.push_to_hub and "without --push_to_hub",
+            tokens: by_images and "on batches of images: add --max_tokens_per_batch, auto or a number",
+            "gradient_accumulation_steps": tokens in self.given and f"with --{tokens}",
+            "vision_revision": Path(getattr(self, "vision_backbone", "-")).is_dir() and "with a folder as backbone",
+            "text_revision": Path(getattr(self, "text_backbone", "-")).is_dir() and "with a folder as backbone",
+        }
+        found += [f"--{name} has no effect {why}" for name, why in unused.items() if why and name in self.given]
         if unknown := sorted(set(self.report_to) - set(TRACKERS)):
             found.append(f"--report_to: unknown {', '.join(unknown)}; known are {', '.join(TRACKERS)}")
         elif absent := [name for name in self.report_to if not find_spec(name)]:
             found.append(f"--report_to: not installed: pip install {' '.join(absent)}")
         known = ("none", "loss", *METRICS.get(self.eval_task, ()))
-        if self.metric_for_best_model not in known:
+        if metric not in known:
             hint = "" if self.eval_task != "none" else "; with --eval_task, its metrics too"
-            found.append(f"--metric_for_best_model {self.metric_for_best_model}: choose from {', '.join(known)}{hint}")
-        if self.early_stopping_patience and self.metric_for_best_model == "none":
-            found.append("--early_stopping_patience needs a --metric_for_best_model")
-        if self.hub_private_repo and not self.push_to_hub:
-            found.append("--hub_private_repo requires --push_to_hub")
+            found.append(f"--metric_for_best_model {metric}: choose from {', '.join(known)}{hint}")
         return found + self._data_problems()
 
     def _data_problems(self) -> list[str]:
-        found = []
-        sources: list[DataSource] = []
-        held_out: list[DataSource] = []
+        found, sources, held_out = list[str](), list[DataSource](), list[DataSource]()
         for option, texts, parsed in (("data", self.data, sources), ("eval_data", self.eval_data, held_out)):
             for text in texts:
                 try:
@@ -230,9 +229,8 @@ class Stage2Arguments(TrainingArguments):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.tune_decoder == "full":
-            unused = sorted(name for name in self.given if name.startswith("lora_"))
-            found += [f"--{name} has no effect with --tune_decoder full: leave it out" for name in unused]
+        unused = sorted(name for name in self.given if name.startswith("lora_") and self.tune_decoder == "full")
+        found += [f"--{name} has no effect with --tune_decoder full: leave it out" for name in unused]
         if self.quantization != "none" and self.tune_decoder == "full":
             found.append("--tune_decoder full: quantised weights cannot be trained; --quantization none")
         if self.quantization != "none" and self.merged:
@@ -254,10 +252,11 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     Exits with status 2 and one line that names the option if one is unknown or has a bad value."""
     argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = _fail  # type: ignore[method-assign]  # not the usage
     first.add_argument("--stage")
     first.add_argument("--config")
     early, _ = first.parse_known_args(argv)
-    content = _read_config(early.config) if early.config else {}
+    content = {} if early.config is None else _read_config(early.config)
     wanted = early.stage or content.get("stage") or (1 if {"--help", "-h"} & set(argv) else None)
     stage = next((known for known in STAGES if str(known) == str(wanted)), 0)
     if not stage:
@@ -266,10 +265,9 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     kind, parser = STAGES[stage], _make_parser(stage)
     values = _parse(parser, stage, list(_as_argv(kind, content, early.config)), f"{early.config}: ")
     values |= _parse(parser, stage, argv, "")
-    given = frozenset(values)
-    if "data" in values:  # the default of --eval_data is held out of the default of --data
-        values.setdefault("eval_data", [])
-    return kind(**values, given=given)
+    # The default of --eval_data is held out of the default of --data.
+    own: dict[str, Any] = {"eval_data": []} if "data" in values else {}
+    return kind(**own | values, given=frozenset(values))
 
 
 def _make_parser(stage: int) -> argparse.ArgumentParser:
@@ -286,7 +284,7 @@ def _make_parser(stage: int) -> argparse.ArgumentParser:
         int: {"type": int, "metavar": "N"},
         float: {"type": float, "metavar": "X"},
         bool: {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"},
-        list[str]: {"nargs": "*", "metavar": "TEXT"},
+        list[str]: {"nargs": "*", "action": "extend", "metavar": "TEXT"},
         hints["max_tokens_per_batch"]: {"type": _tokens, "metavar": "N"},
     }
     for title, names in GROUPS.items():
@@ -310,7 +308,7 @@ def _parse(parser: argparse.ArgumentParser, stage: int, argv: list[str], place: 
         name = unknown[0].partition("=")[0].lstrip("-")
         near = difflib.get_close_matches(name, [action.dest for action in parser._actions], 1)
         hint = f"; did you mean --{near[0]}?" if near else ""
-        if any(name in other.__dataclass_fields__ for other in STAGES.values()):
+        if name in OPTIONS and name not in STAGES[stage].__dataclass_fields__:
             hint = "; it is an option of the other stage"
         _fail(f"{place}unknown option in stage {stage}: {' '.join(unknown)}{hint}")
     return vars(values)
@@ -321,8 +319,8 @@ def _as_argv(kind: type[TrainingArguments], content: dict[str, Any], path: str) 
     hints = get_type_hints(kind)
     for name, value in content.items():
         if isinstance(value, list) and get_origin(hints.get(name, list[str])) is list:
-            yield from (f"--{name}", *map(str, value))
-        elif value is None:
+            yield from [f"--{name}={text}" for text in value] or [f"--{name}"]
+        elif str(value).lower() in ("", "~", "null"):
             _fail(f"{path}: {name} has no value: leave the line out")
         else:
             yield f"--{name}={value}"
@@ -336,22 +334,25 @@ def _tokens(text: str) -> int | str:
 
 
 def _boolean(text: str) -> bool:
-    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    known = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
     if text.lower() not in known:
         raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
     return known[text.lower()]
 
 
 def _read_config(path: str) -> dict[str, Any]:
+    """The options of a yaml file. Each value is the text that is written there: no is "no", and 010 is "010"."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        _fail(f"no such file: --config {path}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        _fail(f"--config {path} is not yaml: {' '.join(str(error).split())}")
-    if not isinstance(content, dict):
-        _fail(f"--config {path} must be a mapping of options to values")
-    return content
+        loader = yaml.BaseLoader(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(root := loader.get_single_node(), yaml.MappingNode):
+            _fail(f"--config {path} must be a mapping of options to values")
+        pairs = [[loader.construct_object(node, deep=True) for node in pair] for pair in root.value]
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        _fail(f"--config {path} cannot be read as yaml: {' '.join(str(error).split())}")
+    names = ["config", *(str(name) for name, _ in pairs)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        _fail(f"--config {path}: {twice[0]} is given twice")
+    return {str(name): value for name, value in pairs}
 
 
 def _fail(message: str) -> NoReturn:

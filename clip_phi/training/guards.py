@@ -118,7 +118,6 @@ def check_frozen(before: dict[str, int], model: torch.nn.Module) -> None:
 @contextmanager
 def stalled_data_warning(describe: Callable[[], str]) -> Iterator[None]:
     """Print which data a step needs if they take too long. Raises OSError that names them if a worker has died."""
-
     what = f"no data for {STALL_SECONDS} s"
     timer = threading.Timer(STALL_SECONDS, lambda: print(plain(f"{what}: {describe()}"), file=sys.stderr, flush=True))
     timer.daemon = True

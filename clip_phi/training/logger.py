@@ -139,8 +139,7 @@ class TrainingLogger:
         """Log a line: the loss and the speed since the last one, what was seen until now, and the values."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        new: Any = [after - before for after, before in zip(self.seen, self._last, strict=True)]
-        rate = StepCounts(*(count / seconds for count in new))
+        rate = StepCounts._make((after - before) / seconds for after, before in zip(self.seen, self._last, strict=True))
         left = (self.num_steps - step) * seconds / max(step - self._step, 1)
         is_first, waiting = not self._step, self._waited / seconds
         self._waited, self._last, self._step = 0.0, self.seen, step
@@ -167,7 +166,6 @@ class TrainingLogger:
         self._bar.set_postfix_str(text)
         if self._bar.disable:
             self._print(f"step {step:,}/{self.num_steps:,}: {text}, ETA {timedelta(seconds=round(left))}")
-
         if self.advice and waiting > 0.05 and not is_first:  # the first line has the start of the processes in it
             self._print(f"training waits for its data {waiting:.0%} of the time: {self.advice}")
             self.advice = ""

@@ -238,7 +238,8 @@ def fit_batches(
     total, world_size = arguments.tokens_per_optimizer_step, accelerator.num_processes
     is_cuda, has_size = accelerator.device.type == "cuda", "per_device_train_batch_size" in arguments.given
     if budget == "auto" and before and isinstance(before.get("max_tokens_per_batch"), int):
-        budget, passes = before["max_tokens_per_batch"], max(1, before["batches_per_step"] // world_size)
+        budget, given = before["max_tokens_per_batch"], "gradient_accumulation_steps" in arguments.given
+        passes = passes if given else max(1, before["batches_per_step"] // world_size)
     elif budget != "auto" or has_size or not is_cuda or is_sharded(accelerator):
         if budget == "auto":
             budget = 0 if has_size or not (is_cuda or arguments.packs) else USUAL_TOKENS
@@ -250,6 +251,8 @@ def fit_batches(
         if "gradient_accumulation_steps" not in arguments.given:
             passes = -(-total // (fits * world_size))
             budget = min(fits, -(-total // (passes * world_size)) // 8 * 8)
+    if not budget and "tokens_per_optimizer_step" in arguments.given:
+        raise ValueError("--tokens_per_optimizer_step has no effect on batches of images: add --max_tokens_per_batch")
     return dataclasses.replace(arguments, max_tokens_per_batch=budget, gradient_accumulation_steps=passes), fits
 
 
