@@ -182,13 +182,12 @@ class ClipPhiPreTrainedModel(PreTrainedModel):
         """Place a model that is loaded completely: copying into a weight that was moved to the disk has no effect."""
         if not placement["dispatch"]:
             return self
-        accelerate, device_map = importlib.import_module("accelerate"), placement["device_map"]
-        if isinstance(device_map, str):  # each device is filled before the next one
-            options = {"no_split_module_classes": self._no_split_modules, "clean_result": False}  # never "" alone
-            device_map = accelerate.infer_auto_device_map(self, placement.get("max_memory"), **options)
+        accelerate, memory = importlib.import_module("accelerate"), placement.get("max_memory")
+        if isinstance(device_map := placement["device_map"], str):  # each device is filled before the next one
+            device_map = accelerate.infer_auto_device_map(self, memory, self._no_split_modules, clean_result=False)
         if folder := placement.get("offload_folder"):
             Path(folder).mkdir(parents=True, exist_ok=True)  # accelerate would use what another model left in it:
-            self.offloaded = tempfile.TemporaryDirectory(dir=folder)  # so one of its own
+            self.offloaded = self.base_model.offloaded = tempfile.TemporaryDirectory(dir=folder)  # so one of its own
         options = {"offload_dir": folder and self.offloaded.name, "skip_keys": self._skip_keys_device_placement}
         return accelerate.dispatch_model(self, device_map, **options)
 

@@ -76,8 +76,8 @@ def read_config(part: str, path: str, revision: str | None, hub: dict[str, Any])
 
 
 def add_special_tokens(tokenizer: Any) -> Any:
-    """Add <image>, and <pad> if no token but the end token pads. Without spare rows their ids are behind the last."""
+    """Add <image>, and <pad> if padding has no token of its own. Without spare rows their ids are behind the last."""
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-    if tokenizer.pad_token in (None, tokenizer.eos_token):
+    if tokenizer.pad_token in (None, tokenizer.eos_token, tokenizer.unk_token):
         tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", special=True, normalized=False)})
     return tokenizer

@@ -60,13 +60,12 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
         """Where image_features, float (images * patches, text hidden), go: bool (batch, sequence, 1).
 
         Without input_ids, the embedding of the image token is looked for. Raises ValueError if the numbers differ."""
+        mask = input_ids == self.config.image_token_id
         if input_ids is None:
             if self.config.image_token_id >= self.config.get_text_config().vocab_size:
                 raise ValueError("<image> has no row of the embedding to be found by: give input_ids")
             image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
-        else:
-            mask = input_ids == self.config.image_token_id
         num_tokens, num_features = mask.sum(), image_features.shape[0]
         message = "{} <image> tokens but {} image features: was the prompt truncated, or the image left out?"
         torch_compilable_check(num_tokens == num_features, lambda: message.format(num_tokens, num_features))
@@ -109,8 +108,8 @@ class ClipPhiModel(ClipPhiPreTrainedModel):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             rows = (mask.flatten().cumsum(0) - 1).clamp(0)  # masked_scatter's backward makes the host wait for the GPU
             inputs_embeds = torch.where(mask, image_features[rows].view_as(inputs_embeds), inputs_embeds)
-        elif "pack_layout" not in kwargs and getattr(input_ids, "shape", (1, 1))[1] > 1:  # no step of decoding
-            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds[0, :0])
+        elif input_ids is not None and "pack_layout" not in kwargs and kwargs.get("past_key_values") is None:
+            self.get_placeholder_mask(ids, inputs_embeds, inputs_embeds[0, :0])
         if not has_images and self.training and torch.is_grad_enabled():  # DDP needs a gradient of every trained weight
             nothing = self._project(inputs_embeds.new_zeros(1, next(self.projector.parameters()).shape[1])).sum() * 0
             inputs_embeds = inputs_embeds + nothing.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -197,6 +196,8 @@ class ClipPhiForCausalLM(ClipPhiPreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         """As transformers', but each sequence of a prompt gets all images of the prompt, in their order."""
         outputs = kwargs.pop("mm_encoder_outputs", None) or {}
+        if not outputs and not kwargs.keys() & {"pixel_values", "vision_features", "inputs_embeds", "past_key_values"}:
+            self.model.get_placeholder_mask(input_ids, None, self.lm_head.weight[:0])
         if expand_size > 1 and outputs:
             ids, features = input_ids if input_ids.numel() else None, outputs["image"].pooler_output
             places = self.model.get_placeholder_mask(ids, kwargs.get("inputs_embeds"), torch.cat(features))

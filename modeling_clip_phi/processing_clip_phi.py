@@ -31,8 +31,8 @@ class ClipPhiProcessor(ProcessorMixin):
         self.image_token = kwargs.pop("image_token", IMAGE_TOKEN)
         if self.image_token not in tokenizer.get_vocab():
             raise ValueError(f"the tokenizer has no {self.image_token} token: make the processor with from_backbones")
-        if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-            raise ValueError("the tokenizer needs a padding token of its own, or the end token is never learnt")
+        if tokenizer.pad_token in (None, tokenizer.eos_token, tokenizer.unk_token):
+            raise ValueError("the tokenizer needs a padding token of its own, or other tokens are taken for padding")
         self.num_image_tokens, self.image_token_id = num_image_tokens, tokenizer.convert_tokens_to_ids(self.image_token)
         tokenizer.padding_side = "left"  # for batched generation; training pads by itself
         *self.bos_ids, last = tokenizer(self.image_token)["input_ids"]

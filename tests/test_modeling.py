@@ -1,3 +1,4 @@
+import copy
 import gc
 import json
 import logging
@@ -477,6 +478,9 @@ def test_a_text_only_model_assists_without_a_difference(model, processor, text_b
     images, text = [picture(0), picture(1)], "<image><image>Instruct: a\nOutput:"
     inputs = processor(images=images, text=[text], return_tensors="pt")
     assert generate(model, inputs, assistant_model=assistant) == generate(model, inputs)
+    # An assistant that is a Clip-Phi itself gets the ids alone; prompt lookup may propose <image> tokens.
+    assert generate(model, inputs, assistant_model=copy.deepcopy(model)) == generate(model, inputs)
+    assert generate(model, inputs, prompt_lookup_num_tokens=2) == generate(model, inputs)
 
 
 def test_generation_stops_at_the_end_token(fresh_model, inputs):
@@ -999,6 +1003,11 @@ def test_delta_offloaded_to_disk_gives_equal_logits(adapted, inputs, tmp_path):
     )
     assert placed.model.projector.weight.is_meta and any((tmp_path / "offloaded").iterdir())
     assert torch.equal(logits(placed, inputs), expected)
+    # The part without the head alone keeps its files.
+    options = {"device_map": OFFLOADED, "offload_folder": tmp_path / "base"}
+    base = ClipPhiModel.from_pretrained(tmp_path / "delta", **options)
+    gc.collect()
+    assert torch.equal(base(**inputs).last_hidden_state, adapted.model(**inputs).last_hidden_state)
     with pytest.raises(ValueError, match="the adapter is offloaded: load the model without device_map to save it"):
         placed.save_pretrained(tmp_path / "again")
 

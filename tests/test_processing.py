@@ -8,6 +8,7 @@ from clip_phi.batching.encode import prefix_ids
 from clip_phi.evaluation.generate import encode_prompts
 from clip_phi.serving.engine import Engine
 from modeling_clip_phi import ClipPhiProcessor
+from modeling_clip_phi.configuration_clip_phi import add_special_tokens
 
 IMAGE = {"type": "image"}
 
@@ -212,6 +213,16 @@ def test_prompt_is_the_beginning_of_the_trained_conversation(processor):
 def test_wrong_conversations_are_refused(messages, message, processor):
     with pytest.raises(Exception, match=message):
         processor.encode(messages)
+
+
+def test_padding_by_the_token_of_unknown_characters_is_replaced(processor):
+    tokenizer = unigram()
+    tokenizer.pad_token = "<unk>"
+    with pytest.raises(ValueError, match="needs a padding token of its own"):
+        ClipPhiProcessor(processor.image_processor, tokenizer, num_image_tokens=4)
+    own = ClipPhiProcessor(processor.image_processor, add_special_tokens(tokenizer), num_image_tokens=4)
+    assert own.tokenizer.pad_token == "<pad>"
+    assert own.encode([user(text("é")), answer("b")])[0].count(own.tokenizer.unk_token_id) == 1
 
 
 @pytest.mark.parametrize(("wide", "token"), [("＜/s＞", "</s>"), ("＜s＞", "<s>"), ("＜pad＞", "<pad>")])
