@@ -24,7 +24,7 @@ from clip_phi.data.sample import SPOKEN_INSTRUCTION, File, user_message
 from clip_phi.data.source import parse_source
 from clip_phi.data.transcripts import ENGINES
 from clip_phi.speech.asr import make_transcriber
-from clip_phi.speech.audio import import_av, load_audio
+from clip_phi.speech.audio import load_audio
 from clip_phi.speech.spoken_data import synthesize_questions, transcribe_source
 from clip_phi.speech.tts import Speech, make_tts
 
@@ -55,7 +55,8 @@ FORMATS = {
 
 
 def encode_sound(path: Path, speech: Speech, container: str, codec: str, sampling_rate: int, channels: int) -> None:
-    av = import_av()
+    import av
+
     layout = {1: "mono", 2: "stereo"}[channels]
     samples = (speech.samples.clip(-1, 1) * 32767).astype(np.int16)
     frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")

@@ -182,11 +182,9 @@ def test_an_unknown_name_is_one_line_with_the_nearest_known_one(argv, message, c
         (["evaluate", "--task", "loss", "--max_bad_fraction", "-1"], "must be at least 0 and less than 1, not -1"),
         (["evaluate", "--task", "loss", "--seed", "-1"], "--seed: must be at least 0, not -1"),
         (["compare", "a", "b", "--seed", "-1"], "--seed: must be at least 0, not -1"),
-        (["evaluate", "--task", "loss", "--output", "."], "--output: '.' is not the name of a file"),
-        (["caption", "--output=", "a.png"], "--output: '' is not the name of a file"),
     ],
 )
-def test_a_value_without_meaning_is_one_line(argv, message, capsys):
+def test_a_number_without_meaning_is_one_line(argv, message, capsys):
     with pytest.raises(SystemExit) as exit:
         main(argv)
     error = capsys.readouterr().err

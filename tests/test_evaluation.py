@@ -327,6 +327,9 @@ def test_bad_options_are_one_line(checkpoint, sources, capsys):
         evaluate(checkpoint, task, "coco:/nowhere.json", *option, expect=2)  # before the data are read
         said = capsys.readouterr().err
         assert f"{option[0]} requires --task captions" in said and f", not {task}" in said
+    for output in (".", ""):
+        evaluate(checkpoint, "vqa", "coco:/nowhere.json", "--output", output, expect=2)
+        assert "--output . is a folder" in capsys.readouterr().err
     assert main(["evaluate", str(checkpoint), "--task", "vqa"]) == 2
     assert "--data is required" in capsys.readouterr().err
 

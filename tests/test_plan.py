@@ -150,8 +150,11 @@ def test_what_is_counted_without_tensors_is_what_tensors_take():
     [
         (["--gpu", "a200"], "unknown --gpu a200: it is one of a100-40, a100-80, h100-80"),
         (["--gpu", "l4-24", "--lora_r", "8"], "--lora_r requires --stage 2, not --stage 1"),
-        (["--gpu", "l4", "--stage", "2", "--tune_decoder", "full", "--quantization", "nf4"], "cannot be trained"),
-        (["--gpu", "l4", "--stage", "2", "--tune_decoder", "full", "--lora_r", "8"], "has no --lora_r"),
+        (
+            ["--gpu", "l4-24", "--stage", "2", "--tune_decoder", "full", "--quantization", "nf4"],
+            "--quantization nf4: quantized weights cannot be trained",
+        ),
+        (["--gpu", "l4", "--stage", "2", "--tune_decoder", "full", "--lora_r", "8"], "--lora_r has no effect with"),
     ],
 )
 def test_a_bad_option_is_one_line_and_status_2(argv, message, capsys):

@@ -574,7 +574,7 @@ def test_what_whisperx_refuses_is_one_line_and_it_goes_on(environment):
 
 
 def test_an_incomplete_installation_is_an_error_with_the_command_that_repairs_it(environment, tmp_path):
-    for content, message in ((None, "is not installed"), ("{", "is damaged"), ("{}", "is damaged")):
+    for content, message in ((None, "is not installed"), ("{", "is damaged"), ('{"form": "full"}', "is damaged")):
         if content is not None:
             (tmp_path / whisperx.ABOUT).write_text(content)
         with pytest.raises(whisperx.WorkerError, match=f"{message}.*run 'clip-phi speech install'"):

@@ -157,20 +157,13 @@ def bounded(kind: Callable[[str], float], bound: str) -> Callable[[str], float]:
     return number
 
 
-def new_file(text: str) -> Path:
-    """The type of an option whose value is a file to write."""
-    if not text or Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file")
-    return Path(text)
-
-
 OPTIONS, COMMANDS = (
     json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8")) for name in ("options.json", "commands.json")
 )
 # The values of "$NAME" in options.json.
 VALUES: dict[str, Any] = {each.__name__: each for each in (int, float, Path)}
 VALUES |= {"positive": bounded(int, "at least 1"), "natural": bounded(int, "at least 0")}
-VALUES |= {"fraction": bounded(float, "at least 0 and less than 1"), "new_file": new_file}
+VALUES["fraction"] = bounded(float, "at least 0 and less than 1")
 VALUES |= {"positive_number": bounded(float, "more than 0"), "probability": bounded(float, "more than 0 and at most 1")}
 VALUES |= {"DATA": "[KIND:]PATH[,option=value...], as --data in train_accelerate.py", "CORES": cpu_cores()}
 VALUES |= {"MODELS": ", ".join(MODELS), "DEMO_MODEL": DEMO_MODEL, "DATASETS": DATASETS, "ENGINES": ENGINES}

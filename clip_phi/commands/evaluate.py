@@ -22,6 +22,6 @@ def run_compare(arguments: argparse.Namespace) -> None:
         raise ValueError(f"compare needs two models, not {len(places)}: clip-phi compare MODEL MODEL")
     first, second = (find_result(place, arguments.task) for place in places)
     found = compare(first, second, arguments.seed)
-    if arguments.output:
+    if arguments.output is not None:
         arguments.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found) if arguments.json else plain(format_comparison(found)))

@@ -84,6 +84,6 @@ def run_install(arguments: argparse.Namespace) -> None:
 
     found = install(arguments.form, arguments.folder)
     size = sum(path.lstat().st_size for path in found.folder.rglob("*")) / 1e9
-    print(f"the environment is in {found.folder}, {size:.2f} GB; try: --engine whisperx")
+    print(f"WhisperX {found.version} ({found.form} form) is in {found.folder}, {size:.2f} GB; try: --engine whisperx")
     if arguments.folder:
         print(f"export CLIP_PHI_WHISPERX={found.folder}")

@@ -47,8 +47,10 @@ def run_plan(arguments: argparse.Namespace) -> None:
             options[name] = value
             if stage != arguments.stage:
                 raise ValueError(f"--{name} requires --stage {stage}, not --stage {arguments.stage}")
-    if arguments.tune_decoder == "full" and (arguments.lora_r or arguments.quantization in ("nf4", "int8")):
-        raise ValueError("--tune_decoder full has no --lora_r, and quantized weights cannot be trained")
+    if arguments.tune_decoder == "full" and arguments.quantization in ("nf4", "int8"):
+        raise ValueError(f"--quantization {arguments.quantization}: quantized weights cannot be trained")
+    if arguments.tune_decoder == "full" and arguments.lora_r:
+        raise ValueError("--lora_r has no effect with --tune_decoder full")
     from modeling_clip_phi import ClipPhiConfig
 
     from ..hub.retry import load_with_retries

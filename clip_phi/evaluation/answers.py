@@ -83,9 +83,7 @@ def answer_all(
     return dict(processes.gather([*found.items()]))
 
 
-def _saved_answers(
-    folder: Path, path: Path, binding: dict[str, Any], processes: Processes
-) -> dict[str, GeneratedAnswer]:
+def _saved_answers(folder: Path, path: Path, binding: dict, processes: Processes) -> dict[str, GeneratedAnswer]:
     """Those in the folder, which has a file of checked_line() for each process; path: of this one, ready to append to.
 
     The first line of a file is its binding. The main process deletes files with another one."""

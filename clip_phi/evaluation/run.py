@@ -31,7 +31,8 @@ DEMO_SOURCES = {
     "captions": f"coco:{DEMO_DATA}/annotations/captions_val2017.json,images={DEMO_DATA}/val2017",
     "vqa": f"llava:{DEMO_DATA}/llava_instruct_val.json,images={DEMO_DATA}/val2017",
 }
-ANSWERED = ("captions", "vqa", "pope", "exact")  # and USED_BY: the tasks that use an option, if not all do
+ANSWERED = ("captions", "vqa", "pope", "exact")
+# The tasks of options that not every task has.
 USED_BY = {"objects": ("captions", "pointing"), "clip": ("captions",), "meteor": ("captions",), "shuffles": ANSWERED}
 USED_BY |= dict.fromkeys(("prompt", "num_beams"), (*ANSWERED, "pointing")) | {"calibrate": ANSWERED[1:]}
 
@@ -45,6 +46,8 @@ def run(options: argparse.Namespace, demo_model: str) -> None:
     for name, tasks in USED_BY.items():
         if options.task not in tasks and getattr(options, name) not in (None, False, getattr(Decoding, name, None)):
             raise ValueError(f"--{name} requires --task {' or '.join(tasks)}, not {options.task}")
+    if options.output is not None and options.output.is_dir():  # also "", which is the working folder
+        raise ValueError(f"--output {options.output} is a folder: it must be a file")
     if options.calibrate and not Path(options.model).is_dir():
         raise ValueError("--calibrate requires a model in a folder")
     texts = options.data or [DEMO_SOURCES["captions" if options.task in ("captions", "pointing") else "vqa"]]

@@ -150,10 +150,12 @@ def create_app(
             completions = await run_in_threadpool(_submit, engine, body, messages, images, callbacks, limits)
         except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full", Retry_After=str(error.retry_after)) from error
+        except EngineClosedError as error:
+            raise ApiError(503, str(error)) from error
         except ImportError as error:
             raise ApiError(501, str(error), code="part_missing") from error
-        except (EngineClosedError, ValueError) as error:
-            raise ApiError(503 if isinstance(error, EngineClosedError) else 400, str(error)) from error
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
         judged: Any = {"messages": engine.add_default_instructions(messages), "abstain_below": below}
         answer = _Answer(completions, body, name, engine.processor.tokenizer, partial(engine.confidence, **judged))
         if body.stream:

@@ -79,8 +79,7 @@ class Gate:
                 self.statuses[message["status"]] += 1
             await send(message)
 
-        if scope.get("method") == "HEAD":  # as GET: uvicorn sends the headers alone
-            scope = scope | {"method": "GET"}
+        scope = scope | {"method": "GET"} if scope.get("method") == "HEAD" else scope  # uvicorn sends the headers alone
         error = self._refusal(scope["path"], Headers(scope=scope)) if scope["type"] == "http" else None
         await (self.app if error is None else error.response)(scope, receive, counted_send)
 

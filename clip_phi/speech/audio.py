@@ -125,7 +125,10 @@ def _open(source: str | Path | bytes | File, name: str) -> Any:
 
 def _decode(file: Any, name: str) -> Iterator[np.ndarray]:
     """int16 pieces at 16 kHz. Raises ValueError if there is no audio, _Damaged if it is damaged."""
-    av = import_av()
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("reading audio needs PyAV: pip install 'clip-phi[speech]'") from error
     try:
         # Playlists would open other files: no protocol is allowed but the open file itself.
         container = av.open(_Reader(file), metadata_errors="ignore", options={"protocol_whitelist": "none"})
@@ -135,7 +138,7 @@ def _decode(file: Any, name: str) -> Iterator[np.ndarray]:
         if not container.streams.audio:
             kinds = sorted({stream.type for stream in container.streams})
             raise ValueError(f"no audio in {name}: it has {' and '.join(kinds) or 'nothing'} only")
-        yield from _resample(_frames(container))
+        yield from _resample(av, _frames(container))
 
 
 def _frames(container: Any) -> Iterator[Any]:
@@ -146,9 +149,8 @@ def _frames(container: Any) -> Iterator[Any]:
         yield frame
 
 
-def _resample(frames: Any) -> Iterator[np.ndarray]:
+def _resample(av: Any, frames: Any) -> Iterator[np.ndarray]:
     """int16 pieces at 16 kHz, all channels mixed into one."""
-    av = import_av()
     kinds = itertools.groupby(frames, lambda frame: (frame.format.name, frame.layout.name, frame.sample_rate))
     try:
         for (_, layout, _), alike in kinds:  # some streams change the format midway
@@ -176,14 +178,6 @@ def _mix(mix: np.ndarray, channels: np.ndarray) -> np.ndarray:
     if np.square(mix, dtype=np.float64).mean() >= CANCELLED * power.max():
         return mix
     return channels[np.argmax(power >= power.max() / 4)]  # the first loud one: the same in all pieces
-
-
-def import_av() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError("reading audio needs PyAV: pip install 'clip-phi[speech]'") from error
-    return av
 
 
 def _reason(error: BaseException) -> str:

@@ -38,6 +38,7 @@ class WorkerError(OSError):
 class Installation(NamedTuple):
     folder: Path
     form: str  # full, cpu or light
+    version: str  # of WhisperX
 
     @property
     def python(self) -> Path:
@@ -61,7 +62,7 @@ def find_installation(folder: Path | None = None) -> Installation:
     folder = folder or default_folder()
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        found = Installation(folder, about["form"])
+        found = Installation(folder, about["form"], about["version"])
     except FileNotFoundError:
         raise WorkerError(f"WhisperX is not installed in {folder}: {INSTALL_HINT}") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -89,7 +90,7 @@ def install(form: str = "full", folder: Path | None = None) -> Installation:
     shutil.rmtree(folder, ignore_errors=True)
     print(f"creating a Python environment in {folder}")
     _run([sys.executable, "-m", "venv", str(folder)], "venv")
-    found = Installation(folder, form)
+    found = Installation(folder, form, "")
     if form == "light":  # it imports the packages of this environment, after its own
         site = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
         mine = [path for path in sys.path if path and Path(path).name in ("site-packages", "dist-packages")]
@@ -97,7 +98,8 @@ def install(form: str = "full", folder: Path | None = None) -> Installation:
     print(f"installing {REQUIREMENT}, {form} form")
     pip = [str(found.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     _run([*pip, *FORMS[form], REQUIREMENT], "pip")
-    (folder / ABOUT).write_text(json.dumps({"form": form, "version": check(found)}), encoding="utf-8")
+    found = found._replace(version=check(found))
+    (folder / ABOUT).write_text(json.dumps({"form": form, "version": found.version}), encoding="utf-8")
     return found
 
 

@@ -19,7 +19,7 @@ MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def doctor(as_json: bool, debug: bool) -> int:
-    """Print every check, a line each when it is made, or one json object. Returns 1 if there is a problem, else 0.
+    """Print every check, a line each as it comes, or one json object. Returns 1 if there is a problem, else 0.
 
     debug: raise the error of a check that fails, instead of reporting it. Never prints a token or other secret."""
     checks = []
@@ -248,11 +248,9 @@ def _device_and_dtype() -> tuple[Any, Any]:
     """Where training would run, and the precision of its frozen weights there."""
     import torch
 
-    from ..training.device import has_bf16
-
     if not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
-    return torch.device("cuda"), torch.bfloat16 if has_bf16() else torch.float16
+    return torch.device("cuda"), torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
 def _tiny_model() -> Any:

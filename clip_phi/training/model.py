@@ -109,9 +109,7 @@ def resolve(arguments: TrainingArguments, accelerator: Accelerator, model: ClipP
         accelerator.print(f"--max_length is cut to the decoder's context, {context}")
         changes["max_length"] = context
     if context is not None and arguments.max_new_tokens >= context:
-        raise ValueError(
-            f"--max_new_tokens {arguments.max_new_tokens}: the decoder's context has {context} tokens in all"
-        )
+        raise ValueError(f"--max_new_tokens {arguments.max_new_tokens}: the decoder's context has {context} tokens")
     changes_decoder = isinstance(arguments, Stage2Arguments) and arguments.tune_decoder == "full"
     if not arguments.merged and (changes_decoder or not config.delta):
         reason = "--tune_decoder full changes the decoder" if changes_decoder else "training starts from a merged model"
